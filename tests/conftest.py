@@ -1,0 +1,30 @@
+"""Everything runs offline and seeded; tests marked gpu are skipped where there is no CUDA device.
+
+pytest's default import mode puts this folder on sys.path (there is no tests/__init__.py), so tests
+say plainly `from tiny_models import tiny`.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # no warning from forked data loader workers
+
+import pytest
+import torch
+from transformers import set_seed
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    set_seed(0)
