@@ -1,0 +1,173 @@
+"""Validation of what callers pass; every message names the function, what was expected, what came
+and the remedy.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gold_kernels.kernels import launch
+
+BACKENDS = ("triton", "torch")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_matrix(function: str, name: str, tensor: Tensor, shape: str) -> None:
+    if tensor.ndim != 2:
+        raise ValueError(
+            f"{function}: {name} must be {shape}, got shape {tuple(tensor.shape)}; "
+            "gather the scored rows first (hidden.flatten(0, 1)[rows])."
+        )
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{function}: {name} must be a float tensor, got {tensor.dtype}; "
+            "a quantised head has to be dequantised before the loss."
+        )
+
+
+def check_side(
+    function: str, side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    """One model's hidden states (N, D), head weight (V, D) and bias (V,)."""
+    check_matrix(function, f"{side}_hidden", hidden, "(N, D)")
+    check_matrix(function, f"{side}_weight", weight, "(V, D)")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{function}: {side}_hidden and {side}_weight must share the hidden size, "
+            f"got D={hidden.shape[1]} and D={weight.shape[1]}; pass lm_head.weight, (V, D)."
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(
+            f"{function}: {side}_weight must have at least one vocabulary row, got shape "
+            f"{tuple(weight.shape)}; under ZeRO-3 gather the head before the loss."
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{function}: {side}_hidden and {side}_weight must share a dtype, got {hidden.dtype} "
+            f"and {weight.dtype}; cast one of them, or call the loss inside torch.autocast."
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(
+            f"{function}: {side}_bias must be (V,) = ({weight.shape[0]},), got "
+            f"{tuple(bias.shape)}; pass lm_head.bias."
+        )
+    for name, tensor in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{function}: {name} must be on the device of {side}_hidden, got "
+                f"{tensor.device} and {hidden.device}; move it with .to({side}_hidden.device)."
+            )
+
+
+def check_pair(function: str, student_hidden: Tensor, teacher_hidden: Tensor) -> None:
+    if student_hidden.shape[0] != teacher_hidden.shape[0]:
+        raise ValueError(
+            f"{function}: student_hidden and teacher_hidden must hold the same N rows, got "
+            f"N={student_hidden.shape[0]} and N={teacher_hidden.shape[0]}; gather the same scored "
+            "positions on both sides."
+        )
+    if student_hidden.device != teacher_hidden.device:
+        raise ValueError(
+            f"{function}: student and teacher must be on one device, got {student_hidden.device} "
+            f"and {teacher_hidden.device}; move the teacher's tensors to the student's device."
+        )
+    if (student_hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
+        raise ValueError(
+            f"{function}: float64 needs both sides in float64, got {student_hidden.dtype} and "
+            f"{teacher_hidden.dtype}; cast the teacher's tensors to float64."
+        )
+
+
+def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: int | None) -> int:
+    """The number of vocabulary entries that take part."""
+    if vocab_size is None:
+        if v_student != v_teacher:
+            raise ValueError(
+                f"{function}: student and teacher heads must have one vocabulary, got "
+                f"V={v_student} and V={v_teacher}; pass vocab_size=len(tokenizer) if both are "
+                "padded heads of one tokenizer. Heads of different tokenizers need a cross-tokenizer loss."
+            )
+        return v_student
+    if not 1 <= vocab_size <= min(v_student, v_teacher):
+        raise ValueError(
+            f"{function}: vocab_size must be in [1, {min(v_student, v_teacher)}], the smaller of "
+            f"both heads, got {vocab_size}; pass len(tokenizer)."
+        )
+    return vocab_size
+
+
+def check_row_weights(function: str, row_weights: Tensor | None, hidden: Tensor) -> None:
+    num_rows = hidden.shape[0]
+    if row_weights is None:
+        return
+    if row_weights.shape != (num_rows,) or not row_weights.is_floating_point():
+        raise ValueError(
+            f"{function}: row_weights must be a float tensor of shape (N,) = ({num_rows},), got "
+            f"{tuple(row_weights.shape)} {row_weights.dtype}; pass one weight per scored row."
+        )
+    if row_weights.requires_grad:
+        raise ValueError(
+            f"{function}: row_weights must not require a gradient, got requires_grad=True; the loss "
+            "computes none for them, pass row_weights.detach()."
+        )
+    if row_weights.device != hidden.device:
+        raise ValueError(
+            f"{function}: row_weights must be on {hidden.device} like the hidden states, got "
+            f"{row_weights.device}; move them with .to(hidden.device)."
+        )
+
+
+def check_labels(function: str, labels: Tensor | None, hidden: Tensor) -> None:
+    num_rows = hidden.shape[0]
+    if labels is not None and (labels.shape != (num_rows,) or labels.dtype != torch.int64):
+        raise ValueError(
+            f"{function}: labels must be an int64 tensor of shape (N,) = ({num_rows},), one per "
+            f"row, already shifted, got {tuple(labels.shape)} {labels.dtype}; use labels[:, 1:]."
+        )
+
+
+def check_scalars(function: str, beta: float, temperature: float, chunk_size: int | None) -> None:
+    if not 0 <= beta <= 1:
+        raise ValueError(
+            f"{function}: beta must be in [0, 1] (0 forward KL, 1 reverse KL), got {beta}; "
+            "0.5 is the symmetric Jensen-Shannon divergence."
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(
+            f"{function}: temperature must be positive and finite, got {temperature}; "
+            "1.0 leaves the logits as they are."
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"{function}: chunk_size must be at least 1 row, got {chunk_size}; "
+            "pass None to take it from the memory budget."
+        )
+
+
+def resolve_backend(function: str, backend: str | None, hidden: Tensor) -> str:
+    """The backend by name, checked, or the one that fits the tensor's device."""
+    if backend is None:
+        return "torch" if hidden.dtype == torch.float64 else launch.default_backend(hidden)
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"{function}: backend must be None, 'triton' or 'torch', got {backend!r}; "
+            "None chooses by the device of the tensors."
+        )
+    if backend == "triton":
+        if not launch.has_triton():
+            raise ValueError(
+                f"{function}: backend 'triton' needs the package triton, which is not installed; "
+                "install it or pass backend='torch'."
+            )
+        if hidden.device.type not in launch.GPU_DEVICES and not launch.is_interpreted():
+            raise ValueError(
+                f"{function}: backend 'triton' needs tensors on a GPU, got {hidden.device}; pass "
+                "backend='torch', or set TRITON_INTERPRET=1 before Python starts to debug kernels."
+            )
+        if hidden.dtype == torch.float64:
+            raise ValueError(
+                f"{function}: backend 'triton' computes in float32, got float64 tensors; "
+                "pass backend='torch' for float64."
+            )
+    return backend

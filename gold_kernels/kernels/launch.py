@@ -1,0 +1,36 @@
+"""What every launcher needs to know: whether triton can run here, and block sizes."""
+
+import functools
+import importlib.util
+import os
+
+from torch import Tensor
+
+GPU_DEVICES = ("cuda", "xpu")  # ROCm builds call their devices cuda
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """True where TRITON_INTERPRET=1 makes triton.jit run on CPU tensors; triton reads it at
+    import.
+    """
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def default_backend(tensor: Tensor) -> str:
+    return "triton" if tensor.device.type in GPU_DEVICES and has_triton() else "torch"
+
+
+def row_block(vocab_size: int) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) of a kernel that walks one row of vocab_size columns.
+
+    Under the interpreter the cost is per Python-level operation, so blocks are few and large.
+    """
+    width = 1 << (vocab_size - 1).bit_length()
+    if is_interpreted():
+        return min(width, 1 << 16), 4
+    return min(max(width, 128), 4096), 8

@@ -1,0 +1,290 @@
+"""Fused linear generalized JSD: both heads, the divergence and its gradient, without full logits.
+
+N scored rows, C rows of a chunk, D_s and D_t hidden sizes, V vocabulary. P teacher, Q student.
+Ladder: kernels/jsd_rows.py or torch_rows.py -> chunking.run_chunks -> FusedLinearJSDFunction ->
+fused_linear_jsd -> FusedLinearJSDLoss.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gold_kernels import checks, torch_rows
+from gold_kernels.chunking import LinearHead, Needs, float_dtype, run_chunks
+
+NUM_ROW_VALUES = 7
+
+
+class JSDMetrics(NamedTuple):
+    """Unweighted values of every scored row, detached, (N,) float32 each; entropies and divergences
+    in nats.
+    """
+
+    loss: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    forward_kl: Tensor  # KL(P || Q)
+    reverse_kl: Tensor  # KL(Q || P)
+    top1_agreement: Tensor  # 1 where some token is the most likely one on both sides, else 0
+
+
+class _Options(NamedTuple):
+    """What the row functions need besides tensors."""
+
+    beta: float
+    temperature: float
+    weight_soft: float
+    weight_hard: float
+    has_metrics: bool
+    chunk_size: int | None
+    backend: str
+
+
+class FusedLinearJSDFunction(torch.autograd.Function):
+    """Gradients are computed in the forward pass; backward only multiplies them by grad_loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,  # (N, D_s)
+        student_weight: Tensor,  # (V, D_s)
+        student_bias: Tensor | None,  # (V,)
+        teacher_hidden: Tensor,  # (N, D_t)
+        teacher_weight: Tensor,  # (V, D_t)
+        teacher_bias: Tensor | None,  # (V,)
+        row_weights: Tensor,  # (N,)
+        labels: Tensor | None,  # (N,) int64
+        options: _Options,
+    ) -> tuple[Tensor, Tensor]:  # () loss, (7, N) values
+        if options.backend == "triton":
+            from gold_kernels.kernels.jsd_rows import jsd_rows_  # triton may be missing
+        else:
+            jsd_rows_ = torch_rows.jsd_rows_
+        values = student_hidden.new_zeros(
+            NUM_ROW_VALUES, student_hidden.shape[0], dtype=float_dtype(student_hidden)
+        )
+
+        def row_function(
+            student_logits: Tensor,
+            teacher_logits: Tensor,
+            grad_logits: Tensor | None,
+            rows: slice,
+            chunk_weights: Tensor,
+        ) -> None:
+            jsd_rows_(
+                student_logits,
+                teacher_logits,
+                grad_logits,
+                chunk_weights,
+                None if labels is None else labels[rows],
+                values[:, rows],
+                beta=options.beta,
+                temperature=options.temperature,
+                weight_soft=options.weight_soft,
+                weight_hard=options.weight_hard,
+                has_metrics=options.has_metrics,
+            )
+
+        grads = run_chunks(
+            LinearHead(student_hidden, student_weight, student_bias),
+            LinearHead(teacher_hidden, teacher_weight, teacher_bias),
+            row_weights,
+            row_function,
+            Needs(*ctx.needs_input_grad[:3]),
+            options.chunk_size,
+        )
+        ctx.save_for_backward(*grads)
+        ctx.input_dtype = student_hidden.dtype
+        ctx.mark_non_differentiable(values)
+        row_loss = options.weight_soft * values[0] + options.weight_hard * values[1]
+        # where, not a product: a row of weight 0 may hold anything
+        loss = torch.where(row_weights != 0, row_loss * row_weights, 0).sum()
+        return loss, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (
+            None if grad is None else (grad * grad_loss).to(ctx.input_dtype)
+            for grad in ctx.saved_tensors
+        )
+        return (*grads, *[None] * 6)
+
+
+def _autocast_like_linear(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What torch.nn.Linear does with its inputs under torch.autocast; else the tensors as they
+    are.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _linear_jsd(
+    function: str,
+    student: LinearHead,
+    teacher: LinearHead,
+    row_weights: Tensor | None,
+    labels: Tensor | None,
+    vocab_size: int | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:  # () loss, (7, N) values
+    """Validate, slice the vocabulary, run; shared by the function and the module."""
+    student = LinearHead(*_autocast_like_linear(*student))
+    teacher = LinearHead(*_autocast_like_linear(*(t if t is None else t.detach() for t in teacher)))
+    checks.check_side(function, "student", *student)
+    checks.check_side(function, "teacher", *teacher)
+    checks.check_pair(function, student.hidden, teacher.hidden)
+    checks.check_row_weights(function, row_weights, student.hidden)
+    checks.check_labels(function, labels, student.hidden)
+    checks.check_scalars(function, options.beta, options.temperature, options.chunk_size)
+    backend = checks.resolve_backend(function, options.backend, student.hidden)
+    v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
+    vocab_size = checks.check_vocabulary(function, v_student, v_teacher, vocab_size)
+    dtype, num_rows = float_dtype(student.hidden), student.hidden.shape[0]
+    if row_weights is None:
+        row_weights = student.hidden.new_full((num_rows,), 1 / max(1, num_rows), dtype=dtype)
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        return FusedLinearJSDFunction.apply(
+            student.hidden,
+            student.weight[:vocab_size],
+            None if student.bias is None else student.bias[:vocab_size],
+            teacher.hidden,
+            teacher.weight[:vocab_size],
+            None if teacher.bias is None else teacher.bias[:vocab_size],
+            row_weights.to(dtype),
+            labels,
+            options._replace(backend=backend),
+        )
+
+
+def fused_linear_jsd(
+    student_hidden: Tensor,  # (N, D_s)
+    student_weight: Tensor,  # (V, D_s)
+    teacher_hidden: Tensor,  # (N, D_t)
+    teacher_weight: Tensor,  # (V, D_t)
+    row_weights: Tensor | None = None,  # (N,), float32; None means 1 / N each
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    vocab_size: int
+    | None = None,  # shared entries, where heads of one tokenizer are padded differently
+    chunk_size: int | None = None,  # rows; None takes them from the memory budget
+    backend: str | None = None,  # "triton", "torch" or None: by device
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, JSDMetrics]:  # (), float32
+    """Generalized JSD of teacher P and student Q, summed over rows with row_weights, without full
+    logits.
+
+        loss = sum_i row_weights[i] * (beta KL(P_i || M_i) + (1 - beta) KL(Q_i || M_i))
+        M = beta P + (1 - beta) Q,  Q = softmax(student_hidden student_weight^T / temperature),  P
+        likewise
+
+    as in GKD (Agarwal et al. 2023, arXiv 2306.13649, section 2); beta = 0 means KL(P || Q), beta =
+    1 KL(Q || P). The normaliser is the caller's: pass 1 / num_items of the global batch for a mean
+    that any split into micro-batches and ranks leaves alone. Gradients go to student_hidden,
+    student_weight and student_bias, never to the teacher.
+
+    Extra memory is at most (4 V + 4 V) bytes for each of chunk_size rows, plus 2 V a row for 16-bit
+    inputs, plus one float32 student_weight if it needs a gradient and there are several chunks.
+    Rows of weight 0 contribute exactly 0 and may hold anything. A column masked with -inf on both
+    sides is left out; masked on one side it has probability 0 there, which costs at most 1e6 nats
+    for beta 0 or 1 (log 0 is taken as -1e6) and log 2 or so between.
+
+    return_metrics=True returns (loss, JSDMetrics). Not supported: a second derivative, torch.func
+    transforms. Raises ValueError for shapes, dtypes, devices and scalars that do not fit, with the
+    remedy.
+    """
+    options = _Options(beta, temperature, 1.0, 0.0, return_metrics, chunk_size, backend)
+    loss, values = _linear_jsd(
+        "fused_linear_jsd",
+        LinearHead(student_hidden, student_weight, student_bias),
+        LinearHead(teacher_hidden, teacher_weight, teacher_bias),
+        row_weights,
+        None,
+        vocab_size,
+        options,
+    )
+    if not return_metrics:
+        return loss
+    return loss, JSDMetrics(values[0], *values[2:])
+
+
+class FusedLinearJSDLoss(nn.Module):
+    """Generalized JSD plus cross-entropy as a module, a drop-in for LigerFusedLinearJSDLoss.
+
+        loss = weight_soft_loss * mean_i JSD_i + weight_hard_loss * mean_i CE_i
+
+    The mean is over the rows whose label is not ignore_index; only they are projected, which costs
+    one host sync to count them (gather rows yourself and call fused_linear_jsd to avoid it). Labels
+    are already shifted. The cross-entropy is taken at temperature 1 from the same logits. With
+    weight_hard_loss = 0, labels only select rows. `compiled` keeps the position it has in Liger;
+    the loss never calls torch.compile, so it changes nothing.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int | None = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        checks.check_scalars("FusedLinearJSDLoss", beta, temperature, chunk_size)
+        self.weight_hard_loss = weight_hard_loss
+        self.weight_soft_loss = weight_soft_loss
+        self.beta = beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.compiled = compiled
+        self.chunk_size = chunk_size
+        self.return_soft_hard_loss = return_soft_hard_loss
+
+    def forward(
+        self,
+        student_input: Tensor,  # (N, D_s) or (B, L, D_s)
+        student_weight: Tensor,  # (V, D_s)
+        teacher_input: Tensor,  # (N, D_t) or (B, L, D_t)
+        teacher_weight: Tensor,  # (V, D_t)
+        true_labels: Tensor,  # (N,) or (B, L), int64
+        student_bias: Tensor | None = None,  # (V,)
+        teacher_bias: Tensor | None = None,  # (V,)
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # (), or loss, soft loss and hard loss, each ()
+        labels = true_labels.flatten()
+        student_hidden = student_input.reshape(-1, student_input.shape[-1])
+        teacher_hidden = teacher_input.reshape(-1, teacher_input.shape[-1])
+        checks.check_pair("FusedLinearJSDLoss", student_hidden, teacher_hidden)
+        checks.check_labels("FusedLinearJSDLoss", labels, student_hidden)
+        scored = (labels != self.ignore_index).nonzero().squeeze(-1)
+        labels = labels[scored]
+        loss, values = _linear_jsd(
+            "FusedLinearJSDLoss",
+            LinearHead(student_hidden[scored], student_weight, student_bias),
+            LinearHead(teacher_hidden[scored], teacher_weight, teacher_bias),
+            None,
+            labels if self.weight_hard_loss else None,
+            None,
+            _Options(
+                self.beta,
+                self.temperature,
+                self.weight_soft_loss,
+                self.weight_hard_loss,
+                False,
+                self.chunk_size,
+                None,
+            ),
+        )
+        if not self.return_soft_hard_loss:
+            return loss
+        num_scored = max(1, labels.shape[0])
+        return loss, values[0].sum() / num_scored, values[1].sum() / num_scored
