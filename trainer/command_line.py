@@ -1,0 +1,210 @@
+"""From command line and YAML to a trained student on disk.
+
+The YAML holds the same names as the flags; a flag wins over the YAML. What the user can mend ends
+as one message and exit code 2; its traceback is logged at level debug.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from rich.console import Console
+from transformers import HfArgumentParser
+
+from trainer.config import GOLDConfig
+from trainer.data_files import DataArguments, load_rows
+
+logger = logging.getLogger(__name__)
+
+EXIT_USER_ERROR = 2
+
+
+@dataclass
+class ModelArguments:
+    """The student: its weights, and the LoRA adapter to train on them."""
+
+    _argument_group_name = "student"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Student: folder or hub id."}
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of a student from the hub."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={
+            "help": "Type of the student's weights. Training bfloat16 weights directly loses the "
+            "small updates of a small learning rate: prefer float32 with --bf16, or LoRA."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the model's."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the student."}
+    )
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train a LoRA adapter; output_dir gets the adapter."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj"],
+        metadata={"help": "Names of the layers that get an adapter, or all-linear."},
+    )
+
+
+class Parser(HfArgumentParser):
+    """Says what is wrong in one line: the usage text of 150 fields would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOLDConfig]:
+    """argv: an optional YAML file, then flags. ValueError says what to change."""
+    parser = Parser(
+        [ModelArguments, DataArguments, GOLDConfig],
+        prog="python -m trainer train",
+        usage="%(prog)s [CONFIG.yaml] [--field value ...]",
+        allow_abbrev=False,
+    )
+    if argv and not argv[0].startswith("-"):
+        argv = _read_config(Path(argv[0]), parser) + argv[1:]
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if not name.startswith("--"):
+            raise ValueError(f"unexpected argument {name!r}; the YAML file comes before the flags")
+        raise ValueError(f"unknown flag {name}{_nearest(name.lstrip('-'), parser)}")
+    return tuple(parsed)
+
+
+def _read_config(path: Path, parser: Parser) -> list[str]:
+    """The YAML as flags, so that argparse converts and checks both alike."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one `name: value` a line, got {type(config).__name__}")
+    flags = []
+    for name, value in config.items():
+        if name not in _field_names(parser):
+            raise ValueError(f"{path}: unknown key {name}{_nearest(str(name), parser)}")
+        if value is None:
+            parser.set_defaults(**{name: None})
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{name}={json.dumps(value)}")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def _field_names(parser: Parser) -> list[str]:
+    return [f.name for kind in parser.dataclass_types for f in dataclasses.fields(kind) if f.init]
+
+
+def _nearest(name: str, parser: Parser) -> str:
+    names = difflib.get_close_matches(name.replace("-", "_"), _field_names(parser), n=1, cutoff=0.5)
+    return f"; did you mean {names[0]}?" if names else "; --help lists all fields"
+
+
+def train(argv: list[str]) -> int:
+    """Run `python -m trainer train`, return its exit code."""
+    return _report_user_errors(_train, argv)
+
+
+def demo(argv: list[str]) -> int:
+    """Run `python -m trainer demo`, return its exit code."""
+    return _report_user_errors(_demo, argv)
+
+
+def _train(argv: list[str]) -> None:
+    model_args, data_args, config = parse_arguments(argv)
+    for name in ("model_name_or_path", "dataset_name", "teacher_model_name_or_path"):
+        if not any(getattr(part, name, None) for part in (model_args, data_args, config)):
+            raise ValueError(f"{name} is missing: set it in the YAML file or pass --{name}")
+    needs_eval = config.eval_strategy != "no"
+    train_rows = load_rows(data_args, "train")
+    eval_rows = load_rows(data_args, "eval") if needs_eval else None
+
+    from trainer.gold_trainer import GOLDTrainer  # slow to import: after the checks
+
+    trainer = GOLDTrainer(
+        model=model_args.model_name_or_path,
+        teacher_model=config.teacher_model_name_or_path,
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        peft_config=_lora_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(config.output_dir)
+    if trainer.is_world_process_zero():
+        _console().print(f"student saved in {config.output_dir}", markup=False, soft_wrap=True)
+
+
+def _lora_config(model_args: ModelArguments) -> Any:
+    if not model_args.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(
+            "use_peft needs the peft package: pip install 'gold-kernels[peft]'"
+        ) from error
+    modules = model_args.lora_target_modules
+    return LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _demo(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m trainer demo")
+    parser.add_argument("--output_dir", default="runs/demo", help="default: %(default)s")
+    output_dir = parser.parse_args(argv).output_dir
+
+    from trainer.demo import run_demo
+
+    run_demo(output_dir)
+
+
+def _report_user_errors(command, argv: list[str]) -> int:
+    try:
+        command(argv)
+    except (ValueError, OSError) as error:
+        logger.debug("traceback of the message below", exc_info=True)
+        console = Console(stderr=True, highlight=False)
+        console.print(f"error: {_message(error)}", markup=False, soft_wrap=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _message(error: Exception) -> str:
+    """The sentence that was raised; a data loader worker wraps it in its own traceback."""
+    text = str(error)
+    worker = re.match(r"Caught \w+ in DataLoader worker.*?\n\w*Error: ", text, re.DOTALL)
+    return text[worker.end() :].strip() if worker else text
+
+
+def _console() -> Console:
+    return Console(highlight=False)
