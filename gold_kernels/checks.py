@@ -86,7 +86,7 @@ def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: 
             raise ValueError(
                 f"{function}: student and teacher heads must have one vocabulary, got "
                 f"V={v_student} and V={v_teacher}; pass vocab_size=len(tokenizer) if both are "
-                "padded heads of one tokenizer. Heads of different tokenizers need a cross-tokenizer loss."
+                "padded heads of one tokenizer. Different tokenizers need a cross-tokenizer loss."
             )
         return v_student
     if not 1 <= vocab_size <= min(v_student, v_teacher):
@@ -108,8 +108,8 @@ def check_row_weights(function: str, row_weights: Tensor | None, hidden: Tensor)
         )
     if row_weights.requires_grad:
         raise ValueError(
-            f"{function}: row_weights must not require a gradient, got requires_grad=True; the loss "
-            "computes none for them, pass row_weights.detach()."
+            f"{function}: row_weights must not require a gradient, got requires_grad=True; "
+            "the loss computes none for them, pass row_weights.detach()."
         )
     if row_weights.device != hidden.device:
         raise ValueError(

@@ -113,15 +113,12 @@ class FusedLinearJSDFunction(torch.autograd.Function):
         return (*grads, *[None] * 6)
 
 
-def _autocast_like_linear(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What torch.nn.Linear does with its inputs under torch.autocast; else the tensors as they
-    are.
-    """
-    device_type = tensors[0].device.type
+def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:
+    """The head in the dtype that torch.nn.Linear would compute it in under torch.autocast."""
     if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
+        return head
     dtype = torch.get_autocast_dtype(device_type)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return LinearHead(*(None if tensor is None else tensor.to(dtype) for tensor in head))
 
 
 def _linear_jsd(
@@ -134,8 +131,10 @@ def _linear_jsd(
     options: _Options,
 ) -> tuple[Tensor, Tensor]:  # () loss, (7, N) values
     """Validate, slice the vocabulary, run; shared by the function and the module."""
-    student = LinearHead(*_autocast_like_linear(*student))
-    teacher = LinearHead(*_autocast_like_linear(*(t if t is None else t.detach() for t in teacher)))
+    device_type = student.hidden.device.type
+    student = _autocast_like_linear(student, device_type)
+    with torch.no_grad():
+        teacher = _autocast_like_linear(teacher, device_type)
     checks.check_side(function, "student", *student)
     checks.check_side(function, "teacher", *teacher)
     checks.check_pair(function, student.hidden, teacher.hidden)
@@ -148,7 +147,7 @@ def _linear_jsd(
     dtype, num_rows = float_dtype(student.hidden), student.hidden.shape[0]
     if row_weights is None:
         row_weights = student.hidden.new_full((num_rows,), 1 / max(1, num_rows), dtype=dtype)
-    with torch.autocast(student.hidden.device.type, enabled=False):
+    with torch.autocast(device_type, enabled=False):
         return FusedLinearJSDFunction.apply(
             student.hidden,
             student.weight[:vocab_size],

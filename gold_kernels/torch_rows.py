@@ -21,15 +21,13 @@ class _Rows:
     def __init__(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
         self.student = (student_logits / temperature).clamp_min_(LOWEST_LOGIT)  # (c, V)
         self.teacher = (teacher_logits / temperature).clamp_min_(LOWEST_LOGIT)
-        student_lse = self.student.logsumexp(-1, keepdim=True)
-        teacher_lse = self.teacher.logsumexp(-1, keepdim=True)
-        self.log_q = (self.student - student_lse).clamp_min_(LOG_ZERO)
-        self.log_p = (self.teacher - teacher_lse).clamp_min_(LOG_ZERO)
+        self.log_q = self.student.log_softmax(-1).clamp_min_(LOG_ZERO)
+        self.log_p = self.teacher.log_softmax(-1).clamp_min_(LOG_ZERO)
         self.q, self.p = self.log_q.exp(), self.log_p.exp()
-        # Not log_p - log_q: near convergence the logits differ by far less than their log-probs'
-        # rounding.
-        self.ratio = (self.teacher - self.student).sub_(teacher_lse - student_lse)
-        self.ratio.clamp_(LOG_ZERO, -LOG_ZERO)
+        # Not log_p - log_q: near convergence the logits differ by less than log-probs' rounding.
+        lse_gap = self.teacher.logsumexp(-1, keepdim=True)
+        lse_gap -= self.student.logsumexp(-1, keepdim=True)
+        self.ratio = (self.teacher - self.student).sub_(lse_gap).clamp_(LOG_ZERO, -LOG_ZERO)
 
     def forward_kl(self) -> Tensor:  # (c,)
         return (self.p * self.ratio + (self.q - self.p)).sum(-1)
@@ -45,7 +43,10 @@ class _Rows:
             loss, pull = self.reverse_kl(), -self.ratio
         else:
             ratio = self.ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            log_mixture = torch.log(beta * ratio.exp() + (1 - beta))
+            # log1p keeps a small excess of the mixture over 1, log the small mixtures
+            excess = beta * torch.expm1(ratio)
+            mixture = beta * ratio.exp() + (1 - beta)
+            log_mixture = torch.where(excess.abs() < 0.5, excess.log1p(), mixture.log_())
             per_entry = beta * self.p * (ratio - log_mixture) - (1 - beta) * self.q * log_mixture
             loss, pull = per_entry.sum(-1), log_mixture.mul_(beta - 1)
         return loss, self.q * (pull - (self.q * pull).sum(-1, keepdim=True))

@@ -39,7 +39,7 @@ NUM_ROW_VALUES = (
 
 @triton.jit
 def _load_scaled(row_ptr, columns, is_column, scale):
-    """Float32 logits * scale; -1e30 for -inf and beyond the vocabulary: probability 0 either way."""
+    """Float32 logits * scale; -1e30 for -inf and beyond the vocabulary, so probability 0."""
     logits = tl.load(row_ptr + columns, mask=is_column, other=float("-inf")).to(tl.float32)
     return tl.maximum(logits * scale, LOWEST_LOGIT)
 
@@ -61,7 +61,13 @@ def _log_ratio(student, teacher, lse_gap):
 def _log_mixture(ratio, beta):
     """Clipped ratio and w = log m - log q."""
     clipped = tl.minimum(tl.maximum(ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
-    return clipped, tl.log(beta * tl.exp(clipped) + (1.0 - beta))
+    teacher_over_student = tl.exp(clipped)
+    mixture = beta * teacher_over_student + (1.0 - beta)
+    # log1p where mixture is near 1: the first-order term of what rounding took from its excess over
+    # 1
+    excess = beta * (teacher_over_student - 1.0)
+    lost = tl.where(tl.abs(excess) < 0.5, excess - (mixture - 1.0), 0.0)
+    return clipped, tl.log(mixture) + lost
 
 
 @triton.jit
@@ -110,9 +116,9 @@ def jsd_rows_kernel(
         if HAS_LABELS:
             unscaled = _load_scaled(student_ptr, columns, is_column, 1.0)
             max_hard, sum_hard = _update_lse(max_hard, sum_hard, unscaled)
-    lse_student = max_student + tl.log(sum_student)
-    lse_teacher = max_teacher + tl.log(sum_teacher)
-    lse_gap = lse_teacher - lse_student
+    log_sum_student = tl.log(sum_student)
+    log_sum_teacher = tl.log(sum_teacher)
+    lse_gap = (max_teacher - max_student) + (log_sum_teacher - log_sum_student)
 
     label = -1
     lse_hard = 0.0
@@ -137,8 +143,8 @@ def jsd_rows_kernel(
         student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
         teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
         ratio = _log_ratio(student, teacher, lse_gap)
-        q = tl.exp(student - lse_student)
-        p = tl.exp(teacher - lse_teacher)
+        q = tl.exp(student - max_student) / sum_student
+        p = tl.exp(teacher - max_teacher) / sum_teacher
         if MODE == _FORWARD_KL:
             loss += p * ratio + (q - p)
         elif MODE == _REVERSE_KL:
@@ -149,8 +155,8 @@ def jsd_rows_kernel(
             loss += beta * p * (clipped - w) - (1.0 - beta) * q * w
             mean_grad -= (1.0 - beta) * q * w
         if HAS_METRICS:
-            log_q = tl.maximum(student - lse_student, LOG_ZERO)
-            log_p = tl.maximum(teacher - lse_teacher, LOG_ZERO)
+            log_q = tl.maximum(student - max_student - log_sum_student, LOG_ZERO)
+            log_p = tl.maximum(teacher - max_teacher - log_sum_teacher, LOG_ZERO)
             student_entropy -= q * log_q
             teacher_entropy -= p * log_p
             forward_kl += p * ratio + (q - p)
@@ -177,9 +183,9 @@ def jsd_rows_kernel(
             is_column = columns < vocab_size
             student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
             teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
-            q = tl.exp(student - lse_student)
+            q = tl.exp(student - max_student) / sum_student
             if MODE == _FORWARD_KL:
-                grad = q - tl.exp(teacher - lse_teacher)
+                grad = q - tl.exp(teacher - max_teacher) / sum_teacher
             elif MODE == _REVERSE_KL:
                 grad = q * (-_log_ratio(student, teacher, lse_gap) - shift)
             else:
