@@ -1,0 +1,144 @@
+"""GOLDConfig: every field of transformers.TrainingArguments plus those of distillation."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class GOLDConfig(TrainingArguments):
+    """Arguments of GOLDTrainer, with the names that TRL users know.
+
+    Generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is forward KL(P || Q), beta = 1
+    reverse KL(Q || P) of teacher P and student Q. lmbda is the share of on-policy micro-batches.
+    """
+
+    _VALID_DICT_FIELDS = (
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "teacher_model_init_kwargs",
+    )
+
+    learning_rate: float = field(
+        default=1e-7, metadata={"help": "Initial learning rate of the optimizer."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps, or share of the steps if below 1."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the collator reads the raw columns."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained for a student given by name."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher: folder or hub id."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a teacher from the hub."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained for the teacher."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of the student to 0."}
+    )
+    lmbda: float = field(
+        default=0.5, metadata={"help": "Probability of a micro-batch to be on-policy, in [0, 1]."}
+    )
+    beta: float = field(
+        default=0.5, metadata={"help": "0 is forward KL, 1 reverse KL, between them JSD."}
+    )
+    loss_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits of both sides in the loss."}
+    )
+    temperature: float = field(
+        default=0.9, metadata={"help": "Sampling temperature of generated completions."}
+    )
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus of the sampling, in (0, 1]."})
+    top_k: int = field(
+        default=0, metadata={"help": "Sample from the k likeliest tokens; 0 is off."}
+    )
+    max_completion_length: int = field(
+        default=128, metadata={"help": "Most tokens of a generated completion."}
+    )
+    max_length: int | None = field(
+        default=2048,
+        metadata={
+            "help": "Most tokens of prompt, image tokens and completion together; a longer "
+            "completion is cut at its end, a longer prompt is an error. None: no limit."
+        },
+    )
+    seq_kd: bool = field(
+        default=False,
+        metadata={"help": "Off-policy micro-batches learn from completions the teacher generates."},
+    )
+    chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows of logits at a time in the loss; None: from a memory budget."},
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print sample completions as a table."}
+    )
+    log_completions_steps: int = field(
+        default=100, metadata={"help": "Steps between two tables of completions."}
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "Rows of that table; None: the whole micro-batch."}
+    )
+    use_uld_loss: bool = field(
+        default=False,
+        metadata={"help": "Cross-family loss for two tokenizers; not available in this version."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check()  # before TrainingArguments touches devices or folders
+        super().__post_init__()
+
+    def _check(self) -> None:
+        if self.use_uld_loss:
+            raise ValueError(
+                "GOLDConfig: use_uld_loss must be False, got True; the cross-family loss is not "
+                "available in this version: use a teacher with the student's tokenizer."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "GOLDConfig: remove_unused_columns must be False, got True; the collator reads "
+                "messages, prompt, completion and images itself."
+            )
+        for name in ("lmbda", "beta"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"GOLDConfig: {name} must be in [0, 1], got {value}; set {name}.")
+        for name in ("temperature", "loss_temperature"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be positive, got {value}; 1.0 leaves the logits alone."
+                )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"GOLDConfig: top_p must be in (0, 1], got {self.top_p}; 1.0 turns it off."
+            )
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        if self.top_k < 0:
+            raise ValueError(f"GOLDConfig: top_k must be >= 0, got {self.top_k}; 0 turns it off.")
+        for name in ("max_completion_length", "log_completions_steps"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"GOLDConfig: {name} must be at least 1, got {value}; raise it.")
+        for name in ("chunk_size", "num_completions_to_print"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be None or at least 1, got {value}; None chooses it."
+                )
+        if self.max_length is not None and self.max_completion_length >= self.max_length:
+            raise ValueError(
+                "GOLDConfig: max_completion_length must be below max_length, got "
+                f"{self.max_completion_length} and {self.max_length}; raise max_length, it holds "
+                "the prompt with its image tokens too."
+            )
