@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 class GOLDConfig(TrainingArguments):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
-    Generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is forward KL(P || Q), beta = 1
-    reverse KL(Q || P) of teacher P and student Q. lmbda is the share of on-policy micro-batches.
+    Generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is forward KL(P || Q), beta =
+    1 reverse KL(Q || P) of teacher P and student Q. lmbda is the share of on-policy micro-batches.
     """
 
     _VALID_DICT_FIELDS = (
@@ -115,7 +115,7 @@ class GOLDConfig(TrainingArguments):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(
-                    f"GOLDConfig: {name} must be positive, got {value}; 1.0 leaves the logits alone."
+                    f"GOLDConfig: {name} must be positive, got {value}; 1.0 leaves them alone."
                 )
         if not 0 < self.top_p <= 1:
             raise ValueError(

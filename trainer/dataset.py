@@ -63,7 +63,7 @@ def parse_row(columns: dict[str, Any], index: int) -> Row:
             completion = _assistant_text(completion, index)
     else:
         raise ValueError(
-            f"row {index}: `messages`, or `prompt` and `completion`, are expected, got the columns "
+            f"row {index}: `messages`, or `prompt` and `completion`, are expected, got "
             f"{sorted(columns)}; rename the columns."
         )
     if isinstance(prompt, str):
@@ -125,7 +125,9 @@ def _images(columns: dict[str, Any], index: int) -> list[Image.Image]:
 
 
 def _place_images(prompt: Messages, num_images: int, index: int) -> Messages:
-    """The prompt with as many image parts as pictures: those it has, else in the first user turn."""
+    """The prompt with as many image parts as pictures: those it has, else in the first user
+    turn.
+    """
     placed = sum(
         part.get("type") == "image"
         for message in prompt

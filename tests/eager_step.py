@@ -1,0 +1,96 @@
+"""What a training step must compute, the slow way: row by row, no padding, full logits, float64.
+
+Written from the processors' own output, and without anything of trainer/.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gold_kernels.reference import jsd_rows
+
+# What follows the prompt where the assistant says {}, up to the token that ends the turn.
+COMPLETIONS = {
+    "qwen3_vl": "{}<|im_end|>",
+    "qwen2_5_vl": "{}<|im_end|>",
+    "lfm2_vl": "{}<|im_end|>",
+    "smolvlm": " {}<end_of_utterance>",
+    "idefics3": " {}<end_of_utterance>",
+    "gemma3": "{}<end_of_turn>",
+    "llava": " {} </s>",
+    "qwen3": "{}<|im_end|>",
+    "llama": "{}<|eot_id|>",
+}
+EXTENDED_WITH_ZEROS = ("token_type_ids", "mm_token_type_ids")
+
+
+def completion_of(family: str, processor: Any, row: dict[str, Any]) -> list[int]:
+    """Token ids of a row's answer, end of turn included."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    text = COMPLETIONS[family].format(row["messages"][-1]["content"])
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prompt_inputs(processor: Any, row: dict[str, Any]) -> dict[str, Tensor]:
+    """A row's prompt with its pictures as the processor makes it, without a second bos token."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    prompt = row["messages"][:-1]
+    pictures = row.get("images") or None
+    if tokenizer is not processor:
+        parts = [{"type": "image"} for _ in pictures or ()]
+        parts.append({"type": "text", "text": prompt[0]["content"]})
+        prompt = [{"role": "user", "content": parts}]
+    text = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    options = {"return_tensors": "pt", "add_special_tokens": not has_bos}
+    if pictures:
+        return dict(processor(text=[text], images=[pictures], **options))
+    return dict(processor(text=[text], **options))
+
+
+def scored_logits(model, inputs: dict[str, Tensor], completion_ids: list[int]) -> Tensor:
+    """Logits (N, V) that predict the completion."""
+    inputs = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    ids = torch.tensor([completion_ids])
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for name in EXTENDED_WITH_ZEROS:
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)
+    return model(**inputs).logits[0, length - 1 : -1]
+
+
+def eager_step(
+    student,
+    teacher,
+    processor: Any,
+    rows: list[dict[str, Any]],
+    completions: list[list[int]],
+    *,
+    beta: float,
+    vocab_size: int | None = None,
+) -> tuple[float, dict[str, Tensor]]:
+    """Mean JSD over all completion tokens of the batch, and its gradient by parameter name."""
+    student, teacher = deepcopy(student).double(), deepcopy(teacher).double()
+    num_items = sum(map(len, completions))
+    total = 0.0
+    for row, completion_ids in zip(rows, completions, strict=True):
+        inputs = prompt_inputs(processor, row)
+        with torch.no_grad():
+            teacher_logits = scored_logits(teacher, inputs, completion_ids)[:, :vocab_size]
+        student_logits = scored_logits(student, inputs, completion_ids)[:, :vocab_size]
+        loss = jsd_rows(student_logits, teacher_logits, beta=beta).sum() / num_items
+        loss.backward()
+        total += loss.item()
+    gradients = {
+        name: parameter.grad
+        for name, parameter in student.named_parameters()
+        if parameter.grad is not None
+    }
+    return total, gradients

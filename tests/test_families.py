@@ -1,0 +1,219 @@
+"""Every family through the real trainer: the step equals the eager full-logits step in float64."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from eager_step import completion_of, eager_step
+from tiny_models import FAMILIES, VLM_FAMILIES, tiny, tiny_rows
+from transformers import TrainerCallback
+
+from trainer import GOLDConfig, GOLDTrainer
+
+MAX_NEW_TOKENS = 6
+
+
+class GradientRecorder(TrainerCallback):
+    """Copies the gradients of the first step just before the optimizer uses them."""
+
+    def __init__(self):
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.gradients = {
+                name: parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+
+
+def rows_of(family: str, count: int = 3) -> list[dict]:
+    """Mixed lengths; for VLMs rows with one, two and no pictures of mixed sizes."""
+    return tiny_rows(count, images="mixed" if family in VLM_FAMILIES else 0)
+
+
+def build_trainer(family, output_dir, rows, student=None, processor=None, **fields):
+    """Trainer whose first batch is `rows` in order, with its recorder; plain SGD, no clipping."""
+    fresh_student, fresh_processor = tiny(family)
+    recorder = GradientRecorder()
+    options = {
+        "per_device_train_batch_size": len(rows),
+        "max_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "optim": "sgd",
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,
+        "lmbda": 0.0,
+        "max_length": 256,
+        "max_completion_length": 64,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    trainer = GOLDTrainer(
+        model=fresh_student if student is None else student,
+        teacher_model=tiny(family, "teacher")[0],
+        args=GOLDConfig(output_dir=str(output_dir), **(options | fields)),
+        train_dataset=rows,
+        processing_class=fresh_processor if processor is None else processor,
+        callbacks=[recorder],
+    )
+    return trainer, recorder
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def shared_entries(family: str, processor) -> int | None:
+    """Columns of the loss: all rows of equal heads, the tokenizer's entries where they differ."""
+    heads = {
+        tiny(family, size)[0].get_output_embeddings().weight.shape[0]
+        for size in ("student", "teacher")
+    }
+    return None if len(heads) == 1 else len(getattr(processor, "tokenizer", processor))
+
+
+def assert_equals_eager_step(family, trainer, recorder, rows, completions, beta=0.5):
+    """Loss and every gradient of the trainer's first step."""
+    student, processor = tiny(family)
+    expected_loss, expected = eager_step(
+        student,
+        tiny(family, "teacher")[0],
+        processor,
+        rows,
+        completions,
+        beta=beta,
+        vocab_size=shared_entries(family, processor),
+    )
+    assert losses_of(trainer)[0] == pytest.approx(expected_loss, rel=1e-5)
+    present = {name for name, gradient in recorder.gradients.items() if gradient.any()}
+    assert present == {name for name, gradient in expected.items() if gradient.any()}
+    for name, gradient in expected.items():
+        error = (recorder.gradients[name].double() - gradient).norm() / gradient.norm()
+        # Biases in front of a softmax have a gradient of zero but for rounding.
+        assert error < 1e-4 or gradient.norm() < 1e-9, f"{name}: relative error {error:.1e}"
+
+
+def assert_gradients_reach_every_part(family, model, gradients):
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parts = [names[id(embeddings)], names.get(id(head), names[id(embeddings)]), "layers.0."]
+    if family in VLM_FAMILIES:
+        parts.append("vis")  # visual, vision_tower, vision_model
+    for part in parts:
+        norms = [gradient.norm() for name, gradient in gradients.items() if part in name]
+        assert norms and max(norms) > 0, f"no gradient in {part}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_off_policy_step_equals_the_eager_float64_step(family, tmp_path, caplog):
+    rows = rows_of(family)
+    trainer, recorder = build_trainer(family, tmp_path, rows)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(unused|not used|unexpected|missing).*")
+        trainer.train()
+    assert len(losses_of(trainer)) == 2
+    assert all(math.isfinite(loss) for loss in losses_of(trainer))
+    assert not [r.message for r in caplog.records if r.name.startswith("transformers.model")]
+    assert_gradients_reach_every_part(family, trainer.model, recorder.gradients)
+    _, processor = tiny(family)
+    completions = [completion_of(family, processor, row) for row in rows]
+    assert len({len(completion) for completion in completions}) > 1, "lengths must be mixed"
+    assert_equals_eager_step(family, trainer, recorder, rows, completions)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_policy_step_equals_the_eager_step_on_what_was_generated(family, tmp_path):
+    rows = rows_of(family)
+    student, processor = tiny(family)
+    generated = []
+    generate = student.generate
+
+    def record(*args, **kwargs):
+        output = generate(*args, **kwargs)
+        prompt_length = kwargs["input_ids"].shape[1]
+        generated.append([ids[prompt_length:] for ids in output.tolist()])
+        return output
+
+    student.generate = record
+    trainer, recorder = build_trainer(
+        family,
+        tmp_path,
+        rows,
+        student,
+        lmbda=1.0,
+        max_completion_length=MAX_NEW_TOKENS,
+        temperature=1.0,
+    )
+    trainer.train()
+    assert len(losses_of(trainer)) == 2
+    end = getattr(processor, "tokenizer", processor).eos_token_id
+    first_step = [row for batch in generated for row in batch][: len(rows)]
+    completions = [
+        ids[: ids.index(end) + 1] if end in ids else ids[:MAX_NEW_TOKENS] for ids in first_step
+    ]
+    assert_equals_eager_step(family, trainer, recorder, rows, completions)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_side_changes_nothing(family, tmp_path):
+    losses = []
+    for side in ("left", "right"):
+        _, processor = tiny(family)
+        getattr(processor, "tokenizer", processor).padding_side = side
+        trainer, _ = build_trainer(family, tmp_path, rows_of(family), processor=processor)
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    rows = rows_of("qwen3_vl")
+    trainer, recorder = build_trainer("qwen3_vl", tmp_path, rows, gradient_checkpointing=True)
+    trainer.train()
+    _, processor = tiny("qwen3_vl")
+    completions = [completion_of("qwen3_vl", processor, row) for row in rows]
+    assert_equals_eager_step("qwen3_vl", trainer, recorder, rows, completions)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "idefics3"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_batches_of_equal_picture_counts_train_too(family, images, tmp_path):
+    rows = tiny_rows(2, images=images)
+    trainer, recorder = build_trainer(family, tmp_path, rows, max_steps=1)
+    trainer.train()
+    _, processor = tiny(family)
+    completions = [completion_of(family, processor, row) for row in rows]
+    assert_equals_eager_step(family, trainer, recorder, rows, completions)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
+def test_beta_reaches_the_loss(beta, tmp_path):
+    rows = rows_of("qwen3")
+    trainer, recorder = build_trainer("qwen3", tmp_path, rows, beta=beta, max_steps=1)
+    trainer.train()
+    _, processor = tiny("qwen3")
+    completions = [completion_of("qwen3", processor, row) for row in rows]
+    assert_equals_eager_step("qwen3", trainer, recorder, rows, completions, beta=beta)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_gradient_accumulation_equals_one_large_batch(accumulation, tmp_path):
+    rows = rows_of("qwen3_vl", count=4)
+    trainer, recorder = build_trainer(
+        "qwen3_vl",
+        tmp_path,
+        rows,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    _, processor = tiny("qwen3_vl")
+    completions = [completion_of("qwen3_vl", processor, row) for row in rows]
+    assert_equals_eager_step("qwen3_vl", trainer, recorder, rows, completions)

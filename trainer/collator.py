@@ -1,0 +1,171 @@
+"""Rows -> examples (in data loader workers) -> model inputs of one micro-batch.
+
+B sequences, L positions, N scored rows. An example knows its completion's token ids before any
+picture becomes a tensor, so the scored tokens of a whole accumulation window are counted first;
+pictures stay raw until the micro-batch that needs them. Off-policy rows and rollouts take one path:
+a completion is a list of token ids, tokenised by itself as it is at generation time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from trainer.dataset import Messages, Row
+
+IGNORE_INDEX = -100
+Processor = ProcessorMixin | PreTrainedTokenizerBase
+
+
+@dataclass
+class Example:
+    """A rendered row; completion_ids is None where the completion has to be generated."""
+
+    index: int  # row of the dataset
+    prompt_text: str
+    prompt_length: int  # tokens, image tokens included
+    images: list[Image.Image]
+    completion_ids: list[int] | None
+
+    def with_completion(self, completion_ids: list[int]) -> "Example":
+        return replace(self, completion_ids=completion_ids)
+
+
+class ModelInputs(NamedTuple):
+    """One side of a micro-batch."""
+
+    tensors: dict[str, Tensor]  # what the model's forward takes, input_ids (B, L)
+    labels: Tensor  # (B, L), IGNORE_INDEX except on completions
+    scored_rows: Tensor  # (N,) flat positions b * L + l whose logits predict a completion token
+
+
+def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+
+
+class GOLDCollator:
+    """Renders rows with the processor's chat template and tokenises their completions."""
+
+    def __init__(self, processor: Processor, end_ids: Sequence[int], max_length: int | None):
+        self.processor = processor
+        self.tokenizer = tokenizer_of(processor)
+        self.is_vlm = isinstance(processor, ProcessorMixin)
+        self.end_ids = frozenset(end_ids)  # end of turn and end of text: any of them ends an answer
+        self.max_length = max_length
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        return {
+            "examples": [self.example(row) for row in rows],
+            "row_index": torch.tensor([row.index for row in rows]),
+        }
+
+    def example(self, row: Row) -> Example:
+        prompt_text, completion_text = self._render(row)
+        inputs = process_prompts(self.processor, [prompt_text], [row.images])
+        length = inputs["input_ids"].shape[1]
+        room = None if self.max_length is None else self.max_length - length
+        if room is not None and room < 1:
+            raise ValueError(
+                f"row {row.index}: the prompt has {length} tokens with {len(row.images)} pictures, "
+                f"max_length={self.max_length} leaves no room for a completion; raise max_length "
+                "or make the pictures smaller."
+            )
+        ids = None if completion_text is None else self._completion_ids(completion_text)[:room]
+        return Example(row.index, prompt_text, length, row.images, ids)
+
+    def _completion_ids(self, text: str) -> list[int]:
+        """Up to the first end token, which is added where the text has none."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = next((i for i, token_id in enumerate(ids) if token_id in self.end_ids), None)
+        return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
+
+    def _render(self, row: Row) -> tuple[str, str | None]:
+        """Prompt text as the model is prompted, and the text that follows it."""
+        if isinstance(row.prompt, str):
+            return row.prompt, row.completion
+        prompt = self._template(row.prompt, add_generation_prompt=True)
+        if row.completion is None:
+            return prompt, None
+        answer = {"role": "assistant", "content": row.completion}
+        conversation = self._template([*row.prompt, answer], add_generation_prompt=False)
+        if not conversation.startswith(prompt):
+            raise ValueError(
+                f"row {row.index}: the chat template must render an answered conversation as the "
+                f"prompt plus the answer, got {conversation[-80:]!r} after {prompt[-40:]!r}; pass "
+                "prompt and completion as plain text, or a processor with another template."
+            )
+        return prompt, conversation[len(prompt) :]
+
+    def _template(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        return self.processor.apply_chat_template(
+            [{**message, "content": self._content(message["content"])} for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+
+    def _content(self, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+        """Lists of parts for processors, strings for tokenizers: what their templates expect."""
+        if self.is_vlm:
+            return [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def process_prompts(
+    processor: Processor, texts: list[str], images: list[list[Image.Image]]
+) -> dict[str, Tensor]:
+    """Left-padded inputs of prompts with their pictures, as generation needs them."""
+    bos = tokenizer_of(processor).bos_token
+    has_bos = bos is not None and texts[0].startswith(bos)
+    options: dict[str, Any] = {"images": images} if any(images) else {}
+    return dict(
+        processor(
+            text=texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not has_bos,  # templates write their own
+            return_tensors="pt",
+            **options,
+        )
+    )
+
+
+def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInputs:
+    """Prompts, pictures and completions of a micro-batch, padded to the tokenizer's side.
+
+    Every tensor of the shape of input_ids is extended over the completion (0 for type ids); others
+    (pixel values and their sizes) pass through.
+    """
+    tokenizer = tokenizer_of(processor)
+    prompts = process_prompts(
+        processor, [e.prompt_text for e in examples], [e.images for e in examples]
+    )
+    shape = prompts["input_ids"].shape
+    lengths = [e.prompt_length + len(e.completion_ids) for e in examples]
+    width, is_left = max(lengths), tokenizer.padding_side == "left"
+    starts = [width - length if is_left else 0 for length in lengths]
+
+    tensors: dict[str, Tensor] = {}
+    labels = torch.full((len(examples), width), IGNORE_INDEX)
+    for name, tensor in prompts.items():
+        if tensor.shape != shape:
+            tensors[name] = tensor
+            continue
+        fill = tokenizer.pad_token_id if name == "input_ids" else 0
+        tensors[name] = tensor.new_full((len(examples), width), fill)
+        for b, example in enumerate(examples):
+            prompt = tensor[b, shape[1] - example.prompt_length :]
+            tensors[name][b, starts[b] : starts[b] + example.prompt_length] = prompt
+    scored = []
+    for b, example in enumerate(examples):
+        first = starts[b] + example.prompt_length
+        completion = slice(first, first + len(example.completion_ids))
+        labels[b, completion] = torch.tensor(example.completion_ids, dtype=torch.int64)
+        tensors["input_ids"][b, completion] = labels[b, completion]
+        tensors["attention_mask"][b, completion] = 1
+        # The causal shift, the only one: position l - 1 predicts the token at l.
+        scored.append(torch.arange(completion.start, completion.stop) + (b * width - 1))
+    return ModelInputs(tensors, labels, torch.cat(scored))

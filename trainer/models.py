@@ -1,0 +1,173 @@
+"""Student and teacher: loading, what must fit together, and the loss in the place of the head."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from trainer.collator import Processor, tokenizer_of
+
+LOGIT_FIELDS = {  # config field -> value that leaves logits as they are
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+def load_config(
+    name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
+) -> PretrainedConfig:
+    """The config alone, so that a pair is checked before its weights are read."""
+    options = dict(init_kwargs or {})
+    if revision is not None:
+        options["revision"] = revision
+    shared = ("revision", "trust_remote_code", "token", "cache_dir")
+    return AutoConfig.from_pretrained(
+        name_or_path, **{key: options[key] for key in shared if key in options}
+    )
+
+
+def load_model(
+    name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
+) -> PreTrainedModel:
+    """A vision-language or text model by folder or hub id, as its config says."""
+    config = load_config(name_or_path, init_kwargs, revision)
+    is_vlm = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    options = {} if revision is None else {"revision": revision}
+    return auto_class.from_pretrained(name_or_path, **options, **(init_kwargs or {}))
+
+
+def is_vision_language(config: PretrainedConfig) -> bool:
+    return config.get_text_config() is not config
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model below an adapter."""
+    from transformers.utils import is_peft_available
+
+    if is_peft_available():
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            return model.get_base_model()
+    return model
+
+
+def lm_head(model: nn.Module, side: str) -> nn.Linear:
+    """The head whose place the loss takes; refuses what the loss would silently ignore."""
+    base = base_model(model)
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, got "
+            f"{type(head).__name__}; leave lm_head out of LoRA's target_modules and "
+            "modules_to_save, and out of quantisation (llm_int8_skip_modules=['lm_head'])."
+        )
+    if not head.weight.is_floating_point():
+        raise ValueError(
+            f"GOLDTrainer: the {side}'s lm_head must hold floats, got {head.weight.dtype}; leave "
+            "lm_head out of quantisation."
+        )
+    for config in (base.config, base.config.get_text_config()):
+        for name, neutral in LOGIT_FIELDS.items():
+            value = getattr(config, name, neutral)
+            if value not in (None, neutral):
+                raise ValueError(
+                    f"GOLDTrainer: the {side} must have plain logits, got {name}={value}, which "
+                    "the fused loss does not apply; choose a model without it."
+                )
+    return head
+
+
+def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    """Same modality and same family; anything else needs another loss."""
+    kinds = {True: "a vision-language model", False: "a text-only model"}
+    is_vlm = is_vision_language(student)
+    if is_vlm != is_vision_language(teacher):
+        raise ValueError(
+            f"GOLDTrainer: student and teacher must take the same inputs, got {kinds[is_vlm]} as "
+            f"student and {kinds[not is_vlm]} as teacher; choose both of one kind."
+        )
+    if student.model_type != teacher.model_type:
+        raise ValueError(
+            "GOLDTrainer: student and teacher must be of one family, got "
+            f"{student.model_type} and {teacher.model_type}; distilling across families needs the "
+            "cross-family loss (use_uld_loss=True), which is not available in this version."
+        )
+
+
+def check_processor(processor: Processor, is_vlm: bool) -> None:
+    if is_vlm and not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            "GOLDTrainer: a vision-language student needs its processor, got "
+            f"{type(processor).__name__}; pass processing_class=AutoProcessor.from_pretrained(...)."
+        )
+    tokenizer = tokenizer_of(processor)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise ValueError(
+            "GOLDTrainer: the tokenizer must have an eos_token and a pad_token, got "
+            f"{tokenizer.eos_token!r} and {tokenizer.pad_token!r}; set tokenizer.pad_token to a "
+            "token that never ends a turn."
+        )
+
+
+def shared_vocab_size(student: nn.Linear, teacher: nn.Linear, processor: Processor) -> int | None:
+    """Entries that take part in the loss; None where both heads have the same number of rows."""
+    v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
+    if v_student == v_teacher:
+        return None
+    num_tokens = len(tokenizer_of(processor))
+    if num_tokens > min(v_student, v_teacher):
+        raise ValueError(
+            f"GOLDTrainer: the tokenizer has {num_tokens} entries, but the heads of student and "
+            f"teacher have {v_student} and {v_teacher} rows; choose two models of one tokenizer: "
+            "the cross-family loss (use_uld_loss=True) is not available in this version."
+        )
+    return num_tokens
+
+
+def disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+@contextmanager
+def head_replaced(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context the head's forward is function(hidden (B, L, D)).
+
+    The model runs through its wrapper as always and meets the head where it expects it: DDP sees
+    the weight used, FSDP and ZeRO-3 have it gathered, hooks fire. What function returns comes out
+    as the model's `logits`.
+    """
+    head.forward = function
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """(B, L, D) hidden states at flat positions (N,) -> (N, D)."""
+    return hidden.flatten(0, 1).index_select(0, rows)
+
+
+@torch.no_grad()
+def teacher_hidden_rows(
+    teacher: PreTrainedModel, head: nn.Linear, tensors: dict[str, Tensor], rows: Tensor
+) -> Tensor:  # (N, D_t)
+    """The teacher's last hidden states of the scored rows; its head is not run."""
+    with head_replaced(head, lambda hidden: gather_rows(hidden, rows)):
+        return teacher(**tensors, use_cache=False).logits
