@@ -50,12 +50,19 @@ def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
 class GOLDCollator:
     """Renders rows with the processor's chat template and tokenises their completions."""
 
-    def __init__(self, processor: Processor, end_ids: Sequence[int], max_length: int | None):
+    def __init__(
+        self,
+        processor: Processor,
+        end_ids: Sequence[int],
+        max_length: int | None,
+        placeholder_ids: Sequence[int] = (),
+    ):
         self.processor = processor
         self.tokenizer = tokenizer_of(processor)
         self.is_vlm = isinstance(processor, ProcessorMixin)
         self.end_ids = frozenset(end_ids)  # end of turn and end of text: any of them ends an answer
         self.max_length = max_length
+        self.placeholder_ids = frozenset(placeholder_ids)  # of pictures: not in a completion
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         return {
@@ -75,6 +82,11 @@ class GOLDCollator:
                 "or make the pictures smaller."
             )
         ids = None if completion_text is None else self._completion_ids(completion_text)[:room]
+        if ids is not None and not self.placeholder_ids.isdisjoint(ids):
+            raise ValueError(
+                f"row {row.index}: a completion must be text, got a picture's placeholder in "
+                f"{completion_text[:80]!r}; remove it from the answer."
+            )
         return Example(row.index, prompt_text, length, row.images, ids)
 
     def _completion_ids(self, text: str) -> list[int]:

@@ -1,5 +1,6 @@
 """GOLDConfig: every field of transformers.TrainingArguments plus those of distillation."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,13 @@ class GOLDConfig(TrainingArguments):
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps, or share of the steps if below 1."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave NaN and infinite losses out of the log. Costs a wait for the device in "
+            "every micro-batch."
+        },
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the raw columns."}
@@ -102,26 +110,53 @@ class GOLDConfig(TrainingArguments):
                 "GOLDConfig: use_uld_loss must be False, got True; the cross-family loss is not "
                 "available in this version: use a teacher with the student's tokenizer."
             )
-        if self.remove_unused_columns:
-            raise ValueError(
-                "GOLDConfig: remove_unused_columns must be False, got True; the collator reads "
-                "messages, prompt, completion and images itself."
-            )
         for name in ("lmbda", "beta"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"GOLDConfig: {name} must be in [0, 1], got {value}; set {name}.")
         for name in ("temperature", "loss_temperature"):
             value = getattr(self, name)
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(
-                    f"GOLDConfig: {name} must be positive, got {value}; 1.0 leaves them alone."
+                    f"GOLDConfig: {name} must be positive and finite, got {value}; 1.0 leaves the "
+                    "logits as they are."
                 )
         if not 0 < self.top_p <= 1:
             raise ValueError(
                 f"GOLDConfig: top_p must be in (0, 1], got {self.top_p}; 1.0 turns it off."
             )
+        if self.seq_kd and self.lmbda == 1:
+            raise ValueError(
+                "GOLDConfig: seq_kd must be False where every micro-batch is on-policy, got True "
+                "and lmbda=1.0; the teacher writes completions of off-policy ones: lower lmbda."
+            )
         self._check_counts()
+        self._check_inherited()
+
+    def _check_inherited(self) -> None:
+        """Fields of TrainingArguments that would be ignored, or fail deep inside a step."""
+        if self.remove_unused_columns:
+            raise ValueError(
+                "GOLDConfig: remove_unused_columns must be False, got True; the collator reads "
+                "messages, prompt, completion and images itself."
+            )
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                "GOLDConfig: label_smoothing_factor must be 0, got "
+                f"{self.label_smoothing_factor}; the teacher's distribution is the target: raise "
+                "loss_temperature for a smoother one."
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                "GOLDConfig: train_sampling_strategy must be 'random' or 'sequential', got "
+                f"{self.train_sampling_strategy!r}; lengths with image tokens are not known ahead."
+            )
+        if self.include_num_input_tokens_seen not in (False, "no"):
+            raise ValueError(
+                "GOLDConfig: include_num_input_tokens_seen must be 'no', got "
+                f"{self.include_num_input_tokens_seen!r}; image tokens are counted by no one "
+                "before the micro-batch: the log has completion_length and tokens_per_second."
+            )
 
     def _check_counts(self) -> None:
         if self.top_k < 0:

@@ -87,6 +87,7 @@ class GOLDTrainer(Trainer):
             self.student_head, self.teacher_head, processing_class
         )
         self.end_ids = end_ids_of(model, processing_class)
+        self.placeholder_ids = models.placeholder_ids_of(student_config)
         self.windows = {"train": MetricWindow(), "eval": MetricWindow()}
 
         def as_rows(dataset: Any, needs_completion: bool) -> Any:
@@ -100,7 +101,7 @@ class GOLDTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator
-            or GOLDCollator(processing_class, self.end_ids, args.max_length),
+            or GOLDCollator(processing_class, self.end_ids, args.max_length, self.placeholder_ids),
             train_dataset=as_rows(train_dataset, not args.seq_kd and args.lmbda < 1),
             eval_dataset=as_rows(eval_dataset, not args.seq_kd),
             processing_class=processing_class,
@@ -149,7 +150,14 @@ class GOLDTrainer(Trainer):
     def _generate(self, source: str, examples: list) -> list:
         model = self.model if source == "student" else self.teacher_model
         model = self.accelerator.unwrap_model(model)
-        return generate_completions(model, self.processing_class, examples, self.end_ids, self.args)
+        return generate_completions(
+            model,
+            self.processing_class,
+            examples,
+            self.end_ids,
+            self.placeholder_ids,
+            self.args,
+        )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Pictures and tokens become tensors here, one micro-batch at a time."""

@@ -1,5 +1,6 @@
 """Student and teacher: loading, what must fit together, and the loss in the place of the head."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from trainer.collator import Processor, tokenizer_of
 
+# Config fields of tokens that stand for picture, video or sound features.
+PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|boi|eoi).*token_(id|index)$")
 LOGIT_FIELDS = {  # config field -> value that leaves logits as they are
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
@@ -51,6 +54,14 @@ def load_model(
 
 def is_vision_language(config: PretrainedConfig) -> bool:
     return config.get_text_config() is not config
+
+
+def placeholder_ids_of(config: PretrainedConfig) -> list[int]:
+    """Tokens that no completion may hold: the model would look for the pictures they stand for."""
+    fields = config.to_dict().items()
+    return sorted(
+        {i for name, i in fields if PLACEHOLDER_FIELD.search(name) and isinstance(i, int)}
+    )
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -42,11 +42,13 @@ def generate_completions(
     processor: Processor,
     examples: Sequence[Example],
     end_ids: Sequence[int],
+    placeholder_ids: Sequence[int],
     args: GOLDConfig,
 ) -> list[Example]:
     """The examples with completions as they were sampled: the end token kept, padding dropped.
 
-    A completion that reaches max_completion_length (or the row's room in max_length) has no end.
+    Placeholders of pictures are never sampled. A completion that reaches max_completion_length (or
+    the row's room in max_length) has no end.
     """
     rooms = [
         args.max_completion_length
@@ -61,6 +63,7 @@ def generate_completions(
         top_k=args.top_k,
         max_new_tokens=max(rooms),
         eos_token_id=list(end_ids),
+        suppress_tokens=list(placeholder_ids) or None,
         pad_token_id=tokenizer_of(processor).pad_token_id,
         use_cache=True,
     )
