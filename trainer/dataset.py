@@ -1,6 +1,6 @@
 """Dataset row -> prompt, completion and raw pictures, with errors that name the row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 Messages = list[dict[str, Any]]
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
 
 
 @dataclass
@@ -24,6 +25,15 @@ class RowDataset(torch.utils.data.Dataset):
     """A map-style dataset read as Rows."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], *, needs_completion: bool, is_text: bool):
+        if not isinstance(rows, Sized):
+            raise ValueError(
+                "RowDataset: a map-style dataset with a length is expected, got "
+                f"{type(rows).__name__}; load it without streaming, or pass a list of rows."
+            )
+        if len(rows) == 0:
+            raise ValueError(
+                "RowDataset: at least one row is expected, got none; check split and filters."
+            )
         self.rows = rows
         self.needs_completion = needs_completion
         self.is_text = is_text  # the student takes no pictures
@@ -34,15 +44,14 @@ class RowDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Row:
         try:
             columns = self.rows[index]
-        except (OSError, SyntaxError) as error:  # datasets decodes pictures here
-            raise ValueError(
-                f"row {index}: its picture cannot be read ({error}); mend or drop the row."
-            ) from error
-        row = parse_row(columns, index)
+        except UNREADABLE as error:  # datasets decodes pictures here
+            raise _unreadable(index, error) from error
+        row = parse_row(columns, index, self.is_text)
         if self.needs_completion and row.completion is None:
             raise ValueError(
                 f"row {index}: an assistant's answer is expected as `completion` or as the last of "
-                "`messages`, got none; add it, or set lmbda=1.0 or seq_kd=True to generate it."
+                "`messages`, got none; add it, or set seq_kd=True (or lmbda=1.0 in training) to "
+                "generate it."
             )
         if self.is_text and row.images:
             raise ValueError(
@@ -52,8 +61,12 @@ class RowDataset(torch.utils.data.Dataset):
         return row
 
 
-def parse_row(columns: dict[str, Any], index: int) -> Row:
-    """Read messages, or prompt and completion, with image or images."""
+def parse_row(columns: dict[str, Any], index: int, is_text: bool) -> Row:
+    """Read messages, or prompt and completion, with image or images.
+
+    For a vision-language student a plain prompt becomes a user's turn, with or without pictures:
+    all rows of a dataset are prompted alike.
+    """
     images = _images(columns, index)
     if columns.get("messages") is not None:
         prompt, completion = _split_messages(columns["messages"], index)
@@ -72,24 +85,49 @@ def parse_row(columns: dict[str, Any], index: int) -> Row:
                 f"row {index}: prompt is plain text, so completion must be too, got "
                 f"{type(completion).__name__}; make both conversations or both text."
             )
-        if images:
+        if not is_text:
             prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str):
+        _check_messages(prompt, index)
         prompt = _place_images(prompt, len(images), index)
     return Row(index, prompt, completion, images)
 
 
+def _check_messages(messages: Messages, index: int) -> None:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(
+            f"row {index}: a conversation must be a list of messages, got {messages!r}; drop the "
+            "row or mend the column."
+        )
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"row {index}: a message must have a role and a content, got {message!r}; write "
+                '{"role": "user", "content": "..."}.'
+            )
+        content = message.get("content")
+        is_parts = isinstance(content, list | tuple) and all(
+            isinstance(p, Mapping) for p in content
+        )
+        if not isinstance(content, str) and not is_parts:
+            raise ValueError(
+                f"row {index}: the content of a message must be text or a list of parts, got "
+                f"{content!r}; write it as text, or as "
+                '[{"type": "image"}, {"type": "text", "text": "..."}].'
+            )
+
+
 def _split_messages(messages: Messages, index: int) -> tuple[Messages, str | None]:
     """The last assistant message is the completion; earlier turns belong to the prompt."""
-    if not messages:
-        raise ValueError(f"row {index}: messages must not be empty; drop the row.")
+    _check_messages(messages, index)
     if messages[-1]["role"] != "assistant":
         return messages, None
     return messages[:-1], _assistant_text(messages[-1:], index)
 
 
 def _assistant_text(completion: Messages, index: int) -> str:
-    if len(completion) != 1 or completion[0].get("role") != "assistant":
+    _check_messages(completion, index)
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
         raise ValueError(
             f"row {index}: completion must be one assistant message, got "
             f"{[message.get('role') for message in completion]}; put earlier turns into the prompt."
@@ -117,11 +155,14 @@ def _images(columns: dict[str, Any], index: int) -> list[Image.Image]:
             )
         try:
             image.load()  # PIL reads lazily: a broken file shows here, where the row is known
-        except (OSError, SyntaxError) as error:
-            raise ValueError(
-                f"row {index}: its picture cannot be read ({error}); mend or drop the row."
-            ) from error
-    return list(images)
+        except UNREADABLE as error:
+            raise _unreadable(index, error) from error
+    # Not every processor takes grey, palette or transparent pictures.
+    return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+
+
+def _unreadable(index: int, error: Exception) -> ValueError:
+    return ValueError(f"row {index}: its picture cannot be read ({error}); mend or drop the row.")
 
 
 def _place_images(prompt: Messages, num_images: int, index: int) -> Messages:

@@ -7,58 +7,59 @@ from torch import Tensor
 
 from gold_kernels import JSDMetrics
 
-SUMS = (
-    "tokens",
-    "completions",
-    "on_policy_tokens",
-    "on_policy_loss",
-    "off_policy_tokens",
-    "off_policy_loss",
-    "student_entropy",
-    "teacher_entropy",
-    "forward_kl",
-    "reverse_kl",
-    "top1_agreement",
-)
-PER_TOKEN = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "top1_agreement")
+COUNTS = ("tokens", "completions")
+VALUES = JSDMetrics._fields
+POLICIES = ("off_policy", "on_policy")
 
 
 class MetricWindow:
-    """Sums over scored tokens since the last log."""
+    """Sums since the last log, one row a policy: counts on the host, values on the device."""
 
     def __init__(self) -> None:
-        self.sums: Tensor | None = None  # (len(SUMS),) float64 on the device
-        self.started = time.perf_counter()
+        self.started: float | None = None
+        self.reset()
+
+    def start(self) -> None:
+        """Start the clock unless it runs."""
+        if self.started is None:
+            self.started = time.perf_counter()
+
+    def skip(self, seconds: float) -> None:
+        """Leave time out that something else took, an evaluation for instance."""
+        if self.started is not None:
+            self.started += seconds
+
+    def reset(self) -> None:
+        self.counts = torch.zeros(len(POLICIES), len(COUNTS))
+        self.values: list[Tensor | None] = [None for _ in POLICIES]  # (len(VALUES),) each
 
     def add(self, metrics: JSDMetrics, num_completions: int, is_on_policy: bool) -> None:
         """Add one micro-batch; no host sync."""
-        num_tokens = metrics.loss.shape[0]
-        loss = metrics.loss.sum()
-        zero = torch.zeros_like(loss)
-        counts = metrics.loss.new_tensor(
-            [
-                num_tokens,
-                num_completions,
-                num_tokens * is_on_policy,
-                num_tokens * (not is_on_policy),
-            ]
-        )
-        on_loss, off_loss = (loss, zero) if is_on_policy else (zero, loss)
-        parts = [counts[0], counts[1], counts[2], on_loss, counts[3], off_loss]
-        parts += [getattr(metrics, name).sum() for name in PER_TOKEN]
-        sums = torch.stack(parts).double()
-        self.sums = sums if self.sums is None else self.sums + sums
+        policy = int(is_on_policy)
+        self.counts[policy] += torch.tensor([metrics.loss.shape[0], num_completions])
+        sums = torch.stack([value.sum() for value in metrics])
+        before = self.values[policy]
+        self.values[policy] = sums if before is None else before + sums
+
+    def sums(self, device: torch.device) -> Tensor:
+        """(len(POLICIES), len(COUNTS) + len(VALUES)) of this rank, on the device."""
+        zero = torch.zeros(len(VALUES), device=device)
+        values = torch.stack([zero if value is None else value for value in self.values])
+        return torch.cat([self.counts.to(device), values], dim=1)
 
     def means(self, sums: Tensor) -> dict[str, float]:
-        """Means of the window from sums over all ranks; starts the next window."""
-        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        """Means over scored tokens from the sums of all ranks; starts the next window."""
         now = time.perf_counter()
-        tokens = max(total["tokens"], 1.0)
-        result = {name: total[name] / tokens for name in PER_TOKEN}
-        for policy in ("on_policy", "off_policy"):
-            if total[f"{policy}_tokens"]:
-                result[f"{policy}_loss"] = total[f"{policy}_loss"] / total[f"{policy}_tokens"]
-        result["completion_length"] = total["tokens"] / max(total["completions"], 1.0)
-        result["tokens_per_second"] = total["tokens"] / max(now - self.started, 1e-9)
-        self.sums, self.started = None, now
+        seconds = now - (now if self.started is None else self.started)
+        self.reset()
+        self.started = now
+        rows = sums.cpu().double()
+        tokens, completions, *values = rows.sum(0).tolist()
+        result = dict(zip(VALUES, (value / max(tokens, 1) for value in values), strict=True))
+        for policy, (num_tokens, _, loss, *_) in zip(POLICIES, rows.tolist(), strict=True):
+            if num_tokens:
+                result[f"{policy}_loss"] = loss / num_tokens
+        result["completion_length"] = tokens / max(completions, 1)
+        if seconds > 0:
+            result["tokens_per_second"] = tokens / seconds
         return result

@@ -11,11 +11,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import is_peft_available
 
 from trainer.collator import Processor, tokenizer_of
 
@@ -25,31 +26,35 @@ LOGIT_FIELDS = {  # config field -> value that leaves logits as they are
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
     "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
 }
+# Heads of one tokenizer are padded to a multiple of 64 to 512 rows (Qwen2.5: 151936 and 152064),
+# heads of two differ by thousands.
+MAX_PADDING = 1024
+HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder")
 
 
 def load_config(
     name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
 ) -> PretrainedConfig:
     """The config alone, so that a pair is checked before its weights are read."""
-    options = dict(init_kwargs or {})
-    if revision is not None:
-        options["revision"] = revision
-    shared = ("revision", "trust_remote_code", "token", "cache_dir")
-    return AutoConfig.from_pretrained(
-        name_or_path, **{key: options[key] for key in shared if key in options}
-    )
+    return AutoConfig.from_pretrained(name_or_path, **hub_options(init_kwargs, revision))
+
+
+def hub_options(init_kwargs: dict[str, Any] | None, revision: str | None = None) -> dict[str, Any]:
+    """What config, tokenizer and processor share with the weights of from_pretrained."""
+    options = {key: value for key, value in (init_kwargs or {}).items() if key in HUB_OPTIONS}
+    return options if revision is None else {**options, "revision": revision}
 
 
 def load_model(
     name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
 ) -> PreTrainedModel:
     """A vision-language or text model by folder or hub id, as its config says."""
-    config = load_config(name_or_path, init_kwargs, revision)
-    is_vlm = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    is_vlm = is_vision_language(load_config(name_or_path, init_kwargs, revision))
     auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    options = {} if revision is None else {"revision": revision}
-    return auto_class.from_pretrained(name_or_path, **options, **(init_kwargs or {}))
+    options = {**(init_kwargs or {}), **hub_options(init_kwargs, revision)}
+    return auto_class.from_pretrained(name_or_path, **options)
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -66,8 +71,6 @@ def placeholder_ids_of(config: PretrainedConfig) -> list[int]:
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model below an adapter."""
-    from transformers.utils import is_peft_available
-
     if is_peft_available():
         from peft import PeftModel
 
@@ -86,10 +89,11 @@ def lm_head(model: nn.Module, side: str) -> nn.Linear:
             f"{type(head).__name__}; leave lm_head out of LoRA's target_modules and "
             "modules_to_save, and out of quantisation (llm_int8_skip_modules=['lm_head'])."
         )
-    if not head.weight.is_floating_point():
+    if not head.weight.is_floating_point() or type(head.weight) is not nn.Parameter:
         raise ValueError(
-            f"GOLDTrainer: the {side}'s lm_head must hold floats, got {head.weight.dtype}; leave "
-            "lm_head out of quantisation."
+            f"GOLDTrainer: the {side}'s lm_head must hold plain floats, got "
+            f"{type(head.weight).__name__} of {head.weight.dtype}; leave lm_head out of "
+            "quantisation and of tensor parallelism."
         )
     for config in (base.config, base.config.get_text_config()):
         for name, neutral in LOGIT_FIELDS.items():
@@ -111,12 +115,31 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
             f"GOLDTrainer: student and teacher must take the same inputs, got {kinds[is_vlm]} as "
             f"student and {kinds[not is_vlm]} as teacher; choose both of one kind."
         )
-    if student.model_type != teacher.model_type:
+    # Mixture-of-experts and dense models of a family share tokenizer and processor.
+    families = [config.model_type.removesuffix("_moe") for config in (student, teacher)]
+    if families[0] != families[1]:
         raise ValueError(
             "GOLDTrainer: student and teacher must be of one family, got "
             f"{student.model_type} and {teacher.model_type}; distilling across families needs the "
             "cross-family loss (use_uld_loss=True), which is not available in this version."
         )
+
+
+def check_vocabularies(student: Processor, teacher_name: str, **options: Any) -> None:
+    """The teacher's tokenizer, where its name leads to one, must give every id the same token."""
+    try:
+        teacher = AutoTokenizer.from_pretrained(teacher_name, **options)
+    except (OSError, ValueError):
+        return  # a folder of weights alone: heads and model types are compared all the same
+    tokens = {token_id: token for token, token_id in tokenizer_of(student).get_vocab().items()}
+    for token, token_id in teacher.get_vocab().items():
+        if tokens.get(token_id, token) != token:
+            raise ValueError(
+                "GOLDTrainer: student and teacher must have one vocabulary, got token "
+                f"{token_id} = {tokens[token_id]!r} and {token!r}; distilling across tokenizers "
+                "needs the cross-family loss (use_uld_loss=True), which is not available in this "
+                "version."
+            )
 
 
 def check_processor(processor: Processor, is_vlm: bool) -> None:
@@ -136,23 +159,62 @@ def check_processor(processor: Processor, is_vlm: bool) -> None:
 
 def shared_vocab_size(student: nn.Linear, teacher: nn.Linear, processor: Processor) -> int | None:
     """Entries that take part in the loss; None where both heads have the same number of rows."""
-    v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
-    if v_student == v_teacher:
-        return None
+    v_student, v_teacher = student.out_features, teacher.out_features
     num_tokens = len(tokenizer_of(processor))
-    if num_tokens > min(v_student, v_teacher):
+    if num_tokens > min(v_student, v_teacher) or abs(v_student - v_teacher) > MAX_PADDING:
         raise ValueError(
-            f"GOLDTrainer: the tokenizer has {num_tokens} entries, but the heads of student and "
-            f"teacher have {v_student} and {v_teacher} rows; choose two models of one tokenizer: "
-            "the cross-family loss (use_uld_loss=True) is not available in this version."
+            "GOLDTrainer: student and teacher must have one tokenizer, got heads of "
+            f"{v_student} and {v_teacher} rows and a tokenizer of {num_tokens} entries; choose two "
+            "models of one tokenizer: the cross-family loss (use_uld_loss=True) is not available "
+            "in this version."
         )
-    return num_tokens
+    return None if v_student == v_teacher else num_tokens
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
+    """The student with a trainable adapter; its own weights are frozen."""
+    if not is_peft_available():
+        raise ValueError(
+            "GOLDTrainer: peft_config needs the package peft, which is not installed; "
+            "pip install 'gold-kernels[peft]'."
+        )
+    from peft import get_peft_model
+
+    if base_model(model) is not model:
+        raise ValueError(
+            "GOLDTrainer: peft_config must be None for a student that has an adapter, got "
+            f"{type(model).__name__}; merge it first (model.merge_and_unload()) or leave "
+            "peft_config out."
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            "GOLDTrainer: peft_config must change weights, got the prompt learning "
+            f"{type(peft_config).__name__}, whose virtual tokens shift all positions; use "
+            "LoraConfig."
+        )
+    return get_peft_model(model, peft_config)
 
 
 def disable_dropout(model: nn.Module) -> None:
+    """Set the rate of dropout layers, and those that attention layers keep as a number, to 0."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def place_frozen(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The teacher on the device, without gradients. A quantised or dispatched one stays put.
+
+    Not accelerate's prepare_model: its list of models decides how the student is evaluated.
+    """
+    model.requires_grad_(False).eval()
+    is_placed = any(
+        getattr(model, name, None) is not None for name in ("hf_device_map", "quantization_method")
+    )
+    return model if is_placed else model.to(device)
 
 
 @contextmanager
@@ -163,11 +225,14 @@ def head_replaced(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iter
     the weight used, FSDP and ZeRO-3 have it gathered, hooks fire. What function returns comes out
     as the model's `logits`.
     """
+    before = vars(head).get("forward")  # that of a hook, where accelerate put one
     head.forward = function
     try:
         yield
     finally:
         del head.forward
+        if before is not None:
+            head.forward = before
 
 
 def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from trainer.collator import Example, Processor, process_prompts, tokenizer_of
+from trainer.collator import Example, Processor, process_prompts, tokenizer_of, until_end
 from trainer.config import GOLDConfig
 from trainer.models import base_model
 
@@ -21,20 +21,41 @@ def end_ids_of(model: nn.Module, processor: Processor) -> list[int]:
 
 @contextmanager
 def generation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradient checkpointing, which would switch the cache off; restored
-    after.
+    """Eval mode, restored after. Gradient checkpointing, which would switch the cache off, acts
+    in training mode only.
     """
     was_training = model.training
-    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    for module in checkpointed:
-        module.gradient_checkpointing = False
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
-        for module in checkpointed:
-            module.gradient_checkpointing = True
+
+
+@contextmanager
+def own_settings_hidden(model: PreTrainedModel) -> Iterator[None]:
+    """Without the generation_config that came with the weights: generate() takes from it whatever
+    the caller leaves open, for instance a repetition penalty.
+    """
+    settings, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from this seed, the state before restored after.
+
+    Rollouts must not depend on what was drawn before them: the Trainer restores the random state
+    of a checkpoint only after the resumed window's batches were fetched.
+    """
+    is_forked = device.type not in ("cpu", "mps")  # those have one generator, or none by device
+    options = {"devices": [device], "device_type": device.type} if is_forked else {"devices": []}
+    with torch.random.fork_rng(**options):
+        torch.manual_seed(seed)
+        yield
 
 
 def generate_completions(
@@ -44,6 +65,7 @@ def generate_completions(
     end_ids: Sequence[int],
     placeholder_ids: Sequence[int],
     args: GOLDConfig,
+    seed: int,
 ) -> list[Example]:
     """The examples with completions as they were sampled: the end token kept, padding dropped.
 
@@ -71,16 +93,11 @@ def generate_completions(
         processor, [e.prompt_text for e in examples], [e.images for e in examples]
     )
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-    with generation_mode(model), torch.no_grad():
+    model = base_model(model)
+    with generation_mode(model), own_settings_hidden(model), seeded(seed, args.device):
         output = model.generate(**inputs, generation_config=config)
     sampled = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [
         example.with_completion(until_end(ids[:room], end_ids))
         for example, ids, room in zip(examples, sampled, rooms, strict=True)
     ]
-
-
-def until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """Ids up to and with the first end token."""
-    end = next((i for i, token_id in enumerate(ids) if token_id in end_ids), None)
-    return ids if end is None else ids[: end + 1]
