@@ -12,7 +12,7 @@ from gold_kernels.reference import LOG_ZERO, LOWEST_LOGIT, log_probs
 
 MAX_LOG_RATIO = 80.0  # either p or q is then below 1e-34: see kernels/jsd_rows.py
 # Temporaries are about eight times this many float32 values (or one row, if a row is longer).
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 15
 
 
 class _Rows:

@@ -397,7 +397,7 @@ def memory_bound(n: int, v: int, d_s: int, chunk_size: int, has_frozen_head: boo
     """
     buffers = chunk_size * v * (4 + 4)
     returned = 4 * n * d_s + (0 if has_frozen_head else 4 * v * d_s)
-    row_function = 18 * 4 * max(v, 1 << 18) + 64 * n
+    row_function = 18 * 4 * max(v, 1 << 15) + 64 * n
     return buffers + 2 * returned + chunk_size * d_s * 4 + row_function
 
 

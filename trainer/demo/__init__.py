@@ -1,0 +1,81 @@
+"""A teacher VLM learns handwritten digits, a smaller one learns from it: all on the spot.
+
+No download: pictures from scikit-learn, stock Qwen3-VL classes with small configs, a tokenizer
+trained on the demo's sentences. The real GOLDTrainer, the real fused loss.
+"""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from trainer.demo.digits import load_pictures
+from trainer.demo.evaluate import accuracy_of, generate_answers
+from trainer.demo.loss_memory import loss_peak_bytes
+from trainer.demo.report import (
+    DemoResult,
+    draw_contact_sheet,
+    draw_loss_curve,
+    print_table,
+    write_metrics,
+)
+from trainer.demo.tiny_vlm import STUDENT_SIZE, build_model, build_processor
+from trainer.demo.train import (
+    CHUNK_SIZE,
+    DemoSettings,
+    load_or_train_teacher,
+    make_examples,
+    train_student,
+)
+
+TOKENS_PER_ANSWER = 10
+
+
+def run_demo(
+    output_dir: str | Path = "runs/demo", settings: DemoSettings | None = None
+) -> DemoResult:
+    """Train or load the teacher, distil the student, write everything under output_dir."""
+    settings, console = settings or DemoSettings(), Console()
+    output_dir = Path(output_dir)
+    train, held_out = load_pictures(settings.num_train, settings.num_held_out)
+    processor = build_processor()
+    questions = make_examples(processor, held_out, is_labelled=False)
+
+    console.rule("Teacher: learns from labelled pictures")
+    teacher, teacher_seconds = load_or_train_teacher(
+        output_dir / "teacher", processor, train, settings
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device)
+    teacher_accuracy = accuracy_of(generate_answers(teacher, processor, questions), held_out)
+    console.print(f"The teacher reads {teacher_accuracy:.1%} of the held-out pictures.")
+
+    console.rule("Student: learns from the teacher, never sees a label")
+    student = build_model(STUDENT_SIZE, processor, settings.seed + 1).to(device)
+    before = accuracy_of(generate_answers(student, processor, questions), held_out)
+    log, student_seconds = train_student(
+        output_dir / "student", student, teacher, processor, train, settings
+    )
+    answers = generate_answers(student, processor, questions)
+    num_rows = settings.batch_size * TOKENS_PER_ANSWER
+    eager_peak, fused_peak = loss_peak_bytes(student, teacher, num_rows, CHUNK_SIZE)
+    result = DemoResult(
+        teacher_accuracy=teacher_accuracy,
+        student_accuracy_before=before,
+        student_accuracy_after=accuracy_of(answers, held_out),
+        teacher_parameters=teacher.num_parameters(),
+        student_parameters=student.num_parameters(),
+        teacher_seconds=teacher_seconds,
+        student_seconds=student_seconds,
+        loss_rows=num_rows,
+        eager_loss_peak_bytes=eager_peak,
+        fused_loss_peak_bytes=fused_peak,
+        held_out_pictures=len(held_out),
+        device=str(device),
+    )
+    write_metrics(result, output_dir / "metrics.json")
+    draw_loss_curve(log, output_dir / "loss.png")
+    draw_contact_sheet(held_out, answers, output_dir / "answers.png")
+    print_table(result, console)
+    console.print(f"Everything is in {output_dir}: metrics.json, loss.png, answers.png, student/")
+    return result

@@ -34,8 +34,10 @@ class Digits:
         return len(self.pictures)
 
 
-def load_pictures(num_train: int | None = None) -> tuple[Digits, Digits]:
-    """Return (training, held-out) pictures; num_train keeps only the first training pictures."""
+def load_pictures(
+    num_train: int | None = None, num_held_out: int | None = None
+) -> tuple[Digits, Digits]:
+    """Return (training, held-out) pictures, only the first ones where a number is given."""
     source = load_digits()
     order = np.random.default_rng(0).permutation(len(source.target))
     held_out, train = order[:NUM_HELD_OUT], order[NUM_HELD_OUT:][:num_train]
@@ -43,7 +45,7 @@ def load_pictures(num_train: int | None = None) -> tuple[Digits, Digits]:
     def select(rows: np.ndarray) -> Digits:
         return Digits([make_picture(source.images[i]) for i in rows], source.target[rows].tolist())
 
-    return select(train), select(held_out)
+    return select(train), select(held_out[:num_held_out])
 
 
 def make_picture(grey: np.ndarray) -> Image.Image:

@@ -20,13 +20,14 @@ from trainer.collator import Example, GOLDCollator, build_inputs
 from trainer.config import GOLDConfig
 from trainer.dataset import RowDataset
 from trainer.demo.digits import Digits, make_rows
-from trainer.demo.tiny_vlm import STUDENT_SIZE, TEACHER_SIZE, build_model
+from trainer.demo.tiny_vlm import TEACHER_SIZE, build_model
 from trainer.gold_trainer import GOLDTrainer
 
 logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 64  # a prompt with its 4 image tokens has about 25
 CACHE_FILE = "demo.json"
+CHUNK_SIZE = 128  # rows of logits at a time: a batch has about 640
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,17 @@ def _train_teacher(
 
 def train_student(
     folder: Path,
+    student: PreTrainedModel,
     teacher: PreTrainedModel,
     processor: Qwen3VLProcessor,
     digits: Digits,
     settings: DemoSettings,
-) -> tuple[PreTrainedModel, list[dict[str, float]], float]:
-    """A fresh student distilled without a label: the model, the log and the seconds.
+) -> tuple[list[dict[str, float]], float]:
+    """Distil a fresh student in place, without a label; return the log and the seconds.
 
     Off-policy steps learn from what the teacher says about a picture, on-policy steps from what the
     student itself says, both scored by the teacher at every token.
     """
-    student = build_model(STUDENT_SIZE, processor, settings.seed + 1)
     args = GOLDConfig(
         **common_arguments(folder, settings),
         max_steps=settings.student_steps,
@@ -145,6 +146,7 @@ def train_student(
         temperature=1.0,
         max_completion_length=16,
         max_length=MAX_LENGTH,
+        chunk_size=CHUNK_SIZE,
         log_completions=True,
         log_completions_steps=max(1, settings.student_steps // 2),
         num_completions_to_print=4,
@@ -160,4 +162,4 @@ def train_student(
     trainer.train()
     seconds = time.perf_counter() - start
     trainer.save_model(str(folder))
-    return student, [entry for entry in trainer.state.log_history if "loss" in entry], seconds
+    return [entry for entry in trainer.state.log_history if "loss" in entry], seconds

@@ -1,0 +1,25 @@
+"""Peak memory of the loss alone, eager and fused, on the shapes of one batch of the demo."""
+
+import torch
+from transformers import PreTrainedModel
+
+from gold_kernels import fused_linear_jsd, peak_extra_bytes, reference
+
+
+def loss_peak_bytes(
+    student: PreTrainedModel, teacher: PreTrainedModel, num_rows: int, chunk_size: int
+) -> tuple[int, int]:
+    """(eager, fused) peak bytes of forward and backward above inputs, random hidden states."""
+    device = student.device
+    heads = [model.get_output_embeddings().weight.detach() for model in (student, teacher)]
+    hidden = [torch.randn(num_rows, head.shape[1], device=device) for head in heads]
+    leaves = (hidden[0].requires_grad_(), heads[0].clone().requires_grad_())
+
+    def step(loss_function, **options) -> None:
+        loss = loss_function(*leaves, hidden[1], heads[1], **options)
+        torch.autograd.grad(loss, leaves)
+
+    step(fused_linear_jsd, chunk_size=chunk_size)  # workspaces and compiled kernels do not count
+    eager = peak_extra_bytes(lambda: step(reference.linear_jsd), device)
+    fused = peak_extra_bytes(lambda: step(fused_linear_jsd, chunk_size=chunk_size), device)
+    return eager, fused
