@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     Trainer,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
 from gold_kernels import fused_linear_jsd
-from trainer import models
+from trainer import loading, models
 from trainer.collator import Example, GOLDCollator, Processor, build_inputs, tokenizer_of
 from trainer.completions import print_completions
 from trainer.config import GOLDConfig
@@ -66,43 +64,18 @@ class GOLDTrainer(Trainer):
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         _refuse_unusable(model, teacher_model, args, compute_metrics, preprocess_logits_for_metrics)
-        student_config = _config_of(model, args.model_init_kwargs)
-        teacher_config = _config_of(
-            teacher_model, args.teacher_model_init_kwargs, args.teacher_model_revision
+        student_config, processing_class = loading.check_configs(
+            model, teacher_model, args, processing_class
         )
-        models.check_pair(student_config, teacher_config)
         is_vlm = models.is_vision_language(student_config)
-        if processing_class is None:
-            processing_class = _load_processor(student_config, args.model_init_kwargs)
-        models.check_processor(processing_class, is_vlm)
+        self.is_text = not is_vlm
+        train_dataset = self._as_rows(train_dataset, not args.seq_kd and args.lmbda < 1)
+        eval_dataset = self._as_rows(eval_dataset, not args.seq_kd)
 
-        def as_rows(dataset: Any, needs_completion: bool) -> Any:
-            if isinstance(dataset, dict):
-                return {name: as_rows(part, needs_completion) for name, part in dataset.items()}
-            if dataset is None or isinstance(dataset, str | RowDataset):
-                return dataset
-            rows = RowDataset(dataset, needs_completion=needs_completion, is_text=not is_vlm)
-            _ = rows[0]  # columns that do not fit show before weights are read and folders made
-            return rows
-
-        self.as_rows = as_rows
-        train_dataset = as_rows(train_dataset, not args.seq_kd and args.lmbda < 1)
-        eval_dataset = as_rows(eval_dataset, not args.seq_kd)
-
-        if isinstance(model, str):
-            # In the bfloat16 of most checkpoints small updates would be lost.
-            dtype = {"dtype": torch.float32}
-            model = models.load_model(model, dtype | (args.model_init_kwargs or {}))
-        if isinstance(teacher_model, str):
-            options = args.teacher_model_init_kwargs, args.teacher_model_revision
-            models.check_vocabularies(
-                processing_class, teacher_model, **models.hub_options(*options)
-            )
-            teacher_model = models.load_model(teacher_model, *options)
-        if peft_config is not None:
-            model = models.add_adapter(model, peft_config)
-        if args.disable_dropout:
-            models.disable_dropout(model)
+        set_seed(args.seed)  # of a new adapter
+        model, teacher_model = loading.load_models(
+            model, teacher_model, args, processing_class, peft_config
+        )
         self.student_head = models.lm_head(model, "student")
         self.teacher_head = models.lm_head(teacher_model, "teacher")
         self.loss_options = {
@@ -133,13 +106,23 @@ class GOLDTrainer(Trainer):
         # compute_loss divides by the tokens of the whole window: no second division by its length
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
-        self.teacher_model = models.place_frozen(teacher_model, self.accelerator.device)
+        self.teacher_model = loading.place_frozen(teacher_model, self.accelerator.device)
+
+    def _as_rows(self, dataset: Any, needs_completion: bool) -> Any:
+        """The dataset, or each dataset of a dict, read as Rows."""
+        if isinstance(dataset, dict):
+            return {name: self._as_rows(part, needs_completion) for name, part in dataset.items()}
+        if dataset is None or isinstance(dataset, str | RowDataset):
+            return dataset
+        rows = RowDataset(dataset, needs_completion=needs_completion, is_text=self.is_text)
+        _ = rows[0]  # columns that do not fit show before weights are read and folders made
+        return rows
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return super().get_eval_dataloader(self.as_rows(eval_dataset, not self.args.seq_kd))
+        return super().get_eval_dataloader(self._as_rows(eval_dataset, not self.args.seq_kd))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return super().get_test_dataloader(self.as_rows(test_dataset, not self.args.seq_kd))
+        return super().get_test_dataloader(self._as_rows(test_dataset, not self.args.seq_kd))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -330,24 +313,6 @@ def _refuse_unusable(
             "fused loss never makes the logits they read; the log has entropies, KLs and top-1 "
             "agreement, and a TrainerCallback can generate answers."
         )
-
-
-def _config_of(
-    model: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, revision: str | None = None
-) -> PretrainedConfig:
-    if not isinstance(model, str):
-        return models.base_model(model).config
-    return models.load_config(model, init_kwargs, revision)
-
-
-def _load_processor(config: PretrainedConfig, init_kwargs: dict[str, Any] | None) -> Processor:
-    if not config.name_or_path:
-        raise ValueError(
-            "GOLDTrainer: processing_class is expected for a student that was not loaded from a "
-            "folder or the hub, got None; pass its processor or tokenizer."
-        )
-    auto_class = AutoProcessor if models.is_vision_language(config) else AutoTokenizer
-    return auto_class.from_pretrained(config.name_or_path, **models.hub_options(init_kwargs))
 
 
 def _adapt_to_devices(args: GOLDConfig, is_vlm: bool) -> None:

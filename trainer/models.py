@@ -1,17 +1,12 @@
-"""Student and teacher: loading, what must fit together, and the loss in the place of the head."""
+"""Student and teacher: what must fit together, and the loss in the place of the head."""
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -31,30 +26,6 @@ LOGIT_FIELDS = {  # config field -> value that leaves logits as they are
 # Heads of one tokenizer are padded to a multiple of 64 to 512 rows (Qwen2.5: 151936 and 152064),
 # heads of two differ by thousands.
 MAX_PADDING = 1024
-HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder")
-
-
-def load_config(
-    name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
-) -> PretrainedConfig:
-    """The config alone, so that a pair is checked before its weights are read."""
-    return AutoConfig.from_pretrained(name_or_path, **hub_options(init_kwargs, revision))
-
-
-def hub_options(init_kwargs: dict[str, Any] | None, revision: str | None = None) -> dict[str, Any]:
-    """What config, tokenizer and processor share with the weights of from_pretrained."""
-    options = {key: value for key, value in (init_kwargs or {}).items() if key in HUB_OPTIONS}
-    return options if revision is None else {**options, "revision": revision}
-
-
-def load_model(
-    name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
-) -> PreTrainedModel:
-    """A vision-language or text model by folder or hub id, as its config says."""
-    is_vlm = is_vision_language(load_config(name_or_path, init_kwargs, revision))
-    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    options = {**(init_kwargs or {}), **hub_options(init_kwargs, revision)}
-    return auto_class.from_pretrained(name_or_path, **options)
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -125,23 +96,6 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
         )
 
 
-def check_vocabularies(student: Processor, teacher_name: str, **options: Any) -> None:
-    """The teacher's tokenizer, where its name leads to one, must give every id the same token."""
-    try:
-        teacher = AutoTokenizer.from_pretrained(teacher_name, **options)
-    except (OSError, ValueError):
-        return  # a folder of weights alone: heads and model types are compared all the same
-    tokens = {token_id: token for token, token_id in tokenizer_of(student).get_vocab().items()}
-    for token, token_id in teacher.get_vocab().items():
-        if tokens.get(token_id, token) != token:
-            raise ValueError(
-                "GOLDTrainer: student and teacher must have one vocabulary, got token "
-                f"{token_id} = {tokens[token_id]!r} and {token!r}; distilling across tokenizers "
-                "needs the cross-family loss (use_uld_loss=True), which is not available in this "
-                "version."
-            )
-
-
 def check_processor(processor: Processor, is_vlm: bool) -> None:
     if is_vlm and not isinstance(processor, ProcessorMixin):
         raise ValueError(
@@ -169,52 +123,6 @@ def shared_vocab_size(student: nn.Linear, teacher: nn.Linear, processor: Process
             "in this version."
         )
     return None if v_student == v_teacher else num_tokens
-
-
-def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
-    """The student with a trainable adapter; its own weights are frozen."""
-    if not is_peft_available():
-        raise ValueError(
-            "GOLDTrainer: peft_config needs the package peft, which is not installed; "
-            "pip install 'gold-kernels[peft]'."
-        )
-    from peft import get_peft_model
-
-    if base_model(model) is not model:
-        raise ValueError(
-            "GOLDTrainer: peft_config must be None for a student that has an adapter, got "
-            f"{type(model).__name__}; merge it first (model.merge_and_unload()) or leave "
-            "peft_config out."
-        )
-    if peft_config.is_prompt_learning:
-        raise ValueError(
-            "GOLDTrainer: peft_config must change weights, got the prompt learning "
-            f"{type(peft_config).__name__}, whose virtual tokens shift all positions; use "
-            "LoraConfig."
-        )
-    return get_peft_model(model, peft_config)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set the rate of dropout layers, and those that attention layers keep as a number, to 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def place_frozen(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The teacher on the device, without gradients. A quantised or dispatched one stays put.
-
-    Not accelerate's prepare_model: its list of models decides how the student is evaluated.
-    """
-    model.requires_grad_(False).eval()
-    is_placed = any(
-        getattr(model, name, None) is not None for name in ("hf_device_map", "quantization_method")
-    )
-    return model if is_placed else model.to(device)
 
 
 @contextmanager

@@ -1,0 +1,170 @@
+"""From names or objects to the student, the teacher and the processor that are trained with.
+
+Everything that a config can tell is checked before weights are read.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_peft_available
+
+from trainer import models
+from trainer.collator import Processor, tokenizer_of
+from trainer.config import GOLDConfig
+
+HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder")
+
+
+def check_configs(
+    model: PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str,
+    args: GOLDConfig,
+    processing_class: Processor | None,
+) -> tuple[PretrainedConfig, Processor]:
+    """The student's config and processor, once the pair is known to fit; no weights are read."""
+    student_config = config_of(model, args.model_init_kwargs)
+    teacher_config = config_of(
+        teacher_model, args.teacher_model_init_kwargs, args.teacher_model_revision
+    )
+    models.check_pair(student_config, teacher_config)
+    if processing_class is None:
+        processing_class = load_processor(student_config, args.model_init_kwargs)
+    models.check_processor(processing_class, models.is_vision_language(student_config))
+    return student_config, processing_class
+
+
+def load_models(
+    model: PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str,
+    args: GOLDConfig,
+    processing_class: Processor,
+    peft_config: Any,
+) -> tuple[nn.Module, PreTrainedModel]:
+    """Student, with its adapter if there is one, and teacher."""
+    if isinstance(model, str):
+        # In the bfloat16 of most checkpoints small updates would be lost.
+        init_kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+        model = load_model(model, init_kwargs)
+    if isinstance(teacher_model, str):
+        source = args.teacher_model_init_kwargs, args.teacher_model_revision
+        check_vocabularies(processing_class, teacher_model, **hub_options(*source))
+        teacher_model = load_model(teacher_model, *source)
+    if peft_config is not None:
+        model = add_adapter(model, peft_config)
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model, teacher_model
+
+
+def config_of(
+    model: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, revision: str | None = None
+) -> PretrainedConfig:
+    if not isinstance(model, str):
+        return models.base_model(model).config
+    return load_config(model, init_kwargs, revision)
+
+
+def load_processor(config: PretrainedConfig, init_kwargs: dict[str, Any] | None) -> Processor:
+    if not config.name_or_path:
+        raise ValueError(
+            "GOLDTrainer: processing_class is expected for a student that was not loaded from a "
+            "folder or the hub, got None; pass its processor or tokenizer."
+        )
+    auto_class = AutoProcessor if models.is_vision_language(config) else AutoTokenizer
+    return auto_class.from_pretrained(config.name_or_path, **hub_options(init_kwargs))
+
+
+def load_config(
+    name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
+) -> PretrainedConfig:
+    """The config alone, so that a pair is checked before its weights are read."""
+    return AutoConfig.from_pretrained(name_or_path, **hub_options(init_kwargs, revision))
+
+
+def hub_options(init_kwargs: dict[str, Any] | None, revision: str | None = None) -> dict[str, Any]:
+    """What config, tokenizer and processor share with the weights of from_pretrained."""
+    options = {key: value for key, value in (init_kwargs or {}).items() if key in HUB_OPTIONS}
+    return options if revision is None else {**options, "revision": revision}
+
+
+def load_model(
+    name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
+) -> PreTrainedModel:
+    """A vision-language or text model by folder or hub id, as its config says."""
+    is_vlm = models.is_vision_language(load_config(name_or_path, init_kwargs, revision))
+    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    options = {**(init_kwargs or {}), **hub_options(init_kwargs, revision)}
+    return auto_class.from_pretrained(name_or_path, **options)
+
+
+def check_vocabularies(student: Processor, teacher_name: str, **options: Any) -> None:
+    """The teacher's tokenizer, where its name leads to one, must give every id the same token."""
+    try:
+        teacher = AutoTokenizer.from_pretrained(teacher_name, **options)
+    except (OSError, ValueError):
+        return  # a folder of weights alone: heads and model types are compared all the same
+    tokens = {token_id: token for token, token_id in tokenizer_of(student).get_vocab().items()}
+    for token, token_id in teacher.get_vocab().items():
+        if tokens.get(token_id, token) != token:
+            raise ValueError(
+                "GOLDTrainer: student and teacher must have one vocabulary, got token "
+                f"{token_id} = {tokens[token_id]!r} and {token!r}; distilling across tokenizers "
+                "needs the cross-family loss (use_uld_loss=True), which is not available in this "
+                "version."
+            )
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
+    """The student with a trainable adapter; its own weights are frozen."""
+    if not is_peft_available():
+        raise ValueError(
+            "GOLDTrainer: peft_config needs the package peft, which is not installed; "
+            "pip install 'gold-kernels[peft]'."
+        )
+    from peft import get_peft_model
+
+    if models.base_model(model) is not model:
+        raise ValueError(
+            "GOLDTrainer: peft_config must be None for a student that has an adapter, got "
+            f"{type(model).__name__}; merge it first (model.merge_and_unload()) or leave "
+            "peft_config out."
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            "GOLDTrainer: peft_config must change weights, got the prompt learning "
+            f"{type(peft_config).__name__}, whose virtual tokens shift all positions; use "
+            "LoraConfig."
+        )
+    return get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the rate of dropout layers, and those that attention layers keep as a number, to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def place_frozen(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The teacher on the device, without gradients. A quantised or dispatched one stays put.
+
+    Not accelerate's prepare_model: its list of models decides how the student is evaluated.
+    """
+    model.requires_grad_(False).eval()
+    is_placed = any(
+        getattr(model, name, None) is not None for name in ("hf_device_map", "quantization_method")
+    )
+    return model if is_placed else model.to(device)
