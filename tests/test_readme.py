@@ -1,4 +1,4 @@
-"""README's Python blocks run, in order, in one namespace; its numbers come from committed results."""
+"""Every Python block of README runs on its own; the page stays short."""
 
 import re
 from pathlib import Path

@@ -57,7 +57,7 @@ def run_demo(
         output_dir / "student", student, teacher, processor, train, settings
     )
     answers = generate_answers(student, processor, questions)
-    num_rows = settings.batch_size * TOKENS_PER_ANSWER
+    num_rows = settings.student_batch_size * TOKENS_PER_ANSWER
     eager_peak, fused_peak = loss_peak_bytes(student, teacher, num_rows, CHUNK_SIZE)
     result = DemoResult(
         teacher_accuracy=teacher_accuracy,

@@ -49,7 +49,7 @@ class VLMSize:
 
 
 TEACHER_SIZE = VLMSize(hidden_size=128, num_layers=4, vision_hidden_size=96, vision_depth=3)
-STUDENT_SIZE = VLMSize(hidden_size=64, num_layers=2, vision_hidden_size=64, vision_depth=2)
+STUDENT_SIZE = VLMSize(hidden_size=128, num_layers=2, vision_hidden_size=96, vision_depth=2)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

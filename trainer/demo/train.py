@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 64  # a prompt with its 4 image tokens has about 25
 CACHE_FILE = "demo.json"
-CHUNK_SIZE = 128  # rows of logits at a time: a batch has about 640
+CHUNK_SIZE = 64  # rows of logits at a time: a batch has about 320
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class DemoSettings:
     num_train: int | None = None  # training pictures; None: all 1437
     num_held_out: int | None = None  # held-out pictures; None: all 360
     teacher_steps: int = 240
-    student_steps: int = 240
-    batch_size: int = 64
+    student_steps: int = 320
+    teacher_batch_size: int = 64
+    student_batch_size: int = 32
     teacher_learning_rate: float = 1e-3
-    student_learning_rate: float = 2e-3
-    lmbda: float = 0.3  # share of on-policy steps
+    student_learning_rate: float = 1.5e-3
+    lmbda: float = 0.25  # share of on-policy steps
     seed: int = 0
 
 
@@ -52,11 +53,11 @@ def make_examples(processor: Qwen3VLProcessor, digits: Digits, is_labelled: bool
     return [collator.example(rows[i]) for i in range(len(rows))]
 
 
-def common_arguments(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
+def common_arguments(output_dir: Path, batch_size: int, settings: DemoSettings) -> dict[str, Any]:
     """What both trainings share."""
     return {
         "output_dir": str(output_dir),
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": batch_size,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 10,
         "seed": settings.seed,
@@ -79,7 +80,7 @@ def load_or_train_teacher(
         "size": asdict(TEACHER_SIZE),
         "num_train": len(digits),
         "steps": settings.teacher_steps,
-        "batch_size": settings.batch_size,
+        "batch_size": settings.teacher_batch_size,
         "learning_rate": settings.teacher_learning_rate,
         "seed": settings.seed,
     }
@@ -115,7 +116,7 @@ def _train_teacher(
         return {**side.tensors, "labels": side.labels}
 
     args = TrainingArguments(
-        **common_arguments(folder, settings),
+        **common_arguments(folder, settings.teacher_batch_size, settings),
         max_steps=settings.teacher_steps,
         learning_rate=settings.teacher_learning_rate,
     )
@@ -137,7 +138,7 @@ def train_student(
     student itself says, both scored by the teacher at every token.
     """
     args = GOLDConfig(
-        **common_arguments(folder, settings),
+        **common_arguments(folder, settings.student_batch_size, settings),
         max_steps=settings.student_steps,
         learning_rate=settings.student_learning_rate,
         lmbda=settings.lmbda,
