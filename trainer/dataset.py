@@ -141,12 +141,9 @@ def _assistant_text(completion: Messages, index: int) -> str:
 
 
 def _images(columns: dict[str, Any], index: int) -> list[Image.Image]:
-    images = columns.get("images")
-    if images is None:
-        image = columns.get("image")
-        images = [] if image is None else [image]
-    elif not isinstance(images, list | tuple):
-        images = [images]
+    images = columns.get("image") if columns.get("images") is None else columns["images"]
+    if not isinstance(images, list | tuple):
+        images = [] if images is None else [images]
     for image in images:
         if not isinstance(image, Image.Image):
             raise ValueError(
