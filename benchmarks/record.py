@@ -1,6 +1,7 @@
 """What every benchmark shares: where it ran, and one CSV row per case under benchmarks/results/."""
 
 import csv
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -14,7 +15,9 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def environment() -> dict[str, str]:
-    """GPU (or CPU), versions and git sha; a sha with + has uncommitted changes."""
+    """GPU (or CPU), versions and git sha; a sha with + has uncommitted changes. GIT_SHA stands in
+    for it where the files are a copy without a repository.
+    """
     root = Path(__file__).parents[1]
     has_cuda = torch.cuda.is_available()
     return {
@@ -32,7 +35,9 @@ def _git_sha(root: Path) -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     sha = git("rev-parse", "--short", "HEAD")
-    return f"{sha}+" if git("status", "--porcelain", "--untracked-files=no") else sha or "unknown"
+    if not sha:
+        return os.environ.get("GIT_SHA", "unknown")
+    return f"{sha}+" if git("status", "--porcelain", "--untracked-files=no") else sha
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
