@@ -155,8 +155,8 @@ def _linear_jsd(
             teacher.hidden,
             teacher.weight[:vocab_size],
             None if teacher.bias is None else teacher.bias[:vocab_size],
-            row_weights.to(dtype),
-            labels,
+            row_weights.to(dtype).contiguous(),  # kernels step through it by one element
+            None if labels is None else labels.contiguous(),
             options._replace(backend=backend),
         )
 

@@ -210,6 +210,20 @@ def test_row_weights_carry_any_normalisation(device, backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize(
+    "make", [lambda n: torch.ones(()).expand(n), lambda n: torch.ones(n, 3)[:, 1]]
+)
+def test_row_weights_may_have_any_stride(make, device, backend):
+    case = random_case().to(torch.float32, device)
+    weights = make(37).to(device)
+    assert weights.stride() != (1,)
+    actual = run_fused(case, row_weights=weights, chunk_size=10, backend=backend)
+    expected = run_fused(case, row_weights=weights.contiguous(), chunk_size=10, backend=backend)
+    for ours, truth in zip(actual, expected, strict=True):
+        assert torch.equal(ours, truth)
+
+
+@on_every_backend
 def test_rows_of_weight_zero_contribute_nothing_whatever_they_hold(device, backend):
     case = random_case(n=6).to(torch.float32, device)
     weights = torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0, 0.0], device=device)
