@@ -145,6 +145,46 @@ def check_scalars(function: str, beta: float, temperature: float, chunk_size: in
         )
 
 
+def check_head_options(
+    function: str, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> None:
+    if not (logit_scale != 0 and math.isfinite(logit_scale)):
+        raise ValueError(
+            f"{function}: logit_scale must be finite and not 0, got {logit_scale}; pass "
+            "model.config.logit_scale, or 1.0 for models without it."
+        )
+    if softcap is None:
+        return
+    if not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(
+            f"{function}: final_logit_softcapping must be None or positive and finite, got "
+            f"{softcap}; pass model.config.final_logit_softcapping."
+        )
+    if bias is not None:
+        raise ValueError(
+            f"{function}: a head with final_logit_softcapping must have no bias, got one of "
+            f"{bias.shape[0]} entries; a column masked with -inf would come back as -{softcap}."
+        )
+
+
+def check_limits(
+    function: str, budget_bytes: int, logits_dtype: torch.dtype | None, hidden: Tensor
+) -> None:
+    if budget_bytes < 1:
+        raise ValueError(
+            f"{function}: budget_bytes must be at least 1, got {budget_bytes}; 1 << 30 is the "
+            "default, a row of logits of both sides the least that is used."
+        )
+    if logits_dtype in (None, torch.float32):
+        return
+    if logits_dtype != torch.bfloat16 or hidden.dtype == torch.float64:
+        raise ValueError(
+            f"{function}: logits_dtype must be None, torch.float32 or, for inputs other than "
+            f"float64, torch.bfloat16, got {logits_dtype} with {hidden.dtype}; None keeps logits "
+            "as precise as the loss."
+        )
+
+
 def resolve_backend(function: str, backend: str | None, hidden: Tensor) -> str:
     """The backend by name, checked, or the one that fits the tensor's device."""
     if backend is None:

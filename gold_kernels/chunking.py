@@ -1,13 +1,17 @@
 """The one chunk loop: logits of both heads a few rows at a time, and the gradient GEMMs.
 
-N scored rows, C rows of a chunk, D hidden size (D_s, D_t), V vocabulary (V_s, V_t).
-For each chunk: student and teacher logits by one GEMM each, a row function that turns them into row
-values and the gradient of the student logits, then grad_hidden = G W, grad_weight += G^T h and
-grad_bias += sum G.
+N scored rows, C rows of a chunk, P rows of a panel, D hidden size (D_s, D_t), V vocabulary (V_s,
+V_t). For each chunk: student and teacher logits by one GEMM each, and a row function that turns
+them into row values and the gradient of the student logits, in the rows of a panel. For each panel,
+which is one or more chunks: grad_hidden = G W, grad_weight += G^T h and grad_bias += sum G.
 
-Precision: GEMMs in the dtype of the inputs with float32 accumulation and float32 logits, row
-functions in float32, grad_weight accumulated in float32 over chunks and rounded once. float64
-inputs are computed in float64 throughout.
+Why two sizes: logits are float32 and their GEMMs are as fast at 384 rows as at 4096; the gradient
+is 16-bit, and every accumulation into grad_weight (V, D_s) reads and writes all of it, which at 384
+rows costs more than the arithmetic (benchmarks/NOTES.md has the measurement).
+
+Precision: GEMMs in the dtype of the inputs with float32 accumulation and float32 logits unless
+asked otherwise, row functions in float32, grad_weight accumulated in float32 over panels and
+rounded once. float64 inputs are computed in float64 throughout.
 """
 
 from collections.abc import Callable
@@ -16,13 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of the (C, V) buffers of one chunk where the caller gives no chunk_size.
-DEFAULT_BUDGET_BYTES = 1 << 30
+DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # float16 ends at 6e-8, far above row_weight * probability: gradients travel as 2**14 / max
 # |row_weight| times themselves (their absolute row sum is at most 2 row weights) and are kept in
 # float32 until backward.
 FLOAT16_GRAD_LIMIT = 2.0**14
-GEMM_ROW_MULTIPLE = 128  # rows of a chunk are a multiple of this where the budget allows it
+GEMM_ROW_MULTIPLES = (128, 16)  # rows of a chunk are a multiple where the budget allows it
 
 
 class LinearHead(NamedTuple):
@@ -31,11 +34,19 @@ class LinearHead(NamedTuple):
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
     def project_(self, logits: Tensor, rows: slice) -> Tensor:
-        """Overwrite logits (C, V) with those of some rows."""
+        """Overwrite logits (C, V) with softcap(logit_scale (hidden W^T + bias)) of some rows."""
         matmul_(logits, self.hidden[rows], self.weight.T)
-        return logits if self.bias is None else logits.add_(self.bias)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
 
 class Needs(NamedTuple):
@@ -54,6 +65,21 @@ class ChunkedGradients(NamedTuple):
     bias: Tensor | None  # (V_s,)
 
 
+class Limits(NamedTuple):
+    """What the caller says about memory."""
+
+    chunk_size: int | None = None  # rows of logits at a time; None takes them from the budget
+    budget_bytes: int = DEFAULT_BUDGET_BYTES
+    logits_dtype: torch.dtype | None = None  # None: float32, or float64 for float64 inputs
+
+
+class ChunkPlan(NamedTuple):
+    """How many rows at a time; panel is at least chunk."""
+
+    chunk: int
+    panel: int
+
+
 # (student_logits, teacher_logits, grad_logits or None, rows, row_weights) -> None; see run_chunks
 RowFunction = Callable[[Tensor, Tensor, Tensor | None, slice, Tensor], None]
 
@@ -64,7 +90,9 @@ def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = Fals
     """
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, out=out) if accumulate else torch.mm(left, right, out=out)
-    elif left.device.type == "cuda":
+    elif out.dtype.itemsize < left.dtype.itemsize:  # 16-bit logits of float32 inputs
+        out.copy_(left @ right)
+    elif left.device.type == "cuda" and out.dtype == torch.float32:
         if accumulate:
             torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
         else:
@@ -74,34 +102,53 @@ def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = Fals
 
 
 def float_dtype(hidden: Tensor) -> torch.dtype:
-    """Dtype of logits, row values and accumulators."""
+    """Dtype of row values, accumulators and, unless asked otherwise, logits."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def bytes_per_row(student: LinearHead, teacher: LinearHead, *, has_grad: bool) -> int:
-    """Bytes that one row adds to the buffers of a chunk: both logits, and the gradient unless it
-    fits in place.
+def plan_chunks(
+    student: LinearHead, teacher: LinearHead, needs: Needs, limits: Limits
+) -> ChunkPlan:
+    """Rows per chunk and per panel: their buffers stay within the budget, but for a panel of all
+    rows in place of the float32 accumulator of grad_weight, where it is no larger.
     """
-    logits_size = float_dtype(student.hidden).itemsize
-    student_v, teacher_v = student.weight.shape[0], teacher.weight.shape[0]
-    grad_size = student.hidden.dtype.itemsize
-    grad_bytes = grad_size * student_v if has_grad and grad_size != logits_size else 0
-    return logits_size * (student_v + teacher_v) + grad_bytes
+    hidden, has_grad = student.hidden, any(needs)
+    num_rows = max(1, hidden.shape[0])
+    v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
+    logits_dtype = limits.logits_dtype or float_dtype(hidden)
+    is_in_place = has_grad and logits_dtype == hidden.dtype
+    chunk_row = logits_dtype.itemsize * (v_teacher + (0 if is_in_place else v_student))
+    grad_row = hidden.dtype.itemsize * v_student if has_grad else 0
+    # beside a panel: the copy of its hidden states without rows of weight 0
+    panel_row = grad_row + (hidden.dtype.itemsize * hidden.shape[1] if needs.weight else 0)
+    budget = limits.budget_bytes
+    if not needs.weight:
+        chunk = _rows_within(num_rows, budget, chunk_row + grad_row, limits.chunk_size)
+        return ChunkPlan(chunk, chunk)
+    accumulator = 4 * v_student * hidden.shape[1]
+    if hidden.dtype == torch.bfloat16 and num_rows * grad_row <= accumulator:
+        room = budget - num_rows * (panel_row - grad_row)
+        return ChunkPlan(_rows_within(num_rows, room, chunk_row, limits.chunk_size), num_rows)
+    if limits.chunk_size is not None:
+        return ChunkPlan(*[min(limits.chunk_size, num_rows)] * 2)
+    if num_rows * (chunk_row + panel_row) <= budget:
+        return ChunkPlan(num_rows, num_rows)
+    panel = _rows_within(num_rows, budget // 2, panel_row, None)
+    chunk = min(panel, _rows_within(num_rows, budget // 2, chunk_row, None))
+    return ChunkPlan(chunk, panel // chunk * chunk)
 
 
-def chunk_rows(num_rows: int, row_bytes: int, chunk_size: int | None) -> int:
-    """Rows per chunk: at most chunk_size, else what the budget holds, in chunks of about equal
-    size.
-    """
+def _rows_within(num_rows: int, num_bytes: int, row_bytes: int, chunk_size: int | None) -> int:
+    """At most chunk_size rows, else what the bytes hold, in parts of about equal size."""
     if chunk_size is not None:
-        return min(chunk_size, max(num_rows, 1))
-    limit = max(1, DEFAULT_BUDGET_BYTES // row_bytes)
+        return min(chunk_size, num_rows)
+    limit = max(1, num_bytes // row_bytes)
     if num_rows <= limit:
-        return max(num_rows, 1)
-    num_chunks = -(-num_rows // limit)
-    even = -(-num_rows // num_chunks)
-    rounded = -(-even // GEMM_ROW_MULTIPLE) * GEMM_ROW_MULTIPLE
-    return rounded if rounded <= limit else even
+        return num_rows
+    multiple = next((m for m in GEMM_ROW_MULTIPLES if m <= limit), 1)
+    limit -= limit % multiple
+    even = -(-num_rows // -(-num_rows // limit))
+    return -(-even // multiple) * multiple
 
 
 def run_chunks(
@@ -110,7 +157,7 @@ def run_chunks(
     row_weights: Tensor,  # (N,) float32 or float64
     row_function: RowFunction,
     needs: Needs,
-    chunk_size: int | None,
+    limits: Limits,
 ) -> ChunkedGradients:
     """Call row_function on every chunk and return the gradients of the weighted sum of its losses.
 
@@ -120,45 +167,65 @@ def run_chunks(
     """
     hidden, weight = student.hidden, student.weight
     num_rows, has_grad = hidden.shape[0], any(needs)
-    row_bytes = bytes_per_row(student, teacher, has_grad=has_grad)
-    chunk = chunk_rows(num_rows, row_bytes, chunk_size)
+    plan = plan_chunks(student, teacher, needs, limits)
     wide = float_dtype(hidden)
     is_float16 = hidden.dtype == torch.float16
-    # A single chunk needs no accumulator: its GEMM rounds the float32 sum once, into the returned
+    # A single panel needs no accumulator: its GEMM rounds the float32 sum once, into the returned
     # tensor.
-    weight_dtype = weight.dtype if num_rows <= chunk and not is_float16 else wide
+    weight_dtype = weight.dtype if num_rows <= plan.panel and not is_float16 else wide
     grads = ChunkedGradients(
         torch.empty_like(hidden, dtype=wide if is_float16 else None) if needs.hidden else None,
-        torch.zeros_like(weight, dtype=weight_dtype) if needs.weight else None,
-        torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs.bias else None,
+        weight.new_empty(weight.shape, dtype=weight_dtype) if needs.weight else None,
+        weight.new_zeros(weight.shape[0], dtype=wide) if needs.bias else None,
     )
+    if num_rows == 0 and needs.weight:
+        grads.weight.zero_()
+    row_weights = row_weights * student.logit_scale
     grad_scale = None
     if is_float16 and has_grad and num_rows > 0:
         peak = row_weights.abs().amax()
         grad_scale = torch.where(peak > 0, FLOAT16_GRAD_LIMIT / peak, 1.0)
         row_weights = row_weights * grad_scale
 
-    student_buffer = hidden.new_empty(chunk, weight.shape[0], dtype=wide)
-    teacher_buffer = hidden.new_empty(chunk, teacher.weight.shape[0], dtype=wide)
-    grad_buffer = student_buffer
-    if has_grad and hidden.dtype != wide:
-        grad_buffer = hidden.new_empty(chunk, weight.shape[0])
-    for start in range(0, num_rows, chunk):
-        rows = slice(start, min(start + chunk, num_rows))
-        size = rows.stop - rows.start
-        student_logits = student.project_(student_buffer[:size], rows)
-        teacher_logits = teacher.project_(teacher_buffer[:size], rows)
-        grad_logits = grad_buffer[:size] if has_grad else None
-        row_function(student_logits, teacher_logits, grad_logits, rows, row_weights[rows])
-        if grads.hidden is not None:
-            matmul_(grads.hidden[rows], grad_logits, weight)
-        if grads.weight is not None:
-            # 0 * NaN is NaN: a row of weight 0 must not reach the sum over rows
-            live = torch.where(row_weights[rows, None] != 0, hidden[rows], 0)
-            matmul_(grads.weight, grad_logits.T, live, accumulate=start > 0)
-        if grads.bias is not None:
-            grads.bias.add_(grad_logits.sum(0, dtype=wide))
+    logits_dtype = limits.logits_dtype or wide
+    teacher_buffer = hidden.new_empty(plan.chunk, teacher.weight.shape[0], dtype=logits_dtype)
+    grad_panel = hidden.new_empty(plan.panel, weight.shape[0]) if has_grad else None
+    student_buffer = None
+    if not (has_grad and logits_dtype == hidden.dtype):
+        student_buffer = hidden.new_empty(plan.chunk, weight.shape[0], dtype=logits_dtype)
+    for first in range(0, num_rows, plan.panel):
+        last = min(first + plan.panel, num_rows)
+        for start in range(first, last, plan.chunk):
+            rows = slice(start, min(start + plan.chunk, last))
+            size = rows.stop - rows.start
+            in_panel = slice(start - first, rows.stop - first)
+            grad_logits = None if grad_panel is None else grad_panel[in_panel]
+            buffer = grad_logits if student_buffer is None else student_buffer[:size]
+            student_logits = student.project_(buffer, rows)
+            teacher_logits = teacher.project_(teacher_buffer[:size], rows)
+            row_function(student_logits, teacher_logits, grad_logits, rows, row_weights[rows])
+        if grad_panel is not None:
+            _add_panel(grads, student, grad_panel[: last - first], first, row_weights)
     return _finish(grads, student, grad_scale)
+
+
+def _add_panel(
+    grads: ChunkedGradients,
+    student: LinearHead,
+    grad_logits: Tensor,  # (P, V_s)
+    first: int,
+    row_weights: Tensor,  # (N,)
+) -> None:
+    """The gradient GEMMs of the rows first to first + P."""
+    rows = slice(first, first + grad_logits.shape[0])
+    if grads.hidden is not None:
+        matmul_(grads.hidden[rows], grad_logits, student.weight)
+    if grads.weight is not None:
+        # 0 * NaN is NaN: a row of weight 0 must not reach the sum over rows
+        live = torch.where(row_weights[rows, None] != 0, student.hidden[rows], 0)
+        matmul_(grads.weight, grad_logits.T, live, accumulate=first > 0)
+    if grads.bias is not None:
+        grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))
 
 
 def _finish(

@@ -1,10 +1,11 @@
 """Fused linear generalized JSD: both heads, the divergence and its gradient, without full logits.
 
 N scored rows, C rows of a chunk, D_s and D_t hidden sizes, V vocabulary. P teacher, Q student.
-Ladder: kernels/jsd_rows.py or torch_rows.py -> chunking.run_chunks -> FusedLinearJSDFunction ->
-fused_linear_jsd -> FusedLinearJSDLoss.
+Ladder: kernels/jsd_rows.py or torch_rows.py -> chunking.run_chunks -> the operator
+gold_kernels::linear_jsd -> FusedLinearJSDFunction -> fused_linear_jsd -> FusedLinearJSDLoss.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gold_kernels import checks, torch_rows
-from gold_kernels.chunking import LinearHead, Needs, float_dtype, run_chunks
+from gold_kernels.chunking import (
+    DEFAULT_BUDGET_BYTES,
+    Limits,
+    LinearHead,
+    Needs,
+    float_dtype,
+    run_chunks,
+)
 
 NUM_ROW_VALUES = 7
 
@@ -31,15 +39,108 @@ class JSDMetrics(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What the row functions need besides tensors."""
+    """What the loss needs besides tensors and heads; the operator takes them one by one."""
 
-    beta: float
-    temperature: float
-    weight_soft: float
-    weight_hard: float
-    has_metrics: bool
-    chunk_size: int | None
-    backend: str
+    beta: float = 0.5
+    temperature: float = 1.0
+    weight_soft: float = 1.0
+    weight_hard: float = 0.0
+    has_metrics: bool = False
+    backend: str | None = None
+    chunk_size: int | None = None
+    budget_bytes: int = DEFAULT_BUDGET_BYTES
+    logits_dtype: torch.dtype | None = None
+    logit_scales: Sequence[float] = (1.0, 1.0)  # student, teacher
+    softcaps: Sequence[float] = (0.0, 0.0)  # 0: none
+
+
+@torch.library.custom_op("gold_kernels::linear_jsd", mutates_args=())
+def _linear_jsd_operator(
+    student_hidden: Tensor,  # (N, D_s)
+    student_weight: Tensor,  # (V, D_s)
+    student_bias: Tensor | None,  # (V,)
+    teacher_hidden: Tensor,  # (N, D_t)
+    teacher_weight: Tensor,  # (V, D_t)
+    teacher_bias: Tensor | None,  # (V,)
+    row_weights: Tensor,  # (N,)
+    labels: Tensor | None,  # (N,) int64
+    needs: Sequence[bool],  # gradients of student_hidden, student_weight, student_bias
+    beta: float,
+    temperature: float,
+    weight_soft: float,
+    weight_hard: float,
+    has_metrics: bool,
+    backend: str,
+    chunk_size: int | None,
+    budget_bytes: int,
+    logits_dtype: torch.dtype | None,
+    logit_scales: Sequence[float],
+    softcaps: Sequence[float],
+) -> list[Tensor]:  # (7, N) row values, then a gradient for each true need
+    """An operator, so that torch.compile takes it as it is, for any N, instead of tracing it."""
+    if backend == "triton":
+        from gold_kernels.kernels.jsd_rows import jsd_rows_  # triton may be missing
+    else:
+        jsd_rows_ = torch_rows.jsd_rows_
+    num_rows = student_hidden.shape[0]
+    values = student_hidden.new_zeros(NUM_ROW_VALUES, num_rows, dtype=float_dtype(student_hidden))
+    caps = [cap or None for cap in softcaps]
+
+    def row_function(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        grad_logits: Tensor | None,
+        rows: slice,
+        chunk_weights: Tensor,
+    ) -> None:
+        jsd_rows_(
+            student_logits,
+            teacher_logits,
+            grad_logits,
+            chunk_weights,
+            None if labels is None else labels[rows],
+            values[:, rows],
+            beta=beta,
+            temperature=temperature,
+            weight_soft=weight_soft,
+            weight_hard=weight_hard,
+            softcap=caps[0],
+            has_metrics=has_metrics,
+        )
+
+    grads = run_chunks(
+        LinearHead(student_hidden, student_weight, student_bias, logit_scales[0], caps[0]),
+        LinearHead(teacher_hidden, teacher_weight, teacher_bias, logit_scales[1], caps[1]),
+        row_weights,
+        row_function,
+        Needs(*needs),
+        Limits(chunk_size, budget_bytes, logits_dtype),
+    )
+    return [values, *(grad for grad in grads if grad is not None)]
+
+
+@_linear_jsd_operator.register_fake
+def _(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    *args: Any,
+    **options: Any,
+) -> list[Tensor]:
+    needs = args[5]
+    num_rows = student_hidden.shape[0]
+    values = student_hidden.new_empty(NUM_ROW_VALUES, num_rows, dtype=float_dtype(student_hidden))
+    is_float16 = student_hidden.dtype == torch.float16  # its gradients stay float32 until backward
+    dtype = torch.float32 if is_float16 else None
+    leaves = (student_hidden, student_weight, student_bias)
+    return [
+        values,
+        *(
+            torch.empty_like(leaf, dtype=dtype)
+            for leaf, need in zip(leaves, needs, strict=True)
+            if need
+        ),
+    ]
 
 
 class FusedLinearJSDFunction(torch.autograd.Function):
@@ -58,44 +159,13 @@ class FusedLinearJSDFunction(torch.autograd.Function):
         labels: Tensor | None,  # (N,) int64
         options: _Options,
     ) -> tuple[Tensor, Tensor]:  # () loss, (7, N) values
-        if options.backend == "triton":
-            from gold_kernels.kernels.jsd_rows import jsd_rows_  # triton may be missing
-        else:
-            jsd_rows_ = torch_rows.jsd_rows_
-        values = student_hidden.new_zeros(
-            NUM_ROW_VALUES, student_hidden.shape[0], dtype=float_dtype(student_hidden)
-        )
-
-        def row_function(
-            student_logits: Tensor,
-            teacher_logits: Tensor,
-            grad_logits: Tensor | None,
-            rows: slice,
-            chunk_weights: Tensor,
-        ) -> None:
-            jsd_rows_(
-                student_logits,
-                teacher_logits,
-                grad_logits,
-                chunk_weights,
-                None if labels is None else labels[rows],
-                values[:, rows],
-                beta=options.beta,
-                temperature=options.temperature,
-                weight_soft=options.weight_soft,
-                weight_hard=options.weight_hard,
-                has_metrics=options.has_metrics,
-            )
-
-        grads = run_chunks(
-            LinearHead(student_hidden, student_weight, student_bias),
-            LinearHead(teacher_hidden, teacher_weight, teacher_bias),
-            row_weights,
-            row_function,
-            Needs(*ctx.needs_input_grad[:3]),
-            options.chunk_size,
+        needs = list(ctx.needs_input_grad[:3])
+        tensors = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight)
+        values, *grads = _linear_jsd_operator(
+            *tensors, teacher_bias, row_weights, labels, needs, *options
         )
         ctx.save_for_backward(*grads)
+        ctx.needs = needs
         ctx.input_dtype = student_hidden.dtype
         ctx.mark_non_differentiable(values)
         row_loss = options.weight_soft * values[0] + options.weight_hard * values[1]
@@ -106,9 +176,9 @@ class FusedLinearJSDFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
         grads = (
-            None if grad is None else (grad * grad_loss).to(ctx.input_dtype)
-            for grad in ctx.saved_tensors
+            (next(saved) * grad_loss).to(ctx.input_dtype) if need else None for need in ctx.needs
         )
         return (*grads, *[None] * 6)
 
@@ -118,7 +188,8 @@ def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:
     if not torch.is_autocast_enabled(device_type):
         return head
     dtype = torch.get_autocast_dtype(device_type)
-    return LinearHead(*(None if tensor is None else tensor.to(dtype) for tensor in head))
+    hidden, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in head[:3])
+    return head._replace(hidden=hidden, weight=weight, bias=bias)
 
 
 def _linear_jsd(
@@ -135,12 +206,14 @@ def _linear_jsd(
     student = _autocast_like_linear(student, device_type)
     with torch.no_grad():
         teacher = _autocast_like_linear(teacher, device_type)
-    checks.check_side(function, "student", *student)
-    checks.check_side(function, "teacher", *teacher)
+    for side, head in (("student", student), ("teacher", teacher)):
+        checks.check_side(function, side, head.hidden, head.weight, head.bias)
+        checks.check_head_options(function, head.bias, head.logit_scale, head.softcap)
     checks.check_pair(function, student.hidden, teacher.hidden)
     checks.check_row_weights(function, row_weights, student.hidden)
     checks.check_labels(function, labels, student.hidden)
     checks.check_scalars(function, options.beta, options.temperature, options.chunk_size)
+    checks.check_limits(function, options.budget_bytes, options.logits_dtype, student.hidden)
     backend = checks.resolve_backend(function, options.backend, student.hidden)
     v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
     vocab_size = checks.check_vocabulary(function, v_student, v_teacher, vocab_size)
@@ -157,7 +230,11 @@ def _linear_jsd(
             None if teacher.bias is None else teacher.bias[:vocab_size],
             row_weights.to(dtype).contiguous(),  # kernels step through it by one element
             None if labels is None else labels.contiguous(),
-            options._replace(backend=backend),
+            options._replace(
+                backend=backend,
+                logit_scales=[student.logit_scale, teacher.logit_scale],
+                softcaps=[student.softcap or 0.0, teacher.softcap or 0.0],
+            ),
         )
 
 
@@ -175,6 +252,10 @@ def fused_linear_jsd(
     vocab_size: int
     | None = None,  # shared entries, where heads of one tokenizer are padded differently
     chunk_size: int | None = None,  # rows; None takes them from the memory budget
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    logits_dtype: torch.dtype | None = None,  # None: float32; torch.bfloat16 is the fast mode
+    final_logit_softcapping: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float, float] = 1.0,
     backend: str | None = None,  # "triton", "torch" or None: by device
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, JSDMetrics]:  # (), float32
@@ -190,8 +271,13 @@ def fused_linear_jsd(
     that any split into micro-batches and ranks leaves alone. Gradients go to student_hidden,
     student_weight and student_bias, never to the teacher.
 
-    Extra memory is at most (4 V + 4 V) bytes for each of chunk_size rows, plus 2 V a row for 16-bit
-    inputs, plus one float32 student_weight if it needs a gradient and there are several chunks.
+    Extra memory is at most budget_bytes, plus one float32 student_weight if a 16-bit one needs a
+    gradient. chunk_size caps the rows of logits at a time instead. logits_dtype=torch.bfloat16 is
+    faster and wrong near convergence: with a teacher that is the student with 1 % of noise the loss
+    is a quarter off and the gradient is noise. Logits are softcap(logit_scale * (hidden weight^T +
+    bias)) with softcap(x) = c tanh(x / c), c = final_logit_softcapping; a pair is (student,
+    teacher).
+
     Rows of weight 0 contribute exactly 0 and may hold anything. A column masked with -inf on both
     sides is left out; masked on one side it has probability 0 there, which costs at most 1e6 nats
     for beta 0 or 1 (log 0 is taken as -1e6) and log 2 or so between.
@@ -200,11 +286,22 @@ def fused_linear_jsd(
     transforms. Raises ValueError for shapes, dtypes, devices and scalars that do not fit, with the
     remedy.
     """
-    options = _Options(beta, temperature, 1.0, 0.0, return_metrics, chunk_size, backend)
+    options = _Options(
+        beta=beta,
+        temperature=temperature,
+        has_metrics=return_metrics,
+        backend=backend,
+        chunk_size=chunk_size,
+        budget_bytes=budget_bytes,
+        logits_dtype=logits_dtype,
+    )
+    scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale,) * 2
+    caps = final_logit_softcapping
+    caps = caps if isinstance(caps, tuple) else (caps,) * 2
     loss, values = _linear_jsd(
         "fused_linear_jsd",
-        LinearHead(student_hidden, student_weight, student_bias),
-        LinearHead(teacher_hidden, teacher_weight, teacher_bias),
+        LinearHead(student_hidden, student_weight, student_bias, scales[0], caps[0]),
+        LinearHead(teacher_hidden, teacher_weight, teacher_bias, scales[1], caps[1]),
         row_weights,
         None,
         vocab_size,
@@ -274,13 +371,11 @@ class FusedLinearJSDLoss(nn.Module):
             labels if self.weight_hard_loss else None,
             None,
             _Options(
-                self.beta,
-                self.temperature,
-                self.weight_soft_loss,
-                self.weight_hard_loss,
-                False,
-                self.chunk_size,
-                None,
+                beta=self.beta,
+                temperature=self.temperature,
+                weight_soft=self.weight_soft_loss,
+                weight_hard=self.weight_hard_loss,
+                chunk_size=self.chunk_size,
             ),
         )
         if not self.return_soft_hard_loss:

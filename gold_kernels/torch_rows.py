@@ -84,9 +84,12 @@ def jsd_rows_(
     temperature: float,
     weight_soft: float,
     weight_hard: float,
+    softcap: float | None,
     has_metrics: bool,
 ) -> None:
-    """Loss, metrics and gradient of every row of a chunk, a few rows at a time."""
+    """Loss, metrics and gradient of every row of a chunk, a few rows at a time. softcap: the
+    student's logits went through softcap tanh(x / softcap), the gradient is that of x.
+    """
     num_rows, vocab_size = student_logits.shape
     step = max(1, BLOCK_ELEMENTS // vocab_size)
     for start in range(0, num_rows, step):
@@ -106,4 +109,7 @@ def jsd_rows_(
             values[2:, rows] = torch.where(is_live, block.metrics(), 0)
         if grad_logits is not None:
             grad = grad.mul_(row_weights[rows].unsqueeze(-1))
+            if softcap is not None:
+                slope = (student / softcap).square_().neg_().add_(1)
+                grad = torch.where(student > LOWEST_LOGIT, grad * slope, 0)
             grad_logits[rows] = torch.where(is_live.unsqueeze(-1), grad, 0).to(grad_logits.dtype)

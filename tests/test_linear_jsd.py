@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jsd_cases import Case, near_converged_case, random_case, run, run_fused, run_oracle
 
 from gold_kernels import fused_linear_jsd, peak_extra_bytes, reference
-from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, chunk_rows
+from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, LinearHead, Limits, Needs, plan_chunks
 from gold_kernels.kernels.launch import is_interpreted
 
 BETAS = (0.0, 1e-6, 0.1, 0.5, 0.9, 1.0)
@@ -123,11 +123,29 @@ def test_any_chunk_size_gives_the_same_answer(device, backend):
             torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("num_rows", [1, 1023, 1024, 1025, 2047, 4096])
-def test_a_chunk_is_never_larger_than_asked_nor_than_the_budget(num_rows):
-    assert chunk_rows(num_rows, row_bytes=8, chunk_size=1024) <= 1024
-    row_bytes = 8 * 151936
-    assert chunk_rows(num_rows, row_bytes, None) * row_bytes <= DEFAULT_BUDGET_BYTES
+def planned(num_rows, v, d, dtype, needs, **limits):
+    """Plan of a head pair of equal sizes, on tensors without storage."""
+    hidden = torch.empty(num_rows, d, dtype=dtype, device="meta")
+    head = LinearHead(hidden, torch.empty(v, d, dtype=dtype, device="meta"))
+    return plan_chunks(head, head, needs, Limits(**limits))
+
+
+@pytest.mark.parametrize("needs", [Needs(True, False, False), Needs(True, True, False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 1023, 1024, 1025, 2047, 4096, 16384])
+def test_a_chunk_is_never_larger_than_asked_nor_than_the_budget(num_rows, dtype, needs):
+    v, d = 151936, 2048
+    assert planned(num_rows, v, d, dtype, needs, chunk_size=1024).chunk <= 1024
+    for budget in (1 << 26, 1 << 28, DEFAULT_BUDGET_BYTES):
+        plan = planned(num_rows, v, d, dtype, needs, budget_bytes=budget)
+        assert 1 <= plan.chunk <= plan.panel <= num_rows
+        teacher_bytes = 4 * v * plan.chunk
+        student_bytes = 0 if dtype == torch.float32 else teacher_bytes
+        panel_bytes = dtype.itemsize * v * plan.panel
+        replaces_accumulator = needs.weight and dtype == torch.bfloat16 and plan.panel == num_rows
+        if replaces_accumulator and panel_bytes <= 4 * v * d:
+            panel_bytes = 0
+        assert teacher_bytes + student_bytes + panel_bytes <= budget
 
 
 @on_every_backend

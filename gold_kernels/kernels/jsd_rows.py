@@ -1,21 +1,24 @@
 """Generalized JSD of logit rows and its gradient, one program a row, three passes over the row.
 
-C rows of a chunk, V vocabulary. With a = log q, b = log p (temperature applied) and r = b - a:
+C rows of a chunk, V vocabulary. With r = log p - log q (temperature applied):
 
-    w     = log(beta exp(r) + 1 - beta)                      log m - a
-    loss  = sum_v beta p (r - w) - (1 - beta) q w            beta KL(P || M) + (1 - beta) KL(Q || M)
-    grad  = q (g - sum q g) / temperature                    g = -(1 - beta) w
-    beta 0: loss = sum p r + (q - p), grad = (q - p) / T;    beta 1: loss = sum -q r + (p - q), g =
-    -r
+    loss = sum_v beta p (log p - log m) + (1 - beta) q (log q - log m)
+    grad = q (g - sum q g) / temperature,  g = (1 - beta) (log q - log m)
+    beta 0: loss = sum p r + (q - p), grad = (q - p) / T
+    beta 1: loss = sum -q r + (p - q), g = -r
 
-Everything hangs on r, which is small where the two distributions are close, instead of on a - log
-m, a difference of two numbers near -12: near convergence that is ten times the precision at the
-same cost. The terms q - p sum to zero and cancel the first-order effect of the rounding of both
-log-sum-exps. |r| <= 80 in w changes nothing that float32 can hold, since either p or q is then
-below 1e-34.
+beta 1/2 is written from the larger of p and q, so that the only exponential of r is E = exp(-|r|)
+in (0, 1] and u = log m - log max(p, q) = log1p((E - 1) / 2), its argument in [-1/2, 0], is a short
+polynomial instead of a logarithm.
+
+Everything hangs on r, taken from the difference of both logits, which is exact where the two
+distributions are close, and not from log-probabilities, numbers near -12: near convergence that is
+ten times the precision at the same cost. The terms q - p sum to zero and cancel the first-order
+effect of the rounding of both log-sum-exps.
 
 Pass 1 takes both log-sum-exps, pass 2 the loss, sum q g and the metrics, pass 3 writes the
-gradient.
+gradient. Blocks are two-dimensional, 16 columns to a line, so that sums over a line stay within
+four threads and only one number a line is carried.
 """
 
 import triton
@@ -26,15 +29,23 @@ from gold_kernels.kernels.launch import row_block
 
 LOWEST_LOGIT = tl.constexpr(-1e30)  # stands for a column masked with -inf: probability 0, no NaN
 LOG_ZERO = tl.constexpr(-1e6)
-MAX_LOG_RATIO = tl.constexpr(80.0)
+MAX_LOG_RATIO = tl.constexpr(80.0)  # either p or q is then below 1e-34
+LINE = tl.constexpr(16)
 
-FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
+FORWARD_KL, REVERSE_KL, JSD, SYMMETRIC_JSD = 0, 1, 2, 3
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
+_SYMMETRIC_JSD = tl.constexpr(SYMMETRIC_JSD)
 
 NUM_ROW_VALUES = (
     7  # loss, cross_entropy, student_entropy, teacher_entropy, both KLs, top-1 agreement
 )
+
+
+@triton.jit
+def _block_columns(start, BLOCK_V: tl.constexpr):  # (BLOCK_V / LINE, LINE)
+    lines = tl.arange(0, BLOCK_V // LINE)
+    return start + lines[:, None] * LINE + tl.arange(0, LINE)[None, :]
 
 
 @triton.jit
@@ -46,28 +57,88 @@ def _load_scaled(row_ptr, columns, is_column, scale):
 
 @triton.jit
 def _update_lse(running_max, running_sum, scaled):
-    new_max = tl.maximum(running_max, tl.max(scaled, axis=0))
-    running_sum = running_sum * tl.exp(running_max - new_max) + tl.sum(tl.exp(scaled - new_max), 0)
-    return new_max, running_sum
+    """Each line keeps a maximum and a sum of its own."""
+    new_max = tl.maximum(running_max, tl.max(scaled, axis=1))
+    new_sum = tl.sum(tl.exp(scaled - new_max[:, None]), axis=1)
+    return new_max, running_sum * tl.exp(running_max - new_max) + new_sum
 
 
 @triton.jit
-def _log_ratio(student, teacher, lse_gap):
-    """b - a from scaled logits, lse_gap = lse_teacher - lse_student."""
-    return tl.minimum(tl.maximum((teacher - student) - lse_gap, LOG_ZERO), -LOG_ZERO)
+def _join_lines(line_max, line_sum):
+    row_max = tl.max(line_max, 0)
+    return row_max, tl.sum(line_sum * tl.exp(line_max - row_max), 0)
 
 
 @triton.jit
-def _log_mixture(ratio, beta):
-    """Clipped ratio and w = log m - log q."""
-    clipped = tl.minimum(tl.maximum(ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
-    teacher_over_student = tl.exp(clipped)
-    mixture = beta * teacher_over_student + (1.0 - beta)
-    # log1p where mixture is near 1: the first-order term of what rounding took from its excess over
-    # 1
-    excess = beta * (teacher_over_student - 1.0)
-    lost = tl.where(tl.abs(excess) < 0.5, excess - (mixture - 1.0), 0.0)
-    return clipped, tl.log(mixture) + lost
+def _log1p_half(z):
+    """log(1 + z) on [-1/2, 0]: minimax polynomial of log1p(z) / z, relative error 2.3e-8."""
+    series = 1.4411079 * z + 1.6958120
+    series = series * z + 1.2576698
+    series = series * z + 0.20353896
+    series = series * z + 0.26961276
+    series = series * z - 0.24280508
+    series = series * z + 0.33370061
+    series = series * z - 0.49999285
+    series = series * z + 1.0
+    return series * z
+
+
+@triton.jit
+def _symmetric_entries(ratio, student, teacher, per_student, per_teacher):
+    """q, p, loss and log q - log m of every entry for beta = 1/2, from the larger of p and q."""
+    is_teacher = ratio > 0.0
+    gap = -tl.abs(ratio)
+    small_over_big = tl.exp(gap)
+    big = tl.exp(tl.where(is_teacher, teacher, student))
+    big *= tl.where(is_teacher, per_teacher, per_student)
+    small = big * small_over_big
+    excess = 0.5 * small_over_big - 0.5
+    u = _log1p_half(excess)
+    loss = big * (0.5 * small_over_big * gap - u * (1.0 + excess))
+    q, p = tl.where(is_teacher, small, big), tl.where(is_teacher, big, small)
+    return q, p, loss, tl.where(is_teacher, gap, 0.0) - u
+
+
+@triton.jit
+def _entries(
+    student,
+    teacher,
+    lse_gap,
+    max_student,
+    max_teacher,
+    per_student,
+    per_teacher,
+    beta,
+    MODE: tl.constexpr,
+):
+    """q, p, log p - log q, loss and log q - log m (beta 1: log q - log p) of every entry."""
+    ratio = (teacher - student) - lse_gap
+    student -= max_student
+    teacher -= max_teacher
+    if MODE == _SYMMETRIC_JSD:
+        q, p, loss, pull = _symmetric_entries(ratio, student, teacher, per_student, per_teacher)
+        ratio = tl.minimum(tl.maximum(ratio, LOG_ZERO), -LOG_ZERO)
+        return q, p, ratio, loss, pull
+    q = tl.exp(student) * per_student
+    p = tl.exp(teacher) * per_teacher
+    ratio = tl.minimum(tl.maximum(ratio, LOG_ZERO), -LOG_ZERO)
+    if MODE == _FORWARD_KL:
+        return q, p, ratio, p * ratio + (q - p), ratio
+    if MODE == _REVERSE_KL:
+        return q, p, ratio, (p - q) - q * ratio, -ratio
+    # From the side with the larger weight in m, so that neither end of beta cancels.
+    is_student = beta <= 0.5
+    weight = tl.where(is_student, beta, 1.0 - beta)
+    log_other = tl.where(is_student, ratio, -ratio)
+    log_other = tl.minimum(tl.maximum(log_other, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+    other_over_base = tl.exp(log_other)
+    mixture = (1.0 - weight) + weight * other_over_base
+    # log1p where mixture is near 1: the first-order term of what rounding took from its excess
+    excess = weight * (other_over_base - 1.0)
+    u = tl.log(mixture) + tl.where(tl.abs(excess) < 0.5, excess - (mixture - 1.0), 0.0)
+    base, other = tl.where(is_student, q, p), tl.where(is_student, p, q)
+    loss = weight * other * (log_other - u) - (1.0 - weight) * base * u
+    return q, p, ratio, loss, tl.where(is_student, -u, log_other - u)
 
 
 @triton.jit
@@ -87,9 +158,11 @@ def jsd_rows_kernel(
     inverse_temperature,
     weight_soft,
     weight_hard,
+    softcap,
     MODE: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_METRICS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -100,14 +173,11 @@ def jsd_rows_kernel(
     row_weight = tl.load(row_weights_ptr + row)
     is_live = row_weight != 0.0  # a row of weight 0 may hold anything, NaN included
 
-    max_student = float("-inf")
-    max_teacher = float("-inf")
-    max_hard = float("-inf")
-    sum_student = 0.0
-    sum_teacher = 0.0
-    sum_hard = 0.0
+    lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
+    max_student, max_teacher, max_hard = lines - 1e30, lines - 1e30, lines - 1e30
+    sum_student, sum_teacher, sum_hard = lines, lines, lines
     for start in range(0, vocab_size, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
+        columns = _block_columns(start, BLOCK_V)
         is_column = columns < vocab_size
         student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
         teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
@@ -116,8 +186,11 @@ def jsd_rows_kernel(
         if HAS_LABELS:
             unscaled = _load_scaled(student_ptr, columns, is_column, 1.0)
             max_hard, sum_hard = _update_lse(max_hard, sum_hard, unscaled)
+    max_student, sum_student = _join_lines(max_student, sum_student)
+    max_teacher, sum_teacher = _join_lines(max_teacher, sum_teacher)
     log_sum_student = tl.log(sum_student)
     log_sum_teacher = tl.log(sum_teacher)
+    per_student, per_teacher = 1.0 / sum_student, 1.0 / sum_teacher
     lse_gap = (max_teacher - max_student) + (log_sum_teacher - log_sum_student)
 
     label = -1
@@ -126,79 +199,92 @@ def jsd_rows_kernel(
         label = tl.load(labels_ptr + row)
         is_label = (label >= 0) & (label < vocab_size)
         label_logit = tl.load(student_ptr + label, mask=is_label, other=0.0).to(tl.float32)
+        max_hard, sum_hard = _join_lines(max_hard, sum_hard)
         lse_hard = max_hard + tl.log(sum_hard)
         cross_entropy = lse_hard - tl.maximum(label_logit, LOWEST_LOGIT)
         tl.store(values_ptr + values_stride, tl.where(is_live & is_label, cross_entropy, 0.0))
 
-    loss = tl.zeros([BLOCK_V], dtype=tl.float32)
-    mean_grad = tl.zeros([BLOCK_V], dtype=tl.float32)
-    student_entropy = tl.zeros([BLOCK_V], dtype=tl.float32)
-    teacher_entropy = tl.zeros([BLOCK_V], dtype=tl.float32)
-    forward_kl = tl.zeros([BLOCK_V], dtype=tl.float32)
-    reverse_kl = tl.zeros([BLOCK_V], dtype=tl.float32)
-    agreement = tl.zeros([BLOCK_V], dtype=tl.float32)
+    loss, mean_pull = lines, lines
+    student_entropy, teacher_entropy, forward_kl, reverse_kl = lines, lines, lines, lines
+    top_sum = lines - 1e30
     for start in range(0, vocab_size, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
+        columns = _block_columns(start, BLOCK_V)
         is_column = columns < vocab_size
         student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
         teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
-        ratio = _log_ratio(student, teacher, lse_gap)
-        q = tl.exp(student - max_student) / sum_student
-        p = tl.exp(teacher - max_teacher) / sum_teacher
-        if MODE == _FORWARD_KL:
-            loss += p * ratio + (q - p)
-        elif MODE == _REVERSE_KL:
-            loss += (p - q) - q * ratio
-            mean_grad -= q * ratio
-        else:
-            clipped, w = _log_mixture(ratio, beta)
-            loss += beta * p * (clipped - w) - (1.0 - beta) * q * w
-            mean_grad -= (1.0 - beta) * q * w
+        q, p, ratio, entry_loss, pull = _entries(
+            student,
+            teacher,
+            lse_gap,
+            max_student,
+            max_teacher,
+            per_student,
+            per_teacher,
+            beta,
+            MODE,
+        )
+        loss += tl.sum(entry_loss, axis=1)
+        mean_pull += tl.sum(q * pull, axis=1)
         if HAS_METRICS:
-            log_q = tl.maximum(student - max_student - log_sum_student, LOG_ZERO)
-            log_p = tl.maximum(teacher - max_teacher - log_sum_teacher, LOG_ZERO)
-            student_entropy -= q * log_q
-            teacher_entropy -= p * log_p
-            forward_kl += p * ratio + (q - p)
-            reverse_kl += (p - q) - q * ratio
-            is_shared_top = (student == max_student) & (teacher == max_teacher)
-            agreement = tl.maximum(agreement, is_shared_top.to(tl.float32))
+            student -= max_student
+            teacher -= max_teacher
+            student_entropy -= tl.sum(q * student, axis=1)
+            teacher_entropy -= tl.sum(p * teacher, axis=1)
+            forward_kl += tl.sum(p * ratio + (q - p), axis=1)
+            reverse_kl += tl.sum((p - q) - q * ratio, axis=1)
+            top_sum = tl.maximum(top_sum, tl.max(student + teacher, axis=1))
 
     tl.store(values_ptr, tl.where(is_live, tl.sum(loss, 0), 0.0))
     if HAS_METRICS:
         out_ptr = values_ptr + 2 * values_stride
-        tl.store(out_ptr, tl.where(is_live, tl.sum(student_entropy, 0), 0.0))
-        tl.store(out_ptr + values_stride, tl.where(is_live, tl.sum(teacher_entropy, 0), 0.0))
+        student_entropy = log_sum_student + tl.sum(student_entropy, 0)
+        teacher_entropy = log_sum_teacher + tl.sum(teacher_entropy, 0)
+        agreement = (tl.max(top_sum, 0) == 0.0).to(tl.float32)  # one column has both maxima
+        tl.store(out_ptr, tl.where(is_live, student_entropy, 0.0))
+        tl.store(out_ptr + values_stride, tl.where(is_live, teacher_entropy, 0.0))
         tl.store(out_ptr + 2 * values_stride, tl.where(is_live, tl.sum(forward_kl, 0), 0.0))
         tl.store(out_ptr + 3 * values_stride, tl.where(is_live, tl.sum(reverse_kl, 0), 0.0))
-        tl.store(out_ptr + 4 * values_stride, tl.where(is_live, tl.max(agreement, 0), 0.0))
+        tl.store(out_ptr + 4 * values_stride, tl.where(is_live, agreement, 0.0))
 
     if NEEDS_GRAD:
         grad_ptr += row * grad_row_stride
-        shift = tl.sum(mean_grad, 0)
+        mean_pull = tl.sum(mean_pull, 0)
         soft_scale = row_weight * weight_soft * inverse_temperature
+        if MODE != _FORWARD_KL and MODE != _REVERSE_KL:
+            soft_scale *= 1.0 - beta
         hard_scale = row_weight * weight_hard
         for start in range(0, vocab_size, BLOCK_V):
-            columns = start + tl.arange(0, BLOCK_V)
+            columns = _block_columns(start, BLOCK_V)
             is_column = columns < vocab_size
             student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
             teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
-            q = tl.exp(student - max_student) / sum_student
-            if MODE == _FORWARD_KL:
-                grad = q - tl.exp(teacher - max_teacher) / sum_teacher
-            elif MODE == _REVERSE_KL:
-                grad = q * (-_log_ratio(student, teacher, lse_gap) - shift)
-            else:
-                ratio = _log_ratio(student, teacher, lse_gap)
-                _, w = _log_mixture(ratio, beta)
-                grad = q * ((beta - 1.0) * w - shift)
+            q, p, _, _, pull = _entries(
+                student,
+                teacher,
+                lse_gap,
+                max_student,
+                max_teacher,
+                per_student,
+                per_teacher,
+                beta,
+                MODE,
+            )
+            grad = q - p if MODE == _FORWARD_KL else q * (pull - mean_pull)
             grad *= soft_scale
-            if HAS_LABELS:
+            if HAS_LABELS or HAS_SOFTCAP:
                 unscaled = _load_scaled(student_ptr, columns, is_column, 1.0)
-                hard_grad = tl.exp(unscaled - lse_hard) - (columns == label).to(tl.float32)
-                grad += tl.where(is_label, hard_scale, 0.0) * hard_grad
+                if HAS_LABELS:
+                    hard_grad = tl.exp(unscaled - lse_hard) - (columns == label).to(tl.float32)
+                    grad += tl.where(is_label, hard_scale, 0.0) * hard_grad
+                if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
+                    capped = unscaled / softcap
+                    grad *= tl.where(unscaled > LOWEST_LOGIT, 1.0 - capped * capped, 0.0)
             grad = tl.where(is_live, grad, 0.0).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + columns, grad, mask=is_column)
+
+
+def _mode(beta: float) -> int:
+    return {0.0: FORWARD_KL, 1.0: REVERSE_KL, 0.5: SYMMETRIC_JSD}.get(float(beta), JSD)
 
 
 def jsd_rows_(
@@ -214,9 +300,12 @@ def jsd_rows_(
     temperature: float,
     weight_soft: float,
     weight_hard: float,
+    softcap: float | None,
     has_metrics: bool,
 ) -> None:
-    """Launch jsd_rows_kernel on every row of a chunk."""
+    """Launch jsd_rows_kernel on every row of a chunk. softcap: the student's logits went through
+    softcap tanh(x / softcap), the gradient is that of x.
+    """
     num_rows, vocab_size = student_logits.shape
     block_v, num_warps = row_block(vocab_size)
     grad = student_logits if grad_logits is None else grad_logits
@@ -236,9 +325,11 @@ def jsd_rows_(
         1.0 / temperature,
         weight_soft,
         weight_hard,
-        MODE={0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(float(beta), JSD),
+        1.0 if softcap is None else softcap,
+        MODE=_mode(beta),
         HAS_LABELS=labels is not None,
         HAS_METRICS=has_metrics,
+        HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
         BLOCK_V=block_v,
         num_warps=num_warps,
