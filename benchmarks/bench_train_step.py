@@ -67,7 +67,7 @@ def build_trainer(name: str, completion_tokens: int, folder: str, is_tiny: bool)
         "lmbda": 0.0,
         "max_length": 512 + completion_tokens,
         "gradient_checkpointing": True,
-        "bf16": False,  # the weights are bf16, LoRA adapters follow them
+        "bf16": torch.cuda.is_available(),  # what both trainers' users run
         "save_strategy": "no",
         "report_to": "none",
         "logging_steps": 1,

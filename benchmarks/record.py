@@ -16,7 +16,7 @@ RESULTS = Path(__file__).with_name("results")
 
 def environment() -> dict[str, str]:
     """GPU (or CPU), versions and git sha; a sha with + has uncommitted changes. GIT_SHA stands in
-    for it where the files are a copy without a repository.
+    for it where the files are a copy of a repository elsewhere.
     """
     root = Path(__file__).parents[1]
     has_cuda = torch.cuda.is_available()
@@ -34,9 +34,9 @@ def _git_sha(root: Path) -> str:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    sha = git("rev-parse", "--short", "HEAD")
-    if not sha:
-        return os.environ.get("GIT_SHA", "unknown")
+    if "GIT_SHA" in os.environ:
+        return os.environ["GIT_SHA"]
+    sha = git("rev-parse", "--short", "HEAD") or "unknown"
     return f"{sha}+" if git("status", "--porcelain", "--untracked-files=no") else sha
 
 

@@ -25,7 +25,9 @@ DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # |row_weight| times themselves (their absolute row sum is at most 2 row weights) and are kept in
 # float32 until backward.
 FLOAT16_GRAD_LIMIT = 2.0**14
-GEMM_ROW_MULTIPLES = (128, 16)  # rows of a chunk are a multiple where the budget allows it
+# Rows of a chunk are a multiple of one of these where the budget allows it: 256 rows are two
+# programs of a row kernel on each multiprocessor of a Hopper GPU, 128 and 16 fill tiles of GEMMs.
+ROW_MULTIPLES = (256, 128, 16)
 
 
 class LinearHead(NamedTuple):
@@ -145,7 +147,7 @@ def _rows_within(num_rows: int, num_bytes: int, row_bytes: int, chunk_size: int 
     limit = max(1, num_bytes // row_bytes)
     if num_rows <= limit:
         return num_rows
-    multiple = next((m for m in GEMM_ROW_MULTIPLES if m <= limit), 1)
+    multiple = next((m for m in ROW_MULTIPLES if m <= limit), 1)
     limit -= limit % multiple
     even = -(-num_rows // -(-num_rows // limit))
     return -(-even // multiple) * multiple

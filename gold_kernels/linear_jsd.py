@@ -132,15 +132,25 @@ def _(
     values = student_hidden.new_empty(NUM_ROW_VALUES, num_rows, dtype=float_dtype(student_hidden))
     is_float16 = student_hidden.dtype == torch.float16  # its gradients stay float32 until backward
     dtype = torch.float32 if is_float16 else None
-    leaves = (student_hidden, student_weight, student_bias)
-    return [
-        values,
-        *(
-            torch.empty_like(leaf, dtype=dtype)
-            for leaf, need in zip(leaves, needs, strict=True)
-            if need
-        ),
-    ]
+    leaves = zip((student_hidden, student_weight, student_bias), needs, strict=True)
+    return [values, *(torch.empty_like(leaf, dtype=dtype) for leaf, need in leaves if need)]
+
+
+@torch.library.custom_op("gold_kernels::scaled", mutates_args=())
+def _scaled_operator(
+    tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str
+) -> list[Tensor]:
+    """Every tensor times scale (), in dtype."""
+    if backend == "triton":
+        from gold_kernels.kernels.scale import scaled
+    else:
+        scaled = torch_rows.scaled
+    return [scaled(tensor, scale, dtype) for tensor in tensors]
+
+
+@_scaled_operator.register_fake
+def _(tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str) -> list[Tensor]:
+    return [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
 
 
 class FusedLinearJSDFunction(torch.autograd.Function):
@@ -167,6 +177,7 @@ class FusedLinearJSDFunction(torch.autograd.Function):
         ctx.save_for_backward(*grads)
         ctx.needs = needs
         ctx.input_dtype = student_hidden.dtype
+        ctx.backend = options.backend
         ctx.mark_non_differentiable(values)
         row_loss = options.weight_soft * values[0] + options.weight_hard * values[1]
         # where, not a product: a row of weight 0 may hold anything
@@ -176,10 +187,8 @@ class FusedLinearJSDFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        grads = (
-            (next(saved) * grad_loss).to(ctx.input_dtype) if need else None for need in ctx.needs
-        )
+        scaled = iter(_scaled_operator(ctx.saved_tensors, grad_loss, ctx.input_dtype, ctx.backend))
+        grads = [next(scaled) if need else None for need in ctx.needs]
         return (*grads, *[None] * 6)
 
 

@@ -15,6 +15,11 @@ MAX_LOG_RATIO = 80.0  # either p or q is then below 1e-34: see kernels/jsd_rows.
 BLOCK_ELEMENTS = 1 << 15
 
 
+def scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(tensor * scale).to(dtype), scale a () tensor; never tensor itself."""
+    return (tensor * scale).to(dtype)
+
+
 class _Rows:
     """Scaled logits of a few rows of both sides and what follows from their log-sum-exps."""
 

@@ -17,8 +17,8 @@ ten times the precision at the same cost. The terms q - p sum to zero and cancel
 effect of the rounding of both log-sum-exps.
 
 Pass 1 takes both log-sum-exps, pass 2 the loss, sum q g and the metrics, pass 3 writes the
-gradient. Blocks are two-dimensional, 16 columns to a line, so that sums over a line stay within
-four threads and only one number a line is carried.
+gradient. Blocks are two-dimensional: a line is what one thread loads at once, so that it sums its
+line alone and carries one number for it; threads meet once at the end of a pass.
 """
 
 import triton
@@ -30,7 +30,6 @@ from gold_kernels.kernels.launch import row_block
 LOWEST_LOGIT = tl.constexpr(-1e30)  # stands for a column masked with -inf: probability 0, no NaN
 LOG_ZERO = tl.constexpr(-1e6)
 MAX_LOG_RATIO = tl.constexpr(80.0)  # either p or q is then below 1e-34
-LINE = tl.constexpr(16)
 
 FORWARD_KL, REVERSE_KL, JSD, SYMMETRIC_JSD = 0, 1, 2, 3
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
@@ -43,7 +42,7 @@ NUM_ROW_VALUES = (
 
 
 @triton.jit
-def _block_columns(start, BLOCK_V: tl.constexpr):  # (BLOCK_V / LINE, LINE)
+def _block_columns(start, BLOCK_V: tl.constexpr, LINE: tl.constexpr):  # (BLOCK_V / LINE, LINE)
     lines = tl.arange(0, BLOCK_V // LINE)
     return start + lines[:, None] * LINE + tl.arange(0, LINE)[None, :]
 
@@ -165,6 +164,7 @@ def jsd_rows_kernel(
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
     student_ptr += row * student_row_stride
@@ -177,7 +177,7 @@ def jsd_rows_kernel(
     max_student, max_teacher, max_hard = lines - 1e30, lines - 1e30, lines - 1e30
     sum_student, sum_teacher, sum_hard = lines, lines, lines
     for start in range(0, vocab_size, BLOCK_V):
-        columns = _block_columns(start, BLOCK_V)
+        columns = _block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
         student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
         teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
@@ -208,7 +208,7 @@ def jsd_rows_kernel(
     student_entropy, teacher_entropy, forward_kl, reverse_kl = lines, lines, lines, lines
     top_sum = lines - 1e30
     for start in range(0, vocab_size, BLOCK_V):
-        columns = _block_columns(start, BLOCK_V)
+        columns = _block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
         student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
         teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
@@ -254,7 +254,7 @@ def jsd_rows_kernel(
             soft_scale *= 1.0 - beta
         hard_scale = row_weight * weight_hard
         for start in range(0, vocab_size, BLOCK_V):
-            columns = _block_columns(start, BLOCK_V)
+            columns = _block_columns(start, BLOCK_V, LINE)
             is_column = columns < vocab_size
             student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
             teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
@@ -307,7 +307,7 @@ def jsd_rows_(
     softcap tanh(x / softcap), the gradient is that of x.
     """
     num_rows, vocab_size = student_logits.shape
-    block_v, num_warps = row_block(vocab_size)
+    block_v, line, num_warps = row_block(vocab_size, student_logits.dtype)
     grad = student_logits if grad_logits is None else grad_logits
     jsd_rows_kernel[(num_rows,)](
         student_logits,
@@ -332,5 +332,6 @@ def jsd_rows_(
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
         BLOCK_V=block_v,
+        LINE=line,
         num_warps=num_warps,
     )

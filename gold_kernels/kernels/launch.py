@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 GPU_DEVICES = ("cuda", "xpu")  # ROCm builds call their devices cuda
@@ -25,12 +26,14 @@ def default_backend(tensor: Tensor) -> str:
     return "triton" if tensor.device.type in GPU_DEVICES and has_triton() else "torch"
 
 
-def row_block(vocab_size: int) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) of a kernel that walks one row of vocab_size columns.
+def row_block(vocab_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(BLOCK_V, LINE, num_warps) of a kernel that walks one row of vocab_size columns; a line is
+    the 16 bytes that a thread loads at once.
 
     Under the interpreter the cost is per Python-level operation, so blocks are few and large.
     """
-    width = 1 << (vocab_size - 1).bit_length()
+    line = 16 // dtype.itemsize
+    width = max(1 << (vocab_size - 1).bit_length(), line)
     if is_interpreted():
-        return min(width, 1 << 16), 4
-    return min(max(width, 128), 4096), 8
+        return min(width, 1 << 16), line, 4
+    return min(max(width, 512), 4096), line, 16

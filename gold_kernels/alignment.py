@@ -1,0 +1,341 @@
+"""Completions of two tokenizers -> groups of tokens -> index tensors for the fused ULD loss.
+
+N_s, N_t scored rows, one a completion token; G aligned groups; S_s, S_t scalar rows. Row n of a
+side is the hidden state that predicts completion token n: the causal shift was done before. Bytes
+are the shared coordinate: a group is a minimal run of student tokens and a minimal run of teacher
+tokens that end at a common byte.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gold_kernels.token_bytes import TokenBytes, as_id_tensor
+
+MERGES = ("bayesian", "observed")
+
+
+class SpanGroups(NamedTuple):
+    """The group of every token; -1 for tokens in none."""
+
+    student_groups: Tensor  # (N_s,) int64 in [-1, G), not decreasing where scored
+    teacher_groups: Tensor  # (N_t,) int64
+    num_groups: int  # G
+    num_bytes: int  # covered by groups, from the first byte on
+
+
+def align_byte_spans(
+    student_ends: Tensor,  # (N_s,) int64, byte at which each token ends, not decreasing
+    teacher_ends: Tensor,  # (N_t,) int64
+) -> SpanGroups:
+    """Groups of the tokens of one text: minimal runs on both sides that end at a common byte.
+
+    Every byte up to the last common end belongs to exactly one group on each side; tokens after it
+    (one side was cut, or the cut goes through a token) are in no group. A token that spells nothing
+    belongs to the group of the byte after it. N log N for N tokens, without a Python loop.
+    """
+    for side, ends in (("student", student_ends), ("teacher", teacher_ends)):
+        if ends.ndim != 1 or ends.dtype != torch.int64:
+            raise ValueError(
+                f"align_byte_spans: {side}_ends must be (N,) int64, got {tuple(ends.shape)} "
+                f"{ends.dtype}; pass TokenBytes.byte_ends of one completion."
+            )
+    num_student, num_teacher = student_ends.shape[0], teacher_ends.shape[0]
+    if num_student == 0 or num_teacher == 0:
+        return SpanGroups(
+            torch.full_like(student_ends, -1), torch.full_like(teacher_ends, -1), 0, 0
+        )
+    # A run ends with the first token that reaches its last byte; tokens there that spell nothing
+    # come after it.
+    is_first = student_ends > torch.cat([student_ends.new_zeros(1), student_ends[:-1]])
+    match = torch.searchsorted(teacher_ends, student_ends).clamp_max(num_teacher - 1)
+    student_last = (is_first & (teacher_ends[match] == student_ends)).nonzero().squeeze(1)  # (G,)
+    teacher_last = match[student_last]  # (G,)
+    num_groups = student_last.shape[0]
+    return SpanGroups(
+        _groups_from_last(student_last, num_student),
+        _groups_from_last(teacher_last, num_teacher),
+        num_groups,
+        int(student_ends[student_last[-1]]) if num_groups else 0,
+    )
+
+
+def _groups_from_last(last: Tensor, num_tokens: int) -> Tensor:  # (G,) -> (N,)
+    groups = torch.searchsorted(last, torch.arange(num_tokens, device=last.device))
+    return groups.masked_fill_(groups == last.shape[0], -1)
+
+
+class TokenAlignment(NamedTuple):
+    """Which rows of both sides make the groups of a batch of completions.
+
+    The distribution of a group is that of its base row, times the probabilities that the scalar
+    rows of the group give to their token ids:
+
+        log p_g(v) = log p(v | base row) + sum over scalar rows r of group g of log p(id_r | r)
+
+    merge "bayesian" (chain rule): the base is the last token of the run, the scalars are the
+    earlier ones. merge "observed" (as in TRL): the base is the first, the scalars are the later.
+    """
+
+    student_base_rows: Tensor  # (G,) int64 in [0, N_s)
+    student_scalar_rows: Tensor  # (S_s,) int64 in [0, N_s)
+    student_scalar_ids: Tensor  # (S_s,) int64, the actual tokens
+    student_scalar_groups: Tensor  # (S_s,) int64 in [0, G)
+    teacher_base_rows: Tensor  # (G,) int64 in [0, N_t)
+    teacher_scalar_rows: Tensor  # (S_t,) int64 in [0, N_t)
+    teacher_scalar_ids: Tensor  # (S_t,) int64
+    teacher_scalar_groups: Tensor  # (S_t,) int64 in [0, G)
+    merge: str
+    num_student_rows: int  # N_s, rows in no group included
+    num_teacher_rows: int  # N_t
+    scored_bytes: int  # of the completions, covered by groups
+    completion_bytes: int  # that the student's tokens spell
+
+    @property
+    def num_groups(self) -> int:  # G
+        return self.student_base_rows.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenAlignment":
+        return TokenAlignment(
+            *(
+                field.to(device, non_blocking=non_blocking) if isinstance(field, Tensor) else field
+                for field in self
+            )
+        )
+
+    @classmethod
+    def from_groups(
+        cls,
+        groups: SpanGroups,
+        student_ids: Tensor,  # (N_s,) int64, the tokens of the completion
+        teacher_ids: Tensor,  # (N_t,) int64
+        completion_bytes: int,
+        *,
+        merge: str = "bayesian",
+        is_late: bool = False,
+    ) -> "TokenAlignment":
+        """The rows of one completion's groups.
+
+        is_late, for "observed" only, repeats what TRL reads there: the row after each token's own,
+        which predicts the next token. A last group without such a row is left out.
+        """
+        _check_merge("TokenAlignment", merge, is_late)
+        student_groups, teacher_groups = groups.student_groups, groups.teacher_groups
+        if is_late and groups.num_groups:
+            last = groups.num_groups - 1
+            if last in (int(student_groups[-1]), int(teacher_groups[-1])):
+                student_groups, teacher_groups = (
+                    side.masked_fill(side == last, -1) for side in (student_groups, teacher_groups)
+                )
+        return cls(
+            *_side_rows(student_groups, student_ids, merge, is_late),
+            *_side_rows(teacher_groups, teacher_ids, merge, is_late),
+            merge,
+            student_ids.shape[0],
+            teacher_ids.shape[0],
+            groups.num_bytes,
+            completion_bytes,
+        )
+
+    @classmethod
+    def concatenate(cls, alignments: Sequence["TokenAlignment"]) -> "TokenAlignment":
+        """One alignment of several completions whose rows follow one another on both sides."""
+        merges = {alignment.merge for alignment in alignments}
+        if len(merges) != 1:
+            raise ValueError(
+                "TokenAlignment.concatenate: at least one alignment and one merge for all are "
+                f"expected, got {len(alignments)} with {sorted(merges)}; align all completions of "
+                "a batch alike."
+            )
+        return cls(
+            *_concatenate_side(
+                [a[0:4] for a in alignments], [a.num_student_rows for a in alignments]
+            ),
+            *_concatenate_side(
+                [a[4:8] for a in alignments], [a.num_teacher_rows for a in alignments]
+            ),
+            merges.pop(),
+            sum(a.num_student_rows for a in alignments),
+            sum(a.num_teacher_rows for a in alignments),
+            sum(a.scored_bytes for a in alignments),
+            sum(a.completion_bytes for a in alignments),
+        )
+
+
+def _check_merge(function: str, merge: str, is_late: bool) -> None:
+    if merge not in MERGES:
+        raise ValueError(
+            f"{function}: merge must be 'bayesian' or 'observed', got {merge!r}; 'bayesian' is the "
+            "chain rule."
+        )
+    if is_late and merge != "observed":
+        raise ValueError(
+            f"{function}: is_late repeats a quirk of merge='observed', got merge={merge!r}; leave "
+            "is_late out."
+        )
+
+
+def _side_rows(
+    groups: Tensor, ids: Tensor, merge: str, is_late: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Base rows (G,), then rows, ids and groups of the scalars (S,)."""
+    scored = (groups >= 0).nonzero().squeeze(1)
+    groups = groups[scored]
+    is_base = torch.ones_like(groups, dtype=torch.bool)
+    is_change = groups[1:] != groups[:-1]
+    if merge == "bayesian":
+        is_base[:-1] = is_change
+    else:
+        is_base[1:] = is_change
+    scalars = scored[~is_base]
+    return scored[is_base] + is_late, scalars + is_late, ids[scalars], groups[~is_base]
+
+
+def _concatenate_side(
+    sides: list[tuple[Tensor, ...]], num_rows: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first_row = first_group = 0
+    shifted = []
+    for (base_rows, scalar_rows, scalar_ids, scalar_groups), rows in zip(
+        sides, num_rows, strict=True
+    ):
+        shifted.append(
+            (
+                base_rows + first_row,
+                scalar_rows + first_row,
+                scalar_ids,
+                scalar_groups + first_group,
+            )
+        )
+        first_row += rows
+        first_group += base_rows.shape[0]
+    return tuple(torch.cat(column) for column in zip(*shifted, strict=True))
+
+
+class CompletionAligner:
+    """Aligns the completions of a student with a teacher's tokens, in data loader workers or after
+    a rollout.
+
+    The student's tokens are taken as they were sampled, never decoded and tokenised again: byte
+    ends come from the table of TokenBytes. Special tokens inside a completion spell nothing and are
+    in no group. End of turn is a group of its own where both sides have ended the same text.
+    """
+
+    def __init__(
+        self,
+        student: TokenBytes,
+        teacher: TokenBytes,
+        *,
+        merge: str = "bayesian",
+        is_late: bool = False,  # TRL's reading of "observed", see TokenAlignment.from_groups
+        has_end_of_turn: bool = True,  # False: the stop decision is not distilled
+    ) -> None:
+        _check_merge("CompletionAligner", merge, is_late)
+        self.student, self.teacher = student, teacher
+        self.merge, self.is_late, self.has_end_of_turn = merge, is_late, has_end_of_turn
+
+    @classmethod
+    def from_tokenizers(
+        cls,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        *,
+        student_end_ids: Collection[int] | None = None,  # None: end of turn and eos
+        teacher_end_ids: Collection[int] | None = None,
+        merge: str = "bayesian",
+        is_late: bool = False,
+        has_end_of_turn: bool = True,
+    ) -> "CompletionAligner":
+        return cls(
+            TokenBytes(student_tokenizer, end_ids=student_end_ids),
+            TokenBytes(teacher_tokenizer, end_ids=teacher_end_ids),
+            merge=merge,
+            is_late=is_late,
+            has_end_of_turn=has_end_of_turn,
+        )
+
+    def teacher_ids(self, student_ids: Sequence[int] | Tensor) -> list[int]:
+        """The teacher's tokens of a completion of the student, its end of turn where the student
+        ended.
+
+        Of bytes that are not valid UTF-8 the longest valid prefix is kept, without an end: align()
+        leaves the rest unscored and counts it.
+        """
+        text_ids, is_ended = _split_end(as_id_tensor(student_ids), self.student)
+        spelled = self.student.texts(text_ids)[0]
+        try:
+            text = spelled.decode()
+        except UnicodeDecodeError as error:
+            text, is_ended = spelled[: error.start].decode(), False
+        ids = self.teacher.encode(text)
+        end = self.teacher.end_of_turn_id
+        return [*ids, end] if is_ended and end is not None else ids
+
+    def align(
+        self, student_ids: Sequence[int] | Tensor, teacher_ids: Sequence[int] | Tensor
+    ) -> TokenAlignment:
+        """Rows of the groups of one completion; either side may have been cut.
+
+        Raises ValueError if the tokens of the two sides spell different texts.
+        """
+        student_ids, teacher_ids = as_id_tensor(student_ids), as_id_tensor(teacher_ids)
+        student_text_ids, student_ended = _split_end(student_ids, self.student)
+        teacher_text_ids, teacher_ended = _split_end(teacher_ids, self.teacher)
+        student_ends, teacher_ends = self._byte_ends(student_text_ids, teacher_text_ids)
+        student_bytes, teacher_bytes = _last(student_ends), _last(teacher_ends)
+
+        student_rows = self.student.is_text(student_text_ids).nonzero().squeeze(1)
+        teacher_rows = self.teacher.is_text(teacher_text_ids).nonzero().squeeze(1)
+        groups = align_byte_spans(student_ends[student_rows], teacher_ends[teacher_rows])
+        student_groups = torch.full_like(student_ids, -1)
+        student_groups[student_rows] = groups.student_groups
+        teacher_groups = torch.full_like(teacher_ids, -1)
+        teacher_groups[teacher_rows] = groups.teacher_groups
+        num_groups = groups.num_groups
+        is_complete = student_ended and teacher_ended and student_bytes == teacher_bytes
+        if is_complete and self.has_end_of_turn:
+            student_groups[-1] = teacher_groups[-1] = num_groups
+            num_groups += 1
+        return TokenAlignment.from_groups(
+            SpanGroups(student_groups, teacher_groups, num_groups, groups.num_bytes),
+            student_ids,
+            teacher_ids,
+            student_bytes,
+            merge=self.merge,
+            is_late=self.is_late,
+        )
+
+    def _byte_ends(
+        self, student_ids: Tensor, teacher_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (N_s,), (N_t,)
+        """Ends in the text that both sides spell.
+
+        Where whitespace before a word is not in the student's tokens, the teacher's say it.
+        """
+        says_text = (self.student, student_ids)
+        if self.student.is_spaced and not self.teacher.is_spaced:
+            says_text = (self.teacher, teacher_ids)
+        texts = says_text[0].texts(says_text[1])
+        for text in texts:
+            student_ends = self.student.byte_ends(student_ids, text)
+            teacher_ends = self.teacher.byte_ends(teacher_ids, text)
+            if student_ends is not None and teacher_ends is not None:
+                return student_ends, teacher_ends
+        raise ValueError(
+            "CompletionAligner.align: student and teacher tokens must spell one text, got "
+            f"{self.student.texts(student_ids)[0][:80]!r} from {self.student.name} and "
+            f"{self.teacher.texts(teacher_ids)[0][:80]!r} from {self.teacher.name}; take the "
+            "teacher's tokens from teacher_ids()."
+        )
+
+
+def _split_end(ids: Tensor, table: TokenBytes) -> tuple[Tensor, bool]:
+    """The tokens before an end token at the end, and whether there is one."""
+    is_ended = ids.shape[0] > 0 and int(ids[-1]) in table.end_ids
+    return (ids[:-1] if is_ended else ids), is_ended
+
+
+def _last(ends: Tensor) -> int:  # (N,)
+    return int(ends[-1]) if ends.shape[0] else 0

@@ -1,0 +1,328 @@
+"""Token id -> bytes, one table a tokenizer: bytes are what different tokenizers have in common.
+
+N tokens of a completion, V vocabulary. The tokenizer is whatever object a caller passes that
+behaves like a fast tokenizer of transformers (a processor's `.tokenizer` is one); nothing of that
+package is imported. How tokens spell bytes is read from the tokenizer's own definition, the decoder
+before the pre-tokenizer: byte-level BPE (GPT-2's alphabet), SentencePiece with or without byte
+fallback, WordPiece.
+"""
+
+import json
+import re
+from array import array
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROLES = ("bos", "eos", "unk", "pad")
+_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_WHITESPACE = re.compile(rb"\s*")
+_EXCERPT = 20  # bytes on either side of a difference
+
+
+class _Spelling(NamedTuple):
+    """How a tokenizer's entries become bytes."""
+
+    to_bytes: Callable[[str], bytes]
+    drops_space: bool  # the first token may start with a space that the text does not have
+    has_fallback: bool = False  # <0x0A> is the byte 0x0A
+    is_spaced: bool = False  # WordPiece: tokens do not say whether whitespace stood before a word
+    has_plain_added: bool = False  # added tokens are written in characters, the others in bytes
+
+
+class TokenBytes:
+    """The bytes of every token of one tokenizer, and which token ends a turn.
+
+    Special tokens and ids without a token spell nothing. Text is tokenised by `encode` without
+    special parsing, so the literal text of a special token is text. Building the table takes about
+    half a second for 150k tokens; do it once.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        end_of_turn_id: int | None = None,  # None finds it with the chat template, else eos
+        end_ids: Collection[int] | None = None,  # all that end an answer; None: end of turn, eos
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.name = _name(tokenizer)
+        backend = _backend(tokenizer)
+        spelling = _read_spelling(self.name, backend)
+        self.drops_space, self.is_spaced = spelling.drops_space, spelling.is_spaced
+        vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        size = max(vocab.values(), default=-1) + 1
+        self.vocab_size = size
+        # One entry more, for ids that a padded head can produce and the tokenizer does not have.
+        self.pieces = [b""] * (size + 1)  # (V + 1,)
+        for token, token_id in vocab.items():
+            self.pieces[token_id] = spelling.to_bytes(token)
+        added = backend.get_added_tokens_decoder()
+        if spelling.has_plain_added:
+            for token_id, token in added.items():
+                self.pieces[token_id] = token.content.encode()
+        special = {token_id for token_id, token in added.items() if token.special}
+        special.update(tokenizer.all_special_ids)
+        for token_id in special:
+            self.pieces[token_id] = b""
+        self.fallback_ids = frozenset(
+            token_id
+            for token, token_id in vocab.items()
+            if spelling.has_fallback and _FALLBACK.fullmatch(token)
+        )
+        self.lengths = torch.tensor([*map(len, self.pieces)])  # (V + 1,) int64
+        self.is_special = torch.ones(size + 1, dtype=torch.bool)  # (V + 1,)
+        self.is_special[list(vocab.values())] = False
+        self.is_special[list(special)] = True
+
+        self.roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+        if end_of_turn_id is None:
+            end_of_turn_id = _end_of_turn_id(self, special)
+        self.roles["end_of_turn"] = end_of_turn_id
+        if end_ids is None:
+            end_ids = (end_of_turn_id, self.roles["eos"])
+        self.end_ids = frozenset({end_of_turn_id, *end_ids} - {None})
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        return self.roles["end_of_turn"]
+
+    def texts(self, ids: Tensor) -> list[bytes]:  # (N,) int64
+        """What the tokens may spell, the likelier first: without the space that the tokenizer puts
+        before a text (as its decoder has it), and with it.
+        """
+        joined = self._join(ids)
+        return [joined[1:], joined] if self._may_drop(joined) else [joined]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens that spell the text exactly; special tokens' literal text is text.
+
+        Raises ValueError where the tokenizer changes the text (lower-casing, NFKC, stripping).
+        """
+        ids = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        expected = text.encode()
+        tokens = as_id_tensor(ids)
+        ends = self.byte_ends(tokens, expected)
+        if ends is None or (int(ends[-1]) if ids else 0) != len(expected):
+            got = max(self.texts(tokens), key=lambda spelled: _common_length(spelled, expected))
+            at = _common_length(got, expected)
+            excerpt = slice(max(0, at - _EXCERPT), at + _EXCERPT)
+            raise ValueError(
+                f"TokenBytes.encode: the tokens of {self.name} must spell the text, got "
+                f"{got[excerpt]!r} for {expected[excerpt]!r} at byte {at} of {text[:80]!r}; its "
+                "normalizer or vocabulary changes this text: normalise the text likewise first, "
+                "or leave it out."
+            )
+        return ids
+
+    def byte_ends(self, ids: Tensor, text: bytes) -> Tensor | None:  # (N,) int64 -> (N,) int64
+        """Where in the text each token ends; None if the tokens spell something else.
+
+        Tokens and text may stop at different places. Tokens that spell nothing end where the one
+        before them does.
+        """
+        if self.is_spaced:
+            ends = self._spaced_ends(ids, text)
+            return None if ends is None else torch.tensor(ends, dtype=torch.int64)
+        joined = self._join(ids)
+        drops = (1, 0) if self._may_drop(joined) else (0,)
+        # Of a run of spaces both may fit, so the exact one is looked for first.
+        drop = next((drop for drop in drops if joined[drop:] == text), None)
+        if drop is None:
+            drop = next((d for d in drops if _is_prefix_pair(joined[d:], text)), None)
+        if drop is None:
+            return None
+        ends = self.lengths[self._rows(ids)].cumsum(0)
+        return torch.where(ends > 0, ends - drop, ends) if drop else ends
+
+    def is_text(self, ids: Tensor) -> Tensor:  # (N,) int64 -> (N,) bool
+        return ~self.is_special[self._rows(ids)]
+
+    def _rows(self, ids: Tensor) -> Tensor:  # (N,) rows of pieces, lengths and is_special
+        return ids.clamp_max(self.vocab_size)
+
+    def _join(self, ids: Tensor) -> bytes:
+        return b"".join(map(self.pieces.__getitem__, self._rows(ids).tolist()))
+
+    def _may_drop(self, joined: bytes) -> bool:
+        return self.drops_space and joined.startswith(b" ")
+
+    def _spaced_ends(self, ids: Tensor, text: bytes) -> list[int] | None:
+        """Ends of WordPiece tokens: whitespace before a word belongs to its first token."""
+        ends, position = [], 0
+        for token_id in self._rows(ids).tolist():
+            piece = self.pieces[token_id]
+            if piece.startswith(b" "):
+                piece = piece[1:]
+                if position < len(text):
+                    position = _WHITESPACE.match(text, position).end()
+            if not text.startswith(piece, position) and not piece.startswith(text[position:]):
+                return None
+            position += len(piece)
+            ends.append(position)
+        return ends
+
+
+def as_id_tensor(ids: Sequence[int] | Tensor) -> Tensor:  # (N,) int64
+    """Token ids of a completion on the CPU."""
+    if isinstance(ids, Tensor):
+        tokens = ids.cpu().long()
+    elif len(ids) == 0:
+        tokens = torch.empty(0, dtype=torch.int64)
+    else:  # ten times as fast as torch.tensor(ids), which was half the time of an alignment
+        tokens = torch.frombuffer(array("q", ids), dtype=torch.int64)
+    if tokens.ndim != 1 or (tokens < 0).any():
+        smallest = min(tokens.flatten().tolist(), default=None)
+        raise ValueError(
+            "as_id_tensor: token ids of one completion, (N,) and not negative, are expected, got "
+            f"shape {tuple(tokens.shape)}, smallest {smallest}; leave out prompt, padding and "
+            "ignored labels."
+        )
+    return tokens
+
+
+def _name(tokenizer: Any) -> str:
+    path = getattr(tokenizer, "name_or_path", "")
+    return f"{type(tokenizer).__name__} {path!r}" if path else type(tokenizer).__name__
+
+
+def _backend(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            "TokenBytes: a fast tokenizer (with a backend_tokenizer) is expected, got "
+            f"{_name(tokenizer)}; pass processor.tokenizer, or load the tokenizer with "
+            "use_fast=True."
+        )
+    return backend
+
+
+def _is_prefix_pair(a: bytes, b: bytes) -> bool:
+    return a.startswith(b) or b.startswith(a)
+
+
+def _common_length(a: bytes, b: bytes) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _steps(component: Any) -> list[dict[str, Any]]:
+    """The definition of a normalizer, pre-tokenizer or decoder, sequences flattened."""
+    # The same JSON as in backend.to_str(), without half a second for the merges of 150k tokens.
+    return [] if component is None else _flatten(json.loads(component.__getstate__()))
+
+
+def _flatten(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    if definition["type"] != "Sequence":
+        return [definition]
+    parts = next(value for value in definition.values() if isinstance(value, list))
+    return [step for part in parts for step in _flatten(part)]
+
+
+def _read_spelling(name: str, backend: Any) -> _Spelling:
+    pre_tokenizer = _steps(backend.pre_tokenizer)
+    decoder = _steps(backend.decoder) or pre_tokenizer
+    types = {step["type"] for step in decoder}
+    drops_space = (
+        any(step["type"] == "ByteLevel" and step["add_prefix_space"] for step in pre_tokenizer)
+        or any(step["type"] == "Prepend" for step in _steps(backend.normalizer))
+        or any(step["type"] == "Strip" and step["start"] > 0 for step in decoder)
+        or any(
+            step["type"] == "Metaspace" and step["prepend_scheme"] != "never"
+            for step in (*pre_tokenizer, *decoder)
+        )
+    )
+    if "ByteLevel" in types:
+        return _Spelling(_byte_level_piece, drops_space, has_plain_added=True)
+    if "WordPiece" in types:
+        prefix = next(step["prefix"] for step in decoder if step["type"] == "WordPiece")
+        return _Spelling(_word_piece(prefix), True, is_spaced=True)
+    replacements = _replacements(decoder)
+    if not replacements or types & {"BPEDecoder", "CTC"}:
+        raise ValueError(
+            f"TokenBytes: {name} must be byte-level BPE, SentencePiece or WordPiece, got a decoder "
+            f"of {sorted(types) or 'no steps'}; choose another tokenizer, or give it the decoder "
+            "that it was made for."
+        )
+    has_fallback = "ByteFallback" in types
+    return _Spelling(_sentence_piece(replacements, has_fallback), drops_space, has_fallback)
+
+
+def _replacements(decoder: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the decoder writes for what: a space for SentencePiece's U+2581."""
+    metaspaces = [(s["replacement"], " ") for s in decoder if s["type"] == "Metaspace"]
+    replaces = [s for s in decoder if s["type"] == "Replace" and "String" in s["pattern"]]
+    return metaspaces + [(step["pattern"]["String"], step["content"]) for step in replaces]
+
+
+def _byte_alphabet() -> dict[int, int]:
+    """Character -> byte, as GPT-2 writes bytes: printable Latin-1 stands for itself, the others
+    follow from U+0100 on. Latin-1 that stands for nothing becomes a character beyond Latin-1.
+    """
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(0x100)) - set(itself))
+    alphabet = dict.fromkeys(others, 0xFFFF)
+    return alphabet | {0x100 + i: byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _byte_level_piece(token: str) -> bytes:
+    try:
+        return token.translate(_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:  # not all in the alphabet: plain text, as the decoder has it
+        return token.encode()
+
+
+def _sentence_piece(
+    replacements: list[tuple[str, str]], has_fallback: bool
+) -> Callable[[str], bytes]:
+    def to_bytes(token: str) -> bytes:
+        if has_fallback and token.startswith("<0x"):
+            match = _FALLBACK.fullmatch(token)
+            if match:
+                return bytes([int(match[1], 16)])
+        for pattern, content in replacements:
+            token = token.replace(pattern, content)
+        return token.encode()
+
+    return to_bytes
+
+
+def _word_piece(prefix: str) -> Callable[[str], bytes]:
+    def to_bytes(token: str) -> bytes:
+        is_continued = token.startswith(prefix)
+        return token[len(prefix) :].encode() if is_continued else b" " + token.encode()
+
+    return to_bytes
+
+
+def _end_of_turn_id(table: TokenBytes, special: Collection[int]) -> int | None:
+    """The first special token that the chat template writes after an answer, else eos."""
+    tokenizer, answer = table.tokenizer, "answer"
+    if tokenizer.chat_template is None:
+        return table.roles["eos"]
+    failure = None
+    # Some templates take contents as text, some as lists of parts, and drop the other kind.
+    for wrap in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
+        turns = [("user", "question"), ("assistant", answer)]
+        messages = [{"role": role, "content": wrap(text)} for role, text in turns]
+        try:
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # templates raise errors of jinja2, which is not a dependency
+            failure = error
+            continue
+        _, found, tail = rendered.rpartition(answer)
+        if found:
+            ids = tokenizer(tail, add_special_tokens=False, split_special_tokens=False)
+            return next((i for i in ids["input_ids"] if i in special), table.roles["eos"])
+    raise ValueError(
+        f"TokenBytes: the chat template of {table.name} must render a question and its answer, got "
+        f"{failure or 'no answer in the text'}; pass end_of_turn_id."
+    ) from failure

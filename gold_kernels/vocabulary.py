@@ -1,0 +1,112 @@
+"""Which vocabulary entries of a student and a teacher are the same, by bytes and by role.
+
+V_s, V_t entries of the tokenizers, K matched entries.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gold_kernels.token_bytes import TokenBytes
+
+MATCHED_ROLES = ("end_of_turn", "eos")  # never pad, which no model is to predict
+
+
+class VocabOverlap(NamedTuple):
+    """Matched entries: one student id with one teacher id.
+
+    Text tokens match by equal bytes, so that "\\u0120the" of a byte-level vocabulary and
+    "\\u2581the" of SentencePiece are one. Special tokens match by role alone: end of turn with end
+    of turn, eos with eos where neither is the end of turn. Of several tokens with equal bytes the
+    lowest id is taken, byte-fallback tokens (which a tokenizer uses only where it has no other)
+    last.
+    """
+
+    student_ids: Tensor  # (K,) int64, ascending
+    teacher_ids: Tensor  # (K,) int64, the partner of each
+    student_vocab_size: int  # V_s, entries of the tokenizer; its head may have more rows
+    teacher_vocab_size: int  # V_t
+
+    @classmethod
+    def from_tokenizers(
+        cls,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        *,
+        student_end_of_turn_id: int | None = None,  # None: see TokenBytes
+        teacher_end_of_turn_id: int | None = None,
+    ) -> "VocabOverlap":
+        return cls.from_token_bytes(
+            TokenBytes(student_tokenizer, end_of_turn_id=student_end_of_turn_id),
+            TokenBytes(teacher_tokenizer, end_of_turn_id=teacher_end_of_turn_id),
+        )
+
+    @classmethod
+    def from_token_bytes(cls, student: TokenBytes, teacher: TokenBytes) -> "VocabOverlap":
+        student_entries, teacher_entries = _entries(student), _entries(teacher)
+        pairs = sorted(
+            (student_id, teacher_entries[key])
+            for key, student_id in student_entries.items()
+            if key in teacher_entries
+        )
+        ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+        return cls(
+            ids[:, 0].contiguous(), ids[:, 1].contiguous(), student.vocab_size, teacher.vocab_size
+        )
+
+    @property
+    def num_matched(self) -> int:  # K
+        return self.student_ids.shape[0]
+
+    @property
+    def student_share(self) -> float:
+        """Of the student's vocabulary that is matched."""
+        return self.num_matched / max(1, self.student_vocab_size)
+
+    @property
+    def teacher_share(self) -> float:
+        return self.num_matched / max(1, self.teacher_vocab_size)
+
+    def student_mass(self, weights: Tensor) -> Tensor:  # (..., V) -> (...)
+        """Share of probabilities, or of the token counts of a text sample, on matched entries."""
+        return _share(weights, self.student_ids)
+
+    def teacher_mass(self, weights: Tensor) -> Tensor:  # (..., V) -> (...)
+        return _share(weights, self.teacher_ids)
+
+    def report(self) -> str:
+        return (
+            f"{self.num_matched} entries matched: {self.student_share:.1%} of the student's "
+            f"{self.student_vocab_size}, {self.teacher_share:.1%} of the teacher's "
+            f"{self.teacher_vocab_size}"
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "VocabOverlap":
+        return self._replace(
+            student_ids=self.student_ids.to(device, non_blocking=non_blocking),
+            teacher_ids=self.teacher_ids.to(device, non_blocking=non_blocking),
+        )
+
+
+def _entries(table: TokenBytes) -> dict[bytes | str, int]:
+    """Bytes or role -> the id that stands for it; no id stands for two."""
+    roles: dict[int, str] = {}
+    for role in MATCHED_ROLES:
+        token_id = table.roles[role]
+        if token_id is not None:
+            roles.setdefault(token_id, role)
+    entries: dict[bytes | str, int] = {}
+    ordinary = (i for i in range(table.vocab_size) if i not in table.fallback_ids)
+    for token_id in (*ordinary, *sorted(table.fallback_ids)):
+        piece = table.pieces[token_id]
+        if piece and token_id not in roles:
+            entries.setdefault(piece, token_id)
+    return entries | {role: token_id for token_id, role in roles.items()}
+
+
+def _share(weights: Tensor, ids: Tensor) -> Tensor:  # (..., V), (K,) -> (...)
+    if not weights.is_floating_point():
+        weights = weights.double()
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    return weights[..., ids].sum(-1, dtype=dtype) / weights.sum(-1, dtype=dtype)
