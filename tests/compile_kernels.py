@@ -10,45 +10,58 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gold_kernels.kernels import jsd_rows
+from gold_kernels.kernels import jsd_rows, scale
 
 CAPABILITIES = (80, 90, 100)
 
 
+def signature_of(kernel, types, floats, constexprs):
+    """Pointers by name, strides int64, the named floats fp32, everything else int32."""
+    return {
+        name: "constexpr"
+        if name in constexprs
+        else types.get(name)
+        or ("fp32" if name in floats else "i64" if name.endswith("stride") else "i32")
+        for name in kernel.arg_names
+    }
+
+
 def jsd_signatures():
-    """(signature, constexprs) of jsd_rows_kernel for each specialisation that the launcher can ask
-    for.
-    """
+    """(kernel, signature, constexprs) for each specialisation that the launcher can ask for."""
     kernel = jsd_rows.jsd_rows_kernel
-    modes = (jsd_rows.FORWARD_KL, jsd_rows.REVERSE_KL, jsd_rows.JSD)
-    flags = ((False, False, True), (True, True, True), (False, True, False))
-    variants = [(mode, flag, "*bf16") for mode in modes for flag in flags]
-    variants += [(jsd_rows.JSD, flags[0], grad) for grad in ("*fp16", "*fp32")]
-    for mode, (has_labels, has_metrics, needs_grad), grad in variants:
+    modes = (jsd_rows.FORWARD_KL, jsd_rows.REVERSE_KL, jsd_rows.JSD, jsd_rows.SYMMETRIC_JSD)
+    flags = ((False, False, False, True), (True, True, True, True), (False, True, False, False))
+    dtypes = [("*fp32", "*bf16"), ("*bf16", "*bf16"), ("*fp32", "*fp32"), ("*fp32", "*fp16")]
+    variants = [(mode, flag, dtypes[0]) for mode in modes for flag in flags]
+    variants += [(jsd_rows.SYMMETRIC_JSD, flags[0], dtype) for dtype in dtypes[1:]]
+    floats = ("beta", "inverse_temperature", "weight_soft", "weight_hard", "softcap")
+    for mode, (has_labels, has_metrics, has_softcap, needs_grad), (logits, grad) in variants:
         constexprs = {
             "MODE": mode,
             "HAS_LABELS": has_labels,
             "HAS_METRICS": has_metrics,
+            "HAS_SOFTCAP": has_softcap,
             "NEEDS_GRAD": needs_grad,
             "BLOCK_V": 4096,
+            "LINE": 4 if logits == "*fp32" else 8,
         }
-        types = {"student_ptr": "*fp32", "teacher_ptr": "*fp32", "grad_ptr": grad}
+        types = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": grad}
         types |= {"row_weights_ptr": "*fp32", "labels_ptr": "*i64", "values_ptr": "*fp32"}
-        floats = ("beta", "inverse_temperature", "weight_soft", "weight_hard")
-        signature = {
-            name: "constexpr"
-            if name in constexprs
-            else types.get(name)
-            or ("fp32" if name in floats else "i64" if name.endswith("stride") else "i32")
-            for name in kernel.arg_names
-        }
-        yield kernel, signature, constexprs
+        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+
+
+def scale_signatures():
+    kernel = scale.scale_kernel
+    for tensor, out in (("*bf16", "*bf16"), ("*fp32", "*fp16"), ("*fp32", "*fp32")):
+        types = {"out_ptr": out, "tensor_ptr": tensor, "scale_ptr": "*fp32"}
+        constexprs = {"BLOCK": 4096}
+        yield kernel, signature_of(kernel, types, (), constexprs), constexprs
 
 
 def main() -> None:
     for capability in CAPABILITIES:
         target = GPUTarget("cuda", capability, 32)
-        for kernel, signature, constexprs in jsd_signatures():
+        for kernel, signature, constexprs in (*jsd_signatures(), *scale_signatures()):
             source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
             compiled = triton.compile(source, target=target, options={"num_warps": 8})
             size = len(compiled.asm["cubin"])

@@ -14,11 +14,12 @@ polynomial instead of a logarithm.
 Everything hangs on r, taken from the difference of both logits, which is exact where the two
 distributions are close, and not from log-probabilities, numbers near -12: near convergence that is
 ten times the precision at the same cost. The terms q - p sum to zero and cancel the first-order
-effect of the rounding of both log-sum-exps.
+effect of the rounding of both log-sum-exps. Inside the kernel logarithms are in bits, since exp2 is
+one instruction and exp four.
 
 Pass 1 takes both log-sum-exps, pass 2 the loss, sum q g and the metrics, pass 3 writes the
-gradient. Blocks are two-dimensional: a line is what one thread loads at once, so that it sums its
-line alone and carries one number for it; threads meet once at the end of a pass.
+gradient. Blocks are two-dimensional: a line is what a few threads load at once, so that each sums
+its line alone and carries one number for it; threads meet once at the end of a pass.
 """
 
 import triton
@@ -28,8 +29,10 @@ from torch import Tensor
 from gold_kernels.kernels.launch import row_block
 
 LOWEST_LOGIT = tl.constexpr(-1e30)  # stands for a column masked with -inf: probability 0, no NaN
-LOG_ZERO = tl.constexpr(-1e6)
-MAX_LOG_RATIO = tl.constexpr(80.0)  # either p or q is then below 1e-34
+BITS = tl.constexpr(1.4426950408889634)  # per nat
+NATS = tl.constexpr(0.6931471805599453)  # per bit
+LOG_ZERO = tl.constexpr(-1e6 * 1.4426950408889634)
+MAX_LOG_RATIO = tl.constexpr(115.0)  # bits: either p or q is then below 1e-34
 
 FORWARD_KL, REVERSE_KL, JSD, SYMMETRIC_JSD = 0, 1, 2, 3
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
@@ -48,47 +51,44 @@ def _block_columns(start, BLOCK_V: tl.constexpr, LINE: tl.constexpr):  # (BLOCK_
 
 
 @triton.jit
-def _load_scaled(row_ptr, columns, is_column, scale):
-    """Float32 logits * scale; -1e30 for -inf and beyond the vocabulary, so probability 0."""
+def _load(row_ptr, columns, is_column):
+    """Float32 logits; -1e30 for -inf and beyond the vocabulary, so probability 0."""
     logits = tl.load(row_ptr + columns, mask=is_column, other=float("-inf")).to(tl.float32)
-    return tl.maximum(logits * scale, LOWEST_LOGIT)
+    return tl.maximum(logits, LOWEST_LOGIT)
 
 
 @triton.jit
-def _update_lse(running_max, running_sum, scaled):
-    """Each line keeps a maximum and a sum of its own."""
-    new_max = tl.maximum(running_max, tl.max(scaled, axis=1))
-    new_sum = tl.sum(tl.exp(scaled - new_max[:, None]), axis=1)
-    return new_max, running_sum * tl.exp(running_max - new_max) + new_sum
+def _line_sums(logits, line_max, bits):
+    return tl.sum(tl.exp2((logits - line_max[:, None]) * bits), axis=1)
 
 
 @triton.jit
-def _join_lines(line_max, line_sum):
+def _join_lines(line_max, line_sum, bits):
     row_max = tl.max(line_max, 0)
-    return row_max, tl.sum(line_sum * tl.exp(line_max - row_max), 0)
+    return row_max, tl.sum(line_sum * tl.exp2((line_max - row_max) * bits), 0)
 
 
 @triton.jit
 def _log1p_half(z):
-    """log(1 + z) on [-1/2, 0]: minimax polynomial of log1p(z) / z, relative error 2.3e-8."""
-    series = 1.4411079 * z + 1.6958120
-    series = series * z + 1.2576698
-    series = series * z + 0.20353896
-    series = series * z + 0.26961276
-    series = series * z - 0.24280508
-    series = series * z + 0.33370061
-    series = series * z - 0.49999285
-    series = series * z + 1.0
+    """log2(1 + z) on [-1/2, 0]: minimax polynomial of log2(1 + z) / z, relative error 2.3e-8."""
+    series = 2.0790792 * z + 2.4465395
+    series = series * z + 1.814434
+    series = series * z + 0.29364465
+    series = series * z + 0.38896899
+    series = series * z - 0.35029368
+    series = series * z + 0.48142822
+    series = series * z - 0.72133721
+    series = series * z + 1.442695
     return series * z
 
 
 @triton.jit
-def _symmetric_entries(ratio, student, teacher, per_student, per_teacher):
+def _symmetric_entries(ratio, student, teacher, per_student, per_teacher, bits):
     """q, p, loss and log q - log m of every entry for beta = 1/2, from the larger of p and q."""
     is_teacher = ratio > 0.0
     gap = -tl.abs(ratio)
-    small_over_big = tl.exp(gap)
-    big = tl.exp(tl.where(is_teacher, teacher, student))
+    small_over_big = tl.exp2(gap)
+    big = tl.exp2(tl.where(is_teacher, teacher, student) * bits)
     big *= tl.where(is_teacher, per_teacher, per_student)
     small = big * small_over_big
     excess = 0.5 * small_over_big - 0.5
@@ -99,42 +99,38 @@ def _symmetric_entries(ratio, student, teacher, per_student, per_teacher):
 
 
 @triton.jit
-def _entries(
-    student,
-    teacher,
-    lse_gap,
-    max_student,
-    max_teacher,
-    per_student,
-    per_teacher,
-    beta,
-    MODE: tl.constexpr,
-):
-    """q, p, log p - log q, loss and log q - log m (beta 1: log q - log p) of every entry."""
-    ratio = (teacher - student) - lse_gap
+def _entries(student, teacher, row_sums, bits, beta, MODE: tl.constexpr):
+    """q, p, log p - log q, loss and log q - log m (beta 1: log q - log p) of every entry, in bits;
+    bits is what a logit of 1 is worth.
+    """
+    lse_gap, max_student, max_teacher, per_student, per_teacher = row_sums
+    ratio = (teacher - student) * bits - lse_gap
     student -= max_student
     teacher -= max_teacher
     if MODE == _SYMMETRIC_JSD:
-        q, p, loss, pull = _symmetric_entries(ratio, student, teacher, per_student, per_teacher)
+        q, p, loss, pull = _symmetric_entries(
+            ratio, student, teacher, per_student, per_teacher, bits
+        )
         ratio = tl.minimum(tl.maximum(ratio, LOG_ZERO), -LOG_ZERO)
         return q, p, ratio, loss, pull
-    q = tl.exp(student) * per_student
-    p = tl.exp(teacher) * per_teacher
+    q = tl.exp2(student * bits) * per_student
+    p = tl.exp2(teacher * bits) * per_teacher
     ratio = tl.minimum(tl.maximum(ratio, LOG_ZERO), -LOG_ZERO)
     if MODE == _FORWARD_KL:
-        return q, p, ratio, p * ratio + (q - p), ratio
+        return q, p, ratio, p * ratio + (q - p) * BITS, ratio
     if MODE == _REVERSE_KL:
-        return q, p, ratio, (p - q) - q * ratio, -ratio
+        return q, p, ratio, (p - q) * BITS - q * ratio, -ratio
     # From the side with the larger weight in m, so that neither end of beta cancels.
     is_student = beta <= 0.5
     weight = tl.where(is_student, beta, 1.0 - beta)
     log_other = tl.where(is_student, ratio, -ratio)
     log_other = tl.minimum(tl.maximum(log_other, -MAX_LOG_RATIO), MAX_LOG_RATIO)
-    other_over_base = tl.exp(log_other)
+    other_over_base = tl.exp2(log_other)
     mixture = (1.0 - weight) + weight * other_over_base
     # log1p where mixture is near 1: the first-order term of what rounding took from its excess
     excess = weight * (other_over_base - 1.0)
-    u = tl.log(mixture) + tl.where(tl.abs(excess) < 0.5, excess - (mixture - 1.0), 0.0)
+    lost = tl.where(tl.abs(excess) < 0.5, excess - (mixture - 1.0), 0.0)
+    u = tl.log2(mixture) + lost * BITS
     base, other = tl.where(is_student, q, p), tl.where(is_student, p, q)
     loss = weight * other * (log_other - u) - (1.0 - weight) * base * u
     return q, p, ratio, loss, tl.where(is_student, -u, log_other - u)
@@ -173,35 +169,43 @@ def jsd_rows_kernel(
     row_weight = tl.load(row_weights_ptr + row)
     is_live = row_weight != 0.0  # a row of weight 0 may hold anything, NaN included
 
+    bits = inverse_temperature * BITS
     lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    max_student, max_teacher, max_hard = lines - 1e30, lines - 1e30, lines - 1e30
+    max_student, max_teacher = lines - 1e30, lines - 1e30
     sum_student, sum_teacher, sum_hard = lines, lines, lines
     for start in range(0, vocab_size, BLOCK_V):
         columns = _block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
-        student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
-        teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
-        max_student, sum_student = _update_lse(max_student, sum_student, student)
-        max_teacher, sum_teacher = _update_lse(max_teacher, sum_teacher, teacher)
-        if HAS_LABELS:
-            unscaled = _load_scaled(student_ptr, columns, is_column, 1.0)
-            max_hard, sum_hard = _update_lse(max_hard, sum_hard, unscaled)
-    max_student, sum_student = _join_lines(max_student, sum_student)
-    max_teacher, sum_teacher = _join_lines(max_teacher, sum_teacher)
-    log_sum_student = tl.log(sum_student)
-    log_sum_teacher = tl.log(sum_teacher)
+        student = _load(student_ptr, columns, is_column)
+        new_max = tl.maximum(max_student, tl.max(student, axis=1))
+        sum_student *= tl.exp2((max_student - new_max) * bits)
+        sum_student += _line_sums(student, new_max, bits)
+        if HAS_LABELS:  # cross-entropy at temperature 1
+            sum_hard *= tl.exp2((max_student - new_max) * BITS)
+            sum_hard += _line_sums(student, new_max, BITS)
+        max_student = new_max
+        teacher = _load(teacher_ptr, columns, is_column)
+        new_max = tl.maximum(max_teacher, tl.max(teacher, axis=1))
+        sum_teacher *= tl.exp2((max_teacher - new_max) * bits)
+        sum_teacher += _line_sums(teacher, new_max, bits)
+        max_teacher = new_max
+    if HAS_LABELS:
+        max_hard, sum_hard = _join_lines(max_student, sum_hard, BITS)
+    max_student, sum_student = _join_lines(max_student, sum_student, bits)
+    max_teacher, sum_teacher = _join_lines(max_teacher, sum_teacher, bits)
     per_student, per_teacher = 1.0 / sum_student, 1.0 / sum_teacher
-    lse_gap = (max_teacher - max_student) + (log_sum_teacher - log_sum_student)
+    log_sum_student = tl.log2(sum_student)
+    log_sum_teacher = tl.log2(sum_teacher)
+    lse_gap = (max_teacher - max_student) * bits + (log_sum_teacher - log_sum_student)
+    row_sums = (lse_gap, max_student, max_teacher, per_student, per_teacher)
 
     label = -1
-    lse_hard = 0.0
     if HAS_LABELS:
         label = tl.load(labels_ptr + row)
         is_label = (label >= 0) & (label < vocab_size)
         label_logit = tl.load(student_ptr + label, mask=is_label, other=0.0).to(tl.float32)
-        max_hard, sum_hard = _join_lines(max_hard, sum_hard)
-        lse_hard = max_hard + tl.log(sum_hard)
-        cross_entropy = lse_hard - tl.maximum(label_logit, LOWEST_LOGIT)
+        label_logit = tl.maximum(label_logit, LOWEST_LOGIT)
+        cross_entropy = tl.log(sum_hard) - (label_logit - max_student)
         tl.store(values_ptr + values_stride, tl.where(is_live & is_label, cross_entropy, 0.0))
 
     loss, mean_pull = lines, lines
@@ -210,75 +214,55 @@ def jsd_rows_kernel(
     for start in range(0, vocab_size, BLOCK_V):
         columns = _block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
-        student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
-        teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
-        q, p, ratio, entry_loss, pull = _entries(
-            student,
-            teacher,
-            lse_gap,
-            max_student,
-            max_teacher,
-            per_student,
-            per_teacher,
-            beta,
-            MODE,
-        )
+        student = _load(student_ptr, columns, is_column)
+        teacher = _load(teacher_ptr, columns, is_column)
+        q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
         loss += tl.sum(entry_loss, axis=1)
         mean_pull += tl.sum(q * pull, axis=1)
         if HAS_METRICS:
             student -= max_student
             teacher -= max_teacher
-            student_entropy -= tl.sum(q * student, axis=1)
-            teacher_entropy -= tl.sum(p * teacher, axis=1)
-            forward_kl += tl.sum(p * ratio + (q - p), axis=1)
-            reverse_kl += tl.sum((p - q) - q * ratio, axis=1)
+            student_entropy += tl.sum(q * student, axis=1)
+            teacher_entropy += tl.sum(p * teacher, axis=1)
+            forward_kl += tl.sum(p * ratio + (q - p) * BITS, axis=1)
+            reverse_kl += tl.sum((p - q) * BITS - q * ratio, axis=1)
             top_sum = tl.maximum(top_sum, tl.max(student + teacher, axis=1))
 
-    tl.store(values_ptr, tl.where(is_live, tl.sum(loss, 0), 0.0))
+    tl.store(values_ptr, tl.where(is_live, tl.sum(loss, 0) * NATS, 0.0))
     if HAS_METRICS:
         out_ptr = values_ptr + 2 * values_stride
-        student_entropy = log_sum_student + tl.sum(student_entropy, 0)
-        teacher_entropy = log_sum_teacher + tl.sum(teacher_entropy, 0)
+        student_entropy = log_sum_student - tl.sum(student_entropy, 0) * bits
+        teacher_entropy = log_sum_teacher - tl.sum(teacher_entropy, 0) * bits
         agreement = (tl.max(top_sum, 0) == 0.0).to(tl.float32)  # one column has both maxima
-        tl.store(out_ptr, tl.where(is_live, student_entropy, 0.0))
-        tl.store(out_ptr + values_stride, tl.where(is_live, teacher_entropy, 0.0))
-        tl.store(out_ptr + 2 * values_stride, tl.where(is_live, tl.sum(forward_kl, 0), 0.0))
-        tl.store(out_ptr + 3 * values_stride, tl.where(is_live, tl.sum(reverse_kl, 0), 0.0))
+        tl.store(out_ptr, tl.where(is_live, student_entropy * NATS, 0.0))
+        tl.store(out_ptr + values_stride, tl.where(is_live, teacher_entropy * NATS, 0.0))
+        tl.store(out_ptr + 2 * values_stride, tl.where(is_live, tl.sum(forward_kl, 0) * NATS, 0.0))
+        tl.store(out_ptr + 3 * values_stride, tl.where(is_live, tl.sum(reverse_kl, 0) * NATS, 0.0))
         tl.store(out_ptr + 4 * values_stride, tl.where(is_live, agreement, 0.0))
 
     if NEEDS_GRAD:
         grad_ptr += row * grad_row_stride
         mean_pull = tl.sum(mean_pull, 0)
         soft_scale = row_weight * weight_soft * inverse_temperature
-        if MODE != _FORWARD_KL and MODE != _REVERSE_KL:
-            soft_scale *= 1.0 - beta
-        hard_scale = row_weight * weight_hard
+        if MODE != _FORWARD_KL:
+            soft_scale *= NATS
+            if MODE != _REVERSE_KL:
+                soft_scale *= 1.0 - beta
         for start in range(0, vocab_size, BLOCK_V):
             columns = _block_columns(start, BLOCK_V, LINE)
             is_column = columns < vocab_size
-            student = _load_scaled(student_ptr, columns, is_column, inverse_temperature)
-            teacher = _load_scaled(teacher_ptr, columns, is_column, inverse_temperature)
-            q, p, _, _, pull = _entries(
-                student,
-                teacher,
-                lse_gap,
-                max_student,
-                max_teacher,
-                per_student,
-                per_teacher,
-                beta,
-                MODE,
-            )
+            student = _load(student_ptr, columns, is_column)
+            teacher = _load(teacher_ptr, columns, is_column)
+            q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
             grad = q - p if MODE == _FORWARD_KL else q * (pull - mean_pull)
             grad *= soft_scale
-            if HAS_LABELS or HAS_SOFTCAP:
-                unscaled = _load_scaled(student_ptr, columns, is_column, 1.0)
-                if HAS_LABELS:
-                    hard_grad = tl.exp(unscaled - lse_hard) - (columns == label).to(tl.float32)
-                    grad += tl.where(is_label, hard_scale, 0.0) * hard_grad
-                if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
-                    capped = unscaled / softcap
-                    grad *= tl.where(unscaled > LOWEST_LOGIT, 1.0 - capped * capped, 0.0)
+            if HAS_LABELS:
+                hard_grad = tl.exp2((student - max_student) * BITS) / sum_hard
+                hard_grad -= (columns == label).to(tl.float32)
+                grad += tl.where(is_label, row_weight * weight_hard, 0.0) * hard_grad
+            if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
+                capped = student / softcap
+                grad *= tl.where(student > LOWEST_LOGIT, 1.0 - capped * capped, 0.0)
             grad = tl.where(is_live, grad, 0.0).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + columns, grad, mask=is_column)
 
