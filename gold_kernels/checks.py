@@ -167,6 +167,28 @@ def check_head_options(
         )
 
 
+def check_in_place(function: str, in_place: bool, logits: Tensor, vocab_size: int) -> None:
+    """A gradient can take the place of logits that are one block of memory of their own."""
+    if not in_place:
+        return
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            f"{function}: in_place needs student_logits that a model computed, got a leaf tensor "
+            "that requires a gradient; its .grad would be the tensor itself: pass in_place=False."
+        )
+    if logits.dtype == torch.float16:
+        raise ValueError(
+            f"{function}: in_place needs logits that can hold their gradient, got torch.float16; "
+            "pass in_place=False, or logits in bfloat16 or float32."
+        )
+    if not logits.is_contiguous() or vocab_size != logits.shape[1]:
+        raise ValueError(
+            f"{function}: in_place needs contiguous student_logits of vocab_size columns, got "
+            f"strides {logits.stride()}, {logits.shape[1]} columns and vocab_size {vocab_size}; "
+            "pass in_place=False."
+        )
+
+
 def check_limits(
     function: str, budget_bytes: int, logits_dtype: torch.dtype | None, hidden: Tensor
 ) -> None:

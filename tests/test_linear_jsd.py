@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jsd_cases import Case, near_converged_case, random_case, run, run_fused, run_oracle
 
 from gold_kernels import fused_linear_jsd, peak_extra_bytes, reference
-from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, LinearHead, Limits, Needs, plan_chunks
+from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, Limits, LinearHead, Needs, plan_chunks
 from gold_kernels.kernels.launch import is_interpreted
 
 BETAS = (0.0, 1e-6, 0.1, 0.5, 0.9, 1.0)

@@ -190,7 +190,7 @@ def jsd_rows_kernel(
         sum_teacher += _line_sums(teacher, new_max, bits)
         max_teacher = new_max
     if HAS_LABELS:
-        max_hard, sum_hard = _join_lines(max_student, sum_hard, BITS)
+        sum_hard = _join_lines(max_student, sum_hard, BITS)[1]
     max_student, sum_student = _join_lines(max_student, sum_student, bits)
     max_teacher, sum_teacher = _join_lines(max_teacher, sum_teacher, bits)
     per_student, per_teacher = 1.0 / sum_student, 1.0 / sum_teacher
