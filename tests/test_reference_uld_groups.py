@@ -200,21 +200,39 @@ def test_the_loss_sums_its_terms_with_their_weights():
     student, teacher, alignment = normal(5, 7), normal(3, 9, seed=1), hand_alignment()
     labels = torch.tensor([1, -100, 4, 0, 7])  # 7 is outside of the vocabulary
     group_weights, label_weights = torch.tensor([0.3, 1.7]), torch.arange(5.0)
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    log_q, log_p = (student / 1.3).log_softmax(-1), (teacher / 0.8).log_softmax(-1)
     rows = oracle.uld_rows(
-        student[[1, 3]],
-        teacher[[1, 2]],
+        student[[1, 3]] / 1.3,
+        teacher[[1, 2]] / 0.8,
         student_log_scale=log_q[[0, 2], [1, 4]],
         teacher_log_scale=torch.stack([log_p[0, 6], log_p[0, 0] * 0]),
     )
-    hard = -log_q[[0, 2, 3], [1, 4, 0]]
+    hard = -student.log_softmax(-1)[[0, 2, 3], [1, 4, 0]]
     options = {"alignment": alignment, "labels": labels, "weight_soft": 0.4, "weight_hard": 0.6}
+    options |= {"student_temperature": 1.3, "teacher_temperature": 0.8}
     torch.testing.assert_close(
         oracle.uld_loss(student, teacher, group_weights, label_weights=label_weights, **options),
         0.4 * (rows @ group_weights.double()) + 0.6 * (0 * hard[0] + 2 * hard[1] + 3 * hard[2]),
     )
     torch.testing.assert_close(
         oracle.uld_loss(student, teacher, **options), 0.4 * rows.mean() + 0.6 * hard.mean()
+    )
+
+
+def test_the_linear_loss_is_that_of_the_logits_of_both_heads():
+    hidden, weight, bias = normal(5, 4), normal(7, 4, seed=1), normal(7, seed=2)
+    teacher_hidden, teacher_weight, teacher_bias = (
+        *(normal(n, 3, seed=n) for n in (3, 9)),
+        normal(9, seed=4),
+    )
+    options = {"alignment": hand_alignment(), "overlap": overlap([1], [2], 7, 9)}
+    biases = {"student_bias": bias, "teacher_bias": teacher_bias}
+    heads = (hidden, weight, teacher_hidden, teacher_weight)
+    torch.testing.assert_close(
+        oracle.linear_uld(*heads, **biases, **options),
+        oracle.uld_loss(
+            hidden @ weight.T + bias, teacher_hidden @ teacher_weight.T + teacher_bias, **options
+        ),
     )
 
 
