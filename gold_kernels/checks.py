@@ -67,6 +67,10 @@ def check_pair(function: str, student_hidden: Tensor, teacher_hidden: Tensor) ->
             f"N={student_hidden.shape[0]} and N={teacher_hidden.shape[0]}; gather the same scored "
             "positions on both sides."
         )
+
+
+def check_same_kind(function: str, student_hidden: Tensor, teacher_hidden: Tensor) -> None:
+    """One device; float64 on both sides or on none."""
     if student_hidden.device != teacher_hidden.device:
         raise ValueError(
             f"{function}: student and teacher must be on one device, got {student_hidden.device} "

@@ -14,7 +14,7 @@ asked otherwise, row functions in float32, grad_weight accumulated in float32 ov
 rounded once. float64 inputs are computed in float64 throughout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,17 +31,27 @@ ROW_MULTIPLES = (256, 128, 16)
 
 
 class LinearHead(NamedTuple):
-    """Hidden states and the language-model head that projects them."""
+    """Hidden states and the language-model head that projects them; index says which rows of
+    hidden, each at most once, and in which order.
+    """
 
-    hidden: Tensor  # (N, D)
+    hidden: Tensor  # (N, D), with an index any number of rows
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
+    index: Tensor | None = None  # (N,) int64
+
+    @property
+    def num_rows(self) -> int:  # N
+        return (self.hidden if self.index is None else self.index).shape[0]
+
+    def rows_of(self, rows: slice) -> Tensor:  # (C, D)
+        return self.hidden[rows if self.index is None else self.index[rows]]
 
     def project_(self, logits: Tensor, rows: slice) -> Tensor:
         """Overwrite logits (C, V) with softcap(logit_scale (hidden W^T + bias)) of some rows."""
-        matmul_(logits, self.hidden[rows], self.weight.T)
+        matmul_(logits, self.rows_of(rows), self.weight.T)
         if self.bias is not None:
             logits.add_(self.bias)
         if self.logit_scale != 1.0:
@@ -82,8 +92,9 @@ class ChunkPlan(NamedTuple):
     panel: int
 
 
-# (student_logits, teacher_logits, grad_logits or None, rows, row_weights) -> None; see run_chunks
-RowFunction = Callable[[Tensor, Tensor, Tensor | None, slice, Tensor], None]
+# (student_logits, teacher_logits or None, grad_logits or None, rows, row_weights) -> None; see
+# run_chunks
+RowFunction = Callable[[Tensor, Tensor | None, Tensor | None, slice, Tensor], None]
 
 
 def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = False) -> None:
@@ -109,20 +120,25 @@ def float_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def plan_chunks(
-    student: LinearHead, teacher: LinearHead, needs: Needs, limits: Limits
+    student: LinearHead, teacher: LinearHead | None, needs: Needs, limits: Limits
 ) -> ChunkPlan:
     """Rows per chunk and per panel: their buffers stay within the budget, but for a panel of all
     rows in place of the float32 accumulator of grad_weight, where it is no larger.
     """
     hidden, has_grad = student.hidden, any(needs)
-    num_rows = max(1, hidden.shape[0])
-    v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
+    num_rows = max(1, student.num_rows)
+    v_student, v_teacher = (
+        student.weight.shape[0],
+        0 if teacher is None else teacher.weight.shape[0],
+    )
     logits_dtype = limits.logits_dtype or float_dtype(hidden)
     is_in_place = has_grad and logits_dtype == hidden.dtype
     chunk_row = logits_dtype.itemsize * (v_teacher + (0 if is_in_place else v_student))
+    chunk_row += sum(_gathered_row(side) for side in (student, teacher) if side is not None)
     grad_row = hidden.dtype.itemsize * v_student if has_grad else 0
     # beside a panel: the copy of its hidden states without rows of weight 0
     panel_row = grad_row + (hidden.dtype.itemsize * hidden.shape[1] if needs.weight else 0)
+    panel_row += _gathered_row(student)
     budget = limits.budget_bytes
     if not needs.weight:
         chunk = _rows_within(num_rows, budget, chunk_row + grad_row, limits.chunk_size)
@@ -140,6 +156,11 @@ def plan_chunks(
     return ChunkPlan(chunk, panel // chunk * chunk)
 
 
+def _gathered_row(side: LinearHead) -> int:
+    """Bytes of a row of hidden states that an index copies."""
+    return 0 if side.index is None else side.hidden.dtype.itemsize * side.hidden.shape[1]
+
+
 def _rows_within(num_rows: int, num_bytes: int, row_bytes: int, chunk_size: int | None) -> int:
     """At most chunk_size rows, else what the bytes hold, in parts of about equal size."""
     if chunk_size is not None:
@@ -155,8 +176,8 @@ def _rows_within(num_rows: int, num_bytes: int, row_bytes: int, chunk_size: int 
 
 def run_chunks(
     student: LinearHead,
-    teacher: LinearHead,
-    row_weights: Tensor,  # (N,) float32 or float64
+    teacher: LinearHead | None,
+    row_weights: Tensor,  # (N,) or, for several terms of the loss, (N, W); float32 or float64
     row_function: RowFunction,
     needs: Needs,
     limits: Limits,
@@ -165,50 +186,70 @@ def run_chunks(
 
     row_function overwrites grad_logits (C, V) with row_weight * gradient; it is student_logits
     itself where the dtypes are the same. A row of weight 0 contributes exactly 0, whatever it
-    holds.
+    holds. A teacher of fewer rows is paired with the first ones; chunks of the others come after
+    and have teacher_logits None.
     """
     hidden, weight = student.hidden, student.weight
-    num_rows, has_grad = hidden.shape[0], any(needs)
+    num_rows, has_grad = student.num_rows, any(needs)
+    num_paired = 0 if teacher is None else teacher.num_rows
     plan = plan_chunks(student, teacher, needs, limits)
     wide = float_dtype(hidden)
-    is_float16 = hidden.dtype == torch.float16
-    # A single panel needs no accumulator: its GEMM rounds the float32 sum once, into the returned
-    # tensor.
-    weight_dtype = weight.dtype if num_rows <= plan.panel and not is_float16 else wide
-    grads = ChunkedGradients(
-        torch.empty_like(hidden, dtype=wide if is_float16 else None) if needs.hidden else None,
-        weight.new_empty(weight.shape, dtype=weight_dtype) if needs.weight else None,
-        weight.new_zeros(weight.shape[0], dtype=wide) if needs.bias else None,
-    )
-    if num_rows == 0 and needs.weight:
-        grads.weight.zero_()
+    grads = _empty_gradients(student, needs, plan)
     row_weights = row_weights * student.logit_scale
     grad_scale = None
-    if is_float16 and has_grad and num_rows > 0:
+    if hidden.dtype == torch.float16 and has_grad and num_rows > 0:
         peak = row_weights.abs().amax()
         grad_scale = torch.where(peak > 0, FLOAT16_GRAD_LIMIT / peak, 1.0)
         row_weights = row_weights * grad_scale
 
     logits_dtype = limits.logits_dtype or wide
-    teacher_buffer = hidden.new_empty(plan.chunk, teacher.weight.shape[0], dtype=logits_dtype)
+    teacher_buffer = None
+    if num_paired:
+        teacher_buffer = hidden.new_empty(plan.chunk, teacher.weight.shape[0], dtype=logits_dtype)
     grad_panel = hidden.new_empty(plan.panel, weight.shape[0]) if has_grad else None
     student_buffer = None
     if not (has_grad and logits_dtype == hidden.dtype):
         student_buffer = hidden.new_empty(plan.chunk, weight.shape[0], dtype=logits_dtype)
     for first in range(0, num_rows, plan.panel):
         last = min(first + plan.panel, num_rows)
-        for start in range(first, last, plan.chunk):
-            rows = slice(start, min(start + plan.chunk, last))
+        for rows in _chunks(first, last, num_paired, plan.chunk):
             size = rows.stop - rows.start
-            in_panel = slice(start - first, rows.stop - first)
+            in_panel = slice(rows.start - first, rows.stop - first)
             grad_logits = None if grad_panel is None else grad_panel[in_panel]
             buffer = grad_logits if student_buffer is None else student_buffer[:size]
             student_logits = student.project_(buffer, rows)
-            teacher_logits = teacher.project_(teacher_buffer[:size], rows)
+            teacher_logits = None
+            if rows.start < num_paired:
+                teacher_logits = teacher.project_(teacher_buffer[:size], rows)
             row_function(student_logits, teacher_logits, grad_logits, rows, row_weights[rows])
         if grad_panel is not None:
             _add_panel(grads, student, grad_panel[: last - first], first, row_weights)
     return _finish(grads, student, grad_scale)
+
+
+def _chunks(first: int, last: int, num_paired: int, chunk: int) -> Iterator[slice]:
+    """Rows first to last in chunks, none of which holds paired and unpaired rows."""
+    while first < last:
+        stop = min(first + chunk, num_paired if first < num_paired else last, last)
+        yield slice(first, stop)
+        first = stop
+
+
+def _empty_gradients(student: LinearHead, needs: Needs, plan: ChunkPlan) -> ChunkedGradients:
+    hidden, weight, num_rows = student.hidden, student.weight, student.num_rows
+    wide, is_float16 = float_dtype(hidden), hidden.dtype == torch.float16
+    # A single panel needs no accumulator: its GEMM rounds the float32 sum once, into the returned
+    # tensor.
+    weight_dtype = weight.dtype if num_rows <= plan.panel and not is_float16 else wide
+    empty_hidden = torch.empty_like if student.index is None else torch.zeros_like
+    grads = ChunkedGradients(
+        empty_hidden(hidden, dtype=wide if is_float16 else None) if needs.hidden else None,
+        weight.new_empty(weight.shape, dtype=weight_dtype) if needs.weight else None,
+        weight.new_zeros(weight.shape[0], dtype=wide) if needs.bias else None,
+    )
+    if num_rows == 0 and needs.weight:
+        grads.weight.zero_()
+    return grads
 
 
 def _add_panel(
@@ -216,15 +257,20 @@ def _add_panel(
     student: LinearHead,
     grad_logits: Tensor,  # (P, V_s)
     first: int,
-    row_weights: Tensor,  # (N,)
+    row_weights: Tensor,  # (N,) or (N, W)
 ) -> None:
     """The gradient GEMMs of the rows first to first + P."""
     rows = slice(first, first + grad_logits.shape[0])
-    if grads.hidden is not None:
+    if grads.hidden is not None and student.index is None:
         matmul_(grads.hidden[rows], grad_logits, student.weight)
+    elif grads.hidden is not None:
+        grad_hidden = grads.hidden.new_empty(grad_logits.shape[0], grads.hidden.shape[1])
+        matmul_(grad_hidden, grad_logits, student.weight)
+        grads.hidden.index_copy_(0, student.index[rows], grad_hidden)
     if grads.weight is not None:
         # 0 * NaN is NaN: a row of weight 0 must not reach the sum over rows
-        live = torch.where(row_weights[rows, None] != 0, student.hidden[rows], 0)
+        is_live = row_weights[rows].reshape(grad_logits.shape[0], -1) != 0
+        live = torch.where(is_live.any(-1, keepdim=True), student.rows_of(rows), 0)
         matmul_(grads.weight, grad_logits.T, live, accumulate=first > 0)
     if grads.bias is not None:
         grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))

@@ -21,6 +21,8 @@ from gold_kernels.chunking import (
     float_dtype,
     run_chunks,
 )
+from gold_kernels.gradients import empty_gradients, save_gradients, scaled_gradients
+from gold_kernels.heads import check_heads, mean_weights, per_side
 
 NUM_ROW_VALUES = 7
 
@@ -130,27 +132,7 @@ def _(
     needs = args[5]
     num_rows = student_hidden.shape[0]
     values = student_hidden.new_empty(NUM_ROW_VALUES, num_rows, dtype=float_dtype(student_hidden))
-    is_float16 = student_hidden.dtype == torch.float16  # its gradients stay float32 until backward
-    dtype = torch.float32 if is_float16 else None
-    leaves = zip((student_hidden, student_weight, student_bias), needs, strict=True)
-    return [values, *(torch.empty_like(leaf, dtype=dtype) for leaf, need in leaves if need)]
-
-
-@torch.library.custom_op("gold_kernels::scaled", mutates_args=())
-def _scaled_operator(
-    tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str
-) -> list[Tensor]:
-    """Every tensor times scale (), in dtype."""
-    if backend == "triton":
-        from gold_kernels.kernels.scale import scaled
-    else:
-        scaled = torch_rows.scaled
-    return [scaled(tensor, scale, dtype) for tensor in tensors]
-
-
-@_scaled_operator.register_fake
-def _(tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str) -> list[Tensor]:
-    return [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    return [values, *empty_gradients((student_hidden, student_weight, student_bias), needs)]
 
 
 class FusedLinearJSDFunction(torch.autograd.Function):
@@ -174,10 +156,7 @@ class FusedLinearJSDFunction(torch.autograd.Function):
         values, *grads = _linear_jsd_operator(
             *tensors, teacher_bias, row_weights, labels, needs, *options
         )
-        ctx.save_for_backward(*grads)
-        ctx.needs = needs
-        ctx.input_dtype = student_hidden.dtype
-        ctx.backend = options.backend
+        save_gradients(ctx, grads, student_hidden.dtype, options.backend)
         ctx.mark_non_differentiable(values)
         row_loss = options.weight_soft * values[0] + options.weight_hard * values[1]
         # where, not a product: a row of weight 0 may hold anything
@@ -187,18 +166,7 @@ class FusedLinearJSDFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = iter(_scaled_operator(ctx.saved_tensors, grad_loss, ctx.input_dtype, ctx.backend))
-        grads = [next(scaled) if need else None for need in ctx.needs]
-        return (*grads, *[None] * 6)
-
-
-def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:
-    """The head in the dtype that torch.nn.Linear would compute it in under torch.autocast."""
-    if not torch.is_autocast_enabled(device_type):
-        return head
-    dtype = torch.get_autocast_dtype(device_type)
-    hidden, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in head[:3])
-    return head._replace(hidden=hidden, weight=weight, bias=bias)
+        return (*scaled_gradients(ctx, grad_loss), *[None] * 6)
 
 
 def _linear_jsd(
@@ -211,13 +179,7 @@ def _linear_jsd(
     options: _Options,
 ) -> tuple[Tensor, Tensor]:  # () loss, (7, N) values
     """Validate, slice the vocabulary, run; shared by the function and the module."""
-    device_type = student.hidden.device.type
-    student = _autocast_like_linear(student, device_type)
-    with torch.no_grad():
-        teacher = _autocast_like_linear(teacher, device_type)
-    for side, head in (("student", student), ("teacher", teacher)):
-        checks.check_side(function, side, head.hidden, head.weight, head.bias)
-        checks.check_head_options(function, head.bias, head.logit_scale, head.softcap)
+    student, teacher = check_heads(function, student, teacher)
     checks.check_pair(function, student.hidden, teacher.hidden)
     checks.check_row_weights(function, row_weights, student.hidden)
     checks.check_labels(function, labels, student.hidden)
@@ -226,10 +188,9 @@ def _linear_jsd(
     backend = checks.resolve_backend(function, options.backend, student.hidden)
     v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
     vocab_size = checks.check_vocabulary(function, v_student, v_teacher, vocab_size)
-    dtype, num_rows = float_dtype(student.hidden), student.hidden.shape[0]
     if row_weights is None:
-        row_weights = student.hidden.new_full((num_rows,), 1 / max(1, num_rows), dtype=dtype)
-    with torch.autocast(device_type, enabled=False):
+        row_weights = mean_weights(student.hidden, student.num_rows)
+    with torch.autocast(student.hidden.device.type, enabled=False):
         return FusedLinearJSDFunction.apply(
             student.hidden,
             student.weight[:vocab_size],
@@ -237,7 +198,9 @@ def _linear_jsd(
             teacher.hidden,
             teacher.weight[:vocab_size],
             None if teacher.bias is None else teacher.bias[:vocab_size],
-            row_weights.to(dtype).contiguous(),  # kernels step through it by one element
+            row_weights.to(
+                float_dtype(student.hidden)
+            ).contiguous(),  # kernels step through it by one element
             None if labels is None else labels.contiguous(),
             options._replace(
                 backend=backend,
@@ -304,9 +267,7 @@ def fused_linear_jsd(
         budget_bytes=budget_bytes,
         logits_dtype=logits_dtype,
     )
-    scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale,) * 2
-    caps = final_logit_softcapping
-    caps = caps if isinstance(caps, tuple) else (caps,) * 2
+    scales, caps = per_side(logit_scale), per_side(final_logit_softcapping)
     loss, values = _linear_jsd(
         "fused_linear_jsd",
         LinearHead(student_hidden, student_weight, student_bias, scales[0], caps[0]),

@@ -153,6 +153,7 @@ def jsd_loss(
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         checks.check_matrix(function, name, logits, "(N, V)")
     checks.check_pair(function, student_logits, teacher_logits)
+    checks.check_same_kind(function, student_logits, teacher_logits)
     checks.check_row_weights(function, row_weights, student_logits)
     checks.check_scalars(function, beta, temperature, None)
     backend = checks.resolve_backend(function, backend, student_logits)

@@ -27,10 +27,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.kernels.launch import row_block
+from gold_kernels.kernels.lines import (
+    BITS,
+    LOWEST_LOGIT,
+    NATS,
+    block_columns,
+    join_lines,
+    line_sums,
+    load_logits,
+)
 
-LOWEST_LOGIT = tl.constexpr(-1e30)  # stands for a column masked with -inf: probability 0, no NaN
-BITS = tl.constexpr(1.4426950408889634)  # per nat
-NATS = tl.constexpr(0.6931471805599453)  # per bit
 LOG_ZERO = tl.constexpr(-1e6 * 1.4426950408889634)
 MAX_LOG_RATIO = tl.constexpr(115.0)  # bits: either p or q is then below 1e-34
 
@@ -42,30 +48,6 @@ _SYMMETRIC_JSD = tl.constexpr(SYMMETRIC_JSD)
 NUM_ROW_VALUES = (
     7  # loss, cross_entropy, student_entropy, teacher_entropy, both KLs, top-1 agreement
 )
-
-
-@triton.jit
-def _block_columns(start, BLOCK_V: tl.constexpr, LINE: tl.constexpr):  # (BLOCK_V / LINE, LINE)
-    lines = tl.arange(0, BLOCK_V // LINE)
-    return start + lines[:, None] * LINE + tl.arange(0, LINE)[None, :]
-
-
-@triton.jit
-def _load(row_ptr, columns, is_column):
-    """Float32 logits; -1e30 for -inf and beyond the vocabulary, so probability 0."""
-    logits = tl.load(row_ptr + columns, mask=is_column, other=float("-inf")).to(tl.float32)
-    return tl.maximum(logits, LOWEST_LOGIT)
-
-
-@triton.jit
-def _line_sums(logits, line_max, bits):
-    return tl.sum(tl.exp2((logits - line_max[:, None]) * bits), axis=1)
-
-
-@triton.jit
-def _join_lines(line_max, line_sum, bits):
-    row_max = tl.max(line_max, 0)
-    return row_max, tl.sum(line_sum * tl.exp2((line_max - row_max) * bits), 0)
 
 
 @triton.jit
@@ -99,6 +81,26 @@ def _symmetric_entries(ratio, student, teacher, per_student, per_teacher, bits):
 
 
 @triton.jit
+def mixture_entries(q, p, ratio, beta):
+    """Loss and log q - log m for 0 < beta < 1, in bits, from the side with the larger weight in m,
+    so that neither end of beta cancels.
+    """
+    is_student = beta <= 0.5
+    weight = tl.where(is_student, beta, 1.0 - beta)
+    log_other = tl.where(is_student, ratio, -ratio)
+    log_other = tl.minimum(tl.maximum(log_other, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+    other_over_base = tl.exp2(log_other)
+    mixture = (1.0 - weight) + weight * other_over_base
+    # log1p where mixture is near 1: the first-order term of what rounding took from its excess
+    excess = weight * (other_over_base - 1.0)
+    lost = tl.where(tl.abs(excess) < 0.5, excess - (mixture - 1.0), 0.0)
+    u = tl.log2(mixture) + lost * BITS
+    base, other = tl.where(is_student, q, p), tl.where(is_student, p, q)
+    loss = weight * other * (log_other - u) - (1.0 - weight) * base * u
+    return loss, tl.where(is_student, -u, log_other - u)
+
+
+@triton.jit
 def _entries(student, teacher, row_sums, bits, beta, MODE: tl.constexpr):
     """q, p, log p - log q, loss and log q - log m (beta 1: log q - log p) of every entry, in bits;
     bits is what a logit of 1 is worth.
@@ -120,20 +122,8 @@ def _entries(student, teacher, row_sums, bits, beta, MODE: tl.constexpr):
         return q, p, ratio, p * ratio + (q - p) * BITS, ratio
     if MODE == _REVERSE_KL:
         return q, p, ratio, (p - q) * BITS - q * ratio, -ratio
-    # From the side with the larger weight in m, so that neither end of beta cancels.
-    is_student = beta <= 0.5
-    weight = tl.where(is_student, beta, 1.0 - beta)
-    log_other = tl.where(is_student, ratio, -ratio)
-    log_other = tl.minimum(tl.maximum(log_other, -MAX_LOG_RATIO), MAX_LOG_RATIO)
-    other_over_base = tl.exp2(log_other)
-    mixture = (1.0 - weight) + weight * other_over_base
-    # log1p where mixture is near 1: the first-order term of what rounding took from its excess
-    excess = weight * (other_over_base - 1.0)
-    lost = tl.where(tl.abs(excess) < 0.5, excess - (mixture - 1.0), 0.0)
-    u = tl.log2(mixture) + lost * BITS
-    base, other = tl.where(is_student, q, p), tl.where(is_student, p, q)
-    loss = weight * other * (log_other - u) - (1.0 - weight) * base * u
-    return q, p, ratio, loss, tl.where(is_student, -u, log_other - u)
+    loss, pull = mixture_entries(q, p, ratio, beta)
+    return q, p, ratio, loss, pull
 
 
 @triton.jit
@@ -174,25 +164,25 @@ def jsd_rows_kernel(
     max_student, max_teacher = lines - 1e30, lines - 1e30
     sum_student, sum_teacher, sum_hard = lines, lines, lines
     for start in range(0, vocab_size, BLOCK_V):
-        columns = _block_columns(start, BLOCK_V, LINE)
+        columns = block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
-        student = _load(student_ptr, columns, is_column)
+        student = load_logits(student_ptr, columns, is_column)
         new_max = tl.maximum(max_student, tl.max(student, axis=1))
         sum_student *= tl.exp2((max_student - new_max) * bits)
-        sum_student += _line_sums(student, new_max, bits)
+        sum_student += line_sums(student, new_max, bits)
         if HAS_LABELS:  # cross-entropy at temperature 1
             sum_hard *= tl.exp2((max_student - new_max) * BITS)
-            sum_hard += _line_sums(student, new_max, BITS)
+            sum_hard += line_sums(student, new_max, BITS)
         max_student = new_max
-        teacher = _load(teacher_ptr, columns, is_column)
+        teacher = load_logits(teacher_ptr, columns, is_column)
         new_max = tl.maximum(max_teacher, tl.max(teacher, axis=1))
         sum_teacher *= tl.exp2((max_teacher - new_max) * bits)
-        sum_teacher += _line_sums(teacher, new_max, bits)
+        sum_teacher += line_sums(teacher, new_max, bits)
         max_teacher = new_max
     if HAS_LABELS:
-        sum_hard = _join_lines(max_student, sum_hard, BITS)[1]
-    max_student, sum_student = _join_lines(max_student, sum_student, bits)
-    max_teacher, sum_teacher = _join_lines(max_teacher, sum_teacher, bits)
+        sum_hard = join_lines(max_student, sum_hard, BITS)[1]
+    max_student, sum_student = join_lines(max_student, sum_student, bits)
+    max_teacher, sum_teacher = join_lines(max_teacher, sum_teacher, bits)
     per_student, per_teacher = 1.0 / sum_student, 1.0 / sum_teacher
     log_sum_student = tl.log2(sum_student)
     log_sum_teacher = tl.log2(sum_teacher)
@@ -212,10 +202,10 @@ def jsd_rows_kernel(
     student_entropy, teacher_entropy, forward_kl, reverse_kl = lines, lines, lines, lines
     top_sum = lines - 1e30
     for start in range(0, vocab_size, BLOCK_V):
-        columns = _block_columns(start, BLOCK_V, LINE)
+        columns = block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
-        student = _load(student_ptr, columns, is_column)
-        teacher = _load(teacher_ptr, columns, is_column)
+        student = load_logits(student_ptr, columns, is_column)
+        teacher = load_logits(teacher_ptr, columns, is_column)
         q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
         loss += tl.sum(entry_loss, axis=1)
         mean_pull += tl.sum(q * pull, axis=1)
@@ -249,10 +239,10 @@ def jsd_rows_kernel(
             if MODE != _REVERSE_KL:
                 soft_scale *= 1.0 - beta
         for start in range(0, vocab_size, BLOCK_V):
-            columns = _block_columns(start, BLOCK_V, LINE)
+            columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < vocab_size
-            student = _load(student_ptr, columns, is_column)
-            teacher = _load(teacher_ptr, columns, is_column)
+            student = load_logits(student_ptr, columns, is_column)
+            teacher = load_logits(teacher_ptr, columns, is_column)
             q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
             grad = q - p if MODE == _FORWARD_KL else q * (pull - mean_pull)
             grad *= soft_scale

@@ -1,0 +1,43 @@
+"""Both heads as the caller gave them -> validated, in the dtype they are computed in."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gold_kernels import checks
+from gold_kernels.chunking import LinearHead, float_dtype
+
+
+def per_side(value: Any) -> tuple[Any, Any]:
+    """(student, teacher) of an option given for both at once or as a pair."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:
+    """The head in the dtype that torch.nn.Linear would compute it in under torch.autocast."""
+    if not torch.is_autocast_enabled(device_type):
+        return head
+    dtype = torch.get_autocast_dtype(device_type)
+    hidden, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in head[:3])
+    return head._replace(hidden=hidden, weight=weight, bias=bias)
+
+
+def check_heads(
+    function: str, student: LinearHead, teacher: LinearHead
+) -> tuple[LinearHead, LinearHead]:
+    """Heads that fit their hidden states; raises ValueError with the remedy."""
+    device_type = student.hidden.device.type
+    student = _autocast_like_linear(student, device_type)
+    with torch.no_grad():
+        teacher = _autocast_like_linear(teacher, device_type)
+    for side, head in (("student", student), ("teacher", teacher)):
+        checks.check_side(function, side, head.hidden, head.weight, head.bias)
+        checks.check_head_options(function, head.bias, head.logit_scale, head.softcap)
+    checks.check_same_kind(function, student.hidden, teacher.hidden)
+    return student, teacher
+
+
+def mean_weights(hidden: Tensor, num_rows: int) -> Tensor:  # (N,)
+    """1 / N each."""
+    return hidden.new_full((num_rows,), 1 / max(1, num_rows), dtype=float_dtype(hidden))

@@ -1,0 +1,121 @@
+"""Log-probability of one token a row, and its gradient: scalar rows of merged groups, labels.
+
+C rows of a chunk, V vocabulary. With q_T = softmax(logits / T):
+
+    values = -log q_T(id), -log q_1(label)
+    grad = soft_weight (q_T - onehot(id)) / T + hard_weight (q_1 - onehot(label))
+
+Two passes over a row: the log-sum-exps and, where asked for, the gradient.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gold_kernels.kernels.launch import row_block
+from gold_kernels.kernels.lines import (
+    BITS,
+    LOWEST_LOGIT,
+    NATS,
+    block_columns,
+    load_logits,
+    row_log_sum,
+)
+
+
+@triton.jit
+def _below(logits_ptr, token, is_token, row_max):
+    """How far the logit of the token is above (negative: below) the largest one."""
+    logit = tl.load(logits_ptr + token, mask=is_token, other=0.0).to(tl.float32)
+    return tl.maximum(logit, LOWEST_LOGIT) - row_max
+
+
+@triton.jit
+def token_rows_kernel(
+    logits_ptr,  # (C, V)
+    grad_ptr,  # (C, V) overwritten with the gradient; may be logits_ptr
+    ids_ptr,  # (C,) int64; outside the vocabulary: no token, value and gradient 0
+    labels_ptr,  # (C,) int64, likewise
+    weights_ptr,  # (C, 2) float32: of the token, of the label
+    values_ptr,  # (2, C) float32, overwritten; 0 for weight 0
+    logits_row_stride,
+    grad_row_stride,
+    values_stride,
+    vocab_size,
+    bits,  # what a logit of 1 is worth, at the temperature
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
+    logits_ptr += row * logits_row_stride
+    token, label = tl.load(ids_ptr + row), tl.load(labels_ptr + row)
+    soft_weight = tl.load(weights_ptr + 2 * row)
+    hard_weight = tl.load(weights_ptr + 2 * row + 1)
+    is_soft = (token >= 0) & (token < vocab_size) & (soft_weight != 0.0)
+    is_hard = (label >= 0) & (label < vocab_size) & (hard_weight != 0.0)
+    row_max, soft_sum = row_log_sum(logits_ptr, vocab_size, bits, BLOCK_V, LINE)
+    hard_sum = soft_sum
+    if bits != BITS:
+        hard_sum = row_log_sum(logits_ptr, vocab_size, BITS, BLOCK_V, LINE)[1]
+    soft_value = (soft_sum - _below(logits_ptr, token, is_soft, row_max) * bits) * NATS
+    hard_value = (hard_sum - _below(logits_ptr, label, is_hard, row_max) * BITS) * NATS
+    tl.store(values_ptr + row, tl.where(is_soft, soft_value, 0.0))
+    tl.store(values_ptr + values_stride + row, tl.where(is_hard, hard_value, 0.0))
+    if NEEDS_GRAD:
+        grad_ptr += row * grad_row_stride
+        soft_scale = soft_weight * bits * NATS
+        for start in range(0, vocab_size, BLOCK_V):
+            columns = block_columns(start, BLOCK_V, LINE)
+            is_column = columns < vocab_size
+            logits = load_logits(logits_ptr, columns, is_column)
+            soft_grad = tl.exp2((logits - row_max) * bits - soft_sum)
+            soft_grad -= (columns == token).to(tl.float32)
+            hard_grad = tl.exp2((logits - row_max) * BITS - hard_sum)
+            hard_grad -= (columns == label).to(tl.float32)
+            # where, not a product: a row of weight 0 may hold anything
+            grad = tl.where(is_soft, soft_scale * soft_grad, 0.0)
+            grad += tl.where(is_hard, hard_weight * hard_grad, 0.0)
+            if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
+                capped = logits / softcap
+                is_finite = (logits > LOWEST_LOGIT) & (is_soft | is_hard)
+                grad *= tl.where(is_finite, 1.0 - capped * capped, 0.0)
+            tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=is_column)
+
+
+def token_rows_(
+    logits: Tensor,  # (C, V), unit column stride
+    grad_logits: Tensor | None,  # (C, V), overwritten; may be logits; None: no gradient
+    ids: Tensor,  # (C,) int64; outside the vocabulary: no token
+    labels: Tensor,  # (C,) int64, likewise
+    weights: Tensor,  # (C, 2) float32, contiguous: of the token, of the label
+    values: Tensor,  # (2, C) float32, overwritten: -log q_T(id), -log q_1(label); 0 for weight 0
+    *,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """Launch token_rows_kernel on the rows of a chunk."""
+    num_rows, vocab_size = logits.shape
+    block_v, line, num_warps = row_block(vocab_size, logits.dtype)
+    grad = logits if grad_logits is None else grad_logits
+    token_rows_kernel[(num_rows,)](
+        logits,
+        grad,
+        ids,
+        labels,
+        weights,
+        values,
+        logits.stride(0),
+        grad.stride(0),
+        values.stride(0),
+        vocab_size,
+        BITS.value / temperature,
+        1.0 if softcap is None else softcap,
+        HAS_SOFTCAP=softcap is not None,
+        NEEDS_GRAD=grad_logits is not None,
+        BLOCK_V=block_v,
+        LINE=line,
+        num_warps=num_warps,
+    )

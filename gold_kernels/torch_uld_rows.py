@@ -1,0 +1,186 @@
+"""ULD, hybrid and token rows in plain torch: the CPU and MPS backend, exact by a sort.
+
+C rows of a chunk, V vocabulary (V_s, V_t), K matched entries. Same signatures and outputs as
+gold_kernels.kernels.uld_rows and token_rows, whose gradient is this one up to its bins.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gold_kernels.reference import LOG_ZERO, LOWEST_LOGIT
+
+# Temporaries are about twelve times this many float32 values (or one row, if a row is longer).
+BLOCK_ELEMENTS = 1 << 15
+
+
+class _Options(NamedTuple):
+    beta: float
+    matched_weight: float
+    unmatched_weight: float
+
+
+def sorted_difference(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # (c, V_s), (c, V_t)
+    """(c,) sum_k |s_(k) - t_(k)|, and its (c, V_s) gradient: signs, averaged over exact ties."""
+    size = max(s.shape[1], t.shape[1])
+    s_up, t_up = (
+        torch.nn.functional.pad(side.sort(-1).values, (size - side.shape[1], 0)) for side in (s, t)
+    )
+    loss = (s_up - t_up).abs().sum(-1)
+    s, s_up, t_up = s.contiguous(), s_up.contiguous(), t_up.contiguous()
+
+    def count(up: Tensor, is_strict: bool) -> Tensor:  # entries above (or not below) each s_i
+        return size - torch.searchsorted(up, s, right=is_strict)
+
+    above, not_below = count(s_up, True), count(s_up, False)
+    teacher_above, teacher_not_below = count(t_up, True), count(t_up, False)
+    # Tied entries hold the ranks from above to not_below: plus where the rank is past the teacher
+    # entries of at least this value, minus where it is among those above it.
+    tied = not_below - above
+    num_plus = (not_below - teacher_not_below).clamp_min(0).minimum(tied)
+    num_minus = (teacher_above - above).clamp_min(0).minimum(tied)
+    return loss, (num_plus - num_minus).to(s.dtype) / tied
+
+
+def _matched(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(c,) generalized JSD of sub-distributions and (c, K) s dloss / ds."""
+    s, t = log_s.exp(), log_t.exp()
+    ratio = (log_t - log_s).clamp(LOG_ZERO, -LOG_ZERO)
+    if beta == 0:
+        return (t * ratio + (s - t)).sum(-1), s - t
+    if beta == 1:
+        return ((t - s) - s * ratio).sum(-1), -s * ratio
+    # log_m - log_s, and log_m - log_t: each from the smaller exponent
+    s_excess = torch.where(ratio < 0, (beta * torch.expm1(ratio.clamp_max(0))).log1p(), 0)
+    t_excess = torch.where(ratio >= 0, ((1 - beta) * torch.expm1(-ratio.clamp_min(0))).log1p(), 0)
+    to_m = torch.where(ratio < 0, s_excess, ratio + t_excess)
+    loss = (beta * t * (ratio - to_m) - (1 - beta) * s * to_m).sum(-1)
+    return loss, (beta - 1) * s * to_m
+
+
+def _log_probs(logits: Tensor, temperature: float, log_scale: Tensor | None) -> Tensor:
+    log_probs = (logits / temperature).clamp_min(LOWEST_LOGIT).log_softmax(-1)
+    return log_probs if log_scale is None else log_probs + log_scale.unsqueeze(-1)
+
+
+def _pull(
+    log_s: Tensor, log_t: Tensor, partners: tuple[Tensor, Tensor] | None, options: _Options
+) -> tuple[Tensor, Tensor, Tensor]:  # (c,) matched, (c,) unmatched loss, (c, V_s) s dloss / ds
+    s, t = log_s.exp(), log_t.exp()
+    if partners is None:
+        unmatched, sign = sorted_difference(s, t)
+        return torch.zeros_like(unmatched), unmatched, options.unmatched_weight * sign * s
+    is_unmatched, is_teacher_unmatched = (side < 0 for side in partners)
+    s_matched = (~is_unmatched).nonzero().squeeze(1)
+    pull = torch.zeros_like(s)
+    unmatched, sign = sorted_difference(s[:, is_unmatched], t[:, is_teacher_unmatched])
+    pull[:, is_unmatched] = options.unmatched_weight * sign * s[:, is_unmatched]
+    matched, matched_pull = _matched(
+        log_s[:, s_matched], log_t[:, partners[0][s_matched].long()], options.beta
+    )
+    pull[:, s_matched] = options.matched_weight * matched_pull
+    return matched, unmatched, pull
+
+
+def _cross_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(c,) -log q(id) and (c, V) gradient with respect to the logits; 0 without a token."""
+    log_q = _log_probs(logits, temperature, None)
+    is_token = (ids >= 0) & (ids < logits.shape[1])
+    index = torch.where(is_token, ids, 0).unsqueeze(-1)
+    value = -log_q.gather(-1, index).squeeze(-1)
+    grad = log_q.exp().scatter_add_(-1, index, -torch.ones_like(log_q[:, :1])) / temperature
+    return torch.where(is_token, value, 0), torch.where(is_token.unsqueeze(-1), grad, 0)
+
+
+def _store_grad(
+    grad_logits: Tensor, grad: Tensor, logits: Tensor, is_live: Tensor, softcap: float | None
+) -> None:
+    if softcap is not None:  # logits are softcap tanh(x / softcap)
+        slope = (logits / softcap).square_().neg_().add_(1)
+        grad = torch.where(logits > LOWEST_LOGIT, grad * slope, 0)
+    grad_logits.copy_(torch.where(is_live.unsqueeze(-1), grad, 0))
+
+
+def uld_rows_(
+    student_logits: Tensor,  # (C, V_s)
+    teacher_logits: Tensor,  # (C, V_t)
+    grad_logits: Tensor | None,  # (C, V_s), overwritten; may be student_logits; None: no gradient
+    weights: Tensor,  # (C, 2): of the loss, of the cross-entropy
+    log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher
+    labels: Tensor | None,  # (C,) int64
+    partners: tuple[Tensor, Tensor] | None,  # (V_s,), (V_t,) int32, see VocabOverlap.partners
+    values: Tensor,  # (7, C), overwritten: see kernels/uld_rows.py
+    *,
+    beta: float,
+    temperatures: tuple[float, float],  # student, teacher
+    matched_weight: float,
+    unmatched_weight: float,
+    softcap: float | None,
+) -> None:
+    """Loss and gradient of every row of a chunk, a few rows at a time."""
+    num_rows, options = student_logits.shape[0], _Options(beta, matched_weight, unmatched_weight)
+    step = max(1, BLOCK_ELEMENTS // max(student_logits.shape[1], teacher_logits.shape[1]))
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        scales = (None, None) if log_scales is None else [side[rows] for side in log_scales]
+        student = student_logits[rows].to(values.dtype)
+        log_s = _log_probs(student, temperatures[0], scales[0])
+        log_t = _log_probs(teacher_logits[rows].to(values.dtype), temperatures[1], scales[1])
+        matched, unmatched, pull = _pull(log_s, log_t, partners, options)
+        weight, hard_weight = weights[rows].unbind(1)
+        is_live, is_hard = weight != 0, hard_weight != 0  # weight 0: may hold anything
+        slope = pull.sum(-1)
+        live = [matched_weight * matched + unmatched_weight * unmatched, None, matched, unmatched]
+        live += [_mass(log_s, scales[0], partners, 0), _mass(log_t, scales[1], partners, 1), slope]
+        for index, value in enumerate(live):
+            if value is not None:
+                values[index, rows] = torch.where(is_live, value, 0)
+        q = log_s.exp() if scales[0] is None else (log_s - scales[0].unsqueeze(-1)).exp()
+        grad = (pull - q * slope.unsqueeze(-1)) * (weight / temperatures[0]).unsqueeze(-1)
+        grad = torch.where(is_live.unsqueeze(-1), grad, 0)
+        if labels is not None:
+            hard, hard_grad = _cross_entropy(student, labels[rows], 1.0)
+            values[1, rows] = torch.where(is_hard, hard, 0)
+            hard_grad *= hard_weight.unsqueeze(-1)
+            grad += torch.where(is_hard.unsqueeze(-1), hard_grad, 0)
+        if grad_logits is not None:
+            _store_grad(grad_logits[rows], grad, student, is_live | is_hard, softcap)
+
+
+def _mass(
+    log_probs: Tensor, scale: Tensor | None, partners: tuple[Tensor, Tensor] | None, side: int
+) -> Tensor:  # (c,) probability of matched entries
+    if partners is None:
+        return torch.zeros_like(log_probs[:, 0])
+    if scale is not None:
+        log_probs = log_probs - scale.unsqueeze(-1)
+    return log_probs[:, partners[side] >= 0].exp().sum(-1)
+
+
+def token_rows_(
+    logits: Tensor,  # (C, V)
+    grad_logits: Tensor | None,  # (C, V), overwritten; may be logits; None: no gradient
+    ids: Tensor,  # (C,) int64; outside the vocabulary: no token
+    labels: Tensor,  # (C,) int64, likewise
+    weights: Tensor,  # (C, 2): of the token, of the label
+    values: Tensor,  # (2, C), overwritten: -log q_T(id), -log q_1(label); 0 for weight 0
+    *,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """Log-probability of one token a row and its gradient, a few rows at a time."""
+    step = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
+        rows = slice(start, start + step)
+        block = logits[rows].to(values.dtype)
+        total = torch.zeros_like(block)
+        for index, (tokens, at) in enumerate(((ids, temperature), (labels, 1.0))):
+            value, grad = _cross_entropy(block, tokens[rows], at)
+            weight = weights[rows, index]
+            values[index, rows] = torch.where(weight != 0, value, 0)
+            grad *= weight.unsqueeze(-1)
+            total += torch.where(weight.unsqueeze(-1) != 0, grad, 0)
+        if grad_logits is not None:
+            is_live = (weights[rows] != 0).any(-1)
+            _store_grad(grad_logits[rows], total, block, is_live, softcap)

@@ -1,0 +1,108 @@
+"""Validation of what callers of the ULD losses pass beyond heads; messages as in checks.
+
+N scored rows of a side (N_s, N_t), G groups, V vocabulary (V_s, V_t).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gold_kernels import checks
+from gold_kernels.alignment import TokenAlignment
+from gold_kernels.vocabulary import VocabOverlap
+
+
+def check_alignment(
+    function: str, student_hidden: Tensor, teacher_hidden: Tensor, alignment: TokenAlignment | None
+) -> int:
+    """The number of groups. Of indices only the shapes are checked: looking at them would wait for
+    the device.
+    """
+    num_student, num_teacher = student_hidden.shape[0], teacher_hidden.shape[0]
+    if alignment is None:
+        if num_student != num_teacher:
+            raise ValueError(
+                f"{function}: without an alignment row i of the student meets row i of the "
+                f"teacher, got N_s={num_student} and N_t={num_teacher}; pass alignment="
+                "CompletionAligner.align(...) for completions of two tokenizers."
+            )
+        return num_student
+    expected = alignment.num_student_rows, alignment.num_teacher_rows
+    if expected != (num_student, num_teacher):
+        raise ValueError(
+            f"{function}: the alignment is of {expected[0]} student and {expected[1]} teacher "
+            f"rows, got hidden states of {num_student} and {num_teacher}; gather the same "
+            "completion tokens, or join alignments with TokenAlignment.concatenate."
+        )
+    return alignment.num_groups
+
+
+def check_overlap(
+    function: str, overlap: VocabOverlap | None, v_student: int, v_teacher: int
+) -> None:
+    if overlap is None:
+        return
+    sizes = overlap.student_vocab_size, overlap.teacher_vocab_size
+    if sizes[0] > v_student or sizes[1] > v_teacher:
+        raise ValueError(
+            f"{function}: the overlap is of tokenizers with {sizes[0]} and {sizes[1]} entries, "
+            f"got heads of V_s={v_student} and V_t={v_teacher} rows; build it from the tokenizers "
+            "of these models."
+        )
+
+
+def check_weights(
+    function: str,
+    overlap: VocabOverlap | None,
+    matched_weight: float | None,
+    unmatched_weight: float | None,
+) -> None:
+    weights = (matched_weight, unmatched_weight)
+    if (matched_weight is None) != (unmatched_weight is None):
+        raise ValueError(
+            f"{function}: matched_weight and unmatched_weight must be given both or not at all, "
+            f"got {matched_weight} and {unmatched_weight}; None takes the share of the vocabulary."
+        )
+    if matched_weight is not None and overlap is None:
+        raise ValueError(
+            f"{function}: matched_weight and unmatched_weight weigh the parts of the hybrid loss, "
+            f"got {matched_weight} and {unmatched_weight} without an overlap; pass overlap="
+            "VocabOverlap.from_tokenizers(student, teacher), or row_weights to scale plain ULD."
+        )
+    if matched_weight is not None and not all(w >= 0 and math.isfinite(w) for w in weights):
+        raise ValueError(
+            f"{function}: matched_weight and unmatched_weight must be finite and not negative, got "
+            f"{matched_weight} and {unmatched_weight}; 0 leaves a part out."
+        )
+
+
+def check_group_weights(
+    function: str, row_weights: Tensor | None, num_groups: int, hidden: Tensor
+) -> None:
+    if row_weights is not None and row_weights.shape != (num_groups,):
+        raise ValueError(
+            f"{function}: row_weights must be (G,) = ({num_groups},), one per group or pair of "
+            f"rows, got {tuple(row_weights.shape)}; index the weights of your rows with "
+            "alignment.student_base_rows."
+        )
+    checks.check_row_weights(function, row_weights, hidden.new_empty(num_groups, 0))
+
+
+def check_label_weights(
+    function: str, labels: Tensor | None, label_weights: Tensor | None, hidden: Tensor
+) -> None:
+    checks.check_labels(function, labels, hidden)
+    if label_weights is None:
+        return
+    if labels is None:
+        raise ValueError(
+            f"{function}: label_weights weigh a cross-entropy on labels, got label_weights and "
+            "labels=None; pass the student's tokens as labels."
+        )
+    if label_weights.shape != labels.shape or not torch.is_floating_point(label_weights):
+        raise ValueError(
+            f"{function}: label_weights must be a float tensor of shape (N_s,) = "
+            f"({labels.shape[0]},), got {tuple(label_weights.shape)} {label_weights.dtype}; pass "
+            "one weight per student row."
+        )
