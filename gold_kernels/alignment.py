@@ -34,7 +34,8 @@ def align_byte_spans(
 
     Every byte up to the last common end belongs to exactly one group on each side; tokens after it
     (one side was cut, or the cut goes through a token) are in no group. A token that spells nothing
-    belongs to the group of the byte after it. N log N for N tokens, without a Python loop.
+    belongs to the group of the byte after it; if both sides begin with one, these are a group.
+    N log N for N tokens, without a Python loop.
     """
     for side, ends in (("student", student_ends), ("teacher", teacher_ends)):
         if ends.ndim != 1 or ends.dtype != torch.int64:
@@ -49,7 +50,8 @@ def align_byte_spans(
         )
     # A run ends with the first token that reaches its last byte; tokens there that spell nothing
     # come after it.
-    is_first = student_ends > torch.cat([student_ends.new_zeros(1), student_ends[:-1]])
+    is_first = torch.ones_like(student_ends, dtype=torch.bool)
+    is_first[1:] = student_ends[1:] > student_ends[:-1]
     match = torch.searchsorted(teacher_ends, student_ends).clamp_max(num_teacher - 1)
     student_last = (is_first & (teacher_ends[match] == student_ends)).nonzero().squeeze(1)  # (G,)
     teacher_last = match[student_last]  # (G,)
