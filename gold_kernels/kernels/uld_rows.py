@@ -24,6 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gold_kernels.kernels.bin_table import (
+    SHARED_BINS,
+    add_to_table,
+    load_table,
+    shared_table,
+    store_table,
+)
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, JSD, LOG_ZERO, REVERSE_KL, mixture_entries
 from gold_kernels.kernels.launch import is_interpreted, row_block
 from gold_kernels.kernels.lines import (
@@ -40,8 +47,9 @@ _REVERSE_KL = tl.constexpr(REVERSE_KL)
 TAIL_BITS = tl.constexpr(6.0)  # entries below 2**-6 / V share a bin: together below 1/64 of a side
 MIN_RANGE_BITS = tl.constexpr(1.0)
 MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
-NUM_BINS = 1 << 14
+NUM_BINS = 1 << 14  # where they are in global memory
 SCAN_BINS = 1 << 11
+GLOBAL_PROGRAMS = 256  # at most as many tables there
 
 # loss, cross_entropy, matched and unmatched loss, matched mass of student and teacher, and
 # dloss / dlog_scale of the student
@@ -59,12 +67,13 @@ def _bins(log2_values, top, per_bit, NUM_BINS: tl.constexpr):
 def _count_side(
     row_ptr,
     partners_ptr,
-    counts_ptr,
+    table,
     vocab_size,
     side,
     grid,
     step,
     HAS_OVERLAP: tl.constexpr,
+    IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
@@ -79,15 +88,22 @@ def _count_side(
         if HAS_OVERLAP:
             is_counted &= tl.load(partners_ptr + columns, mask=is_counted, other=0) < 0
         bins = _bins((logits - row_max) * bits + shift, top, per_bit, NUM_BINS)
-        tl.atomic_add(counts_ptr + bins, step, mask=is_counted, sem="relaxed")
+        add_to_table(table, bins, step, is_counted, IS_SHARED)
+
+
+@triton.jit
+def _clear_bins(table, IS_SHARED: tl.constexpr, NUM_BINS: tl.constexpr, SCAN_BINS: tl.constexpr):
+    for first in range(0, NUM_BINS, SCAN_BINS):
+        bins = first + tl.arange(0, SCAN_BINS)
+        store_table(table, bins, tl.zeros([SCAN_BINS], dtype=tl.int32), IS_SHARED)
 
 
 @triton.jit
 def _scan_bins(
-    counts_ptr, signs_ptr, grid, NUM_BINS: tl.constexpr, SCAN_BINS: tl.constexpr
+    table, grid, IS_SHARED: tl.constexpr, NUM_BINS: tl.constexpr, SCAN_BINS: tl.constexpr
 ):  # -> () part of the loss that hangs on bins alone
-    """Counts -> signs, and counts back to 0. A sign of exactly -1, 0 or 1: D does not change its
-    sign in the bin; between: the average over a bin in which it does.
+    """Counts -> signs, in place. A sign of exactly -1, 0 or 1: D does not change its sign in the
+    bin; between: the average over a bin in which it does.
     """
     top, per_bit = grid
     width = 1.0 - tl.exp2(-1.0 / per_bit)  # of a bin, relative to its upper edge
@@ -95,7 +111,7 @@ def _scan_bins(
     edges = tl.zeros([SCAN_BINS], dtype=tl.float32)
     for first in range(0, NUM_BINS, SCAN_BINS):
         bins = first + tl.arange(0, SCAN_BINS)
-        net = tl.load(counts_ptr + bins, cache_modifier=".cg")  # atomics are in L2, not in L1
+        net = load_table(table, bins, IS_SHARED)
         after = carry + tl.cumsum(net, 0)
         before = after - net
         carry += tl.sum(net, 0)
@@ -114,8 +130,8 @@ def _scan_bins(
             same * (d_before * height - d_net * lower),
             (d_before * d_before + d_after * d_after) / (2.0 * tl.abs(safe_net)) * height,
         )
-        tl.store(signs_ptr + bins, tl.where(is_same, same, mixed))
-        tl.store(counts_ptr + bins, tl.zeros([SCAN_BINS], dtype=tl.int32))
+        sign = tl.where(is_same, same, mixed)
+        store_table(table, bins, sign.to(tl.int32, bitcast=True), IS_SHARED)
     return tl.sum(edges, 0)
 
 
@@ -147,7 +163,7 @@ def _student_entries(
     scale,
     teacher_side,
     grid,
-    signs_ptr,
+    table,
     partners_ptr,
     teacher_ptr,
     weights,
@@ -155,6 +171,7 @@ def _student_entries(
     MODE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_OVERLAP: tl.constexpr,
+    IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
     """q, s h, and of the loss: its matched part, and whole sign times s, of student entries."""
@@ -167,7 +184,7 @@ def _student_entries(
     if HAS_SCALES:  # not s / scale, which may be 0 / 0
         q = tl.exp2(log2_s - scale)
     bins = _bins(log2_s, top, per_bit, NUM_BINS)
-    sign = tl.load(signs_ptr + bins)
+    sign = load_table(table, bins, IS_SHARED).to(tl.float32, bitcast=True)
     unmatched = _whole(sign) * s
     pull = unmatched_weight * sign * s
     matched = tl.zeros_like(s)
@@ -196,8 +213,7 @@ def uld_rows_kernel(
     student_partners_ptr,  # (V_s,) int32 matched teacher entry or -1, read if HAS_OVERLAP
     teacher_partners_ptr,  # (V_t,) int32
     values_ptr,  # (7, C) float32, overwritten with the unweighted values of each row
-    counts_ptr,  # (programs, NUM_BINS) int32, zero before and after
-    signs_ptr,  # (programs, NUM_BINS) float32, overwritten
+    table_ptr,  # (programs, NUM_BINS) int32, overwritten; not read if IS_SHARED
     student_row_stride,
     teacher_row_stride,
     grad_row_stride,
@@ -217,13 +233,14 @@ def uld_rows_kernel(
     HAS_OVERLAP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
+    IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
-    counts_ptr += tl.program_id(0).to(tl.int64) * NUM_BINS
-    signs_ptr += tl.program_id(0).to(tl.int64) * NUM_BINS
+    own_table = tl.program_id(0).to(tl.int64) * NUM_BINS
+    table = shared_table() if IS_SHARED else table_ptr + own_table
     loss_weights = (matched_weight, unmatched_weight)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row_offset = tl.cast(row, tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
@@ -253,16 +270,19 @@ def uld_rows_kernel(
             bottom -= tl.minimum(gap, MAX_SCALE_GAP)
         grid = (top, (NUM_BINS - 1.0) / tl.maximum(top - bottom, MIN_RANGE_BITS))
 
+        tl.debug_barrier()  # of the row before, signs may still be read
+        _clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
+        tl.debug_barrier()
         _count_side(
-            student_row, student_partners_ptr, counts_ptr, student_vocab_size, student_side, grid,
-            1, HAS_OVERLAP, NUM_BINS, BLOCK_V, LINE,
+            student_row, student_partners_ptr, table, student_vocab_size, student_side, grid,
+            1, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
         )  # fmt: skip
         _count_side(
-            teacher_row, teacher_partners_ptr, counts_ptr, teacher_vocab_size, teacher_side, grid,
-            -1, HAS_OVERLAP, NUM_BINS, BLOCK_V, LINE,
+            teacher_row, teacher_partners_ptr, table, teacher_vocab_size, teacher_side, grid,
+            -1, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
         )  # fmt: skip
         tl.debug_barrier()
-        edges = _scan_bins(counts_ptr, signs_ptr, grid, NUM_BINS, SCAN_BINS)
+        edges = _scan_bins(table, grid, IS_SHARED, NUM_BINS, SCAN_BINS)
         tl.debug_barrier()
 
         lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
@@ -279,8 +299,8 @@ def uld_rows_kernel(
             logits = load_logits(student_row, columns, is_column)
             q, pull, matched_loss, unmatched_loss = _student_entries(
                 logits, columns, is_column, student_side, student_scale, teacher_side, grid,
-                signs_ptr, student_partners_ptr, teacher_row, loss_weights, beta, MODE, HAS_SCALES,
-                HAS_OVERLAP, NUM_BINS,
+                table, student_partners_ptr, teacher_row, loss_weights, beta, MODE, HAS_SCALES,
+                HAS_OVERLAP, IS_SHARED, NUM_BINS,
             )  # fmt: skip
             mean_pull += tl.sum(pull, axis=1)
             matched += tl.sum(matched_loss, axis=1)
@@ -294,7 +314,8 @@ def uld_rows_kernel(
             logits = load_logits(teacher_row, columns, is_column)
             log2_t = (logits - teacher_max) * teacher_bits + (teacher_scale - teacher_sum)
             t = tl.exp2(log2_t)
-            sign = tl.load(signs_ptr + _bins(log2_t, top, grid[1], NUM_BINS))
+            bins = _bins(log2_t, top, grid[1], NUM_BINS)
+            sign = load_table(table, bins, IS_SHARED).to(tl.float32, bitcast=True)
             lost = _whole(sign) * t
             if HAS_OVERLAP:
                 partners = tl.load(teacher_partners_ptr + columns, mask=is_column, other=-1)
@@ -333,8 +354,8 @@ def uld_rows_kernel(
                 logits = load_logits(student_row, columns, is_column)
                 q, pull, matched_loss, unmatched_loss = _student_entries(
                     logits, columns, is_column, student_side, student_scale, teacher_side, grid,
-                    signs_ptr, student_partners_ptr, teacher_row, loss_weights, beta, MODE,
-                    HAS_SCALES, HAS_OVERLAP, NUM_BINS,
+                    table, student_partners_ptr, teacher_row, loss_weights, beta, MODE,
+                    HAS_SCALES, HAS_OVERLAP, IS_SHARED, NUM_BINS,
                 )  # fmt: skip
                 grad = tl.where(is_live, soft_weight * (pull - q * pull_sum), 0.0)
                 if HAS_LABELS:
@@ -349,11 +370,12 @@ def uld_rows_kernel(
                 tl.store(grad_row + columns, grad.to(grad_ptr.dtype.element_ty), mask=is_column)
 
 
-def _num_programs(num_rows: int, device: torch.device) -> int:
-    """As many as run at once: each has a table of counters of its own."""
-    if device.type != "cuda":
-        return 1
-    return min(num_rows, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
+def _bin_table(num_rows: int, like: Tensor) -> tuple[int, int, bool, Tensor]:
+    """Programs, bins, whether they are in shared memory, and the table, which is empty if so."""
+    if like.device.type == "cuda" and torch.version.hip is None:
+        return num_rows, SHARED_BINS, True, like.new_empty(1, dtype=torch.int32)
+    num_programs = 1 if is_interpreted() else min(num_rows, GLOBAL_PROGRAMS)
+    return num_programs, NUM_BINS, False, like.new_empty(num_programs, NUM_BINS, dtype=torch.int32)
 
 
 def uld_rows_(
@@ -377,13 +399,11 @@ def uld_rows_(
     """
     num_rows, student_vocab_size = student_logits.shape
     teacher_vocab_size = teacher_logits.shape[1]
-    num_programs = _num_programs(num_rows, student_logits.device)
-    counts = weights.new_zeros(num_programs, NUM_BINS, dtype=torch.int32)
-    signs = weights.new_empty(num_programs, NUM_BINS, dtype=torch.float32)
+    num_programs, num_bins, is_shared, table = _bin_table(num_rows, weights)
     block_v, line, num_warps = row_block(student_vocab_size, student_logits.dtype)
     grad = student_logits if grad_logits is None else grad_logits
     student_scales, teacher_scales = (weights, weights) if log_scales is None else log_scales
-    student_partners, teacher_partners = (counts, counts) if partners is None else partners
+    student_partners, teacher_partners = (table, table) if partners is None else partners
     uld_rows_kernel[(num_programs,)](
         student_logits,
         teacher_logits,
@@ -395,8 +415,7 @@ def uld_rows_(
         student_partners,
         teacher_partners,
         values,
-        counts,
-        signs,
+        table,
         student_logits.stride(0),
         teacher_logits.stride(0),
         grad.stride(0),
@@ -416,8 +435,9 @@ def uld_rows_(
         HAS_OVERLAP=partners is not None,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
-        NUM_BINS=NUM_BINS,
-        SCAN_BINS=NUM_BINS if is_interpreted() else SCAN_BINS,
+        IS_SHARED=is_shared,
+        NUM_BINS=num_bins,
+        SCAN_BINS=num_bins if is_interpreted() else SCAN_BINS,
         BLOCK_V=block_v,
         LINE=line,
         num_warps=num_warps,

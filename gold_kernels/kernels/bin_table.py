@@ -1,0 +1,71 @@
+"""A table of 32-bit counters that belongs to one program, in shared or in global memory.
+
+Shared memory takes an addition a clock and lane, where additions in global memory all meet in the
+L2 cache: 217k additions a row are the whole cost of counting there. Triton has no shared-memory
+atomics, so on NVIDIA GPUs the table is a static array of PTX; elsewhere, and in the interpreter, it
+is a pointer to global memory.
+"""
+
+import triton
+import triton.language as tl
+
+# PTX gives static arrays 48 KiB, less what Triton's reductions take
+SHARED_BINS = 10240
+
+
+@triton.jit
+def shared_table():
+    """Address of the SHARED_BINS counters of this program; not cleared."""
+    return tl.inline_asm_elementwise(
+        "{ .shared .align 16 .b8 gold_kernels_bins[40960]; mov.u32 $0, gold_kernels_bins; }",
+        "=r,r",
+        [tl.program_id(0)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def add_to_table(table, bins, step, mask, IS_SHARED: tl.constexpr):
+    if IS_SHARED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p red.shared.add.s32 [$1], $2; }mov.u32 $0, 0;",
+            "=r,r,r,r",
+            [table + 4 * bins, step, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.atomic_add(table + bins, step, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def load_table(table, bins, IS_SHARED: tl.constexpr):  # int32
+    if IS_SHARED:
+        return tl.inline_asm_elementwise(
+            "ld.volatile.shared.s32 $0, [$1];",
+            "=r,r",
+            [table + 4 * bins],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:  # additions are in L2, not in L1
+        return tl.load(table + bins, cache_modifier=".cg")
+
+
+@triton.jit
+def store_table(table, bins, values, IS_SHARED: tl.constexpr):
+    if IS_SHARED:
+        tl.inline_asm_elementwise(
+            "st.volatile.shared.s32 [$1], $2; mov.u32 $0, 0;",
+            "=r,r,r",
+            [table + 4 * bins, values],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(table + bins, values)
