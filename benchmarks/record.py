@@ -4,6 +4,8 @@ import csv
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,40 @@ def _git_sha(root: Path) -> str:
         return os.environ["GIT_SHA"]
     sha = git("rev-parse", "--short", "HEAD") or "unknown"
     return f"{sha}+" if git("status", "--porcelain", "--untracked-files=no") else sha
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of peers, empty where one is not installed."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = ""
+    return versions
+
+
+class RowLog:
+    """A CSV file that has each row as soon as it is measured; path None keeps rows in memory
+    only.
+    """
+
+    def __init__(self, path: Path | None, fields: Sequence[str]) -> None:
+        self.path = path
+        self.fields = list(fields)
+        self.rows: list[dict[str, Any]] = []
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write("w", dict(zip(self.fields, self.fields, strict=True)))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            self._write("a", row)
+
+    def _write(self, mode: str, row: dict[str, Any]) -> None:
+        with self.path.open(mode, newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, fieldnames=self.fields).writerow(row)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
