@@ -98,6 +98,22 @@ def test_base_and_scalar_rows_of_every_merge(options, student, teacher):
     assert (alignment.num_student_rows, alignment.num_teacher_rows) == (4, 3)
 
 
+@pytest.mark.parametrize("without_next", ["student", "teacher", "both", "neither"])
+def test_a_last_group_whose_rows_have_no_next_row_is_not_read_late(without_next):
+    """An end of turn that is not distilled is such a next row."""
+    groups, ids = list(HAND_GROUPS[:2]), list(HAND_IDS)
+    for side in (0, 1):
+        if without_next not in ("both", SIDES[side]):
+            groups[side] = torch.cat([groups[side], torch.tensor([-1])])
+            ids[side] = torch.cat([ids[side], torch.tensor([9])])
+    late = TokenAlignment.from_groups(
+        SpanGroups(*groups, 2, 6), *ids, 6, merge="observed", is_late=True
+    )
+    assert late.num_groups == late.teacher_base_rows.shape[0] == 1 + (without_next == "neither")
+    assert late.student_base_rows.tolist() == [1, 3][: late.num_groups]
+    assert late.teacher_base_rows.tolist() == [1, 3][: late.num_groups]
+
+
 def test_late_rows_keep_the_last_text_group_where_the_end_of_turn_follows():
     options = {"merge": "observed", "has_end_of_turn": False}
     _, ids, on_time = aligned(("gpt2", "mistral"), "one two", **options)
@@ -114,9 +130,11 @@ def test_a_batch_follows_row_after_row_on_both_sides():
         for names, text in (
             (("qwen", "mistral"), TEXTS["emoji sequence"]),
             (("qwen", "mistral"), ""),
-            (("mistral", "qwen"), TEXTS["a sentence"]),
+            (("mistral", "qwen"), TEXTS["emoji sequence"]),
         )
     ]
+    for side in SIDES:
+        assert all(getattr(parts[i], f"{side}_scalar_rows").numel() for i in (0, 2))
     batch = TokenAlignment.concatenate(parts)
     for side in SIDES:
         expected, first_row = [], 0
@@ -128,9 +146,7 @@ def test_a_batch_follows_row_after_row_on_both_sides():
         assert getattr(batch, f"num_{side}_rows") == first_row
         ids = [getattr(part, f"{side}_scalar_ids") for part in parts]
         assert torch.equal(getattr(batch, f"{side}_scalar_ids"), torch.cat(ids))
-    assert batch.scored_bytes == sum(
-        len(TEXTS[t].encode()) for t in ("emoji sequence", "a sentence")
-    )
+    assert batch.scored_bytes == 2 * len(TEXTS["emoji sequence"].encode())
     assert batch.num_groups == sum(part.num_groups for part in parts)
 
 

@@ -160,6 +160,10 @@ def test_the_end_of_turn_is_a_group_only_if_both_sides_have_it():
     assert without.num_groups == alignment.num_groups - 1
     without = aligner.align(ids["student"], ids["teacher"][:-1])
     assert without.num_groups == alignment.num_groups - 1
+    ended_early = [*aligner.teacher.encode("one"), ids["teacher"][-1]]
+    early = aligner.align(ids["student"], ended_early)
+    assert early.scored_bytes == 3, "two ends after different texts are no group"
+    assert early.num_groups == aligner.align(ids["student"], ended_early[:-1]).num_groups
     skipped = aligned(("qwen", "gemma"), "one two", has_end_of_turn=False)[2]
     assert skipped.num_groups == alignment.num_groups - 1
     assert skipped.num_student_rows == alignment.num_student_rows

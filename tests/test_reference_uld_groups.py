@@ -236,6 +236,26 @@ def test_the_linear_loss_is_that_of_the_logits_of_both_heads():
     )
 
 
+def test_turns_apart_in_a_sequence_are_scored_as_each_alone():
+    """Labels at 2, 3 and 7, 8: the rows between them, whatever they hold, are not read."""
+    text, cuts = "ab", ([1, 1], [2])
+    student, teacher, alignment = chain_groups(text, cuts)
+    other_student, other_teacher, other = chain_groups("ba", cuts)
+    sequence = torch.full((10, 8), math.nan, dtype=torch.float64)
+    positions = torch.tensor([2, 3, 7, 8])
+    sequence[positions] = torch.cat([student, other_student])
+    loss = oracle.uld_loss(
+        sequence[positions],
+        torch.cat([teacher, other_teacher]),
+        torch.ones(2),
+        alignment=TokenAlignment.concatenate([alignment, other]),
+    )
+    alone = oracle.uld_loss(student, teacher, alignment=alignment)
+    torch.testing.assert_close(
+        loss, alone + oracle.uld_loss(other_student, other_teacher, alignment=other)
+    )
+
+
 def test_nothing_to_score_is_zero_with_a_graph():
     hidden, weight = normal(0, 4).requires_grad_(), normal(7, 4).requires_grad_()
     empty = torch.empty(0, dtype=torch.int64)
