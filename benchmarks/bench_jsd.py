@@ -49,7 +49,7 @@ SHAPES = (
     "4096x65536x2048x2048",
     "4096x32000x1024x4096",
 )
-TINY_SHAPES = ("64x8209x16x24", "32x8209x8x8")
+TINY_SHAPES = ("64x8209x16x24", "64x8209x8x8")
 BETAS = (0.5, 0.0, 0.1, 0.9, 1.0)
 BUDGETS_MIB = (64, 128, 256, 512, 1024)
 OURS = ("gold_kernels", "gold_kernels_fast")
@@ -326,8 +326,10 @@ def main(arguments: list[str] | None = None) -> int:
     if device == "cpu" and not options.tiny:
         sys.exit("bench_jsd: expected a CUDA GPU, got none; --tiny runs anywhere")
     where = environment() | package_versions(PACKAGES)
-    log = RowLog(options.out, FIELDS)
+    log, start = RowLog(options.out, FIELDS), time.monotonic()
     run_all(options, Setup(device, options.rep_ms, log, where))
+    where_to = options.out or "nothing written"
+    sys.stdout.write(f"{len(log.rows)} cases in {time.monotonic() - start:.0f} s: {where_to}\n")
     failed = [row for row in log.rows if row["implementation"] in OURS and row["status"] != "ok"]
     for row in failed:
         sys.stderr.write(f"{row['implementation']}: {row['status']}\n")
