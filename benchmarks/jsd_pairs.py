@@ -34,8 +34,8 @@ class Shape(NamedTuple):
         sizes = text.split("x")
         if len(sizes) != 4 or not all(map(str.isdigit, sizes)) or int(sizes[3]) < int(sizes[2]):
             raise ValueError(
-                f"Shape.parse: expected NxVxD_sxD_t with D_t >= D_s, got {text}; write for instance "
-                "4096x151936x2048x4096"
+                f"Shape.parse: expected NxVxD_sxD_t with D_t >= D_s, got {text}; "
+                "write for instance 4096x151936x2048x4096"
             )
         return cls(*map(int, sizes))
 

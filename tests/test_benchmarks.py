@@ -69,6 +69,14 @@ def test_ours_beyond_its_error_limit_gets_no_time(tmp_path, monkeypatch):
     assert rows and not any(row["median_ms"] for row in rows)
 
 
+def test_an_error_that_is_nan_exceeds_its_limit():
+    good, bad = jsd_pairs.Errors(1e-6, 2e-3, None), jsd_pairs.Errors(1e-6, float("nan"), None)
+    assert bench_jsd.excess("gold_kernels", [good, good]) == ""
+    assert bench_jsd.excess("gold_kernels", [bad, good]).startswith("refused: grad_hidden error")
+    assert bench_jsd.excess("gold_kernels", [good, bad]).startswith("refused: near grad_hidden")
+    assert bench_jsd.excess("gold_kernels_fast", [good, bad]) == ""  # only reported
+
+
 def test_a_failing_peer_costs_its_row_only(tmp_path, monkeypatch):
     def fail(case, beta):
         raise torch.OutOfMemoryError("no memory\nand a second line")
