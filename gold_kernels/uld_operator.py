@@ -57,7 +57,7 @@ class ULDRows(NamedTuple):
     partners: Sequence[Tensor] = ()  # [(V_s,), (V_t,)] int32
 
 
-def _row_functions(backend: str) -> tuple[Callable, Callable]:
+def row_functions(backend: str) -> tuple[Callable, Callable]:
     if backend == "triton":
         from gold_kernels.kernels.token_rows import token_rows_  # triton may be missing
         from gold_kernels.kernels.uld_rows import uld_rows_
@@ -124,7 +124,7 @@ def linear_uld_operator(
     softcaps: Sequence[float],
 ) -> list[Tensor]:  # (7, R) row values, then a gradient for each true need
     """An operator, so that torch.compile takes it as it is instead of tracing it."""
-    uld_rows_, token_rows_ = _row_functions(backend)
+    uld_rows_, token_rows_ = row_functions(backend)
     caps = [cap or None for cap in softcaps]
     limits = Limits(chunk_size, budget_bytes, logits_dtype)
     student_index, teacher_index = base_rows if base_rows else (None, None)

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gold_kernels.kernels import jsd_rows, scale
+from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows
 
 CAPABILITIES = (80, 90, 100)
 
@@ -50,6 +50,45 @@ def jsd_signatures():
         yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
 
 
+def uld_signatures():
+    kernel = uld_rows.uld_rows_kernel
+    floats = ("beta", "student_bits", "teacher_bits", "matched_weight", "unmatched_weight")
+    everything, nothing = (True,) * 4, (False,) * 4
+    for mode, flags, needs_grad, is_shared, logits in (
+        (uld_rows.JSD, nothing, True, True, "*fp32"),
+        (uld_rows.JSD, nothing, True, True, "*bf16"),
+        (uld_rows.FORWARD_KL, everything, True, True, "*fp32"),
+        (uld_rows.REVERSE_KL, everything, False, True, "*fp32"),
+        (uld_rows.JSD, everything, True, False, "*fp32"),
+    ):
+        names = ("HAS_SCALES", "HAS_LABELS", "HAS_OVERLAP", "HAS_SOFTCAP")
+        constexprs = dict(zip(names, flags, strict=True)) | {
+            "MODE": mode,
+            "NEEDS_GRAD": needs_grad,
+            "IS_SHARED": is_shared,
+            "NUM_BINS": uld_rows.SHARED_BINS if is_shared else uld_rows.NUM_BINS,
+            "SCAN_BINS": uld_rows.SCAN_BINS,
+            "BLOCK_V": 8192,
+            "LINE": 4 if logits == "*fp32" else 8,
+        }
+        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+        types |= {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
+        types |= {"labels_ptr": "*i64", "table_ptr": "*i32"}
+        types |= {"student_partners_ptr": "*i32", "teacher_partners_ptr": "*i32"}
+        signature = signature_of(kernel, types, (*floats, "softcap"), constexprs)
+        yield kernel, signature, constexprs
+
+
+def token_signatures():
+    kernel = token_rows.token_rows_kernel
+    for has_softcap, needs_grad in ((False, False), (True, True)):
+        constexprs = {"HAS_SOFTCAP": has_softcap, "NEEDS_GRAD": needs_grad}
+        constexprs |= {"BLOCK_V": 4096, "LINE": 4}
+        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+        types |= {"grad_ptr": "*bf16", "ids_ptr": "*i64", "labels_ptr": "*i64"}
+        yield kernel, signature_of(kernel, types, ("bits", "softcap"), constexprs), constexprs
+
+
 def scale_signatures():
     kernel = scale.scale_kernel
     for tensor, out in (("*bf16", "*bf16"), ("*fp32", "*fp16"), ("*fp32", "*fp32")):
@@ -61,9 +100,14 @@ def scale_signatures():
 def main() -> None:
     for capability in CAPABILITIES:
         target = GPUTarget("cuda", capability, 32)
-        for kernel, signature, constexprs in (*jsd_signatures(), *scale_signatures()):
+        for kernel, signature, constexprs in (
+            *jsd_signatures(),
+            *scale_signatures(),
+            *uld_signatures(),
+            *token_signatures(),
+        ):
             source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-            compiled = triton.compile(source, target=target, options={"num_warps": 8})
+            compiled = triton.compile(source, target=target, options={"num_warps": 16})
             size = len(compiled.asm["cubin"])
             sys.stdout.write(f"sm_{capability} {kernel.__name__} {size} bytes\n")
 

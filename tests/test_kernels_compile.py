@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gold_kernels.kernels import jsd_rows, scale
+from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows
 
 
 def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
@@ -16,9 +16,9 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
     )
     assert result.returncode == 0, result.stderr
     cubins = [line.split() for line in result.stdout.splitlines()]
-    modules = (jsd_rows, scale)
+    modules = (jsd_rows, scale, token_rows, uld_rows)
     kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
     for architecture in ("sm_80", "sm_90", "sm_100"):
         compiled = {kernel for target, kernel, *_ in cubins if target == architecture}
         assert compiled == kernels, "a kernel without a signature in compile_kernels.py"
-    assert len(cubins) == 3 * (15 + 3) and all(int(size) > 1000 for _, _, size, _ in cubins)
+    assert len(cubins) == 3 * (15 + 3 + 5 + 2) and all(int(size) > 1000 for _, _, size, _ in cubins)

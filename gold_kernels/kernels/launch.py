@@ -26,7 +26,7 @@ def default_backend(tensor: Tensor) -> str:
     return "triton" if tensor.device.type in GPU_DEVICES and has_triton() else "torch"
 
 
-def row_block(vocab_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def row_block(vocab_size: int, dtype: torch.dtype, largest: int = 4096) -> tuple[int, int, int]:
     """(BLOCK_V, LINE, num_warps) of a kernel that walks one row of vocab_size columns; a line is
     the 16 bytes that a thread loads at once.
 
@@ -36,4 +36,4 @@ def row_block(vocab_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     width = max(1 << (vocab_size - 1).bit_length(), line)
     if is_interpreted():
         return min(width, 1 << 16), line, 4
-    return min(max(width, 512), 4096), line, 16
+    return min(max(width, 512), largest), line, 16

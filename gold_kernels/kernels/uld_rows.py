@@ -364,9 +364,8 @@ def uld_rows_kernel(
                     grad += tl.where(is_hard_live, hard_weight * hard_grad, 0.0)
                 if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
                     capped = logits / softcap
-                    slope = 1.0 - capped * capped
-                    is_finite = (logits > LOWEST_LOGIT) & (is_live | is_hard_live)
-                    grad *= tl.where(is_finite, slope, 0.0)
+                    slope = tl.where(logits > LOWEST_LOGIT, 1.0 - capped * capped, 0.0)
+                    grad *= tl.where(is_live | is_hard_live, slope, 0.0)
                 tl.store(grad_row + columns, grad.to(grad_ptr.dtype.element_ty), mask=is_column)
 
 
@@ -400,7 +399,9 @@ def uld_rows_(
     num_rows, student_vocab_size = student_logits.shape
     teacher_vocab_size = teacher_logits.shape[1]
     num_programs, num_bins, is_shared, table = _bin_table(num_rows, weights)
-    block_v, line, num_warps = row_block(student_vocab_size, student_logits.dtype)
+    block_v, line, num_warps = row_block(student_vocab_size, student_logits.dtype, 8192)
+    # two programs of 16 warps on a multiprocessor: 0.76 us a row instead of 0.81 on an H200
+    limits = {"maxnreg": 64} if is_shared else {}
     grad = student_logits if grad_logits is None else grad_logits
     student_scales, teacher_scales = (weights, weights) if log_scales is None else log_scales
     student_partners, teacher_partners = (table, table) if partners is None else partners
@@ -441,4 +442,5 @@ def uld_rows_(
         BLOCK_V=block_v,
         LINE=line,
         num_warps=num_warps,
+        **limits,
     )

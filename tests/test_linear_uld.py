@@ -1,0 +1,346 @@
+"""fused_linear_uld against the float64 oracle: pairs, groups, hybrid and cross-entropy, on every
+backend, and everything that must not change them.
+
+N scored rows, G groups, V vocabulary (V_s, V_t).
+"""
+
+import pytest
+import torch
+from error_budget import assert_within_error_budget, relative_error
+from uld_cases import KINDS, uld_case
+
+from gold_kernels import FusedLinearULDLoss, fused_linear_uld, peak_extra_bytes, reference_uld
+from gold_kernels.kernels.launch import is_interpreted
+
+IMPLEMENTATIONS = [("cpu", "torch")]
+if is_interpreted():
+    IMPLEMENTATIONS.append(("cpu", "triton"))
+if torch.cuda.is_available():
+    IMPLEMENTATIONS += [("cuda", "torch"), ("cuda", "triton")]
+on_every_backend = pytest.mark.parametrize(("device", "backend"), IMPLEMENTATIONS)
+
+# What the counting kernel may lose on a few hundred entries, where a bin holds one or two of them
+# and their signs are 0 instead of 1 and -1; the loss is exact up to such bins.
+COUNTING_LOSS_ERROR, COUNTING_GRAD_ERROR = 1e-4, 5e-2
+
+
+def test_the_triton_kernel_is_among_the_tested_implementations():
+    assert "triton" in {backend for _, backend in IMPLEMENTATIONS}
+
+
+@pytest.mark.parametrize("has_labels", [False, True])
+@pytest.mark.parametrize("overlap_beta", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_torch_backend_is_the_oracle(kind, overlap_beta, has_labels):
+    case = uld_case(
+        kind,
+        has_overlap=overlap_beta is not None,
+        has_labels=has_labels,
+        beta=overlap_beta or 0.0,
+    )
+    actual = case.run(fused_linear_uld, torch.float64, chunk_size=3, backend="torch")
+    for name, ours, truth in zip(
+        ("loss", "grad_hidden", "grad_weight", "grad_bias"), actual, case.oracle(), strict=True
+    ):
+        assert relative_error(ours, truth) < 1e-12, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("has_overlap", [False, True])
+def test_the_counting_kernel_is_near_the_oracle(kind, has_overlap):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = uld_case(kind, has_overlap=has_overlap, has_labels=has_overlap)
+    actual = case.run(fused_linear_uld, torch.float32, device, chunk_size=4, backend="triton")
+    oracle = case.oracle()
+    assert relative_error(actual[0].cpu(), oracle[0]) < COUNTING_LOSS_ERROR
+    for ours, truth in zip(actual[1:], oracle[1:], strict=True):
+        assert relative_error(ours.cpu(), truth) < COUNTING_GRAD_ERROR
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 0.5, 1.0])
+def test_matched_entries_alone_are_within_the_budget_of_eager(beta):
+    """No bins are involved: the kernel has no excuse."""
+    case = uld_case("bayesian", has_overlap=True, beta=beta)
+    case.options.update(matched_weight=1.0, unmatched_weight=0.0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    actual = case.run(fused_linear_uld, torch.float32, device, backend="triton")
+    eager = case.run(reference_uld.linear_uld, torch.float32)
+    for name, ours, baseline, truth in zip(
+        ("loss", "grad_hidden", "grad_weight", "grad_bias"),
+        actual,
+        eager,
+        case.oracle(),
+        strict=True,
+    ):
+        assert_within_error_budget(name, ours.cpu(), baseline=baseline, oracle=truth, factor=4.0)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_lose_what_their_gemms_lose(dtype, device, backend):
+    case = uld_case("bayesian", has_overlap=True, has_labels=True)
+    actual = case.run(fused_linear_uld, dtype, device, chunk_size=4, backend=backend)
+    assert actual[0].dtype == torch.float32
+    assert {grad.dtype for grad in actual[1:]} == {dtype}
+    oracle = case.oracle()
+    assert relative_error(actual[0].cpu(), oracle[0]) < 1e-3
+    for ours, truth in zip(actual[1:], oracle[1:], strict=True):
+        assert relative_error(ours.cpu(), truth) < 4 * torch.finfo(dtype).eps + 1e-3
+
+
+@on_every_backend
+@pytest.mark.parametrize("chunk_size", [1, 4, 9, 10, 11, None])
+def test_the_chunk_size_does_not_change_anything(chunk_size, device, backend):
+    case = uld_case("bayesian", has_overlap=True, has_labels=True)
+    options = {"backend": backend, "chunk_size": chunk_size}
+    actual = case.run(fused_linear_uld, torch.float32, device, **options)
+    whole = case.run(fused_linear_uld, torch.float32, device, backend=backend, chunk_size=3)
+    for ours, truth in zip(actual, whole, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=2e-5, atol=2e-6)
+
+
+@on_every_backend
+def test_identical_models_and_permuted_vocabularies_lose_nothing(device, backend):
+    case = uld_case(sizes=(301, 301))
+    hidden, weight = case.tensors[0].float().to(device), case.tensors[1].float().to(device)
+    order = torch.randperm(301, device=device)
+    for teacher_weight in (weight, weight[order]):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = fused_linear_uld(*leaves, hidden, teacher_weight, backend=backend)
+        grads = torch.autograd.grad(loss, leaves)
+        assert float(loss.detach()) < 1e-6
+        if backend == "triton" or teacher_weight is weight:  # a sort sees the rounding of a sum
+            assert all(float(grad.abs().max()) == 0 for grad in grads)
+
+
+@on_every_backend
+def test_any_permutation_of_a_vocabulary_gives_the_same_loss(device, backend):
+    case = uld_case()
+    student, weight, teacher, teacher_weight, _ = (t.float().to(device) for t in case.tensors)
+    plain = fused_linear_uld(student, weight, teacher, teacher_weight, backend=backend)
+    orders = [torch.randperm(side.shape[0], device=device) for side in (weight, teacher_weight)]
+    permuted = fused_linear_uld(
+        student, weight[orders[0]], teacher, teacher_weight[orders[1]], backend=backend
+    )
+    torch.testing.assert_close(permuted, plain, rtol=1e-5, atol=0)
+
+
+@on_every_backend
+def test_rows_of_weight_zero_contribute_nothing_whatever_they_hold(device, backend):
+    case = uld_case("bayesian", has_overlap=True)
+    hidden, weight, teacher, teacher_weight, row_weights = (
+        t.float().to(device) for t in case.tensors
+    )
+    alignment = case.options["alignment"]
+    group = 2  # the group of weight 0
+    assert float(row_weights[group]) == 0
+    dead = [int(alignment.student_base_rows[group]), 3]  # its base row, and a row in no group
+    poisoned = hidden.clone()
+    poisoned[dead] = float("nan")
+    results = []
+    for rows in (hidden, poisoned):
+        leaves = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+        options = {**case.options, "backend": backend, "chunk_size": 2}
+        loss = fused_linear_uld(*leaves, teacher, teacher_weight, row_weights, **options)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for clean, ours in zip(*results, strict=True):
+        assert torch.equal(clean, ours)
+
+
+@on_every_backend
+def test_a_second_backward_and_a_factor_scale_the_same_gradients(device, backend):
+    case = uld_case("bayesian")
+    hidden, weight, teacher, teacher_weight, _ = (t.float().to(device) for t in case.tensors)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = fused_linear_uld(
+        *leaves, teacher, teacher_weight, alignment=case.options["alignment"], backend=backend
+    )
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, retain_graph=True)
+    tripled = torch.autograd.grad(3 * loss, leaves)
+    for one, two, three in zip(first, again, tripled, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(3 * one, three)
+
+
+@on_every_backend
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_only_the_gradients_that_are_needed_exist(needs, device, backend):
+    case = uld_case("observed")
+    hidden, weight, teacher, teacher_weight, _ = (t.float().to(device) for t in case.tensors)
+    options = {"alignment": case.options["alignment"], "backend": backend}
+    both = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.autograd.grad(
+        fused_linear_uld(*both, teacher, teacher_weight, **options), both
+    )
+    leaves = [leaf.requires_grad_(need) for leaf, need in zip((hidden, weight), needs, strict=True)]
+    loss = fused_linear_uld(*leaves, teacher, teacher_weight, **options)
+    assert loss.requires_grad == any(needs)
+    if any(needs):
+        loss.backward()
+    for leaf, need, truth in zip(leaves, needs, expected, strict=True):
+        assert (leaf.grad is not None) == need
+        if need:
+            torch.testing.assert_close(leaf.grad, truth)
+
+
+@on_every_backend
+def test_a_completion_without_groups_is_a_loss_of_zero_with_a_graph(device, backend):
+    case = uld_case()
+    hidden, weight, teacher, teacher_weight, _ = (t.float().to(device) for t in case.tensors)
+    leaves = hidden[:0].requires_grad_(), weight.requires_grad_()
+    loss = fused_linear_uld(*leaves, teacher[:0], teacher_weight, backend=backend)
+    assert float(loss.detach()) == 0
+    assert all(float(grad.abs().sum()) == 0 for grad in torch.autograd.grad(loss, leaves))
+
+
+@on_every_backend
+def test_metrics_are_those_of_the_oracle(device, backend):
+    case = uld_case("bayesian", has_overlap=True)
+    hidden, weight, teacher, teacher_weight, _ = (t.float().to(device) for t in case.tensors)
+    options = dict(case.options)
+    loss, metrics = fused_linear_uld(
+        hidden, weight, teacher, teacher_weight, backend=backend, return_metrics=True, **options
+    )
+    assert {value.shape for value in metrics} == {(5,)} and not metrics.loss.requires_grad
+    torch.testing.assert_close(loss, metrics.loss.mean())
+    expected = 0.75 * metrics.matched_loss + 0.5 * metrics.unmatched_loss
+    torch.testing.assert_close(metrics.loss, expected)
+    shared, alignment = options["overlap"], options["alignment"]
+    sides = (
+        (hidden, weight, alignment.student_base_rows, shared.student_ids, 1.25),
+        (teacher, teacher_weight, alignment.teacher_base_rows, shared.teacher_ids, 0.75),
+    )
+    masses = metrics.student_matched_mass, metrics.teacher_matched_mass
+    for mass, (rows, head, base, ids, temperature) in zip(masses, sides, strict=True):
+        probs = (rows.double() @ head.double().T / temperature).softmax(-1)
+        truth = probs[base.to(device)][:, ids.to(device)].sum(-1)
+        torch.testing.assert_close(mass.double(), truth, rtol=1e-5, atol=0)
+
+
+@on_every_backend
+def test_soft_capped_and_scaled_heads(device, backend):
+    case = uld_case("bayesian", has_labels=True)
+    options = {"final_logit_softcapping": (2.0, 3.0), "logit_scale": (0.5, 2.0)}
+
+    def eager(hidden, weight, teacher, teacher_weight, row_weights, student_bias, **rest):
+        sides = ((hidden, weight, 0), (teacher, teacher_weight, 1))
+        logits = []
+        for rows, head, side in sides:
+            cap = options["final_logit_softcapping"][side]
+            logits.append(cap * torch.tanh(rows @ head.T * options["logit_scale"][side] / cap))
+        return reference_uld.uld_loss(*logits, row_weights, weight_hard=1.0, **rest) + 0 * (
+            student_bias.sum()
+        )
+
+    def fused(*args, student_bias, **rest):
+        return fused_linear_uld(*args, **rest, **options) + 0 * student_bias.sum()
+
+    oracle = case.run(eager, torch.float64)
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    limits = {"backend": backend, "chunk_size": 4}
+    actual = case.run(lambda *a, **k: fused(*a, **k, **limits), dtype, device)
+    for ours, truth in zip(actual[:3], oracle[:3], strict=True):
+        limit = 1e-12 if backend == "torch" else COUNTING_GRAD_ERROR
+        assert relative_error(ours.cpu(), truth) < limit
+
+
+def test_gradcheck_in_float64():
+    case = uld_case("bayesian", has_overlap=True, has_labels=True, sizes=(11, 13))
+    hidden, weight, teacher, teacher_weight, row_weights = case.tensors
+    options = {**case.options, "label_weights": case.label_weights, "chunk_size": 3}
+    leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight, case.bias)]
+    assert torch.autograd.gradcheck(
+        lambda rows, head, bias: fused_linear_uld(
+            rows, head, teacher, teacher_weight, row_weights, student_bias=bias, **options
+        ),
+        leaves,
+    )
+
+
+def test_the_module_is_the_function():
+    case = uld_case("bayesian", has_overlap=True)
+    tensors, options = [t.float() for t in case.tensors], dict(case.options)
+    alignment = options.pop("alignment")
+    module = FusedLinearULDLoss(**options, chunk_size=3)
+    expected = fused_linear_uld(*tensors, **case.options, chunk_size=3)
+    assert torch.equal(module(*tensors, alignment=alignment), expected)
+
+
+def test_weights_default_to_the_share_of_the_vocabulary():
+    case = uld_case(has_overlap=True)
+    share = case.options["overlap"].student_share
+    assert 0.6 < share < 0.7
+    case.options.update(matched_weight=None, unmatched_weight=None)
+    actual = case.run(fused_linear_uld, torch.float64)
+    case.options.update(matched_weight=share, unmatched_weight=1 - share)
+    assert relative_error(actual[1], case.run(fused_linear_uld, torch.float64)[1]) == 0
+
+
+@pytest.mark.parametrize("num_rows", [256, 1024])
+def test_memory_stays_within_the_budget_at_any_number_of_rows(num_rows):
+    """A frozen head: the budget alone."""
+    v_student, v_teacher, size, budget = 3000, 4000, 32, 1 << 20
+    hidden, teacher = torch.randn(num_rows, size), torch.randn(num_rows, size)
+    weight, teacher_weight = torch.randn(v_student, size), torch.randn(v_teacher, size)
+    hidden.requires_grad_()
+
+    def step() -> None:
+        fused_linear_uld(hidden, weight, teacher, teacher_weight, budget_bytes=budget).backward()
+        hidden.grad = None
+
+    rows_and_gradients = 4 * num_rows * (size * 3 + 32)
+    sort_of_one_row = 40 * 4 * max(v_student, v_teacher)  # torch's temporaries, not in the budget
+    peak = peak_extra_bytes(step)
+    assert peak <= budget + rows_and_gradients + sort_of_one_row
+    assert peak < 4 * num_rows * (v_student + v_teacher), "less than the logits that eager needs"
+
+
+def test_torch_compile_takes_the_loss_as_one_operator():
+    case = uld_case("bayesian", has_overlap=True)
+    tensors = [t.float() for t in case.tensors]
+    hidden = tensors[0].requires_grad_()
+
+    def step(rows):
+        return fused_linear_uld(rows, *tensors[1:], **case.options, backend="torch")
+
+    (expected,) = torch.autograd.grad(step(hidden), hidden)
+    compiled = torch.compile(step, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(hidden), hidden)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.gpu
+def test_no_host_sync_and_the_same_bits_from_run_to_run():
+    case = uld_case("bayesian", has_overlap=True, has_labels=True)
+    first = case.run(fused_linear_uld, torch.bfloat16, "cuda", backend="triton")
+    tensors = [t.to("cuda", torch.bfloat16) for t in case.tensors[:4]]
+    options = {**case.options, "labels": case.options["labels"].cuda()}
+    options["alignment"] = options["alignment"].to("cuda")
+    options["overlap"] = options["overlap"].to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_linear_uld(*tensors, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(3):
+        again = case.run(fused_linear_uld, torch.bfloat16, "cuda", backend="triton")
+        assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(65536, 151936), (151936, 65536)])
+def test_real_vocabularies_on_the_gpu(sizes):
+    student, teacher = torch.randn(8, sizes[0], device="cuda"), torch.randn(8, sizes[1]).cuda()
+    from gold_kernels import uld_loss
+
+    student.requires_grad_()
+    loss = uld_loss(student, teacher)
+    (grad,) = torch.autograd.grad(loss, student)
+    truth = student.detach().double().requires_grad_()
+    oracle = reference_uld.uld_loss(truth, teacher.double())
+    (oracle_grad,) = torch.autograd.grad(oracle, truth)
+    assert relative_error(loss, oracle) < 1e-4
+    assert relative_error(grad, oracle_grad) < 2e-2
+    top = student.detach().topk(64).indices
+    assert torch.equal(grad.gather(1, top).sign().double(), oracle_grad.gather(1, top).sign())
