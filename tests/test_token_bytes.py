@@ -112,6 +112,30 @@ def test_special_tokens_spell_nothing_and_other_added_tokens_are_text():
     assert tokenizer("<|im_end|>")["input_ids"] == [end], "encode() must leave parsing as it was"
 
 
+def test_added_tokens_of_a_byte_level_tokenizer_are_written_in_characters():
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.add_tokens(["caf\u00e9"])
+    spelling = TokenBytes(tokenizer)
+    tokens = spelling.encode("a caf\u00e9")
+    assert tokens[-1] == tokenizer.convert_tokens_to_ids("caf\u00e9")
+    assert spelling.pieces[tokens[-1]] == "caf\u00e9".encode()
+
+
+def test_a_token_with_a_role_spells_nothing_even_if_it_was_added_as_text():
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.add_tokens(["<stop>"])
+    stop = tokenizer.convert_tokens_to_ids("<stop>")
+    assert TokenBytes(tokenizer).pieces[stop] == b"<stop>"
+    tokenizer.eos_token = "<stop>"
+    assert not tokenizer.added_tokens_decoder[stop].special, "no precondition"
+    assert TokenBytes(tokenizer).pieces[stop] == b""
+
+
+def test_a_special_token_before_the_text_ends_at_its_first_byte():
+    tokens = as_id_tensor([table("mistral").tokenizer.bos_token_id, *table("mistral").encode("A")])
+    assert table("mistral").byte_ends(tokens, b"A").tolist() == [0, 1]
+
+
 def test_ids_beyond_the_vocabulary_spell_nothing():
     tokens = as_id_tensor([*table("gemma").encode("one"), 10**6])
     assert table("gemma").texts(tokens) == [b"one"]
