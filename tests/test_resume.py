@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 import trainer.gold_trainer
 
-ROWS = tiny_rows(8, images="mixed")
-NUM_STEPS = 5  # of 2 micro-batches of 2 rows each: the third step starts a new epoch
+ROWS = tiny_rows(11, images="mixed")
+NUM_STEPS = 5  # of 2 micro-batches of 2 rows: checkpoint-2 is within the first epoch of 3 steps
 FIELDS = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -178,6 +178,6 @@ class StopAfter(TrainerCallback):
 
 def test_run_that_was_stopped_in_an_epoch_goes_on_where_it_was(tmp_path):
     whole = run(tmp_path / "whole", lmbda=0.5)
-    run(tmp_path, lmbda=0.5, callbacks=[StopAfter(3)], save_strategy="steps", save_steps=100)
-    assert (tmp_path / "checkpoint-3").is_dir()
+    run(tmp_path, lmbda=0.5, callbacks=[StopAfter(4)], save_strategy="steps", save_steps=100)
+    assert (tmp_path / "checkpoint-4").is_dir()
     assert_same_run(run(tmp_path, resume=True, lmbda=0.5), whole)
