@@ -243,7 +243,7 @@ def _read_spelling(name: str, backend: Any) -> _Spelling:
         prefix = next(step["prefix"] for step in decoder if step["type"] == "WordPiece")
         return _Spelling(_word_piece(prefix), True, is_spaced=True)
     replacements = _replacements(decoder)
-    if not replacements or types & {"BPEDecoder", "CTC"}:
+    if not replacements:
         raise ValueError(
             f"TokenBytes: {name} must be byte-level BPE, SentencePiece or WordPiece, got a decoder "
             f"of {sorted(types) or 'no steps'}; choose another tokenizer, or give it the decoder "

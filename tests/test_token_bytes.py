@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from tiny_processors import FAMILIES, VLM_FAMILIES, tiny_processor, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers_cases import REFUSED, TEXTS, TOKENIZERS, sentencepiece_model, table, word_piece
 from transformers import PreTrainedTokenizerFast
 
@@ -79,6 +79,8 @@ def test_word_piece_ends_follow_the_text_where_it_has_spaces_and_where_not():
     assert table("word piece").byte_ends(tokens, b"don't  stop")[-1] == 11
     assert table("word piece").byte_ends(tokens, b"don't stop")[-1] == 10
     assert table("word piece").byte_ends(tokens, b"done") is None
+    cut = table("word piece").byte_ends(tokens, b"don't  sto")  # inside the last token
+    assert cut is not None and cut[-1] == 11
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,38 @@ def test_byte_fallback_tokens_are_one_byte_each():
     fallback = table("mistral").fallback_ids
     assert sorted(table("mistral").pieces[i] for i in fallback) == [bytes([b]) for b in range(256)]
     assert table("qwen").fallback_ids == frozenset()
+
+
+def test_without_byte_fallback_its_tokens_are_text():
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("<0x41>", -1.0), ("A", -1.0)], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    spelling = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    assert spelling.encode("A<0x41>A") == [2, 1, 2]
+    assert spelling.fallback_ids == frozenset()
+
+
+def test_the_space_of_a_normalizer_is_no_byte_of_the_text_whatever_the_decoder_strips():
+    """SentencePiece as older conversions write it."""
+    vocab = {"<unk>": 0, "\u2581": 1, "a": 2, "\u2581a": 3}
+    backend = Tokenizer(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    spelling = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    tokens = as_id_tensor(spelling.encode("a a"))
+    assert tokens.tolist() == [3, 3]
+    assert spelling.byte_ends(tokens, b"a a").tolist() == [1, 3]
+
+
+def test_byte_level_entries_outside_the_alphabet_are_what_the_decoder_writes():
+    backend = Tokenizer(models.BPE({"\u65e5": 0, "\u0120a": 1}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    spelling = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend))
+    for token_id in (0, 1):
+        assert spelling.pieces[token_id].decode() == backend.decode([token_id])
 
 
 def test_end_of_turn_is_what_the_chat_template_writes_after_an_answer():
