@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from rich.console import Console
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 
 from trainer.config import GOLDConfig
 from trainer.data_files import DataArguments, load_rows
@@ -139,6 +139,12 @@ def _train(argv: list[str]) -> None:
     for name in ("model_name_or_path", "dataset_name", "teacher_model_name_or_path"):
         if not any(getattr(part, name, None) for part in (model_args, data_args, config)):
             raise ValueError(f"{name} is missing: set it in the YAML file or pass --{name}")
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint must be a checkpoint's folder, got {checkpoint!r}; they are "
+            f"{config.output_dir}/checkpoint-STEP"
+        )
     needs_eval = config.eval_strategy != "no"
     train_rows = load_rows(data_args, "train")
     eval_rows = load_rows(data_args, "eval") if needs_eval else None
@@ -153,10 +159,22 @@ def _train(argv: list[str]) -> None:
         eval_dataset=eval_rows,
         peft_config=_lora_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    finally:
+        _end_progress_bars(trainer.callback_handler.callbacks)
     trainer.save_model(config.output_dir)
     if trainer.is_world_process_zero():
         _console().print(f"student saved in {config.output_dir}", markup=False, soft_wrap=True)
+
+
+def _end_progress_bars(callbacks: list[TrainerCallback]) -> None:
+    """End the line that a bar is on: what went wrong starts its own."""
+    for callback in callbacks:
+        if isinstance(callback, ProgressCallback):
+            for bar in (callback.prediction_bar, callback.training_bar):
+                if bar is not None:
+                    bar.close()
 
 
 def _lora_config(model_args: ModelArguments) -> Any:
