@@ -1,7 +1,9 @@
 """GOLDConfig: every field of transformers.TrainingArguments plus those of distillation."""
 
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -132,6 +134,7 @@ class GOLDConfig(TrainingArguments):
             )
         self._check_counts()
         self._check_inherited()
+        self._check_output_dir()
 
     def _check_inherited(self) -> None:
         """Fields of TrainingArguments that would be ignored, or fail deep inside a step."""
@@ -156,6 +159,18 @@ class GOLDConfig(TrainingArguments):
                 "GOLDConfig: include_num_input_tokens_seen must be 'no', got "
                 f"{self.include_num_input_tokens_seen!r}; image tokens are counted by no one "
                 "before the micro-batch: the log has completion_length and tokens_per_second."
+            )
+
+    def _check_output_dir(self) -> None:
+        """Here, not after minutes of loading models."""
+        if self.output_dir is None:
+            return
+        path = Path(self.output_dir).absolute()
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"GOLDConfig: output_dir must be a folder that can be written, got {path}, where "
+                f"{there} is {'read-only' if there.is_dir() else 'a file'}; choose another."
             )
 
     def _check_counts(self) -> None:
