@@ -32,9 +32,9 @@ def check_configs(
     processing_class: Processor | None,
 ) -> tuple[PretrainedConfig, Processor]:
     """The student's config and processor, once the pair is known to fit; no weights are read."""
-    student_config = config_of(model, args.model_init_kwargs)
+    student_config = config_of(model, "student", args.model_init_kwargs)
     teacher_config = config_of(
-        teacher_model, args.teacher_model_init_kwargs, args.teacher_model_revision
+        teacher_model, "teacher", args.teacher_model_init_kwargs, args.teacher_model_revision
     )
     models.check_pair(student_config, teacher_config)
     if processing_class is None:
@@ -67,11 +67,24 @@ def load_models(
 
 
 def config_of(
-    model: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, revision: str | None = None
+    model: PreTrainedModel | str,
+    side: str,
+    init_kwargs: dict[str, Any] | None,
+    revision: str | None = None,
 ) -> PretrainedConfig:
     if not isinstance(model, str):
+        models.check_decoder(model, side)
         return models.base_model(model).config
-    return load_config(model, init_kwargs, revision)
+    try:
+        config = load_config(model, init_kwargs, revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"GOLDTrainer: the {side} must be a model's folder or hub id, got {model!r}, which "
+            f"cannot be read ({error}); check its spelling and your access to it."
+        ) from error
+    if config.is_encoder_decoder:
+        raise models.not_a_decoder(config.model_type, side)
+    return config
 
 
 def load_processor(config: PretrainedConfig, init_kwargs: dict[str, Any] | None) -> Processor:

@@ -50,6 +50,20 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def check_decoder(model: nn.Module, side: str) -> None:
+    base = base_model(model)
+    can_generate = isinstance(base, PreTrainedModel) and base.can_generate()
+    if not can_generate or base.config.is_encoder_decoder:
+        raise not_a_decoder(type(base).__name__, side)
+
+
+def not_a_decoder(kind: str, side: str) -> ValueError:
+    return ValueError(
+        f"GOLDTrainer: the {side} must be a decoder with a language-model head, got {kind}; choose "
+        "one that AutoModelForImageTextToText or AutoModelForCausalLM loads."
+    )
+
+
 def lm_head(model: nn.Module, side: str) -> nn.Linear:
     """The head whose place the loss takes; refuses what the loss would silently ignore."""
     base = base_model(model)
@@ -57,8 +71,9 @@ def lm_head(model: nn.Module, side: str) -> nn.Linear:
     if type(head) is not nn.Linear:
         raise ValueError(
             f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, got "
-            f"{type(head).__name__}; leave lm_head out of LoRA's target_modules and "
-            "modules_to_save, and out of quantisation (llm_int8_skip_modules=['lm_head'])."
+            f"{type(head).__module__}.{type(head).__name__}; leave lm_head out of LoRA's "
+            "target_modules and modules_to_save, and out of quantisation "
+            "(llm_int8_skip_modules=['lm_head'])."
         )
     if not head.weight.is_floating_point() or type(head.weight) is not nn.Parameter:
         raise ValueError(
