@@ -25,7 +25,7 @@ class RowDataset(torch.utils.data.Dataset):
     """A map-style dataset read as Rows."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], *, needs_completion: bool, is_text: bool):
-        if not isinstance(rows, Sized):
+        if not isinstance(rows, Sized) or isinstance(rows, str):
             raise ValueError(
                 "RowDataset: a map-style dataset with a length is expected, got "
                 f"{type(rows).__name__}; load it without streaming, or pass a list of rows."

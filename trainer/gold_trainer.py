@@ -112,14 +112,16 @@ class GOLDTrainer(Trainer):
         """The dataset, or each dataset of a dict, read as Rows."""
         if isinstance(dataset, dict):
             return {name: self._as_rows(part, needs_completion) for name, part in dataset.items()}
-        if dataset is None or isinstance(dataset, str | RowDataset):
+        if dataset is None or isinstance(dataset, RowDataset):
             return dataset
         rows = RowDataset(dataset, needs_completion=needs_completion, is_text=self.is_text)
         _ = rows[0]  # columns that do not fit show before weights are read and folders made
         return rows
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return super().get_eval_dataloader(self._as_rows(eval_dataset, not self.args.seq_kd))
+        if not isinstance(eval_dataset, str):  # a key of the evaluation datasets
+            eval_dataset = self._as_rows(eval_dataset, not self.args.seq_kd)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return super().get_test_dataloader(self._as_rows(test_dataset, not self.args.seq_kd))
