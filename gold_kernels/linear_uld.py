@@ -173,10 +173,12 @@ def fused_linear_uld(
     never negative). Weights None take the share of the student's vocabulary that is matched, and
     one minus it. The cross-entropy is taken at temperature 1 on the student's own logits.
 
-    backend "torch" sorts and is exact. "triton" counts on a grid of 16384 bins: the loss is off by
-    less than 1e-4 where the distributions differ, 1e-2 near convergence; the gradient by 1-2 % for
-    vocabularies of different sizes and 10 % for equal ones, and near convergence, where signs
-    alternate from entry to entry, it is that of a smoothed loss.
+    backend "torch" sorts and is exact. "triton" counts on a grid and orders only the bins in which
+    the sign may change: on its own float32 logits the loss is within 1e-4 and the gradient within
+    1e-2, near convergence 5e-4 and 2e-2. logits_dtype=torch.bfloat16 is faster and does not order:
+    as good for vocabularies of different sizes, a fifth off in the gradient for equal ones, and
+    wrong near convergence. Between equal vocabularies near convergence ordering takes most of the
+    time (benchmarks/NOTES.md); fused_linear_jsd is the loss for a shared tokenizer.
 
     Extra memory is at most budget_bytes, plus one float32 student_weight if a 16-bit one needs a
     gradient. Rows of weight 0 contribute exactly 0 and may hold anything. return_metrics=True

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gold_kernels import checks, uld_checks
-from gold_kernels.chunking import float_dtype
+from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, float_dtype
 from gold_kernels.heads import mean_weights
 from gold_kernels.linear_uld import ULDMetrics, overlap_weights, partner_tables
-from gold_kernels.uld_operator import NUM_ROW_VALUES, row_functions
+from gold_kernels.uld_operator import NUM_ROW_VALUES, SCRATCH_PART, row_functions
 from gold_kernels.vocabulary import VocabOverlap
 
 
@@ -51,6 +51,7 @@ def _uld_logits_operator(
             matched_weight=matched_weight,
             unmatched_weight=unmatched_weight,
             softcap=None,
+            scratch_bytes=DEFAULT_BUDGET_BYTES // SCRATCH_PART,
         )
     return [values] if grad is None else [values, grad]
 

@@ -117,6 +117,7 @@ def uld_rows_(
     matched_weight: float,
     unmatched_weight: float,
     softcap: float | None,
+    scratch_bytes: int = 0,  # of the kernel
 ) -> None:
     """Loss and gradient of every row of a chunk, a few rows at a time."""
     num_rows, options = student_logits.shape[0], _Options(beta, matched_weight, unmatched_weight)

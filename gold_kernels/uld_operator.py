@@ -29,6 +29,7 @@ from gold_kernels.gradients import empty_gradients
 NUM_ROW_VALUES = 7
 SCALE_SLOPE = 6  # row of the values: dloss / dlog_scale of the student
 NO_TOKEN = -1
+SCRATCH_PART = 8  # of the budget, at most, is working memory of the row kernel
 
 
 class ULDOptions(NamedTuple):
@@ -126,7 +127,8 @@ def linear_uld_operator(
     """An operator, so that torch.compile takes it as it is instead of tracing it."""
     uld_rows_, token_rows_ = row_functions(backend)
     caps = [cap or None for cap in softcaps]
-    limits = Limits(chunk_size, budget_bytes, logits_dtype)
+    chunk_bytes = max(1, budget_bytes - budget_bytes // SCRATCH_PART)
+    limits = Limits(chunk_size, chunk_bytes, logits_dtype)
     student_index, teacher_index = base_rows if base_rows else (None, None)
     student = LinearHead(
         student_hidden, student_weight, student_bias, logit_scales[0], caps[0], student_index
@@ -172,6 +174,7 @@ def linear_uld_operator(
                 matched_weight=matched_weight,
                 unmatched_weight=unmatched_weight,
                 softcap=caps[0],
+                scratch_bytes=budget_bytes // SCRATCH_PART,
             )
             return
         tokens = slice(rows.start - num_groups, rows.stop - num_groups)

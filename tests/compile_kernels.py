@@ -66,14 +66,20 @@ def uld_signatures():
             "MODE": mode,
             "NEEDS_GRAD": needs_grad,
             "IS_SHARED": is_shared,
-            "NUM_BINS": uld_rows.SHARED_BINS if is_shared else uld_rows.NUM_BINS,
+            "HAS_LISTS": logits == "*fp32",
+            "ARE_SIGNS_GRAD": needs_grad,
+            "NUM_BINS": uld_rows.NUM_BINS,
             "SCAN_BINS": uld_rows.SCAN_BINS,
+            "LIST_SIZE": uld_rows.LIST_SIZE,
+            "MAX_LISTED": uld_rows.MAX_LISTED,
+            "LIST_WORDS": uld_rows.LIST_WORDS,
             "BLOCK_V": 8192,
             "LINE": 4 if logits == "*fp32" else 8,
         }
         types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
         types |= {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
-        types |= {"labels_ptr": "*i64", "table_ptr": "*i32"}
+        types |= {"labels_ptr": "*i64", "table_ptr": "*i32", "lists_ptr": "*i32"}
+        types |= {"signs_ptr": "*bf16"}
         types |= {"student_partners_ptr": "*i32", "teacher_partners_ptr": "*i32"}
         signature = signature_of(kernel, types, (*floats, "softcap"), constexprs)
         yield kernel, signature, constexprs

@@ -9,7 +9,13 @@ import torch
 from error_budget import assert_within_error_budget, relative_error
 from uld_cases import KINDS, uld_case
 
-from gold_kernels import FusedLinearULDLoss, fused_linear_uld, peak_extra_bytes, reference_uld
+from gold_kernels import (
+    FusedLinearULDLoss,
+    fused_linear_uld,
+    peak_extra_bytes,
+    reference_uld,
+    uld_loss,
+)
 from gold_kernels.kernels.launch import is_interpreted
 
 IMPLEMENTATIONS = [("cpu", "torch")]
@@ -19,9 +25,9 @@ if torch.cuda.is_available():
     IMPLEMENTATIONS += [("cuda", "torch"), ("cuda", "triton")]
 on_every_backend = pytest.mark.parametrize(("device", "backend"), IMPLEMENTATIONS)
 
-# What the counting kernel may lose on a few hundred entries, where a bin holds one or two of them
-# and their signs are 0 instead of 1 and -1; the loss is exact up to such bins.
-COUNTING_LOSS_ERROR, COUNTING_GRAD_ERROR = 1e-4, 5e-2
+# Limits of the counting kernel, which orders what its counts leave open: what is left
+# are values that agree to 2**-12 of a bin.
+COUNTING_LOSS_ERROR, COUNTING_GRAD_ERROR = 1e-4, 2e-2
 
 
 def test_the_triton_kernel_is_among_the_tested_implementations():
@@ -109,7 +115,7 @@ def test_identical_models_and_permuted_vocabularies_lose_nothing(device, backend
         loss = fused_linear_uld(*leaves, hidden, teacher_weight, backend=backend)
         grads = torch.autograd.grad(loss, leaves)
         assert float(loss.detach()) < 1e-6
-        if backend == "triton" or teacher_weight is weight:  # a sort sees the rounding of a sum
+        if teacher_weight is weight:  # an order sees how the sum of another order was rounded
             assert all(float(grad.abs().max()) == 0 for grad in grads)
 
 
@@ -328,19 +334,43 @@ def test_no_host_sync_and_the_same_bits_from_run_to_run():
         assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(65536, 151936), (151936, 65536)])
-def test_real_vocabularies_on_the_gpu(sizes):
-    student, teacher = torch.randn(8, sizes[0], device="cuda"), torch.randn(8, sizes[1]).cuda()
-    from gold_kernels import uld_loss
-
+def logits_errors(student, teacher):
+    """Errors of loss and gradient of the counting kernel, and signs of the top 64 entries."""
     student.requires_grad_()
-    loss = uld_loss(student, teacher)
+    loss = uld_loss(student, teacher, backend="triton")
     (grad,) = torch.autograd.grad(loss, student)
     truth = student.detach().double().requires_grad_()
     oracle = reference_uld.uld_loss(truth, teacher.double())
     (oracle_grad,) = torch.autograd.grad(oracle, truth)
-    assert relative_error(loss, oracle) < 1e-4
-    assert relative_error(grad, oracle_grad) < 2e-2
     top = student.detach().topk(64).indices
-    assert torch.equal(grad.gather(1, top).sign().double(), oracle_grad.gather(1, top).sign())
+    signs = [g.gather(1, top).sign().double() for g in (grad, oracle_grad)]
+    return relative_error(loss, oracle), relative_error(grad, oracle_grad), torch.equal(*signs)
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.1, 0.01])
+def test_the_order_in_bins_is_that_of_the_oracle(noise):
+    """Vocabularies of equal size, where D changes its sign everywhere."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = torch.randn(2, 20_000)
+    teacher = student + noise * torch.randn(2, 20_000)
+    loss_error, grad_error, _ = logits_errors(student.to(device), teacher.to(device))
+    assert loss_error < 1e-3 and grad_error < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("sizes", "noise"),
+    [
+        ((65536, 151936), None),
+        ((151936, 65536), None),
+        ((151936, 151936), None),
+        ((151936, 151936), 0.01),
+    ],
+)
+def test_real_vocabularies_on_the_gpu(sizes, noise):
+    student, teacher = (torch.randn(8, size, device="cuda") for size in sizes)
+    if noise is not None:
+        teacher = student + noise * teacher
+    loss_error, grad_error, has_same_signs = logits_errors(student, teacher)
+    assert loss_error < (1e-4 if noise is None else 1e-3)
+    assert grad_error < 2e-2 and has_same_signs

@@ -9,13 +9,12 @@ is a pointer to global memory.
 import triton
 import triton.language as tl
 
-# PTX gives static arrays 48 KiB, less what Triton's reductions take
-SHARED_BINS = 10240
-
 
 @triton.jit
 def shared_table():
-    """Address of the SHARED_BINS counters of this program; not cleared."""
+    """Address of the 10240 counters of this program; not cleared. PTX gives static arrays 48 KiB,
+    less what Triton's reductions take.
+    """
     return tl.inline_asm_elementwise(
         "{ .shared .align 16 .b8 gold_kernels_bins[40960]; mov.u32 $0, gold_kernels_bins; }",
         "=r,r",
@@ -39,6 +38,23 @@ def add_to_table(table, bins, step, mask, IS_SHARED: tl.constexpr):
         )
     else:
         tl.atomic_add(table + bins, step, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def take_from_table(table, bins, mask, IS_SHARED: tl.constexpr):  # int32, before the addition
+    """Add 1 where mask is true; every caller gets a number of its own."""
+    if IS_SHARED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.u32 $0, 0;"
+            "@p atom.shared.add.u32 $0, [$1], 1; }",
+            "=r,r,r",
+            [table + 4 * bins, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return tl.atomic_add(table + bins, 1, mask=mask, sem="relaxed")
 
 
 @triton.jit

@@ -10,27 +10,23 @@ both vectors sorted, the shorter padded with 0 (Boizard et al. 2024, arXiv 2402.
 integral is the Wasserstein-1 distance of the two value distributions). Matched entries get the
 generalized JSD of the pair (s_i, t_partner), its KL terms with + sum q - sum p, so never negative.
 
-Bins are uniform in log2 of the value, from the largest one down to TAIL_BITS below 1 / V, where one
-last bin holds the rest. Where D keeps its sign across a bin, the bin's part of the loss is exact
-from the values; where D changes sign inside, D is taken as linear, and the gradient is the average
-sign. Exact ties fall into one bin and so get the average of the subdifferential.
+Counts on a grid of bins give D (uld_bins.py), from the largest value down to TAIL_BITS below 1 / V,
+where one last bin holds the rest. Where D keeps its sign across a bin, the bin's part of the loss
+is exact from the values; where it may not, entries are listed and ordered. Without lists (16-bit
+logits, whose ties fill bins) D is taken as linear there, and the gradient is the average sign.
 
-Passes over a row: both log-sum-exps; counts; a scan of the bins; loss and sum of s h; gradient
-s h - q sum(s h), with h = dloss / ds.
+Passes over a row: both log-sum-exps; counts; a scan of the bins; for every LIST_SIZE entries to be
+ordered one more; loss and sum of s h; gradient s h - q sum(s h), with h = dloss / ds.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.kernels.bin_table import (
-    SHARED_BINS,
-    add_to_table,
-    load_table,
-    shared_table,
-    store_table,
-)
+from gold_kernels.kernels.bin_table import load_table, shared_table
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, JSD, LOG_ZERO, REVERSE_KL, mixture_entries
 from gold_kernels.kernels.launch import is_interpreted, row_block
 from gold_kernels.kernels.lines import (
@@ -41,98 +37,36 @@ from gold_kernels.kernels.lines import (
     load_logits,
     row_log_sum,
 )
+from gold_kernels.kernels.uld_bins import (
+    COLUMN_BITS,
+    LIST_SIZE,
+    LIST_WORDS,
+    LISTED,
+    MAX_LISTED,
+    NUM_BINS,
+    STUDENT_STEP,
+    TEACHER_STEP,
+    bins_of,
+    clear_bins,
+    clear_lists,
+    count_side,
+    list_side,
+    order_lists,
+    origin_of,
+    scan_bins,
+)
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
 TAIL_BITS = tl.constexpr(6.0)  # entries below 2**-6 / V share a bin: together below 1/64 of a side
 MIN_RANGE_BITS = tl.constexpr(1.0)
 MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
-NUM_BINS = 1 << 14  # where they are in global memory
 SCAN_BINS = 1 << 11
-GLOBAL_PROGRAMS = 256  # at most as many tables there
+MAX_PROGRAMS = 264  # two on every multiprocessor of a Hopper GPU, each with working memory
 
 # loss, cross_entropy, matched and unmatched loss, matched mass of student and teacher, and
 # dloss / dlog_scale of the student
 NUM_ROW_VALUES = 7
-
-
-@triton.jit
-def _bins(log2_values, top, per_bit, NUM_BINS: tl.constexpr):
-    """Bin of each value, 0 at the top; NaN of a poisoned row stays inside the table."""
-    offsets = tl.minimum((top - log2_values) * per_bit, NUM_BINS - 1.0)
-    return tl.minimum(tl.maximum(offsets.to(tl.int32), 0), NUM_BINS - 1)
-
-
-@triton.jit
-def _count_side(
-    row_ptr,
-    partners_ptr,
-    table,
-    vocab_size,
-    side,
-    grid,
-    step,
-    HAS_OVERLAP: tl.constexpr,
-    IS_SHARED: tl.constexpr,
-    NUM_BINS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    LINE: tl.constexpr,
-):
-    """Add step to the bin of every unmatched entry of one side."""
-    row_max, shift, bits = side
-    top, per_bit = grid
-    for start in range(0, vocab_size, BLOCK_V):
-        columns = block_columns(start, BLOCK_V, LINE)
-        is_counted = columns < vocab_size
-        logits = load_logits(row_ptr, columns, is_counted)
-        if HAS_OVERLAP:
-            is_counted &= tl.load(partners_ptr + columns, mask=is_counted, other=0) < 0
-        bins = _bins((logits - row_max) * bits + shift, top, per_bit, NUM_BINS)
-        add_to_table(table, bins, step, is_counted, IS_SHARED)
-
-
-@triton.jit
-def _clear_bins(table, IS_SHARED: tl.constexpr, NUM_BINS: tl.constexpr, SCAN_BINS: tl.constexpr):
-    for first in range(0, NUM_BINS, SCAN_BINS):
-        bins = first + tl.arange(0, SCAN_BINS)
-        store_table(table, bins, tl.zeros([SCAN_BINS], dtype=tl.int32), IS_SHARED)
-
-
-@triton.jit
-def _scan_bins(
-    table, grid, IS_SHARED: tl.constexpr, NUM_BINS: tl.constexpr, SCAN_BINS: tl.constexpr
-):  # -> () part of the loss that hangs on bins alone
-    """Counts -> signs, in place. A sign of exactly -1, 0 or 1: D does not change its sign in the
-    bin; between: the average over a bin in which it does.
-    """
-    top, per_bit = grid
-    width = 1.0 - tl.exp2(-1.0 / per_bit)  # of a bin, relative to its upper edge
-    carry = 0
-    edges = tl.zeros([SCAN_BINS], dtype=tl.float32)
-    for first in range(0, NUM_BINS, SCAN_BINS):
-        bins = first + tl.arange(0, SCAN_BINS)
-        net = load_table(table, bins, IS_SHARED)
-        after = carry + tl.cumsum(net, 0)
-        before = after - net
-        carry += tl.sum(net, 0)
-        is_same = ((before >= 0) & (after >= 0)) | ((before <= 0) & (after <= 0))
-        d_before, d_after, d_net = before.to(tl.float32), after.to(tl.float32), net.to(tl.float32)
-        middle = d_before + d_after
-        same = tl.where(middle > 0, 1.0, tl.where(middle < 0, -1.0, 0.0))
-        safe_net = tl.where(is_same, 1.0, d_net)
-        mixed = (tl.abs(d_after) - tl.abs(d_before)) / safe_net
-        upper = tl.exp2(top - bins.to(tl.float32) / per_bit)
-        is_tail = bins == NUM_BINS - 1
-        height = upper * tl.where(is_tail, 1.0, width)
-        lower = tl.where(is_tail, 0.0, upper - height)
-        edges += tl.where(
-            is_same,
-            same * (d_before * height - d_net * lower),
-            (d_before * d_before + d_after * d_after) / (2.0 * tl.abs(safe_net)) * height,
-        )
-        sign = tl.where(is_same, same, mixed)
-        store_table(table, bins, sign.to(tl.int32, bitcast=True), IS_SHARED)
-    return tl.sum(edges, 0)
 
 
 @triton.jit
@@ -162,8 +96,9 @@ def _student_entries(
     side,
     scale,
     teacher_side,
-    grid,
+    origin,
     table,
+    signs_ptr,
     partners_ptr,
     teacher_ptr,
     weights,
@@ -171,21 +106,25 @@ def _student_entries(
     MODE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_OVERLAP: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
     """q, s h, and of the loss: its matched part, and whole sign times s, of student entries."""
     row_max, shift, bits = side
-    top, per_bit = grid
     matched_weight, unmatched_weight = weights
     log2_s = (logits - row_max) * bits + shift
     s = tl.exp2(log2_s)
     q = s
     if HAS_SCALES:  # not s / scale, which may be 0 / 0
         q = tl.exp2(log2_s - scale)
-    bins = _bins(log2_s, top, per_bit, NUM_BINS)
-    sign = load_table(table, bins, IS_SHARED).to(tl.float32, bitcast=True)
+    words = load_table(table, bins_of(logits, origin, NUM_BINS), IS_SHARED)
+    sign = words.to(tl.float32, bitcast=True)
     unmatched = _whole(sign) * s
+    if HAS_LISTS:
+        is_listed = is_column & (words >= LISTED)
+        listed_sign = tl.load(signs_ptr + columns, mask=is_listed, other=0.0).to(tl.float32)
+        sign = tl.where(is_listed, listed_sign, sign)
     pull = unmatched_weight * sign * s
     matched = tl.zeros_like(s)
     if HAS_OVERLAP:
@@ -214,10 +153,13 @@ def uld_rows_kernel(
     teacher_partners_ptr,  # (V_t,) int32
     values_ptr,  # (7, C) float32, overwritten with the unweighted values of each row
     table_ptr,  # (programs, NUM_BINS) int32, overwritten; not read if IS_SHARED
+    lists_ptr,  # (programs, LIST_WORDS) int32, overwritten; not read without HAS_LISTS
+    signs_ptr,  # (C or programs, V_s) overwritten; may be grad_ptr
     student_row_stride,
     teacher_row_stride,
     grad_row_stride,
     values_stride,
+    signs_row_stride,
     num_rows,
     student_vocab_size,
     teacher_vocab_size,
@@ -233,14 +175,24 @@ def uld_rows_kernel(
     HAS_OVERLAP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    ARE_SIGNS_GRAD: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
+    LIST_SIZE: tl.constexpr,
+    MAX_LISTED: tl.constexpr,
+    LIST_WORDS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
     own_table = tl.program_id(0).to(tl.int64) * NUM_BINS
     table = shared_table() if IS_SHARED else table_ptr + own_table
+    offsets_ptr = lists_ptr + tl.program_id(0).to(tl.int64) * LIST_WORDS
+    befores_ptr = offsets_ptr + NUM_BINS
+    keys_ptr = befores_ptr + NUM_BINS
+    owners_ptr = keys_ptr + (LIST_SIZE + MAX_LISTED)
+    lists = (offsets_ptr, befores_ptr, keys_ptr, owners_ptr)
     loss_weights = (matched_weight, unmatched_weight)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row_offset = tl.cast(row, tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
@@ -270,19 +222,46 @@ def uld_rows_kernel(
             bottom -= tl.minimum(gap, MAX_SCALE_GAP)
         grid = (top, (NUM_BINS - 1.0) / tl.maximum(top - bottom, MIN_RANGE_BITS))
 
+        student_origin = origin_of(*student_side, grid)
+        teacher_origin = origin_of(*teacher_side, grid)
         tl.debug_barrier()  # of the row before, signs may still be read
-        _clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
+        clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
         tl.debug_barrier()
-        _count_side(
-            student_row, student_partners_ptr, table, student_vocab_size, student_side, grid,
-            1, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+        count_side(
+            student_row, student_partners_ptr, table, student_vocab_size, student_origin,
+            STUDENT_STEP, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
         )  # fmt: skip
-        _count_side(
-            teacher_row, teacher_partners_ptr, table, teacher_vocab_size, teacher_side, grid,
-            -1, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+        count_side(
+            teacher_row, teacher_partners_ptr, table, teacher_vocab_size, teacher_origin,
+            TEACHER_STEP, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
         )  # fmt: skip
         tl.debug_barrier()
-        edges = _scan_bins(table, grid, IS_SHARED, NUM_BINS, SCAN_BINS)
+        edges, num_listed = scan_bins(
+            table, offsets_ptr, befores_ptr, grid, HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS,
+            MAX_LISTED,
+        )  # fmt: skip
+        sign_row = tl.cast(row if ARE_SIGNS_GRAD else tl.program_id(0), tl.int64)
+        own_signs = signs_ptr + sign_row * signs_row_stride
+        if HAS_LISTS:
+            for first_listed in range(0, num_listed, LIST_SIZE):
+                clear_lists(owners_ptr, LIST_SIZE, MAX_LISTED)
+                tl.debug_barrier()
+                list_side(
+                    student_row, student_partners_ptr, table, lists, student_vocab_size,
+                    student_origin, first_listed, 0, HAS_OVERLAP, IS_SHARED, NUM_BINS,
+                    LIST_SIZE, MAX_LISTED, BLOCK_V, LINE,
+                )  # fmt: skip
+                list_side(
+                    teacher_row, teacher_partners_ptr, table, lists, teacher_vocab_size,
+                    teacher_origin, first_listed, 1, HAS_OVERLAP, IS_SHARED, NUM_BINS,
+                    LIST_SIZE, MAX_LISTED, BLOCK_V, LINE,
+                )  # fmt: skip
+                tl.debug_barrier()
+                edges += order_lists(
+                    table, lists, own_signs, grid, first_listed, NEEDS_GRAD, IS_SHARED, LIST_SIZE,
+                    MAX_LISTED,
+                )  # fmt: skip
+                tl.debug_barrier()
         tl.debug_barrier()
 
         lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
@@ -298,9 +277,9 @@ def uld_rows_kernel(
             is_column = columns < student_vocab_size
             logits = load_logits(student_row, columns, is_column)
             q, pull, matched_loss, unmatched_loss = _student_entries(
-                logits, columns, is_column, student_side, student_scale, teacher_side, grid,
-                table, student_partners_ptr, teacher_row, loss_weights, beta, MODE, HAS_SCALES,
-                HAS_OVERLAP, IS_SHARED, NUM_BINS,
+                logits, columns, is_column, student_side, student_scale, teacher_side,
+                student_origin, table, own_signs, student_partners_ptr, teacher_row, loss_weights, beta, MODE,
+                HAS_SCALES, HAS_OVERLAP, HAS_LISTS and NEEDS_GRAD, IS_SHARED, NUM_BINS,
             )  # fmt: skip
             mean_pull += tl.sum(pull, axis=1)
             matched += tl.sum(matched_loss, axis=1)
@@ -314,7 +293,7 @@ def uld_rows_kernel(
             logits = load_logits(teacher_row, columns, is_column)
             log2_t = (logits - teacher_max) * teacher_bits + (teacher_scale - teacher_sum)
             t = tl.exp2(log2_t)
-            bins = _bins(log2_t, top, grid[1], NUM_BINS)
+            bins = bins_of(logits, teacher_origin, NUM_BINS)
             sign = load_table(table, bins, IS_SHARED).to(tl.float32, bitcast=True)
             lost = _whole(sign) * t
             if HAS_OVERLAP:
@@ -353,9 +332,9 @@ def uld_rows_kernel(
                 is_column = columns < student_vocab_size
                 logits = load_logits(student_row, columns, is_column)
                 q, pull, matched_loss, unmatched_loss = _student_entries(
-                    logits, columns, is_column, student_side, student_scale, teacher_side, grid,
-                    table, student_partners_ptr, teacher_row, loss_weights, beta, MODE,
-                    HAS_SCALES, HAS_OVERLAP, IS_SHARED, NUM_BINS,
+                    logits, columns, is_column, student_side, student_scale, teacher_side,
+                    student_origin, table, own_signs, student_partners_ptr, teacher_row, loss_weights, beta, MODE,
+                    HAS_SCALES, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS,
                 )  # fmt: skip
                 grad = tl.where(is_live, soft_weight * (pull - q * pull_sum), 0.0)
                 if HAS_LABELS:
@@ -369,12 +348,40 @@ def uld_rows_kernel(
                 tl.store(grad_row + columns, grad.to(grad_ptr.dtype.element_ty), mask=is_column)
 
 
-def _bin_table(num_rows: int, like: Tensor) -> tuple[int, int, bool, Tensor]:
-    """Programs, bins, whether they are in shared memory, and the table, which is empty if so."""
-    if like.device.type == "cuda" and torch.version.hip is None:
-        return num_rows, SHARED_BINS, True, like.new_empty(1, dtype=torch.int32)
-    num_programs = 1 if is_interpreted() else min(num_rows, GLOBAL_PROGRAMS)
-    return num_programs, NUM_BINS, False, like.new_empty(num_programs, NUM_BINS, dtype=torch.int32)
+class _Memory(NamedTuple):
+    """What programs work in; tensors that are not needed are some other one."""
+
+    num_programs: int
+    is_shared: bool
+    table: Tensor  # (programs, NUM_BINS) int32
+    lists: Tensor  # (programs, LIST_WORDS) int32
+    signs: Tensor  # (C or programs, V_s)
+    has_lists: bool
+
+
+def _working_memory(
+    student_logits: Tensor, teacher_logits: Tensor, grad_logits: Tensor | None, scratch_bytes: int
+) -> _Memory:
+    """Lists for float32 logits; the signs of listed entries wait where the gradient is to be."""
+    num_rows, vocab_size = student_logits.shape
+    device, integer = student_logits.device, torch.int32
+    is_shared = device.type == "cuda" and torch.version.hip is None
+    has_lists = student_logits.dtype == torch.float32
+    has_lists &= max(vocab_size, teacher_logits.shape[1]) <= 1 << COLUMN_BITS
+    num_programs = num_rows
+    if has_lists or not is_shared:
+        most = scratch_bytes // (4 * (LIST_WORDS + NUM_BINS))
+        num_programs = 1 if is_interpreted() else max(1, min(num_rows, MAX_PROGRAMS, most))
+    table = torch.empty(1 if is_shared else num_programs, NUM_BINS, dtype=integer, device=device)
+    lists = table
+    if has_lists:
+        lists = torch.empty(num_programs, LIST_WORDS, dtype=integer, device=device)
+    signs = grad_logits
+    if grad_logits is None:
+        signs = student_logits
+    elif has_lists and grad_logits.data_ptr() == student_logits.data_ptr():
+        signs = torch.empty(num_programs, vocab_size, dtype=torch.float32, device=device)
+    return _Memory(num_programs, is_shared, table, lists, signs, has_lists)
 
 
 def uld_rows_(
@@ -392,20 +399,25 @@ def uld_rows_(
     matched_weight: float,
     unmatched_weight: float,
     softcap: float | None,
+    scratch_bytes: int,
 ) -> None:
     """Launch uld_rows_kernel on the rows of a chunk. softcap: the student's logits went through
-    softcap tanh(x / softcap), the gradient is that of x.
+    softcap tanh(x / softcap), the gradient is that of x. scratch_bytes: of working memory.
     """
     num_rows, student_vocab_size = student_logits.shape
     teacher_vocab_size = teacher_logits.shape[1]
-    num_programs, num_bins, is_shared, table = _bin_table(num_rows, weights)
-    block_v, line, num_warps = row_block(student_vocab_size, student_logits.dtype, 8192)
-    # two programs of 16 warps on a multiprocessor: 0.76 us a row instead of 0.81 on an H200
-    limits = {"maxnreg": 64} if is_shared else {}
+    memory = _working_memory(student_logits, teacher_logits, grad_logits, scratch_bytes)
+    block_v, line, num_warps = row_block(
+        student_vocab_size, student_logits.dtype, 4096 if memory.has_lists else 8192
+    )
+    # two programs of 16 warps on a multiprocessor
+    limits = {"maxnreg": 64} if memory.is_shared else {}
     grad = student_logits if grad_logits is None else grad_logits
     student_scales, teacher_scales = (weights, weights) if log_scales is None else log_scales
-    student_partners, teacher_partners = (table, table) if partners is None else partners
-    uld_rows_kernel[(num_programs,)](
+    student_partners, teacher_partners = (
+        (memory.table, memory.table) if partners is None else partners
+    )
+    uld_rows_kernel[(memory.num_programs,)](
         student_logits,
         teacher_logits,
         grad,
@@ -416,11 +428,14 @@ def uld_rows_(
         student_partners,
         teacher_partners,
         values,
-        table,
+        memory.table,
+        memory.lists,
+        memory.signs,
         student_logits.stride(0),
         teacher_logits.stride(0),
         grad.stride(0),
         values.stride(0),
+        memory.signs.stride(0),
         num_rows,
         student_vocab_size,
         teacher_vocab_size,
@@ -436,9 +451,14 @@ def uld_rows_(
         HAS_OVERLAP=partners is not None,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
-        IS_SHARED=is_shared,
-        NUM_BINS=num_bins,
-        SCAN_BINS=num_bins if is_interpreted() else SCAN_BINS,
+        HAS_LISTS=memory.has_lists,
+        ARE_SIGNS_GRAD=memory.signs is grad_logits,
+        IS_SHARED=memory.is_shared,
+        NUM_BINS=NUM_BINS,
+        SCAN_BINS=SCAN_BINS,
+        LIST_SIZE=LIST_SIZE,
+        MAX_LISTED=MAX_LISTED,
+        LIST_WORDS=LIST_WORDS,
         BLOCK_V=block_v,
         LINE=line,
         num_warps=num_warps,
