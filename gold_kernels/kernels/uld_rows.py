@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.kernels.bin_table import load_table, shared_table
-from gold_kernels.kernels.jsd_rows import FORWARD_KL, JSD, LOG_ZERO, REVERSE_KL, mixture_entries
+from gold_kernels.kernels.jsd_rows import FORWARD_KL, JSD, REVERSE_KL
 from gold_kernels.kernels.launch import is_interpreted, row_block
 from gold_kernels.kernels.lines import (
     BITS,
@@ -41,7 +41,6 @@ from gold_kernels.kernels.uld_bins import (
     COLUMN_BITS,
     LIST_SIZE,
     LIST_WORDS,
-    LISTED,
     MAX_LISTED,
     NUM_BINS,
     STUDENT_STEP,
@@ -55,9 +54,8 @@ from gold_kernels.kernels.uld_bins import (
     origin_of,
     scan_bins,
 )
+from gold_kernels.kernels.uld_entries import student_entries, whole_sign
 
-_FORWARD_KL = tl.constexpr(FORWARD_KL)
-_REVERSE_KL = tl.constexpr(REVERSE_KL)
 TAIL_BITS = tl.constexpr(6.0)  # entries below 2**-6 / V share a bin: together below 1/64 of a side
 MIN_RANGE_BITS = tl.constexpr(1.0)
 MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
@@ -67,77 +65,6 @@ MAX_PROGRAMS = 264  # two on every multiprocessor of a Hopper GPU, each with wor
 # loss, cross_entropy, matched and unmatched loss, matched mass of student and teacher, and
 # dloss / dlog_scale of the student
 NUM_ROW_VALUES = 7
-
-
-@triton.jit
-def _whole(sign):
-    """The sign where D keeps it; 0 in bins where the scan already counted the loss."""
-    return tl.where(tl.abs(sign) == 1.0, sign, 0.0)
-
-
-@triton.jit
-def _matched_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
-    """Loss and s dloss/ds of pairs of entries, in nats."""
-    s, t = tl.exp2(log2_s), tl.exp2(log2_t)
-    ratio = tl.minimum(tl.maximum(log2_t - log2_s, LOG_ZERO), -LOG_ZERO)
-    if MODE == _FORWARD_KL:
-        return t * ratio * NATS + (s - t), s - t
-    if MODE == _REVERSE_KL:
-        return (t - s) - s * ratio * NATS, -s * ratio * NATS
-    loss, pull = mixture_entries(s, t, ratio, beta)
-    return loss * NATS, s * pull * ((1.0 - beta) * NATS)
-
-
-@triton.jit
-def _student_entries(
-    logits,
-    columns,
-    is_column,
-    side,
-    scale,
-    teacher_side,
-    origin,
-    table,
-    signs_ptr,
-    partners_ptr,
-    teacher_ptr,
-    weights,
-    beta,
-    MODE: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    HAS_OVERLAP: tl.constexpr,
-    HAS_LISTS: tl.constexpr,
-    IS_SHARED: tl.constexpr,
-    NUM_BINS: tl.constexpr,
-):
-    """q, s h, and of the loss: its matched part, and whole sign times s, of student entries."""
-    row_max, shift, bits = side
-    matched_weight, unmatched_weight = weights
-    log2_s = (logits - row_max) * bits + shift
-    s = tl.exp2(log2_s)
-    q = s
-    if HAS_SCALES:  # not s / scale, which may be 0 / 0
-        q = tl.exp2(log2_s - scale)
-    words = load_table(table, bins_of(logits, origin, NUM_BINS), IS_SHARED)
-    sign = words.to(tl.float32, bitcast=True)
-    unmatched = _whole(sign) * s
-    if HAS_LISTS:
-        is_listed = is_column & (words >= LISTED)
-        listed_sign = tl.load(signs_ptr + columns, mask=is_listed, other=0.0).to(tl.float32)
-        sign = tl.where(is_listed, listed_sign, sign)
-    pull = unmatched_weight * sign * s
-    matched = tl.zeros_like(s)
-    if HAS_OVERLAP:
-        teacher_max, teacher_shift, teacher_bits = teacher_side
-        partners = tl.load(partners_ptr + columns, mask=is_column, other=-1)
-        is_matched = partners >= 0
-        teacher = load_logits(teacher_ptr, partners, is_matched)
-        log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift
-        loss, matched_pull = _matched_entries(log2_s, log2_t, beta, MODE)
-        matched = tl.where(is_matched, loss, 0.0)
-        unmatched = tl.where(is_matched, 0.0, unmatched)
-        pull = tl.where(is_matched, matched_weight * matched_pull, pull)
-    return q, pull, matched, unmatched
 
 
 @triton.jit
@@ -276,9 +203,10 @@ def uld_rows_kernel(
             columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < student_vocab_size
             logits = load_logits(student_row, columns, is_column)
-            q, pull, matched_loss, unmatched_loss = _student_entries(
+            q, pull, matched_loss, unmatched_loss = student_entries(
                 logits, columns, is_column, student_side, student_scale, teacher_side,
-                student_origin, table, own_signs, student_partners_ptr, teacher_row, loss_weights, beta, MODE,
+                student_origin, table, own_signs, student_partners_ptr, teacher_row, loss_weights,
+                beta, MODE,
                 HAS_SCALES, HAS_OVERLAP, HAS_LISTS and NEEDS_GRAD, IS_SHARED, NUM_BINS,
             )  # fmt: skip
             mean_pull += tl.sum(pull, axis=1)
@@ -295,7 +223,7 @@ def uld_rows_kernel(
             t = tl.exp2(log2_t)
             bins = bins_of(logits, teacher_origin, NUM_BINS)
             sign = load_table(table, bins, IS_SHARED).to(tl.float32, bitcast=True)
-            lost = _whole(sign) * t
+            lost = whole_sign(sign) * t
             if HAS_OVERLAP:
                 partners = tl.load(teacher_partners_ptr + columns, mask=is_column, other=-1)
                 lost = tl.where(partners >= 0, 0.0, lost)
@@ -331,9 +259,10 @@ def uld_rows_kernel(
                 columns = block_columns(start, BLOCK_V, LINE)
                 is_column = columns < student_vocab_size
                 logits = load_logits(student_row, columns, is_column)
-                q, pull, matched_loss, unmatched_loss = _student_entries(
+                q, pull, matched_loss, unmatched_loss = student_entries(
                     logits, columns, is_column, student_side, student_scale, teacher_side,
-                    student_origin, table, own_signs, student_partners_ptr, teacher_row, loss_weights, beta, MODE,
+                    student_origin, table, own_signs, student_partners_ptr, teacher_row,
+                    loss_weights, beta, MODE,
                     HAS_SCALES, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS,
                 )  # fmt: skip
                 grad = tl.where(is_live, soft_weight * (pull - q * pull_sum), 0.0)
