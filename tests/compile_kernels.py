@@ -1,5 +1,5 @@
-"""Compile every Triton kernel for Ampere, Hopper and Blackwell without a GPU; prints one line per
-cubin.
+"""Compile every Triton kernel for the compute capabilities given (80 Ampere, 90 Hopper, 100
+Blackwell), without a GPU; prints one line per cubin.
 
 Run as a script in a process without TRITON_INTERPRET (the interpreter replaces triton.jit).
 """
@@ -11,8 +11,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows
-
-CAPABILITIES = (80, 90, 100)
 
 
 def signature_of(kernel, types, floats, constexprs):
@@ -104,7 +102,7 @@ def scale_signatures():
 
 
 def main() -> None:
-    for capability in CAPABILITIES:
+    for capability in map(int, sys.argv[1:]):
         target = GPUTarget("cuda", capability, 32)
         for kernel, signature, constexprs in (
             *jsd_signatures(),
