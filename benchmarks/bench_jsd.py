@@ -20,13 +20,10 @@ loss, grad_hidden and grad_weight on the random and on the near-converged pair.
 """
 
 import argparse
-import gc
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,12 +31,12 @@ import torch
 from jsd_pairs import Case, Errors, Pair, Shape, errors, random_and_near_converged, random_case
 from peers import COMPILED, PACKAGES, PEERS, Prepare, floor_step
 from record import RESULTS, RowLog, environment, package_versions
+from timing import MIB, milliseconds, release
 from torch import Tensor
 
 from gold_kernels import fused_linear_jsd, peak_extra_bytes
 from gold_kernels.chunking import DEFAULT_BUDGET_BYTES
 
-MIB = 1 << 20
 SHAPES = (
     "4096x151936x2048x4096",
     "256x151936x2048x4096",
@@ -61,8 +58,6 @@ MAX_ERRORS = {
     "gold_kernels": ((2e-5, 4e-3), (5e-3, 1e-2)),
     "gold_kernels_fast": ((5e-5, 1e-2), None),
 }
-WARM_UP_MS, MIN_REPEATS, MAX_REPEATS = 10, 10, 100
-MAX_REP_FACTOR = 15  # slow cases end after this many times --rep-ms, with 3 calls at least
 ERROR_FIELDS = [f"{pair}{name}_error" for pair in ("", "near_") for name in Errors._fields]
 FIELDS = [
     *("part", "implementation", "head", "N", "V", "D_s", "D_t", "dtype", "beta", "budget_bytes"),
@@ -108,31 +103,6 @@ def preparation(name: str, budget_bytes: int) -> Prepare:
         return PEERS[name]
     logits_dtype = torch.bfloat16 if name == "gold_kernels_fast" else None
     return partial(prepare_ours, logits_dtype=logits_dtype, budget_bytes=budget_bytes)
-
-
-def milliseconds(step: Callable[[], Any], device: str, rep_ms: float) -> list[float]:
-    """Median, 20 % and 80 % quantile of single calls, one after the other."""
-
-    def timed(count: int) -> list[float]:
-        if device != "cuda":
-            marks = [time.perf_counter()]
-            for _ in range(count):
-                step()
-                marks.append(time.perf_counter())
-            return [1000 * (end - start) for start, end in pairwise(marks)]
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        events[0].record()
-        for event in events[1:]:
-            step()
-            event.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in pairwise(events)]
-
-    estimate = max(timed(2)[1], 1e-3)
-    timed(math.ceil(WARM_UP_MS / estimate))
-    repeats = min(max(MIN_REPEATS, int(rep_ms / estimate)), MAX_REPEATS)
-    times = torch.tensor(timed(max(3, min(repeats, int(MAX_REP_FACTOR * rep_ms / estimate)))))
-    return times.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
 
 
 def make_inputs(group: Group, seed: int, device: str) -> Inputs:
@@ -189,14 +159,6 @@ def check_and_measure(
     return columns | time_and_memory(
         lambda: torch.autograd.grad(loss_function(), leaves), inputs.case, setup
     )
-
-
-def release(device: str) -> None:
-    """Give the next case all memory; an error that sticks to the device ends the run."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
 
 
 def run_case(
