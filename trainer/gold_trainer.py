@@ -78,6 +78,11 @@ class GOLDTrainer(Trainer):
         )
         self.student_head = models.lm_head(model, "student")
         self.teacher_head = models.lm_head(teacher_model, "teacher")
+        self.student_form = models.LogitForm.from_config(student_config, "student")
+        self.teacher_form = models.LogitForm.from_config(
+            models.base_model(teacher_model).config, "teacher"
+        )
+        forms = self.student_form, self.teacher_form
         self.loss_options = {
             "beta": args.beta,
             "temperature": args.loss_temperature,
@@ -85,6 +90,8 @@ class GOLDTrainer(Trainer):
                 self.student_head, self.teacher_head, processing_class
             ),
             "chunk_size": args.chunk_size,
+            "logit_scale": tuple(form.scale for form in forms),
+            "final_logit_softcapping": tuple(form.softcap for form in forms),
             "return_metrics": True,
         }
         self.end_ids = end_ids_of(model, processing_class)
@@ -208,7 +215,7 @@ class GOLDTrainer(Trainer):
         rows = inputs["scored_rows"]  # (N,)
         with self.accelerator.autocast():  # the wrapper gives it to the student only
             teacher_hidden = models.teacher_hidden_rows(
-                self.teacher_model, self.teacher_head, inputs["teacher"], rows
+                self.teacher_model, self.teacher_head, self.teacher_form, inputs["teacher"], rows
             )
         row_weights = None
         if num_items_in_batch is not None:
@@ -230,7 +237,8 @@ class GOLDTrainer(Trainer):
             window.add(metrics, inputs["num_completions"], inputs["is_on_policy"])
             return loss
 
-        with models.head_replaced(self.student_head, loss_at_head):
+        student = self.accelerator.unwrap_model(model)
+        with models.head_replaced(student, self.student_head, self.student_form, loss_at_head):
             loss = model(**inputs["student"], use_cache=False).logits
         return (loss, {"loss": loss}) if return_outputs else loss
 

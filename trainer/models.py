@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +13,18 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.utils import is_peft_available
+from transformers.utils import ModelOutput, is_peft_available
 
 from trainer.collator import Processor, tokenizer_of
 
 # Config fields of tokens that stand for picture, video or sound features.
 PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|boi|eoi).*token_(id|index)$")
-LOGIT_FIELDS = {  # config field -> value that leaves logits as they are
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
+# Config field -> exponent of its value in the factor that logits are multiplied with.
+SCALE_FIELDS = {
+    "logit_scale": 1,  # Cohere
+    "logits_scaling": -1,  # Granite divides
+    "lm_head_multiplier": 1,  # Falcon H1
+    "output_multiplier": 1,
 }
 # Heads of one tokenizer are padded to a multiple of 64 to 512 rows (Qwen2.5: 151936 and 152064),
 # heads of two differ by thousands.
@@ -81,15 +84,43 @@ def lm_head(model: nn.Module, side: str) -> nn.Linear:
             f"{type(head.weight).__name__} of {head.weight.dtype}; leave lm_head out of "
             "quantisation and of tensor parallelism."
         )
-    for config in (base.config, base.config.get_text_config()):
-        for name, neutral in LOGIT_FIELDS.items():
-            value = getattr(config, name, neutral)
-            if value not in (None, neutral):
-                raise ValueError(
-                    f"GOLDTrainer: the {side} must have plain logits, got {name}={value}, which "
-                    "the fused loss does not apply; choose a model without it."
-                )
     return head
+
+
+@dataclass
+class LogitForm:
+    """What a model makes of its head's output x: softcap(scale x), softcap(x) = c tanh(x / c)."""
+
+    side: str
+    scale: float = 1.0
+    softcap: float | None = None  # c
+    is_checked: bool = False
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, side: str) -> "LogitForm":
+        config = config.get_text_config()
+        scale = 1.0
+        for name, exponent in SCALE_FIELDS.items():
+            scale *= (getattr(config, name, None) or 1.0) ** exponent
+        return cls(side, scale, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.scale * x
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+    def check(self, x: Tensor, actual: Tensor) -> None:
+        """Once, on what the model made of x: no other form passes unnoticed."""
+        if self.is_checked:
+            return
+        options = {"rtol": 8 * torch.finfo(x.dtype).eps, "atol": 0.0, "equal_nan": True}
+        expected, actual = self(x.detach().float()), actual.detach().float().to(x.device)
+        if actual.shape != x.shape or not torch.allclose(actual, expected, **options):
+            raise ValueError(
+                f"GOLDTrainer: the {self.side}'s logits must be softcap(scale * (hidden weight^T + "
+                f"bias)) with scale={self.scale} and softcap={self.softcap} from its config, got "
+                "something else from its forward; choose a model whose logits are."
+            )
+        self.is_checked = True
 
 
 def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
@@ -141,18 +172,35 @@ def shared_vocab_size(student: nn.Linear, teacher: nn.Linear, processor: Process
 
 
 @contextmanager
-def head_replaced(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the context the head's forward is function(hidden (B, L, D)).
+def head_replaced(
+    model: nn.Module, head: nn.Module, form: LogitForm, function: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Within the context the head's forward is function(hidden (B, L, D)), and what that returns
+    comes out as the model's `logits`.
 
     The model runs through its wrapper as always and meets the head where it expects it: DDP sees
-    the weight used, FSDP and ZeRO-3 have it gathered, hooks fire. What function returns comes out
-    as the model's `logits`.
+    the weight used, FSDP and ZeRO-3 have it gathered, hooks fire. A scale and a softcap, which the
+    model puts on what its head returns, must be part of function: here they are undone.
     """
+    results = []
+
+    def at_head(hidden: Tensor) -> Tensor:
+        results.append(function(hidden))
+        return results[-1]
+
+    def undo_form(_model: nn.Module, _args: Any, output: ModelOutput) -> None:
+        result = results.pop()
+        form.check(result, output.logits)
+        output.logits = result.to(output.logits.device)  # where a dispatched model returns it
+
     before = vars(head).get("forward")  # that of a hook, where accelerate put one
-    head.forward = function
+    head.forward = at_head
+    # first, so that FSDP's own hook meets the tensor that backward starts from
+    hook = model.register_forward_hook(undo_form, prepend=True)
     try:
         yield
     finally:
+        hook.remove()
         del head.forward
         if before is not None:
             head.forward = before
@@ -165,8 +213,12 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def teacher_hidden_rows(
-    teacher: PreTrainedModel, head: nn.Linear, tensors: dict[str, Tensor], rows: Tensor
+    teacher: PreTrainedModel,
+    head: nn.Linear,
+    form: LogitForm,
+    tensors: dict[str, Tensor],
+    rows: Tensor,  # (N,)
 ) -> Tensor:  # (N, D_t)
     """The teacher's last hidden states of the scored rows; its head is not run."""
-    with head_replaced(head, lambda hidden: gather_rows(hidden, rows)):
+    with head_replaced(teacher, head, form, lambda hidden: gather_rows(hidden, rows)):
         return teacher(**tensors, use_cache=False).logits
