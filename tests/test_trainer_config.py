@@ -60,7 +60,6 @@ def test_defaults_are_those_that_trl_users_know(tmp_path):
             {"seq_kd": True, "lmbda": 1.0},
             "seq_kd must be False where every micro-batch is on-policy, got True .* lower lmbda",
         ),
-        ({"use_uld_loss": True}, "use_uld_loss must be False, got True; .* not available"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False, got True"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
         (

@@ -8,13 +8,16 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from trainer.uld_config import ULDFields
+
 
 @dataclass
-class GOLDConfig(TrainingArguments):
+class GOLDConfig(ULDFields, TrainingArguments):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
     Generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is forward KL(P || Q), beta =
     1 reverse KL(Q || P) of teacher P and student Q. lmbda is the share of on-policy micro-batches.
+    With use_uld_loss teacher and student may have different tokenizers: see ULDFields.
     """
 
     _VALID_DICT_FIELDS = (
@@ -76,8 +79,8 @@ class GOLDConfig(TrainingArguments):
     max_length: int | None = field(
         default=2048,
         metadata={
-            "help": "Most tokens of prompt, image tokens and completion together; a longer "
-            "completion is cut at its end, a longer prompt is an error. None: no limit."
+            "help": "Most tokens of prompt, image tokens and completion together, on either side; "
+            "a longer completion is cut at its end, a longer prompt is an error. None: no limit."
         },
     )
     seq_kd: bool = field(
@@ -97,21 +100,12 @@ class GOLDConfig(TrainingArguments):
     num_completions_to_print: int | None = field(
         default=None, metadata={"help": "Rows of that table; None: the whole micro-batch."}
     )
-    use_uld_loss: bool = field(
-        default=False,
-        metadata={"help": "Cross-family loss for two tokenizers; not available in this version."},
-    )
 
     def __post_init__(self) -> None:
         self._check()  # before TrainingArguments touches devices or folders
         super().__post_init__()
 
     def _check(self) -> None:
-        if self.use_uld_loss:
-            raise ValueError(
-                "GOLDConfig: use_uld_loss must be False, got True; the cross-family loss is not "
-                "available in this version: use a teacher with the student's tokenizer."
-            )
         for name in ("lmbda", "beta"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -132,6 +126,7 @@ class GOLDConfig(TrainingArguments):
                 "GOLDConfig: seq_kd must be False where every micro-batch is on-policy, got True "
                 "and lmbda=1.0; the teacher writes completions of off-policy ones: lower lmbda."
             )
+        self.check_uld()
         self._check_counts()
         self._check_inherited()
         self._check_output_dir()

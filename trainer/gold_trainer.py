@@ -1,4 +1,4 @@
-"""GOLDTrainer: distillation of a teacher into a student of its family, on transformers.Trainer.
+"""GOLDTrainer: distillation of a teacher into a student, on transformers.Trainer.
 
 B sequences, L positions, N scored rows, D hidden size, V vocabulary. The step, in order: rows are
 rendered (collator.py), the accumulation window gets its completions (rollout.py) and its token
@@ -22,14 +22,16 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from gold_kernels import fused_linear_jsd
+from gold_kernels import JSDMetrics, fused_linear_jsd
 from trainer import loading, models
-from trainer.collator import Example, GOLDCollator, Processor, build_inputs, tokenizer_of
+from trainer.collator import GOLDCollator, ModelInputs, Processor, build_inputs, tokenizer_of
 from trainer.completions import print_completions
 from trainer.config import GOLDConfig
 from trainer.dataset import RowDataset
 from trainer.metrics import MetricWindow
+from trainer.pairing import CompletionPairs, PairCollator
 from trainer.rollout import end_ids_of, generate_completions
+from trainer.uld_step import ULDBatch, ULDObjective
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,13 @@ class GOLDTrainer(Trainer):
 
         loss = sum over scored tokens of the global batch of JSD(P, Q) / their number
 
-    Models are objects, folders or hub ids; both vision-language or both text-only, of one family.
-    Datasets are map-style, with rows of `messages`, or `prompt` and `completion`, and `image` or
-    `images`. Loss and gradients do not depend on how the global batch is split into micro-batches
+    With use_uld_loss the two may have different tokenizers and processors, and the loss is that of
+    fused_linear_uld, a mean over groups of tokens (see ULDFields). The teacher's processor is
+    teacher_processing_class, else loaded from where the teacher was.
+
+    Models are objects, folders or hub ids; both vision-language or both text-only. Datasets are
+    map-style, with rows of `messages`, or `prompt` and `completion`, and `image` or `images`. Loss
+    and gradients do not depend on how the global batch is split into micro-batches
     and ranks. compute_metrics needs logits, which never exist here, and is refused.
     """
 
@@ -60,21 +66,32 @@ class GOLDTrainer(Trainer):
         optimizers: tuple = (None, None),
         preprocess_logits_for_metrics: Callable | None = None,
         peft_config: Any = None,
+        teacher_processing_class: Processor | None = None,
     ) -> None:
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         _refuse_unusable(model, teacher_model, args, compute_metrics, preprocess_logits_for_metrics)
+        if args.use_uld_loss and data_collator is not None:
+            raise ValueError(
+                "GOLDTrainer: data_collator must be None with use_uld_loss, got "
+                f"{type(data_collator).__name__}; rows are rendered for two processors: change the "
+                "dataset instead."
+            )
         student_config, processing_class = loading.check_configs(
             model, teacher_model, args, processing_class
         )
         is_vlm = models.is_vision_language(student_config)
+        if args.use_uld_loss:
+            teacher_processing_class = loading.load_teacher_processor(
+                teacher_model, args, teacher_processing_class, is_vlm
+            )
         self.is_text = not is_vlm
         train_dataset = self._as_rows(train_dataset, not args.seq_kd and args.lmbda < 1)
         eval_dataset = self._as_rows(eval_dataset, not args.seq_kd)
 
         set_seed(args.seed)  # of a new adapter
         model, teacher_model = loading.load_models(
-            model, teacher_model, args, processing_class, peft_config
+            model, teacher_model, args, processing_class, teacher_processing_class, peft_config
         )
         self.student_head = models.lm_head(model, "student")
         self.teacher_head = models.lm_head(teacher_model, "teacher")
@@ -85,25 +102,33 @@ class GOLDTrainer(Trainer):
         forms = self.student_form, self.teacher_form
         self.loss_options = {
             "beta": args.beta,
-            "temperature": args.loss_temperature,
-            "vocab_size": models.shared_vocab_size(
-                self.student_head, self.teacher_head, processing_class
-            ),
             "chunk_size": args.chunk_size,
             "logit_scale": tuple(form.scale for form in forms),
             "final_logit_softcapping": tuple(form.softcap for form in forms),
             "return_metrics": True,
         }
-        self.end_ids = end_ids_of(model, processing_class)
-        self.placeholder_ids = models.placeholder_ids_of(student_config)
-        self.windows = {"train": MetricWindow(), "eval": MetricWindow()}
+        self.student_side = _collator_of(model, processing_class, args)
+        self.teacher_side, self.pairs, self.uld = self.student_side, None, None
+        if args.use_uld_loss:
+            self.teacher_side = _collator_of(teacher_model, teacher_processing_class, args)
+            pairs = CompletionPairs(args, self.student_side, self.teacher_side)
+            self.pairs = PairCollator(self.student_side, self.teacher_side, pairs)
+            self.uld = ULDObjective(args, pairs, self.loss_options)
+        else:
+            self.loss_options["temperature"] = args.loss_temperature
+            self.loss_options["vocab_size"] = models.shared_vocab_size(
+                self.student_head, self.teacher_head, processing_class
+            )
+        self.windows = {
+            name: MetricWindow() if self.uld is None else self.uld.window()
+            for name in ("train", "eval")
+        }
         _adapt_to_devices(args, is_vlm)
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or GOLDCollator(processing_class, self.end_ids, args.max_length, self.placeholder_ids),
+            data_collator=data_collator or self.pairs or self.student_side,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -147,10 +172,16 @@ class GOLDTrainer(Trainer):
             batches.append(self._with_completions(batch, micro_step))
         if not batches:
             return batches, None
-        num_items = sum(len(e.completion_ids) for batch in batches for e in batch["examples"])
         # full, not tensor: a fill on the device where a copy would wait for it
-        num_items = torch.full((), num_items, dtype=torch.float32, device=device)
-        return batches, self.accelerator.reduce(num_items, reduction="sum")
+        num_items = [torch.full((), count, device=device) for count in self._count_items(batches)]
+        return batches, self.accelerator.reduce(torch.stack(num_items).float(), reduction="sum")
+
+    def _count_items(self, batches: list[dict[str, Any]]) -> list[int]:
+        """What the loss is a mean over: tokens, or groups and (for the cross-entropy) tokens."""
+        num_tokens = sum(len(e.completion_ids) for batch in batches for e in batch["examples"])
+        if self.pairs is None:
+            return [num_tokens]
+        return [sum(batch["alignment"].num_groups for batch in batches), num_tokens]
 
     def _with_completions(self, batch: dict[str, Any], micro_step: int) -> dict[str, Any]:
         """Decide on- or off-policy, the same way on every rank and after a resume; generate."""
@@ -158,45 +189,75 @@ class GOLDTrainer(Trainer):
         place = f"{self.args.seed} {step} {micro_step}"
         is_on_policy = random.Random(place).random() < self.args.lmbda
         source = "student" if is_on_policy else "teacher" if self.args.seq_kd else "dataset"
-        examples = batch["examples"]
         if source != "dataset":
-            examples = self._generate(source, examples, f"{place} {self.args.process_index}")
+            batch = self._generate(source, batch, f"{place} {self.args.process_index}")
         is_due = step % self.args.log_completions_steps == 0 and micro_step == 0
         if self.args.log_completions and is_due and self.is_world_process_zero():
             tokenizer = tokenizer_of(self.processing_class)
             limit = self.args.num_completions_to_print
-            print_completions(tokenizer, examples, source, step, limit)
-        return {**batch, "examples": examples, "is_on_policy": is_on_policy}
+            print_completions(tokenizer, batch["examples"], source, step, limit)
+        return {**batch, "is_on_policy": is_on_policy}
 
-    def _generate(self, source: str, examples: list[Example], place: str) -> list[Example]:
-        """Completions of the student or the teacher; place, where in the run, seeds them."""
+    def _generate(self, source: str, batch: dict[str, Any], place: str) -> dict[str, Any]:
+        """The batch with completions of the student or the teacher; place, where in the run, seeds
+        them.
+        """
         is_student = source == "student"
         model = self.accelerator.unwrap_model(self.model) if is_student else self.teacher_model
+        side = self.student_side if is_student else self.teacher_side
+        name = "examples" if is_student or self.pairs is None else "teacher_examples"
         with self.accelerator.autocast():
-            return generate_completions(
+            examples = generate_completions(
                 model,
-                self.processing_class,
-                examples,
-                self.end_ids,
-                self.placeholder_ids,
+                side.processor,
+                batch[name],
+                sorted(side.end_ids),
+                sorted(side.placeholder_ids),
                 self.args,
                 random.Random(place).getrandbits(63),
             )
+        if self.pairs is None:
+            return {**batch, "examples": examples}
+        pairs = self.pairs
+        join = pairs.with_student_completions if is_student else pairs.with_teacher_completions
+        return join(batch, examples)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Pictures and tokens become tensors here, one micro-batch at a time."""
         examples = inputs["examples"]
-        side = build_inputs(self.processing_class, examples)
-        tensors = {name: self._to_device(tensor) for name, tensor in side.tensors.items()}
-        return super()._prepare_inputs(
+        student = self._tensors_of(build_inputs(self.student_side.processor, examples))
+        teacher = student  # one family: the same inputs
+        if self.pairs is not None:
+            teacher_examples = inputs["teacher_examples"]
+            teacher = self._tensors_of(build_inputs(self.teacher_side.processor, teacher_examples))
+        prepared = super()._prepare_inputs(
             {
-                "student": tensors,
-                "teacher": tensors,  # one family: the same inputs
-                "scored_rows": self._to_device(side.scored_rows),
+                "student": student["tensors"],
+                "teacher": teacher["tensors"],
+                "scored_rows": student["scored_rows"],
+                "teacher_rows": teacher["scored_rows"],
                 "num_completions": len(examples),
                 "is_on_policy": inputs.get("is_on_policy", False),
             }
         )
+        if self.pairs is not None:
+            # After the Trainer's own function, which does not know named tuples.
+            prepared["uld"] = ULDBatch(
+                inputs["alignment"].to(self.args.device, non_blocking=True),
+                student["labels"],
+                inputs["skipped"],
+                prepared["num_completions"],
+                prepared["is_on_policy"],
+            )
+        return prepared
+
+    def _tensors_of(self, side: ModelInputs) -> dict[str, Any]:
+        """One side's inputs on the device, the labels as (N,)."""
+        return {
+            "tensors": {name: self._to_device(tensor) for name, tensor in side.tensors.items()},
+            "scored_rows": self._to_device(side.scored_rows),
+            "labels": self._to_device(side.labels.flatten()[side.scored_rows + 1]),
+        }
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """From pinned memory, so that building the next micro-batch does not wait for this one."""
@@ -212,35 +273,53 @@ class GOLDTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch; its rows weigh 1 / num_items_in_batch (None: 1 / N)."""
-        rows = inputs["scored_rows"]  # (N,)
         with self.accelerator.autocast():  # the wrapper gives it to the student only
             teacher_hidden = models.teacher_hidden_rows(
-                self.teacher_model, self.teacher_head, self.teacher_form, inputs["teacher"], rows
+                self.teacher_model,
+                self.teacher_head,
+                self.teacher_form,
+                inputs["teacher"],
+                inputs["teacher_rows"],
             )
-        row_weights = None
+        item_weights = None
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks, num_items_in_batch counts all of them
-            row_weights = (self.accelerator.num_processes / num_items_in_batch).expand(len(rows))
+            item_weights = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
         window = self.windows["train" if model.training else "eval"]
 
         def loss_at_head(hidden: Tensor) -> Tensor:  # (B, L, D) -> ()
-            loss, metrics = fused_linear_jsd(
-                models.gather_rows(hidden, rows),
-                self.student_head.weight,
-                teacher_hidden,
-                self.teacher_head.weight,
-                row_weights,
-                student_bias=self.student_head.bias,
-                teacher_bias=self.teacher_head.bias,
-                **self.loss_options,
-            )
+            student_hidden = models.gather_rows(hidden, inputs["scored_rows"])
+            rows = student_hidden, self.student_head, teacher_hidden, self.teacher_head
+            if self.uld is not None:
+                return self.uld.loss(*rows, inputs["uld"], item_weights, window)
+            loss, metrics = self._jsd(*rows, item_weights)
             window.add(metrics, inputs["num_completions"], inputs["is_on_policy"])
             return loss
 
-        student = self.accelerator.unwrap_model(model)
-        with models.head_replaced(student, self.student_head, self.student_form, loss_at_head):
+        form = self.student_form
+        with models.head_replaced(model, self.student_head, form, loss_at_head):
             loss = model(**inputs["student"], use_cache=False).logits
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _jsd(
+        self,
+        student_hidden: Tensor,  # (N, D_s)
+        student_head: nn.Linear,
+        teacher_hidden: Tensor,  # (N, D_t)
+        teacher_head: nn.Linear,
+        item_weights: Tensor | None,  # () or (1,)
+    ) -> tuple[Tensor, JSDMetrics]:
+        row_weights = None if item_weights is None else item_weights.expand(len(student_hidden))
+        return fused_linear_jsd(
+            student_hidden,
+            student_head.weight,
+            teacher_hidden,
+            teacher_head.weight,
+            row_weights,
+            student_bias=student_head.bias,
+            teacher_bias=teacher_head.bias,
+            **self.loss_options,
+        )
 
     def prediction_step(
         self,
@@ -255,7 +334,7 @@ class GOLDTrainer(Trainer):
         examples = inputs["examples"]
         if any(example.completion_ids is None for example in examples):
             place = f"{self.args.seed} eval {[example.index for example in examples]}"
-            inputs = {**inputs, "examples": self._generate("teacher", examples, place)}
+            inputs = self._generate("teacher", inputs, place)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
@@ -323,6 +402,17 @@ def _refuse_unusable(
             "fused loss never makes the logits they read; the log has entropies, KLs and top-1 "
             "agreement, and a TrainerCallback can generate answers."
         )
+
+
+def _collator_of(model: nn.Module, processor: Processor, args: GOLDConfig) -> GOLDCollator:
+    """With the tokens that end this model's answers and those that stand for pictures."""
+    config = models.base_model(model).config
+    return GOLDCollator(
+        processor,
+        end_ids_of(model, processor),
+        args.max_length,
+        models.placeholder_ids_of(config),
+    )
 
 
 def _adapt_to_devices(args: GOLDConfig, is_vlm: bool) -> None:

@@ -36,7 +36,7 @@ def check_configs(
     teacher_config = config_of(
         teacher_model, "teacher", args.teacher_model_init_kwargs, args.teacher_model_revision
     )
-    models.check_pair(student_config, teacher_config)
+    models.check_pair(student_config, teacher_config, args.use_uld_loss)
     if processing_class is None:
         processing_class = load_processor(student_config, args.model_init_kwargs)
     models.check_processor(processing_class, models.is_vision_language(student_config))
@@ -48,6 +48,7 @@ def load_models(
     teacher_model: PreTrainedModel | str,
     args: GOLDConfig,
     processing_class: Processor,
+    teacher_processing_class: Processor | None,
     peft_config: Any,
 ) -> tuple[nn.Module, PreTrainedModel]:
     """Student, with its adapter if there is one, and teacher."""
@@ -55,9 +56,12 @@ def load_models(
         # In the bfloat16 of most checkpoints small updates would be lost.
         init_kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
         model = load_model(model, init_kwargs)
+    if not args.use_uld_loss:
+        if teacher_processing_class is None:
+            teacher_processing_class = find_tokenizer(*teacher_source(teacher_model, args))
+        check_vocabularies(processing_class, teacher_processing_class)
     if isinstance(teacher_model, str):
         source = args.teacher_model_init_kwargs, args.teacher_model_revision
-        check_vocabularies(processing_class, teacher_model, **hub_options(*source))
         teacher_model = load_model(teacher_model, *source)
     if peft_config is not None:
         model = add_adapter(model, peft_config)
@@ -120,20 +124,54 @@ def load_model(
     return auto_class.from_pretrained(name_or_path, **options)
 
 
-def check_vocabularies(student: Processor, teacher_name: str, **options: Any) -> None:
-    """The teacher's tokenizer, where its name leads to one, must give every id the same token."""
+def teacher_source(
+    teacher_model: PreTrainedModel | str, args: GOLDConfig
+) -> tuple[str, dict[str, Any]]:
+    """Folder or hub id of the teacher's processor, "" where nothing says it, and its options."""
+    if args.teacher_tokenizer_name_or_path is not None:
+        return args.teacher_tokenizer_name_or_path, hub_options(args.teacher_model_init_kwargs)
+    name = teacher_model
+    if not isinstance(name, str):
+        name = models.base_model(teacher_model).config.name_or_path
+    return name, hub_options(args.teacher_model_init_kwargs, args.teacher_model_revision)
+
+
+def load_teacher_processor(
+    teacher_model: PreTrainedModel | str, args: GOLDConfig, given: Processor | None, is_vlm: bool
+) -> Processor:
+    """With which the teacher sees rows of another family."""
+    if given is None:
+        name, options = teacher_source(teacher_model, args)
+        if not name:
+            raise ValueError(
+                "GOLDTrainer: use_uld_loss needs the teacher's processor, got a teacher that was "
+                "not loaded from a folder or the hub; pass teacher_processing_class=, or set "
+                "teacher_tokenizer_name_or_path."
+            )
+        given = (AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name, **options)
+    models.check_processor(given, is_vlm, "teacher", "teacher_processing_class")
+    return given
+
+
+def find_tokenizer(name: str, options: dict[str, Any]) -> Processor | None:
+    """None for a folder of weights alone: heads and model types are compared all the same."""
     try:
-        teacher = AutoTokenizer.from_pretrained(teacher_name, **options)
+        return AutoTokenizer.from_pretrained(name, **options) if name else None
     except (OSError, ValueError):
-        return  # a folder of weights alone: heads and model types are compared all the same
+        return None
+
+
+def check_vocabularies(student: Processor, teacher: Processor | None) -> None:
+    """The teacher's tokenizer, where it is known, must give every id the same token."""
+    if teacher is None:
+        return
     tokens = {token_id: token for token, token_id in tokenizer_of(student).get_vocab().items()}
-    for token, token_id in teacher.get_vocab().items():
+    for token, token_id in tokenizer_of(teacher).get_vocab().items():
         if tokens.get(token_id, token) != token:
             raise ValueError(
                 "GOLDTrainer: student and teacher must have one vocabulary, got token "
-                f"{token_id} = {tokens[token_id]!r} and {token!r}; distilling across tokenizers "
-                "needs the cross-family loss (use_uld_loss=True), which is not available in this "
-                "version."
+                f"{token_id} = {tokens[token_id]!r} and {token!r}; set use_uld_loss=True, the loss "
+                "across tokenizers."
             )
 
 

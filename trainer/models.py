@@ -123,8 +123,8 @@ class LogitForm:
         self.is_checked = True
 
 
-def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-    """Same modality and same family; anything else needs another loss."""
+def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, use_uld_loss: bool) -> None:
+    """Same modality; without the loss across tokenizers, same family."""
     kinds = {True: "a vision-language model", False: "a text-only model"}
     is_vlm = is_vision_language(student)
     if is_vlm != is_vision_language(teacher):
@@ -134,24 +134,26 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
         )
     # Mixture-of-experts and dense models of a family share tokenizer and processor.
     families = [config.model_type.removesuffix("_moe") for config in (student, teacher)]
-    if families[0] != families[1]:
+    if families[0] != families[1] and not use_uld_loss:
         raise ValueError(
             "GOLDTrainer: student and teacher must be of one family, got "
-            f"{student.model_type} and {teacher.model_type}; distilling across families needs the "
-            "cross-family loss (use_uld_loss=True), which is not available in this version."
+            f"{student.model_type} and {teacher.model_type}; set use_uld_loss=True, the loss "
+            "across families."
         )
 
 
-def check_processor(processor: Processor, is_vlm: bool) -> None:
+def check_processor(
+    processor: Processor, is_vlm: bool, side: str = "student", argument: str = "processing_class"
+) -> None:
     if is_vlm and not isinstance(processor, ProcessorMixin):
         raise ValueError(
-            "GOLDTrainer: a vision-language student needs its processor, got "
-            f"{type(processor).__name__}; pass processing_class=AutoProcessor.from_pretrained(...)."
+            f"GOLDTrainer: a vision-language {side} needs its processor, got "
+            f"{type(processor).__name__}; pass {argument}=AutoProcessor.from_pretrained(...)."
         )
-    tokenizer = tokenizer_of(processor)
+    tokenizer, whose = tokenizer_of(processor), "the" if side == "student" else f"the {side}'s"
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise ValueError(
-            "GOLDTrainer: the tokenizer must have an eos_token and a pad_token, got "
+            f"GOLDTrainer: {whose} tokenizer must have an eos_token and a pad_token, got "
             f"{tokenizer.eos_token!r} and {tokenizer.pad_token!r}; set tokenizer.pad_token to a "
             "token that never ends a turn."
         )
@@ -165,8 +167,7 @@ def shared_vocab_size(student: nn.Linear, teacher: nn.Linear, processor: Process
         raise ValueError(
             "GOLDTrainer: student and teacher must have one tokenizer, got heads of "
             f"{v_student} and {v_teacher} rows and a tokenizer of {num_tokens} entries; choose two "
-            "models of one tokenizer: the cross-family loss (use_uld_loss=True) is not available "
-            "in this version."
+            "models of one tokenizer, or set use_uld_loss=True, the loss across tokenizers."
         )
     return None if v_student == v_teacher else num_tokens
 

@@ -1,0 +1,160 @@
+"""Fields of GOLDConfig for distillation across tokenizers, with the names that TRL users know."""
+
+import math
+from dataclasses import dataclass, field
+
+MERGE_STRATEGIES = ("bayesian", "observed")
+HYBRID_WEIGHTS = ("uld_hybrid_matched_weight", "uld_hybrid_unmatched_weight")
+
+
+@dataclass
+class ULDFields:
+    """Universal logit distillation (Boizard et al. 2024, arXiv 2402.12030) and GOLD's extensions.
+
+        loss = uld_distillation_weight * mean over groups of ULD
+             + uld_crossentropy_weight * mean over the student's completion tokens of their CE
+
+    A group is a minimal run of student tokens and one of teacher tokens that end at a common byte
+    of the completion. Both means are over the global batch, all micro-batches and ranks, whose
+    groups and tokens are counted before the loss. Where TRL's default is a defect ours differs:
+    groups are merged by the chain rule and the end of a turn is distilled.
+    """
+
+    use_uld_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Distil across tokenizers and families: each side has its own processor and "
+            "chat template, completions meet by their bytes."
+        },
+    )
+    teacher_tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Processor or tokenizer of the teacher: folder or hub id; None: the teacher's."
+        },
+    )
+    use_extended_uld: bool = field(
+        default=True,
+        metadata={
+            "help": "Align groups of tokens by their bytes. False: token i of the student with "
+            "token i of the teacher, whatever they spell; the longer side is cut."
+        },
+    )
+    uld_token_merge_strategy: str = field(
+        default="bayesian",
+        metadata={
+            "help": "Distribution of a group of tokens. bayesian: that of the last, times the "
+            "probabilities of the earlier ones (chain rule). observed, TRL's default: that of the "
+            "first, times those of the later ones, read one position late as TRL does.",
+            "choices": MERGE_STRATEGIES,
+        },
+    )
+    uld_use_hybrid_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Generalized JSD with beta on vocabulary entries with equal bytes or roles, "
+            "sorted L1 on the others."
+        },
+    )
+    uld_hybrid_matched_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of matched entries; None for both weights: the matched share of the "
+            "student's vocabulary."
+        },
+    )
+    uld_hybrid_unmatched_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the other entries; None: one minus that share."},
+    )
+    uld_crossentropy_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the cross-entropy on the student's own completion tokens."},
+    )
+    uld_distillation_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the ULD or hybrid loss."}
+    )
+    uld_student_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the student's logits in the ULD loss."}
+    )
+    uld_teacher_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the teacher's logits in the ULD loss."}
+    )
+    uld_skip_student_eos: bool = field(
+        default=False,
+        metadata={"help": "Do not distil when to stop (TRL's default: its students ramble)."},
+    )
+    uld_skip_teacher_eos: bool = field(
+        default=False,
+        metadata={"help": "The same seen from the teacher; either leaves the end of turn out."},
+    )
+
+    @property
+    def has_end_of_turn(self) -> bool:
+        """Whether the stop decision is distilled."""
+        return not (self.uld_skip_student_eos or self.uld_skip_teacher_eos)
+
+    def check_uld(self) -> None:
+        """ValueError for what cannot be, and for fields that would be ignored."""
+        self._check_is_used()
+        if self.uld_token_merge_strategy not in MERGE_STRATEGIES:
+            raise ValueError(
+                "GOLDConfig: uld_token_merge_strategy must be 'bayesian' or 'observed', got "
+                f"{self.uld_token_merge_strategy!r}; 'bayesian' is the chain rule."
+            )
+        for name in ("uld_student_temperature", "uld_teacher_temperature"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be positive and finite, got {value}; 1.0 leaves the "
+                    "logits as they are."
+                )
+        for name in ("uld_crossentropy_weight", "uld_distillation_weight", *HYBRID_WEIGHTS):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be finite and not negative, got {value}; 0 leaves "
+                    "the part out."
+                )
+        if self.uld_crossentropy_weight == self.uld_distillation_weight == 0:
+            raise ValueError(
+                "GOLDConfig: uld_distillation_weight or uld_crossentropy_weight must be above 0, "
+                "got 0 for both; nothing would be learnt."
+            )
+        self._check_hybrid()
+
+    def _check_is_used(self) -> None:
+        if self.use_uld_loss:
+            if self.loss_temperature != 1:
+                raise ValueError(
+                    "GOLDConfig: loss_temperature must be 1.0 with use_uld_loss, got "
+                    f"{self.loss_temperature}; set uld_student_temperature and "
+                    "uld_teacher_temperature."
+                )
+            return
+        for name, spec in ULDFields.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if name.startswith(("uld_", "use_extended")) and value != spec.default:
+                raise ValueError(
+                    f"GOLDConfig: {name} belongs to the loss across tokenizers, got {value!r} "
+                    "without it; set use_uld_loss=True, or leave it out."
+                )
+
+    def _check_hybrid(self) -> None:
+        weights = [getattr(self, name) for name in HYBRID_WEIGHTS]
+        if (weights[0] is None) != (weights[1] is None):
+            raise ValueError(
+                f"GOLDConfig: {' and '.join(HYBRID_WEIGHTS)} must be given both or not at all, got "
+                f"{weights[0]} and {weights[1]}; None takes them from the overlap of the "
+                "vocabularies."
+            )
+        if weights[0] is not None and not self.uld_use_hybrid_loss:
+            raise ValueError(
+                f"GOLDConfig: {' and '.join(HYBRID_WEIGHTS)} weigh the parts of the hybrid loss, "
+                f"got {weights[0]} and {weights[1]}; set uld_use_hybrid_loss=True."
+            )
+        if weights == [0, 0] and self.uld_distillation_weight > 0:
+            raise ValueError(
+                f"GOLDConfig: {HYBRID_WEIGHTS[0]} or {HYBRID_WEIGHTS[1]} must be above 0, got 0 "
+                "for both; for cross-entropy alone set uld_distillation_weight=0."
+            )
