@@ -38,8 +38,8 @@ def join_lines(line_max, line_sum, bits):
 
 
 @triton.jit
-def row_log_sum(row_ptr, vocab_size, bits, BLOCK_V: tl.constexpr, LINE: tl.constexpr):
-    """Largest logit of a row and log2 of the sum of exp2((logit - largest) * bits)."""
+def row_sum(row_ptr, vocab_size, bits, BLOCK_V: tl.constexpr, LINE: tl.constexpr):
+    """Largest logit of a row and the sum of exp2((logit - largest) * bits)."""
     line_max = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) - 1e30
     line_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
@@ -49,5 +49,4 @@ def row_log_sum(row_ptr, vocab_size, bits, BLOCK_V: tl.constexpr, LINE: tl.const
         line_sum *= tl.exp2((line_max - new_max) * bits)
         line_sum += line_sums(logits, new_max, bits)
         line_max = new_max
-    row_max, row_sum = join_lines(line_max, line_sum, bits)
-    return row_max, tl.log2(row_sum)
+    return join_lines(line_max, line_sum, bits)

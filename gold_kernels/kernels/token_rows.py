@@ -19,7 +19,7 @@ from gold_kernels.kernels.lines import (
     NATS,
     block_columns,
     load_logits,
-    row_log_sum,
+    row_sum,
 )
 
 
@@ -56,10 +56,11 @@ def token_rows_kernel(
     hard_weight = tl.load(weights_ptr + 2 * row + 1)
     is_soft = (token >= 0) & (token < vocab_size) & (soft_weight != 0.0)
     is_hard = (label >= 0) & (label < vocab_size) & (hard_weight != 0.0)
-    row_max, soft_sum = row_log_sum(logits_ptr, vocab_size, bits, BLOCK_V, LINE)
+    row_max, soft_sum = row_sum(logits_ptr, vocab_size, bits, BLOCK_V, LINE)
+    soft_sum = tl.log2(soft_sum)
     hard_sum = soft_sum
     if bits != BITS:
-        hard_sum = row_log_sum(logits_ptr, vocab_size, BITS, BLOCK_V, LINE)[1]
+        hard_sum = tl.log2(row_sum(logits_ptr, vocab_size, BITS, BLOCK_V, LINE)[1])
     soft_value = (soft_sum - _below(logits_ptr, token, is_soft, row_max) * bits) * NATS
     hard_value = (hard_sum - _below(logits_ptr, label, is_hard, row_max) * BITS) * NATS
     tl.store(values_ptr + row, tl.where(is_soft, soft_value, 0.0))

@@ -21,7 +21,7 @@ STUDENT_STEP = tl.constexpr((1 << TOTAL_BITS) + 1)
 TEACHER_STEP = tl.constexpr(1 - (1 << TOTAL_BITS))
 _TOTAL_BITS = tl.constexpr(TOTAL_BITS)
 _TOTAL_MASK = tl.constexpr((1 << TOTAL_BITS) - 1)
-NUM_BINS = 5 << 11  # 40 KiB of shared memory
+NUM_BINS = 5 << 11  # 40 KiB of the 48 KiB of shared memory that PTX gives to static arrays
 # A listed bin's word is LISTED plus the entries listed so far; as a float it is 2 and a little, and
 # no sign. More than MAX_LISTED entries are not listed: every one of them meets every other.
 LISTED = tl.constexpr(0x40000000)
@@ -45,17 +45,16 @@ LIST_WORDS = 2 * NUM_BINS + 2 * (LIST_SIZE + MAX_LISTED)
 
 
 @triton.jit
-def origin_of(row_max, shift, bits, grid):
+def origin_of(row_max, bits, per_bit, base, gap):
     """Bins that a logit of 1 is worth, and the place in bins of a logit of 0, as a whole number and
-    a part: the values of a side are exp2((logit - row_max) * bits + shift).
+    a part. The largest logit of the side is at base + gap.
     """
-    top, per_bit = grid
     scale = bits * per_bit
     product = row_max * scale
-    base = (top - shift) * per_bit
-    whole, base_whole = tl.floor(product), tl.floor(base)
-    part = (product - whole) + tl.fma(row_max, scale, -product) + (base - base_whole)
-    return scale, whole + base_whole, part
+    whole, base_whole, gap_whole = tl.floor(product), tl.floor(base), tl.floor(gap)
+    part = (product - whole) + tl.fma(row_max, scale, -product)
+    part += (base - base_whole) + (gap - gap_whole)
+    return scale, whole + base_whole + gap_whole, part
 
 
 @triton.jit

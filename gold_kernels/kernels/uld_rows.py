@@ -35,7 +35,7 @@ from gold_kernels.kernels.lines import (
     NATS,
     block_columns,
     load_logits,
-    row_log_sum,
+    row_sum,
 )
 from gold_kernels.kernels.uld_bins import (
     COLUMN_BITS,
@@ -59,7 +59,7 @@ from gold_kernels.kernels.uld_entries import student_entries, whole_sign
 TAIL_BITS = tl.constexpr(6.0)  # entries below 2**-6 / V share a bin: together below 1/64 of a side
 MIN_RANGE_BITS = tl.constexpr(1.0)
 MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
-SCAN_BINS = 1 << 11
+SCAN_BINS = 1 << 10
 MAX_PROGRAMS = 264  # two on every multiprocessor of a Hopper GPU, each with working memory
 
 # loss, cross_entropy, matched and unmatched loss, matched mass of student and teacher, and
@@ -129,12 +129,15 @@ def uld_rows_kernel(
         hard_weight = tl.load(weights_ptr + 2 * row + 1)
         # a row of weight 0 may hold anything, NaN included
         is_live, is_hard_live = weight != 0.0, hard_weight != 0.0
-        student_max, student_sum = row_log_sum(
+        student_max, student_sum = row_sum(
             student_row, student_vocab_size, student_bits, BLOCK_V, LINE
         )
-        teacher_max, teacher_sum = row_log_sum(
+        teacher_max, teacher_sum = row_sum(
             teacher_row, teacher_vocab_size, teacher_bits, BLOCK_V, LINE
         )
+        # not the difference of the logarithms, which are rounded at 17 near convergence
+        gap = tl.log2(teacher_sum / student_sum)
+        student_sum, teacher_sum = tl.log2(student_sum), tl.log2(teacher_sum)
         student_scale, teacher_scale = 0.0, 0.0
         if HAS_SCALES:
             student_scale = tl.load(student_scales_ptr + row) * BITS
@@ -149,8 +152,13 @@ def uld_rows_kernel(
             bottom -= tl.minimum(gap, MAX_SCALE_GAP)
         grid = (top, (NUM_BINS - 1.0) / tl.maximum(top - bottom, MIN_RANGE_BITS))
 
-        student_origin = origin_of(*student_side, grid)
-        teacher_origin = origin_of(*teacher_side, grid)
+        per_bit = grid[1]
+        base, gap = (
+            (top - student_side[1]) * per_bit,
+            (gap + student_scale - teacher_scale) * per_bit,
+        )
+        student_origin = origin_of(student_max, student_bits, per_bit, base, 0.0)
+        teacher_origin = origin_of(teacher_max, teacher_bits, per_bit, base, gap)
         tl.debug_barrier()  # of the row before, signs may still be read
         clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
         tl.debug_barrier()
@@ -246,7 +254,7 @@ def uld_rows_kernel(
         if HAS_LABELS:  # cross-entropy at temperature 1
             label = tl.load(labels_ptr + row)
             is_hard_live &= (label >= 0) & (label < student_vocab_size)
-            hard_sum = row_log_sum(student_row, student_vocab_size, BITS, BLOCK_V, LINE)[1]
+            hard_sum = tl.log2(row_sum(student_row, student_vocab_size, BITS, BLOCK_V, LINE)[1])
             label_logit = tl.load(student_row + label, mask=is_hard_live, other=0.0).to(tl.float32)
             label_logit = tl.maximum(label_logit, LOWEST_LOGIT)
             cross_entropy = hard_sum * NATS - (label_logit - student_max)
