@@ -148,8 +148,7 @@ def uld_rows_kernel(
         vocab_size = tl.maximum(student_vocab_size, teacher_vocab_size).to(tl.float32)
         bottom = tl.maximum(student_scale, teacher_scale) - tl.log2(vocab_size) - TAIL_BITS
         if HAS_SCALES:
-            gap = tl.abs(student_scale - teacher_scale)
-            bottom -= tl.minimum(gap, MAX_SCALE_GAP)
+            bottom -= tl.minimum(tl.abs(student_scale - teacher_scale), MAX_SCALE_GAP)
         grid = (top, (NUM_BINS - 1.0) / tl.maximum(top - bottom, MIN_RANGE_BITS))
 
         per_bit = grid[1]
