@@ -1,6 +1,7 @@
-"""Draw what bench_jsd.py recorded, from its CSV alone.
+"""Draw what bench_jsd.py and bench_uld.py recorded, from their CSV alone.
 
     python benchmarks/plots.py                       # benchmarks/results/jsd.csv -> jsd_*.png
+    python benchmarks/plots.py benchmarks/results/uld.csv
     python benchmarks/plots.py some.csv --folder /tmp
 
 Time and memory against N and V, the cost of a smaller budget, error against beta. The first row of
@@ -36,8 +37,12 @@ STYLES = {
     "liger_triton": ("Liger Triton", "#CC79A7", "P"),
     "eager_compiled": ("eager, torch.compile", "#000000", "X"),
     "eager": ("eager torch", "#999933", "*"),
+    "gold_kernels_hybrid": ("gold_kernels, hybrid loss", "#CC79A7", "P"),
+    "eager_bf16": ("eager, bf16", "#E69F00", "D"),
+    "eager_float32": ("eager, float32", "#999933", "*"),
 }
 SHAPE = ("N", "V", "D_s", "D_t")
+ULD_SHAPE = ("V_s", "V_t")
 NUMBERS = (*SHAPE, "beta", "budget_bytes", "median_ms", "p20_ms", "p80_ms", "peak_extra_mib")
 ERRORS = ("loss_error", "grad_hidden_error", "near_loss_error", "near_grad_hidden_error")
 ERROR_TITLES = (
@@ -55,8 +60,9 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"read_rows: expected rows in {path}, got none; run bench_jsd.py first")
     for row in rows:
-        for key in (*NUMBERS, *ERRORS):
-            row[key] = float(row[key]) if row[key] else None
+        for key in (*NUMBERS, *ERRORS, *ULD_SHAPE):
+            if key in row:
+                row[key] = float(row[key]) if row[key] else None
     return rows
 
 
@@ -93,7 +99,7 @@ def finish(figure: Figure, panels: list[Axes], rows: list[Row], path: Path, titl
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     first = rows[0]
     names = ("torch", "triton", "trl", "liger-kernel")
-    versions = ", ".join(f"{name} {first[name]}" for name in names if first[name])
+    versions = ", ".join(f"{name} {first[name]}" for name in names if first.get(name))
     where = f"{first['device']}; {versions}; {first['git_sha']}"
     figure.suptitle(f"{title}\n{where}", fontsize=9)
     columns = min(4, max(1, len(entries)))
@@ -134,6 +140,25 @@ def draw_time_and_memory(rows: list[Row], head: str, x: str, folder: Path) -> Pa
     fixed = ", ".join(f"{key} = {anchor[key]:.0f}" for key in same)
     path = folder / f"jsd_{'vocabulary' if x == 'V' else 'rows'}_{head}.png"
     finish(figure, list(panels), rows, path, f"{head} head, {fixed}, beta = {anchor['beta']:g}")
+    return path
+
+
+def draw_uld(rows: list[Row], folder: Path) -> Path:
+    """Time and memory against N at the heads of the first row."""
+    anchor = rows[0]
+    same = ("V_s", "V_t", "D_s", "D_t")
+    chosen = [row for row in rows if all(row[key] == anchor[key] for key in same)]
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
+    labels = ("forward + backward, ms", "peak above inputs and gradients, MiB")
+    for axes, y, label in zip(panels, ("median_ms", "peak_extra_mib"), labels, strict=True):
+        draw_lines(axes, chosen, "N", y)
+        set_log_x(axes, sorted({row["N"] for row in chosen}), "N pairs of rows", "{:.0f}".format)
+        if any(row[y] for row in chosen):  # a CPU's peak may be 0, which has no logarithm
+            axes.set_yscale("log")
+        axes.set_ylabel(label)
+    path = folder / "uld_rows.png"
+    fixed = ", ".join(f"{key} = {anchor[key]:.0f}" for key in same)
+    finish(figure, list(panels), rows, path, f"ULD, {fixed}")
     return path
 
 
@@ -198,6 +223,8 @@ def draw_all(csv_path: Path, folder: Path) -> list[Path]:
     """The pictures drawn."""
     rows = read_rows(csv_path)
     folder.mkdir(parents=True, exist_ok=True)
+    if "V_s" in rows[0]:
+        return [draw_uld(rows, folder)]
     paths = [
         draw_time_and_memory(rows, head, x, folder)
         for head in dict.fromkeys(row["head"] for row in rows)

@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_uld
+import plots
 
 
 def test_every_implementation_has_a_row_with_time_and_errors(tmp_path, capsys):
@@ -23,6 +24,8 @@ def test_every_implementation_has_a_row_with_time_and_errors(tmp_path, capsys):
     assert all(float(row["loss_error"]) < 1e-5 and float(row["top64"]) == 1 for row in ours)
     assert not ours[0]["near_loss_error"] and float(ours[1]["near_grad_error"]) < 1e-3
     assert capsys.readouterr().out.count("\n") == len(rows)
+    (picture,) = plots.draw_all(tmp_path / "uld.csv", tmp_path)
+    assert picture.name == "uld_rows.png" and picture.stat().st_size > 10_000
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch, tmp_path):
