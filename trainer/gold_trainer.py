@@ -296,8 +296,8 @@ class GOLDTrainer(Trainer):
             window.add(metrics, inputs["num_completions"], inputs["is_on_policy"])
             return loss
 
-        form = self.student_form
-        with models.head_replaced(model, self.student_head, form, loss_at_head):
+        student = self.accelerator.unwrap_model(model)
+        with models.head_replaced(student, self.student_head, self.student_form, loss_at_head):
             loss = model(**inputs["student"], use_cache=False).logits
         return (loss, {"loss": loss}) if return_outputs else loss
 
