@@ -56,7 +56,7 @@ def scored_logits(model, inputs: dict[str, Tensor], completion_ids: list[int]) -
         name: value.double() if value.is_floating_point() else value
         for name, value in inputs.items()
     }
-    ids = torch.tensor([completion_ids])
+    ids = torch.tensor([completion_ids], dtype=torch.int64)
     length = inputs["input_ids"].shape[1]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from tiny_data import tiny_picture, tiny_rows
-from tiny_processors import FAMILIES, TEXT_FAMILIES, VLM_FAMILIES, tiny_processor
+from tiny_processors import FAMILIES, NUM_MERGES, TEXT_FAMILIES, VLM_FAMILIES, tiny_processor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def tiny(
-    family: str, size: str = "student", seed: int = 0
+    family: str, size: str = "student", seed: int = 0, num_merges: int = NUM_MERGES
 ) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerFast]:
     """Model (float32, eval mode, random weights of a fixed seed) and its processor or tokenizer.
 
@@ -39,7 +39,7 @@ def tiny(
     """
     if size not in ("student", "teacher"):
         raise ValueError(f'tiny: size must be "student" or "teacher", got {size!r}.')
-    processor = tiny_processor(family)
+    processor = tiny_processor(family, num_merges)
     tokenizer = getattr(processor, "tokenizer", processor)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + (1000 if size == "teacher" else 0))

@@ -68,12 +68,13 @@ FAMILIES = {
         adds_bos=True,
     ),
 }
+NUM_MERGES = 128  # of the byte-level BPE
 TEXT_FAMILIES = ("qwen3", "llama")
 VLM_FAMILIES = tuple(name for name in FAMILIES if name not in TEXT_FAMILIES)
 
 
 @lru_cache
-def _trained_tokenizer(family: str) -> str:
+def _trained_tokenizer(family: str, num_merges: int) -> str:
     """Byte-level BPE as JSON, trained on the sentences of the rows; special tokens come last."""
     spec = FAMILIES[family]
     special = [token for token in (spec.bos, spec.eos, spec.pad, *spec.extra) if token is not None]
@@ -81,7 +82,7 @@ def _trained_tokenizer(family: str) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + 128,
+        vocab_size=256 + num_merges,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -96,11 +97,13 @@ def _trained_tokenizer(family: str) -> str:
     return tokenizer.to_str()
 
 
-def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A fresh tokenizer object each time: some processors add tokens to the one they get."""
+def tiny_tokenizer(family: str, num_merges: int = NUM_MERGES) -> PreTrainedTokenizerFast:
+    """A fresh tokenizer object each time: some processors add tokens to the one they get. Fewer
+    merges make shorter tokens.
+    """
     spec = FAMILIES[family]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained_tokenizer(family)),
+        tokenizer_object=Tokenizer.from_str(_trained_tokenizer(family, num_merges)),
         bos_token=spec.bos,
         eos_token=spec.eos,
         pad_token=spec.pad,
@@ -111,10 +114,12 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_processor(family: str) -> ProcessorMixin | PreTrainedTokenizerFast:
+def tiny_processor(
+    family: str, num_merges: int = NUM_MERGES
+) -> ProcessorMixin | PreTrainedTokenizerFast:
     if family not in FAMILIES:
         raise ValueError(f"tiny: family must be one of {', '.join(FAMILIES)}, got {family!r}.")
-    tokenizer = tiny_tokenizer(family)
+    tokenizer = tiny_tokenizer(family, num_merges)
     return tokenizer if family in TEXT_FAMILIES else _PROCESSORS[family](tokenizer)
 
 
