@@ -166,13 +166,15 @@ def check_vocabularies(student: Processor, teacher: Processor | None) -> None:
     if teacher is None:
         return
     tokens = {token_id: token for token, token_id in tokenizer_of(student).get_vocab().items()}
-    for token, token_id in tokenizer_of(teacher).get_vocab().items():
-        if tokens.get(token_id, token) != token:
-            raise ValueError(
-                "GOLDTrainer: student and teacher must have one vocabulary, got token "
-                f"{token_id} = {tokens[token_id]!r} and {token!r}; set use_uld_loss=True, the loss "
-                "across tokenizers."
-            )
+    entries = tokenizer_of(teacher).get_vocab().items()
+    differing = [(i, token) for token, i in entries if tokens.get(i, token) != token]
+    if differing:
+        token_id, token = min(differing)
+        raise ValueError(
+            "GOLDTrainer: student and teacher must have one vocabulary, got token "
+            f"{token_id} = {tokens[token_id]!r} and {token!r} ({len(differing)} entries differ); "
+            "set use_uld_loss=True, the loss across tokenizers."
+        )
 
 
 def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
