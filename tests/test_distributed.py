@@ -12,10 +12,10 @@ from tiny_models import tiny
 SCRIPT = Path(__file__).with_name("distributed_step.py")
 
 
-def run_step(output_dir, processes, batch_size, accumulation):
+def run_step(output_dir, processes, batch_size, accumulation, script=SCRIPT):
     output_dir.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), str(SCRIPT)]
+    command += ["--nproc_per_node", str(processes), str(script)]
     command += [str(output_dir), str(batch_size), str(accumulation)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
