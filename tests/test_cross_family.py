@@ -2,6 +2,7 @@
 processor and chat template; the step equals the eager float64 step on full logits.
 """
 
+import json
 import math
 import warnings
 from copy import deepcopy
@@ -22,6 +23,8 @@ from cross_cases import (
 from tiny_models import TEXT_FAMILIES, tiny
 from trainer_cases import losses_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from trainer.__main__ import main
 
 PAIRS = (  # student, teacher: every family on either side
     ("lfm2_vl", "qwen3_vl"),
@@ -364,3 +367,33 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path):
     weights = runs[0].model.state_dict()
     for name, weight in runs[1].model.state_dict().items():
         assert torch.equal(weight, weights[name]), name
+
+
+def test_command_line_trains_an_adapter_from_folders(tmp_path):
+    """The shape of gold_vlm_cross.yaml: the teacher's processor is found where its weights are."""
+    pytest.importorskip("peft")
+    student, teacher = make_sides("lfm2_vl", "qwen3_vl")
+    for side, folder in ((student, "student"), (teacher, "teacher")):
+        side.model.save_pretrained(tmp_path / folder)
+        side.processor.save_pretrained(tmp_path / folder)
+    rows = rows_of("lfm2_vl", count=4)
+    lines = [json.dumps({"messages": row["messages"]}) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = {
+        "model_name_or_path": tmp_path / "student",
+        "teacher_model_name_or_path": tmp_path / "teacher",
+        "dataset_name": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "run",
+        "use_uld_loss": True,
+        "uld_use_hybrid_loss": True,
+        "use_peft": True,
+        "max_steps": 2,
+        "max_completion_length": 8,
+        "max_length": 256,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    assert main(["train", *(f"--{name}={value}" for name, value in arguments.items())]) == 0
+    assert (tmp_path / "run" / "adapter_config.json").exists()
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    assert type(processor) is type(student.processor)
