@@ -7,7 +7,7 @@ say plainly `from tiny_models import tiny`.
 
 import os
 
-# Tiny tensors: a second thread costs more than it does, tenfold where other processes want the core.
+# Tensors are tiny: a second thread costs more than it does, tenfold where the core is wanted.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"
