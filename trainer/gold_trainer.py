@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from gold_kernels import JSDMetrics, fused_linear_jsd
+from gold_kernels import JSDMetrics, TokenAlignment, fused_linear_jsd
 from trainer import loading, models
 from trainer.collator import GOLDCollator, ModelInputs, Processor, build_inputs, tokenizer_of
 from trainer.completions import print_completions
@@ -181,7 +181,7 @@ class GOLDTrainer(Trainer):
         num_tokens = sum(len(e.completion_ids) for batch in batches for e in batch["examples"])
         if self.pairs is None:
             return [num_tokens]
-        return [sum(batch["alignment"].num_groups for batch in batches), num_tokens]
+        return [sum(batch["alignment"].groups.num_groups for batch in batches), num_tokens]
 
     def _with_completions(self, batch: dict[str, Any], micro_step: int) -> dict[str, Any]:
         """Decide on- or off-policy, the same way on every rank and after a resume; generate."""
@@ -242,10 +242,13 @@ class GOLDTrainer(Trainer):
         )
         if self.pairs is not None:
             # After the Trainer's own function, which does not know named tuples.
+            groups = inputs["alignment"].groups
             prepared["uld"] = ULDBatch(
-                inputs["alignment"].to(self.args.device, non_blocking=True),
+                TokenAlignment(
+                    *(self._to_device(f) if isinstance(f, Tensor) else f for f in groups)
+                ),
+                inputs["alignment"].skip_reasons,
                 student["labels"],
-                inputs["skipped"],
                 prepared["num_completions"],
                 prepared["is_on_policy"],
             )

@@ -7,7 +7,7 @@ both sides: whitespace that the student's template writes around an answer belon
 """
 
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,14 @@ class Pair(NamedTuple):
     teacher_ids: list[int]  # (N_t,)
     alignment: TokenAlignment
     skip_reason: str | None
+
+
+@dataclass
+class BatchAlignment:
+    """Not a tuple: accelerate would copy its tensors to the device and wait for each."""
+
+    groups: TokenAlignment  # of all completions of the batch
+    skip_reasons: list[str | None]  # of every completion; None for one that is distilled
 
 
 class CompletionPairs:
@@ -128,8 +136,7 @@ class PairCollator:
     """Rows -> examples of both sides, and the alignment of their completions.
 
     A batch has `examples` (the student's), `teacher_examples` and, once completions are known,
-    `alignment` (TokenAlignment of all of them) and `skipped` (a reason or None each). Pictures are
-    the row's own objects on both sides.
+    `alignment` (BatchAlignment). Pictures are the row's own objects on both sides.
     """
 
     def __init__(self, student: GOLDCollator, teacher: GOLDCollator, pairs: CompletionPairs):
@@ -190,6 +197,8 @@ def _joined(batch: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
         **batch,
         "examples": list(examples),
         "teacher_examples": list(teacher_examples),
-        "alignment": TokenAlignment.concatenate([pair.alignment for pair in pairs]),
-        "skipped": [pair.skip_reason for pair in pairs],
+        "alignment": BatchAlignment(
+            TokenAlignment.concatenate([pair.alignment for pair in pairs]),
+            [pair.skip_reason for pair in pairs],
+        ),
     }

@@ -21,8 +21,8 @@ class ULDBatch(NamedTuple):
     """What a micro-batch has beside hidden states."""
 
     alignment: TokenAlignment
+    skip_reasons: list[str | None]  # of every completion; None for one that is distilled
     labels: Tensor  # (N_s,) int64, the student's completion tokens
-    skipped: list[str | None]  # a reason, or None for a sample that is distilled
     num_completions: int
     is_on_policy: bool
 
@@ -112,7 +112,7 @@ class ULDMetricWindow(MetricWindow):
         counts = [
             *(alignment.num_student_rows, batch.num_completions, alignment.num_groups),
             *(alignment.scored_bytes, alignment.completion_bytes),
-            *(batch.skipped.count(reason) for reason in SKIP_REASONS),
+            *(batch.skip_reasons.count(reason) for reason in SKIP_REASONS),
         ]
         sums = [value.sum() for value in metrics]
         sums.append(torch.zeros_like(sums[0]) if crossentropy is None else crossentropy)
