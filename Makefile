@@ -10,7 +10,7 @@ demo: .venv/demo-installed
 test: .venv/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .venv/demo-installed: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

