@@ -6,7 +6,6 @@ count, a micro-batch becomes tensors, the teacher's hidden states of the scored 
 the student's forward meets the fused loss where its lm_head was (models.py).
 """
 
-import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from gold_kernels import JSDMetrics, TokenAlignment, fused_linear_jsd
-from trainer import loading, models
+from trainer import arguments, loading, models
 from trainer.collator import GOLDCollator, ModelInputs, Processor, build_inputs, tokenizer_of
 from trainer.completions import print_completions
 from trainer.config import GOLDConfig
@@ -32,8 +31,6 @@ from trainer.metrics import MetricWindow
 from trainer.pairing import CompletionPairs, PairCollator
 from trainer.rollout import end_ids_of, generate_completions
 from trainer.uld_step import ULDBatch, ULDObjective
-
-logger = logging.getLogger(__name__)
 
 
 class GOLDTrainer(Trainer):
@@ -70,13 +67,14 @@ class GOLDTrainer(Trainer):
     ) -> None:
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-        _refuse_unusable(model, teacher_model, args, compute_metrics, preprocess_logits_for_metrics)
-        if args.use_uld_loss and data_collator is not None:
-            raise ValueError(
-                "GOLDTrainer: data_collator must be None with use_uld_loss, got "
-                f"{type(data_collator).__name__}; rows are rendered for two processors: change the "
-                "dataset instead."
-            )
+        arguments.refuse_unusable(
+            model,
+            teacher_model,
+            args,
+            data_collator,
+            compute_metrics,
+            preprocess_logits_for_metrics,
+        )
         student_config, processing_class = loading.check_configs(
             model, teacher_model, args, processing_class
         )
@@ -95,11 +93,39 @@ class GOLDTrainer(Trainer):
         )
         self.student_head = models.lm_head(model, "student")
         self.teacher_head = models.lm_head(teacher_model, "teacher")
-        self.student_form = models.LogitForm.from_config(student_config, "student")
-        self.teacher_form = models.LogitForm.from_config(
-            models.base_model(teacher_model).config, "teacher"
+        self._set_loss(model, teacher_model, processing_class, teacher_processing_class, args)
+        arguments.adapt_to_devices(args, is_vlm)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or self.pairs or self.student_side,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
         )
-        forms = self.student_form, self.teacher_form
+        # compute_loss divides by the tokens of the whole window: no second division by its length
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
+        self.teacher_model = loading.place_frozen(teacher_model, self.accelerator.device)
+
+    def _set_loss(
+        self,
+        model: nn.Module,
+        teacher_model: PreTrainedModel,
+        processing_class: Processor,
+        teacher_processing_class: Processor | None,
+        args: GOLDConfig,
+    ) -> None:
+        """Collators of both sides, options of the loss, windows of its metrics."""
+        configs = (models.base_model(side).config for side in (model, teacher_model))
+        forms = [
+            models.LogitForm.from_config(config, side)
+            for config, side in zip(configs, ("student", "teacher"), strict=True)
+        ]
+        self.student_form, self.teacher_form = forms
         self.loss_options = {
             "beta": args.beta,
             "chunk_size": args.chunk_size,
@@ -123,22 +149,6 @@ class GOLDTrainer(Trainer):
             name: MetricWindow() if self.uld is None else self.uld.window()
             for name in ("train", "eval")
         }
-        _adapt_to_devices(args, is_vlm)
-
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator or self.pairs or self.student_side,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        # compute_loss divides by the tokens of the whole window: no second division by its length
-        self.loss_is_scaled_for_ga = True
-        self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
-        self.teacher_model = loading.place_frozen(teacher_model, self.accelerator.device)
 
     def _as_rows(self, dataset: Any, needs_completion: bool) -> Any:
         """The dataset, or each dataset of a dict, read as Rows."""
@@ -374,39 +384,6 @@ class GOLDTrainer(Trainer):
         return 0
 
 
-def _refuse_unusable(
-    model: Any, teacher_model: Any, args: Any, compute_metrics: Any, preprocess_logits: Any
-) -> None:
-    if not isinstance(args, GOLDConfig):
-        raise ValueError(
-            f"GOLDTrainer: args must be a GOLDConfig, got {type(args).__name__}; it takes every "
-            "field of TrainingArguments."
-        )
-    if teacher_model is None:
-        raise ValueError(
-            "GOLDTrainer: a teacher is expected, got None; pass teacher_model= or set "
-            "teacher_model_name_or_path."
-        )
-    if teacher_model is model and not isinstance(model, str):
-        raise ValueError(
-            "GOLDTrainer: student and teacher must be two objects, got one: the teacher is frozen; "
-            "load it a second time."
-        )
-    sides = ("model", model), ("teacher_model", teacher_model)
-    for name, value in sides:
-        if not isinstance(value, str) and getattr(args, f"{name}_init_kwargs") is not None:
-            raise ValueError(
-                f"GOLDTrainer: {name}_init_kwargs must be None for a model that is loaded, got "
-                f"{getattr(args, f'{name}_init_kwargs')}; pass them to from_pretrained."
-            )
-    if compute_metrics is not None or preprocess_logits is not None:
-        raise ValueError(
-            "GOLDTrainer: compute_metrics and preprocess_logits_for_metrics must be None: the "
-            "fused loss never makes the logits they read; the log has entropies, KLs and top-1 "
-            "agreement, and a TrainerCallback can generate answers."
-        )
-
-
 def _collator_of(model: nn.Module, processor: Processor, args: GOLDConfig) -> GOLDCollator:
     """With the tokens that end this model's answers and those that stand for pictures."""
     config = models.base_model(model).config
@@ -416,18 +393,3 @@ def _collator_of(model: nn.Module, processor: Processor, args: GOLDConfig) -> GO
         args.max_length,
         models.placeholder_ids_of(config),
     )
-
-
-def _adapt_to_devices(args: GOLDConfig, is_vlm: bool) -> None:
-    """One process drives one device; ranks may differ in which weights a micro-batch uses."""
-    if args.n_gpu > 1:
-        logger.warning(
-            "GOLDTrainer: one process uses one GPU, %d are visible; start it with `accelerate "
-            "launch` or `torchrun` to use them all.",
-            args.n_gpu,
-        )
-        args._n_gpu = 1  # as Trainer does for a model spread over devices: no DataParallel
-    if is_vlm and args.ddp_find_unused_parameters is None:
-        # With gradient checkpointing the Trainer's own choice is False, and a rank whose
-        # micro-batch has no picture would leave the others waiting for its vision gradients.
-        args.ddp_find_unused_parameters = True

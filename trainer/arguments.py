@@ -1,0 +1,67 @@
+"""What GOLDTrainer is given: what it cannot use, and what it adapts."""
+
+import logging
+from typing import Any
+
+from trainer.config import GOLDConfig
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_unusable(
+    model: Any,
+    teacher_model: Any,
+    args: Any,
+    data_collator: Any,
+    compute_metrics: Any,
+    preprocess_logits: Any,
+) -> None:
+    if not isinstance(args, GOLDConfig):
+        raise ValueError(
+            f"GOLDTrainer: args must be a GOLDConfig, got {type(args).__name__}; it takes every "
+            "field of TrainingArguments."
+        )
+    if teacher_model is None:
+        raise ValueError(
+            "GOLDTrainer: a teacher is expected, got None; pass teacher_model= or set "
+            "teacher_model_name_or_path."
+        )
+    if teacher_model is model and not isinstance(model, str):
+        raise ValueError(
+            "GOLDTrainer: student and teacher must be two objects, got one: the teacher is frozen; "
+            "load it a second time."
+        )
+    sides = ("model", model), ("teacher_model", teacher_model)
+    for name, value in sides:
+        if not isinstance(value, str) and getattr(args, f"{name}_init_kwargs") is not None:
+            raise ValueError(
+                f"GOLDTrainer: {name}_init_kwargs must be None for a model that is loaded, got "
+                f"{getattr(args, f'{name}_init_kwargs')}; pass them to from_pretrained."
+            )
+    if compute_metrics is not None or preprocess_logits is not None:
+        raise ValueError(
+            "GOLDTrainer: compute_metrics and preprocess_logits_for_metrics must be None: the "
+            "fused loss never makes the logits they read; the log has entropies, KLs and top-1 "
+            "agreement, and a TrainerCallback can generate answers."
+        )
+    if args.use_uld_loss and data_collator is not None:
+        raise ValueError(
+            "GOLDTrainer: data_collator must be None with use_uld_loss, got "
+            f"{type(data_collator).__name__}; rows are rendered for two processors: change the "
+            "dataset instead."
+        )
+
+
+def adapt_to_devices(args: GOLDConfig, is_vlm: bool) -> None:
+    """One process drives one device; ranks may differ in which weights a micro-batch uses."""
+    if args.n_gpu > 1:
+        logger.warning(
+            "GOLDTrainer: one process uses one GPU, %d are visible; start it with `accelerate "
+            "launch` or `torchrun` to use them all.",
+            args.n_gpu,
+        )
+        args._n_gpu = 1  # as Trainer does for a model spread over devices: no DataParallel
+    if is_vlm and args.ddp_find_unused_parameters is None:
+        # With gradient checkpointing the Trainer's own choice is False, and a rank whose
+        # micro-batch has no picture would leave the others waiting for its vision gradients.
+        args.ddp_find_unused_parameters = True
