@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels import torch_rows
+from gold_kernels.chunking import float_dtype
 
 
 @torch.library.custom_op("gold_kernels::scaled", mutates_args=())
@@ -35,6 +36,17 @@ def empty_gradients(leaves: Sequence[Tensor | None], needs: Sequence[bool]) -> l
         for leaf, need in zip(leaves, needs, strict=True)
         if need
     ]
+
+
+def empty_logits_gradient(logits: Tensor) -> Tensor:
+    """float32 for float16, which cannot hold row_weight * probability: cast at backward."""
+    return torch.empty_like(logits, dtype=torch.float32 if logits.dtype == torch.float16 else None)
+
+
+def empty_logits_results(logits: Tensor, num_values: int, needs_grad: bool) -> list[Tensor]:
+    """What an operator on logits (N, V) returns, without values: for fake operators."""
+    values = logits.new_empty(num_values, logits.shape[0], dtype=float_dtype(logits))
+    return [values, empty_logits_gradient(logits)] if needs_grad else [values]
 
 
 def save_gradients(ctx: Any, gradients: list[Tensor], dtype: torch.dtype, backend: str) -> None:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from gold_kernels import checks, torch_rows
 from gold_kernels.chunking import float_dtype
+from gold_kernels.gradients import empty_logits_gradient, empty_logits_results
 from gold_kernels.linear_jsd import NUM_ROW_VALUES, JSDMetrics
 
 
@@ -50,11 +51,6 @@ def _run_rows(
     return values
 
 
-def _empty_grad(logits: Tensor) -> Tensor:
-    """float32 for float16, which cannot hold row_weight * probability: cast at backward."""
-    return torch.empty_like(logits, dtype=torch.float32 if logits.dtype == torch.float16 else None)
-
-
 @torch.library.custom_op("gold_kernels::jsd_logits", mutates_args=())
 def _jsd_logits_operator(
     student_logits: Tensor,
@@ -67,7 +63,7 @@ def _jsd_logits_operator(
     backend: str,
 ) -> list[Tensor]:  # (7, N) row values, then the gradient (N, V) if needed
     """An operator, so that torch.compile takes it as it is."""
-    grad = _empty_grad(student_logits) if needs_grad else None
+    grad = empty_logits_gradient(student_logits) if needs_grad else None
     options = (beta, temperature, has_metrics, backend)
     values = _run_rows(student_logits, teacher_logits, grad, row_weights, *options)
     return [values] if grad is None else [values, grad]
@@ -75,10 +71,7 @@ def _jsd_logits_operator(
 
 @_jsd_logits_operator.register_fake
 def _(student_logits: Tensor, teacher_logits: Tensor, *args: Any) -> list[Tensor]:
-    num_rows = student_logits.shape[0]
-    values = student_logits.new_empty(NUM_ROW_VALUES, num_rows, dtype=float_dtype(student_logits))
-    needs_grad = args[1]
-    return [values, _empty_grad(student_logits)] if needs_grad else [values]
+    return empty_logits_results(student_logits, NUM_ROW_VALUES, needs_grad=args[1])
 
 
 class JSDLogitsFunction(torch.autograd.Function):

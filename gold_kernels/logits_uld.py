@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from gold_kernels import checks, uld_checks
 from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, float_dtype
+from gold_kernels.gradients import empty_logits_gradient, empty_logits_results
 from gold_kernels.heads import mean_weights
 from gold_kernels.linear_uld import ULDMetrics, overlap_weights, partner_tables
 from gold_kernels.uld_operator import NUM_ROW_VALUES, SCRATCH_PART, row_functions
@@ -35,7 +36,7 @@ def _uld_logits_operator(
     """An operator, so that torch.compile takes it as it is."""
     num_rows = student_logits.shape[0]
     values = student_logits.new_zeros(NUM_ROW_VALUES, num_rows, dtype=float_dtype(student_logits))
-    grad = _empty_grad(student_logits) if needs_grad else None
+    grad = empty_logits_gradient(student_logits) if needs_grad else None
     if num_rows:
         row_functions(backend)[0](
             student_logits,
@@ -56,17 +57,9 @@ def _uld_logits_operator(
     return [values] if grad is None else [values, grad]
 
 
-def _empty_grad(logits: Tensor) -> Tensor:
-    """float32 for float16, which cannot hold row_weight * probability: cast at backward."""
-    return torch.empty_like(logits, dtype=torch.float32 if logits.dtype == torch.float16 else None)
-
-
 @_uld_logits_operator.register_fake
 def _(student_logits: Tensor, teacher_logits: Tensor, *args: Any) -> list[Tensor]:
-    num_rows = student_logits.shape[0]
-    values = student_logits.new_empty(NUM_ROW_VALUES, num_rows, dtype=float_dtype(student_logits))
-    needs_grad = args[2]
-    return [values, _empty_grad(student_logits)] if needs_grad else [values]
+    return empty_logits_results(student_logits, NUM_ROW_VALUES, needs_grad=args[2])
 
 
 class ULDLogitsFunction(torch.autograd.Function):
