@@ -104,7 +104,7 @@ def floor_step(case: Case) -> Callable[[], None]:
     num_rows, num_entries = student_hidden.shape[0], student_weight.shape[0]
     chunk = min(FLOOR_CHUNK, num_rows)
     student_logits = student_hidden.new_empty(chunk, num_entries)
-    teacher_logits = student_hidden.new_empty(chunk, num_entries)
+    teacher_logits = student_hidden.new_empty(chunk, teacher_weight.shape[0])
     grad_hidden = torch.empty_like(student_hidden)
     grad_weight = None
     if case.student_weight.requires_grad:
