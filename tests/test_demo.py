@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trainer.demo import run_demo
 from trainer.demo.digits import answer_of, load_pictures, make_rows, parse_answer
+from trainer.demo.other_family import build_other_processor
 from trainer.demo.tiny_vlm import build_processor
 from trainer.demo.train import DemoSettings, load_or_train_teacher
 
@@ -43,15 +44,18 @@ def test_unlabelled_rows_hold_no_trace_of_the_answer():
     assert all("completion" in row for row in make_rows(train, is_labelled=True))
 
 
-def test_tokenizer_round_trips_every_answer():
-    tokenizer = build_processor().tokenizer
+def test_tokenizers_round_trip_every_answer_and_differ():
+    tokenizers = [build().tokenizer for build in (build_processor, build_other_processor)]
     for digit in range(10):
-        ids = tokenizer(answer_of(digit))["input_ids"]
-        assert tokenizer.decode(ids) == answer_of(digit)
+        ids = [t(answer_of(digit), add_special_tokens=False)["input_ids"] for t in tokenizers]
+        for tokenizer, side in zip(tokenizers, ids, strict=True):
+            assert tokenizer.decode(side) == answer_of(digit)
+        assert len(ids[0]) < len(ids[1])
 
 
-def test_a_short_run_writes_everything_it_promises(tmp_path, capsys):
-    result = run_demo(tmp_path, SHORT)
+@pytest.mark.parametrize("pair", ["same", "cross"])
+def test_a_short_run_writes_everything_it_promises(pair, tmp_path, capsys):
+    result = run_demo(tmp_path, SHORT, pair)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("teacher_accuracy", "student_accuracy_before", "student_accuracy_after"):
         assert 0 <= metrics[name] <= 1

@@ -198,12 +198,19 @@ def _lora_config(model_args: ModelArguments) -> Any:
 
 def _demo(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer demo")
-    parser.add_argument("--output_dir", default="runs/demo", help="default: %(default)s")
-    output_dir = parser.parse_args(argv).output_dir
+    parser.add_argument(
+        "--pair",
+        choices=("same", "cross"),
+        default="same",
+        help="cross: a student of another family with another tokenizer; default: %(default)s",
+    )
+    parser.add_argument("--output_dir", help="default: runs/demo, runs/demo_cross")
+    arguments = parser.parse_args(argv)
 
     from trainer.demo import run_demo
 
-    run_demo(output_dir)
+    default = "runs/demo_cross" if arguments.pair == "cross" else "runs/demo"
+    run_demo(arguments.output_dir or default, pair=arguments.pair)
 
 
 def _report_user_errors(command, argv: list[str]) -> int:

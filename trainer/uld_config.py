@@ -18,6 +18,11 @@ class ULDFields:
     of the completion. Both means are over the global batch, all micro-batches and ranks, whose
     groups and tokens are counted before the loss. Where TRL's default is a defect ours differs:
     groups are merged by the chain rule and the end of a turn is distilled.
+
+    The hybrid loss alone does not teach words that only the student writes in several tokens: their
+    last piece matches an entry that the teacher does not expect there, and what lowers the loss is
+    a less probable first piece. In the demo across families it fell to 0.002 while the student left
+    those words out (0 % accuracy; 95 % with uld_crossentropy_weight=1 on the teacher's text).
     """
 
     use_uld_loss: bool = field(
@@ -53,7 +58,8 @@ class ULDFields:
         default=False,
         metadata={
             "help": "Generalized JSD with beta on vocabulary entries with equal bytes or roles, "
-            "sorted L1 on the others."
+            "sorted L1 on the others. Give uld_crossentropy_weight with it: words that only the "
+            "student splits are not learnt otherwise."
         },
     )
     uld_hybrid_matched_weight: float | None = field(

@@ -1,7 +1,8 @@
 """A teacher VLM learns handwritten digits, a smaller one learns from it: all on the spot.
 
-No download: pictures from scikit-learn, stock Qwen3-VL classes with small configs, a tokenizer
-trained on the demo's sentences. The real GOLDTrainer, the real fused loss.
+No download: pictures from scikit-learn, stock Qwen3-VL classes with small configs (with
+pair="cross" an Idefics3 student), tokenizers trained on the demo's sentences. The real GOLDTrainer,
+the real fused losses.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from trainer.demo.digits import load_pictures
 from trainer.demo.evaluate import accuracy_of, generate_answers
 from trainer.demo.loss_memory import loss_peak_bytes
+from trainer.demo.other_family import build_other_model, build_other_processor
 from trainer.demo.report import (
     DemoResult,
     draw_contact_sheet,
@@ -32,33 +34,43 @@ TOKENS_PER_ANSWER = 10
 
 
 def run_demo(
-    output_dir: str | Path = "runs/demo", settings: DemoSettings | None = None
+    output_dir: str | Path = "runs/demo",
+    settings: DemoSettings | None = None,
+    pair: str = "same",  # or "cross": a student of another family with another tokenizer
 ) -> DemoResult:
     """Train or load the teacher, distil the student, write everything under output_dir."""
+    is_cross = pair == "cross"
     settings, console = settings or DemoSettings(), Console()
     output_dir = Path(output_dir)
     train, held_out = load_pictures(settings.num_train, settings.num_held_out)
-    processor = build_processor()
-    questions = make_examples(processor, held_out, is_labelled=False)
+    teacher_processor = build_processor()
+    processor = build_other_processor() if is_cross else teacher_processor
 
     console.rule("Teacher: learns from labelled pictures")
     teacher, teacher_seconds = load_or_train_teacher(
-        output_dir / "teacher", processor, train, settings
+        output_dir / "teacher", teacher_processor, train, settings
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.to(device)
-    teacher_accuracy = accuracy_of(generate_answers(teacher, processor, questions), held_out)
+    questions = make_examples(teacher_processor, held_out, is_labelled=False)
+    answers = generate_answers(teacher, teacher_processor, questions)
+    teacher_accuracy = accuracy_of(answers, held_out)
     console.print(f"The teacher reads {teacher_accuracy:.1%} of the held-out pictures.")
 
     console.rule("Student: learns from the teacher, never sees a label")
-    student = build_model(STUDENT_SIZE, processor, settings.seed + 1).to(device)
+    if is_cross:
+        student = build_other_model(processor, settings.seed + 1).to(device)
+    else:
+        student = build_model(STUDENT_SIZE, processor, settings.seed + 1).to(device)
+    questions = make_examples(processor, held_out, is_labelled=False)
     before = accuracy_of(generate_answers(student, processor, questions), held_out)
+    processors = processor, teacher_processor
     log, student_seconds = train_student(
-        output_dir / "student", student, teacher, processor, train, settings
+        output_dir / "student", student, teacher, processors, train, settings
     )
     answers = generate_answers(student, processor, questions)
     num_rows = settings.student_batch_size * TOKENS_PER_ANSWER
-    eager_peak, fused_peak = loss_peak_bytes(student, teacher, num_rows, CHUNK_SIZE)
+    eager_peak, fused_peak = loss_peak_bytes(student, teacher, num_rows, CHUNK_SIZE, is_cross)
     result = DemoResult(
         teacher_accuracy=teacher_accuracy,
         student_accuracy_before=before,

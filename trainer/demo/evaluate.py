@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, Qwen3VLProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from trainer.collator import Example, process_prompts
 from trainer.demo.digits import Digits, parse_answer
@@ -14,7 +14,7 @@ MAX_ANSWER_TOKENS = 24  # an answer has about 10
 
 
 def generate_answers(
-    model: PreTrainedModel, processor: Qwen3VLProcessor, examples: Sequence[Example]
+    model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[Example]
 ) -> list[str]:
     """The model's greedy answer to every example."""
     answers = []

@@ -3,13 +3,27 @@
 import torch
 from transformers import PreTrainedModel
 
-from gold_kernels import fused_linear_jsd, peak_extra_bytes, reference
+from gold_kernels import (
+    fused_linear_jsd,
+    fused_linear_uld,
+    peak_extra_bytes,
+    reference,
+    reference_uld,
+)
 
 
 def loss_peak_bytes(
-    student: PreTrainedModel, teacher: PreTrainedModel, num_rows: int, chunk_size: int
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    num_rows: int,
+    chunk_size: int,
+    is_cross: bool,
 ) -> tuple[int, int]:
-    """(eager, fused) peak bytes of forward and backward above inputs, random hidden states."""
+    """(eager, fused) peak bytes of forward and backward above inputs, random hidden states; of ULD
+    where student and teacher have two vocabularies, else of JSD.
+    """
+    eager_loss = reference_uld.linear_uld if is_cross else reference.linear_jsd
+    fused_loss = fused_linear_uld if is_cross else fused_linear_jsd
     device = student.device
     heads = [model.get_output_embeddings().weight.detach() for model in (student, teacher)]
     hidden = [torch.randn(num_rows, head.shape[1], device=device) for head in heads]
@@ -19,7 +33,7 @@ def loss_peak_bytes(
         loss = loss_function(*leaves, hidden[1], heads[1], **options)
         torch.autograd.grad(loss, leaves)
 
-    step(fused_linear_jsd, chunk_size=chunk_size)  # workspaces and compiled kernels do not count
-    eager = peak_extra_bytes(lambda: step(reference.linear_jsd), device)
-    fused = peak_extra_bytes(lambda: step(fused_linear_jsd, chunk_size=chunk_size), device)
+    step(fused_loss, chunk_size=chunk_size)  # workspaces and compiled kernels do not count
+    eager = peak_extra_bytes(lambda: step(eager_loss), device)
+    fused = peak_extra_bytes(lambda: step(fused_loss, chunk_size=chunk_size), device)
     return eager, fused

@@ -65,7 +65,10 @@ def write_metrics(result: DemoResult, path: Path) -> None:
 
 
 def draw_loss_curve(log: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss per token of on- and off-policy steps, and top-1 agreement with the teacher."""
+    """Loss of on- and off-policy steps, and top-1 agreement with the teacher where tokens are the
+    same.
+    """
+    is_cross = any("uld_loss" in entry for entry in log)
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, label, color in (
         ("off_policy_loss", "off-policy: the teacher's answers", "#0969da"),
@@ -74,14 +77,20 @@ def draw_loss_curve(log: Sequence[dict[str, float]], path: Path) -> None:
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, color=color, marker=".")
-    axis.set(xlabel="step", ylabel="JSD per token (nats)", yscale="log")
+    axis.set(
+        xlabel="step",
+        ylabel="hybrid loss and cross-entropy" if is_cross else "JSD per token (nats)",
+        yscale="log",
+    )
     axis.grid(alpha=0.3)
-    agreement = axis.twinx()
-    steps = [entry["step"] for entry in log]
-    values = [100 * entry["top1_agreement"] for entry in log]
-    agreement.plot(steps, values, color="#6e7781", linestyle="--", label="top-1 agreement")
-    agreement.set(ylabel="tokens where both agree (%)", ylim=(0, 103))
-    handles = [*axis.get_legend_handles_labels()[0], *agreement.get_legend_handles_labels()[0]]
+    handles = axis.get_legend_handles_labels()[0]
+    if not is_cross:
+        agreement = axis.twinx()
+        steps = [entry["step"] for entry in log]
+        values = [100 * entry["top1_agreement"] for entry in log]
+        agreement.plot(steps, values, color="#6e7781", linestyle="--", label="top-1 agreement")
+        agreement.set(ylabel="tokens where both agree (%)", ylim=(0, 103))
+        handles += agreement.get_legend_handles_labels()[0]
     axis.legend(handles=handles, loc="center right")
     axis.set_title("A student learns to read digits from its teacher, without a label")
     figure.savefig(path, dpi=150)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import (
     PreTrainedModel,
+    ProcessorMixin,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Trainer,
@@ -25,8 +26,10 @@ from trainer.gold_trainer import GOLDTrainer
 
 logger = logging.getLogger(__name__)
 
-MAX_LENGTH = 64  # a prompt with its 4 image tokens has about 25
+MAX_LENGTH = 96  # a prompt with its 4 image tokens has 25 to 45
 CACHE_FILE = "demo.json"
+# Across tokenizers. Without it words that the student splits are not learnt: see ULDFields.
+CROSSENTROPY_WEIGHT = 1.0
 CHUNK_SIZE = 64  # rows of logits at a time: a batch has about 320
 
 
@@ -46,7 +49,7 @@ class DemoSettings:
     seed: int = 0
 
 
-def make_examples(processor: Qwen3VLProcessor, digits: Digits, is_labelled: bool) -> list[Example]:
+def make_examples(processor: ProcessorMixin, digits: Digits, is_labelled: bool) -> list[Example]:
     """Rendered rows; without labels, without completions."""
     rows = RowDataset(make_rows(digits, is_labelled), needs_completion=is_labelled, is_text=False)
     collator = GOLDCollator(processor, [processor.tokenizer.eos_token_id], MAX_LENGTH)
@@ -128,15 +131,17 @@ def train_student(
     folder: Path,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    processor: Qwen3VLProcessor,
+    processors: tuple[ProcessorMixin, ProcessorMixin],  # of student and teacher
     digits: Digits,
     settings: DemoSettings,
 ) -> tuple[list[dict[str, float]], float]:
     """Distil a fresh student in place, without a label; return the log and the seconds.
 
     Off-policy steps learn from what the teacher says about a picture, on-policy steps from what the
-    student itself says, both scored by the teacher at every token.
+    student itself says, both scored by the teacher at every token. With two processors, the hybrid
+    loss across tokenizers and cross-entropy.
     """
+    is_cross = processors[0] is not processors[1]
     args = GOLDConfig(
         **common_arguments(folder, settings.student_batch_size, settings),
         max_steps=settings.student_steps,
@@ -145,9 +150,12 @@ def train_student(
         beta=0.5,
         seq_kd=True,
         temperature=1.0,
-        max_completion_length=16,
+        max_completion_length=32 if is_cross else 16,
         max_length=MAX_LENGTH,
         chunk_size=CHUNK_SIZE,
+        use_uld_loss=is_cross,
+        uld_use_hybrid_loss=is_cross,
+        uld_crossentropy_weight=CROSSENTROPY_WEIGHT if is_cross else 0.0,
         log_completions=True,
         log_completions_steps=max(1, settings.student_steps // 2),
         num_completions_to_print=4,
@@ -157,7 +165,8 @@ def train_student(
         teacher_model=teacher,
         args=args,
         train_dataset=make_rows(digits, is_labelled=False),
-        processing_class=processor,
+        processing_class=processors[0],
+        teacher_processing_class=processors[1],
     )
     start = time.perf_counter()
     trainer.train()
