@@ -64,8 +64,9 @@ class ULDObjective:
     ) -> Tensor:  # ()
         sizes = batch.alignment.num_groups, student_hidden.shape[0]
         if item_weights is None:
-            item_weights = student_hidden.new_tensor([1 / max(size, 1) for size in sizes])
-        group_weight, token_weight = item_weights.float().unbind()
+            shares = [1 / max(size, 1) for size in sizes]
+            item_weights = torch.tensor(shares, device=student_hidden.device)
+        group_weight, token_weight = item_weights.unbind()
         row_weights = (self.distillation_weight * group_weight).expand(sizes[0])
         hard = {}
         if self.crossentropy_weight:
