@@ -1,10 +1,24 @@
-"""Runs across families: saved, resumed, and started from folders on the command line."""
+"""Runs across families: saved, resumed, started from folders on the command line, and with a
+SentencePiece teacher.
+"""
 
 import json
 
 import pytest
 import torch
-from cross_cases import cross_trainer, make_sides, rows_of
+import transformers
+from cross_cases import (
+    Side,
+    aligner_of,
+    assert_equals,
+    completions_of,
+    cross_trainer,
+    eager_cross_step,
+    make_sides,
+    rows_of,
+)
+from tiny_models import tiny
+from tokenizers_cases import TOKENIZERS
 from trainer_cases import losses_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -82,3 +96,37 @@ def test_command_line_trains_an_adapter_from_folders(tmp_path):
     assert (tmp_path / "run" / "adapter_config.json").exists()
     processor = AutoProcessor.from_pretrained(tmp_path / "run")
     assert type(processor) is type(student.processor)
+
+
+def test_sentencepiece_teacher_whose_end_of_turn_is_not_its_eos(tmp_path):
+    tokenizer = TOKENIZERS["gemma"]()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer) + 5,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.1,
+    )
+    student = Side("qwen3", *tiny("qwen3"))
+    teacher = Side("gemma3", transformers.LlamaForCausalLM(config).eval(), tokenizer)
+    rows = rows_of("qwen3", count=4)
+    aligner = aligner_of(student, teacher)
+    completions = [(ids, aligner.teacher_ids(ids)) for ids in completions_of(student, rows)]
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end != tokenizer.eos_token_id and all(ids[-1] == end for _, ids in completions)
+    alignments = [aligner.align(*pair) for pair in completions]
+    options = {"uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.3}
+    expected = eager_cross_step(
+        student,
+        teacher,
+        rows,
+        completions,
+        alignments,
+        is_hybrid=True,
+        crossentropy_weight=0.3,
+    )
+    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **options)
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+    assert trainer.state.log_history[0]["scored_bytes"] == 1
