@@ -35,6 +35,10 @@ def check_heads(
         checks.check_side(function, side, head.hidden, head.weight, head.bias)
         checks.check_head_options(function, head.bias, head.logit_scale, head.softcap)
     checks.check_same_kind(function, student.hidden, teacher.hidden)
+    if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
+        student = LinearHead(
+            *(None if t is None else t.detach() for t in student[:3]), *student[3:]
+        )
     return student, teacher
 
 

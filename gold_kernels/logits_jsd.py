@@ -160,6 +160,8 @@ def jsd_loss(
         logits if logits.stride(1) == 1 else logits.contiguous()
         for logits in (student_logits[:, :vocab_size], teacher_logits[:, :vocab_size].detach())
     )
+    if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
+        student_logits = student_logits.detach()
     loss, values = JSDLogitsFunction.apply(
         student_logits,
         teacher_logits,

@@ -100,6 +100,16 @@ def test_in_place_allocates_nothing_of_the_size_of_the_logits():
     assert extra[True] < 2 * size + 18 * 4 * (1 << 15), "the clone and the sum only"
 
 
+def test_without_grad_mode_no_gradient_is_computed_and_logits_stay():
+    student, teacher = logit_pair(512, 4096)
+    logits = student.clone().requires_grad_() + 0
+    assert peak_extra_bytes(lambda: jsd_loss(logits, teacher)) > 4 * logits.numel()
+    with torch.no_grad():
+        assert peak_extra_bytes(lambda: jsd_loss(logits, teacher)) < 2 * logits.numel()
+        jsd_loss(logits, teacher, in_place=True)
+    assert logits.equal(student)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -192,6 +192,18 @@ def test_every_subset_of_gradients(needs):
             torch.testing.assert_close(leaf.grad, truth, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_without_grad_mode_no_gradient_is_computed(is_inference):
+    """An evaluation would pay for a (V, D_s) gradient that nobody asks for."""
+    case = random_case(n=8, v=4000, d_s=512).to(torch.float32)
+    gradient_bytes = 4 * case.student_weight.numel()
+    expected = fused_linear_jsd(*case).detach()
+    assert peak_extra_bytes(lambda: fused_linear_jsd(*case)) > gradient_bytes
+    with torch.inference_mode() if is_inference else torch.no_grad():
+        torch.testing.assert_close(fused_linear_jsd(*case), expected)
+        assert peak_extra_bytes(lambda: fused_linear_jsd(*case)) < gradient_bytes / 8
+
+
 def test_the_teacher_gets_no_gradient():
     case = random_case().to(torch.float32)
     case.teacher_weight.requires_grad_()
