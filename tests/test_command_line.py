@@ -7,10 +7,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 from tiny_models import tiny, tiny_picture, tiny_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from trainer import loading
 from trainer.__main__ import main
 from trainer.command_line import parse_arguments
 from trainer.data_files import DataArguments, load_rows
@@ -295,6 +297,25 @@ def test_train_saves_a_student_that_answers(models, json_rows, tmp_path):
     )
     inputs = processor(text=[prompt], images=[tiny_picture(0)], return_tensors="pt")
     assert student.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("extra", [[], ["--model_init_kwargs", '{"dtype": "float32"}']])
+def test_fields_of_the_student_reach_its_weights(models, json_rows, tmp_path, monkeypatch, extra):
+    students = []
+    load_model = loading.load_model
+
+    def spy(name, *args):
+        students.append((name, args[0], load_model(name, *args)))
+        return students[-1][2]
+
+    monkeypatch.setattr(loading, "load_model", spy)
+    flags = [*train_flags(models, json_rows, tmp_path / "out"), "--max_steps", "1"]
+    flags += ["--dtype", "bfloat16", "--attn_implementation", "eager", "--trust_remote_code"]
+    assert main(["train", *flags, "--model_revision", "v1", *extra]) == 0
+    ((_, options, student),) = (s for s in students if s[0] == str(models / "student"))
+    assert (options["revision"], options["trust_remote_code"]) == ("v1", True)
+    assert student.dtype == (torch.float32 if extra else torch.bfloat16)
+    assert student.config._attn_implementation == "eager"
 
 
 def test_lora_run_saves_the_adapter(models, json_rows, tmp_path):

@@ -145,6 +145,7 @@ def _train(argv: list[str]) -> None:
             f"resume_from_checkpoint must be a checkpoint's folder, got {checkpoint!r}; they are "
             f"{config.output_dir}/checkpoint-STEP"
         )
+    config.model_init_kwargs = _student_options(model_args) | (config.model_init_kwargs or {})
     needs_eval = config.eval_strategy != "no"
     train_rows = load_rows(data_args, "train")
     eval_rows = load_rows(data_args, "eval") if needs_eval else None
@@ -175,6 +176,17 @@ def _end_progress_bars(callbacks: list[TrainerCallback]) -> None:
             for bar in (callback.prediction_bar, callback.training_bar):
                 if bar is not None:
                     bar.close()
+
+
+def _student_options(model_args: ModelArguments) -> dict[str, Any]:
+    """Arguments of from_pretrained; those of model_init_kwargs win."""
+    options = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _lora_config(model_args: ModelArguments) -> Any:
