@@ -92,6 +92,26 @@ def test_placed_image_parts_stay_where_they_are():
     assert row.prompt[0]["content"] == content
 
 
+def test_picture_beside_an_empty_column_is_kept():
+    row = read({"messages": [USER, ANSWER], "image": tiny_picture(1), "images": []})
+    assert len(row.images) == 1 and row.prompt[0]["content"] == [IMAGE, TEXT]
+
+
+def test_keys_that_a_table_fills_with_none_are_left_out():
+    """Qwen's templates write a picture for every part that has the key "image"."""
+    picture = {"type": "image", "image": "1.png"}
+    messages = [
+        {"role": "user", "content": [picture, TEXT]},
+        {"role": "assistant", "content": [TEXT]},
+    ]
+    table = datasets.Dataset.from_list([{"messages": messages}])
+    columns = table[0] | {"images": [tiny_picture(1)]}
+    assert columns["messages"][0]["content"][1] == {**TEXT, "image": None}, "what Arrow makes of it"
+    row = read(columns)
+    assert row.prompt == [{"role": "user", "content": [picture, TEXT]}]
+    assert row.completion == TEXT["text"]
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
 def test_pictures_of_any_mode_become_rgb(mode):
     row = read({"messages": [USER, ANSWER], "image": Image.new(mode, (8, 6))})
@@ -161,6 +181,21 @@ def test_picture_that_datasets_cannot_decode_names_the_row(tmp_path):
             {"prompt": [USER], "completion": [{"role": "assistant", "content": [IMAGE]}]},
             {},
             "an answer must be text, got",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]},
+            {},
+            "a part of a message must be text or the place of a picture, got {'type': 'text'}",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}, TEXT]}, ANSWER]},
+            {},
+            "a part of a message must be text or the place of a picture, got {'type': 'video'}",
+        ),
+        (
+            {"messages": [USER, ANSWER], "image": tiny_picture(1), "images": [tiny_picture(2)]},
+            {},
+            "pictures must be in one column, got image and images; drop one of them",
         ),
         (
             {"messages": [USER, ANSWER], "image": "one.png"},

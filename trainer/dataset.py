@@ -89,7 +89,7 @@ def parse_row(columns: dict[str, Any], index: int, is_text: bool) -> Row:
             prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str):
         _check_messages(prompt, index)
-        prompt = _place_images(prompt, len(images), index)
+        prompt = _place_images([_without_none(m) for m in prompt], len(images), index)
     return Row(index, prompt, completion, images)
 
 
@@ -115,6 +115,23 @@ def _check_messages(messages: Messages, index: int) -> None:
                 f"{content!r}; write it as text, or as "
                 '[{"type": "image"}, {"type": "text", "text": "..."}].'
             )
+        for part in () if isinstance(content, str) else content:
+            is_text = part.get("type") == "text" and isinstance(part.get("text"), str)
+            if not is_text and part.get("type") != "image":
+                raise ValueError(
+                    f"row {index}: a part of a message must be text or the place of a picture, got "
+                    f'{part!r}; write {{"type": "text", "text": "..."}} or {{"type": "image"}}.'
+                )
+
+
+def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without keys that hold None: Arrow gives every part the keys of all parts, and
+    templates take a part with the key "image" for a picture.
+    """
+    content = message["content"]
+    if not isinstance(content, str):
+        content = [{k: v for k, v in part.items() if v is not None} for part in content]
+    return {k: v for k, v in message.items() if v is not None} | {"content": content}
 
 
 def _split_messages(messages: Messages, index: int) -> tuple[Messages, str | None]:
@@ -135,15 +152,18 @@ def _assistant_text(completion: Messages, index: int) -> str:
     content = completion[0]["content"]
     if isinstance(content, str):
         return content
-    if any(part.get("type") != "text" for part in content):
+    if any(part["type"] != "text" for part in content):
         raise ValueError(f"row {index}: an answer must be text, got {content}; drop other parts.")
     return "".join(part["text"] for part in content)
 
 
 def _images(columns: dict[str, Any], index: int) -> list[Image.Image]:
-    images = columns.get("image") if columns.get("images") is None else columns["images"]
-    if not isinstance(images, list | tuple):
-        images = [] if images is None else [images]
+    image, images = (_as_list(columns.get(name)) for name in ("image", "images"))
+    if image and images:
+        raise ValueError(
+            f"row {index}: pictures must be in one column, got image and images; drop one of them."
+        )
+    images = image or images
     for image in images:
         if not isinstance(image, Image.Image):
             raise ValueError(
@@ -156,6 +176,10 @@ def _images(columns: dict[str, Any], index: int) -> list[Image.Image]:
             raise _unreadable(index, error) from error
     # Not every processor takes grey, palette or transparent pictures.
     return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+
+
+def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
+    return value if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _unreadable(index: int, error: Exception) -> ValueError:
