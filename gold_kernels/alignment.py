@@ -82,10 +82,12 @@ class TokenAlignment(NamedTuple):
     """
 
     student_base_rows: Tensor  # (G,) int64 in [0, N_s)
+    student_base_ids: Tensor  # (G,) int64, the actual tokens
     student_scalar_rows: Tensor  # (S_s,) int64 in [0, N_s)
     student_scalar_ids: Tensor  # (S_s,) int64, the actual tokens
     student_scalar_groups: Tensor  # (S_s,) int64 in [0, G)
     teacher_base_rows: Tensor  # (G,) int64 in [0, N_t)
+    teacher_base_ids: Tensor  # (G,) int64
     teacher_scalar_rows: Tensor  # (S_t,) int64 in [0, N_t)
     teacher_scalar_ids: Tensor  # (S_t,) int64
     teacher_scalar_groups: Tensor  # (S_t,) int64 in [0, G)
@@ -98,6 +100,24 @@ class TokenAlignment(NamedTuple):
     @property
     def num_groups(self) -> int:  # G
         return self.student_base_rows.shape[0]
+
+    @property
+    def sides(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Base rows and ids, scalar rows, ids and groups of the student and of the teacher."""
+        return self[0:5], self[5:10]
+
+    def span_ids(self) -> tuple[Tensor, Tensor]:  # (G,) int64 of the student, of the teacher
+        """The token of the base row in groups that more than one token of a side makes, -1 in all
+        others.
+        """
+        is_merged = torch.zeros_like(self.student_base_rows, dtype=torch.bool)
+        for groups in (self.student_scalar_groups, self.teacher_scalar_groups):
+            is_merged.index_fill_(0, groups, True)
+        student, teacher = (
+            torch.where(is_merged, ids, -1)
+            for ids in (self.student_base_ids, self.teacher_base_ids)
+        )
+        return student, teacher
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenAlignment":
         return TokenAlignment(
@@ -153,10 +173,10 @@ class TokenAlignment(NamedTuple):
             )
         return cls(
             *_concatenate_side(
-                [a[0:4] for a in alignments], [a.num_student_rows for a in alignments]
+                [a.sides[0] for a in alignments], [a.num_student_rows for a in alignments]
             ),
             *_concatenate_side(
-                [a[4:8] for a in alignments], [a.num_teacher_rows for a in alignments]
+                [a.sides[1] for a in alignments], [a.num_teacher_rows for a in alignments]
             ),
             merges.pop(),
             sum(a.num_student_rows for a in alignments),
@@ -179,10 +199,8 @@ def _check_merge(function: str, merge: str, is_late: bool) -> None:
         )
 
 
-def _side_rows(
-    groups: Tensor, ids: Tensor, merge: str, is_late: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Base rows (G,), then rows, ids and groups of the scalars (S,)."""
+def _side_rows(groups: Tensor, ids: Tensor, merge: str, is_late: bool) -> tuple[Tensor, ...]:
+    """Base rows and ids (G,), then rows, ids and groups of the scalars (S,)."""
     scored = (groups >= 0).nonzero().squeeze(1)
     groups = groups[scored]
     is_base = torch.ones_like(groups, dtype=torch.bool)
@@ -191,21 +209,19 @@ def _side_rows(
         is_base[:-1] = is_change
     else:
         is_base[1:] = is_change
-    scalars = scored[~is_base]
-    return scored[is_base] + is_late, scalars + is_late, ids[scalars], groups[~is_base]
+    bases, scalars = scored[is_base], scored[~is_base]
+    return bases + is_late, ids[bases], scalars + is_late, ids[scalars], groups[~is_base]
 
 
-def _concatenate_side(
-    sides: list[tuple[Tensor, ...]], num_rows: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _concatenate_side(sides: list[tuple[Tensor, ...]], num_rows: list[int]) -> tuple[Tensor, ...]:
     first_row = first_group = 0
     shifted = []
-    for (base_rows, scalar_rows, scalar_ids, scalar_groups), rows in zip(
-        sides, num_rows, strict=True
-    ):
+    for side, rows in zip(sides, num_rows, strict=True):
+        base_rows, base_ids, scalar_rows, scalar_ids, scalar_groups = side
         shifted.append(
             (
                 base_rows + first_row,
+                base_ids,
                 scalar_rows + first_row,
                 scalar_ids,
                 scalar_groups + first_group,

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.kernels.launch import aligned_width, empty_rows
+
 DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # float16 ends at 6e-8, far above row_weight * probability: gradients travel as 2**14 / max
 # |row_weight| times themselves (their absolute row sum is at most 2 row weights) and are kept in
@@ -127,10 +129,8 @@ def plan_chunks(
     """
     hidden, has_grad = student.hidden, any(needs)
     num_rows = max(1, student.num_rows)
-    v_student, v_teacher = (
-        student.weight.shape[0],
-        0 if teacher is None else teacher.weight.shape[0],
-    )
+    v_student = aligned_width(student.weight.shape[0])
+    v_teacher = 0 if teacher is None else aligned_width(teacher.weight.shape[0])
     logits_dtype = limits.logits_dtype or float_dtype(hidden)
     is_in_place = has_grad and logits_dtype == hidden.dtype
     chunk_row = logits_dtype.itemsize * (v_teacher + (0 if is_in_place else v_student))
@@ -143,7 +143,7 @@ def plan_chunks(
     if not needs.weight:
         chunk = _rows_within(num_rows, budget, chunk_row + grad_row, limits.chunk_size)
         return ChunkPlan(chunk, chunk)
-    accumulator = 4 * v_student * hidden.shape[1]
+    accumulator = 4 * student.weight.numel()
     if hidden.dtype == torch.bfloat16 and num_rows * grad_row <= accumulator:
         room = budget - num_rows * (panel_row - grad_row)
         return ChunkPlan(_rows_within(num_rows, room, chunk_row, limits.chunk_size), num_rows)
@@ -205,11 +205,13 @@ def run_chunks(
     logits_dtype = limits.logits_dtype or wide
     teacher_buffer = None
     if num_paired:
-        teacher_buffer = hidden.new_empty(plan.chunk, teacher.weight.shape[0], dtype=logits_dtype)
-    grad_panel = hidden.new_empty(plan.panel, weight.shape[0]) if has_grad else None
+        teacher_buffer = empty_rows(hidden, plan.chunk, teacher.weight.shape[0], logits_dtype)
+    grad_panel = None
+    if has_grad:
+        grad_panel = empty_rows(hidden, plan.panel, weight.shape[0], hidden.dtype)
     student_buffer = None
     if not (has_grad and logits_dtype == hidden.dtype):
-        student_buffer = hidden.new_empty(plan.chunk, weight.shape[0], dtype=logits_dtype)
+        student_buffer = empty_rows(hidden, plan.chunk, weight.shape[0], logits_dtype)
     for first in range(0, num_rows, plan.panel):
         last = min(first + plan.panel, num_rows)
         for rows in _chunks(first, last, num_paired, plan.chunk):

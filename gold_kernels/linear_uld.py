@@ -104,9 +104,10 @@ def _projected_rows(
     if alignment is None:
         weights = torch.stack([row_weights, _hard_weights(labels, label_weights, row_weights)], 1)
         return ULDRows(weights, [labels.contiguous()] if has_labels else [])
-    student, teacher = alignment[0:4], alignment[4:8]
-    index = torch.cat(student[:2])
-    weights = torch.cat([row_weights, row_weights[student[3]]])
+    student, teacher = alignment.sides
+    base_rows, _, *student_scalars = student
+    index = torch.cat([base_rows, student_scalars[0]])
+    weights = torch.cat([row_weights, row_weights[student_scalars[2]]])
     if has_labels:
         is_used = torch.zeros(num_rows, dtype=torch.bool, device=index.device).index_fill_(
             0, index, True
@@ -120,8 +121,8 @@ def _projected_rows(
         torch.stack([weights, hard_weights], 1),
         [labels] if has_labels else [],
         [index, teacher[0]],
-        student[1:] if student[1].shape[0] else [],
-        teacher[1:] if teacher[1].shape[0] else [],
+        student_scalars if student_scalars[0].shape[0] else [],
+        teacher[2:] if teacher[2].shape[0] else [],
     )
 
 
@@ -170,8 +171,12 @@ def fused_linear_uld(
         matched_weight * JSD_beta(matched entries) + unmatched_weight * sorted L1 of the others
 
     where JSD_beta is that of fused_linear_jsd on sub-distributions (KL with + sum q - sum p, so
-    never negative). Weights None take the share of the student's vocabulary that is matched, and
-    one minus it. The cross-entropy is taken at temperature 1 on the student's own logits.
+    never negative). In a bayesian group of several tokens an entry is not the continuation that
+    its bytes say, since other tokens of the group come before it: there the hybrid loss is
+    matched_weight * JSD_beta of two outcomes, the bytes of the group follow or others do.
+    merge="observed" matches entries there too, as TRL. Weights None take the share of the
+    student's vocabulary that is matched, and one minus it. The cross-entropy is taken at
+    temperature 1 on the student's own logits.
 
     backend "torch" sorts and is exact. "triton" counts on a grid and orders only the bins in which
     the sign may change: on its own float32 logits the loss is within 1e-4 and the gradient within
@@ -211,6 +216,9 @@ def fused_linear_uld(
     rows = _projected_rows(
         alignment, row_weights.to(dtype), labels, label_weights, student.num_rows
     )
+    has_merged = bool(rows.student_scalars or rows.teacher_scalars)
+    if has_merged and overlap is not None and alignment.merge == "bayesian":
+        rows = rows._replace(spans=alignment.span_ids())
     with torch.autocast(device.type, enabled=False):
         loss, values = FusedLinearULDFunction.apply(
             *student[:3],

@@ -46,6 +46,7 @@ def _uld_logits_operator(
             None,
             None,
             partners or None,
+            None,
             values,
             beta=beta,
             temperatures=temperatures,

@@ -22,6 +22,7 @@ from gold_kernels.vocabulary import VocabOverlap
 # Log-probabilities closer than this are equal. Two sides that hold the same entries in another
 # order differ by the rounding of their log-sum-exp, 1e-15 in float64.
 TIE = 1e-12
+SMALLEST_REST = 1e-30  # of 1 - p where p is 1
 
 
 class _SortedL1Function(torch.autograd.Function):
@@ -164,6 +165,19 @@ def hybrid_rows(
     return matched_weight * matched + unmatched_weight * unmatched
 
 
+def span_rows(
+    log_q: Tensor,  # (G,) of the spans
+    log_p: Tensor,  # (G,)
+    beta: float,
+) -> Tensor:  # (G,)
+    """Generalized JSD of two outcomes: the bytes of the span follow, or any others."""
+    outcomes = (
+        torch.stack([log_prob, (-torch.expm1(log_prob)).clamp_min(SMALLEST_REST).log()], -1)
+        for log_prob in (log_q, log_p)
+    )
+    return generalized_jsd_rows(*outcomes, beta)
+
+
 def _without(log_prob: Tensor, ids: Tensor) -> Tensor:  # (N, V), (K,) -> (N, V - K)
     is_left = torch.ones(log_prob.shape[-1], dtype=torch.bool, device=log_prob.device)
     is_left[ids] = False
@@ -172,10 +186,10 @@ def _without(log_prob: Tensor, ids: Tensor) -> Tensor:  # (N, V), (K,) -> (N, V 
 
 def _group_log_probs(
     logits: Tensor,  # (N, V)
-    rows: tuple[Tensor, Tensor, Tensor, Tensor],  # one side of a TokenAlignment
+    rows: tuple[Tensor, ...],  # one side of a TokenAlignment
     temperature: float,
 ) -> Tensor:  # (G, V)
-    base_rows, scalar_rows, scalar_ids, scalar_groups = rows
+    base_rows, _, scalar_rows, scalar_ids, scalar_groups = rows
     num_groups = base_rows.shape[0]
     log_scale = merged_log_scale(
         logits[scalar_rows], scalar_ids, scalar_groups, num_groups, temperature=temperature
@@ -203,7 +217,9 @@ def uld_loss(
     """weight_soft sum_i row_weights[i] ULD_i + weight_hard sum_n label_weights[n] CE_n, CE at
     temperature 1.
 
-    ULD_i is of a pair of rows, or of a group (extended ULD), or hybrid_rows of either. Gradient to
+    ULD_i is of a pair of rows, or of a group (extended ULD), or hybrid_rows of either; hybrid in a
+    bayesian group of several tokens is matched_weight span_rows. There a vocabulary entry is not
+    the continuation that its bytes say: it follows other tokens on each side. Gradient to
     student_logits only.
     """
     teacher_logits = teacher_logits.detach()
@@ -211,8 +227,8 @@ def uld_loss(
         log_q = log_probs(student_logits, student_temperature)
         log_p = log_probs(teacher_logits, teacher_temperature)
     else:
-        log_q = _group_log_probs(student_logits, alignment[0:4], student_temperature)
-        log_p = _group_log_probs(teacher_logits, alignment[4:8], teacher_temperature)
+        log_q = _group_log_probs(student_logits, alignment.sides[0], student_temperature)
+        log_p = _group_log_probs(teacher_logits, alignment.sides[1], teacher_temperature)
     if overlap is None:
         rows = sorted_l1_rows(log_q, log_p)
     else:
@@ -224,6 +240,14 @@ def uld_loss(
             matched_weight=matched_weight,
             unmatched_weight=unmatched_weight,
         )
+        if alignment is not None and alignment.merge == "bayesian":
+            ids = [side.unsqueeze(1) for side in alignment.span_ids()]
+            spans = [
+                side.gather(1, tokens.clamp_min(0)).squeeze(1)
+                for side, tokens in zip((log_q, log_p), ids, strict=True)
+            ]
+            merged = matched_weight * span_rows(*spans, beta)
+            rows = torch.where(ids[0].squeeze(1) >= 0, merged, rows)
     loss = weight_soft * _weighted_sum(rows, row_weights)
     if labels is None:
         return loss

@@ -4,6 +4,7 @@ C rows of a chunk, V vocabulary (V_s, V_t), K matched entries. Same signatures a
 gold_kernels.kernels.uld_rows and token_rows, whose gradient is this one up to its bins.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,13 +60,27 @@ def _matched(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]
     return loss, (beta - 1) * s * to_m
 
 
+def _spans(
+    log_s: Tensor, log_t: Tensor, spans: Sequence[Tensor], beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(c,) loss of the two outcomes span and no span, its slope in log s, log s and log t."""
+    index = [ids.clamp_min(0).unsqueeze(1) for ids in spans]
+    sides = [side.gather(1, ids) for side, ids in zip((log_s, log_t), index, strict=True)]
+    smallest = torch.finfo(log_s.dtype).tiny ** 0.5
+    rests = [(-torch.expm1(side)).clamp_min(smallest).log() for side in sides]
+    outcomes = (torch.cat(pair, 1) for pair in zip(sides, rests, strict=True))
+    loss, pull = _matched(*outcomes, beta)
+    slope = pull[:, 0] - pull[:, 1] * (sides[0] - rests[0]).squeeze(1).exp()
+    return loss, slope, sides[0].squeeze(1), sides[1].squeeze(1)
+
+
 def _log_probs(logits: Tensor, temperature: float, log_scale: Tensor | None) -> Tensor:
     log_probs = (logits / temperature).clamp_min(LOWEST_LOGIT).log_softmax(-1)
     return log_probs if log_scale is None else log_probs + log_scale.unsqueeze(-1)
 
 
 def _pull(
-    log_s: Tensor, log_t: Tensor, partners: tuple[Tensor, Tensor] | None, options: _Options
+    log_s: Tensor, log_t: Tensor, partners: Sequence[Tensor] | None, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:  # (c,) matched, (c,) unmatched loss, (c, V_s) s dloss / ds
     s, t = log_s.exp(), log_t.exp()
     if partners is None:
@@ -109,7 +124,8 @@ def uld_rows_(
     weights: Tensor,  # (C, 2): of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher
     labels: Tensor | None,  # (C,) int64
-    partners: tuple[Tensor, Tensor] | None,  # (V_s,), (V_t,) int32, see VocabOverlap.partners
+    partners: Sequence[Tensor] | None,  # (V_s,), (V_t,) int32, the matched entry or -1
+    spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see kernels/uld_rows.py
     values: Tensor,  # (7, C), overwritten: see kernels/uld_rows.py
     *,
     beta: float,
@@ -129,11 +145,29 @@ def uld_rows_(
         log_s = _log_probs(student, temperatures[0], scales[0])
         log_t = _log_probs(teacher_logits[rows].to(values.dtype), temperatures[1], scales[1])
         matched, unmatched, pull = _pull(log_s, log_t, partners, options)
+        masses = [
+            _mass(log_s, scales[0], partners, 0),
+            _mass(log_t, scales[1], partners, 1),
+        ]
+        if spans is not None:
+            ids = [side[rows] for side in spans]
+            is_span = ids[0] >= 0
+            loss, span_slope, *log_spans = _spans(log_s, log_t, ids, beta)
+            matched = torch.where(is_span, loss, matched)
+            unmatched = torch.where(is_span, 0, unmatched)
+            at_span = torch.zeros_like(pull).scatter_(
+                1, ids[0].clamp_min(0).unsqueeze(1), (matched_weight * span_slope).unsqueeze(1)
+            )
+            pull = torch.where(is_span.unsqueeze(1), at_span, pull)
+            masses = [
+                torch.where(is_span, span.exp(), mass)
+                for span, mass in zip(log_spans, masses, strict=True)
+            ]
         weight, hard_weight = weights[rows].unbind(1)
         is_live, is_hard = weight != 0, hard_weight != 0  # weight 0: may hold anything
         slope = pull.sum(-1)
         live = [matched_weight * matched + unmatched_weight * unmatched, None, matched, unmatched]
-        live += [_mass(log_s, scales[0], partners, 0), _mass(log_t, scales[1], partners, 1), slope]
+        live += [*masses, slope]
         for index, value in enumerate(live):
             if value is not None:
                 values[index, rows] = torch.where(is_live, value, 0)
@@ -150,7 +184,7 @@ def uld_rows_(
 
 
 def _mass(
-    log_probs: Tensor, scale: Tensor | None, partners: tuple[Tensor, Tensor] | None, side: int
+    log_probs: Tensor, scale: Tensor | None, partners: Sequence[Tensor] | None, side: int
 ) -> Tensor:  # (c,) probability of matched entries
     if partners is None:
         return torch.zeros_like(log_probs[:, 0])

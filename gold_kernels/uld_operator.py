@@ -56,6 +56,7 @@ class ULDRows(NamedTuple):
     student_scalars: Sequence[Tensor] = ()  # [rows, ids, groups], (S_s,) each
     teacher_scalars: Sequence[Tensor] = ()  # [rows, ids, groups], (S_t,) each
     partners: Sequence[Tensor] = ()  # [(V_s,), (V_t,)] int32
+    spans: Sequence[Tensor] = ()  # [(G,), (G,)] int64, see TokenAlignment.span_ids
 
 
 def row_functions(backend: str) -> tuple[Callable, Callable]:
@@ -113,6 +114,7 @@ def linear_uld_operator(
     student_scalars: Sequence[Tensor],
     teacher_scalars: Sequence[Tensor],
     partners: Sequence[Tensor],
+    spans: Sequence[Tensor],
     beta: float,
     temperatures: Sequence[float],
     matched_weight: float,
@@ -168,6 +170,7 @@ def linear_uld_operator(
                 None if log_scales is None else [scales[rows] for scales in log_scales],
                 chunk_labels,
                 partners or None,
+                [side[rows] for side in spans] or None,
                 values[:, rows],
                 beta=beta,
                 temperatures=temperatures,

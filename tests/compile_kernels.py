@@ -1,9 +1,11 @@
 """Compile every Triton kernel for the compute capabilities given (80 Ampere, 90 Hopper, 100
-Blackwell), without a GPU; prints one line per cubin.
+Blackwell), without a GPU; prints one line per cubin: architecture, kernel, its bytes and the bytes
+of shared memory that a program needs.
 
 Run as a script in a process without TRITON_INTERPRET (the interpreter replaces triton.jit).
 """
 
+import re
 import sys
 
 import triton
@@ -11,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows
+from gold_kernels.kernels.launch import ROW_ALIGNMENT
 
 
 def signature_of(kernel, types, floats, constexprs):
@@ -60,18 +63,21 @@ def uld_signatures():
         (uld_rows.JSD, everything, True, False, "*fp32"),
     ):
         names = ("HAS_SCALES", "HAS_LABELS", "HAS_OVERLAP", "HAS_SOFTCAP")
+        has_lists = logits == "*fp32"
         constexprs = dict(zip(names, flags, strict=True)) | {
             "MODE": mode,
+            "HAS_SPANS": flags is everything,
+            "HAS_SIGNS": needs_grad,
             "NEEDS_GRAD": needs_grad,
             "IS_SHARED": is_shared,
-            "HAS_LISTS": logits == "*fp32",
+            "HAS_LISTS": has_lists,
             "ARE_SIGNS_GRAD": needs_grad,
             "NUM_BINS": uld_rows.NUM_BINS,
             "SCAN_BINS": uld_rows.SCAN_BINS,
             "LIST_SIZE": uld_rows.LIST_SIZE,
             "MAX_LISTED": uld_rows.MAX_LISTED,
             "LIST_WORDS": uld_rows.LIST_WORDS,
-            "BLOCK_V": 8192,
+            "BLOCK_V": 4096 if has_lists else 8192,
             "LINE": 4 if logits == "*fp32" else 8,
         }
         types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
@@ -79,6 +85,7 @@ def uld_signatures():
         types |= {"labels_ptr": "*i64", "table_ptr": "*i32", "lists_ptr": "*i32"}
         types |= {"signs_ptr": "*bf16"}
         types |= {"student_partners_ptr": "*i32", "teacher_partners_ptr": "*i32"}
+        types |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
         signature = signature_of(kernel, types, (*floats, "softcap"), constexprs)
         yield kernel, signature, constexprs
 
@@ -101,6 +108,25 @@ def scale_signatures():
         yield kernel, signature_of(kernel, types, (), constexprs), constexprs
 
 
+def alignment_of(kernel, signature, constexprs):
+    """What the launcher says of pointers and strides; rows are aligned where the kernel keeps its
+    table in shared memory, and sizes are any number.
+    """
+    is_aligned = constexprs.get("IS_SHARED", True)
+    return {
+        (position,): [["tt.divisibility", ROW_ALIGNMENT]]
+        for position, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr") or (is_aligned and signature[name] == "i64")
+    }
+
+
+def shared_bytes(compiled) -> int:
+    """Static and dynamic shared memory of a program."""
+    return compiled.metadata.shared + sum(
+        int(size) for size in re.findall(r"\.shared .*?\.b8 \w+\[(\d+)\]", compiled.asm["ptx"])
+    )
+
+
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
         target = GPUTarget("cuda", capability, 32)
@@ -110,10 +136,12 @@ def main() -> None:
             *uld_signatures(),
             *token_signatures(),
         ):
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-            compiled = triton.compile(source, target=target, options={"num_warps": 16})
-            size = len(compiled.asm["cubin"])
-            sys.stdout.write(f"sm_{capability} {kernel.__name__} {size} bytes\n")
+            attributes = alignment_of(kernel, signature, constexprs)
+            source = ASTSource(kernel, signature, constexprs, attributes)
+            options = {"num_warps": 16} | ({"maxnreg": 64} if "IS_SHARED" in constexprs else {})
+            compiled = triton.compile(source, target=target, options=options)
+            size, shared = len(compiled.asm["cubin"]), shared_bytes(compiled)
+            sys.stdout.write(f"sm_{capability} {kernel.__name__} {size} {shared}\n")
 
 
 if __name__ == "__main__":

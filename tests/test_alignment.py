@@ -83,17 +83,29 @@ def test_the_groups_of_the_example_are_those_of_its_byte_ends():
 @pytest.mark.parametrize(
     ("options", "student", "teacher"),
     [
-        # bases, then rows, ids and groups of the scalars
-        ({}, ([1, 3], [0, 2], [10, 12], [0, 1]), ([1, 2], [0], [20], [0])),
-        ({"merge": "observed"}, ([0, 2], [1, 3], [11, 13], [0, 1]), ([0, 2], [1], [21], [0])),
+        # rows and ids of the bases, then rows, ids and groups of the scalars
+        (
+            {},
+            ([1, 3], [11, 13], [0, 2], [10, 12], [0, 1]),
+            ([1, 2], [21, 22], [0], [20], [0]),
+        ),
+        (
+            {"merge": "observed"},
+            ([0, 2], [10, 12], [1, 3], [11, 13], [0, 1]),
+            ([0, 2], [20, 22], [1], [21], [0]),
+        ),
         # the last group would need a row after the last one
-        ({"merge": "observed", "is_late": True}, ([1], [2], [11], [0]), ([1], [2], [21], [0])),
+        (
+            {"merge": "observed", "is_late": True},
+            ([1], [10], [2], [11], [0]),
+            ([1], [20], [2], [21], [0]),
+        ),
     ],
 )
 def test_base_and_scalar_rows_of_every_merge(options, student, teacher):
     alignment = TokenAlignment.from_groups(HAND_GROUPS, *HAND_IDS, 6, **options)
-    assert [field.tolist() for field in alignment[:4]] == list(student)
-    assert [field.tolist() for field in alignment[4:8]] == list(teacher)
+    assert [field.tolist() for field in alignment.sides[0]] == list(student)
+    assert [field.tolist() for field in alignment.sides[1]] == list(teacher)
     assert alignment.merge == options.get("merge", "bayesian")
     assert (alignment.num_student_rows, alignment.num_teacher_rows) == (4, 3)
 
@@ -160,7 +172,7 @@ def test_an_alignment_travels_from_workers_to_a_device():
     alignment = aligned(("qwen", "mistral"), TEXTS["emoji sequence"])[2]
     moved = pickle.loads(pickle.dumps(alignment)).to("meta")
     assert all(field.device.type == "meta" for field in moved[:8])
-    assert moved[8:] == alignment[8:]
+    assert moved[10:] == alignment[10:]
     aligner = CompletionAligner(table("gemma"), table("unigram"))
     ids = aligner.student.encode("one two")
     copy = pickle.loads(pickle.dumps(aligner))
@@ -198,3 +210,9 @@ def test_byte_ends_of_another_shape_or_dtype_are_refused():
         align_byte_spans(ends[None], ends)
     with pytest.raises(ValueError, match=r"teacher_ends must be .* torch\.int32; pass"):
         align_byte_spans(ends, ends.int())
+
+
+def test_span_ids_are_the_base_tokens_of_groups_of_several_tokens():
+    groups = align_byte_spans(torch.tensor([1, 3, 4, 6]), torch.tensor([1, 4, 6]))  # a|bcd|ef
+    alignment = TokenAlignment.from_groups(groups, *HAND_IDS, 6)
+    assert [side.tolist() for side in alignment.span_ids()] == [[-1, 12, -1], [-1, 21, -1]]

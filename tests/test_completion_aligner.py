@@ -219,7 +219,7 @@ def test_tensors_of_ids_are_taken_like_lists():
     aligner, ids, alignment = aligned(("qwen", "gemma"), TEXTS["a sentence"])
     tensors = [torch.tensor(ids[side]) for side in SIDES]
     assert aligner.teacher_ids(tensors[0]) == ids["teacher"]
-    for a, b in zip(aligner.align(*tensors)[:8], alignment[:8], strict=True):
+    for a, b in zip(aligner.align(*tensors)[:10], alignment[:10], strict=True):
         assert torch.equal(a, b)
 
 

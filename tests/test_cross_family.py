@@ -276,8 +276,8 @@ def test_plain_uld_pairs_tokens_by_position(skips, tmp_path):
     none, positions = torch.empty(0, dtype=torch.int64), []
     for alignment, pair in zip(alignments, completions, strict=True):
         rows_paired = torch.arange(min(len(ids) - skips for ids in pair))
-        sides = (rows_paired, none, none, none) * 2
-        positions.append(type(alignment)(*sides, *alignment[8:]))
+        sides = (rows_paired, rows_paired, none, none, none) * 2
+        positions.append(type(alignment)(*sides, *alignment[10:]))
     expected = eager_cross_step(student, teacher, rows, completions, positions)
     trainer, recorder = cross_trainer(
         tmp_path,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows
 
+SHARED_BYTES = 48 << 10  # a program gets no more without asking the driver
+
 
 def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
     script = Path(__file__).with_name("compile_kernels.py")
@@ -33,3 +35,5 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
         compiled = {kernel for target, kernel, *_ in cubins if target == architecture}
         assert compiled == kernels, "a kernel without a signature in compile_kernels.py"
     assert len(cubins) == 3 * (15 + 3 + 5 + 2) and all(int(size) > 1000 for _, _, size, _ in cubins)
+    for architecture, kernel, _, shared in cubins:
+        assert int(shared) <= SHARED_BYTES, f"{kernel} asks {architecture} for {shared} bytes"

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from jsd_cases import Case, near_converged_case, random_case, run, run_fused, run_oracle
 
 from gold_kernels import fused_linear_jsd, peak_extra_bytes, reference
-from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, Limits, LinearHead, Needs, plan_chunks
+from gold_kernels.chunking import (
+    DEFAULT_BUDGET_BYTES,
+    Limits,
+    LinearHead,
+    Needs,
+    plan_chunks,
+    run_chunks,
+)
 from gold_kernels.kernels.launch import is_interpreted
 
 BETAS = (0.0, 1e-6, 0.1, 0.5, 0.9, 1.0)
@@ -146,6 +153,23 @@ def test_a_chunk_is_never_larger_than_asked_nor_than_the_budget(num_rows, dtype,
         if replaces_accumulator and panel_bytes <= 4 * v * d:
             panel_bytes = 0
         assert teacher_bytes + student_bytes + panel_bytes <= budget
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_row_kernels_see_aligned_rows_at_any_vocabulary(dtype):
+    """Else a GPU loads 2 or 4 bytes at a time, and kernels need shared memory to gather them."""
+    head = LinearHead(torch.randn(7, 8, dtype=dtype), torch.randn(50257, 8, dtype=dtype))
+    seen = []
+
+    def row_function(student, teacher, grad, rows, row_weights):
+        seen.extend((student, teacher, grad))
+        grad.zero_()
+
+    run_chunks(head, head, torch.ones(7), row_function, Needs(True, True, False), Limits(3))
+    assert len(seen) == 9
+    for rows in seen:
+        assert rows.shape[1] == 50257
+        assert rows.stride(0) % 16 == 0 and rows.data_ptr() % 16 == 0
 
 
 @on_every_backend

@@ -63,7 +63,7 @@ def test_a_bayesian_group_gives_every_continuation_its_probability_by_the_chain_
     text, *cuts = case
     *logits, alignment = chain_groups(text, cuts)
     for side in (0, 1):
-        rows = alignment[4 * side : 4 * side + 4]
+        rows = alignment.sides[side]
         log_prob = oracle._group_log_probs(logits[side], rows, 1.0)
         ends = torch.tensor(cuts[side]).cumsum(0)
         first = 0
@@ -85,17 +85,44 @@ def test_one_chain_cut_differently_on_both_sides_has_the_loss_of_the_two_joints(
     loss = oracle.uld_loss(student, teacher, alignment=alignment)
     assert float(loss) == pytest.approx(expected)
     assert expected > 0.1
-    # The actual text is as likely on both sides, so matched entries have no loss at all.
-    pairs = overlap([0, 1], [0, 1], 8, 8)  # "a", "b" after "a" and "aa", "ab"
-    matched = oracle.uld_loss(
-        student, teacher, alignment=alignment, overlap=pairs, unmatched_weight=0.0
-    )
-    assert abs(float(matched)) < 1e-15
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@settings(deadline=None, max_examples=30)
+@given(case=texts_and_cuts())
+def test_one_chain_cut_differently_on_both_sides_has_no_hybrid_loss_in_merged_groups(beta, case):
+    text, *cuts = case
+    student, teacher, alignment = chain_groups(text, cuts)
+    student.requires_grad_()
+    is_merged = (alignment.span_ids()[0] >= 0).double()
+    # "a" and "b" of the student's first rows beside "aa" and "ab" of a teacher's
+    options = {"alignment": alignment, "overlap": overlap([0, 1], [0, 1], 8, 8), "beta": beta}
+    loss = oracle.uld_loss(student, teacher, is_merged, **options)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert abs(float(loss)) < 1e-15 and float(grad.abs().max()) < 1e-7
+
+
+def test_a_merged_group_pulls_the_student_towards_the_teachers_probability_of_its_bytes():
+    """a|b against ab: matched by their bytes alone, the student's "b" would be pulled to what the
+    teacher gives a "b" at the start.
+    """
+    student, teacher, alignment = chain_groups("ab", ([1, 1], [2]))
+    teacher[0, :4] = torch.tensor([0.05, 0.9, 0.03, 0.02], dtype=torch.float64).log()  # aa ab ba bb
+    student.requires_grad_()
+    pairs = overlap([1], [3], 8, 8)
+    loss = oracle.uld_loss(student, teacher, alignment=alignment, overlap=pairs)
+    (grad,) = torch.autograd.grad(loss, student)
+    q, p = math.exp(chain_log_prob("ab")), 0.9
+    m, other = (p + q) / 2, (2 - p - q) / 2
+    jsd = p * math.log(p / m) + q * math.log(q / m)
+    jsd += (1 - p) * math.log((1 - p) / other) + (1 - q) * math.log((1 - q) / other)
+    assert float(loss) == pytest.approx(jsd / 2)
+    assert grad[0, 0] < 0 and grad[1, 1] < 0  # "a", and "b" after it, become likelier
 
 
 def test_observed_groups_scale_the_first_row_by_the_later_tokens():
     student, teacher, alignment = chain_groups("ab", ([1, 1], [2]), "observed")
-    log_prob = oracle._group_log_probs(student, alignment[0:4], 1.0)[0]
+    log_prob = oracle._group_log_probs(student, alignment.sides[0], 1.0)[0]
     p_a, p_b_after_a = 0.3, 0.8
     torch.testing.assert_close(
         log_prob[:2].exp(), torch.tensor([p_a, 1 - p_a], dtype=torch.float64) * p_b_after_a

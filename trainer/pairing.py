@@ -110,10 +110,12 @@ class CompletionPairs:
         lengths = tables[0].lengths[torch.tensor(student_ids[:num_pairs], dtype=torch.int64)]
         return alignment._replace(
             student_base_rows=rows,
+            student_base_ids=torch.tensor(student_ids[:num_pairs], dtype=torch.int64),
             student_scalar_rows=none,
             student_scalar_ids=none,
             student_scalar_groups=none,
             teacher_base_rows=rows,
+            teacher_base_ids=torch.tensor(teacher_ids[:num_pairs], dtype=torch.int64),
             teacher_scalar_rows=none,
             teacher_scalar_ids=none,
             teacher_scalar_groups=none,

@@ -85,3 +85,21 @@ def store_table(table, bins, values, IS_SHARED: tl.constexpr):
         )
     else:
         tl.store(table + bins, values)
+
+
+@triton.jit
+def scatter(pointers, values, mask, IS_SHARED: tl.constexpr):
+    """Store 32-bit values far apart in global memory. Triton gives such a store a layout of its own
+    and changes pointers, values and mask over in 32 KiB of shared memory, which the table needs.
+    """
+    if IS_SHARED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; }mov.u32 $0, 0;",
+            "=r,l,r,r",
+            [pointers.to(tl.int64), values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(pointers, values, mask=mask)

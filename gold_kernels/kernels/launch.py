@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 GPU_DEVICES = ("cuda", "xpu")  # ROCm builds call their devices cuda
+# Triton loads 16 bytes at once where it knows that pointers and strides are multiples of 16; rows
+# of any other stride (V = 50257) are read piecewise and turned round in shared memory.
+ROW_ALIGNMENT = 16
 
 
 @functools.cache
@@ -24,6 +27,20 @@ def is_interpreted() -> bool:
 
 def default_backend(tensor: Tensor) -> str:
     return "triton" if tensor.device.type in GPU_DEVICES and has_triton() else "torch"
+
+
+def aligned_width(vocab_size: int) -> int:
+    """Columns from the start of one row to the next in buffers of our own."""
+    return -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def empty_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised (num_rows, vocab_size) on the device of a tensor, with aligned rows."""
+    return like.new_empty(num_rows, aligned_width(vocab_size), dtype=dtype)[:, :vocab_size]
+
+
+def has_aligned_rows(tensor: Tensor) -> bool:
+    return tensor.stride(0) % ROW_ALIGNMENT == 0 and tensor.data_ptr() % ROW_ALIGNMENT == 0
 
 
 def row_block(vocab_size: int, dtype: torch.dtype, largest: int = 4096) -> tuple[int, int, int]:

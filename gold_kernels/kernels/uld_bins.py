@@ -13,7 +13,13 @@ bin, which are ties and get the average of their signs.
 import triton
 import triton.language as tl
 
-from gold_kernels.kernels.bin_table import add_to_table, load_table, store_table, take_from_table
+from gold_kernels.kernels.bin_table import (
+    add_to_table,
+    load_table,
+    scatter,
+    store_table,
+    take_from_table,
+)
 from gold_kernels.kernels.lines import block_columns, load_logits
 
 TOTAL_BITS = 12
@@ -207,8 +213,8 @@ def list_side(
         is_listed &= places < LIST_SIZE + MAX_LISTED
         levels = _levels_of(logits, bins, origin)
         keys = (levels << _LEVEL_SHIFT) | (columns << 1) | is_teacher
-        tl.store(keys_ptr + places, keys, mask=is_listed)
-        tl.store(owners_ptr + places, bins, mask=is_listed)
+        scatter(keys_ptr + places, keys, is_listed, IS_SHARED)
+        scatter(owners_ptr + places, bins, is_listed, IS_SHARED)
 
 
 @triton.jit

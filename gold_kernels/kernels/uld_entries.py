@@ -9,11 +9,12 @@ import triton.language as tl
 
 from gold_kernels.kernels.bin_table import load_table
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, LOG_ZERO, REVERSE_KL, mixture_entries
-from gold_kernels.kernels.lines import NATS, load_logits
+from gold_kernels.kernels.lines import LOWEST_LOGIT, NATS, load_logits
 from gold_kernels.kernels.uld_bins import LISTED, bins_of
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
+SMALLEST_REST = tl.constexpr(1e-18)  # of 1 - s where s is 1
 
 
 @triton.jit
@@ -36,6 +37,68 @@ def _matched_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
 
 
 @triton.jit
+def one_minus(log2_x):
+    """1 - x for x in [0, 1], without the rounding of x near 1."""
+    nats = -tl.minimum(log2_x, 0.0) * NATS
+    series = nats * (1.0 - nats * (0.5 - nats * (1.0 / 6.0 - nats * (1.0 / 24.0 - nats / 120.0))))
+    return tl.where(nats < 0.125, series, 1.0 - tl.exp2(log2_x))
+
+
+@triton.jit
+def _log_of(x, log_sum):
+    """log(1 + x), which log_sum is away from 0."""
+    series = 1.0 / 3.0 - x * (0.25 - x * (0.2 - x / 6.0))
+    return tl.where(tl.abs(x) < 0.0625, x * (1.0 - x * (0.5 - x * series)), log_sum)
+
+
+@triton.jit
+def _excess_of(x, log_sum):
+    """x - log(1 + x), never negative; log_sum is log(1 + x) away from 0."""
+    series = 0.25 - x * (0.2 - x * (1.0 / 6.0 - x / 7.0))
+    series = x * x * (0.5 - x * (1.0 / 3.0 - x * series))
+    return tl.where(tl.abs(x) < 0.0625, series, x - log_sum)
+
+
+@triton.jit
+def _rest_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
+    """Loss of r = 1 - s beside o = 1 - t, and r dloss / dr, in nats.
+
+    Sums of x - log(1 + x), whose first order cancels: r and o are near 1 more often than not.
+    """
+    r = tl.maximum(one_minus(log2_s), SMALLEST_REST)
+    o = tl.maximum(one_minus(log2_t), SMALLEST_REST)
+    gap = tl.exp2(log2_t) - tl.exp2(log2_s)  # r - o
+    if MODE == _FORWARD_KL:
+        return o * _excess_of(gap / o, tl.log2(r / o) * NATS), gap
+    if MODE == _REVERSE_KL:
+        log_ratio = tl.log2(o / r) * NATS
+        return r * _excess_of(-gap / r, log_ratio), -r * _log_of(-gap / r, log_ratio)
+    mixture = beta * o + (1.0 - beta) * r
+    up, down = (1.0 - beta) * gap / o, -beta * gap / r
+    log_down = tl.log2(mixture / r) * NATS
+    loss = beta * o * _excess_of(up, tl.log2(mixture / o) * NATS)
+    loss += (1.0 - beta) * r * _excess_of(down, log_down)
+    return loss, (beta - 1.0) * r * _log_of(down, log_down)
+
+
+@triton.jit
+def entry_bits(row_ptr, entry, is_entry, side):
+    """log2 of s or t of one entry."""
+    row_max, shift, bits = side
+    logit = tl.load(row_ptr + entry, mask=is_entry, other=0.0).to(tl.float32)
+    return tl.minimum((tl.maximum(logit, LOWEST_LOGIT) - row_max) * bits + shift, 0.0)
+
+
+@triton.jit
+def span_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
+    """Loss of the outcomes s and 1 - s beside t and 1 - t, and dloss / dlog s, in nats."""
+    loss, pull = _matched_entries(log2_s, log2_t, beta, MODE)
+    rest_loss, rest_pull = _rest_entries(log2_s, log2_t, beta, MODE)
+    odds = tl.exp2(log2_s) / tl.maximum(one_minus(log2_s), SMALLEST_REST)
+    return loss + rest_loss, pull - rest_pull * odds
+
+
+@triton.jit
 def student_entries(
     logits,
     columns,
@@ -50,14 +113,20 @@ def student_entries(
     teacher_ptr,
     weights,
     beta,
+    kept_scale,
     MODE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_OVERLAP: tl.constexpr,
     HAS_LISTS: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
-    """q, s h, and of the loss: its matched part, and whole sign times s, of student entries."""
+    """q, s h, and of the loss: its matched part, and whole sign times s, of student entries.
+
+    HAS_KEPT: kept_scale s h of matched entries was kept beside the signs, and their loss is not
+    needed.
+    """
     row_max, shift, bits = side
     matched_weight, unmatched_weight = weights
     log2_s = (logits - row_max) * bits + shift
@@ -75,9 +144,13 @@ def student_entries(
     pull = unmatched_weight * sign * s
     matched = tl.zeros_like(s)
     if HAS_OVERLAP:
-        teacher_max, teacher_shift, teacher_bits = teacher_side
         partners = tl.load(partners_ptr + columns, mask=is_column, other=-1)
         is_matched = partners >= 0
+    if HAS_OVERLAP and HAS_KEPT:
+        kept = tl.load(signs_ptr + columns, mask=is_matched, other=0.0).to(tl.float32)
+        pull = tl.where(is_matched, kept / kept_scale, pull)
+    elif HAS_OVERLAP:
+        teacher_max, teacher_shift, teacher_bits = teacher_side
         teacher = load_logits(teacher_ptr, partners, is_matched)
         log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift
         loss, matched_pull = _matched_entries(log2_s, log2_t, beta, MODE)

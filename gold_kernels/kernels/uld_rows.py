@@ -9,6 +9,8 @@ student and teacher times exp(log_scale) of their row. Over the unmatched entrie
 both vectors sorted, the shorter padded with 0 (Boizard et al. 2024, arXiv 2402.12030, eq. 3; the
 integral is the Wasserstein-1 distance of the two value distributions). Matched entries get the
 generalized JSD of the pair (s_i, t_partner), its KL terms with + sum q - sum p, so never negative.
+A row with a span, one entry of each side, has the generalized JSD of two outcomes, s_span and
+1 - s_span, and nothing else.
 
 Counts on a grid of bins give D (uld_bins.py), from the largest value down to TAIL_BITS below 1 / V,
 where one last bin holds the rest. Where D keeps its sign across a bin, the bin's part of the loss
@@ -19,16 +21,15 @@ Passes over a row: both log-sum-exps; counts; a scan of the bins; for every LIST
 ordered one more; loss and sum of s h; gradient s h - q sum(s h), with h = dloss / ds.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.kernels.bin_table import load_table, shared_table
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, JSD, REVERSE_KL
-from gold_kernels.kernels.launch import is_interpreted, row_block
+from gold_kernels.kernels.launch import row_block
 from gold_kernels.kernels.lines import (
     BITS,
     LOWEST_LOGIT,
@@ -38,7 +39,6 @@ from gold_kernels.kernels.lines import (
     row_sum,
 )
 from gold_kernels.kernels.uld_bins import (
-    COLUMN_BITS,
     LIST_SIZE,
     LIST_WORDS,
     MAX_LISTED,
@@ -54,13 +54,19 @@ from gold_kernels.kernels.uld_bins import (
     origin_of,
     scan_bins,
 )
-from gold_kernels.kernels.uld_entries import student_entries, whole_sign
+from gold_kernels.kernels.uld_entries import (
+    entry_bits,
+    one_minus,
+    span_entries,
+    student_entries,
+    whole_sign,
+)
+from gold_kernels.kernels.uld_memory import working_memory
 
 TAIL_BITS = tl.constexpr(6.0)  # entries below 2**-6 / V share a bin: together below 1/64 of a side
 MIN_RANGE_BITS = tl.constexpr(1.0)
 MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
 SCAN_BINS = 1 << 10
-MAX_PROGRAMS = 264  # two on every multiprocessor of a Hopper GPU, each with working memory
 
 # loss, cross_entropy, matched and unmatched loss, matched mass of student and teacher, and
 # dloss / dlog_scale of the student
@@ -78,6 +84,8 @@ def uld_rows_kernel(
     labels_ptr,  # (C,) int64, read if HAS_LABELS
     student_partners_ptr,  # (V_s,) int32 matched teacher entry or -1, read if HAS_OVERLAP
     teacher_partners_ptr,  # (V_t,) int32
+    student_spans_ptr,  # (C,) int64 entry or -1, read if HAS_SPANS
+    teacher_spans_ptr,  # (C,) int64
     values_ptr,  # (7, C) float32, overwritten with the unweighted values of each row
     table_ptr,  # (programs, NUM_BINS) int32, overwritten; not read if IS_SHARED
     lists_ptr,  # (programs, LIST_WORDS) int32, overwritten; not read without HAS_LISTS
@@ -100,9 +108,11 @@ def uld_rows_kernel(
     HAS_SCALES: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_OVERLAP: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     HAS_LISTS: tl.constexpr,
+    HAS_SIGNS: tl.constexpr,
     ARE_SIGNS_GRAD: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
@@ -151,22 +161,33 @@ def uld_rows_kernel(
             bottom -= tl.minimum(tl.abs(student_scale - teacher_scale), MAX_SCALE_GAP)
         grid = (top, (NUM_BINS - 1.0) / tl.maximum(top - bottom, MIN_RANGE_BITS))
 
+        # a row with a span counts and sums nothing
+        is_span, span, num_student, num_teacher = False, -1, student_vocab_size, teacher_vocab_size
+        span_loss, span_slope, student_span, teacher_span = 0.0, 0.0, 0.0, 0.0
+        if HAS_SPANS:
+            span = tl.load(student_spans_ptr + row)
+            is_span = span >= 0
+            num_student = tl.where(is_span, 0, student_vocab_size)
+            num_teacher = tl.where(is_span, 0, teacher_vocab_size)
+            partner = tl.load(teacher_spans_ptr + row)
+            student_span = entry_bits(student_row, span, is_span, student_side)
+            teacher_span = entry_bits(teacher_row, partner, is_span, teacher_side)
+            span_loss, span_slope = span_entries(student_span, teacher_span, beta, MODE)
+
         per_bit = grid[1]
-        base, gap = (
-            (top - student_side[1]) * per_bit,
-            (gap + student_scale - teacher_scale) * per_bit,
-        )
+        base = (top - student_side[1]) * per_bit
+        gap = (gap + student_scale - teacher_scale) * per_bit
         student_origin = origin_of(student_max, student_bits, per_bit, base, 0.0)
         teacher_origin = origin_of(teacher_max, teacher_bits, per_bit, base, gap)
         tl.debug_barrier()  # of the row before, signs may still be read
         clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
         tl.debug_barrier()
         count_side(
-            student_row, student_partners_ptr, table, student_vocab_size, student_origin,
+            student_row, student_partners_ptr, table, num_student, student_origin,
             STUDENT_STEP, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
         )  # fmt: skip
         count_side(
-            teacher_row, teacher_partners_ptr, table, teacher_vocab_size, teacher_origin,
+            teacher_row, teacher_partners_ptr, table, num_teacher, teacher_origin,
             TEACHER_STEP, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
         )  # fmt: skip
         tl.debug_barrier()
@@ -199,22 +220,18 @@ def uld_rows_kernel(
         tl.debug_barrier()
 
         lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-        matched, unmatched, mean_pull, student_mass, teacher_mass = (
-            lines,
-            lines,
-            lines,
-            lines,
-            lines,
-        )
-        for start in range(0, student_vocab_size, BLOCK_V):
+        matched, unmatched, mean_pull = lines, lines, lines
+        student_mass, teacher_mass = lines, lines
+        soft_weight = weight * student_bits * NATS  # 1 / temperature
+        for start in range(0, num_student, BLOCK_V):
             columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < student_vocab_size
             logits = load_logits(student_row, columns, is_column)
             q, pull, matched_loss, unmatched_loss = student_entries(
                 logits, columns, is_column, student_side, student_scale, teacher_side,
                 student_origin, table, own_signs, student_partners_ptr, teacher_row, loss_weights,
-                beta, MODE,
-                HAS_SCALES, HAS_OVERLAP, HAS_LISTS and NEEDS_GRAD, IS_SHARED, NUM_BINS,
+                beta, 1.0, MODE,
+                HAS_SCALES, HAS_OVERLAP, HAS_LISTS and NEEDS_GRAD, False, IS_SHARED, NUM_BINS,
             )  # fmt: skip
             mean_pull += tl.sum(pull, axis=1)
             matched += tl.sum(matched_loss, axis=1)
@@ -222,7 +239,10 @@ def uld_rows_kernel(
             if HAS_OVERLAP:
                 partners = tl.load(student_partners_ptr + columns, mask=is_column, other=-1)
                 student_mass += tl.sum(tl.where(partners >= 0, q, 0.0), axis=1)
-        for start in range(0, teacher_vocab_size, BLOCK_V):
+                if HAS_SIGNS:  # so that partners, far apart in memory, are read once
+                    kept = (soft_weight * pull).to(signs_ptr.dtype.element_ty)
+                    tl.store(own_signs + columns, kept, mask=is_column & (partners >= 0))
+        for start in range(0, num_teacher, BLOCK_V):
             columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < teacher_vocab_size
             logits = load_logits(teacher_row, columns, is_column)
@@ -241,13 +261,19 @@ def uld_rows_kernel(
         matched_sum = tl.sum(matched, 0)
         unmatched_sum = tl.sum(unmatched, 0) + edges
         pull_sum = tl.sum(mean_pull, 0)
+        student_mass_sum, teacher_mass_sum = tl.sum(student_mass, 0), tl.sum(teacher_mass, 0)
+        if HAS_SPANS:
+            matched_sum = tl.where(is_span, span_loss, matched_sum)
+            pull_sum = tl.where(is_span, matched_weight * span_slope, pull_sum)
+            student_mass_sum = tl.where(is_span, tl.exp2(student_span), student_mass_sum)
+            teacher_mass_sum = tl.where(is_span, tl.exp2(teacher_span), teacher_mass_sum)
         loss = matched_weight * matched_sum + unmatched_weight * unmatched_sum
         out_ptr = values_ptr + row
         tl.store(out_ptr, tl.where(is_live, loss, 0.0))
         tl.store(out_ptr + 2 * values_stride, tl.where(is_live, matched_sum, 0.0))
         tl.store(out_ptr + 3 * values_stride, tl.where(is_live, unmatched_sum, 0.0))
-        tl.store(out_ptr + 4 * values_stride, tl.where(is_live, tl.sum(student_mass, 0), 0.0))
-        tl.store(out_ptr + 5 * values_stride, tl.where(is_live, tl.sum(teacher_mass, 0), 0.0))
+        tl.store(out_ptr + 4 * values_stride, tl.where(is_live, student_mass_sum, 0.0))
+        tl.store(out_ptr + 5 * values_stride, tl.where(is_live, teacher_mass_sum, 0.0))
         tl.store(out_ptr + 6 * values_stride, tl.where(is_live, pull_sum, 0.0))
         label, hard_sum = -1, 0.0
         if HAS_LABELS:  # cross-entropy at temperature 1
@@ -261,7 +287,6 @@ def uld_rows_kernel(
 
         if NEEDS_GRAD:
             grad_row = grad_ptr + row_offset * grad_row_stride
-            soft_weight = weight * student_bits * NATS  # 1 / temperature
             for start in range(0, student_vocab_size, BLOCK_V):
                 columns = block_columns(start, BLOCK_V, LINE)
                 is_column = columns < student_vocab_size
@@ -269,10 +294,15 @@ def uld_rows_kernel(
                 q, pull, matched_loss, unmatched_loss = student_entries(
                     logits, columns, is_column, student_side, student_scale, teacher_side,
                     student_origin, table, own_signs, student_partners_ptr, teacher_row,
-                    loss_weights, beta, MODE,
-                    HAS_SCALES, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS,
+                    loss_weights, beta, soft_weight, MODE,
+                    HAS_SCALES, HAS_OVERLAP, HAS_LISTS, HAS_SIGNS, IS_SHARED, NUM_BINS,
                 )  # fmt: skip
-                grad = tl.where(is_live, soft_weight * (pull - q * pull_sum), 0.0)
+                grad = pull - q * pull_sum
+                if HAS_SPANS:  # 1 - q where q is near 1: rounding would meet a large slope
+                    log2_q = (logits - student_max) * student_bits - student_sum
+                    span_grad = pull_sum * tl.where(columns == span, one_minus(log2_q), -q)
+                    grad = tl.where(is_span, span_grad, grad)
+                grad = tl.where(is_live, soft_weight * grad, 0.0)
                 if HAS_LABELS:
                     hard_grad = tl.exp2((logits - student_max) * BITS - hard_sum)
                     hard_grad -= (columns == label).to(tl.float32)
@@ -284,42 +314,6 @@ def uld_rows_kernel(
                 tl.store(grad_row + columns, grad.to(grad_ptr.dtype.element_ty), mask=is_column)
 
 
-class _Memory(NamedTuple):
-    """What programs work in; tensors that are not needed are some other one."""
-
-    num_programs: int
-    is_shared: bool
-    table: Tensor  # (programs, NUM_BINS) int32
-    lists: Tensor  # (programs, LIST_WORDS) int32
-    signs: Tensor  # (C or programs, V_s)
-    has_lists: bool
-
-
-def _working_memory(
-    student_logits: Tensor, teacher_logits: Tensor, grad_logits: Tensor | None, scratch_bytes: int
-) -> _Memory:
-    """Lists for float32 logits; the signs of listed entries wait where the gradient is to be."""
-    num_rows, vocab_size = student_logits.shape
-    device, integer = student_logits.device, torch.int32
-    is_shared = device.type == "cuda" and torch.version.hip is None
-    has_lists = student_logits.dtype == torch.float32
-    has_lists &= max(vocab_size, teacher_logits.shape[1]) <= 1 << COLUMN_BITS
-    num_programs = num_rows
-    if has_lists or not is_shared:
-        most = scratch_bytes // (4 * (LIST_WORDS + NUM_BINS))
-        num_programs = 1 if is_interpreted() else max(1, min(num_rows, MAX_PROGRAMS, most))
-    table = torch.empty(1 if is_shared else num_programs, NUM_BINS, dtype=integer, device=device)
-    lists = table
-    if has_lists:
-        lists = torch.empty(num_programs, LIST_WORDS, dtype=integer, device=device)
-    signs = grad_logits
-    if grad_logits is None:
-        signs = student_logits
-    elif has_lists and grad_logits.data_ptr() == student_logits.data_ptr():
-        signs = torch.empty(num_programs, vocab_size, dtype=torch.float32, device=device)
-    return _Memory(num_programs, is_shared, table, lists, signs, has_lists)
-
-
 def uld_rows_(
     student_logits: Tensor,  # (C, V_s), unit column stride
     teacher_logits: Tensor,  # (C, V_t), unit column stride
@@ -327,7 +321,8 @@ def uld_rows_(
     weights: Tensor,  # (C, 2) float32, contiguous: of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher, float32
     labels: Tensor | None,  # (C,) int64
-    partners: tuple[Tensor, Tensor] | None,  # (V_s,), (V_t,) int32, see VocabOverlap.partners
+    partners: Sequence[Tensor] | None,  # (V_s,), (V_t,) int32, the matched entry or -1
+    spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see TokenAlignment.span_ids
     values: Tensor,  # (7, C) float32, overwritten: see NUM_ROW_VALUES
     *,
     beta: float,
@@ -342,7 +337,7 @@ def uld_rows_(
     """
     num_rows, student_vocab_size = student_logits.shape
     teacher_vocab_size = teacher_logits.shape[1]
-    memory = _working_memory(student_logits, teacher_logits, grad_logits, scratch_bytes)
+    memory = working_memory(student_logits, teacher_logits, grad_logits, scratch_bytes)
     block_v, line, num_warps = row_block(
         student_vocab_size, student_logits.dtype, 4096 if memory.has_lists else 8192
     )
@@ -353,6 +348,7 @@ def uld_rows_(
     student_partners, teacher_partners = (
         (memory.table, memory.table) if partners is None else partners
     )
+    student_spans, teacher_spans = (memory.table, memory.table) if spans is None else spans
     uld_rows_kernel[(memory.num_programs,)](
         student_logits,
         teacher_logits,
@@ -363,6 +359,8 @@ def uld_rows_(
         weights if labels is None else labels,
         student_partners,
         teacher_partners,
+        student_spans,
+        teacher_spans,
         values,
         memory.table,
         memory.lists,
@@ -385,9 +383,11 @@ def uld_rows_(
         HAS_SCALES=log_scales is not None,
         HAS_LABELS=labels is not None,
         HAS_OVERLAP=partners is not None,
+        HAS_SPANS=spans is not None,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
         HAS_LISTS=memory.has_lists,
+        HAS_SIGNS=memory.has_signs,
         ARE_SIGNS_GRAD=memory.signs is grad_logits,
         IS_SHARED=memory.is_shared,
         NUM_BINS=NUM_BINS,
