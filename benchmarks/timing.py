@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 MIB = 1 << 20
-WARM_UP_MS, MIN_REPEATS, MAX_REPEATS = 10, 10, 100
+# A GPU lowers its clock after tens of milliseconds of GEMMs at full power: what is measured first,
+# the floor, would look faster than the rest.
+WARM_UP_MS, MIN_REPEATS, MAX_REPEATS = 400, 10, 100
 MAX_REP_FACTOR = 15  # slow cases end after this many times --rep-ms, with 3 calls at least
 
 
@@ -33,7 +35,7 @@ def milliseconds(step: Callable[[], Any], device: str, rep_ms: float) -> list[fl
         return [start.elapsed_time(end) for start, end in pairwise(events)]
 
     estimate = max(timed(2)[1], 1e-3)
-    timed(math.ceil(WARM_UP_MS / estimate))
+    timed(math.ceil((WARM_UP_MS if device == "cuda" else rep_ms) / estimate))
     repeats = min(max(MIN_REPEATS, int(rep_ms / estimate)), MAX_REPEATS)
     times = torch.tensor(timed(max(3, min(repeats, int(MAX_REP_FACTOR * rep_ms / estimate)))))
     return times.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()

@@ -47,7 +47,7 @@ def take_from_table(table, bins, mask, IS_SHARED: tl.constexpr):  # int32, befor
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.u32 $0, 0;"
             "@p atom.shared.add.u32 $0, [$1], 1; }",
-            "=r,r,r",
+            "=&r,r,r",
             [table + 4 * bins, mask.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,

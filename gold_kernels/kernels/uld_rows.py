@@ -254,7 +254,7 @@ def uld_rows_kernel(
             if HAS_OVERLAP:
                 partners = tl.load(teacher_partners_ptr + columns, mask=is_column, other=-1)
                 lost = tl.where(partners >= 0, 0.0, lost)
-                p = tl.exp2(log2_t - teacher_scale)
+                p = tl.exp2(log2_t - teacher_scale) if HAS_SCALES else t
                 teacher_mass += tl.sum(tl.where(partners >= 0, p, 0.0), axis=1)
             unmatched -= tl.sum(lost, axis=1)
 
