@@ -110,9 +110,10 @@ def uld_loss(
 
     over probabilities in descending order, the shorter side padded with 0 (Boizard et al. 2024,
     arXiv 2402.12030, eq. 3); with an overlap the hybrid loss. Gradients go to student_logits only.
-    Softmax and loss are float32. Prefer fused_linear_uld, which needs no logits; three lines
-    change: hidden states and head weights in the place of both logits. Not supported: a second
-    derivative. Raises ValueError for shapes, dtypes, devices and scalars that do not fit.
+    Softmax and loss are float32. Prefer fused_linear_uld, which needs no logits: both lines that
+    make them go, and the loss gets hidden states and heads. On a GPU logits whose row stride is no
+    multiple of 16 are slower. Not supported: a second derivative. Raises ValueError for shapes,
+    dtypes, devices and scalars that do not fit.
     """
     function = "uld_loss"
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
@@ -133,6 +134,8 @@ def uld_loss(
         logits if logits.stride(1) == 1 else logits.contiguous()
         for logits in (student_logits, teacher_logits.detach())
     )
+    if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
+        student_logits = student_logits.detach()
     loss, values = ULDLogitsFunction.apply(
         student_logits,
         teacher_logits,

@@ -311,6 +311,13 @@ def test_memory_stays_within_the_budget_at_any_number_of_rows(num_rows):
     assert peak < 4 * num_rows * (v_student + v_teacher), "less than the logits that eager needs"
 
 
+def test_without_grad_mode_no_gradient_is_computed_from_logits():
+    student, teacher = torch.randn(512, 4096, requires_grad=True), torch.randn(512, 4096)
+    with torch.no_grad():
+        without = peak_extra_bytes(lambda: uld_loss(student, teacher))
+    assert peak_extra_bytes(lambda: uld_loss(student, teacher)) > without + 3 * student.numel()
+
+
 def test_torch_compile_takes_the_loss_as_one_operator():
     case = uld_case("bayesian", has_overlap=True)
     tensors = [t.float() for t in case.tensors]
