@@ -219,12 +219,13 @@ def test_generating_leaves_the_random_state_alone(tmp_path):
 def test_share_of_on_policy_micro_batches_is_lmbda(lmbda, expected, tmp_path, monkeypatch):
     """400 draws of the decision alone; standard deviation 0.025 at lmbda = 0.5."""
     run = make_trainer(tmp_path, ROWS, lmbda=lmbda)
-    monkeypatch.setattr(run, "_generate", lambda source, batch, place: batch)
+    monkeypatch.setattr(run.rollouts, "generate", lambda source, model, batches, place: batches)
     batch = run.data_collator(rows_of(run)[:1])
+    models = {"student": run.model, "teacher": run.teacher_model}
     taken = []
     for step in range(100):
-        run.state.global_step = step
-        taken += [run._with_completions(batch, micro)["is_on_policy"] for micro in range(4)]
+        window = run.rollouts.complete([batch] * 4, step, models)
+        taken += [completed["is_on_policy"] for completed in window]
     share = sum(taken) / len(taken)
     assert share == lmbda if expected != "both" else abs(share - 0.5) < 0.1
 

@@ -87,6 +87,17 @@ class GOLDConfig(ULDFields, TrainingArguments):
         default=False,
         metadata={"help": "Off-policy micro-batches learn from completions the teacher generates."},
     )
+    num_generations: int = field(
+        default=1, metadata={"help": "Completions of a prompt in the window of an optimizer step."}
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of one device's window, whose completions one call generates; times "
+            "num_generations it is per_device_train_batch_size * gradient_accumulation_steps. "
+            "None computes it."
+        },
+    )
     chunk_size: int | None = field(
         default=None,
         metadata={"help": "Rows of logits at a time in the loss; None: from a memory budget."},
@@ -128,6 +139,7 @@ class GOLDConfig(ULDFields, TrainingArguments):
             )
         self.check_uld()
         self._check_counts()
+        self._check_generations()
         self._check_inherited()
         self._check_output_dir()
 
@@ -166,6 +178,32 @@ class GOLDConfig(ULDFields, TrainingArguments):
             raise ValueError(
                 f"GOLDConfig: output_dir must be a folder that can be written, got {path}, where "
                 f"{there} is {'read-only' if there.is_dir() else 'a file'}; choose another."
+            )
+
+    def _check_generations(self) -> None:
+        """TRL's rule; generation_batch_size is computed where it is None."""
+        factors = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        rows, num_generations = factors[0] * factors[1], self.num_generations
+        names = "per_device_train_batch_size * gradient_accumulation_steps"
+        if num_generations < 1 or rows % num_generations != 0:
+            raise ValueError(
+                f"GOLDConfig: num_generations must be at least 1 and divide {names} = {factors[0]} "
+                f"* {factors[1]}, got {num_generations}; set gradient_accumulation_steps to a "
+                "multiple of it."
+            )
+        if self.generation_batch_size is None:
+            self.generation_batch_size = rows // num_generations
+        if self.generation_batch_size * num_generations != rows:
+            raise ValueError(
+                f"GOLDConfig: generation_batch_size * num_generations must be {names}, got "
+                f"{self.generation_batch_size} * {num_generations} and {factors[0]} * "
+                f"{factors[1]}; set generation_batch_size={rows // num_generations}, or None."
+            )
+        if num_generations > 1 and self.auto_find_batch_size:
+            raise ValueError(
+                "GOLDConfig: auto_find_batch_size must be False with num_generations above 1, got "
+                f"True and num_generations={num_generations}; a smaller batch would hold parts of "
+                "a prompt's completions: set per_device_train_batch_size."
             )
 
     def _check_counts(self) -> None:

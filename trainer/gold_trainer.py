@@ -1,19 +1,18 @@
 """GOLDTrainer: distillation of a teacher into a student, on transformers.Trainer.
 
 B sequences, L positions, N scored rows, D hidden size, V vocabulary. The step, in order: rows are
-rendered (collator.py), the accumulation window gets its completions (rollout.py) and its token
+rendered (collator.py), the accumulation window gets its completions (window.py) and its token
 count, a micro-batch becomes tensors, the teacher's hidden states of the scored rows are taken, and
 the student's forward meets the fused loss where its lm_head was (models.py).
 """
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -23,14 +22,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from gold_kernels import JSDMetrics, TokenAlignment, fused_linear_jsd
 from trainer import arguments, loading, models
-from trainer.collator import GOLDCollator, ModelInputs, Processor, build_inputs, tokenizer_of
-from trainer.completions import print_completions
+from trainer.collator import GOLDCollator, ModelInputs, Processor, build_inputs
 from trainer.config import GOLDConfig
 from trainer.dataset import RowDataset
 from trainer.metrics import MetricWindow
 from trainer.pairing import CompletionPairs, PairCollator
-from trainer.rollout import end_ids_of, generate_completions
+from trainer.rollout import end_ids_of
 from trainer.uld_step import ULDBatch, ULDObjective
+from trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
 
 
 class GOLDTrainer(Trainer):
@@ -145,6 +144,7 @@ class GOLDTrainer(Trainer):
             self.loss_options["vocab_size"] = models.shared_vocab_size(
                 self.student_head, self.teacher_head, processing_class
             )
+        self.rollouts = Rollouts(args, self.student_side, self.teacher_side, self.pairs)
         self.windows = {
             name: MetricWindow() if self.uld is None else self.uld.window()
             for name in ("train", "eval")
@@ -168,20 +168,29 @@ class GOLDTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return super().get_test_dataloader(self._as_rows(test_dataset, not self.args.seq_kd))
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        """With num_generations > 1 rows come as RepeatSampler has them."""
+        if self.args.num_generations == 1:
+            return super()._get_train_sampler(train_dataset)
+        return RepeatSampler(
+            len(self.train_dataset if train_dataset is None else train_dataset),
+            self.args,
+            num_windows=self.get_total_train_batch_size(self.args) // window_rows(self.args),
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The window's micro-batches with their completions, and its scored tokens on all ranks."""
         self.windows["train"].start()
-        batches = []
-        for micro_step in range(num_batches):
-            try:
-                batch = next(epoch_iterator)
-            except StopIteration:
-                break
-            batches.append(self._with_completions(batch, micro_step))
+        batches = fetch_window(epoch_iterator, num_batches)
         if not batches:
             return batches, None
+        student = self.accelerator.unwrap_model(self.model)
+        models_of = {"student": student, "teacher": self.teacher_model}
+        with self.accelerator.autocast():
+            batches = self.rollouts.complete(batches, self.state.global_step, models_of)
         # full, not tensor: a fill on the device where a copy would wait for it
         num_items = [torch.full((), count, device=device) for count in self._count_items(batches)]
         return batches, self.accelerator.reduce(torch.stack(num_items).float(), reduction="sum")
@@ -192,45 +201,6 @@ class GOLDTrainer(Trainer):
         if self.pairs is None:
             return [num_tokens]
         return [sum(batch["alignment"].groups.num_groups for batch in batches), num_tokens]
-
-    def _with_completions(self, batch: dict[str, Any], micro_step: int) -> dict[str, Any]:
-        """Decide on- or off-policy, the same way on every rank and after a resume; generate."""
-        step = self.state.global_step
-        place = f"{self.args.seed} {step} {micro_step}"
-        is_on_policy = random.Random(place).random() < self.args.lmbda
-        source = "student" if is_on_policy else "teacher" if self.args.seq_kd else "dataset"
-        if source != "dataset":
-            batch = self._generate(source, batch, f"{place} {self.args.process_index}")
-        is_due = step % self.args.log_completions_steps == 0 and micro_step == 0
-        if self.args.log_completions and is_due and self.is_world_process_zero():
-            tokenizer = tokenizer_of(self.processing_class)
-            limit = self.args.num_completions_to_print
-            print_completions(tokenizer, batch["examples"], source, step, limit)
-        return {**batch, "is_on_policy": is_on_policy}
-
-    def _generate(self, source: str, batch: dict[str, Any], place: str) -> dict[str, Any]:
-        """The batch with completions of the student or the teacher; place, where in the run, seeds
-        them.
-        """
-        is_student = source == "student"
-        model = self.accelerator.unwrap_model(self.model) if is_student else self.teacher_model
-        side = self.student_side if is_student else self.teacher_side
-        name = "examples" if is_student or self.pairs is None else "teacher_examples"
-        with self.accelerator.autocast():
-            examples = generate_completions(
-                model,
-                side.processor,
-                batch[name],
-                sorted(side.end_ids),
-                sorted(side.placeholder_ids),
-                self.args,
-                random.Random(place).getrandbits(63),
-            )
-        if self.pairs is None:
-            return {**batch, "examples": examples}
-        pairs = self.pairs
-        join = pairs.with_student_completions if is_student else pairs.with_teacher_completions
-        return join(batch, examples)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Pictures and tokens become tensors here, one micro-batch at a time."""
@@ -347,7 +317,8 @@ class GOLDTrainer(Trainer):
         examples = inputs["examples"]
         if any(example.completion_ids is None for example in examples):
             place = f"{self.args.seed} eval {[example.index for example in examples]}"
-            inputs = self._generate("teacher", inputs, place)
+            with self.accelerator.autocast():
+                (inputs,) = self.rollouts.generate("teacher", self.teacher_model, [inputs], place)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
