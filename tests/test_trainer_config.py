@@ -24,6 +24,8 @@ DEFAULTS = {
     "log_completions": False,
     "log_completions_steps": 100,
     "num_completions_to_print": None,
+    "num_generations": 1,
+    "generation_batch_size": 8,  # None, computed: 8 rows of one micro-batch
     "chunk_size": None,
     "use_uld_loss": False,
     "remove_unused_columns": False,
@@ -60,6 +62,22 @@ def test_defaults_are_those_that_trl_users_know(tmp_path):
             {"seq_kd": True, "lmbda": 1.0},
             "seq_kd must be False where every micro-batch is on-policy, got True .* lower lmbda",
         ),
+        (
+            {"num_generations": 0},
+            r"num_generations must be at least 1 and divide per_device_train_batch_size \* "
+            r"gradient_accumulation_steps = 8 \* 1, got 0; set gradient_accumulation_steps to a",
+        ),
+        ({"num_generations": 3, "gradient_accumulation_steps": 2}, r"num_.* = 8 \* 2, got 3; set"),
+        (
+            {"num_generations": 2, "generation_batch_size": 8},
+            r"generation_batch_size \* num_generations must be per_device_train_batch_size \* "
+            r"gradient_accumulation_steps, got 8 \* 2 and 8 \* 1; set generation_batch_size=4, or",
+        ),
+        ({"generation_batch_size": 0}, r"generation_batch_size \* .* got 0 \* 1 and 8 \* 1; set"),
+        (
+            {"num_generations": 2, "auto_find_batch_size": True},
+            "auto_find_batch_size must be False with num_generations above 1, got True and num_gen",
+        ),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False, got True"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
         (
@@ -86,6 +104,8 @@ def test_impossible_value_is_named_and_nothing_is_written(fields, message, tmp_p
         {"max_length": None, "max_completion_length": 10**6},
         {"max_completion_length": 63, "max_length": 64, "chunk_size": 1},
         {"seq_kd": True, "lmbda": 0.9},
+        {"num_generations": 16, "gradient_accumulation_steps": 2, "generation_batch_size": 1},
+        {"gradient_accumulation_steps": 2, "generation_batch_size": 16},
     ],
 )
 def test_values_at_the_limits_are_allowed(fields, tmp_path):
