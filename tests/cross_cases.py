@@ -91,10 +91,12 @@ def eager_cross_step(
     weights: tuple[float, float] | None = None,  # of matched and other entries
     beta: float = 0.5,
     crossentropy_weight: float = 0.0,
+    has_labels: list[bool] | None = None,  # of each row; None: all of them
     distillation_weight: float = 1.0,
     **temperatures: float,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Mean ULD over all groups plus mean cross-entropy over all tokens; gradients by name."""
+    """Mean ULD over all groups plus mean cross-entropy over all labels; gradients by name."""
+    has_labels = [True] * len(rows) if has_labels is None else has_labels
     options: dict[str, Any] = dict(temperatures)
     if is_hybrid:
         overlap = VocabOverlap.from_tokenizers(student.tokenizer, teacher.tokenizer)
@@ -104,9 +106,9 @@ def eager_cross_step(
         options |= {"matched_weight": matched_weight, "unmatched_weight": unmatched_weight}
     models = deepcopy(student.model).double(), deepcopy(teacher.model).double()
     num_groups = sum(alignment.num_groups for alignment in alignments)
-    num_tokens = sum(len(student_ids) for student_ids, _ in completions)
+    num_labels = sum(len(ids[0]) for ids, has in zip(completions, has_labels, strict=True) if has)
     total = 0.0
-    for row, ids, alignment in zip(rows, completions, alignments, strict=True):
+    for row, ids, alignment, has in zip(rows, completions, alignments, has_labels, strict=True):
         inputs = [prompt_inputs(side.processor, row) for side in (student, teacher)]
         with torch.no_grad():
             teacher_logits = scored_logits(models[1], inputs[1], ids[1])
@@ -116,7 +118,7 @@ def eager_cross_step(
             torch.full((alignment.num_groups,), distillation_weight / max(num_groups, 1)).double(),
             alignment=alignment,
             labels=torch.tensor(ids[0], dtype=torch.int64),
-            label_weights=torch.full((len(ids[0]),), 1 / num_tokens).double(),
+            label_weights=torch.full((len(ids[0]),), has / max(num_labels, 1)).double(),
             weight_hard=crossentropy_weight,
             **options,
         )

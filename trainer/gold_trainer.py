@@ -196,8 +196,9 @@ class GOLDTrainer(Trainer):
         return batches, self.accelerator.reduce(torch.stack(num_items).float(), reduction="sum")
 
     def _count_items(self, batches: list[dict[str, Any]]) -> list[int]:
-        """What the loss is a mean over: tokens, or groups and (for the cross-entropy) tokens."""
-        num_tokens = sum(len(e.completion_ids) for batch in batches for e in batch["examples"])
+        """What the loss is a mean over: tokens, or groups and (for the cross-entropy) labels."""
+        counted = [b for b in batches if self.pairs is None or not b["is_on_policy"]]
+        num_tokens = sum(len(e.completion_ids) for batch in counted for e in batch["examples"])
         if self.pairs is None:
             return [num_tokens]
         return [sum(batch["alignment"].groups.num_groups for batch in batches), num_tokens]

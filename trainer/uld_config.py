@@ -12,7 +12,8 @@ class ULDFields:
     """Universal logit distillation (Boizard et al. 2024, arXiv 2402.12030) and GOLD's extensions.
 
         loss = uld_distillation_weight * mean over groups of ULD
-             + uld_crossentropy_weight * mean over the student's completion tokens of their CE
+             + uld_crossentropy_weight * mean over tokens of completions of the dataset, or with
+               seq_kd the teacher, of their CE
 
     A group is a minimal run of student tokens and one of teacher tokens that end at a common byte
     of the completion. Both means are over the global batch, all micro-batches and ranks, whose
@@ -75,7 +76,9 @@ class ULDFields:
     )
     uld_crossentropy_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of the cross-entropy on the student's own completion tokens."},
+        metadata={
+            "help": "Weight of the cross-entropy on completions that the student did not write."
+        },
     )
     uld_distillation_weight: float = field(
         default=1.0, metadata={"help": "Weight of the ULD or hybrid loss."}

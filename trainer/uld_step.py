@@ -28,7 +28,9 @@ class ULDBatch(NamedTuple):
 
 
 class ULDObjective:
-    """uld_distillation_weight times ULD or hybrid, plus uld_crossentropy_weight times CE."""
+    """uld_distillation_weight times ULD or hybrid, plus uld_crossentropy_weight times CE on
+    completions that the student did not write: on its own the expected gradient of CE is 0.
+    """
 
     def __init__(self, args: ULDFields, pairs: CompletionPairs, loss_options: dict[str, Any]):
         self.distillation_weight = args.uld_distillation_weight
@@ -59,18 +61,18 @@ class ULDObjective:
         teacher_hidden: Tensor,  # (N_t, D_t)
         teacher_head: nn.Linear,
         batch: ULDBatch,
-        item_weights: Tensor | None,  # (2,) of a group and of a token; None: 1 / G and 1 / N_s
+        item_weights: Tensor | None,  # (2,) of a group and of a label; None: 1 / G and 1 / N_s
         window: "ULDMetricWindow",
     ) -> Tensor:  # ()
         sizes = batch.alignment.num_groups, student_hidden.shape[0]
         if item_weights is None:
             shares = [1 / max(size, 1) for size in sizes]
             item_weights = torch.tensor(shares, device=student_hidden.device)
-        group_weight, token_weight = item_weights.unbind()
+        group_weight, label_weight = item_weights.unbind()
         row_weights = (self.distillation_weight * group_weight).expand(sizes[0])
         hard = {}
-        if self.crossentropy_weight:
-            label_weight = self.crossentropy_weight * token_weight
+        if self.crossentropy_weight and not batch.is_on_policy:
+            label_weight = self.crossentropy_weight * label_weight
             hard = {"labels": batch.labels, "label_weights": label_weight.expand(sizes[1])}
         loss, metrics = fused_linear_uld(
             student_hidden,
@@ -85,7 +87,7 @@ class ULDObjective:
             **self.options,
         )
         crossentropy = None
-        if hard:  # summed over tokens
+        if hard:  # summed over labels
             crossentropy = (
                 loss.detach() - row_weights[:1].sum() * metrics.loss.sum()
             ) / label_weight
@@ -94,10 +96,10 @@ class ULDObjective:
 
 
 class ULDMetricWindow(MetricWindow):
-    """Means over groups, tokens, bytes or samples, as each name says."""
+    """Means over groups, tokens, labels, bytes or samples, as each name says."""
 
     COUNTS = (
-        *("tokens", "completions", "groups", "scored_bytes", "completion_bytes"),
+        *("tokens", "labels", "completions", "groups", "scored_bytes", "completion_bytes"),
         *(f"skipped_{reason}" for reason in SKIP_REASONS),
     )
     VALUES = (*ULDMetrics._fields, "crossentropy")
@@ -111,7 +113,9 @@ class ULDMetricWindow(MetricWindow):
         """Add one micro-batch; no host sync."""
         alignment = batch.alignment
         counts = [
-            *(alignment.num_student_rows, batch.num_completions, alignment.num_groups),
+            alignment.num_student_rows,
+            0 if crossentropy is None else alignment.num_student_rows,
+            *(batch.num_completions, alignment.num_groups),
             *(alignment.scored_bytes, alignment.completion_bytes),
             *(batch.skip_reasons.count(reason) for reason in SKIP_REASONS),
         ]
@@ -121,7 +125,8 @@ class ULDMetricWindow(MetricWindow):
 
     def _means(self, sums: dict[str, float]) -> dict[str, float]:
         num_groups, num_tokens = max(sums["groups"], 1), max(sums["tokens"], 1)
-        uld_loss, crossentropy = sums["loss"] / num_groups, sums["crossentropy"] / num_tokens
+        uld_loss = sums["loss"] / num_groups
+        crossentropy = sums["crossentropy"] / max(sums["labels"], 1)
         result = {
             "loss": self.weights[0] * uld_loss + self.weights[1] * crossentropy,
             "uld_loss": uld_loss,
