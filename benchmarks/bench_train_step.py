@@ -1,14 +1,15 @@
 """One training step of Qwen3-VL-8B -> Qwen3-VL-2B shapes: seconds and peak memory on one GPU.
 
-    python benchmarks/bench_train_step.py --completion-tokens 518 1037 2060 --memory-gib 79.1
+    python benchmarks/bench_train_step.py --memory-gib 79.1
 
 Stock Qwen3-VL classes with random bf16 weights, LoRA r=16 on q, k, v, gradient checkpointing, batch
 4, one 448 x 448 picture a sample, off-policy; ours and TRL's GOLDTrainer on the same models and
-rows, each in a process of its own, within --memory-gib of the GPU. The median of steps 3 to 6 is
-reported; the peak is torch.cuda.max_memory_allocated. Our loss of a batch is first compared with
-that of full logits in float64 softmax; a failed comparison, or a gradient that is not finite,
-prints no number. `--tiny` runs the same code on models of a few hundred thousand parameters
-anywhere, without a record.
+rows, each in a process of its own, within --memory-gib of the GPU. uld is use_uld_loss=True with
+each trainer's defaults, one tokenizer on both sides and V = 151936 twice. The median of steps 3 to
+6 is reported; the peak is torch.cuda.max_memory_allocated. Our loss of a sample is first compared
+with that of full logits in float64 softmax; a failed comparison, or a gradient that is not finite,
+gives a row without numbers. Each row is written as soon as it is measured. `--tiny` runs the same
+code on models of a few hundred thousand parameters anywhere, without a record.
 """
 
 import argparse
@@ -20,22 +21,36 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
-from record import RESULTS, environment, write_rows
+from record import RESULTS, RowLog, environment
 from transformers import TrainerCallback
 
-from gold_kernels import reference
+from gold_kernels import reference, reference_uld
 from trainer import GOLDConfig, GOLDTrainer
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 4
 BATCH_SIZE = 4
-MAX_LOSS_ERROR = 1e-4  # the same bf16 hidden states on both sides: only the loss differs
+# The same bf16 hidden states on both sides: only the loss differs.
+MAX_LOSS_ERRORS = {"jsd": 1e-4, "uld": 5e-4}
 IMPLEMENTATIONS = ("gold_kernels", "trl")
+# TRL has no memory for more than 2060 tokens in 80 GB.
+COMPLETION_TOKENS = {"gold_kernels": (518, 1037, 2060, 8192), "trl": (518, 1037, 2060)}
+FIELDS = (
+    *("implementation", "loss", "completion_tokens", "batch_size", "memory_limit_gib"),
+    *("seconds_median", "peak_gib", "resident_gib", "loss_error", "first_loss", "grad_norm"),
+    *("device", "torch", "triton", "transformers", "git_sha"),
+)
+
+
+class Case(NamedTuple):
+    implementation: str
+    loss: str  # jsd or uld
+    completion_tokens: int
 
 
 class StepTimer(TrainerCallback):
@@ -56,8 +71,9 @@ class StepTimer(TrainerCallback):
         self.seconds.append(self._now() - self.start)
 
 
-def build_trainer(name: str, completion_tokens: int, folder: str, is_tiny: bool) -> Any:
+def build_trainer(case: Case, folder: str, is_tiny: bool) -> Any:
     """The trainer of this implementation on the same models, rows and options."""
+    completion_tokens = case.completion_tokens
     processor = processor_of_448_pixels()
     student, teacher = build_pair(processor, is_tiny)
     options = {
@@ -66,6 +82,7 @@ def build_trainer(name: str, completion_tokens: int, folder: str, is_tiny: bool)
         "max_steps": WARM_UP_STEPS + TIMED_STEPS,
         "lmbda": 0.0,
         "max_length": 512 + completion_tokens,
+        "use_uld_loss": case.loss == "uld",
         "gradient_checkpointing": True,
         "bf16": torch.cuda.is_available(),  # what both trainers' users run
         "save_strategy": "no",
@@ -80,8 +97,14 @@ def build_trainer(name: str, completion_tokens: int, folder: str, is_tiny: bool)
         "processing_class": processor,
         "peft_config": LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"]),
     }
-    if name == "gold_kernels":
+    if case.implementation == "gold_kernels":
+        if case.loss == "uld":
+            common["teacher_processing_class"] = processor
         return GOLDTrainer(args=GOLDConfig(**options), train_dataset=data, **common)
+    if case.loss == "uld":  # TRL loads the teacher's processor from where the teacher was
+        processor.save_pretrained(f"{folder}/teacher")
+        teacher.config.save_pretrained(f"{folder}/teacher")
+        teacher.config._name_or_path = f"{folder}/teacher"
     from trl.experimental.gold import GOLDConfig as PeerConfig
     from trl.experimental.gold import GOLDTrainer as PeerTrainer
 
@@ -103,58 +126,61 @@ def loss_error(trainer: GOLDTrainer) -> float:
 
     student = logits(model, inputs["student"], trainer.student_head.weight)
     teacher = logits(trainer.teacher_model, inputs["teacher"], trainer.teacher_head.weight)
-    oracle = torch.cat(
-        [
-            reference.jsd_rows(s, t)
-            for s, t in zip(student.split(64), teacher.split(64), strict=True)
-        ]
-    ).mean()
+    parts = zip(student.split(64), teacher.split(64), strict=True)
+    if trainer.uld is None:
+        oracle = sum(reference.jsd_rows(s, t).sum() for s, t in parts)
+    else:  # one tokenizer: groups are pairs of tokens
+        oracle = sum(reference_uld.uld_loss(s, t, s.new_ones(s.shape[0])) for s, t in parts)
+    oracle = oracle / len(positions)
     model.train()
     return abs(float(fused) - float(oracle)) / float(oracle)
 
 
-def measure(name: str, completion_tokens: int, memory_gib: float, is_tiny: bool) -> dict[str, Any]:
-    """One case; what is printed of a case that ran out of memory is the limit."""
+def measure(case: Case, memory_gib: float, is_tiny: bool) -> dict[str, Any]:
+    """A row; of a case that ran out of memory it says so and has the limit."""
     has_cuda = torch.cuda.is_available()
     if has_cuda and memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * 2**30 / total))
-    case = {"implementation": name, "loss": "jsd", "completion_tokens": completion_tokens}
-    case |= {"batch_size": BATCH_SIZE, "memory_limit_gib": memory_gib or ""}
+    is_ours = case.implementation == "gold_kernels"
+    row = {**case._asdict(), "batch_size": BATCH_SIZE, "memory_limit_gib": memory_gib or ""}
+    row |= environment()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(name, completion_tokens, folder, is_tiny)
+        trainer = build_trainer(case, folder, is_tiny)
         timer = StepTimer()
         trainer.add_callback(timer)
-        error = loss_error(trainer) if name == "gold_kernels" else math.nan
-        if error > MAX_LOSS_ERROR:
-            sys.exit(f"{name}: loss error {error:.1e} exceeds {MAX_LOSS_ERROR}; no numbers")
+        error = loss_error(trainer) if is_ours else math.nan
+        limit = MAX_LOSS_ERRORS[case.loss]
+        if error > limit:
+            return row | {"seconds_median": f"refused: loss error {error:.1e} exceeds {limit}"}
+        if has_cuda:
+            torch.cuda.empty_cache()
         resident = torch.cuda.memory_allocated() if has_cuda else 0
         if has_cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
             trainer.train()
         except torch.OutOfMemoryError:
-            return {**case, "seconds_median": "out of memory", **environment()}
+            return row | {"seconds_median": "out of memory"}
         peak = torch.cuda.max_memory_allocated() if has_cuda else 0
     steps = [log for log in trainer.state.log_history if "grad_norm" in log]
-    if name == "gold_kernels" and not all(math.isfinite(log["grad_norm"]) for log in steps):
-        sys.exit(f"{name}: gradient norm {steps[0]['grad_norm']}; no numbers")
-    return {
-        **case,
+    if is_ours and not all(math.isfinite(log["grad_norm"]) for log in steps):
+        return row | {"seconds_median": f"refused: gradient norm {steps[0]['grad_norm']}"}
+    return row | {
         "seconds_median": round(statistics.median(timer.seconds[WARM_UP_STEPS:]), 3),
         "peak_gib": round(peak / 2**30, 2),
         "resident_gib": round(resident / 2**30, 2),
         "loss_error": f"{error:.1e}",
         "first_loss": f"{steps[0]['loss']:.5f}",
         "grad_norm": f"{steps[0]['grad_norm']:.3e}",
-        **environment(),
     }
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--completion-tokens", type=int, nargs="+", default=[518, 1037, 2060])
-    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS))
+    parser.add_argument("--completion-tokens", type=int, nargs="+", help="default 518 to 8192")
+    parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS)
+    parser.add_argument("--loss", nargs="+", default=["jsd", "uld"], choices=MAX_LOSS_ERRORS)
     parser.add_argument("--memory-gib", type=float, default=0.0, help="0: all there is")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "train_step.csv")
@@ -162,25 +188,39 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.tiny or torch.cuda.is_available()):
         sys.exit("bench_train_step: a CUDA GPU is expected, got none; --tiny runs anywhere")
-    cases = [(name, n) for n in options.completion_tokens for name in options.implementations]
+    return options
+
+
+def run_in_own_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Its row; a process that failed leaves one that says so."""
+    command = [sys.executable, __file__, "--one-case", "--implementations", case.implementation]
+    command += ["--loss", case.loss, "--completion-tokens", str(case.completion_tokens)]
+    command += ["--memory-gib", str(options.memory_gib)] + ["--tiny"] * options.tiny
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        return {**case._asdict(), "seconds_median": f"failed with {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    options = parse_options()
+    cases = [
+        Case(name, loss, num_tokens)
+        for name in options.implementations
+        for loss in options.loss
+        for num_tokens in options.completion_tokens or COMPLETION_TOKENS[name]
+    ]
     if options.one_case:
-        row = measure(*cases[0], options.memory_gib, options.tiny)
+        row = measure(cases[0], options.memory_gib, options.tiny)
         sys.stdout.write("\n" + json.dumps(row) + "\n")
-        return
-    results = []
-    for name, completion_tokens in cases:
-        command = [sys.executable, __file__, "--one-case", "--implementations", name]
-        command += ["--completion-tokens", str(completion_tokens)]
-        command += ["--memory-gib", str(options.memory_gib)] + ["--tiny"] * options.tiny
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            sys.exit(f"{name}, {completion_tokens} tokens: failed, see above; nothing written")
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        sys.stdout.write(f"{results[-1]}\n")
+        return 0
+    log = RowLog(None if options.tiny else options.output, FIELDS)
+    for case in cases:
+        log.add(run_in_own_process(case, options))
+        sys.stdout.write(f"{log.rows[-1]}\n")
         sys.stdout.flush()
-    if not options.tiny:
-        write_rows(options.output, results)
+    return int(any(str(r["seconds_median"]).startswith(("failed", "refused")) for r in log.rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

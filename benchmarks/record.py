@@ -74,12 +74,3 @@ class RowLog:
     def _write(self, mode: str, row: dict[str, Any]) -> None:
         with self.path.open(mode, newline="", encoding="utf-8") as file:
             csv.DictWriter(file, fieldnames=self.fields).writerow(row)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace the file by these rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

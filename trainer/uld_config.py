@@ -20,10 +20,10 @@ class ULDFields:
     groups and tokens are counted before the loss. Where TRL's default is a defect ours differs:
     groups are merged by the chain rule and the end of a turn is distilled.
 
-    The hybrid loss alone does not teach words that only the student writes in several tokens: their
-    last piece matches an entry that the teacher does not expect there, and what lowers the loss is
-    a less probable first piece. In the demo across families it fell to 0.002 while the student left
-    those words out (0 % accuracy; 95 % with uld_crossentropy_weight=1 on the teacher's text).
+    A student made from scratch gives a word that only its own tokenizer splits a probability near
+    0, and there the JSD has no gradient: it is proportional to that probability. In the demo across
+    families (beta = 0, forward KL) 95 % of the answers are right, with beta = 0.5 none, with
+    beta = 0.5 and uld_crossentropy_weight = 1 on the teacher's text 95 % again.
     """
 
     use_uld_loss: bool = field(
@@ -59,8 +59,8 @@ class ULDFields:
         default=False,
         metadata={
             "help": "Generalized JSD with beta on vocabulary entries with equal bytes or roles, "
-            "sorted L1 on the others. Give uld_crossentropy_weight with it: words that only the "
-            "student splits are not learnt otherwise."
+            "sorted L1 on the others. Words that only the student splits need beta=0 or "
+            "uld_crossentropy_weight."
         },
     )
     uld_hybrid_matched_weight: float | None = field(

@@ -79,7 +79,7 @@ def draw_loss_curve(log: Sequence[dict[str, float]], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), label=label, color=color, marker=".")
     axis.set(
         xlabel="step",
-        ylabel="hybrid loss and cross-entropy" if is_cross else "JSD per token (nats)",
+        ylabel="hybrid loss per group (nats)" if is_cross else "JSD per token (nats)",
         yscale="log",
     )
     axis.grid(alpha=0.3)
