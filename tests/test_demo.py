@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trainer.demo import run_demo
 from trainer.demo.digits import answer_of, load_pictures, make_rows, parse_answer
 from trainer.demo.other_family import build_other_processor
+from trainer.demo.report import draw_contact_sheet
 from trainer.demo.tiny_vlm import build_processor
 from trainer.demo.train import DemoSettings, load_or_train_teacher
 
@@ -68,6 +69,12 @@ def test_a_short_run_writes_everything_it_promises(pair, tmp_path, capsys):
     assert "student after" in capsys.readouterr().out
     AutoModelForImageTextToText.from_pretrained(tmp_path / "student")
     AutoProcessor.from_pretrained(tmp_path / "student")
+
+
+def test_answers_that_look_like_mathematics_are_drawn_as_they_are(tmp_path):
+    _, held_out = load_pictures(4, 3)
+    draw_contact_sheet(held_out, ["a$``$ b", "$\\frac$", ""], tmp_path / "answers.png")
+    assert (tmp_path / "answers.png").exists()
 
 
 def test_a_cached_teacher_counts_only_for_its_own_settings(tmp_path, caplog):

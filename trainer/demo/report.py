@@ -102,7 +102,7 @@ def draw_contact_sheet(digits: Digits, answers: Sequence[str], path: Path) -> No
     wrong = [i for i, a in enumerate(answers) if parse_answer(a) != digits.labels[i]]
     right = [i for i in range(len(answers)) if i not in set(wrong)]
     count = COLUMNS * SHEET_ROWS
-    shown = (wrong[: count // 4] + right)[:count]
+    shown = (wrong[: max(count // 4, count - len(right))] + right)[:count]
     figure, axes = plt.subplots(
         SHEET_ROWS, COLUMNS, figsize=(2 * COLUMNS, 2.5 * SHEET_ROWS), layout="constrained"
     )
@@ -114,7 +114,9 @@ def draw_contact_sheet(digits: Digits, answers: Sequence[str], path: Path) -> No
         title = answer.replace(", ", ",\n", 1) if len(answer) < 60 else answer[:40] + "..."
         if not is_right:
             title += f"\n(shown: {DIGIT_NAMES[digits.labels[i]]})"
-        axis.set_title(title or "(no answer)", fontsize=9, color=RIGHT if is_right else WRONG)
+        color = RIGHT if is_right else WRONG
+        # an answer may hold $, which matplotlib would read as mathematics
+        axis.set_title(title or "(no answer)", fontsize=9, color=color, parse_math=False)
     figure.suptitle(
         f"The student's answers: {len(right)} of {len(answers)} right (wrong ones first)",
         fontsize=14,
