@@ -225,7 +225,6 @@ def test_student_object_without_a_processor_asks_for_it(output_dir):
     ("options", "kind"),
     [
         ({"target_modules": ["q_proj", "lm_head"]}, r"peft.tuners.lora.layer.Linear"),
-        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "ModulesToSaveWrapper"),
         (
             {"trainable_token_indices": [1], "target_modules": ["q_proj"]},
             "TrainableTokensWrapper",

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from trainer import models
 from trainer.config import GOLDConfig
 
 logger = logging.getLogger(__name__)
@@ -15,23 +16,35 @@ def refuse_unusable(
     data_collator: Any,
     compute_metrics: Any,
     preprocess_logits: Any,
+    peft_config: Any,
 ) -> None:
     if not isinstance(args, GOLDConfig):
         raise ValueError(
             f"GOLDTrainer: args must be a GOLDConfig, got {type(args).__name__}; it takes every "
             "field of TrainingArguments."
         )
-    if teacher_model is None:
+    has_adapter = peft_config is not None or (
+        not isinstance(model, str) and models.has_adapter(model)
+    )
+    if teacher_model is None and not has_adapter:
         raise ValueError(
-            "GOLDTrainer: a teacher is expected, got None; pass teacher_model= or set "
-            "teacher_model_name_or_path."
+            "GOLDTrainer: a teacher is expected, got None; pass teacher_model=, or set "
+            "teacher_model_name_or_path, or give the student an adapter (peft_config=): its own "
+            "weights then are the teacher."
+        )
+    if teacher_model is None and (args.fsdp or args.deepspeed):
+        raise ValueError(
+            "GOLDTrainer: a teacher is expected with FSDP and DeepSpeed, got None; sharded weights "
+            "are gathered for the student's own forward only: pass teacher_model=."
         )
     if teacher_model is model and not isinstance(model, str):
         raise ValueError(
             "GOLDTrainer: student and teacher must be two objects, got one: the teacher is frozen; "
             "load it a second time."
         )
-    sides = ("model", model), ("teacher_model", teacher_model)
+    sides = [("model", model)]
+    if teacher_model is not None:
+        sides.append(("teacher_model", teacher_model))
     for name, value in sides:
         if not isinstance(value, str) and getattr(args, f"{name}_init_kwargs") is not None:
             raise ValueError(

@@ -39,7 +39,8 @@ class GOLDTrainer(Trainer):
 
     With use_uld_loss the two may have different tokenizers and processors, and the loss is that of
     fused_linear_uld, a mean over groups of tokens (see ULDFields). The teacher's processor is
-    teacher_processing_class, else loaded from where the teacher was.
+    teacher_processing_class, else loaded from where the teacher was. A student with an adapter
+    needs no teacher_model: its own weights, without the adapter, then are the teacher.
 
     Models are objects, folders or hub ids; both vision-language or both text-only. Datasets are
     map-style, with rows of `messages`, or `prompt` and `completion`, and `image` or `images`. Loss
@@ -73,12 +74,15 @@ class GOLDTrainer(Trainer):
             data_collator,
             compute_metrics,
             preprocess_logits_for_metrics,
+            peft_config,
         )
         student_config, processing_class = loading.check_configs(
             model, teacher_model, args, processing_class
         )
         is_vlm = models.is_vision_language(student_config)
-        if args.use_uld_loss:
+        if teacher_model is None:
+            teacher_processing_class = processing_class
+        elif args.use_uld_loss:
             teacher_processing_class = loading.load_teacher_processor(
                 teacher_model, args, teacher_processing_class, is_vlm
             )
@@ -91,7 +95,10 @@ class GOLDTrainer(Trainer):
             model, teacher_model, args, processing_class, teacher_processing_class, peft_config
         )
         self.student_head = models.lm_head(model, "student")
-        self.teacher_head = models.lm_head(teacher_model, "teacher")
+        self.is_own_teacher = teacher_model is model
+        self.teacher_head = models.lm_head(
+            teacher_model, "teacher", is_own_teacher=self.is_own_teacher
+        )
         self._set_loss(model, teacher_model, processing_class, teacher_processing_class, args)
         arguments.adapt_to_devices(args, is_vlm)
 
@@ -108,12 +115,14 @@ class GOLDTrainer(Trainer):
         # compute_loss divides by the tokens of the whole window: no second division by its length
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
-        self.teacher_model = loading.place_frozen(teacher_model, self.accelerator.device)
+        if not self.is_own_teacher:
+            teacher_model = loading.place_frozen(teacher_model, self.accelerator.device)
+        self.teacher_model = teacher_model
 
     def _set_loss(
         self,
         model: nn.Module,
-        teacher_model: PreTrainedModel,
+        teacher_model: nn.Module,
         processing_class: Processor,
         teacher_processing_class: Processor | None,
         args: GOLDConfig,
@@ -144,7 +153,13 @@ class GOLDTrainer(Trainer):
             self.loss_options["vocab_size"] = models.shared_vocab_size(
                 self.student_head, self.teacher_head, processing_class
             )
-        self.rollouts = Rollouts(args, self.student_side, self.teacher_side, self.pairs)
+        self.rollouts = Rollouts(
+            args,
+            self.student_side,
+            self.teacher_side,
+            self.pairs,
+            is_own_teacher=self.is_own_teacher,
+        )
         self.windows = {
             name: MetricWindow() if self.uld is None else self.uld.window()
             for name in ("train", "eval")
@@ -257,7 +272,9 @@ class GOLDTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch; its rows weigh 1 / num_items_in_batch (None: 1 / N)."""
-        with self.accelerator.autocast():  # the wrapper gives it to the student only
+        # the wrapper gives autocast to the student only
+        teaching = models.teaching(self.teacher_model, self.is_own_teacher)
+        with self.accelerator.autocast(), teaching:
             teacher_hidden = models.teacher_hidden_rows(
                 self.teacher_model,
                 self.teacher_head,

@@ -27,16 +27,17 @@ HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder
 
 def check_configs(
     model: PreTrainedModel | str,
-    teacher_model: PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str | None,
     args: GOLDConfig,
     processing_class: Processor | None,
 ) -> tuple[PretrainedConfig, Processor]:
     """The student's config and processor, once the pair is known to fit; no weights are read."""
     student_config = config_of(model, "student", args.model_init_kwargs)
-    teacher_config = config_of(
-        teacher_model, "teacher", args.teacher_model_init_kwargs, args.teacher_model_revision
-    )
-    models.check_pair(student_config, teacher_config, args.use_uld_loss)
+    if teacher_model is not None:
+        teacher_config = config_of(
+            teacher_model, "teacher", args.teacher_model_init_kwargs, args.teacher_model_revision
+        )
+        models.check_pair(student_config, teacher_config, args.use_uld_loss)
     if processing_class is None:
         processing_class = load_processor(student_config, args.model_init_kwargs)
     models.check_processor(processing_class, models.is_vision_language(student_config))
@@ -45,18 +46,20 @@ def check_configs(
 
 def load_models(
     model: PreTrainedModel | str,
-    teacher_model: PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str | None,
     args: GOLDConfig,
     processing_class: Processor,
     teacher_processing_class: Processor | None,
     peft_config: Any,
-) -> tuple[nn.Module, PreTrainedModel]:
-    """Student, with its adapter if there is one, and teacher."""
+) -> tuple[nn.Module, nn.Module]:
+    """Student, with its adapter if there is one, and teacher; the same object where None is given:
+    see models.teaching.
+    """
     if isinstance(model, str):
         # In the bfloat16 of most checkpoints small updates would be lost.
         init_kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
         model = load_model(model, init_kwargs)
-    if not args.use_uld_loss:
+    if not args.use_uld_loss and teacher_model is not None:
         if teacher_processing_class is None:
             teacher_processing_class = find_tokenizer(*teacher_source(teacher_model, args))
         check_vocabularies(processing_class, teacher_processing_class)
@@ -67,7 +70,7 @@ def load_models(
         model = add_adapter(model, peft_config)
     if args.disable_dropout:
         disable_dropout(model)
-    return model, teacher_model
+    return model, model if teacher_model is None else teacher_model
 
 
 def config_of(
@@ -186,7 +189,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
         )
     from peft import get_peft_model
 
-    if models.base_model(model) is not model:
+    if models.has_adapter(model):
         raise ValueError(
             "GOLDTrainer: peft_config must be None for a student that has an adapter, got "
             f"{type(model).__name__}; merge it first (model.merge_and_unload()) or leave "
@@ -211,7 +214,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def place_frozen(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def place_frozen(model: nn.Module, device: torch.device) -> nn.Module:
     """The teacher on the device, without gradients. A quantised or dispatched one stays put.
 
     Not accelerate's prepare_model: its list of models decides how the student is evaluated.

@@ -67,15 +67,45 @@ def not_a_decoder(kind: str, side: str) -> ValueError:
     )
 
 
-def lm_head(model: nn.Module, side: str) -> nn.Linear:
-    """The head whose place the loss takes; refuses what the loss would silently ignore."""
-    base = base_model(model)
-    head = base.get_output_embeddings()
+def has_adapter(model: nn.Module) -> bool:
+    return base_model(model) is not model
+
+
+@contextmanager
+def teaching(teacher: nn.Module, is_own_teacher: bool) -> Iterator[None]:
+    """Within the context a student that is its own teacher is the model below its adapter, in eval
+    mode. Another teacher is as it should be anyway.
+    """
+    if not is_own_teacher:
+        yield
+        return
+    was_training = teacher.training
+    teacher.eval()
+    try:
+        with teacher.disable_adapter():
+            yield
+    finally:
+        teacher.train(was_training)
+
+
+def lm_head(model: nn.Module, side: str, *, is_own_teacher: bool = False) -> nn.Linear:
+    """The head whose place the loss takes; refuses what the loss would silently ignore.
+
+    Of a head in modules_to_save it is the trained copy, or for the student as its own teacher the
+    original.
+    """
+    head = base_model(model).get_output_embeddings()
+    if is_peft_available():
+        from peft.utils import ModulesToSaveWrapper
+
+        if isinstance(head, ModulesToSaveWrapper):
+            trained = head.modules_to_save[head.active_adapters[0]]
+            head = head.original_module if is_own_teacher else trained
     if type(head) is not nn.Linear:
         raise ValueError(
             f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, got "
             f"{type(head).__module__}.{type(head).__name__}; leave lm_head out of LoRA's "
-            "target_modules and modules_to_save, and out of quantisation "
+            "target_modules (modules_to_save trains it whole) and out of quantisation "
             "(llm_int8_skip_modules=['lm_head'])."
         )
     if not head.weight.is_floating_point() or type(head.weight) is not nn.Parameter:
@@ -214,7 +244,7 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def teacher_hidden_rows(
-    teacher: PreTrainedModel,
+    teacher: nn.Module,
     head: nn.Linear,
     form: LogitForm,
     tensors: dict[str, Tensor],

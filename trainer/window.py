@@ -18,6 +18,7 @@ from torch import nn
 from trainer.collator import Example, GOLDCollator, tokenizer_of
 from trainer.completions import print_completions
 from trainer.config import GOLDConfig
+from trainer.models import teaching
 from trainer.pairing import PairCollator
 from trainer.rollout import generate_completions
 
@@ -105,8 +106,10 @@ class Rollouts:
         student: GOLDCollator,
         teacher: GOLDCollator,
         pairs: PairCollator | None,  # None: one family, examples serve both sides
+        *,
+        is_own_teacher: bool,
     ) -> None:
-        self.args, self.pairs = args, pairs
+        self.args, self.pairs, self.is_own_teacher = args, pairs, is_own_teacher
         self.sides = {"student": student, "teacher": teacher}
 
     def source(self, step: int, micro_step: int) -> str:
@@ -147,15 +150,16 @@ class Rollouts:
         """
         side = self.sides[source]
         name = "examples" if source == "student" or self.pairs is None else "teacher_examples"
-        examples = generate_completions(
-            model,
-            side.processor,
-            [example for batch in batches for example in batch[name]],
-            sorted(side.end_ids),
-            sorted(side.placeholder_ids),
-            self.args,
-            random.Random(place).getrandbits(63),
-        )
+        with teaching(model, self.is_own_teacher and source == "teacher"):
+            examples = generate_completions(
+                model,
+                side.processor,
+                [example for batch in batches for example in batch[name]],
+                sorted(side.end_ids),
+                sorted(side.placeholder_ids),
+                self.args,
+                random.Random(place).getrandbits(63),
+            )
         written = iter(examples)
         return [
             self._with_examples(source, batch, list(islice(written, len(batch[name]))))
