@@ -8,7 +8,7 @@ TRAINER = [
     "transformers>=5",
     "accelerate>=1.10",
     "datasets>=4",
-    "pillow",
+    "pillow>=10.1",
     "torchvision",  # the stock image processors of VLMs need it
     "rich",  # sample completions and the demo's table in the console
     "matplotlib",  # the demo's loss curve and contact sheet

@@ -118,6 +118,24 @@ def test_pictures_of_any_mode_become_rgb(mode):
     assert (row.images[0].mode, row.images[0].size) == ("RGB", (8, 6))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bit_grey_keeps_its_levels(mode):
+    dark = Image.new("I;16", (8, 6), 64 * 256).convert("I").convert(mode)
+    row = read({"messages": [USER, ANSWER], "image": dark})
+    assert row.images[0].getpixel((3, 3)) == (64, 64, 64)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_lie_on_white(mode):
+    """A black drawing on nothing, which is stored as black too, must not become all black."""
+    drawing = Image.new("RGBA", (8, 6), (0, 0, 0, 0))
+    drawing.putpixel((3, 3), (0, 0, 0, 255))
+    picture = drawing.convert(mode) if mode != "P" else drawing.quantize(4)
+    (image,) = read({"messages": [USER, ANSWER], "image": picture}).images
+    assert image.mode == "RGB"
+    assert (image.getpixel((0, 0)), image.getpixel((3, 3))) == ((255,) * 3, (0,) * 3)
+
+
 def test_rows_of_a_datasets_table_are_read_with_their_pictures(tmp_path):
     tiny_picture(1).save(tmp_path / "one.png")
     table = datasets.Dataset.from_dict(

@@ -174,8 +174,19 @@ def _images(columns: dict[str, Any], index: int) -> list[Image.Image]:
             image.load()  # PIL reads lazily: a broken file shows here, where the row is known
         except UNREADABLE as error:
             raise _unreadable(index, error) from error
-    # Not every processor takes grey, palette or transparent pictures.
-    return [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+    return [_as_rgb(image) for image in images]
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Not every processor takes grey, palette or transparent pictures."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):  # convert() would clip its 65536 levels at 255
+        image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
+    elif image.has_transparency_data:  # on white: what is see-through is mostly stored as black
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
