@@ -163,6 +163,19 @@ def test_json_rows_open_pictures_relative_to_the_file(json_rows):
     assert rows[3]["messages"] == tiny_rows(8)[3]["messages"]
 
 
+def test_pictures_by_path_stand_upright_as_those_of_datasets(tmp_path):
+    """Phones write them turned, with the orientation beside."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    row = {"prompt": "What?", "completion": "That.", "image": str(tmp_path / "0.jpg")}
+    Image.new("RGB", (40, 20), "red").save(row["image"], exif=turned)
+    table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
+    assert table[0]["image"].size == (20, 40), "what datasets makes of it"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    rows = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")), "train")
+    assert rows[0]["image"].size == (20, 40)
+
+
 def test_json_list_may_hold_lists_of_pictures_and_mixed_contents(tmp_path):
     for number in range(2):
         tiny_picture(number).save(tmp_path / f"{number}.png")

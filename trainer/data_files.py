@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -110,8 +110,8 @@ class MappedRows(torch.utils.data.Dataset):
         path = (self.folder or Path()) / value
         try:
             with Image.open(path) as picture:
-                picture.load()
-                return picture
+                # upright, as datasets decodes pictures: phones write them turned, with a note
+                return ImageOps.exif_transpose(picture)
         except OSError as error:  # missing, cut off, or not a picture
             raise ValueError(f"row {index}: cannot read the picture {path}: {error}") from error
 
