@@ -176,6 +176,15 @@ def test_pictures_by_path_stand_upright_as_those_of_datasets(tmp_path):
     assert rows[0]["image"].size == (20, 40)
 
 
+def test_json_lines_end_at_line_feeds_only(tmp_path):
+    """Unicode's own separators stand in strings as they are, unless the writer escapes all."""
+    row = {"prompt": "one\u2028two\u0085three", "completion": "\u2029"}
+    lines = f"{json.dumps(row, ensure_ascii=False)}\r\n\n" * 2
+    (tmp_path / "rows.jsonl").write_bytes(lines.encode())
+    rows = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")), "train")
+    assert [rows[0], rows[1]] == [row, row] and len(rows) == 2
+
+
 def test_json_list_may_hold_lists_of_pictures_and_mixed_contents(tmp_path):
     for number in range(2):
         tiny_picture(number).save(tmp_path / f"{number}.png")
