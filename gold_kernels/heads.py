@@ -15,11 +15,16 @@ def per_side(value: Any) -> tuple[Any, Any]:
 
 
 def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:
-    """The head in the dtype that torch.nn.Linear would compute it in under torch.autocast."""
+    """The head in the dtype that torch.nn.Linear would compute it in under torch.autocast, which
+    leaves float64 alone.
+    """
     if not torch.is_autocast_enabled(device_type):
         return head
     dtype = torch.get_autocast_dtype(device_type)
-    hidden, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in head[:3])
+    hidden, weight, bias = (
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in head[:3]
+    )
     return head._replace(hidden=hidden, weight=weight, bias=bias)
 
 

@@ -25,6 +25,16 @@ def capped_oracle(case, caps, scales, **options):
     return loss, *torch.autograd.grad(loss, case[:2])
 
 
+def test_autocast_leaves_float64_alone_as_a_linear_layer_does():
+    case = random_case().to(torch.float64)
+    expected = run_fused(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.linear(*case[:2]).dtype == torch.float64
+        actual = run_fused(case)
+    for ours, truth in zip(actual, expected, strict=True):
+        assert torch.equal(ours, truth)
+
+
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 1.0])
