@@ -87,10 +87,18 @@ def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: 
     """The number of vocabulary entries that take part."""
     if vocab_size is None:
         if v_student != v_teacher:
+            remedy = "pass vocab_size=len(tokenizer)"
+            if function == "FusedLinearJSDLoss":  # its arguments are Liger's
+                remedy = "pass weight[:len(tokenizer)] of both"
             raise ValueError(
                 f"{function}: student and teacher heads must have one vocabulary, got "
-                f"V={v_student} and V={v_teacher}; pass vocab_size=len(tokenizer) if both are "
-                "padded heads of one tokenizer. Different tokenizers need a cross-tokenizer loss."
+                f"V={v_student} and V={v_teacher}; {remedy} if they are padded heads of one "
+                "tokenizer. Different tokenizers need a cross-tokenizer loss."
+            )
+        if v_student == 0:
+            raise ValueError(
+                f"{function}: the vocabulary must have at least one entry, got V=0 on both sides; "
+                "pass what the heads return, (N, V)."
             )
         return v_student
     if not 1 <= vocab_size <= min(v_student, v_teacher):

@@ -115,6 +115,7 @@ def test_without_grad_mode_no_gradient_is_computed_and_logits_stay():
     [
         (lambda s, t: jsd_loss(s[0], t), "student_logits must be (N, V), got shape (300,)"),
         (lambda s, t: jsd_loss(s, t[:, :200]), "must have one vocabulary, got V=300 and V=200"),
+        (lambda s, t: jsd_loss(s[:, :0], t[:, :0]), "at least one entry, got V=0 on both sides"),
         (lambda s, t: jsd_loss(s, t[:5]), "must hold the same N rows, got N=9 and N=5"),
         (lambda s, t: jsd_loss(s, t, torch.ones(3)), "shape (N,) = (9,), got (3,)"),
         (lambda s, t: jsd_loss(s, t, beta=2.0), "beta must be in [0, 1]"),
