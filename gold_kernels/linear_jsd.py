@@ -246,7 +246,7 @@ def fused_linear_jsd(
     Extra memory is at most budget_bytes, plus one float32 student_weight if a 16-bit one needs a
     gradient. chunk_size caps the rows of logits at a time instead. logits_dtype=torch.bfloat16 is
     faster and wrong near convergence: with a teacher that is the student with 1 % of noise the loss
-    is a quarter off and the gradient is noise. Logits are softcap(logit_scale * (hidden weight^T +
+    is a tenth off and the gradient half. Logits are softcap(logit_scale * (hidden weight^T +
     bias)) with softcap(x) = c tanh(x / c), c = final_logit_softcapping; a pair is (student,
     teacher).
 
@@ -290,7 +290,8 @@ class FusedLinearJSDLoss(nn.Module):
     The mean is over the rows whose label is not ignore_index; only they are projected, which costs
     one host sync to count them (gather rows yourself and call fused_linear_jsd to avoid it). Labels
     are already shifted. The cross-entropy is taken at temperature 1 from the same logits. With
-    weight_hard_loss = 0, labels only select rows. `compiled` keeps the position it has in Liger;
+    weight_hard_loss = 0, labels only select rows; a label outside the vocabulary has cross-entropy
+    0, and its row still counts. `compiled` keeps the position it has in Liger;
     the loss never calls torch.compile, so it changes nothing.
     """
 

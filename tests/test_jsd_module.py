@@ -78,6 +78,14 @@ def test_all_labels_ignored_is_a_zero_loss_with_a_graph():
     assert not case.student_hidden.grad.any()
 
 
+def test_a_label_outside_the_vocabulary_has_no_cross_entropy_but_counts():
+    case = random_case(6, 20, 8, 12).to(torch.float64)
+    labels = torch.where(SCORED, LABELS, 20)
+    _, soft, hard = FusedLinearJSDLoss(return_soft_hard_loss=True)(*case, labels)
+    assert float(hard) == pytest.approx(float(_expected(case)[2]) * int(SCORED.sum()) / 6)
+    assert float(soft) == pytest.approx(float(reference.linear_jsd(*case)))
+
+
 def test_ignored_rows_are_never_projected():
     case = random_case(6, 20, 8, 12).to(torch.float32)
     with torch.no_grad():
