@@ -78,6 +78,11 @@ def test_defaults_are_those_that_trl_users_know(tmp_path):
             {"num_generations": 2, "auto_find_batch_size": True},
             "auto_find_batch_size must be False with num_generations above 1, got True and num_gen",
         ),
+        (
+            {"teacher_model_init_kwargs": "bfloat16"},
+            "teacher_model_init_kwargs must be a dict of from_pretrained's arguments, got 'bfloat",
+        ),
+        ({"model_init_kwargs": ["dtype"]}, "model_init_kwargs must be a dict"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False, got True"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
         (

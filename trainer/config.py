@@ -138,10 +138,21 @@ class GOLDConfig(ULDFields, TrainingArguments):
                 "and lmbda=1.0; the teacher writes completions of off-policy ones: lower lmbda."
             )
         self.check_uld()
+        self._check_init_kwargs()
         self._check_counts()
         self._check_generations()
         self._check_inherited()
         self._check_output_dir()
+
+    def _check_init_kwargs(self) -> None:
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            value = getattr(self, name)
+            is_json = isinstance(value, str) and value.startswith("{")
+            if not is_json and not isinstance(value, dict | None):
+                raise ValueError(
+                    f"GOLDConfig: {name} must be a dict of from_pretrained's arguments, got "
+                    f'{value!r}; write {{"dtype": "bfloat16"}}.'
+                )
 
     def _check_inherited(self) -> None:
         """Fields of TrainingArguments that would be ignored, or fail deep inside a step."""
