@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tiny_models import tiny, tiny_picture, tiny_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from trainer import loading
 from trainer.__main__ import main
@@ -81,6 +82,16 @@ def test_yaml_values_of_every_kind_arrive(tmp_path):
     assert config.max_length == 64
     assert data.system_prompt == "- short -"
     assert model.lora_target_modules == ["q_proj"]
+
+
+def test_yaml_no_is_the_word_where_a_field_has_it_and_false_elsewhere(tmp_path):
+    (tmp_path / "c.yaml").write_text("save_strategy: no\neval_strategy: no\ndisable_dropout: no\n")
+    _, _, config = parse_arguments([str(tmp_path / "c.yaml")])
+    assert (config.save_strategy, config.eval_strategy, config.disable_dropout) == (
+        SaveStrategy.NO,
+        IntervalStrategy.NO,
+        False,
+    )
 
 
 def test_flags_alone_are_enough():
@@ -358,6 +369,19 @@ def test_bad_row_met_while_training_ends_in_one_message(
     flags = train_flags(models, json_rows, tmp_path / "out")
     flags += ["--max_steps", "4", "--dataloader_num_workers", workers]
     assert "row 2" in user_error(capsys, "train", *flags)
+
+
+def test_missing_packages_are_one_message(capsys, models, json_rows, tmp_path, monkeypatch):
+    def load_model(*args):
+        raise ImportError("4-bit quantization requires bitsandbytes")  # as transformers does
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    flags = train_flags(models, json_rows, tmp_path / "out")
+    assert "requires bitsandbytes" in user_error(capsys, "train", *flags)
+    for name in [name for name in sys.modules if name.startswith("trainer.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "pip install 'gold-kernels[demo]'" in user_error(capsys, "demo")
 
 
 def test_nothing_is_written_when_the_configuration_is_wrong(capsys, models, json_rows, tmp_path):

@@ -70,6 +70,9 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def choices_of(self, name: str) -> list[str] | None:
+        return self._option_string_actions[f"--{name}"].choices
+
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOLDConfig]:
     """argv: an optional YAML file, then flags. ValueError says what to change."""
@@ -104,6 +107,8 @@ def _read_config(path: Path, parser: Parser) -> list[str]:
     for name, value in config.items():
         if name not in _field_names(parser):
             raise ValueError(f"{path}: unknown key {name}{_nearest(str(name), parser)}")
+        if value is False and "no" in (parser.choices_of(name) or ()):
+            value = "no"  # eval_strategy: no, which YAML reads as false
         if value is None:
             parser.set_defaults(**{name: None})
         elif isinstance(value, list):
@@ -219,7 +224,12 @@ def _demo(argv: list[str]) -> None:
     parser.add_argument("--output_dir", help="default: runs/demo, runs/demo_cross")
     arguments = parser.parse_args(argv)
 
-    from trainer.demo import run_demo
+    try:
+        from trainer.demo import run_demo
+    except ImportError as error:
+        raise ValueError(
+            f"the demo needs a package that is missing ({error}): pip install 'gold-kernels[demo]'"
+        ) from error
 
     default = "runs/demo_cross" if arguments.pair == "cross" else "runs/demo"
     run_demo(arguments.output_dir or default, pair=arguments.pair)
@@ -228,7 +238,7 @@ def _demo(argv: list[str]) -> None:
 def _report_user_errors(command, argv: list[str]) -> int:
     try:
         command(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: flash_attention_2 and such
         logger.debug("traceback of the message below", exc_info=True)
         console = Console(stderr=True, highlight=False)
         console.print(f"error: {_message(error)}", markup=False, soft_wrap=True)
