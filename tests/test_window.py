@@ -185,7 +185,7 @@ def test_student_and_teacher_are_called_once_a_window(tmp_path, monkeypatch):
 
 def decisions(tmp_path, seed, step=0):
     args = GOLDConfig(output_dir=str(tmp_path), use_cpu=True, seed=seed, lmbda=0.5, seq_kd=True)
-    rollouts = window.Rollouts(args, None, None, None)
+    rollouts = window.Rollouts(args, None, None, None, is_own_teacher=False)
     return [rollouts.source(step, micro_step) for micro_step in range(4)]
 
 
