@@ -109,6 +109,16 @@ def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: 
     return vocab_size
 
 
+def check_logits(
+    function: str, student: Tensor, teacher: Tensor, row_weights: Tensor | None
+) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        check_matrix(function, name, logits, "(N, V)")
+    check_pair(function, student, teacher)
+    check_same_kind(function, student, teacher)
+    check_row_weights(function, row_weights, student)
+
+
 def check_row_weights(function: str, row_weights: Tensor | None, hidden: Tensor) -> None:
     num_rows = hidden.shape[0]
     if row_weights is None:

@@ -50,3 +50,21 @@ def check_heads(
 def mean_weights(hidden: Tensor, num_rows: int) -> Tensor:  # (N,)
     """1 / N each."""
     return hidden.new_full((num_rows,), 1 / max(1, num_rows), dtype=float_dtype(hidden))
+
+
+def logit_rows(
+    student_logits: Tensor,  # (N, V_s)
+    teacher_logits: Tensor,  # (N, V_t)
+    row_weights: Tensor | None,  # (N,); None: 1 / N each
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits that the caller holds, as row functions take them."""
+    if row_weights is None:
+        row_weights = mean_weights(student_logits, student_logits.shape[0])
+    row_weights = row_weights.to(float_dtype(student_logits)).contiguous()
+    if not torch.is_grad_enabled():  # see check_heads
+        student_logits = student_logits.detach()
+    student_logits, teacher_logits = (
+        logits if logits.stride(1) == 1 else logits.contiguous()
+        for logits in (student_logits, teacher_logits.detach())
+    )
+    return student_logits, teacher_logits, row_weights

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from gold_kernels import checks, torch_rows
 from gold_kernels.chunking import float_dtype
 from gold_kernels.gradients import empty_logits_gradient, empty_logits_results
+from gold_kernels.heads import logit_rows
 from gold_kernels.linear_jsd import NUM_ROW_VALUES, JSDMetrics
 
 
@@ -143,29 +144,14 @@ def jsd_loss(
     and scalars that do not fit.
     """
     function = "jsd_loss"
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        checks.check_matrix(function, name, logits, "(N, V)")
-    checks.check_pair(function, student_logits, teacher_logits)
-    checks.check_same_kind(function, student_logits, teacher_logits)
-    checks.check_row_weights(function, row_weights, student_logits)
+    checks.check_logits(function, student_logits, teacher_logits, row_weights)
     checks.check_scalars(function, beta, temperature, None)
     backend = checks.resolve_backend(function, backend, student_logits)
     v_student, v_teacher = student_logits.shape[1], teacher_logits.shape[1]
     vocab_size = checks.check_vocabulary(function, v_student, v_teacher, vocab_size)
     checks.check_in_place(function, in_place, student_logits, vocab_size)
-    if row_weights is None:
-        num_rows = student_logits.shape[0]
-        row_weights = student_logits.new_full((num_rows,), 1 / max(1, num_rows))
-    student_logits, teacher_logits = (
-        logits if logits.stride(1) == 1 else logits.contiguous()
-        for logits in (student_logits[:, :vocab_size], teacher_logits[:, :vocab_size].detach())
-    )
-    if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
-        student_logits = student_logits.detach()
     loss, values = JSDLogitsFunction.apply(
-        student_logits,
-        teacher_logits,
-        row_weights.to(float_dtype(student_logits)).contiguous(),
+        *logit_rows(student_logits[:, :vocab_size], teacher_logits[:, :vocab_size], row_weights),
         in_place,
         (beta, temperature, return_metrics, backend),
     )

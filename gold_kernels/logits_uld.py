@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from gold_kernels import checks, uld_checks
 from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, float_dtype
 from gold_kernels.gradients import empty_logits_gradient, empty_logits_results
-from gold_kernels.heads import mean_weights
+from gold_kernels.heads import logit_rows
 from gold_kernels.linear_uld import ULDMetrics, overlap_weights, partner_tables
 from gold_kernels.uld_operator import NUM_ROW_VALUES, SCRATCH_PART, row_functions
 from gold_kernels.vocabulary import VocabOverlap
@@ -116,30 +116,15 @@ def uld_loss(
     dtypes, devices and scalars that do not fit.
     """
     function = "uld_loss"
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        checks.check_matrix(function, name, logits, "(N, V)")
-    checks.check_pair(function, student_logits, teacher_logits)
-    checks.check_same_kind(function, student_logits, teacher_logits)
-    checks.check_row_weights(function, row_weights, student_logits)
+    checks.check_logits(function, student_logits, teacher_logits, row_weights)
     for temperature in (student_temperature, teacher_temperature):
         checks.check_scalars(function, beta, temperature, None)
-    num_rows, v_student = student_logits.shape
-    v_teacher = teacher_logits.shape[1]
+    v_student, v_teacher = student_logits.shape[1], teacher_logits.shape[1]
     uld_checks.check_overlap(function, overlap, v_student, v_teacher)
     weights = overlap_weights(function, overlap, matched_weight, unmatched_weight)
     backend = checks.resolve_backend(function, backend, student_logits)
-    if row_weights is None:
-        row_weights = mean_weights(student_logits, num_rows)
-    student_logits, teacher_logits = (
-        logits if logits.stride(1) == 1 else logits.contiguous()
-        for logits in (student_logits, teacher_logits.detach())
-    )
-    if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
-        student_logits = student_logits.detach()
     loss, values = ULDLogitsFunction.apply(
-        student_logits,
-        teacher_logits,
-        row_weights.to(float_dtype(student_logits)).contiguous(),
+        *logit_rows(student_logits, teacher_logits, row_weights),
         partner_tables(overlap, v_student, v_teacher, student_logits.device),
         (beta, [student_temperature, teacher_temperature], *weights, backend),
     )
