@@ -1,10 +1,16 @@
 """Trainers on tiny models for the tests of trainer/: plain SGD, no clipping, rows in order."""
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tiny_models import tiny
+from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from trainer import GOLDConfig, GOLDTrainer
 
@@ -29,18 +35,63 @@ FIELDS = {
 
 
 class GradientRecorder(TrainerCallback):
-    """Copies the gradients of the first step just before the optimizer uses them."""
+    """Copies the gradients of every step just before the optimizer uses them."""
 
     def __init__(self):
-        self.gradients: dict[str, torch.Tensor] = {}
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    @property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Those of the first step."""
+        return self.steps[0]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0:
-            self.gradients = {
+        self.steps.append(
+            {
                 name: parameter.grad.clone()
                 for name, parameter in model.named_parameters()
                 if parameter.grad is not None
             }
+        )
+
+
+def parts_of(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the parameters of vision tower, language model and head; a tied head is listed by
+    the name of the embeddings. Projectors and an untied model's embeddings are in none of them.
+    """
+    head = model.get_output_embeddings().weight
+    names = [name for name, _ in model.named_parameters()]
+    # visual, vision_tower, vision_model: the layers of a tower are not those of the language model
+    vision = [name for name in names if ".vis" in name]
+    return {
+        "vision": vision,
+        "language": [name for name in names if ".layers." in name and name not in vision],
+        "head": [name for name, parameter in model.named_parameters() if parameter is head],
+    }
+
+
+@contextmanager
+def recorded_warnings() -> Iterator[list[str]]:
+    """Python's warnings, and those that transformers logs: some of them once a process, and not to
+    the root logger, where caplog listens. Left out: that a faster kernel could be installed.
+    """
+    messages: list[str] = []
+
+    def add(record: logging.LogRecord) -> None:
+        if "install" not in record.getMessage():
+            messages.append(f"{record.name}: {record.getMessage()}")
+
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = add
+    transformers_logging.warning_once.cache_clear()
+    transformers_logging.add_handler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield messages
+        messages.extend(f"{w.category.__name__}: {w.message}" for w in caught)
+    finally:
+        transformers_logging.remove_handler(handler)
 
 
 def make_trainer(
