@@ -87,15 +87,16 @@ def write_ascii(student: Side) -> None:
     model.generate = generate_plain
 
 
-def record_inputs(model: nn.Module, is_student: bool) -> list[set[str]]:
-    """Names of what each forward of a training step is given. The student generates in eval mode,
-    the teacher not at all.
+def record_inputs(model: nn.Module, is_student: bool) -> list[tuple[set[str], str]]:
+    """What each forward of a training step is given: names and the side of the padding. The student
+    generates in eval mode, the teacher not at all.
     """
-    calls: list[set[str]] = []
+    calls: list[tuple[set[str], str]] = []
 
     def record(module, args, kwargs):
         if module.training == is_student:
-            calls.append(set(kwargs))
+            is_right = bool(kwargs["attention_mask"][:, 0].all())
+            calls.append((set(kwargs), "right" if is_right else "left"))
 
     model.register_forward_pre_hook(record, with_kwargs=True)
     return calls
@@ -180,7 +181,7 @@ def assert_two_steps_train(
     givers = student, teacher if fields["use_uld_loss"] else student
     for side, calls, giver in zip((student, teacher), inputs, givers, strict=True):
         made = set(prompt_inputs(giver.processor, rows[0]))
-        assert calls == [made | {"use_cache"}] * 2
+        assert calls == [(made | {"use_cache"}, giver.tokenizer.padding_side)] * 2
         assert made <= inspect.signature(type(side.model).forward).parameters.keys()
     state = teacher.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in before[1].items())
