@@ -80,6 +80,33 @@ def teacher_completion(student: Side, teacher: Side, student_ids: list[int]) -> 
     return [*ids, teacher.tokenizer.eos_token_id]
 
 
+def off_policy_parts(
+    student: Side, teacher: Side, rows: list[dict[str, Any]], aligner: CompletionAligner
+) -> tuple[list[tuple[list[int], list[int]]], list[TokenAlignment]]:
+    """Completions of both sides and their alignments, for the eager step."""
+    completions = [
+        (ids, teacher_completion(student, teacher, ids)) for ids in completions_of(student, rows)
+    ]
+    alignments = [aligner.align(*pair) for pair in completions]
+    num_groups = sum(alignment.num_groups for alignment in alignments)
+    assert num_groups < sum(len(teacher_ids) for _, teacher_ids in completions)
+    return completions, alignments
+
+
+def by_position(
+    completions: list[tuple[list[int], list[int]]],
+    alignments: list[TokenAlignment],
+    skips: bool,  # the end tokens
+) -> list[TokenAlignment]:
+    """The alignments of plain ULD: token i with token i."""
+    none, positions = torch.empty(0, dtype=torch.int64), []
+    for alignment, pair in zip(alignments, completions, strict=True):
+        rows_paired = torch.arange(min(len(ids) - skips for ids in pair))
+        sides = (rows_paired, rows_paired, none, none, none) * 2
+        positions.append(type(alignment)(*sides, *alignment[10:]))
+    return positions
+
+
 def eager_cross_step(
     student: Side,
     teacher: Side,

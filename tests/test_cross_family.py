@@ -11,14 +11,14 @@ from cross_cases import (
     Side,
     aligner_of,
     assert_equals,
+    by_position,
     completions_of,
     cross_trainer,
     eager_cross_step,
     make_sides,
+    off_policy_parts,
     rows_of,
-    teacher_completion,
 )
-from tiny_models import tiny
 from trainer_cases import losses_of, recorded_warnings
 
 PAIRS = (  # student, teacher: every family on either side
@@ -35,17 +35,6 @@ PAIRS = (  # student, teacher: every family on either side
 )
 HYBRID = {"uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.3}
 HYBRID_EAGER = {"is_hybrid": True, "crossentropy_weight": 0.3}
-
-
-def off_policy_parts(student, teacher, rows, aligner):
-    """Completions of both sides and their alignments, for the eager step."""
-    completions = [
-        (ids, teacher_completion(student, teacher, ids)) for ids in completions_of(student, rows)
-    ]
-    alignments = [aligner.align(*pair) for pair in completions]
-    num_groups = sum(alignment.num_groups for alignment in alignments)
-    assert num_groups < sum(len(teacher_ids) for _, teacher_ids in completions)
-    return completions, alignments
 
 
 @pytest.mark.parametrize(
@@ -299,11 +288,7 @@ def test_plain_uld_pairs_tokens_by_position(skips, tmp_path):
     student, teacher = make_sides("llama", "qwen3")
     rows = rows_of("llama")
     completions, alignments = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
-    none, positions = torch.empty(0, dtype=torch.int64), []
-    for alignment, pair in zip(alignments, completions, strict=True):
-        rows_paired = torch.arange(min(len(ids) - skips for ids in pair))
-        sides = (rows_paired, rows_paired, none, none, none) * 2
-        positions.append(type(alignment)(*sides, *alignment[10:]))
+    positions = by_position(completions, alignments, skips)
     expected = eager_cross_step(student, teacher, rows, completions, positions)
     trainer, recorder = cross_trainer(
         tmp_path,
@@ -317,16 +302,6 @@ def test_plain_uld_pairs_tokens_by_position(skips, tmp_path):
     )
     trainer.train()
     assert_equals(trainer, recorder, expected)
-
-
-def test_identical_models_of_one_tokenizer_have_no_loss(tmp_path):
-    student = Side("qwen3_vl", *tiny("qwen3_vl"))
-    teacher = Side("qwen3_vl", *tiny("qwen3_vl"))
-    trainer, _ = cross_trainer(
-        tmp_path, rows_of("qwen3_vl"), student, teacher, max_steps=1, uld_use_hybrid_loss=True
-    )
-    trainer.train()
-    assert losses_of(trainer)[0] < 1e-6
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
