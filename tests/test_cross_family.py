@@ -304,6 +304,21 @@ def test_plain_uld_pairs_tokens_by_position(skips, tmp_path):
     assert_equals(trainer, recorder, expected)
 
 
+def test_plain_uld_takes_what_a_student_sampled_beyond_its_tokens(tmp_path):
+    student, teacher = make_sides("llama", "qwen3")
+    trainer, _ = cross_trainer(tmp_path, rows_of("llama"), student, teacher, use_extended_uld=False)
+    padded = student.model.get_output_embeddings().out_features - 1
+    assert padded > len(student.tokenizer)
+    text_ids = student.tokenizer("A red square.", add_special_tokens=False)["input_ids"]
+    pair = trainer.pairs.pairs.from_student([padded, *text_ids], None, 0)
+    num_pairs = min(1 + len(text_ids), len(pair.teacher_ids))
+    assert teacher.tokenizer.decode(pair.teacher_ids) == "A red square."
+    assert pair.alignment.num_groups == num_pairs
+    assert pair.alignment.student_base_ids.tolist() == [padded, *text_ids][:num_pairs]
+    spelled = student.tokenizer.decode(text_ids[: num_pairs - 1])
+    assert pair.alignment.scored_bytes == len(spelled)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_evaluation_is_a_mean_over_groups_for_any_batch_size(batch_size, tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")

@@ -107,10 +107,12 @@ class CompletionPairs:
             for ids, skip, table in zip((student_ids, teacher_ids), skips, tables, strict=True)
         )
         rows, none = torch.arange(num_pairs), torch.empty(0, dtype=torch.int64)
-        lengths = tables[0].lengths[torch.tensor(student_ids[:num_pairs], dtype=torch.int64)]
+        ids = torch.tensor(student_ids[:num_pairs], dtype=torch.int64)
+        # A padded head has rows of no token: a student may sample them, they spell nothing.
+        lengths = tables[0].lengths[ids.clamp_max(tables[0].vocab_size)]
         return alignment._replace(
             student_base_rows=rows,
-            student_base_ids=torch.tensor(student_ids[:num_pairs], dtype=torch.int64),
+            student_base_ids=ids,
             student_scalar_rows=none,
             student_scalar_ids=none,
             student_scalar_groups=none,
