@@ -73,6 +73,12 @@ def ids_of(processor):
     return tokenizer.eos_token_id, tokenizer.pad_token_id
 
 
+def padding_rows(model, processor):
+    """Rows of the head that no token belongs to."""
+    num_rows = model.get_output_embeddings().out_features
+    return list(range(len(tokenizer_of(processor)), num_rows))
+
+
 def rows_of(run):
     return [run.train_dataset[i] for i in range(len(run.train_dataset))]
 
@@ -146,7 +152,8 @@ def test_sampling_settings_reach_generate_and_the_models_own_do_not(tmp_path):
     assert (config.temperature, config.top_p, config.top_k) == (0.7, 0.8, 11)
     assert (config.max_new_tokens, config.eos_token_id, config.pad_token_id) == (9, [end], pad)
     vision = [student.config.image_token_id, student.config.vision_start_token_id]
-    assert set(vision) <= set(config.suppress_tokens)
+    padding = padding_rows(student, processor)
+    assert padding and set(vision) | set(padding) <= set(config.suppress_tokens)
     assert script.states == [(None, False)] * 2, (
         "eval mode after a step too, the model's own settings hidden"
     )
@@ -166,7 +173,7 @@ def test_peaked_sampling_is_greedy_decoding(scored, tmp_path):
         **inputs,
         max_new_tokens=8,
         do_sample=False,
-        suppress_tokens=placeholder_ids_of(student.config),
+        suppress_tokens=[*placeholder_ids_of(student.config), *padding_rows(student, processor)],
     )[:, inputs["input_ids"].shape[1] :].tolist()
     end = tokenizer_of(processor).eos_token_id
     expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in greedy]

@@ -69,9 +69,12 @@ def generate_completions(
 ) -> list[Example]:
     """The examples with completions as they were sampled: the end token kept, padding dropped.
 
-    Placeholders of pictures are never sampled. A completion that reaches max_completion_length (or
-    the row's room in max_length) has no end.
+    Placeholders of pictures and the rows that pad a head are never sampled. A completion that
+    reaches max_completion_length (or the row's room in max_length) has no end.
     """
+    tokenizer, model = tokenizer_of(processor), base_model(model)
+    num_entries = model.get_output_embeddings().weight.shape[0]
+    never = [*placeholder_ids, *range(len(tokenizer), num_entries)]
     rooms = [
         args.max_completion_length
         if args.max_length is None
@@ -85,15 +88,14 @@ def generate_completions(
         top_k=args.top_k,
         max_new_tokens=max(rooms),
         eos_token_id=list(end_ids),
-        suppress_tokens=list(placeholder_ids) or None,
-        pad_token_id=tokenizer_of(processor).pad_token_id,
+        suppress_tokens=never or None,
+        pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
     inputs = process_prompts(
         processor, [e.prompt_text for e in examples], [e.images for e in examples]
     )
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-    model = base_model(model)
     with generation_mode(model), own_settings_hidden(model), seeded(seed, args.device):
         output = model.generate(**inputs, generation_config=config)
     sampled = output[:, inputs["input_ids"].shape[1] :].tolist()
