@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAINER = [
-    "transformers>=5",
+    # before 5.6 the Trainer has accelerate divide by the accumulation steps once more
+    "transformers>=5.6",
     "accelerate>=1.10",
     "datasets>=4",
     "pillow>=10.1",
