@@ -181,6 +181,12 @@ def test_picture_that_datasets_cannot_decode_names_the_row(tmp_path):
             {},
             r"`messages`, or `prompt` and `completion`, are expected, got \['label', 'text'\]",
         ),
+        (
+            {"prompt": [USER, ANSWER]},
+            {"needs_completion": False},
+            "a prompt must end before the assistant's turn, got an answer as its last message; ",
+        ),
+        ("What?", {}, "a row must be a dict of columns, got str; pass a datasets.Dataset or a"),
         ({"messages": []}, {}, r"a conversation must be a list of messages, got \[\]"),
         ({"messages": ["Hi"]}, {}, "a message must have a role and a content, got 'Hi'"),
         ({"messages": [{"content": "Hi"}]}, {}, "a message must have a role and a content"),

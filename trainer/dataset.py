@@ -46,6 +46,11 @@ class RowDataset(torch.utils.data.Dataset):
             columns = self.rows[index]
         except UNREADABLE as error:  # datasets decodes pictures here
             raise _unreadable(index, error) from error
+        if not isinstance(columns, Mapping):
+            raise ValueError(
+                f"row {index}: a row must be a dict of columns, got {type(columns).__name__}; pass "
+                "a datasets.Dataset or a list of dicts."
+            )
         row = parse_row(columns, index, self.is_text)
         if self.needs_completion and row.completion is None:
             raise ValueError(
@@ -89,6 +94,11 @@ def parse_row(columns: dict[str, Any], index: int, is_text: bool) -> Row:
             prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str):
         _check_messages(prompt, index)
+        if completion is None and prompt[-1]["role"] == "assistant":
+            raise ValueError(
+                f"row {index}: a prompt must end before the assistant's turn, got an answer as its "
+                "last message; make it the completion, or name the column messages."
+            )
         prompt = _place_images([_without_none(m) for m in prompt], len(images), index)
     return Row(index, prompt, completion, images)
 
