@@ -154,6 +154,26 @@ def test_plain_text_gets_an_end_token_once():
     assert {e.prompt_text for e in examples} == {"2 + 2 ="}
 
 
+def test_empty_prompt_is_refused_where_no_token_would_predict_the_completion():
+    row = {"prompt": "", "completion": "4"}
+    _, (example,) = examples_of("llama", [row])
+    assert example.prompt_length == 1, "a beginning-of-sequence token predicts it"
+    with pytest.raises(ValueError, match=r"^row 0: a prompt must have at least one token, got ''"):
+        examples_of("qwen3", [row])
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_conversations_and_plain_text_in_one_batch_are_prompted_as_alone(family):
+    """Llama's template writes the token that its tokenizer puts before plain text."""
+    rows = [*rows_of(family, 2), {"prompt": "2 + 2 =", "completion": " 4"}]
+    processor, examples = examples_of(family, rows)
+    alone = [build_inputs(processor, [example]).tensors["input_ids"][0] for example in examples]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        tensors = build_inputs(processor, [examples[i] for i in order]).tensors
+        for b, i in enumerate(order):
+            assert torch.equal(tensors["input_ids"][b][tensors["attention_mask"][b] == 1], alone[i])
+
+
 def test_long_completion_is_cut_at_its_end():
     row = tiny_rows(1, images=1)
     _, (whole,) = examples_of("qwen3_vl", row)

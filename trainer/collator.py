@@ -78,6 +78,11 @@ class GOLDCollator:
                 f"{len(row.images)} pictures ({error}); look for a picture's placeholder written "
                 "into the text."
             ) from error
+        if length == 0:
+            raise ValueError(
+                f"row {row.index}: a prompt must have at least one token, got {prompt_text!r}, "
+                "after which nothing predicts the completion; drop the row or give it a prompt."
+            )
         room = None if self.max_length is None else self.max_length - length
         if room is not None and room < 1:
             raise ValueError(
@@ -165,14 +170,22 @@ def process_prompts(
 ) -> dict[str, Tensor]:
     """Left-padded inputs of prompts with their pictures, as generation needs them."""
     bos = tokenizer_of(processor).bos_token
-    has_bos = bos is not None and texts[0].startswith(bos)
+    has_bos = [bos is not None and text.startswith(bos) for text in texts]
+    if len(set(has_bos)) > 1 and processor is tokenizer_of(processor):
+        # conversations beside plain text, to which the tokenizer adds its own
+        ids = [
+            processor(text, add_special_tokens=not has)["input_ids"]
+            for text, has in zip(texts, has_bos, strict=True)
+        ]
+        batch = {"input_ids": ids}
+        return dict(processor.pad(batch, padding_side="left", return_tensors="pt"))
     options: dict[str, Any] = {"images": images} if any(images) else {}
     return dict(
         processor(
             text=texts,
             padding=True,
             padding_side="left",
-            add_special_tokens=not has_bos,  # templates write their own
+            add_special_tokens=not has_bos[0],  # templates write their own
             return_tensors="pt",
             **options,
         )
