@@ -1,12 +1,14 @@
 """Rows of every format become one form; what cannot be used is an error that names the row."""
 
 import io
+import json
 
 import datasets
 import pytest
 from PIL import Image
 from tiny_models import tiny_picture
 
+from trainer.data_files import DataArguments, load_rows
 from trainer.dataset import RowDataset
 
 USER = {"role": "user", "content": "What is this?"}
@@ -256,3 +258,14 @@ def test_dataset_without_length_or_rows_is_refused():
     stream = datasets.Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="got IterableDataset; load it without streaming"):
         RowDataset(stream, needs_completion=True, is_text=True)
+
+
+def test_columns_that_were_named_win_over_messages(tmp_path):
+    other = [{"role": "user", "content": "Other?"}, {"role": "assistant", "content": "No."}]
+    row = {"question": "What?", "answer": "That.", "messages": other}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    named = {"prompt_column": "question", "completion_column": "answer", "system_prompt": "Short."}
+    rows = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), **named), "train")
+    parsed = RowDataset(rows, needs_completion=True, is_text=True)[0]
+    assert [message["content"] for message in parsed.prompt] == ["Short.", "What?"]
+    assert parsed.completion == "That."

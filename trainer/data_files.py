@@ -91,6 +91,8 @@ class MappedRows(torch.utils.data.Dataset):
         ):
             if column is not None:
                 row[new_name] = _as_messages(_take(row, column, index), new_name)
+        if args.prompt_column is not None:
+            row.pop("messages", None)  # which would win over the column that was asked for
         if args.image_column is not None:
             pictures = _take(row, args.image_column, index)
             row["images" if isinstance(pictures, list) else "image"] = pictures
