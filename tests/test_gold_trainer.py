@@ -6,6 +6,7 @@ That they equal the eager float64 step of full logits is held for every family i
 
 import math
 
+import datasets
 import pytest
 import torch
 from eager_step import completion_of
@@ -283,3 +284,10 @@ def test_completions_are_shown_with_row_and_end_token(tmp_path, capsys, monkeypa
     answers = [row["messages"][-1]["content"] for row in ROWS]
     for row, answer in enumerate(answers):  # steps 0 and 2 both see the first batch of 4
         assert shown.count(f"{answer}<|im_end|>") == (2 if row < 2 else 0)
+
+
+def test_splits_in_place_of_a_dataset_are_refused(tmp_path):
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(tiny_rows(2)))
+    message = "^GOLDTrainer: train_dataset must be one dataset, got a dict of train; pass one of"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, splits)

@@ -65,6 +65,14 @@ def refuse_unusable(
         )
 
 
+def refuse_splits(train_dataset: Any) -> None:
+    if isinstance(train_dataset, dict):
+        raise ValueError(
+            "GOLDTrainer: train_dataset must be one dataset, got a dict of "
+            f"{', '.join(map(str, train_dataset))}; pass one of its splits."
+        )
+
+
 def adapt_to_devices(args: GOLDConfig, is_vlm: bool) -> None:
     """One process drives one device; ranks may differ in which weights a micro-batch uses."""
     if args.n_gpu > 1:

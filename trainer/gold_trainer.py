@@ -87,6 +87,7 @@ class GOLDTrainer(Trainer):
                 teacher_model, args, teacher_processing_class, is_vlm
             )
         self.is_text = not is_vlm
+        arguments.refuse_splits(train_dataset)
         train_dataset = self._as_rows(train_dataset, not args.seq_kd and args.lmbda < 1)
         eval_dataset = self._as_rows(eval_dataset, not args.seq_kd)
 
