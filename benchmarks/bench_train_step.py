@@ -1,6 +1,6 @@
 """One training step of Qwen3-VL-8B -> Qwen3-VL-2B shapes: seconds and peak memory on one GPU.
 
-    python benchmarks/bench_train_step.py --memory-gib 79.1
+    python benchmarks/bench_train_step.py --memory-gib 79.1 --seconds 530
 
 Stock Qwen3-VL classes with random bf16 weights, LoRA r=16 on q, k, v, gradient checkpointing, batch
 4, one 448 x 448 picture a sample, off-policy; ours and TRL's GOLDTrainer on the same models and
@@ -8,8 +8,10 @@ rows, each in a process of its own, within --memory-gib of the GPU. uld is use_u
 each trainer's defaults, one tokenizer on both sides and V = 151936 twice. The median of steps 3 to
 6 is reported; the peak is torch.cuda.max_memory_allocated. Our loss of a sample is first compared
 with that of full logits in float64 softmax; a failed comparison, or a gradient that is not finite,
-gives a row without numbers. Each row is written as soon as it is measured. `--tiny` runs the same
-code on models of a few hundred thousand parameters anywhere, without a record.
+gives a row without numbers, whose status says why. So does a case that is out of memory, or that
+--seconds leave no time for; ours come first. Each row is written as soon as it is measured.
+`--tiny` runs the same code on models of a few hundred thousand parameters anywhere, with a record
+only where --output says.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +44,7 @@ IMPLEMENTATIONS = ("gold_kernels", "trl")
 # TRL's JSD is out of memory at 2060 tokens in 80 GB, its ULD then takes 15 s and 66 GiB.
 COMPLETION_TOKENS = {"gold_kernels": (518, 1037, 2060, 8192), "trl": (518, 1037, 2060)}
 FIELDS = (
-    *("implementation", "loss", "completion_tokens", "batch_size", "memory_limit_gib"),
+    *("implementation", "loss", "completion_tokens", "batch_size", "memory_limit_gib", "status"),
     *("seconds_median", "peak_gib", "resident_gib", "loss_error", "first_loss", "grad_norm"),
     *("device", "torch", "triton", "transformers", "git_sha"),
 )
@@ -137,89 +140,121 @@ def loss_error(trainer: GOLDTrainer) -> float:
 
 
 def measure(case: Case, memory_gib: float, is_tiny: bool) -> dict[str, Any]:
-    """A row; of a case that ran out of memory it says so and has the limit."""
-    has_cuda = torch.cuda.is_available()
-    if has_cuda and memory_gib:
+    """A row; of a case that ran out of memory, at whatever point, it says so and has the limit."""
+    if torch.cuda.is_available() and memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * 2**30 / total))
-    is_ours = case.implementation == "gold_kernels"
     row = {**case._asdict(), "batch_size": BATCH_SIZE, "memory_limit_gib": memory_gib or ""}
     row |= environment()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(case, folder, is_tiny)
-        timer = StepTimer()
-        trainer.add_callback(timer)
-        error = loss_error(trainer) if is_ours else math.nan
-        limit = MAX_LOSS_ERRORS[case.loss]
-        if error > limit:
-            return row | {"seconds_median": f"refused: loss error {error:.1e} exceeds {limit}"}
-        if has_cuda:
-            torch.cuda.empty_cache()
-        resident = torch.cuda.memory_allocated() if has_cuda else 0
-        if has_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            trainer.train()
-        except torch.OutOfMemoryError:
-            return row | {"seconds_median": "out of memory"}
-        peak = torch.cuda.max_memory_allocated() if has_cuda else 0
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return row | train(build_trainer(case, folder, is_tiny), case)
+    except torch.OutOfMemoryError:
+        return row | {"status": "out of memory"}
+
+
+def train(trainer: Any, case: Case) -> dict[str, Any]:
+    """Status and numbers of the steps; ours are checked first."""
+    has_cuda = torch.cuda.is_available()
+    is_ours = case.implementation == "gold_kernels"
+    timer = StepTimer()
+    trainer.add_callback(timer)
+    error = loss_error(trainer) if is_ours else math.nan
+    limit = MAX_LOSS_ERRORS[case.loss]
+    if is_ours and not error <= limit:  # a NaN too
+        return {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
+    if has_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated() if has_cuda else 0
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() if has_cuda else 0
     steps = [log for log in trainer.state.log_history if "grad_norm" in log]
-    if is_ours and not all(math.isfinite(log["grad_norm"]) for log in steps):
-        return row | {"seconds_median": f"refused: gradient norm {steps[0]['grad_norm']}"}
-    return row | {
+    norms = [log["grad_norm"] for log in steps]
+    if is_ours and not all(map(math.isfinite, norms)):
+        return {"status": f"refused: gradient norms {norms}"}
+    return {
+        "status": "ok",
         "seconds_median": round(statistics.median(timer.seconds[WARM_UP_STEPS:]), 3),
         "peak_gib": round(peak / 2**30, 2),
         "resident_gib": round(resident / 2**30, 2),
         "loss_error": f"{error:.1e}",
         "first_loss": f"{steps[0]['loss']:.5f}",
-        "grad_norm": f"{steps[0]['grad_norm']:.3e}",
+        "grad_norm": f"{norms[0]:.3e}",
     }
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--completion-tokens", type=int, nargs="+", help="default 518 to 8192")
-    parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS)
+    parser.add_argument(
+        "--implementations", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS
+    )
     parser.add_argument("--loss", nargs="+", default=["jsd", "uld"], choices=MAX_LOSS_ERRORS)
     parser.add_argument("--memory-gib", type=float, default=0.0, help="0: all there is")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of all cases together")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS / "train_step.csv")
+    parser.add_argument("--output", type=Path, help="default: the record, none with --tiny")
     parser.add_argument("--one-case", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not (options.tiny or torch.cuda.is_available()):
         sys.exit("bench_train_step: a CUDA GPU is expected, got none; --tiny runs anywhere")
+    if options.output is None and not options.tiny:
+        options.output = RESULTS / "train_step.csv"
     return options
 
 
-def run_in_own_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Its row; a process that failed leaves one that says so."""
+def run_in_own_process(
+    case: Case, options: argparse.Namespace, seconds_left: float
+) -> dict[str, Any]:
+    """Its row; a process that failed or took too long leaves one that says so."""
+    if seconds_left <= 0:
+        return {**case._asdict(), "status": f"not run: {options.seconds:g} s were over"}
     command = [sys.executable, __file__, "--one-case", "--implementations", case.implementation]
     command += ["--loss", case.loss, "--completion-tokens", str(case.completion_tokens)]
     command += ["--memory-gib", str(options.memory_gib)] + ["--tiny"] * options.tiny
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    timeout = None if math.isinf(seconds_left) else seconds_left
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {**case._asdict(), "status": f"stopped: {options.seconds:g} s were over"}
     if done.returncode != 0:
-        return {**case._asdict(), "seconds_median": f"failed with {done.returncode}"}
+        return {**case._asdict(), "status": f"failed with {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> int:
-    options = parse_options()
-    cases = [
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    return [
         Case(name, loss, num_tokens)
         for name in options.implementations
         for loss in options.loss
         for num_tokens in options.completion_tokens or COMPLETION_TOKENS[name]
     ]
+
+
+def is_as_expected(row: dict[str, Any]) -> bool:
+    """Measured, or a peer out of memory."""
+    expected = ("ok",) if row["implementation"] == "gold_kernels" else ("ok", "out of memory")
+    return row["status"] in expected
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    cases = cases_of(options)
     if options.one_case:
         row = measure(cases[0], options.memory_gib, options.tiny)
         sys.stdout.write("\n" + json.dumps(row) + "\n")
         return 0
-    log = RowLog(None if options.tiny else options.output, FIELDS)
+    log = RowLog(options.output, FIELDS)
+    started = time.monotonic()
     for case in cases:
-        log.add(run_in_own_process(case, options))
+        seconds = time.monotonic() - started
+        sys.stdout.write(f"{seconds:.0f} s: {' '.join(map(str, case))}\n")
+        sys.stdout.flush()
+        log.add(run_in_own_process(case, options, options.seconds - seconds))
         sys.stdout.write(f"{log.rows[-1]}\n")
         sys.stdout.flush()
-    return int(any(str(r["seconds_median"]).startswith(("failed", "refused")) for r in log.rows))
+    return int(not all(map(is_as_expected, log.rows)))
 
 
 if __name__ == "__main__":

@@ -86,9 +86,10 @@ def rows(
     processor: Qwen3VLProcessor, completion_tokens: int, num_rows: int
 ) -> list[dict[str, Any]]:
     """Answers of exactly completion_tokens tokens, end of turn included, and one picture each."""
-    word = " a"
-    per_word = len(processor.tokenizer(word, add_special_tokens=False)["input_ids"])
-    answer = word * ((completion_tokens - 1) // per_word)
+    num_bytes = completion_tokens - 1
+    answer = "a" * (num_bytes % 2) + " a" * (num_bytes // 2)
+    num_tokens = len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
+    assert num_tokens == num_bytes, "the tokenizer must have a token for each byte of the answer"
     picture = Image.effect_noise((448, 448), 64).convert("RGB")
     question = {"role": "user", "content": "Describe the picture."}
     row = {
