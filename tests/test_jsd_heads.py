@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from error_budget import relative_error
-from jsd_cases import random_case, run_fused, run_oracle
+from jsd_cases import Case, random_case, run_fused, run_oracle
 from test_linear_jsd import on_every_backend
 
 from gold_kernels import fused_linear_jsd, peak_extra_bytes, reference
@@ -33,6 +33,18 @@ def test_autocast_leaves_float64_alone_as_a_linear_layer_does():
         actual = run_fused(case)
     for ours, truth in zip(actual, expected, strict=True):
         assert torch.equal(ours, truth)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_teacher_may_have_another_dtype(dtype, device, backend):
+    case = random_case(n=20)
+    students = case.to(torch.bfloat16, device)
+    mixed = Case(*students[:2], *case.to(dtype, device)[2:])
+    actual = run_fused(mixed, chunk_size=6, backend=backend)
+    oracle = run_oracle(case)  # values that all three dtypes hold exactly
+    for ours, truth, limit in zip(actual, oracle, (2e-5, 4e-3, 4e-3), strict=True):
+        assert relative_error(ours.cpu(), truth) < limit
 
 
 @on_every_backend
