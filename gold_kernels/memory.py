@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,10 @@ class _CpuPeak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_cpu(t)}
+        if func.namespace == "gold_kernels":
+            # An operator runs without this mode: call what it is made of, with the mode.
+            with self:
+                return OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if _is_cpu(tensor):

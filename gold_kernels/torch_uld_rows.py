@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gold_kernels.reference import LOG_ZERO, LOWEST_LOGIT
 
-# Temporaries are about twelve times this many float32 values (or one row, if a row is longer).
+# Temporaries are about nineteen times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
 
 

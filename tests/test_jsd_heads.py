@@ -189,3 +189,12 @@ def test_torch_compile_keeps_one_graph_for_any_number_of_rows(compiler):
             torch.testing.assert_close(ours, truth)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 1 <= graphs <= 2, "one for the first size, one for all others"
+
+
+@pytest.mark.parametrize("chunk_size", [16, 200])
+def test_measured_memory_holds_the_buffers_of_the_operator(chunk_size):
+    """On a CPU tensors are watched one by one, those made inside our own operators too."""
+    case = random_case(200, 4096, 32, 32).to(torch.float32)
+    peak = peak_extra_bytes(lambda: fused_linear_jsd(*case, chunk_size=chunk_size))
+    buffers = 2 * 4 * chunk_size * 4096
+    assert peak >= buffers + 4 * case.student_weight.numel()

@@ -219,7 +219,7 @@ def test_every_subset_of_gradients(needs):
 @pytest.mark.parametrize("is_inference", [False, True])
 def test_without_grad_mode_no_gradient_is_computed(is_inference):
     """An evaluation would pay for a (V, D_s) gradient that nobody asks for."""
-    case = random_case(n=8, v=4000, d_s=512).to(torch.float32)
+    case = random_case(n=8, v=4000, d_s=2048).to(torch.float32)
     gradient_bytes = 4 * case.student_weight.numel()
     expected = fused_linear_jsd(*case).detach()
     assert peak_extra_bytes(lambda: fused_linear_jsd(*case)) > gradient_bytes
