@@ -134,6 +134,8 @@ def plan_chunks(
     logits_dtype = limits.logits_dtype or float_dtype(hidden)
     is_in_place = has_grad and logits_dtype == hidden.dtype
     chunk_row = logits_dtype.itemsize * (v_teacher + (0 if is_in_place else v_student))
+    if logits_dtype.itemsize < hidden.dtype.itemsize:  # rounded after the GEMM, one side at a time
+        chunk_row += hidden.dtype.itemsize * max(v_student, v_teacher)
     chunk_row += sum(_gathered_row(side) for side in (student, teacher) if side is not None)
     grad_row = hidden.dtype.itemsize * v_student if has_grad else 0
     # beside a panel: the copy of its hidden states without rows of weight 0

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +24,10 @@ class _CpuPeak(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_cpu(t)}
         if func.namespace == "gold_kernels":
-            # An operator runs without this mode: call what it is made of, with the mode.
+            # An operator runs without this mode: call what it is made of, with the mode. Torch has
+            # no public way to it.
+            from torch._library.custom_ops import OPDEFS
+
             with self:
                 return OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))

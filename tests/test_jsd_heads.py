@@ -135,23 +135,23 @@ def test_bad_head_options_say_what_to_pass(options, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("has_frozen_head", [False, True])
-@pytest.mark.parametrize("n", [200, 800])
-@pytest.mark.parametrize("budget", [1 << 20, 4 << 20])
-def test_the_byte_budget_holds_at_any_number_of_rows(budget, n, has_frozen_head):
+@pytest.mark.parametrize(("n", "budget"), [(200, 1 << 20), (800, 4 << 20), (2400, 24 << 20)])
+def test_the_byte_budget_holds_at_any_number_of_rows(n, budget, has_frozen_head, logits_dtype):
     v, d = 4096, 32
     case = random_case(n, v, d, d).to(torch.float32)
     case.student_weight.requires_grad_(not has_frozen_head)
 
     def step() -> None:
-        fused_linear_jsd(*case, budget_bytes=budget).backward()
+        fused_linear_jsd(*case, budget_bytes=budget, logits_dtype=logits_dtype).backward()
         case.student_hidden.grad = case.student_weight.grad = None
 
     returned = 4 * n * d + (0 if has_frozen_head else 4 * v * d)
     kept_until_backward = returned  # float32 gradients, where 16-bit ones would be half of it
     row_function = 18 * 4 * (1 << 15) + 64 * n
     assert peak_extra_bytes(step) <= budget + returned + kept_until_backward + row_function
-    assert 2 * 4 * 800 * v > 4 << 20, "full logits must not fit the budget"
+    assert 2 * 4 * n * v > budget, "full logits must not fit the budget"
 
 
 def test_any_budget_gives_the_same_answer():
