@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from eager_step import completion_of, eager_step
 from tiny_models import tiny, tiny_rows
 from trainer_cases import (
     FIELDS,
@@ -28,7 +29,7 @@ def adapter(**options):
     return peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, **options)
 
 
-def trainer_with(output_dir, teacher, config, rows=ROWS, family="qwen3_vl", **fields):
+def trainer_with(output_dir, teacher, config, rows=ROWS, family="qwen3_vl", student=None, **fields):
     """teacher None: the student's own weights."""
     torch.manual_seed(0)
     recorder = GradientRecorder()
@@ -38,7 +39,7 @@ def trainer_with(output_dir, teacher, config, rows=ROWS, family="qwen3_vl", **fi
         options["teacher_processing_class"] = processor
     defaults = {"max_steps": 3, "output_dir": str(output_dir), "learning_rate": 0.5}
     trainer = GOLDTrainer(
-        model=model,
+        model=model if student is None else student,
         teacher_model=teacher,
         args=GOLDConfig(**(FIELDS | defaults | fields)),
         train_dataset=rows,
@@ -90,22 +91,58 @@ def test_a_fresh_adapter_has_nothing_to_learn_from_its_own_weights(use_uld_loss,
 
 
 def test_a_student_that_came_with_an_adapter_is_its_own_teacher(tmp_path):
-    model, processor = tiny("qwen3_vl")
+    model = tiny("qwen3_vl")[0]
     students = [peft.get_peft_model(deepcopy(model), adapter())]
     students.append(deepcopy(students[0]))
     losses = []
     for student, teacher in zip(students, (None, model), strict=True):
-        args = GOLDConfig(output_dir=str(tmp_path), **FIELDS)
-        trainer = GOLDTrainer(
-            model=student,
-            teacher_model=teacher,
-            args=args,
-            train_dataset=ROWS,
-            processing_class=processor,
-        )
+        trainer, _ = trainer_with(tmp_path, teacher, None, student=student)
         trainer.train()
         losses.append(losses_of(trainer))
     assert losses[0] == losses[1] and losses[0][0] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ],
+    ids=lambda options: "-".join(str(v) for v in options.values()) or "lora",
+)
+def test_own_weights_teach_as_in_an_eager_step_from_full_logits(options, tmp_path):
+    """The embeddings of qwen3_vl are its head; a copy of one is not a copy of the other."""
+    torch.manual_seed(0)
+    base, processor = tiny("qwen3_vl")
+    assert base.config.tie_word_embeddings
+    student = peft.get_peft_model(deepcopy(base), adapter(**options))
+    copies = [p for name, p in student.named_parameters() if ".modules_to_save." in name]
+    assert len(copies) == (1 if options.get("modules_to_save") else 0)  # a tied one counts once
+    with torch.no_grad():
+        for parameter in copies:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    completions = [completion_of("qwen3_vl", processor, row) for row in ROWS]
+    expected_loss, expected = eager_step(student, base, processor, ROWS, completions, beta=0.5)
+    trainer, recorder = trainer_with(tmp_path, None, None, student=student)
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(expected_loss, rel=1e-5)
+    assert_equal_gradients(recorder.gradients, expected)
+    if copies:
+        assert any(".modules_to_save." in name and g.any() for name, g in expected.items())
+
+
+def test_what_was_frozen_of_an_adapter_stays_frozen(tmp_path):
+    student = peft.get_peft_model(deepcopy(tiny("qwen3_vl")[0]), adapter())
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and ".q_proj." in name)
+    trainable = {name for name, p in student.named_parameters() if p.requires_grad}
+    trainer, recorder = trainer_with(tmp_path, None, None, student=student)
+    trainer.train()
+    assert {name for name, p in student.named_parameters() if p.requires_grad} == trainable
+    assert recorder.gradients.keys() == trainable
 
 
 def test_an_error_of_the_teacher_leaves_the_student_as_it_was(tmp_path, monkeypatch):
@@ -162,3 +199,49 @@ def test_sharded_weights_need_a_teacher_of_their_own(name, tmp_path):
     setattr(args, name, "full_shard")
     with pytest.raises(ValueError, match=r"^GOLDTrainer: a teacher is expected with FSDP"):
         GOLDTrainer(model=tiny("qwen3_vl")[0], args=args, peft_config=adapter())
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"bias": "all"}, r"train its adapter only, got .*\.bias among .*bias='none'"),
+        ({"bias": "lora_only"}, r"train its adapter only, got .*\.bias among .*bias='none'"),
+        ({"init_lora_weights": "pissa"}, "got init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "got init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "got init_lora_weights='olora'"),
+    ],
+)
+def test_an_adapter_that_changes_the_weights_below_needs_a_teacher(options, got, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, **options)
+    message = f"^GOLDTrainer: a student that is its own teacher must .*{got}.* teacher_model="
+    with pytest.raises(ValueError, match=message):
+        trainer_with(tmp_path, None, config, family="qwen2_5_vl")
+    trainer_with(tmp_path, tiny("qwen2_5_vl", "teacher")[0], config, family="qwen2_5_vl")
+
+
+def test_a_trained_weight_below_the_adapter_needs_a_teacher(tmp_path):
+    student = peft.get_peft_model(deepcopy(tiny("qwen3_vl")[0]), adapter())
+    student.get_base_model().get_input_embeddings().weight.requires_grad_(True)
+    message = "^GOLDTrainer: a student that is .* got .*embed_tokens.weight among 1 parameters"
+    with pytest.raises(ValueError, match=message):
+        trainer_with(tmp_path, None, None, student=student)
+
+
+@pytest.mark.parametrize("is_own_teacher", [True, False])
+def test_an_adapter_loaded_for_inference_is_refused(is_own_teacher, tmp_path):
+    base = tiny("qwen3_vl")[0]
+    peft.get_peft_model(deepcopy(base), adapter()).save_pretrained(tmp_path)
+    student = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path)
+    message = "^GOLDTrainer: the student must have parameters that require .* is_trainable=True"
+    with pytest.raises(ValueError, match=message):
+        trainer_with(tmp_path, None if is_own_teacher else base, None, student=student)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_model_with_virtual_tokens_is_refused(side, kind, tmp_path):
+    config = getattr(peft, kind)(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    prompted = peft.get_peft_model(deepcopy(tiny("llama")[0]), config)
+    message = f"^GOLDTrainer: the {side}'s adapter must change weights, got the prompt .* {kind}"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny_rows(4), "llama", **{side: prompted})

@@ -68,6 +68,7 @@ def load_models(
         teacher_model = load_model(teacher_model, *source)
     if peft_config is not None:
         model = add_adapter(model, peft_config)
+    models.check_trained(model, is_own_teacher=teacher_model is None)
     if args.disable_dropout:
         disable_dropout(model)
     return model, model if teacher_model is None else teacher_model

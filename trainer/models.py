@@ -29,6 +29,9 @@ SCALE_FIELDS = {
 # Heads of one tokenizer are padded to a multiple of 64 to 512 rows (Qwen2.5: 151936 and 152064),
 # heads of two differ by thousands.
 MAX_PADDING = 1024
+# Values of init_lora_weights with which peft subtracts the adapter's start from the weights below,
+# or quantises them.
+INITS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -54,6 +57,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def check_decoder(model: nn.Module, side: str) -> None:
+    if has_adapter(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"GOLDTrainer: the {side}'s adapter must change weights, got the prompt learning "
+            f"{type(model.active_peft_config).__name__}, whose virtual tokens shift all positions; "
+            "use LoraConfig."
+        )
     base = base_model(model)
     can_generate = isinstance(base, PreTrainedModel) and base.can_generate()
     if not can_generate or base.config.is_encoder_decoder:
@@ -80,12 +89,44 @@ def teaching(teacher: nn.Module, is_own_teacher: bool) -> Iterator[None]:
         yield
         return
     was_training = teacher.training
+    needed_grad = [(p, p.requires_grad) for p in teacher.parameters()]
     teacher.eval()
     try:
         with teacher.disable_adapter():
             yield
     finally:
         teacher.train(was_training)
+        for parameter, needs_grad in needed_grad:  # peft thaws what was frozen of an adapter
+            parameter.requires_grad_(needs_grad)
+
+
+def check_trained(student: nn.Module, is_own_teacher: bool) -> None:
+    """The student learns something; as its own teacher nothing that the teacher would follow."""
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "GOLDTrainer: the student must have parameters that require gradients, got none; load "
+            "its adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    if not is_own_teacher:
+        return
+    tuner = getattr(student.base_model, "prefix", "no prefix")  # lora_ in lora_A.default.weight
+    parts = (tuner, ".modules_to_save.", ".trainable_tokens_")
+    shared = [name for name in trained if not any(part in name for part in parts)]
+    if shared:
+        raise ValueError(
+            "GOLDTrainer: a student that is its own teacher must train its adapter only, got "
+            f"{shared[0]} among {len(shared)} parameters that the teacher would share; freeze them "
+            "(bias='none'), train copies (modules_to_save), or pass teacher_model=."
+        )
+    for name in student.active_adapters:
+        init = getattr(student.peft_config[name], "init_lora_weights", None)
+        if isinstance(init, str) and init.lower().startswith(INITS_OF_THE_BASE):
+            raise ValueError(
+                "GOLDTrainer: a student that is its own teacher must keep the weights below its "
+                f"adapter, got init_lora_weights={init!r}, which takes the adapter out of them; "
+                "use init_lora_weights=True, or pass teacher_model=."
+            )
 
 
 def lm_head(model: nn.Module, side: str, *, is_own_teacher: bool = False) -> nn.Linear:
@@ -99,8 +140,10 @@ def lm_head(model: nn.Module, side: str, *, is_own_teacher: bool = False) -> nn.
         from peft.utils import ModulesToSaveWrapper
 
         if isinstance(head, ModulesToSaveWrapper):
-            trained = head.modules_to_save[head.active_adapters[0]]
-            head = head.original_module if is_own_teacher else trained
+            original, trained = head.original_module, head.modules_to_save[head.active_adapters[0]]
+            # peft makes the copy of a tied head with the two exchanged, its weight as it should be
+            trained.in_features, trained.out_features = original.in_features, original.out_features
+            head = original if is_own_teacher else trained
     if type(head) is not nn.Linear:
         raise ValueError(
             f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, got "
