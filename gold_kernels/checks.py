@@ -101,10 +101,10 @@ def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: 
                 "pass what the heads return, (N, V)."
             )
         return v_student
-    if not 1 <= vocab_size <= min(v_student, v_teacher):
+    if isinstance(vocab_size, float) or not 1 <= vocab_size <= min(v_student, v_teacher):
         raise ValueError(
-            f"{function}: vocab_size must be in [1, {min(v_student, v_teacher)}], the smaller of "
-            f"both heads, got {vocab_size}; pass len(tokenizer)."
+            f"{function}: vocab_size must be a whole number in [1, {min(v_student, v_teacher)}], "
+            f"the smaller of both heads, got {vocab_size}; pass len(tokenizer)."
         )
     return vocab_size
 
@@ -160,9 +160,9 @@ def check_scalars(function: str, beta: float, temperature: float, chunk_size: in
             f"{function}: temperature must be positive and finite, got {temperature}; "
             "1.0 leaves the logits as they are."
         )
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and (isinstance(chunk_size, float) or chunk_size < 1):
         raise ValueError(
-            f"{function}: chunk_size must be at least 1 row, got {chunk_size}; "
+            f"{function}: chunk_size must be a whole number of rows, 1 at least, got {chunk_size}; "
             "pass None to take it from the memory budget."
         )
 

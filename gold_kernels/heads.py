@@ -11,7 +11,7 @@ from gold_kernels.chunking import LinearHead, float_dtype
 
 def per_side(value: Any) -> tuple[Any, Any]:
     """(student, teacher) of an option given for both at once or as a pair."""
-    return value if isinstance(value, tuple) else (value, value)
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
 
 
 def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:

@@ -24,8 +24,11 @@ def call(**changes):
     ("changes", "message"),
     [
         ({"teacher_weight": torch.randn(V + 4, D_T)}, r"V=20 and V=24; pass vocab_size="),
-        ({"vocab_size": V + 1}, r"vocab_size must be in \[1, 20\].*got 21; pass len\(tokenizer\)"),
-        ({"vocab_size": 0}, r"vocab_size must be in \[1, 20\]"),
+        (
+            {"vocab_size": V + 1},
+            r"vocab_size must be .* in \[1, 20\].*got 21; pass len\(tokenizer\)",
+        ),
+        ({"vocab_size": 0}, r"vocab_size must be a whole number in \[1, 20\]"),
         ({"student_hidden": torch.randn(2, 3, D_S)}, r"student_hidden must be \(N, D\).*gather"),
         ({"teacher_hidden": torch.randn(D_T)}, r"teacher_hidden must be \(N, D\)"),
         ({"student_weight": torch.randn(V)}, r"student_weight must be \(V, D\)"),
@@ -64,7 +67,12 @@ def call(**changes):
         ({"beta": float("nan")}, r"beta must be in \[0, 1\]"),
         ({"temperature": 0.0}, r"temperature must be positive and finite, got 0.0"),
         ({"temperature": -1.0}, r"temperature must be positive"),
-        ({"chunk_size": 0}, r"chunk_size must be at least 1 row, got 0; pass None"),
+        ({"chunk_size": 0}, r"chunk_size must be a whole number .* at least, got 0; pass None"),
+        ({"chunk_size": 8.0}, r"chunk_size must be a whole number of rows, .* got 8.0; pass None"),
+        (
+            {"vocab_size": 8.0},
+            r"vocab_size must be a whole number in \[1, 20\].* got 8.0; pass len",
+        ),
         ({"backend": "cuda"}, r"backend must be None, 'triton' or 'torch', got 'cuda'"),
     ],
 )

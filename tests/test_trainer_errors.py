@@ -129,6 +129,22 @@ def test_arguments_of_another_class_are_refused(output_dir):
 
 
 @pytest.mark.parametrize("side", ["model", "teacher_model"])
+def test_misspelled_init_kwargs_are_named(side, output_dir, tmp_path):
+    model, processor = tiny("llama", "student" if side == "model" else "teacher")
+    model.save_pretrained(tmp_path / "weights")
+    processor.save_pretrained(tmp_path / "weights")
+    sides = {"model": tiny("llama")[0], "teacher_model": tiny("llama", "teacher")[0]}
+    sides[side] = str(tmp_path / "weights")
+    args = {f"{side}_init_kwargs": {"torchdtype": "bfloat16"}}
+    with pytest.raises(ValueError, match=r"^GOLDTrainer: model_init_kwargs .*torchdtype.*spelling"):
+        GOLDTrainer(
+            **sides,
+            args=GOLDConfig(output_dir=str(output_dir), **FIELDS, **args),
+            processing_class=processor,
+        )
+
+
+@pytest.mark.parametrize("side", ["model", "teacher_model"])
 def test_init_kwargs_of_a_loaded_model_are_refused(side, output_dir):
     message = f"^GOLDTrainer: {side}_init_kwargs must be None for a model that is loaded, got .*bf"
     refused(message, output_dir, **{f"{side}_init_kwargs": {"dtype": "bfloat16"}})

@@ -63,7 +63,7 @@ def call(**changes):
             r"\(N_s,\) = \(4,\), got \(3,\)",
             "one weight per student row",
         ),
-        ({"chunk_size": 0}, "at least 1 row, got 0", "None"),
+        ({"chunk_size": 0}, "1 at least, got 0", "None"),
         ({"budget_bytes": 0}, "budget_bytes must be at least 1, got 0", "default"),
         ({"backend": "cuda"}, "backend", "triton"),
     ],

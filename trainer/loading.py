@@ -125,7 +125,13 @@ def load_model(
     is_vlm = models.is_vision_language(load_config(name_or_path, init_kwargs, revision))
     auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     options = {**(init_kwargs or {}), **hub_options(init_kwargs, revision)}
-    return auto_class.from_pretrained(name_or_path, **options)
+    try:
+        return auto_class.from_pretrained(name_or_path, **options)
+    except TypeError as error:  # an argument that neither from_pretrained nor the model knows
+        raise ValueError(
+            "GOLDTrainer: model_init_kwargs and teacher_model_init_kwargs must be arguments of "
+            f"from_pretrained, got {options} for {name_or_path!r} ({error}); check their spelling."
+        ) from error
 
 
 def teacher_source(
