@@ -135,6 +135,16 @@ def test_bad_head_options_say_what_to_pass(options, message):
     assert message in str(error.value)
 
 
+def test_options_of_both_sides_may_come_as_a_list():
+    """As JSON and YAML have them."""
+    case = random_case(n=9)
+    options = {"logit_scale": (0.7, 1.3), "final_logit_softcapping": (2.0, 3.0)}
+    expected = fused_linear_jsd(*case, **options)
+    assert torch.equal(
+        fused_linear_jsd(*case, **{k: list(v) for k, v in options.items()}), expected
+    )
+
+
 @pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("has_frozen_head", [False, True])
 @pytest.mark.parametrize(("n", "budget"), [(200, 1 << 20), (800, 4 << 20), (2400, 24 << 20)])
