@@ -132,6 +132,25 @@ def test_any_permutation_of_a_vocabulary_gives_the_same_loss(device, backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize("sizes", [(4096, 6000), (6000, 6000)])
+def test_peaked_rows_are_as_precise_as_flat_ones(sizes, device, backend):
+    """Most entries of a trained model's row are far below 1 / V."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (4.0 * torch.randn(4, size, generator=generator) for size in sizes)
+    student[:, 0], teacher[:, 0] = 19.0, 20.0
+    assert 0.5 < float(student.softmax(-1)[:, 0].mean()) < 0.99
+    results = []
+    for dtype, function in ((torch.float64, reference_uld.uld_loss), (torch.float32, uld_loss)):
+        where = "cpu" if dtype == torch.float64 else device
+        leaf = student.to(where, dtype).requires_grad_()
+        options = {} if dtype == torch.float64 else {"backend": backend}
+        loss = function(leaf, teacher.to(where, dtype), **options)
+        results.append([loss.detach().cpu(), torch.autograd.grad(loss, leaf)[0].cpu()])
+    for truth, ours in zip(*results, strict=True):
+        assert relative_error(ours, truth) < 5e-5
+
+
+@on_every_backend
 def test_rows_of_weight_zero_contribute_nothing_whatever_they_hold(device, backend):
     case = uld_case("bayesian", has_overlap=True)
     hidden, weight, teacher, teacher_weight, row_weights = (
