@@ -20,6 +20,7 @@ from gold_kernels import VocabOverlap, fused_linear_uld, reference_uld, uld_loss
 
 ORACLE_ROWS = 8
 NUM_TOP = 64
+PEAKED_DEVIATION = 5.0
 MATCHED_SHARE = 0.6
 HYBRID = {"beta": 0.5, "matched_weight": 0.5, "unmatched_weight": 0.5}
 
@@ -109,11 +110,20 @@ def with_logits(case: Case) -> Pair:
     )
 
 
-def make_pairs(case: Case, generator: torch.Generator) -> list[Pair]:
-    """The random pair and, where V_s = V_t, the near-converged one."""
-    pairs = [with_logits(case)]
+def peaked_case(case: Case) -> Case:
+    """Logits of standard deviation PEAKED_DEVIATION: as in trained models, a few entries have most
+    of the probability, and most entries are far below 1 / V."""
+    student_hidden, teacher_hidden = (
+        hidden.detach() * PEAKED_DEVIATION for hidden in (case.student_hidden, case.teacher_hidden)
+    )
+    return case._replace(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
+
+
+def make_pairs(case: Case, generator: torch.Generator) -> dict[str, Pair]:
+    """By the prefix of their columns: random, peaked and, where V_s = V_t, near-converged."""
+    pairs = {"": with_logits(case), "peaked_": with_logits(peaked_case(case))}
     if case.student_weight.shape[0] == case.teacher_weight.shape[0]:
-        pairs.append(with_logits(near_converged_case(case, generator)))
+        pairs["near_"] = with_logits(near_converged_case(case, generator))
     return pairs
 
 
