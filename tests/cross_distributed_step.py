@@ -35,6 +35,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
             "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
         }
         torch.save(state, Path(output_dir) / "state.pt")
+    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
 
 
 if __name__ == "__main__":

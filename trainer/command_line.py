@@ -172,6 +172,8 @@ def _train(argv: list[str]) -> None:
     trainer.save_model(config.output_dir)
     if trainer.is_world_process_zero():
         _console().print(f"student saved in {config.output_dir}", markup=False, soft_wrap=True)
+    # a process that exits with its group open may abort: threads of gloo outlive the interpreter
+    trainer.accelerator.end_training()
 
 
 def _end_progress_bars(callbacks: list[TrainerCallback]) -> None:
