@@ -86,8 +86,8 @@ def _pull(
     if partners is None:
         unmatched, sign = sorted_difference(s, t)
         return torch.zeros_like(unmatched), unmatched, options.unmatched_weight * sign * s
-    is_unmatched, is_teacher_unmatched = (side < 0 for side in partners)
-    s_matched = (~is_unmatched).nonzero().squeeze(1)
+    is_unmatched, is_teacher_unmatched = (~is_matched for is_matched in partners[1:])
+    s_matched = partners[1].nonzero().squeeze(1)
     pull = torch.zeros_like(s)
     unmatched, sign = sorted_difference(s[:, is_unmatched], t[:, is_teacher_unmatched])
     pull[:, is_unmatched] = options.unmatched_weight * sign * s[:, is_unmatched]
@@ -124,7 +124,7 @@ def uld_rows_(
     weights: Tensor,  # (C, 2): of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher
     labels: Tensor | None,  # (C,) int64
-    partners: Sequence[Tensor] | None,  # (V_s,), (V_t,) int32, the matched entry or -1
+    partners: Sequence[Tensor] | None,  # (V_s,), (V_s,), (V_t,): see linear_uld.partner_tables
     spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see kernels/uld_rows.py
     values: Tensor,  # (7, C), overwritten: see kernels/uld_rows.py
     *,
@@ -146,8 +146,8 @@ def uld_rows_(
         log_t = _log_probs(teacher_logits[rows].to(values.dtype), temperatures[1], scales[1])
         matched, unmatched, pull = _pull(log_s, log_t, partners, options)
         masses = [
-            _mass(log_s, scales[0], partners, 0),
-            _mass(log_t, scales[1], partners, 1),
+            _mass(log_s, scales[0], None if partners is None else partners[1]),
+            _mass(log_t, scales[1], None if partners is None else partners[2]),
         ]
         if spans is not None:
             ids = [side[rows] for side in spans]
@@ -184,13 +184,13 @@ def uld_rows_(
 
 
 def _mass(
-    log_probs: Tensor, scale: Tensor | None, partners: Sequence[Tensor] | None, side: int
+    log_probs: Tensor, scale: Tensor | None, is_matched: Tensor | None
 ) -> Tensor:  # (c,) probability of matched entries
-    if partners is None:
+    if is_matched is None:
         return torch.zeros_like(log_probs[:, 0])
     if scale is not None:
         log_probs = log_probs - scale.unsqueeze(-1)
-    return log_probs[:, partners[side] >= 0].exp().sum(-1)
+    return log_probs[:, is_matched].exp().sum(-1)
 
 
 def token_rows_(

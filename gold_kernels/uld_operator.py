@@ -55,7 +55,7 @@ class ULDRows(NamedTuple):
     base_rows: Sequence[Tensor] = ()  # [(R,) of the student, scalar rows after base rows; (G,)]
     student_scalars: Sequence[Tensor] = ()  # [rows, ids, groups], (S_s,) each
     teacher_scalars: Sequence[Tensor] = ()  # [rows, ids, groups], (S_t,) each
-    partners: Sequence[Tensor] = ()  # [(V_s,), (V_t,)] int32
+    partners: Sequence[Tensor] = ()  # see linear_uld.partner_tables
     spans: Sequence[Tensor] = ()  # [(G,), (G,)] int64, see TokenAlignment.span_ids
 
 

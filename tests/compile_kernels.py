@@ -84,7 +84,8 @@ def uld_signatures():
         types |= {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
         types |= {"labels_ptr": "*i64", "table_ptr": "*i32", "lists_ptr": "*i32"}
         types |= {"signs_ptr": "*bf16"}
-        types |= {"student_partners_ptr": "*i32", "teacher_partners_ptr": "*i32"}
+        types |= {"partners_ptr": "*i32", "student_matched_ptr": "*i1"}
+        types |= {"teacher_matched_ptr": "*i1"}
         types |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
         signature = signature_of(kernel, types, (*floats, "softcap"), constexprs)
         yield kernel, signature, constexprs

@@ -150,6 +150,50 @@ def test_peaked_rows_are_as_precise_as_flat_ones(sizes, device, backend):
         assert relative_error(ours, truth) < 5e-5
 
 
+def tied_logits(*size, offset):
+    """Rounded to bfloat16, which spaces values near 200 by 1: thousands of entries share one."""
+    return (torch.randn(*size, generator=torch.Generator().manual_seed(0)) + offset).bfloat16()
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [20.0, 200.0])
+def test_identical_rows_of_tied_logits_lose_nothing(dtype, offset, device, backend):
+    logits = tied_logits(2, 6_000, offset=offset).to(device, dtype)
+    leaf = logits.clone().requires_grad_()
+    loss = uld_loss(leaf, logits, backend=backend)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert float(loss.detach()) == 0 and not bool(grad.any())
+
+
+@on_every_backend
+def test_tied_logits_are_near_the_oracle(device, backend):
+    student, teacher = tied_logits(2, 2, 6_000, offset=200.0).float()
+    truth = student.double().requires_grad_()
+    oracle = reference_uld.uld_loss(truth, teacher.double())
+    (oracle_grad,) = torch.autograd.grad(oracle, truth)
+    leaf = student.to(device).requires_grad_()
+    loss = uld_loss(leaf, teacher.to(device), backend=backend)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert relative_error(loss.detach().cpu(), oracle.detach()) < 1e-3
+    assert relative_error(grad.cpu(), oracle_grad) < COUNTING_GRAD_ERROR
+
+
+@on_every_backend
+@pytest.mark.parametrize("sizes", [(4_000, 6_000), (70_000, 140_000), (140_000, 70_000)])
+def test_rows_with_all_entries_in_one_bin(sizes, device, backend):
+    """A bin's count of a side ends at 65535: more are counted again."""
+    num_student, num_teacher = sizes
+    student = torch.zeros(1, num_student, device=device, requires_grad=True)
+    loss = uld_loss(student, torch.zeros(1, num_teacher, device=device), backend=backend)
+    (grad,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(
+        float(loss.detach()), 2.0 * (1.0 - min(sizes) / max(sizes)), rtol=1e-3, atol=0
+    )
+    # the subgradient is the same of all entries, and a softmax passes none of that on
+    assert float(grad.abs().max()) < 1e-6 / num_student
+
+
 @on_every_backend
 def test_rows_of_weight_zero_contribute_nothing_whatever_they_hold(device, backend):
     case = uld_case("bayesian", has_overlap=True)

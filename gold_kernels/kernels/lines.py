@@ -38,9 +38,19 @@ def join_lines(line_max, line_sum, bits):
 
 
 @triton.jit
-def row_sum(row_ptr, vocab_size, bits, BLOCK_V: tl.constexpr, LINE: tl.constexpr):
-    """Largest logit of a row and the sum of exp2((logit - largest) * bits)."""
+def row_sum(
+    row_ptr,
+    vocab_size,
+    bits,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+    HAS_LOWEST: tl.constexpr = False,
+):
+    """Largest logit of a row, the sum of exp2((logit - largest) * bits) and, with HAS_LOWEST, the
+    lowest logit that is not masked.
+    """
     line_max = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) - 1e30
+    line_lowest = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) + 1e30
     line_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
         columns = block_columns(start, BLOCK_V, LINE)
@@ -49,4 +59,8 @@ def row_sum(row_ptr, vocab_size, bits, BLOCK_V: tl.constexpr, LINE: tl.constexpr
         line_sum *= tl.exp2((line_max - new_max) * bits)
         line_sum += line_sums(logits, new_max, bits)
         line_max = new_max
-    return join_lines(line_max, line_sum, bits)
+        if HAS_LOWEST:
+            lowest = tl.min(tl.where(logits > LOWEST_LOGIT, logits, 1e30), axis=1)
+            line_lowest = tl.minimum(line_lowest, lowest)
+    row_max, total = join_lines(line_max, line_sum, bits)
+    return row_max, total, tl.min(line_lowest, 0)

@@ -56,7 +56,7 @@ def token_rows_kernel(
     hard_weight = tl.load(weights_ptr + 2 * row + 1)
     is_soft = (token >= 0) & (token < vocab_size) & (soft_weight != 0.0)
     is_hard = (label >= 0) & (label < vocab_size) & (hard_weight != 0.0)
-    row_max, soft_sum = row_sum(logits_ptr, vocab_size, bits, BLOCK_V, LINE)
+    row_max, soft_sum, _ = row_sum(logits_ptr, vocab_size, bits, BLOCK_V, LINE)
     soft_sum = tl.log2(soft_sum)
     hard_sum = soft_sum
     if bits != BITS:

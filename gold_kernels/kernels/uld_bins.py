@@ -1,8 +1,10 @@
 """D(x) = #{s_i > x} - #{t_j > x} of a row, from counts on a grid and, where needed, in order.
 
 s and t are the values of student and teacher, V_s and V_t of them. The grid is uniform in log2: bin
-b holds values from 2**(top - b / per_bit) down, the last one all that are smaller. A word of the
-table counts the entries of a bin, student's minus teacher's and, in the low TOTAL_BITS, both.
+b holds values from 2**(top - b / per_bit) down, the last one all that are smaller. That one is not
+counted: the other bins leave its D. A word of the table has the student's entries of a bin in its
+low half and the teacher's in its high half. A row with 65536 entries of a side in one bin, all but
+constant, is counted again as their difference alone, and not listed.
 
 The scan of the counts gives D at the edges of every bin. Where D cannot change its sign inside,
 that sign is the gradient of every student entry there. Where it can, the entries of the bin are
@@ -14,6 +16,7 @@ import triton
 import triton.language as tl
 
 from gold_kernels.kernels.bin_table import (
+    NUM_BINS,
     add_to_table,
     load_table,
     scatter,
@@ -22,17 +25,15 @@ from gold_kernels.kernels.bin_table import (
 )
 from gold_kernels.kernels.lines import block_columns, load_logits
 
-TOTAL_BITS = 12
-STUDENT_STEP = tl.constexpr((1 << TOTAL_BITS) + 1)
-TEACHER_STEP = tl.constexpr(1 - (1 << TOTAL_BITS))
-_TOTAL_BITS = tl.constexpr(TOTAL_BITS)
-_TOTAL_MASK = tl.constexpr((1 << TOTAL_BITS) - 1)
-NUM_BINS = 5 << 11  # 40 KiB of the 48 KiB of shared memory that PTX gives to static arrays
+HIGH_STEP = tl.constexpr(1 << 16)  # one entry in the high half of a word
+_HALF_BITS = tl.constexpr(16)
+_HALF_MASK = tl.constexpr((1 << 16) - 1)
 # A listed bin's word is LISTED plus the entries listed so far; as a float it is 2 and a little, and
 # no sign. More than MAX_LISTED entries are not listed: every one of them meets every other.
 LISTED = tl.constexpr(0x40000000)
 MAX_LISTED = 1024
 LIST_SIZE = 1 << 15  # entries listed at a time, but for what a last bin holds
+_ORDER_BLOCK = tl.constexpr(512)  # an entry a thread: twice that asks for 8 KiB of shared memory
 # A key is, from the top, the level in the bin less half the levels, the column and the side.
 LEVEL_BITS, COLUMN_BITS = 13, 18
 _LEVEL_SHIFT = tl.constexpr(COLUMN_BITS + 1)
@@ -83,6 +84,16 @@ def _levels_of(logits, bins, origin):
 
 
 @triton.jit
+def matched_entries(matched_ptr, columns, is_column, HAS_OVERLAP: tl.constexpr):
+    """Which entries are matched, so neither counted nor listed."""
+    if HAS_OVERLAP:
+        is_matched = tl.load(matched_ptr + columns, mask=is_column, other=0) != 0
+    else:
+        is_matched = columns < 0
+    return is_matched
+
+
+@triton.jit
 def clear_bins(table, IS_SHARED: tl.constexpr, NUM_BINS: tl.constexpr, SCAN_BINS: tl.constexpr):
     for first in range(0, NUM_BINS, SCAN_BINS):
         bins = first + tl.arange(0, SCAN_BINS)
@@ -92,7 +103,7 @@ def clear_bins(table, IS_SHARED: tl.constexpr, NUM_BINS: tl.constexpr, SCAN_BINS
 @triton.jit
 def count_side(
     row_ptr,
-    partners_ptr,
+    matched_ptr,
     table,
     vocab_size,
     origin,
@@ -102,16 +113,20 @@ def count_side(
     NUM_BINS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
-):
-    """Add step to the bin of every unmatched entry of one side."""
+):  # -> () entries counted
+    """Add step to the bin of every unmatched entry of one side that is above the last bin."""
+    num_counted = tl.zeros([BLOCK_V // LINE], dtype=tl.int32)
     for start in range(0, vocab_size, BLOCK_V):
         columns = block_columns(start, BLOCK_V, LINE)
         is_counted = columns < vocab_size
         logits = load_logits(row_ptr, columns, is_counted)
         if HAS_OVERLAP:
-            is_counted &= tl.load(partners_ptr + columns, mask=is_counted, other=0) < 0
+            is_counted &= ~matched_entries(matched_ptr, columns, is_counted, True)
         bins = bins_of(logits, origin, NUM_BINS)
+        is_counted &= bins < NUM_BINS - 1
         add_to_table(table, bins, step, is_counted, IS_SHARED)
+        num_counted += tl.sum(is_counted.to(tl.int32), axis=1)
+    return tl.sum(num_counted, 0)
 
 
 @triton.jit
@@ -122,7 +137,7 @@ def _average_sign(before, after):
     same = tl.where(middle > 0, 1.0, tl.where(middle < 0, -1.0, 0.0))
     step = tl.where(is_same, 1, after - before).to(tl.float32)
     mixed = (tl.abs(after) - tl.abs(before)).to(tl.float32) / step
-    return is_same, tl.where(is_same, same, mixed)
+    return tl.where(is_same, same, mixed)
 
 
 @triton.jit
@@ -131,14 +146,17 @@ def scan_bins(
     offsets_ptr,
     befores_ptr,
     grid,
+    last,
+    has_halves,
     HAS_LISTS: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     MAX_LISTED: tl.constexpr,
-):  # -> () part of the loss that hangs on bins alone, () entries to list
+):  # -> () part of the loss that hangs on bins alone, () entries to list, () D above the last bin
     """Counts -> signs, in place, or LISTED. A sign of exactly -1, 0 or 1: D keeps its sign in the
-    bin; between: the average over a bin in which it does not.
+    bin; between: the average over a bin in which it does not. last: D below everything.
+    has_halves: words count both sides apart, not their difference.
     """
     top, per_bit = grid
     width = 1.0 - tl.exp2(-1.0 / per_bit)  # of a bin, relative to its upper edge
@@ -147,25 +165,28 @@ def scan_bins(
     for first in range(0, NUM_BINS, SCAN_BINS):
         bins = first + tl.arange(0, SCAN_BINS)
         words = load_table(table, bins, IS_SHARED)
-        totals = words & _TOTAL_MASK
-        net = (words - totals) >> _TOTAL_BITS
+        is_tail = bins == NUM_BINS - 1
+        net, totals = words, tl.zeros_like(words)
+        if HAS_LISTS:
+            num_student, num_teacher = words & _HALF_MASK, (words >> _HALF_BITS) & _HALF_MASK
+            net = tl.where(has_halves, num_student - num_teacher, words)
+            totals = tl.where(has_halves, num_student + num_teacher, 0)
         after = carry + tl.cumsum(net, 0)
         before = after - net
         carry += tl.sum(net, 0)
-        is_same, signs = _average_sign(before, after)
-        d_before, d_after, d_net = before.to(tl.float32), after.to(tl.float32), net.to(tl.float32)
+        after = tl.where(is_tail, last, after)
+        signs = _average_sign(before, after)
+        d_before, d_after = before.to(tl.float32), after.to(tl.float32)
         upper = tl.exp2(top - bins.to(tl.float32) / per_bit)
-        is_tail = bins == NUM_BINS - 1
         height = upper * tl.where(is_tail, 1.0, width)
         lower = tl.where(is_tail, 0.0, upper - height)
-        mixed_edge = d_before * d_before + d_after * d_after
-        mixed_edge /= 2.0 * tl.abs(tl.where(is_same, 1.0, d_net))
-        edge = tl.where(is_same, signs * (d_before * height - d_net * lower), mixed_edge * height)
+        # the rest, signs times the values of the bin, is added where the values are
+        edge = tl.abs(d_before) * height + (tl.abs(before) - tl.abs(after)).to(tl.float32) * lower
         new_words = signs.to(tl.int32, bitcast=True)
         if HAS_LISTS:
             count = totals.to(tl.float32)
             is_listed = (totals >= 2) & (totals <= MAX_LISTED) & (bins < NUM_BINS - 1)
-            is_listed &= d_before * d_after <= CROSSING * count
+            is_listed &= d_before * d_after <= count * CROSSING
             is_listed &= tl.minimum(tl.abs(before), tl.abs(after)) < totals
             sizes = tl.where(is_listed, totals, 0)
             tl.store(offsets_ptr + bins, num_listed + tl.cumsum(sizes, 0) - sizes)
@@ -175,13 +196,13 @@ def scan_bins(
             new_words = tl.where(is_listed, LISTED, new_words)
         edges += edge
         store_table(table, bins, new_words, IS_SHARED)
-    return tl.sum(edges, 0), num_listed
+    return tl.sum(edges, 0), num_listed, carry
 
 
 @triton.jit
 def list_side(
     row_ptr,
-    partners_ptr,
+    matched_ptr,
     table,
     lists,
     vocab_size,
@@ -203,7 +224,7 @@ def list_side(
         is_column = columns < vocab_size
         logits = load_logits(row_ptr, columns, is_column)
         if HAS_OVERLAP:
-            is_column &= tl.load(partners_ptr + columns, mask=is_column, other=0) < 0
+            is_column &= ~matched_entries(matched_ptr, columns, is_column, True)
         bins = bins_of(logits, origin, NUM_BINS)
         is_listed = is_column & (load_table(table, bins, IS_SHARED) >= LISTED)
         places = tl.load(offsets_ptr + bins, mask=is_listed, other=-1) - first_listed
@@ -243,9 +264,9 @@ def order_lists(
     """
     offsets_ptr, befores_ptr, keys_ptr, owners_ptr = lists
     top, per_bit = grid
-    loss = tl.zeros([MAX_LISTED], dtype=tl.float32)
-    for first in range(0, LIST_SIZE + MAX_LISTED, MAX_LISTED):
-        places = first + tl.arange(0, MAX_LISTED)
+    loss = tl.zeros([_ORDER_BLOCK], dtype=tl.float32)
+    for first in range(0, LIST_SIZE + MAX_LISTED, _ORDER_BLOCK):
+        places = first + tl.arange(0, _ORDER_BLOCK)
         owners = tl.load(owners_ptr + places)
         is_entry = owners >= 0
         num_entries = tl.where(
@@ -267,7 +288,7 @@ def order_lists(
                     net = 1 - 2 * (other_keys & 1)
                     above += tl.where(other_keys < first_key, net, 0)
                     through += tl.where(other_keys < next_key, net, 0)
-            sign = _average_sign(above, through)[1]
+            sign = _average_sign(above, through)
             is_teacher = (keys & 1) != 0
             below = (levels.to(tl.float32) + (_HALF_LEVELS + 0.5)) / _NUM_LEVELS
             lower = tl.exp2(top - (owners + 1).to(tl.float32) / per_bit)

@@ -18,9 +18,9 @@ SMALLEST_REST = tl.constexpr(1e-18)  # of 1 - s where s is 1
 
 
 @triton.jit
-def whole_sign(sign):
-    """The sign where D keeps it; 0 in bins where the scan already counted the loss."""
-    return tl.where(tl.abs(sign) == 1.0, sign, 0.0)
+def counted_sign(sign):
+    """The sign of a bin; 0 where its entries are listed, whose loss order_lists counted."""
+    return tl.where(tl.abs(sign) <= 1.0, sign, 0.0)
 
 
 @triton.jit
@@ -103,6 +103,7 @@ def student_entries(
     logits,
     columns,
     is_column,
+    is_matched,
     side,
     scale,
     teacher_side,
@@ -122,7 +123,7 @@ def student_entries(
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
-    """q, s h, and of the loss: its matched part, and whole sign times s, of student entries.
+    """Of student entries: q, s h, the matched part of the loss, and the sign of the bin times s.
 
     HAS_KEPT: kept_scale s h of matched entries was kept beside the signs, and their loss is not
     needed.
@@ -136,20 +137,18 @@ def student_entries(
         q = tl.exp2(log2_s - scale)
     words = load_table(table, bins_of(logits, origin, NUM_BINS), IS_SHARED)
     sign = words.to(tl.float32, bitcast=True)
-    unmatched = whole_sign(sign) * s
+    unmatched = counted_sign(sign) * s
     if HAS_LISTS:
         is_listed = is_column & (words >= LISTED)
         listed_sign = tl.load(signs_ptr + columns, mask=is_listed, other=0.0).to(tl.float32)
         sign = tl.where(is_listed, listed_sign, sign)
     pull = unmatched_weight * sign * s
     matched = tl.zeros_like(s)
-    if HAS_OVERLAP:
-        partners = tl.load(partners_ptr + columns, mask=is_column, other=-1)
-        is_matched = partners >= 0
     if HAS_OVERLAP and HAS_KEPT:
         kept = tl.load(signs_ptr + columns, mask=is_matched, other=0.0).to(tl.float32)
         pull = tl.where(is_matched, kept / kept_scale, pull)
     elif HAS_OVERLAP:
+        partners = tl.load(partners_ptr + columns, mask=is_matched, other=0)
         teacher_max, teacher_shift, teacher_bits = teacher_side
         teacher = load_logits(teacher_ptr, partners, is_matched)
         log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift

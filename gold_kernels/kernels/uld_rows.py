@@ -39,33 +39,34 @@ from gold_kernels.kernels.lines import (
     row_sum,
 )
 from gold_kernels.kernels.uld_bins import (
+    HIGH_STEP,
     LIST_SIZE,
     LIST_WORDS,
     MAX_LISTED,
     NUM_BINS,
-    STUDENT_STEP,
-    TEACHER_STEP,
     bins_of,
     clear_bins,
     clear_lists,
     count_side,
     list_side,
+    matched_entries,
     order_lists,
     origin_of,
     scan_bins,
 )
 from gold_kernels.kernels.uld_entries import (
+    counted_sign,
     entry_bits,
     one_minus,
     span_entries,
     student_entries,
-    whole_sign,
 )
 from gold_kernels.kernels.uld_memory import working_memory
 
 # Entries below 2**-12 / V share a bin: together below 1/4096 of a side. Peaked rows, as trained
 # models have, keep most entries there: a bound of 2**-6 / V cost up to 2e-2 of their loss.
 TAIL_BITS = tl.constexpr(12.0)
+LOWEST_MARGIN = tl.constexpr(1 / 4096)  # two or three bins above the last: the lowest entry counts
 MIN_RANGE_BITS = tl.constexpr(1.0)
 MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
 SCAN_BINS = 1 << 10
@@ -84,8 +85,9 @@ def uld_rows_kernel(
     student_scales_ptr,  # (C,) float32 log-scales, read if HAS_SCALES
     teacher_scales_ptr,  # (C,)
     labels_ptr,  # (C,) int64, read if HAS_LABELS
-    student_partners_ptr,  # (V_s,) int32 matched teacher entry or -1, read if HAS_OVERLAP
-    teacher_partners_ptr,  # (V_t,) int32
+    partners_ptr,  # (V_s,) int32 matched teacher entry, read if HAS_OVERLAP
+    student_matched_ptr,  # (V_s,) bool, is matched
+    teacher_matched_ptr,  # (V_t,) bool
     student_spans_ptr,  # (C,) int64 entry or -1, read if HAS_SPANS
     teacher_spans_ptr,  # (C,) int64
     values_ptr,  # (7, C) float32, overwritten with the unweighted values of each row
@@ -141,11 +143,11 @@ def uld_rows_kernel(
         hard_weight = tl.load(weights_ptr + 2 * row + 1)
         # a row of weight 0 may hold anything, NaN included
         is_live, is_hard_live = weight != 0.0, hard_weight != 0.0
-        student_max, student_sum = row_sum(
-            student_row, student_vocab_size, student_bits, BLOCK_V, LINE
+        student_max, student_sum, student_lowest = row_sum(
+            student_row, student_vocab_size, student_bits, BLOCK_V, LINE, True
         )
-        teacher_max, teacher_sum = row_sum(
-            teacher_row, teacher_vocab_size, teacher_bits, BLOCK_V, LINE
+        teacher_max, teacher_sum, teacher_lowest = row_sum(
+            teacher_row, teacher_vocab_size, teacher_bits, BLOCK_V, LINE, True
         )
         # not the difference of the logarithms, which are rounded at 17 near convergence
         gap = tl.log2(teacher_sum / student_sum)
@@ -161,6 +163,12 @@ def uld_rows_kernel(
         bottom = tl.maximum(student_scale, teacher_scale) - tl.log2(vocab_size) - TAIL_BITS
         if HAS_SCALES:
             bottom -= tl.minimum(tl.abs(student_scale - teacher_scale), MAX_SCALE_GAP)
+        # nothing is below the lowest entry of both sides: finer bins, fewer entries to order
+        student_lowest = (student_lowest - student_max) * student_bits + student_side[1]
+        teacher_lowest = (teacher_lowest - teacher_max) * teacher_bits + teacher_side[1]
+        lowest = tl.minimum(student_lowest, teacher_lowest)
+        lowest -= (top - lowest) * LOWEST_MARGIN
+        bottom = tl.maximum(bottom, lowest)
         grid = (top, (NUM_BINS - 1.0) / tl.maximum(top - bottom, MIN_RANGE_BITS))
 
         # a row with a span counts and sums nothing
@@ -181,22 +189,27 @@ def uld_rows_kernel(
         gap = (gap + student_scale - teacher_scale) * per_bit
         student_origin = origin_of(student_max, student_bits, per_bit, base, 0.0)
         teacher_origin = origin_of(teacher_max, teacher_bits, per_bit, base, gap)
-        tl.debug_barrier()  # of the row before, signs may still be read
-        clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
-        tl.debug_barrier()
-        count_side(
-            student_row, student_partners_ptr, table, num_student, student_origin,
-            STUDENT_STEP, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
-        )  # fmt: skip
-        count_side(
-            teacher_row, teacher_partners_ptr, table, num_teacher, teacher_origin,
-            TEACHER_STEP, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
-        )  # fmt: skip
-        tl.debug_barrier()
-        edges, num_listed = scan_bins(
-            table, offsets_ptr, befores_ptr, grid, HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS,
-            MAX_LISTED,
-        )  # fmt: skip
+        has_halves, is_counted, edges, num_listed = HAS_LISTS, False, 0.0, 0
+        while not is_counted:
+            tl.debug_barrier()  # signs may still be read
+            clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
+            tl.debug_barrier()
+            step = tl.where(has_halves, HIGH_STEP, -1)
+            counted = count_side(
+                student_row, student_matched_ptr, table, num_student, student_origin, 1,
+                HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+            )  # fmt: skip
+            counted -= count_side(
+                teacher_row, teacher_matched_ptr, table, num_teacher, teacher_origin, step,
+                HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+            )  # fmt: skip
+            tl.debug_barrier()
+            edges, num_listed, found = scan_bins(
+                table, offsets_ptr, befores_ptr, grid, num_student - num_teacher, has_halves,
+                HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS, MAX_LISTED,
+            )  # fmt: skip
+            # a half that ran over changes the difference of all halves
+            is_counted, has_halves = found == counted, False
         sign_row = tl.cast(row if ARE_SIGNS_GRAD else tl.program_id(0), tl.int64)
         own_signs = signs_ptr + sign_row * signs_row_stride
         if HAS_LISTS:
@@ -204,12 +217,12 @@ def uld_rows_kernel(
                 clear_lists(owners_ptr, LIST_SIZE, MAX_LISTED)
                 tl.debug_barrier()
                 list_side(
-                    student_row, student_partners_ptr, table, lists, student_vocab_size,
+                    student_row, student_matched_ptr, table, lists, student_vocab_size,
                     student_origin, first_listed, 0, HAS_OVERLAP, IS_SHARED, NUM_BINS,
                     LIST_SIZE, MAX_LISTED, BLOCK_V, LINE,
                 )  # fmt: skip
                 list_side(
-                    teacher_row, teacher_partners_ptr, table, lists, teacher_vocab_size,
+                    teacher_row, teacher_matched_ptr, table, lists, teacher_vocab_size,
                     teacher_origin, first_listed, 1, HAS_OVERLAP, IS_SHARED, NUM_BINS,
                     LIST_SIZE, MAX_LISTED, BLOCK_V, LINE,
                 )  # fmt: skip
@@ -229,9 +242,10 @@ def uld_rows_kernel(
             columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < student_vocab_size
             logits = load_logits(student_row, columns, is_column)
+            is_matched = matched_entries(student_matched_ptr, columns, is_column, HAS_OVERLAP)
             q, pull, matched_loss, unmatched_loss = student_entries(
-                logits, columns, is_column, student_side, student_scale, teacher_side,
-                student_origin, table, own_signs, student_partners_ptr, teacher_row, loss_weights,
+                logits, columns, is_column, is_matched, student_side, student_scale, teacher_side,
+                student_origin, table, own_signs, partners_ptr, teacher_row, loss_weights,
                 beta, 1.0, MODE,
                 HAS_SCALES, HAS_OVERLAP, HAS_LISTS and NEEDS_GRAD, False, IS_SHARED, NUM_BINS,
             )  # fmt: skip
@@ -239,11 +253,10 @@ def uld_rows_kernel(
             matched += tl.sum(matched_loss, axis=1)
             unmatched += tl.sum(unmatched_loss, axis=1)
             if HAS_OVERLAP:
-                partners = tl.load(student_partners_ptr + columns, mask=is_column, other=-1)
-                student_mass += tl.sum(tl.where(partners >= 0, q, 0.0), axis=1)
+                student_mass += tl.sum(tl.where(is_matched, q, 0.0), axis=1)
                 if HAS_SIGNS:  # so that partners, far apart in memory, are read once
                     kept = (soft_weight * pull).to(signs_ptr.dtype.element_ty)
-                    tl.store(own_signs + columns, kept, mask=is_column & (partners >= 0))
+                    tl.store(own_signs + columns, kept, mask=is_matched)
         for start in range(0, num_teacher, BLOCK_V):
             columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < teacher_vocab_size
@@ -252,12 +265,12 @@ def uld_rows_kernel(
             t = tl.exp2(log2_t)
             bins = bins_of(logits, teacher_origin, NUM_BINS)
             sign = load_table(table, bins, IS_SHARED).to(tl.float32, bitcast=True)
-            lost = whole_sign(sign) * t
+            lost = counted_sign(sign) * t
             if HAS_OVERLAP:
-                partners = tl.load(teacher_partners_ptr + columns, mask=is_column, other=-1)
-                lost = tl.where(partners >= 0, 0.0, lost)
+                is_matched = matched_entries(teacher_matched_ptr, columns, is_column, True)
+                lost = tl.where(is_matched, 0.0, lost)
                 p = tl.exp2(log2_t - teacher_scale) if HAS_SCALES else t
-                teacher_mass += tl.sum(tl.where(partners >= 0, p, 0.0), axis=1)
+                teacher_mass += tl.sum(tl.where(is_matched, p, 0.0), axis=1)
             unmatched -= tl.sum(lost, axis=1)
 
         matched_sum = tl.sum(matched, 0)
@@ -293,9 +306,10 @@ def uld_rows_kernel(
                 columns = block_columns(start, BLOCK_V, LINE)
                 is_column = columns < student_vocab_size
                 logits = load_logits(student_row, columns, is_column)
+                is_matched = matched_entries(student_matched_ptr, columns, is_column, HAS_OVERLAP)
                 q, pull, matched_loss, unmatched_loss = student_entries(
-                    logits, columns, is_column, student_side, student_scale, teacher_side,
-                    student_origin, table, own_signs, student_partners_ptr, teacher_row,
+                    logits, columns, is_column, is_matched, student_side, student_scale,
+                    teacher_side, student_origin, table, own_signs, partners_ptr, teacher_row,
                     loss_weights, beta, soft_weight, MODE,
                     HAS_SCALES, HAS_OVERLAP, HAS_LISTS, HAS_SIGNS, IS_SHARED, NUM_BINS,
                 )  # fmt: skip
@@ -323,7 +337,7 @@ def uld_rows_(
     weights: Tensor,  # (C, 2) float32, contiguous: of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher, float32
     labels: Tensor | None,  # (C,) int64
-    partners: Sequence[Tensor] | None,  # (V_s,), (V_t,) int32, the matched entry or -1
+    partners: Sequence[Tensor] | None,  # (V_s,), (V_s,), (V_t,): see linear_uld.partner_tables
     spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see TokenAlignment.span_ids
     values: Tensor,  # (7, C) float32, overwritten: see NUM_ROW_VALUES
     *,
@@ -347,9 +361,7 @@ def uld_rows_(
     limits = {"maxnreg": 64} if memory.is_shared else {}
     grad = student_logits if grad_logits is None else grad_logits
     student_scales, teacher_scales = (weights, weights) if log_scales is None else log_scales
-    student_partners, teacher_partners = (
-        (memory.table, memory.table) if partners is None else partners
-    )
+    tables = [memory.table] * 3 if partners is None else partners
     student_spans, teacher_spans = (memory.table, memory.table) if spans is None else spans
     uld_rows_kernel[(memory.num_programs,)](
         student_logits,
@@ -359,8 +371,7 @@ def uld_rows_(
         student_scales,
         teacher_scales,
         weights if labels is None else labels,
-        student_partners,
-        teacher_partners,
+        *tables,
         student_spans,
         teacher_spans,
         values,
