@@ -78,25 +78,20 @@ def overlap_weights(
     return overlap.student_share, 1.0 - overlap.student_share
 
 
-def partner_tables(
+def matched_tables(
     overlap: VocabOverlap | None, v_student: int, v_teacher: int, device: torch.device
 ) -> list[Tensor]:
-    """[], or [(V_s,) int32 the teacher entry that a student entry is matched with, 0 where none is;
-    (V_s,), (V_t,) bool, matched or not].
-
-    Flags beside the table: all but one of a row kernel's passes ask only whether, and 4 bytes an
-    entry, read by every program for every row, took a quarter of the time of the hybrid loss.
+    """[], or [(K,), (K,) int32 matched entries of student and teacher; (V_s,), (V_t,) bool, which
+    entries are matched].
     """
     if overlap is None:
         return []
-    student_ids, teacher_ids = (side.to(device) for side in overlap[:2])
-    partners = torch.zeros(v_student, dtype=torch.int32, device=device)
-    partners.index_copy_(0, student_ids, teacher_ids.int())
+    ids = [side.to(device) for side in overlap[:2]]
     flags = [
-        torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, ids, True)
-        for size, ids in ((v_student, student_ids), (v_teacher, teacher_ids))
+        torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, own, True)
+        for size, own in zip((v_student, v_teacher), ids, strict=True)
     ]
-    return [partners, *flags]
+    return [*(own.int() for own in ids), *flags]
 
 
 def _projected_rows(
@@ -231,7 +226,7 @@ def fused_linear_uld(
             *student[:3],
             *teacher[:3],
             num_groups,
-            rows._replace(partners=partner_tables(overlap, v_student, v_teacher, device)),
+            rows._replace(tables=matched_tables(overlap, v_student, v_teacher, device)),
             ULDOptions(
                 beta,
                 [student_temperature, teacher_temperature],

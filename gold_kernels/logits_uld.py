@@ -15,7 +15,7 @@ from gold_kernels import checks, uld_checks
 from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, float_dtype
 from gold_kernels.gradients import empty_logits_gradient, empty_logits_results
 from gold_kernels.heads import logit_rows
-from gold_kernels.linear_uld import ULDMetrics, overlap_weights, partner_tables
+from gold_kernels.linear_uld import ULDMetrics, matched_tables, overlap_weights
 from gold_kernels.uld_operator import NUM_ROW_VALUES, SCRATCH_PART, row_functions
 from gold_kernels.vocabulary import VocabOverlap
 
@@ -25,7 +25,7 @@ def _uld_logits_operator(
     student_logits: Tensor,  # (N, V_s)
     teacher_logits: Tensor,  # (N, V_t)
     row_weights: Tensor,  # (N,)
-    partners: Sequence[Tensor],
+    tables: Sequence[Tensor],
     needs_grad: bool,
     beta: float,
     temperatures: Sequence[float],
@@ -45,7 +45,7 @@ def _uld_logits_operator(
             torch.stack([row_weights, torch.zeros_like(row_weights)], dim=1),
             None,
             None,
-            partners or None,
+            tables or None,
             None,
             values,
             beta=beta,
@@ -72,11 +72,11 @@ class ULDLogitsFunction(torch.autograd.Function):
         student_logits: Tensor,  # (N, V_s)
         teacher_logits: Tensor,  # (N, V_t)
         row_weights: Tensor,  # (N,)
-        partners: Sequence[Tensor],
+        tables: Sequence[Tensor],
         options: Sequence[Any],  # beta, temperatures, both weights, backend
     ) -> tuple[Tensor, Tensor]:  # () loss, (7, N) values
         values, *grads = _uld_logits_operator(
-            student_logits, teacher_logits, row_weights, partners, ctx.needs_input_grad[0], *options
+            student_logits, teacher_logits, row_weights, tables, ctx.needs_input_grad[0], *options
         )
         ctx.save_for_backward(*grads)
         ctx.logits_dtype = student_logits.dtype
@@ -125,7 +125,7 @@ def uld_loss(
     backend = checks.resolve_backend(function, backend, student_logits)
     loss, values = ULDLogitsFunction.apply(
         *logit_rows(student_logits, teacher_logits, row_weights),
-        partner_tables(overlap, v_student, v_teacher, student_logits.device),
+        matched_tables(overlap, v_student, v_teacher, student_logits.device),
         (beta, [student_temperature, teacher_temperature], *weights, backend),
     )
     return (loss, ULDMetrics(values[0], *values[2:6])) if return_metrics else loss

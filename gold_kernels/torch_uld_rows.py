@@ -80,20 +80,18 @@ def _log_probs(logits: Tensor, temperature: float, log_scale: Tensor | None) -> 
 
 
 def _pull(
-    log_s: Tensor, log_t: Tensor, partners: Sequence[Tensor] | None, options: _Options
+    log_s: Tensor, log_t: Tensor, tables: Sequence[Tensor] | None, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:  # (c,) matched, (c,) unmatched loss, (c, V_s) s dloss / ds
     s, t = log_s.exp(), log_t.exp()
-    if partners is None:
+    if tables is None:
         unmatched, sign = sorted_difference(s, t)
         return torch.zeros_like(unmatched), unmatched, options.unmatched_weight * sign * s
-    is_unmatched, is_teacher_unmatched = (~is_matched for is_matched in partners[1:])
-    s_matched = partners[1].nonzero().squeeze(1)
+    is_unmatched, is_teacher_unmatched = (~is_matched for is_matched in tables[2:])
+    s_matched, t_matched = (ids.long() for ids in tables[:2])
     pull = torch.zeros_like(s)
     unmatched, sign = sorted_difference(s[:, is_unmatched], t[:, is_teacher_unmatched])
     pull[:, is_unmatched] = options.unmatched_weight * sign * s[:, is_unmatched]
-    matched, matched_pull = _matched(
-        log_s[:, s_matched], log_t[:, partners[0][s_matched].long()], options.beta
-    )
+    matched, matched_pull = _matched(log_s[:, s_matched], log_t[:, t_matched], options.beta)
     pull[:, s_matched] = options.matched_weight * matched_pull
     return matched, unmatched, pull
 
@@ -124,7 +122,7 @@ def uld_rows_(
     weights: Tensor,  # (C, 2): of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher
     labels: Tensor | None,  # (C,) int64
-    partners: Sequence[Tensor] | None,  # (V_s,), (V_s,), (V_t,): see linear_uld.partner_tables
+    tables: Sequence[Tensor] | None,  # of matched entries, see linear_uld.matched_tables
     spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see kernels/uld_rows.py
     values: Tensor,  # (7, C), overwritten: see kernels/uld_rows.py
     *,
@@ -144,10 +142,10 @@ def uld_rows_(
         student = student_logits[rows].to(values.dtype)
         log_s = _log_probs(student, temperatures[0], scales[0])
         log_t = _log_probs(teacher_logits[rows].to(values.dtype), temperatures[1], scales[1])
-        matched, unmatched, pull = _pull(log_s, log_t, partners, options)
+        matched, unmatched, pull = _pull(log_s, log_t, tables, options)
         masses = [
-            _mass(log_s, scales[0], None if partners is None else partners[1]),
-            _mass(log_t, scales[1], None if partners is None else partners[2]),
+            _mass(log_s, scales[0], None if tables is None else tables[2]),
+            _mass(log_t, scales[1], None if tables is None else tables[3]),
         ]
         if spans is not None:
             ids = [side[rows] for side in spans]

@@ -55,7 +55,7 @@ class ULDRows(NamedTuple):
     base_rows: Sequence[Tensor] = ()  # [(R,) of the student, scalar rows after base rows; (G,)]
     student_scalars: Sequence[Tensor] = ()  # [rows, ids, groups], (S_s,) each
     teacher_scalars: Sequence[Tensor] = ()  # [rows, ids, groups], (S_t,) each
-    partners: Sequence[Tensor] = ()  # see linear_uld.partner_tables
+    tables: Sequence[Tensor] = ()  # of matched entries, see linear_uld.matched_tables
     spans: Sequence[Tensor] = ()  # [(G,), (G,)] int64, see TokenAlignment.span_ids
 
 
@@ -113,7 +113,7 @@ def linear_uld_operator(
     base_rows: Sequence[Tensor],
     student_scalars: Sequence[Tensor],
     teacher_scalars: Sequence[Tensor],
-    partners: Sequence[Tensor],
+    tables: Sequence[Tensor],
     spans: Sequence[Tensor],
     beta: float,
     temperatures: Sequence[float],
@@ -169,7 +169,7 @@ def linear_uld_operator(
                 chunk_weights,
                 None if log_scales is None else [scales[rows] for scales in log_scales],
                 chunk_labels,
-                partners or None,
+                tables or None,
                 [side[rows] for side in spans] or None,
                 values[:, rows],
                 beta=beta,

@@ -60,6 +60,7 @@ def uld_signatures():
         (uld_rows.JSD, nothing, True, True, "*bf16"),
         (uld_rows.FORWARD_KL, everything, True, True, "*fp32"),
         (uld_rows.REVERSE_KL, everything, False, True, "*fp32"),
+        (uld_rows.JSD, everything, True, True, "*bf16"),
         (uld_rows.JSD, everything, True, False, "*fp32"),
     ):
         names = ("HAS_SCALES", "HAS_LABELS", "HAS_OVERLAP", "HAS_SOFTCAP")
@@ -67,25 +68,26 @@ def uld_signatures():
         constexprs = dict(zip(names, flags, strict=True)) | {
             "MODE": mode,
             "HAS_SPANS": flags is everything,
-            "HAS_SIGNS": needs_grad,
             "NEEDS_GRAD": needs_grad,
             "IS_SHARED": is_shared,
             "HAS_LISTS": has_lists,
             "ARE_SIGNS_GRAD": needs_grad,
             "NUM_BINS": uld_rows.NUM_BINS,
+            "TABLE_WORDS": uld_rows.TABLE_WORDS,
             "SCAN_BINS": uld_rows.SCAN_BINS,
             "LIST_SIZE": uld_rows.LIST_SIZE,
             "MAX_LISTED": uld_rows.MAX_LISTED,
             "LIST_WORDS": uld_rows.LIST_WORDS,
             "BLOCK_V": 4096 if has_lists else 8192,
+            "PAIR_BLOCK": uld_rows.PAIR_BLOCK,
             "LINE": 4 if logits == "*fp32" else 8,
         }
         types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
         types |= {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
         types |= {"labels_ptr": "*i64", "table_ptr": "*i32", "lists_ptr": "*i32"}
         types |= {"signs_ptr": "*bf16"}
-        types |= {"partners_ptr": "*i32", "student_matched_ptr": "*i1"}
-        types |= {"teacher_matched_ptr": "*i1"}
+        types |= {"student_ids_ptr": "*i32", "teacher_ids_ptr": "*i32"}
+        types |= {"student_matched_ptr": "*i1", "teacher_matched_ptr": "*i1"}
         types |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
         signature = signature_of(kernel, types, (*floats, "softcap"), constexprs)
         yield kernel, signature, constexprs

@@ -12,14 +12,20 @@ import triton.language as tl
 # 40 KiB of the 48 KiB that PTX gives to static arrays; Triton's reductions take 4 KiB, and a memory
 # checker needs some
 NUM_BINS = 5 << 11
+TABLE_WORDS = NUM_BINS + 4  # and a counter
+# The word of a bin whose entries are to be ordered, as a float from 2 to 4 and no sign: LISTED and
+# what is counted in its low 22 bits. WAITING: not yet.
+LISTED = tl.constexpr(0x40000000)
+WAITING = tl.constexpr(0x40800000)
 _TABLE_ADDRESS = tl.constexpr(
-    f"{{ .shared .align 16 .b8 gold_kernels_bins[{4 * NUM_BINS}]; mov.u32 $0, gold_kernels_bins; }}"
+    f"{{ .shared .align 16 .b8 gold_kernels_bins[{4 * TABLE_WORDS}];"
+    " mov.u32 $0, gold_kernels_bins; }"
 )
 
 
 @triton.jit
 def shared_table():
-    """Address of the NUM_BINS counters of this program; not cleared."""
+    """Address of the TABLE_WORDS words of this program; not cleared."""
     return tl.inline_asm_elementwise(
         _TABLE_ADDRESS,
         "=r,r",
@@ -31,35 +37,36 @@ def shared_table():
 
 
 @triton.jit
-def add_to_table(table, bins, step, mask, IS_SHARED: tl.constexpr):
+def add_to_table(table, bins, values, IS_SHARED: tl.constexpr):
+    """Every value is added, 0 too: PTX's assembler makes a branch of a masked addition."""
     if IS_SHARED:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p red.shared.add.s32 [$1], $2; }mov.u32 $0, 0;",
-            "=r,r,r,r",
+            "red.shared.add.s32 [$1], $2; mov.u32 $0, 0;",
+            "=r,r,r",
+            [table + 4 * bins, values],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.atomic_add(table + bins, values, sem="relaxed")
+
+
+@triton.jit
+def take_from_table(table, bins, step, mask, IS_SHARED: tl.constexpr):  # int32, before the addition
+    """Add step where mask is true; every caller gets a number of its own."""
+    if IS_SHARED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.u32 $0, 0;"
+            "@p atom.shared.add.u32 $0, [$1], $2; }",
+            "=&r,r,r,r",
             [table + 4 * bins, step, mask.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
-        tl.atomic_add(table + bins, step, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def take_from_table(table, bins, mask, IS_SHARED: tl.constexpr):  # int32, before the addition
-    """Add 1 where mask is true; every caller gets a number of its own."""
-    if IS_SHARED:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.u32 $0, 0;"
-            "@p atom.shared.add.u32 $0, [$1], 1; }",
-            "=&r,r,r",
-            [table + 4 * bins, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return tl.atomic_add(table + bins, 1, mask=mask, sem="relaxed")
+        return tl.atomic_add(table + bins, step, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -93,18 +100,58 @@ def store_table(table, bins, values, IS_SHARED: tl.constexpr):
 
 
 @triton.jit
-def scatter(pointers, values, mask, IS_SHARED: tl.constexpr):
-    """Store 32-bit values far apart in global memory. Triton gives such a store a layout of its own
-    and changes pointers, values and mask over in 32 KiB of shared memory, which the table needs.
+def append_listed(counter, list_ptr, words, entries, IS_SHARED: tl.constexpr):
+    """Write entries whose bin has a word of LISTED, and no keys yet, to the next free place of a
+    list; the counter says how many there are.
+
+    One piece of PTX, because it meets every entry of a row and hardly any is listed.
     """
+    is_listed = words == LISTED
     if IS_SHARED:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; }mov.u32 $0, 0;",
-            "=r,l,r,r",
-            [pointers.to(tl.int64), values, mask.to(tl.int32)],
+            "{ .reg .pred p; .reg .b32 place; .reg .b64 address; mov.u32 $0, 0;"
+            " setp.lt.s32 p, $1, 0;"
+            " @p bra DONE;"
+            " atom.shared.add.u32 place, [$2], 1;"
+            " mad.wide.u32 address, place, 4, $3;"
+            " st.global.b32 [address], $1;"
+            " DONE: }",
+            "=&r,r,r,l",
+            [tl.where(is_listed, entries, -1), counter, list_ptr.to(tl.int64)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
+    else:
+        counters = counter + tl.zeros_like(words)
+        places = tl.atomic_add(counters, 1, mask=is_listed, sem="relaxed")
+        tl.store(list_ptr + places, entries, mask=is_listed)
+
+
+@triton.jit
+def scatter(pointers, values, mask, IS_SHARED: tl.constexpr):
+    """Store 16-bit or 32-bit values far apart in global memory. Triton gives such a store a layout
+    of its own and changes pointers, values and mask over in 32 KiB of shared memory, which the
+    table needs.
+    """
+    if IS_SHARED:
+        if values.dtype.primitive_bitwidth == 16:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; }mov.u32 $0, 0;",
+                "=r,l,h,r",
+                [pointers.to(tl.int64), values.to(tl.int16, bitcast=True), mask.to(tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; }mov.u32 $0, 0;",
+                "=r,l,r,r",
+                [pointers.to(tl.int64), values.to(tl.int32, bitcast=True), mask.to(tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
     else:
         tl.store(pointers, values, mask=mask)

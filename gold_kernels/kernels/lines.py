@@ -47,7 +47,7 @@ def row_sum(
     HAS_LOWEST: tl.constexpr = False,
 ):
     """Largest logit of a row, the sum of exp2((logit - largest) * bits) and, with HAS_LOWEST, the
-    lowest logit that is not masked.
+    lowest logit (-1e30 if one is masked).
     """
     line_max = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) - 1e30
     line_lowest = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) + 1e30
@@ -60,7 +60,7 @@ def row_sum(
         line_sum += line_sums(logits, new_max, bits)
         line_max = new_max
         if HAS_LOWEST:
-            lowest = tl.min(tl.where(logits > LOWEST_LOGIT, logits, 1e30), axis=1)
+            lowest = tl.min(tl.where(columns < vocab_size, logits, 1e30), axis=1)
             line_lowest = tl.minimum(line_lowest, lowest)
     row_max, total = join_lines(line_max, line_sum, bits)
     return row_max, total, tl.min(line_lowest, 0)

@@ -1,16 +1,14 @@
 """What one entry of a ULD or hybrid row adds to loss and gradient, once the table has the signs.
 
-s and t are the probabilities of student and teacher times exp(log_scale), h = dloss / ds, q the
-student's probability itself.
+s and t are the probabilities of student and teacher times exp(log_scale).
 """
 
 import triton
 import triton.language as tl
 
-from gold_kernels.kernels.bin_table import load_table
+from gold_kernels.kernels.bin_table import LISTED
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, LOG_ZERO, REVERSE_KL, mixture_entries
 from gold_kernels.kernels.lines import LOWEST_LOGIT, NATS, load_logits
-from gold_kernels.kernels.uld_bins import LISTED, bins_of
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
@@ -18,9 +16,9 @@ SMALLEST_REST = tl.constexpr(1e-18)  # of 1 - s where s is 1
 
 
 @triton.jit
-def counted_sign(sign):
+def counted_sign(words):
     """The sign of a bin; 0 where its entries are listed, whose loss order_lists counted."""
-    return tl.where(tl.abs(sign) <= 1.0, sign, 0.0)
+    return tl.where(words >= LISTED, 0.0, words.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -99,61 +97,40 @@ def span_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
 
 
 @triton.jit
-def student_entries(
-    logits,
+def matched_pairs(
+    student_ptr, teacher_ptr, ids, is_pair, student_side, teacher_side, beta, MODE: tl.constexpr
+):
+    """Loss and s dloss/ds, in nats, log2 s and log2 t of pairs of entries."""
+    student_max, student_shift, student_bits = student_side
+    teacher_max, teacher_shift, teacher_bits = teacher_side
+    student = load_logits(student_ptr, ids[0], is_pair)
+    teacher = load_logits(teacher_ptr, ids[1], is_pair)
+    log2_s = (student - student_max) * student_bits + student_shift
+    log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift
+    loss, pull = _matched_entries(log2_s, log2_t, beta, MODE)
+    return tl.where(is_pair, loss, 0.0), tl.where(is_pair, pull, 0.0), log2_s, log2_t
+
+
+@triton.jit
+def student_signs(
+    words,
     columns,
     is_column,
     is_matched,
-    side,
-    scale,
-    teacher_side,
-    origin,
-    table,
     signs_ptr,
-    partners_ptr,
-    teacher_ptr,
-    weights,
-    beta,
-    kept_scale,
-    MODE: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    HAS_OVERLAP: tl.constexpr,
     HAS_LISTS: tl.constexpr,
     HAS_KEPT: tl.constexpr,
-    IS_SHARED: tl.constexpr,
-    NUM_BINS: tl.constexpr,
 ):
-    """Of student entries: q, s h, the matched part of the loss, and the sign of the bin times s.
-
-    HAS_KEPT: kept_scale s h of matched entries was kept beside the signs, and their loss is not
-    needed.
+    """dloss / ds of student entries before the weight of the loss: the sign of the bin, of listed
+    entries their own. HAS_KEPT: of matched entries what was kept beside the signs.
     """
-    row_max, shift, bits = side
-    matched_weight, unmatched_weight = weights
-    log2_s = (logits - row_max) * bits + shift
-    s = tl.exp2(log2_s)
-    q = s
-    if HAS_SCALES:  # not s / scale, which may be 0 / 0
-        q = tl.exp2(log2_s - scale)
-    words = load_table(table, bins_of(logits, origin, NUM_BINS), IS_SHARED)
     sign = words.to(tl.float32, bitcast=True)
-    unmatched = counted_sign(sign) * s
-    if HAS_LISTS:
-        is_listed = is_column & (words >= LISTED)
-        listed_sign = tl.load(signs_ptr + columns, mask=is_listed, other=0.0).to(tl.float32)
-        sign = tl.where(is_listed, listed_sign, sign)
-    pull = unmatched_weight * sign * s
-    matched = tl.zeros_like(s)
-    if HAS_OVERLAP and HAS_KEPT:
-        kept = tl.load(signs_ptr + columns, mask=is_matched, other=0.0).to(tl.float32)
-        pull = tl.where(is_matched, kept / kept_scale, pull)
-    elif HAS_OVERLAP:
-        partners = tl.load(partners_ptr + columns, mask=is_matched, other=0)
-        teacher_max, teacher_shift, teacher_bits = teacher_side
-        teacher = load_logits(teacher_ptr, partners, is_matched)
-        log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift
-        loss, matched_pull = _matched_entries(log2_s, log2_t, beta, MODE)
-        matched = tl.where(is_matched, loss, 0.0)
-        unmatched = tl.where(is_matched, 0.0, unmatched)
-        pull = tl.where(is_matched, matched_weight * matched_pull, pull)
-    return q, pull, matched, unmatched
+    if HAS_LISTS or HAS_KEPT:
+        is_own = is_matched
+        if HAS_LISTS:
+            is_own = is_column & (words >= LISTED)
+            if HAS_KEPT:
+                is_own |= is_matched
+        own = tl.load(signs_ptr + columns, mask=is_own, other=0.0).to(tl.float32)
+        sign = tl.where(is_own, own, sign)
+    return sign

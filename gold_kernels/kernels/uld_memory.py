@@ -8,8 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.kernels.launch import empty_rows, has_aligned_rows, is_interpreted
-from gold_kernels.kernels.uld_bins import COLUMN_BITS, LIST_WORDS, NUM_BINS
+from gold_kernels.kernels.bin_table import TABLE_WORDS
+from gold_kernels.kernels.launch import (
+    aligned_width,
+    empty_rows,
+    has_aligned_rows,
+    is_interpreted,
+)
+from gold_kernels.kernels.uld_lists import COLUMN_BITS, LIST_WORDS
 
 MAX_PROGRAMS = 264  # two on every multiprocessor of a Hopper GPU, each with working memory
 
@@ -19,19 +25,24 @@ class Memory(NamedTuple):
 
     num_programs: int
     is_shared: bool
-    table: Tensor  # (programs, NUM_BINS) int32
+    table: Tensor  # (programs, TABLE_WORDS) int32
     lists: Tensor  # (programs, LIST_WORDS) int32
     signs: Tensor  # (C or programs, V_s)
     has_lists: bool
-    has_signs: bool  # signs are memory of their own, not the logits
 
 
 def working_memory(
-    student_logits: Tensor, teacher_logits: Tensor, grad_logits: Tensor | None, scratch_bytes: int
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    grad_logits: Tensor | None,
+    scratch_bytes: int,
+    *,
+    has_overlap: bool,
 ) -> Memory:
     """Lists for float32 logits; the signs of listed entries and the pull of matched ones wait where
-    the gradient is to be. The table of bins is in shared memory where the kernel needs none to turn
-    unaligned rows round: both together are more than the 48 KiB that a program may ask for.
+    the gradient is to be, or in memory of their own where that is the logits. The table of bins is
+    in shared memory where the kernel needs none to turn unaligned rows round: both together are
+    more than the 48 KiB that a program may ask for.
     """
     num_rows, vocab_size = student_logits.shape
     device, integer = student_logits.device, torch.int32
@@ -40,19 +51,21 @@ def working_memory(
     is_shared &= all(has_aligned_rows(tensor) for tensor in rows)
     has_lists = student_logits.dtype == torch.float32
     has_lists &= max(vocab_size, teacher_logits.shape[1]) <= 1 << COLUMN_BITS
+    has_signs = grad_logits is not None and (has_lists or has_overlap)
+    has_signs = has_signs and grad_logits.data_ptr() == student_logits.data_ptr()
+    program_bytes = 0 if is_shared else 4 * TABLE_WORDS
+    program_bytes += 4 * LIST_WORDS if has_lists else 0
+    program_bytes += student_logits.dtype.itemsize * aligned_width(vocab_size) if has_signs else 0
     num_programs = num_rows
-    if has_lists or not is_shared:
-        most = scratch_bytes // (4 * (LIST_WORDS + NUM_BINS))
+    if program_bytes:
+        most = scratch_bytes // program_bytes
         num_programs = 1 if is_interpreted() else max(1, min(num_rows, MAX_PROGRAMS, most))
-    table = torch.empty(1 if is_shared else num_programs, NUM_BINS, dtype=integer, device=device)
-    lists = table
+    table = torch.empty(1 if is_shared else num_programs, TABLE_WORDS, dtype=integer, device=device)
+    lists, signs = table, grad_logits
     if has_lists:
         lists = torch.empty(num_programs, LIST_WORDS, dtype=integer, device=device)
-    signs, has_signs = grad_logits, True
     if grad_logits is None:
-        signs, has_signs = student_logits, False
-    elif grad_logits.data_ptr() == student_logits.data_ptr():
-        has_signs = has_lists
-        if has_lists:
-            signs = empty_rows(student_logits, num_programs, vocab_size, torch.float32)
-    return Memory(num_programs, is_shared, table, lists, signs, has_lists, has_signs)
+        signs = student_logits
+    elif has_signs:
+        signs = empty_rows(student_logits, num_programs, vocab_size, student_logits.dtype)
+    return Memory(num_programs, is_shared, table, lists, signs, has_lists)

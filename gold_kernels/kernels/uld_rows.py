@@ -27,7 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.kernels.bin_table import load_table, shared_table
+from gold_kernels.kernels.bin_table import (
+    NUM_BINS,
+    TABLE_WORDS,
+    append_listed,
+    load_table,
+    scatter,
+    shared_table,
+)
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, JSD, REVERSE_KL
 from gold_kernels.kernels.launch import row_block
 from gold_kernels.kernels.lines import (
@@ -41,26 +48,23 @@ from gold_kernels.kernels.lines import (
 from gold_kernels.kernels.uld_bins import (
     HIGH_STEP,
     LIST_SIZE,
-    LIST_WORDS,
     MAX_LISTED,
-    NUM_BINS,
     bins_of,
     clear_bins,
-    clear_lists,
     count_side,
-    list_side,
     matched_entries,
-    order_lists,
     origin_of,
     scan_bins,
 )
 from gold_kernels.kernels.uld_entries import (
     counted_sign,
     entry_bits,
+    matched_pairs,
     one_minus,
     span_entries,
-    student_entries,
+    student_signs,
 )
+from gold_kernels.kernels.uld_lists import LIST_WORDS, entries_of, open_window, order_row
 from gold_kernels.kernels.uld_memory import working_memory
 
 # Entries below 2**-12 / V share a bin: together below 1/4096 of a side. Peaked rows, as trained
@@ -69,7 +73,9 @@ TAIL_BITS = tl.constexpr(12.0)
 LOWEST_MARGIN = tl.constexpr(1 / 4096)  # two or three bins above the last: the lowest entry counts
 MIN_RANGE_BITS = tl.constexpr(1.0)
 MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
-SCAN_BINS = 1 << 10
+SCAN_BINS = 1 << 11
+PAIR_BLOCK = 1 << 11
+PAIR_LINE = tl.constexpr(4)  # ids that a thread loads at once
 
 # loss, cross_entropy, matched and unmatched loss, matched mass of student and teacher, and
 # dloss / dlog_scale of the student
@@ -85,13 +91,14 @@ def uld_rows_kernel(
     student_scales_ptr,  # (C,) float32 log-scales, read if HAS_SCALES
     teacher_scales_ptr,  # (C,)
     labels_ptr,  # (C,) int64, read if HAS_LABELS
-    partners_ptr,  # (V_s,) int32 matched teacher entry, read if HAS_OVERLAP
+    student_ids_ptr,  # (K,) int32 matched entries, read if HAS_OVERLAP
+    teacher_ids_ptr,  # (K,) int32, the partner of each
     student_matched_ptr,  # (V_s,) bool, is matched
     teacher_matched_ptr,  # (V_t,) bool
     student_spans_ptr,  # (C,) int64 entry or -1, read if HAS_SPANS
     teacher_spans_ptr,  # (C,) int64
     values_ptr,  # (7, C) float32, overwritten with the unweighted values of each row
-    table_ptr,  # (programs, NUM_BINS) int32, overwritten; not read if IS_SHARED
+    table_ptr,  # (programs, TABLE_WORDS) int32, overwritten; not read if IS_SHARED
     lists_ptr,  # (programs, LIST_WORDS) int32, overwritten; not read without HAS_LISTS
     signs_ptr,  # (C or programs, V_s) overwritten; may be grad_ptr
     student_row_stride,
@@ -102,6 +109,7 @@ def uld_rows_kernel(
     num_rows,
     student_vocab_size,
     teacher_vocab_size,
+    num_matched,
     beta,
     student_bits,  # what a logit of 1 is worth, at the temperature of the side
     teacher_bits,
@@ -116,25 +124,27 @@ def uld_rows_kernel(
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     HAS_LISTS: tl.constexpr,
-    HAS_SIGNS: tl.constexpr,
     ARE_SIGNS_GRAD: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
+    TABLE_WORDS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     LIST_SIZE: tl.constexpr,
     MAX_LISTED: tl.constexpr,
     LIST_WORDS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
 ):
-    own_table = tl.program_id(0).to(tl.int64) * NUM_BINS
+    own_table = tl.program_id(0).to(tl.int64) * TABLE_WORDS
     table = shared_table() if IS_SHARED else table_ptr + own_table
+    counter = table + (4 * NUM_BINS if IS_SHARED else NUM_BINS)
     offsets_ptr = lists_ptr + tl.program_id(0).to(tl.int64) * LIST_WORDS
     befores_ptr = offsets_ptr + NUM_BINS
-    keys_ptr = befores_ptr + NUM_BINS
+    list_ptr = befores_ptr + NUM_BINS
+    keys_ptr = list_ptr + (LIST_SIZE + MAX_LISTED)
     owners_ptr = keys_ptr + (LIST_SIZE + MAX_LISTED)
-    lists = (offsets_ptr, befores_ptr, keys_ptr, owners_ptr)
-    loss_weights = (matched_weight, unmatched_weight)
+    lists = (offsets_ptr, befores_ptr, list_ptr, keys_ptr, owners_ptr)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row_offset = tl.cast(row, tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
         student_row = student_ptr + row_offset * student_row_stride
@@ -169,22 +179,25 @@ def uld_rows_kernel(
         lowest = tl.minimum(student_lowest, teacher_lowest)
         lowest -= (top - lowest) * LOWEST_MARGIN
         bottom = tl.maximum(bottom, lowest)
-        grid = (top, (NUM_BINS - 1.0) / tl.maximum(top - bottom, MIN_RANGE_BITS))
+        range_bits = tl.maximum(top - bottom, MIN_RANGE_BITS)
+        per_bit = (NUM_BINS - 1.0) / range_bits
+        grid = (top, range_bits / (NUM_BINS - 1.0))
 
         # a row with a span counts and sums nothing
-        is_span, span, num_student, num_teacher = False, -1, student_vocab_size, teacher_vocab_size
+        is_span, span, num_pairs = False, -1, num_matched
+        num_student, num_teacher = student_vocab_size, teacher_vocab_size
         span_loss, span_slope, student_span, teacher_span = 0.0, 0.0, 0.0, 0.0
         if HAS_SPANS:
             span = tl.load(student_spans_ptr + row)
             is_span = span >= 0
             num_student = tl.where(is_span, 0, student_vocab_size)
             num_teacher = tl.where(is_span, 0, teacher_vocab_size)
+            num_pairs = tl.where(is_span, 0, num_matched)
             partner = tl.load(teacher_spans_ptr + row)
             student_span = entry_bits(student_row, span, is_span, student_side)
             teacher_span = entry_bits(teacher_row, partner, is_span, teacher_side)
             span_loss, span_slope = span_entries(student_span, teacher_span, beta, MODE)
 
-        per_bit = grid[1]
         base = (top - student_side[1]) * per_bit
         gap = (gap + student_scale - teacher_scale) * per_bit
         student_origin = origin_of(student_max, student_bits, per_bit, base, 0.0)
@@ -212,70 +225,73 @@ def uld_rows_kernel(
             is_counted, has_halves = found == counted, False
         sign_row = tl.cast(row if ARE_SIGNS_GRAD else tl.program_id(0), tl.int64)
         own_signs = signs_ptr + sign_row * signs_row_stride
-        if HAS_LISTS:
-            for first_listed in range(0, num_listed, LIST_SIZE):
-                clear_lists(owners_ptr, LIST_SIZE, MAX_LISTED)
-                tl.debug_barrier()
-                list_side(
-                    student_row, student_matched_ptr, table, lists, student_vocab_size,
-                    student_origin, first_listed, 0, HAS_OVERLAP, IS_SHARED, NUM_BINS,
-                    LIST_SIZE, MAX_LISTED, BLOCK_V, LINE,
-                )  # fmt: skip
-                list_side(
-                    teacher_row, teacher_matched_ptr, table, lists, teacher_vocab_size,
-                    teacher_origin, first_listed, 1, HAS_OVERLAP, IS_SHARED, NUM_BINS,
-                    LIST_SIZE, MAX_LISTED, BLOCK_V, LINE,
-                )  # fmt: skip
-                tl.debug_barrier()
-                edges += order_lists(
-                    table, lists, own_signs, grid, first_listed, NEEDS_GRAD, IS_SHARED, LIST_SIZE,
-                    MAX_LISTED,
-                )  # fmt: skip
-                tl.debug_barrier()
+        if HAS_LISTS and num_listed > 0:
+            tl.debug_barrier()
+            open_window(table, offsets_ptr, 0, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE)
         tl.debug_barrier()
 
-        lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-        matched, unmatched, mean_pull = lines, lines, lines
-        student_mass, teacher_mass = lines, lines
         soft_weight = weight * student_bits * NATS  # 1 / temperature
+        lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
+        student_signed, teacher_signed = lines, lines
         for start in range(0, num_student, BLOCK_V):
             columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < student_vocab_size
             logits = load_logits(student_row, columns, is_column)
-            is_matched = matched_entries(student_matched_ptr, columns, is_column, HAS_OVERLAP)
-            q, pull, matched_loss, unmatched_loss = student_entries(
-                logits, columns, is_column, is_matched, student_side, student_scale, teacher_side,
-                student_origin, table, own_signs, partners_ptr, teacher_row, loss_weights,
-                beta, 1.0, MODE,
-                HAS_SCALES, HAS_OVERLAP, HAS_LISTS and NEEDS_GRAD, False, IS_SHARED, NUM_BINS,
-            )  # fmt: skip
-            mean_pull += tl.sum(pull, axis=1)
-            matched += tl.sum(matched_loss, axis=1)
-            unmatched += tl.sum(unmatched_loss, axis=1)
+            words = load_table(table, bins_of(logits, student_origin, NUM_BINS), IS_SHARED)
             if HAS_OVERLAP:
-                student_mass += tl.sum(tl.where(is_matched, q, 0.0), axis=1)
-                if HAS_SIGNS:  # so that partners, far apart in memory, are read once
-                    kept = (soft_weight * pull).to(signs_ptr.dtype.element_ty)
-                    tl.store(own_signs + columns, kept, mask=is_matched)
+                is_matched = matched_entries(student_matched_ptr, columns, is_column, True)
+                words = tl.where(is_matched, 0, words)
+            s = tl.exp2((logits - student_max) * student_bits + student_side[1])
+            student_signed += tl.sum(counted_sign(words) * s, axis=1)
+            if HAS_LISTS:
+                append_listed(counter, list_ptr, words, entries_of(columns, False), IS_SHARED)
         for start in range(0, num_teacher, BLOCK_V):
             columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < teacher_vocab_size
             logits = load_logits(teacher_row, columns, is_column)
-            log2_t = (logits - teacher_max) * teacher_bits + (teacher_scale - teacher_sum)
-            t = tl.exp2(log2_t)
-            bins = bins_of(logits, teacher_origin, NUM_BINS)
-            sign = load_table(table, bins, IS_SHARED).to(tl.float32, bitcast=True)
-            lost = counted_sign(sign) * t
+            words = load_table(table, bins_of(logits, teacher_origin, NUM_BINS), IS_SHARED)
             if HAS_OVERLAP:
                 is_matched = matched_entries(teacher_matched_ptr, columns, is_column, True)
-                lost = tl.where(is_matched, 0.0, lost)
-                p = tl.exp2(log2_t - teacher_scale) if HAS_SCALES else t
-                teacher_mass += tl.sum(tl.where(is_matched, p, 0.0), axis=1)
-            unmatched -= tl.sum(lost, axis=1)
+                words = tl.where(is_matched, 0, words)
+            t = tl.exp2((logits - teacher_max) * teacher_bits + teacher_side[1])
+            teacher_signed += tl.sum(counted_sign(words) * t, axis=1)
+            if HAS_LISTS:
+                append_listed(counter, list_ptr, words, entries_of(columns, True), IS_SHARED)
+        listed_loss, listed_sign = 0.0, 0.0
+        if HAS_LISTS:
+            listed_loss, listed_sign = order_row(
+                student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, counter,
+                lists, own_signs, (num_student, num_teacher), student_origin, teacher_origin, grid,
+                num_listed,
+                NEEDS_GRAD, HAS_OVERLAP, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE, BLOCK_V, LINE,
+            )  # fmt: skip
+        pairs = tl.zeros([PAIR_BLOCK // PAIR_LINE], dtype=tl.float32)
+        matched, matched_pull, student_mass, teacher_mass = pairs, pairs, pairs, pairs
+        if HAS_OVERLAP:
+            for start in range(0, num_pairs, PAIR_BLOCK):
+                index = block_columns(start, PAIR_BLOCK, PAIR_LINE)
+                is_pair = index < num_matched
+                student_ids = tl.load(student_ids_ptr + index, mask=is_pair, other=0)
+                teacher_ids = tl.load(teacher_ids_ptr + index, mask=is_pair, other=0)
+                loss, pull, log2_s, log2_t = matched_pairs(
+                    student_row, teacher_row, (student_ids, teacher_ids), is_pair,
+                    student_side, teacher_side, beta, MODE,
+                )  # fmt: skip
+                matched += tl.sum(loss, axis=1)
+                matched_pull += tl.sum(pull, axis=1)
+                student_mass += tl.sum(tl.exp2(log2_s - student_scale), axis=1)
+                teacher_mass += tl.sum(tl.exp2(log2_t - teacher_scale), axis=1)
+                if NEEDS_GRAD:
+                    kept = soft_weight * matched_weight * pull
+                    kept = kept.to(signs_ptr.dtype.element_ty)
+                    scatter(own_signs + student_ids, kept, is_pair, IS_SHARED)
+            tl.debug_barrier()  # what was kept is read by other threads
 
         matched_sum = tl.sum(matched, 0)
-        unmatched_sum = tl.sum(unmatched, 0) + edges
-        pull_sum = tl.sum(mean_pull, 0)
+        signed_sum = tl.sum(student_signed, 0)
+        unmatched_sum = signed_sum - tl.sum(teacher_signed, 0) + (edges + listed_loss)
+        pull_sum = matched_weight * tl.sum(matched_pull, 0)
+        pull_sum += unmatched_weight * (signed_sum + listed_sign)
         student_mass_sum, teacher_mass_sum = tl.sum(student_mass, 0), tl.sum(teacher_mass, 0)
         if HAS_SPANS:
             matched_sum = tl.where(is_span, span_loss, matched_sum)
@@ -307,18 +323,24 @@ def uld_rows_kernel(
                 is_column = columns < student_vocab_size
                 logits = load_logits(student_row, columns, is_column)
                 is_matched = matched_entries(student_matched_ptr, columns, is_column, HAS_OVERLAP)
-                q, pull, matched_loss, unmatched_loss = student_entries(
-                    logits, columns, is_column, is_matched, student_side, student_scale,
-                    teacher_side, student_origin, table, own_signs, partners_ptr, teacher_row,
-                    loss_weights, beta, soft_weight, MODE,
-                    HAS_SCALES, HAS_OVERLAP, HAS_LISTS, HAS_SIGNS, IS_SHARED, NUM_BINS,
-                )  # fmt: skip
-                grad = pull - q * pull_sum
+                log2_s = (logits - student_max) * student_bits + student_side[1]
+                s = tl.exp2(log2_s)
+                q = s
+                if HAS_SCALES:  # not s / scale, which may be 0 / 0
+                    q = tl.exp2(log2_s - student_scale)
+                words = load_table(table, bins_of(logits, student_origin, NUM_BINS), IS_SHARED)
+                sign = student_signs(
+                    words, columns, is_column, is_matched, own_signs, HAS_LISTS, HAS_OVERLAP
+                )
+                pull = soft_weight * unmatched_weight * sign * s
+                if HAS_OVERLAP:
+                    pull = tl.where(is_matched, sign, pull)
+                grad = pull - soft_weight * pull_sum * q
                 if HAS_SPANS:  # 1 - q where q is near 1: rounding would meet a large slope
                     log2_q = (logits - student_max) * student_bits - student_sum
-                    span_grad = pull_sum * tl.where(columns == span, one_minus(log2_q), -q)
-                    grad = tl.where(is_span, span_grad, grad)
-                grad = tl.where(is_live, soft_weight * grad, 0.0)
+                    span_grad = tl.where(columns == span, one_minus(log2_q), -q)
+                    grad = tl.where(is_span, soft_weight * pull_sum * span_grad, grad)
+                grad = tl.where(is_live, grad, 0.0)
                 if HAS_LABELS:
                     hard_grad = tl.exp2((logits - student_max) * BITS - hard_sum)
                     hard_grad -= (columns == label).to(tl.float32)
@@ -337,7 +359,7 @@ def uld_rows_(
     weights: Tensor,  # (C, 2) float32, contiguous: of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher, float32
     labels: Tensor | None,  # (C,) int64
-    partners: Sequence[Tensor] | None,  # (V_s,), (V_s,), (V_t,): see linear_uld.partner_tables
+    tables: Sequence[Tensor] | None,  # of matched entries, see linear_uld.matched_tables
     spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see TokenAlignment.span_ids
     values: Tensor,  # (7, C) float32, overwritten: see NUM_ROW_VALUES
     *,
@@ -353,7 +375,9 @@ def uld_rows_(
     """
     num_rows, student_vocab_size = student_logits.shape
     teacher_vocab_size = teacher_logits.shape[1]
-    memory = working_memory(student_logits, teacher_logits, grad_logits, scratch_bytes)
+    memory = working_memory(
+        student_logits, teacher_logits, grad_logits, scratch_bytes, has_overlap=tables is not None
+    )
     block_v, line, num_warps = row_block(
         student_vocab_size, student_logits.dtype, 4096 if memory.has_lists else 8192
     )
@@ -361,7 +385,7 @@ def uld_rows_(
     limits = {"maxnreg": 64} if memory.is_shared else {}
     grad = student_logits if grad_logits is None else grad_logits
     student_scales, teacher_scales = (weights, weights) if log_scales is None else log_scales
-    tables = [memory.table] * 3 if partners is None else partners
+    matched = [memory.table] * 4 if tables is None else tables
     student_spans, teacher_spans = (memory.table, memory.table) if spans is None else spans
     uld_rows_kernel[(memory.num_programs,)](
         student_logits,
@@ -371,7 +395,7 @@ def uld_rows_(
         student_scales,
         teacher_scales,
         weights if labels is None else labels,
-        *tables,
+        *matched,
         student_spans,
         teacher_spans,
         values,
@@ -386,6 +410,7 @@ def uld_rows_(
         num_rows,
         student_vocab_size,
         teacher_vocab_size,
+        0 if tables is None else tables[0].shape[0],
         beta,
         BITS.value / temperatures[0],
         BITS.value / temperatures[1],
@@ -395,21 +420,22 @@ def uld_rows_(
         MODE={0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(float(beta), JSD),
         HAS_SCALES=log_scales is not None,
         HAS_LABELS=labels is not None,
-        HAS_OVERLAP=partners is not None,
+        HAS_OVERLAP=tables is not None,
         HAS_SPANS=spans is not None,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
         HAS_LISTS=memory.has_lists,
-        HAS_SIGNS=memory.has_signs,
         ARE_SIGNS_GRAD=memory.signs is grad_logits,
         IS_SHARED=memory.is_shared,
         NUM_BINS=NUM_BINS,
+        TABLE_WORDS=TABLE_WORDS,
         SCAN_BINS=SCAN_BINS,
         LIST_SIZE=LIST_SIZE,
         MAX_LISTED=MAX_LISTED,
         LIST_WORDS=LIST_WORDS,
         BLOCK_V=block_v,
         LINE=line,
+        PAIR_BLOCK=PAIR_BLOCK,
         num_warps=num_warps,
         **limits,
     )
