@@ -1,4 +1,5 @@
-"""One process of test_distributed: two steps on fixed rows, weights and losses from rank 0.
+"""One process of test_distributed: two steps on fixed rows between two evaluations, weights and
+losses from rank 0.
 
 torchrun --nproc_per_node 2 distributed_step.py OUT_DIR BATCH_SIZE ACCUMULATION
 """
@@ -14,12 +15,14 @@ from trainer import GOLDConfig, GOLDTrainer
 
 def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     student, processor = tiny("qwen3_vl")
+    rows = tiny_rows(8, images="mixed")
     trainer = GOLDTrainer(
         model=student,
         teacher_model=tiny("qwen3_vl", "teacher")[0],
         args=GOLDConfig(
             output_dir=output_dir,
             per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             max_steps=2,
             train_sampling_strategy="sequential",
@@ -36,13 +39,17 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
             use_cpu=True,
             disable_tqdm=True,
         ),
-        train_dataset=tiny_rows(8, images="mixed"),
+        train_dataset=rows,
+        eval_dataset=rows,
         processing_class=processor,
     )
+    before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         state = {
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "eval_losses": [before, after],
             "processes": trainer.args.world_size,
             "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
         }

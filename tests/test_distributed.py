@@ -24,11 +24,14 @@ def run_step(output_dir, processes, batch_size, accumulation, script=SCRIPT):
 
 
 def test_two_processes_give_the_loss_and_weights_of_one(tmp_path):
-    """Rows with one, two and no pictures; some micro-batches leave a rank without any picture."""
+    """Rows with one, two and no pictures; some micro-batches leave a rank without any picture. Both
+    runs evaluate first, which must not leave the model without DDP.
+    """
     one = run_step(tmp_path / "one", processes=1, batch_size=4, accumulation=1)
     two = run_step(tmp_path / "two", processes=2, batch_size=1, accumulation=2)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["eval_losses"] == pytest.approx(one["eval_losses"], rel=1e-5)
     start = tiny("qwen3_vl")[0].state_dict()
     for name, weight in one["weights"].items():
         step = (weight - start[name]).norm()

@@ -352,6 +352,10 @@ class GOLDTrainer(Trainer):
         window.reset()
         started = time.perf_counter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.accelerator.use_distributed and not (self.is_in_train or self.is_fsdp_enabled):
+            # What is marked as prepared, here without DDP, train() leaves as it is: every rank
+            # would learn from its own rows alone.
+            self.model._is_accelerate_prepared = False
         sums = self.accelerator.reduce(window.sums(self.args.device), reduction="sum")
         for name, value in window.means(sums).items():
             if name not in ("off_policy_loss", "tokens_per_second"):
