@@ -4,16 +4,19 @@ that pictures become tensors no sooner than the micro-batch that needs them.
 That an on-policy step equals the eager step on what was generated is held in test_families.py.
 """
 
+import json
+
 import pytest
 import torch
 from tiny_models import tiny, tiny_rows
+from tokenizers import Tokenizer
 from trainer_cases import losses_of, make_trainer
 
 import trainer.gold_trainer
 from gold_kernels import fused_linear_jsd
 from trainer import rollout
 from trainer.collator import Example, process_prompts, tokenizer_of
-from trainer.models import placeholder_ids_of
+from trainer.models import placeholder_ids_of, shared_vocab_size
 
 ROWS = tiny_rows(4, images="mixed")
 PROMPTS = [{**row, "messages": row["messages"][:1]} for row in ROWS]
@@ -158,6 +161,28 @@ def test_sampling_settings_reach_generate_and_the_models_own_do_not(tmp_path):
         "eval mode after a step too, the model's own settings hidden"
     )
     assert student.generation_config.repetition_penalty == 5.0 and student.training
+
+
+def test_end_token_beyond_a_hole_in_the_ids_can_be_sampled(tmp_path):
+    student, processor = tiny("llama")
+    definition = json.loads(processor.backend_tokenizer.to_str())
+    end = processor.eos_token_id + 10
+    definition["model"]["vocab"][processor.eos_token] = end
+    for token in definition["added_tokens"]:
+        token["id"] = end if token["content"] == processor.eos_token else token["id"]
+    processor._tokenizer = Tokenizer.from_str(json.dumps(definition))
+    assert processor.eos_token_id == end >= len(processor)
+    script = Script(student, [[5, end]] * 4, processor.pad_token_id)
+    run = make_trainer(
+        tmp_path, tiny_rows(4), "llama", student=student, processor=processor, lmbda=1.0
+    )
+    run.train()
+    num_rows = student.lm_head.out_features
+    unknown = sorted(set(range(num_rows)) - set(processor.get_vocab().values()))
+    assert script.calls[0]["generation_config"].suppress_tokens == unknown
+    assert end not in unknown and min(unknown) < end < max(unknown)
+    head = torch.nn.Linear(1, num_rows + 64)
+    assert shared_vocab_size(student.lm_head, head, processor) == end + 1
 
 
 def test_peaked_sampling_is_greedy_decoding(scored, tmp_path):

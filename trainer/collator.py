@@ -48,6 +48,11 @@ def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
     return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
 
+def token_ids_of(processor: Processor) -> set[int]:
+    """Not range(len(tokenizer)): the ids of some tokenizers have holes."""
+    return set(tokenizer_of(processor).get_vocab().values())
+
+
 class GOLDCollator:
     """Renders rows with the processor's chat template and tokenises their completions."""
 

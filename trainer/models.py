@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, is_peft_available
 
-from trainer.collator import Processor, tokenizer_of
+from trainer.collator import Processor, token_ids_of, tokenizer_of
 
 # Config fields of tokens that stand for picture, video or sound features.
 PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|boi|eoi).*token_(id|index)$")
@@ -235,14 +235,14 @@ def check_processor(
 def shared_vocab_size(student: nn.Linear, teacher: nn.Linear, processor: Processor) -> int | None:
     """Entries that take part in the loss; None where both heads have the same number of rows."""
     v_student, v_teacher = student.out_features, teacher.out_features
-    num_tokens = len(tokenizer_of(processor))
-    if num_tokens > min(v_student, v_teacher) or abs(v_student - v_teacher) > MAX_PADDING:
+    num_entries = max(token_ids_of(processor)) + 1
+    if num_entries > min(v_student, v_teacher) or abs(v_student - v_teacher) > MAX_PADDING:
         raise ValueError(
             "GOLDTrainer: student and teacher must have one tokenizer, got heads of "
-            f"{v_student} and {v_teacher} rows and a tokenizer of {num_tokens} entries; choose two "
-            "models of one tokenizer, or set use_uld_loss=True, the loss across tokenizers."
+            f"{v_student} and {v_teacher} rows and a tokenizer of {num_entries} entries; choose "
+            "two models of one tokenizer, or set use_uld_loss=True, the loss across tokenizers."
         )
-    return None if v_student == v_teacher else num_tokens
+    return None if v_student == v_teacher else num_entries
 
 
 @contextmanager

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from trainer.collator import Example, Processor, process_prompts, tokenizer_of, until_end
+from trainer.collator import (
+    Example,
+    Processor,
+    process_prompts,
+    token_ids_of,
+    tokenizer_of,
+    until_end,
+)
 from trainer.config import GOLDConfig
 from trainer.models import base_model
 
@@ -69,12 +76,12 @@ def generate_completions(
 ) -> list[Example]:
     """The examples with completions as they were sampled: the end token kept, padding dropped.
 
-    Placeholders of pictures and the rows that pad a head are never sampled. A completion that
-    reaches max_completion_length (or the row's room in max_length) has no end.
+    Placeholders of pictures and rows of a head that are no token are never sampled. A completion
+    that reaches max_completion_length (or the row's room in max_length) has no end.
     """
     tokenizer, model = tokenizer_of(processor), base_model(model)
     num_entries = model.get_output_embeddings().weight.shape[0]
-    never = [*placeholder_ids, *range(len(tokenizer), num_entries)]
+    never = sorted(set(range(num_entries)) - token_ids_of(processor) | set(placeholder_ids))
     rooms = [
         args.max_completion_length
         if args.max_length is None
