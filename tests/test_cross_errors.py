@@ -146,6 +146,23 @@ def test_prompt_that_only_the_teacher_cannot_hold_is_named(tmp_path):
         trainer.train()
 
 
+def test_conversation_that_only_the_teachers_template_refuses_is_named(tmp_path):
+    student, teacher = make_sides("llama", "qwen3")
+    refusal = (
+        "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif %}"
+    )
+    teacher.tokenizer.chat_template = refusal + teacher.tokenizer.chat_template
+    rows = rows_of("llama")
+    rows[2]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    trainer, _ = cross_trainer(tmp_path, rows, student, teacher)
+    with pytest.raises(
+        ValueError,
+        match=r"^on the teacher's side, row 2: the chat template must take .* \['system', 'user'\] "
+        r"\(no system\); change the row",
+    ):
+        trainer.train()
+
+
 def trainer_side_length(side: Side, rows) -> int:
     """Tokens of the longest prompt."""
     collator = GOLDCollator(side.processor, [side.tokenizer.eos_token_id], None)

@@ -118,11 +118,11 @@ class GOLDCollator:
                 f"{type(self.processor).__name__} has none; set its chat_template, or pass prompt "
                 "and completion as plain text."
             )
-        prompt = self._template(row.prompt, add_generation_prompt=True)
+        prompt = self._template(row, row.prompt, add_generation_prompt=True)
         if row.completion is None:
             return prompt, None
         answer = {"role": "assistant", "content": row.completion}
-        conversation = self._template([*row.prompt, answer], add_generation_prompt=False)
+        conversation = self._template(row, [*row.prompt, answer], add_generation_prompt=False)
         if not conversation.startswith(prompt):
             raise ValueError(
                 f"row {row.index}: the chat template must render an answered conversation as the "
@@ -131,12 +131,19 @@ class GOLDCollator:
             )
         return prompt, conversation[len(prompt) :]
 
-    def _template(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        return self.processor.apply_chat_template(
-            [{**message, "content": self._content(message["content"])} for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
+    def _template(self, row: Row, messages: Messages, *, add_generation_prompt: bool) -> str:
+        try:
+            return self.processor.apply_chat_template(
+                [{**message, "content": self._content(message["content"])} for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # templates raise errors of jinja2, which is not a dependency
+            raise ValueError(
+                f"row {row.index}: the chat template must take the conversation, got an error for "
+                f"the turns {[message['role'] for message in messages]} ({error}); change the row, "
+                "or pass a processor with another template."
+            ) from error
 
     def _content(self, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
         """Lists of parts for processors, strings for tokenizers: what their templates expect."""
