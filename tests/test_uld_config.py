@@ -76,6 +76,10 @@ def test_possible_values_are_kept(fields, tmp_path):
             "uld_distillation_weight or uld_crossentropy_weight must be above 0, got 0 for both",
         ),
         (
+            {"uld_distillation_weight": 0.0, "uld_crossentropy_weight": 1.0, "lmbda": 1.0},
+            "uld_distillation_weight must be above 0 where .* got 0 and lmbda=1.0; .* lower lmbda",
+        ),
+        (
             {"uld_use_hybrid_loss": True, "uld_hybrid_matched_weight": 0.5},
             "uld_hybrid_matched_weight and uld_hybrid_unmatched_weight must be given both or not "
             "at all, got 0.5 and None",

@@ -138,6 +138,12 @@ class GOLDConfig(ULDFields, TrainingArguments):
                 "and lmbda=1.0; the teacher writes completions of off-policy ones: lower lmbda."
             )
         self.check_uld()
+        if self.uld_distillation_weight == 0 and self.lmbda == 1:
+            raise ValueError(
+                "GOLDConfig: uld_distillation_weight must be above 0 where every micro-batch is "
+                "on-policy, got 0 and lmbda=1.0; cross-entropy is for completions that the student "
+                "did not write: lower lmbda."
+            )
         self._check_init_kwargs()
         self._check_counts()
         self._check_generations()
