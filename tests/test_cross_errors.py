@@ -3,6 +3,7 @@ and counts.
 """
 
 import pytest
+import torch
 from cross_cases import (
     Side,
     aligner_of,
@@ -17,7 +18,7 @@ from cross_cases import (
 from tiny_models import tiny, tiny_picture
 from tokenizers import normalizers
 from trainer_cases import FIELDS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, SmolVLMForConditionalGeneration
 
 from trainer import GOLDCollator, GOLDConfig, GOLDTrainer
 from trainer.dataset import RowDataset
@@ -110,6 +111,34 @@ def test_processor_must_fit_the_teacher(change, message, tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
     with pytest.raises(ValueError, match=f"^GOLDTrainer: {message}"):
         cross_trainer(tmp_path, rows_of("lfm2_vl"), student, change(teacher))
+
+
+@pytest.mark.parametrize(("field", "is_vision"), [("scale_factor", False), ("image_size", True)])
+def test_same_family_with_other_image_tokens_needs_use_uld_loss(field, is_vision, tmp_path):
+    """Within a family the student's pixels and image tokens are the teacher's too."""
+    config = tiny("smolvlm", "teacher")[0].config
+    part = config.vision_config if is_vision else config
+    before = getattr(part, field)
+    setattr(part, field, 2 * before)
+    torch.manual_seed(0)
+    teacher = SmolVLMForConditionalGeneration(config)
+    options = {"processors": (tiny("smolvlm")[1], None)}
+    message = f"same pixels and image tokens, got {field} {before} and {2 * before}; set use_uld_lo"
+    with pytest.raises(ValueError, match=f"^GOLDTrainer: student and teacher must .* {message}"):
+        build(tmp_path, tiny("smolvlm")[0], teacher, rows_of("smolvlm"), **options)
+    options = {"processors": (tiny("smolvlm")[1], processor_for(config)), "use_uld_loss": True}
+    trainer = build(tmp_path, tiny("smolvlm")[0], teacher, rows_of("smolvlm"), **options)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def processor_for(config):
+    """That of a SmolVLM whose tiles have other sizes or numbers of tokens."""
+    processor, size = tiny("smolvlm")[1], config.vision_config.image_size
+    processor.image_processor.max_image_size = {"longest_edge": size}
+    num_patches = (size // config.vision_config.patch_size) ** 2
+    processor.image_seq_len = num_patches // config.scale_factor**2
+    return processor
 
 
 def test_text_and_vision_do_not_mix(tmp_path):

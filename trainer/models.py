@@ -29,6 +29,11 @@ SCALE_FIELDS = {
 # Heads of one tokenizer are padded to a multiple of 64 to 512 rows (Qwen2.5: 151936 and 152064),
 # heads of two differ by thousands.
 MAX_PADDING = 1024
+# Config fields of the model and its vision tower that say what pixels and image tokens it takes.
+PICTURE_FIELDS = (
+    *("image_size", "patch_size", "temporal_patch_size", "spatial_merge_size", "scale_factor"),
+    *("downsample_factor", "mm_tokens_per_image", "vision_feature_select_strategy"),
+)
 # Values of init_lora_weights with which peft subtracts the adapter's start from the weights below,
 # or quantises them.
 INITS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -213,6 +218,27 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, use_uld_los
             f"{student.model_type} and {teacher.model_type}; set use_uld_loss=True, the loss "
             "across families."
         )
+    if is_vlm and not use_uld_loss:
+        _check_pictures(student, teacher)
+
+
+def _check_pictures(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    """One family's inputs serve both sides, but its models may cut pictures in their own ways."""
+    for name in PICTURE_FIELDS:
+        student_values, teacher_values = (
+            [getattr(part, name, None) for part in (config, getattr(config, "vision_config", None))]
+            for config in (student, teacher)
+        )
+        if student_values != teacher_values:
+            raise ValueError(
+                "GOLDTrainer: student and teacher must take the same pixels and image tokens, got "
+                f"{name} {_given(student_values)} and {_given(teacher_values)}; set "
+                "use_uld_loss=True, with which each side has its own processor."
+            )
+
+
+def _given(values: list[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def check_processor(
