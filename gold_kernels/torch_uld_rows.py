@@ -60,23 +60,25 @@ def _matched(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]
     return loss, (beta - 1) * s * to_m
 
 
-def _spans(
-    log_s: Tensor, log_t: Tensor, spans: Sequence[Tensor], beta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(c,) loss of the two outcomes span and no span, its slope in log s, log s and log t."""
-    index = [ids.clamp_min(0).unsqueeze(1) for ids in spans]
-    sides = [side.gather(1, ids) for side, ids in zip((log_s, log_t), index, strict=True)]
-    smallest = torch.finfo(log_s.dtype).tiny ** 0.5
-    rests = [(-torch.expm1(side)).clamp_min(smallest).log() for side in sides]
-    outcomes = (torch.cat(pair, 1) for pair in zip(sides, rests, strict=True))
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    return (logits / temperature).clamp_min(LOWEST_LOGIT).log_softmax(-1)
+
+
+def _of_token(log_probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # (c, V), (c, 1)
+    """(c, 1) log q of one entry a row and 1 - q, from the other entries: a q that rounds to 1 keeps
+    both.
+    """
+    rest = log_probs.exp().scatter_(-1, index, 0).sum(-1, keepdim=True)
+    return torch.where(rest < 0.5, (-rest).log1p(), log_probs.gather(-1, index)), rest
+
+
+def _spans(log_spans: Sequence[Tensor], beta: float) -> tuple[Tensor, Tensor]:  # (c, 1) s, t
+    """(c,) loss of the two outcomes span and no span, and its slope in log s."""
+    smallest = torch.finfo(log_spans[0].dtype).tiny ** 0.5
+    rests = [(-torch.expm1(side)).clamp_min(smallest).log() for side in log_spans]
+    outcomes = (torch.cat(pair, 1) for pair in zip(log_spans, rests, strict=True))
     loss, pull = _matched(*outcomes, beta)
-    slope = pull[:, 0] - pull[:, 1] * (sides[0] - rests[0]).squeeze(1).exp()
-    return loss, slope, sides[0].squeeze(1), sides[1].squeeze(1)
-
-
-def _log_probs(logits: Tensor, temperature: float, log_scale: Tensor | None) -> Tensor:
-    log_probs = (logits / temperature).clamp_min(LOWEST_LOGIT).log_softmax(-1)
-    return log_probs if log_scale is None else log_probs + log_scale.unsqueeze(-1)
+    return loss, pull[:, 0] - pull[:, 1] * (log_spans[0] - rests[0]).squeeze(1).exp()
 
 
 def _pull(
@@ -98,11 +100,12 @@ def _pull(
 
 def _cross_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(c,) -log q(id) and (c, V) gradient with respect to the logits; 0 without a token."""
-    log_q = _log_probs(logits, temperature, None)
+    log_q = _log_probs(logits, temperature)
     is_token = (ids >= 0) & (ids < logits.shape[1])
     index = torch.where(is_token, ids, 0).unsqueeze(-1)
-    value = -log_q.gather(-1, index).squeeze(-1)
-    grad = log_q.exp().scatter_add_(-1, index, -torch.ones_like(log_q[:, :1])) / temperature
+    log_q_token, rest = _of_token(log_q, index)
+    grad = log_q.exp().scatter_(-1, index, -rest).div_(temperature)
+    value = -log_q_token.squeeze(-1)
     return torch.where(is_token, value, 0), torch.where(is_token.unsqueeze(-1), grad, 0)
 
 
@@ -140,37 +143,47 @@ def uld_rows_(
         rows = slice(start, start + step)
         scales = (None, None) if log_scales is None else [side[rows] for side in log_scales]
         student = student_logits[rows].to(values.dtype)
-        log_s = _log_probs(student, temperatures[0], scales[0])
-        log_t = _log_probs(teacher_logits[rows].to(values.dtype), temperatures[1], scales[1])
+        log_q = _log_probs(student, temperatures[0])
+        log_p = _log_probs(teacher_logits[rows].to(values.dtype), temperatures[1])
+        log_s, log_t = (
+            side if scale is None else side + scale.unsqueeze(-1)
+            for side, scale in zip((log_q, log_p), scales, strict=True)
+        )
         matched, unmatched, pull = _pull(log_s, log_t, tables, options)
         masses = [
-            _mass(log_s, scales[0], None if tables is None else tables[2]),
-            _mass(log_t, scales[1], None if tables is None else tables[3]),
+            _mass(side, is_matched)
+            for side, is_matched in zip((log_q, log_p), (tables or [None] * 4)[2:], strict=True)
         ]
+        slope = pull.sum(-1)
+        pull.addcmul_(log_q.exp(), slope.unsqueeze(-1), value=-1)
         if spans is not None:
-            ids = [side[rows] for side in spans]
-            is_span = ids[0] >= 0
-            loss, span_slope, *log_spans = _spans(log_s, log_t, ids, beta)
+            is_span = spans[0][rows] >= 0
+            index = [ids[rows].clamp_min(0).unsqueeze(1) for ids in spans]
+            (log_q_span, rest), (log_p_span, _) = map(_of_token, (log_q, log_p), index)
+            log_spans = [
+                side if scale is None else side + scale.unsqueeze(-1)
+                for side, scale in zip((log_q_span, log_p_span), scales, strict=True)
+            ]
+            loss, span_slope = _spans(log_spans, beta)
+            span_slope *= matched_weight
             matched = torch.where(is_span, loss, matched)
             unmatched = torch.where(is_span, 0, unmatched)
-            at_span = torch.zeros_like(pull).scatter_(
-                1, ids[0].clamp_min(0).unsqueeze(1), (matched_weight * span_slope).unsqueeze(1)
-            )
+            slope = torch.where(is_span, span_slope, slope)
+            span_slope = span_slope.unsqueeze(1)
+            at_span = (log_q.exp() * -span_slope).scatter_(1, index[0], rest * span_slope)
             pull = torch.where(is_span.unsqueeze(1), at_span, pull)
             masses = [
-                torch.where(is_span, span.exp(), mass)
+                torch.where(is_span, span.squeeze(1).exp(), mass)
                 for span, mass in zip(log_spans, masses, strict=True)
             ]
         weight, hard_weight = weights[rows].unbind(1)
         is_live, is_hard = weight != 0, hard_weight != 0  # weight 0: may hold anything
-        slope = pull.sum(-1)
         live = [matched_weight * matched + unmatched_weight * unmatched, None, matched, unmatched]
         live += [*masses, slope]
         for index, value in enumerate(live):
             if value is not None:
                 values[index, rows] = torch.where(is_live, value, 0)
-        q = log_s.exp() if scales[0] is None else (log_s - scales[0].unsqueeze(-1)).exp()
-        grad = (pull - q * slope.unsqueeze(-1)) * (weight / temperatures[0]).unsqueeze(-1)
+        grad = pull * (weight / temperatures[0]).unsqueeze(-1)
         grad = torch.where(is_live.unsqueeze(-1), grad, 0)
         if labels is not None:
             hard, hard_grad = _cross_entropy(student, labels[rows], 1.0)
@@ -181,13 +194,9 @@ def uld_rows_(
             _store_grad(grad_logits[rows], grad, student, is_live | is_hard, softcap)
 
 
-def _mass(
-    log_probs: Tensor, scale: Tensor | None, is_matched: Tensor | None
-) -> Tensor:  # (c,) probability of matched entries
+def _mass(log_probs: Tensor, is_matched: Tensor | None) -> Tensor:  # (c,) of matched entries
     if is_matched is None:
         return torch.zeros_like(log_probs[:, 0])
-    if scale is not None:
-        log_probs = log_probs - scale.unsqueeze(-1)
     return log_probs[:, is_matched].exp().sum(-1)
 
 
