@@ -24,9 +24,12 @@ from gold_kernels.kernels.launch import aligned_width, empty_rows
 
 DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # float16 ends at 6e-8, far above row_weight * probability: gradients travel as 2**14 / max
-# |row_weight| times themselves (their absolute row sum is at most 2 row weights) and are kept in
-# float32 until backward.
+# |row_weight| / grad_bound times themselves (no entry is beyond 3 row weights times grad_bound, see
+# run_chunks) and are kept in float32 until backward.
 FLOAT16_GRAD_LIMIT = 2.0**14
+# What an entry of the reverse KL's gradient is held to: its log-ratio has no bound, but one of 64
+# takes a teacher's probability of 1e-28 where the student is sure.
+REVERSE_KL_BOUND = 64.0
 # Rows of a chunk are a multiple of one of these where the budget allows it: 256 rows are two
 # programs of a row kernel on each multiprocessor of a Hopper GPU, 128 and 16 fill tiles of GEMMs.
 ROW_MULTIPLES = (256, 128, 16)
@@ -183,13 +186,16 @@ def run_chunks(
     row_function: RowFunction,
     needs: Needs,
     limits: Limits,
+    *,
+    grad_bound: float = 1.0,
 ) -> ChunkedGradients:
     """Call row_function on every chunk and return the gradients of the weighted sum of its losses.
 
     row_function overwrites grad_logits (C, V) with row_weight * gradient; it is student_logits
     itself where the dtypes are the same. A row of weight 0 contributes exactly 0, whatever it
     holds. A teacher of fewer rows is paired with the first ones; chunks of the others come after
-    and have teacher_logits None.
+    and have teacher_logits None. grad_bound, at least 1, is what scales a gradient beside its row
+    weight: float16 must not overflow.
     """
     hidden, weight = student.hidden, student.weight
     num_rows, has_grad = student.num_rows, any(needs)
@@ -201,7 +207,7 @@ def run_chunks(
     grad_scale = None
     if hidden.dtype == torch.float16 and has_grad and num_rows > 0:
         peak = row_weights.abs().amax()
-        grad_scale = torch.where(peak > 0, FLOAT16_GRAD_LIMIT / peak, 1.0)
+        grad_scale = torch.where(peak > 0, FLOAT16_GRAD_LIMIT / grad_bound / peak, 1.0)
         row_weights = row_weights * grad_scale
 
     logits_dtype = limits.logits_dtype or wide

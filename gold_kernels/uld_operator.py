@@ -18,6 +18,7 @@ from torch import Tensor
 from gold_kernels import torch_uld_rows
 from gold_kernels.chunking import (
     DEFAULT_BUDGET_BYTES,
+    REVERSE_KL_BOUND,
     Limits,
     LinearHead,
     Needs,
@@ -193,7 +194,13 @@ def linear_uld_operator(
             softcap=caps[0],
         )
 
-    grads = run_chunks(student, teacher, weights, row_function, Needs(*needs), limits)
+    bound = unmatched_weight
+    if partners:
+        bound += matched_weight * (REVERSE_KL_BOUND if beta == 1 else 1.0)
+    grads = run_chunks(
+        *(student, teacher, weights, row_function, Needs(*needs), limits),
+        grad_bound=max(1.0, bound / temperatures[0]),
+    )
     return [values, *(grad for grad in grads if grad is not None)]
 
 
