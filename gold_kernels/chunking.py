@@ -216,7 +216,7 @@ def run_chunks(
         teacher_buffer = empty_rows(hidden, plan.chunk, teacher.weight.shape[0], logits_dtype)
     grad_panel = None
     if has_grad:
-        grad_panel = empty_rows(hidden, plan.panel, weight.shape[0], hidden.dtype)
+        grad_panel = _empty_panel(hidden, plan.panel, weight.shape[0])
     student_buffer = None
     if not (has_grad and logits_dtype == hidden.dtype):
         student_buffer = empty_rows(hidden, plan.chunk, weight.shape[0], logits_dtype)
@@ -235,6 +235,16 @@ def run_chunks(
         if grad_panel is not None:
             _add_panel(grads, student, grad_panel[: last - first], first, row_weights)
     return _finish(grads, student, grad_scale)
+
+
+def _empty_panel(hidden: Tensor, num_rows: int, vocab_size: int) -> Tensor:  # (P, V)
+    """Rows for gradients, the operand of a GEMM: on a CPU without anything beside them, since the
+    bfloat16 GEMM of CPUs with AMX (torch 2.14) multiplies what lies behind a row by 0.
+    """
+    panel = empty_rows(hidden, num_rows, aligned_width(vocab_size), hidden.dtype)
+    if hidden.device.type == "cpu":
+        panel[:, vocab_size:].zero_()
+    return panel[:, :vocab_size]
 
 
 def _chunks(first: int, last: int, num_paired: int, chunk: int) -> Iterator[slice]:
