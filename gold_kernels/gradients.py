@@ -31,11 +31,10 @@ def empty_gradients(leaves: Sequence[Tensor | None], needs: Sequence[bool]) -> l
     """What chunking.run_chunks returns for these leaves, without values: for fake operators."""
     # gradients of float16 stay float32 until backward
     dtype = torch.float32 if leaves[0].dtype == torch.float16 else None
-    return [
-        torch.empty_like(leaf, dtype=dtype)
-        for leaf, need in zip(leaves, needs, strict=True)
-        if need
-    ]
+    hidden, *others = leaves
+    like_hidden = torch.empty_like(hidden, dtype=dtype)  # strides too; weight and bias contiguous
+    grads = [like_hidden, *(t if t is None else t.new_empty(t.shape, dtype=dtype) for t in others)]
+    return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
 
 def empty_logits_gradient(logits: Tensor) -> Tensor:
