@@ -119,23 +119,25 @@ def check_logits(
     check_row_weights(function, row_weights, student)
 
 
-def check_row_weights(function: str, row_weights: Tensor | None, hidden: Tensor) -> None:
+def check_row_weights(
+    function: str, row_weights: Tensor | None, hidden: Tensor, name: str = "row_weights"
+) -> None:
     num_rows = hidden.shape[0]
     if row_weights is None:
         return
     if row_weights.shape != (num_rows,) or not row_weights.is_floating_point():
         raise ValueError(
-            f"{function}: row_weights must be a float tensor of shape (N,) = ({num_rows},), got "
+            f"{function}: {name} must be a float tensor of shape (N,) = ({num_rows},), got "
             f"{tuple(row_weights.shape)} {row_weights.dtype}; pass one weight per scored row."
         )
     if row_weights.requires_grad:
         raise ValueError(
-            f"{function}: row_weights must not require a gradient, got requires_grad=True; "
-            "the loss computes none for them, pass row_weights.detach()."
+            f"{function}: {name} must not require a gradient, got requires_grad=True; "
+            f"the loss computes none for them, pass {name}.detach()."
         )
     if row_weights.device != hidden.device:
         raise ValueError(
-            f"{function}: row_weights must be on {hidden.device} like the hidden states, got "
+            f"{function}: {name} must be on {hidden.device} like the hidden states, got "
             f"{row_weights.device}; move them with .to(hidden.device)."
         )
 
@@ -146,6 +148,11 @@ def check_labels(function: str, labels: Tensor | None, hidden: Tensor) -> None:
         raise ValueError(
             f"{function}: labels must be an int64 tensor of shape (N,) = ({num_rows},), one per "
             f"row, already shifted, got {tuple(labels.shape)} {labels.dtype}; use labels[:, 1:]."
+        )
+    if labels is not None and labels.device != hidden.device:
+        raise ValueError(
+            f"{function}: labels must be on {hidden.device} like the hidden states, got "
+            f"{labels.device}; move them with .to(hidden.device)."
         )
 
 

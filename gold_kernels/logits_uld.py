@@ -120,6 +120,7 @@ def uld_loss(
     for temperature in (student_temperature, teacher_temperature):
         checks.check_scalars(function, beta, temperature, None)
     v_student, v_teacher = student_logits.shape[1], teacher_logits.shape[1]
+    uld_checks.check_columns(function, v_student, v_teacher)
     uld_checks.check_overlap(function, overlap, v_student, v_teacher)
     weights = overlap_weights(function, overlap, matched_weight, unmatched_weight)
     backend = checks.resolve_backend(function, backend, student_logits)

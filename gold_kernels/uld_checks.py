@@ -5,7 +5,6 @@ N scored rows of a side (N_s, N_t), G groups, V vocabulary (V_s, V_t).
 
 import math
 
-import torch
 from torch import Tensor
 
 from gold_kernels import checks
@@ -36,6 +35,14 @@ def check_alignment(
             "completion tokens, or join alignments with TokenAlignment.concatenate."
         )
     return alignment.num_groups
+
+
+def check_columns(function: str, v_student: int, v_teacher: int) -> None:
+    if v_student == 0 or v_teacher == 0:
+        raise ValueError(
+            f"{function}: logits must have at least one column, got V_s={v_student} and "
+            f"V_t={v_teacher}; pass what lm_head returns for the scored rows."
+        )
 
 
 def check_overlap(
@@ -100,9 +107,4 @@ def check_label_weights(
             f"{function}: label_weights weigh a cross-entropy on labels, got label_weights and "
             "labels=None; pass the student's tokens as labels."
         )
-    if label_weights.shape != labels.shape or not torch.is_floating_point(label_weights):
-        raise ValueError(
-            f"{function}: label_weights must be a float tensor of shape (N_s,) = "
-            f"({labels.shape[0]},), got {tuple(label_weights.shape)} {label_weights.dtype}; pass "
-            "one weight per student row."
-        )
+    checks.check_row_weights(function, label_weights, hidden, "label_weights")

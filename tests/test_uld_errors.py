@@ -15,6 +15,7 @@ from gold_kernels import (
     uld_loss,
 )
 
+LABELS = torch.arange(4)
 OVERLAP = VocabOverlap(torch.arange(3), torch.arange(3), 10, 12)
 
 
@@ -60,9 +61,20 @@ def call(**changes):
         ),
         (
             {"labels": torch.ones(4, dtype=torch.int64), "label_weights": torch.ones(3)},
-            r"\(N_s,\) = \(4,\), got \(3,\)",
-            "one weight per student row",
+            r"label_weights .* \(N,\) = \(4,\), got \(3,\)",
+            "one weight per",
         ),
+        (
+            {"labels": LABELS, "label_weights": torch.ones(4, requires_grad=True)},
+            "label_weights must not require a gradient, got requires_grad=True",
+            r"label_weights\.detach",
+        ),
+        (
+            {"labels": LABELS, "label_weights": torch.ones(4, device="meta")},
+            "label_weights must be on cpu .* got meta",
+            "move them",
+        ),
+        ({"labels": LABELS.to("meta")}, "labels must be on cpu .* got meta", "move them"),
         ({"chunk_size": 0}, "1 at least, got 0", "None"),
         ({"budget_bytes": 0}, "budget_bytes must be at least 1, got 0", "default"),
         ({"backend": "cuda"}, "backend", "triton"),
@@ -107,6 +119,8 @@ def test_uld_loss_checks_its_input():
         uld_loss(torch.randn(2, 3, 4), torch.randn(6, 4))
     with pytest.raises(ValueError, match=r"^uld_loss: .*same N rows, got N=2 and N=3"):
         uld_loss(torch.randn(2, 4), torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"^uld_loss: .* one column, got V_s=4 and V_t=0"):
+        uld_loss(torch.randn(2, 4), torch.randn(2, 0))
 
 
 def test_a_second_derivative_is_refused():
