@@ -56,7 +56,9 @@ def _matched(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]
     s_excess = torch.where(ratio < 0, (beta * torch.expm1(ratio.clamp_max(0))).log1p(), 0)
     t_excess = torch.where(ratio >= 0, ((1 - beta) * torch.expm1(-ratio.clamp_min(0))).log1p(), 0)
     to_m = torch.where(ratio < 0, s_excess, ratio + t_excess)
-    loss = (beta * t * (ratio - to_m) - (1 - beta) * s * to_m).sum(-1)
+    # not to_m - ratio: a ratio of 1e6, of a masked entry, takes t_excess with it
+    from_t = torch.where(ratio < 0, s_excess - ratio, t_excess)
+    loss = -(beta * t * from_t + (1 - beta) * s * to_m).sum(-1)
     return loss, (beta - 1) * s * to_m
 
 

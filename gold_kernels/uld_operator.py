@@ -26,6 +26,7 @@ from gold_kernels.chunking import (
     run_chunks,
 )
 from gold_kernels.gradients import empty_gradients
+from gold_kernels.reference import LOG_ZERO
 
 NUM_ROW_VALUES = 7
 SCALE_SLOPE = 6  # row of the values: dloss / dlog_scale of the student
@@ -97,7 +98,8 @@ def _log_scales(
     run_chunks(head._replace(index=rows), None, weights, row_function, needs, limits)
     # groups ascend: a segmented sum gives the same bits in every run, index_add would not
     offsets = torch.searchsorted(groups, torch.arange(num_groups + 1, device=groups.device))
-    return torch.segment_reduce(-values[0], "sum", offsets=offsets, initial=0, unsafe=True)
+    sums = torch.segment_reduce(-values[0], "sum", offsets=offsets, initial=0, unsafe=True)
+    return sums.clamp_min(LOG_ZERO)  # of a masked token: beside 1e30 float32 loses the logits
 
 
 @torch.library.custom_op("gold_kernels::linear_uld", mutates_args=())

@@ -1,4 +1,4 @@
-"""Merged groups of the hybrid loss whose tokens a model is all but sure of: 1 - s in float32."""
+"""Merged groups whose tokens a model is all but sure of, or finds impossible, in float32."""
 
 import pytest
 import torch
@@ -6,10 +6,16 @@ from error_budget import relative_error
 
 from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_uld, reference_uld
 from gold_kernels.alignment import align_byte_spans
+from gold_kernels.kernels.launch import is_interpreted
 
+BACKENDS = ["torch", "triton"] if is_interpreted() else ["torch"]
 SIZE = 100
 IDENTITY = torch.eye(SIZE, dtype=torch.float64)  # a head whose hidden states are the logits
-OVERLAP = VocabOverlap(torch.arange(50), torch.arange(50), SIZE, SIZE)
+HYBRID = {
+    "overlap": VocabOverlap(torch.arange(50), torch.arange(50), SIZE, SIZE),
+    "matched_weight": 1.0,
+    "unmatched_weight": 1.0,
+}
 
 
 def loss_and_gradient(function, dtype: torch.dtype, gap: float, **options):
@@ -23,14 +29,8 @@ def loss_and_gradient(function, dtype: torch.dtype, gap: float, **options):
     groups = align_byte_spans(torch.tensor([1, 2]), torch.tensor([2]))
     alignment = TokenAlignment.from_groups(groups, torch.tensor([3, 5]), torch.tensor([7]), 2)
     hidden, head = student.to(dtype).requires_grad_(), IDENTITY.to(dtype)
-    loss = function(
-        *(hidden, head, teacher.to(dtype), head),
-        alignment=alignment,
-        overlap=OVERLAP,
-        matched_weight=1.0,
-        unmatched_weight=1.0,
-        **options,
-    )
+    tensors = hidden, head, teacher.to(dtype), head
+    loss = function(*tensors, alignment=alignment, **options)
     return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
 
@@ -38,7 +38,28 @@ def loss_and_gradient(function, dtype: torch.dtype, gap: float, **options):
 @pytest.mark.parametrize("gap", [5.0, 15.0, 25.0, 30.0])
 def test_a_span_that_rounds_to_probability_1_keeps_its_loss_and_its_gradient(beta, gap):
     """1 - s taken from a rounded s is 0, and dloss / dlog s divides by it: gradients of 1e8."""
-    truth = loss_and_gradient(reference_uld.linear_uld, torch.float64, gap, beta=beta)
-    actual = loss_and_gradient(fused_linear_uld, torch.float32, gap, beta=beta, backend="torch")
+    options = {**HYBRID, "beta": beta}
+    truth = loss_and_gradient(reference_uld.linear_uld, torch.float64, gap, **options)
+    actual = loss_and_gradient(fused_linear_uld, torch.float32, gap, backend="torch", **options)
     for ours, expected in zip(actual, truth, strict=True):
         assert relative_error(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_that_the_student_finds_impossible_keeps_its_gradient(backend):
+    """A clamp of the merged probability at 1e-8 would cut it off."""
+    options = {**HYBRID, "beta": 0.0}
+    truth = loss_and_gradient(reference_uld.linear_uld, torch.float64, -30.0, **options)
+    actual = loss_and_gradient(fused_linear_uld, torch.float32, -30.0, backend=backend, **options)
+    assert truth[1].norm() > 0.5, "forward KL must pull the group up"
+    for ours, expected in zip(actual, truth, strict=True):
+        assert relative_error(ours, expected) < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {**HYBRID, "beta": 0.5}])
+def test_a_group_of_a_masked_token_has_probability_zero(options, backend):
+    gap = -1e30  # as a mask of -inf, which a matrix product cannot hold
+    truth, _ = loss_and_gradient(reference_uld.linear_uld, torch.float64, gap, **options)
+    loss, grad = loss_and_gradient(fused_linear_uld, torch.float32, gap, backend=backend, **options)
+    assert relative_error(loss, truth) < 1e-3 and bool(grad.isfinite().all())
