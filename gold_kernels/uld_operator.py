@@ -197,7 +197,7 @@ def linear_uld_operator(
         )
 
     bound = unmatched_weight
-    if partners:
+    if tables:
         bound += matched_weight * (REVERSE_KL_BOUND if beta == 1 else 1.0)
     grads = run_chunks(
         *(student, teacher, weights, row_function, Needs(*needs), limits),

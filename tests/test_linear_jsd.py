@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from backends import IMPLEMENTATIONS, on_every_backend
 from error_budget import assert_within_error_budget, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,15 +23,8 @@ from gold_kernels.chunking import (
     plan_chunks,
     run_chunks,
 )
-from gold_kernels.kernels.launch import is_interpreted
 
 BETAS = (0.0, 1e-6, 0.1, 0.5, 0.9, 1.0)
-IMPLEMENTATIONS = [("cpu", "torch")]
-if is_interpreted():
-    IMPLEMENTATIONS.append(("cpu", "triton"))
-if torch.cuda.is_available():
-    IMPLEMENTATIONS += [("cuda", "torch"), ("cuda", "triton")]
-on_every_backend = pytest.mark.parametrize(("device", "backend"), IMPLEMENTATIONS)
 
 
 def eager_rows(case: Case, **options) -> torch.Tensor:

@@ -6,6 +6,7 @@ N scored rows, G groups, V vocabulary (V_s, V_t).
 
 import pytest
 import torch
+from backends import IMPLEMENTATIONS, on_every_backend
 from error_budget import assert_within_error_budget, relative_error
 from uld_cases import KINDS, uld_case
 
@@ -16,14 +17,6 @@ from gold_kernels import (
     reference_uld,
     uld_loss,
 )
-from gold_kernels.kernels.launch import is_interpreted
-
-IMPLEMENTATIONS = [("cpu", "torch")]
-if is_interpreted():
-    IMPLEMENTATIONS.append(("cpu", "triton"))
-if torch.cuda.is_available():
-    IMPLEMENTATIONS += [("cuda", "torch"), ("cuda", "triton")]
-on_every_backend = pytest.mark.parametrize(("device", "backend"), IMPLEMENTATIONS)
 
 # Limits of the counting kernel, which orders what its counts leave open: what is left
 # are values that agree to 2**-12 of a bin.

@@ -1,4 +1,4 @@
-"""What the row kernels share: loads, and log-sum-exps of a row in blocks of lines.
+"""What the row kernels share: loads, log-sum-exps of a row in blocks of lines, one entry of it.
 
 A program walks one row in blocks of shape (BLOCK_V / LINE, LINE). A line is what one thread loads
 at once, so that each sums its line alone and carries one number for it; threads meet once at the
@@ -64,3 +64,40 @@ def row_sum(
             line_lowest = tl.minimum(line_lowest, lowest)
     row_max, total = join_lines(line_max, line_sum, bits)
     return row_max, total, tl.min(line_lowest, 0)
+
+
+@triton.jit
+def log_of(x, log_sum):
+    """log(1 + x), which log_sum is away from 0."""
+    series = 1.0 / 3.0 - x * (0.25 - x * (0.2 - x / 6.0))
+    return tl.where(tl.abs(x) < 0.0625, x * (1.0 - x * (0.5 - x * series)), log_sum)
+
+
+@triton.jit
+def entry_parts(
+    row_ptr,
+    entry,
+    is_entry,
+    vocab_size,
+    row_max,
+    row_total,
+    bits,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):  # -> () log2 q of one entry of a row, () 1 - q
+    """Where q is above 1/2 both come from the sum of the other entries: a q that rounds to 1, as
+    trained models have, keeps them.
+    """
+    logit = tl.load(row_ptr + entry, mask=is_entry, other=0.0).to(tl.float32)
+    log2_q = (tl.maximum(logit, LOWEST_LOGIT) - row_max) * bits - tl.log2(row_total)
+    log2_q = tl.minimum(log2_q, 0.0)
+    is_large = is_entry & (log2_q > -1.0)
+    others = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
+    for start in range(0, tl.where(is_large, vocab_size, 0), BLOCK_V):
+        columns = block_columns(start, BLOCK_V, LINE)
+        is_other = (columns < vocab_size) & (columns != entry)
+        logits = load_logits(row_ptr, columns, is_other)
+        others += tl.sum(tl.exp2((logits - row_max) * bits), axis=1)
+    rest = tl.sum(others, 0) / row_total
+    log2_large = log_of(-rest, tl.log2(1.0 - rest) * NATS) * BITS
+    return tl.where(is_large, log2_large, log2_q), tl.where(is_large, rest, 1.0 - tl.exp2(log2_q))

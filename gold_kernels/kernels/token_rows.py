@@ -5,7 +5,8 @@ C rows of a chunk, V vocabulary. With q_T = softmax(logits / T):
     values = -log q_T(id), -log q_1(label)
     grad = soft_weight (q_T - onehot(id)) / T + hard_weight (q_1 - onehot(label))
 
-Two passes over a row: the log-sum-exps and, where asked for, the gradient.
+Two passes over a row: the log-sum-exps and, where asked for, the gradient; a token of q above 1/2
+takes one more.
 """
 
 import triton
@@ -18,16 +19,10 @@ from gold_kernels.kernels.lines import (
     LOWEST_LOGIT,
     NATS,
     block_columns,
+    entry_parts,
     load_logits,
     row_sum,
 )
-
-
-@triton.jit
-def _below(logits_ptr, token, is_token, row_max):
-    """How far the logit of the token is above (negative: below) the largest one."""
-    logit = tl.load(logits_ptr + token, mask=is_token, other=0.0).to(tl.float32)
-    return tl.maximum(logit, LOWEST_LOGIT) - row_max
 
 
 @triton.jit
@@ -56,13 +51,18 @@ def token_rows_kernel(
     hard_weight = tl.load(weights_ptr + 2 * row + 1)
     is_soft = (token >= 0) & (token < vocab_size) & (soft_weight != 0.0)
     is_hard = (label >= 0) & (label < vocab_size) & (hard_weight != 0.0)
-    row_max, soft_sum, _ = row_sum(logits_ptr, vocab_size, bits, BLOCK_V, LINE)
-    soft_sum = tl.log2(soft_sum)
-    hard_sum = soft_sum
+    row_max, soft_total, _ = row_sum(logits_ptr, vocab_size, bits, BLOCK_V, LINE)
+    hard_total = soft_total
     if bits != BITS:
-        hard_sum = tl.log2(row_sum(logits_ptr, vocab_size, BITS, BLOCK_V, LINE)[1])
-    soft_value = (soft_sum - _below(logits_ptr, token, is_soft, row_max) * bits) * NATS
-    hard_value = (hard_sum - _below(logits_ptr, label, is_hard, row_max) * BITS) * NATS
+        hard_total = row_sum(logits_ptr, vocab_size, BITS, BLOCK_V, LINE)[1]
+    soft_log2_q, soft_rest = entry_parts(
+        logits_ptr, token, is_soft, vocab_size, row_max, soft_total, bits, BLOCK_V, LINE
+    )
+    hard_log2_q, hard_rest = entry_parts(
+        logits_ptr, label, is_hard, vocab_size, row_max, hard_total, BITS, BLOCK_V, LINE
+    )
+    soft_sum, hard_sum = tl.log2(soft_total), tl.log2(hard_total)
+    soft_value, hard_value = -soft_log2_q * NATS, -hard_log2_q * NATS
     tl.store(values_ptr + row, tl.where(is_soft, soft_value, 0.0))
     tl.store(values_ptr + values_stride + row, tl.where(is_hard, hard_value, 0.0))
     if NEEDS_GRAD:
@@ -73,9 +73,9 @@ def token_rows_kernel(
             is_column = columns < vocab_size
             logits = load_logits(logits_ptr, columns, is_column)
             soft_grad = tl.exp2((logits - row_max) * bits - soft_sum)
-            soft_grad -= (columns == token).to(tl.float32)
+            soft_grad = tl.where(columns == token, -soft_rest, soft_grad)
             hard_grad = tl.exp2((logits - row_max) * BITS - hard_sum)
-            hard_grad -= (columns == label).to(tl.float32)
+            hard_grad = tl.where(columns == label, -hard_rest, hard_grad)
             # where, not a product: a row of weight 0 may hold anything
             grad = tl.where(is_soft, soft_scale * soft_grad, 0.0)
             grad += tl.where(is_hard, hard_weight * hard_grad, 0.0)

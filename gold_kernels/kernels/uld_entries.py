@@ -8,7 +8,7 @@ import triton.language as tl
 
 from gold_kernels.kernels.bin_table import LISTED
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, LOG_ZERO, REVERSE_KL, mixture_entries
-from gold_kernels.kernels.lines import LOWEST_LOGIT, NATS, load_logits
+from gold_kernels.kernels.lines import NATS, load_logits, log_of
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
@@ -43,13 +43,6 @@ def one_minus(log2_x):
 
 
 @triton.jit
-def _log_of(x, log_sum):
-    """log(1 + x), which log_sum is away from 0."""
-    series = 1.0 / 3.0 - x * (0.25 - x * (0.2 - x / 6.0))
-    return tl.where(tl.abs(x) < 0.0625, x * (1.0 - x * (0.5 - x * series)), log_sum)
-
-
-@triton.jit
 def _excess_of(x, log_sum):
     """x - log(1 + x), never negative; log_sum is log(1 + x) away from 0."""
     series = 0.25 - x * (0.2 - x * (1.0 / 6.0 - x / 7.0))
@@ -70,21 +63,13 @@ def _rest_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
         return o * _excess_of(gap / o, tl.log2(r / o) * NATS), gap
     if MODE == _REVERSE_KL:
         log_ratio = tl.log2(o / r) * NATS
-        return r * _excess_of(-gap / r, log_ratio), -r * _log_of(-gap / r, log_ratio)
+        return r * _excess_of(-gap / r, log_ratio), -r * log_of(-gap / r, log_ratio)
     mixture = beta * o + (1.0 - beta) * r
     up, down = (1.0 - beta) * gap / o, -beta * gap / r
     log_down = tl.log2(mixture / r) * NATS
     loss = beta * o * _excess_of(up, tl.log2(mixture / o) * NATS)
     loss += (1.0 - beta) * r * _excess_of(down, log_down)
-    return loss, (beta - 1.0) * r * _log_of(down, log_down)
-
-
-@triton.jit
-def entry_bits(row_ptr, entry, is_entry, side):
-    """log2 of s or t of one entry."""
-    row_max, shift, bits = side
-    logit = tl.load(row_ptr + entry, mask=is_entry, other=0.0).to(tl.float32)
-    return tl.minimum((tl.maximum(logit, LOWEST_LOGIT) - row_max) * bits + shift, 0.0)
+    return loss, (beta - 1.0) * r * log_of(down, log_down)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ from gold_kernels.kernels.lines import (
     LOWEST_LOGIT,
     NATS,
     block_columns,
+    entry_parts,
     load_logits,
     row_sum,
 )
@@ -58,9 +59,7 @@ from gold_kernels.kernels.uld_bins import (
 )
 from gold_kernels.kernels.uld_entries import (
     counted_sign,
-    entry_bits,
     matched_pairs,
-    one_minus,
     span_entries,
     student_signs,
 )
@@ -153,15 +152,15 @@ def uld_rows_kernel(
         hard_weight = tl.load(weights_ptr + 2 * row + 1)
         # a row of weight 0 may hold anything, NaN included
         is_live, is_hard_live = weight != 0.0, hard_weight != 0.0
-        student_max, student_sum, student_lowest = row_sum(
+        student_max, student_total, student_lowest = row_sum(
             student_row, student_vocab_size, student_bits, BLOCK_V, LINE, True
         )
-        teacher_max, teacher_sum, teacher_lowest = row_sum(
+        teacher_max, teacher_total, teacher_lowest = row_sum(
             teacher_row, teacher_vocab_size, teacher_bits, BLOCK_V, LINE, True
         )
         # not the difference of the logarithms, which are rounded at 17 near convergence
-        gap = tl.log2(teacher_sum / student_sum)
-        student_sum, teacher_sum = tl.log2(student_sum), tl.log2(teacher_sum)
+        gap = tl.log2(teacher_total / student_total)
+        student_sum, teacher_sum = tl.log2(student_total), tl.log2(teacher_total)
         student_scale, teacher_scale = 0.0, 0.0
         if HAS_SCALES:
             student_scale = tl.load(student_scales_ptr + row) * BITS
@@ -186,7 +185,7 @@ def uld_rows_kernel(
         # a row with a span counts and sums nothing
         is_span, span, num_pairs = False, -1, num_matched
         num_student, num_teacher = student_vocab_size, teacher_vocab_size
-        span_loss, span_slope, student_span, teacher_span = 0.0, 0.0, 0.0, 0.0
+        span_loss, span_slope, span_rest, student_span, teacher_span = 0.0, 0.0, 0.0, 0.0, 0.0
         if HAS_SPANS:
             span = tl.load(student_spans_ptr + row)
             is_span = span >= 0
@@ -194,8 +193,16 @@ def uld_rows_kernel(
             num_teacher = tl.where(is_span, 0, teacher_vocab_size)
             num_pairs = tl.where(is_span, 0, num_matched)
             partner = tl.load(teacher_spans_ptr + row)
-            student_span = entry_bits(student_row, span, is_span, student_side)
-            teacher_span = entry_bits(teacher_row, partner, is_span, teacher_side)
+            student_span, span_rest = entry_parts(
+                student_row, span, is_span, student_vocab_size, student_max, student_total,
+                student_bits, BLOCK_V, LINE,
+            )  # fmt: skip
+            teacher_span, _ = entry_parts(
+                teacher_row, partner, is_span, teacher_vocab_size, teacher_max, teacher_total,
+                teacher_bits, BLOCK_V, LINE,
+            )  # fmt: skip
+            student_span = tl.minimum(student_span + student_scale, 0.0)
+            teacher_span = tl.minimum(teacher_span + teacher_scale, 0.0)
             span_loss, span_slope = span_entries(student_span, teacher_span, beta, MODE)
 
         base = (top - student_side[1]) * per_bit
@@ -306,15 +313,17 @@ def uld_rows_kernel(
         tl.store(out_ptr + 4 * values_stride, tl.where(is_live, student_mass_sum, 0.0))
         tl.store(out_ptr + 5 * values_stride, tl.where(is_live, teacher_mass_sum, 0.0))
         tl.store(out_ptr + 6 * values_stride, tl.where(is_live, pull_sum, 0.0))
-        label, hard_sum = -1, 0.0
+        label, hard_sum, hard_rest = -1, 0.0, 0.0
         if HAS_LABELS:  # cross-entropy at temperature 1
             label = tl.load(labels_ptr + row)
             is_hard_live &= (label >= 0) & (label < student_vocab_size)
-            hard_sum = tl.log2(row_sum(student_row, student_vocab_size, BITS, BLOCK_V, LINE)[1])
-            label_logit = tl.load(student_row + label, mask=is_hard_live, other=0.0).to(tl.float32)
-            label_logit = tl.maximum(label_logit, LOWEST_LOGIT)
-            cross_entropy = hard_sum * NATS - (label_logit - student_max)
-            tl.store(out_ptr + values_stride, tl.where(is_hard_live, cross_entropy, 0.0))
+            hard_total = row_sum(student_row, student_vocab_size, BITS, BLOCK_V, LINE)[1]
+            hard_log2_q, hard_rest = entry_parts(
+                student_row, label, is_hard_live, student_vocab_size, student_max, hard_total,
+                BITS, BLOCK_V, LINE,
+            )  # fmt: skip
+            hard_sum = tl.log2(hard_total)
+            tl.store(out_ptr + values_stride, tl.where(is_hard_live, -hard_log2_q * NATS, 0.0))
 
         if NEEDS_GRAD:
             grad_row = grad_ptr + row_offset * grad_row_stride
@@ -336,14 +345,14 @@ def uld_rows_kernel(
                 if HAS_OVERLAP:
                     pull = tl.where(is_matched, sign, pull)
                 grad = pull - soft_weight * pull_sum * q
-                if HAS_SPANS:  # 1 - q where q is near 1: rounding would meet a large slope
-                    log2_q = (logits - student_max) * student_bits - student_sum
-                    span_grad = tl.where(columns == span, one_minus(log2_q), -q)
+                if HAS_SPANS:
+                    q = tl.exp2((logits - student_max) * student_bits - student_sum)
+                    span_grad = tl.where(columns == span, span_rest, -q)
                     grad = tl.where(is_span, soft_weight * pull_sum * span_grad, grad)
                 grad = tl.where(is_live, grad, 0.0)
                 if HAS_LABELS:
                     hard_grad = tl.exp2((logits - student_max) * BITS - hard_sum)
-                    hard_grad -= (columns == label).to(tl.float32)
+                    hard_grad = tl.where(columns == label, -hard_rest, hard_grad)
                     grad += tl.where(is_hard_live, hard_weight * hard_grad, 0.0)
                 if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
                     capped = logits / softcap
