@@ -149,7 +149,7 @@ def fused_linear_uld(
     matched_weight: float | None = None,  # None for both: the share of the vocabulary that matches
     unmatched_weight: float | None = None,
     labels: Tensor | None = None,  # (N_s,) int64 the student's tokens, negative where not scored
-    label_weights: Tensor | None = None,  # (N_s,) float32; None means 1 / N_s each
+    label_weights: Tensor | None = None,  # (N_s,) float32; None means 1 / number of labels each
     student_bias: Tensor | None = None,  # (V_s,)
     teacher_bias: Tensor | None = None,  # (V_t,)
     chunk_size: int | None = None,  # rows; None takes them from the memory budget
@@ -211,8 +211,9 @@ def fused_linear_uld(
     dtype, device = float_dtype(student.hidden), student.hidden.device
     if row_weights is None:
         row_weights = mean_weights(student.hidden, num_groups)
-    if label_weights is None:
-        label_weights = mean_weights(student.hidden, student.num_rows)
+    if labels is not None and label_weights is None:
+        is_label = (labels >= 0) & (labels < v_student)
+        label_weights = is_label.to(dtype) / is_label.sum().clamp_min(1)
     if alignment is not None:
         alignment = alignment.to(device)
     rows = _projected_rows(
@@ -283,6 +284,8 @@ class FusedLinearULDLoss(nn.Module):
         alignment: TokenAlignment | None = None,
         student_bias: Tensor | None = None,  # (V_s,)
         teacher_bias: Tensor | None = None,  # (V_t,)
+        labels: Tensor | None = None,  # (N_s,) int64, for the cross-entropy
+        label_weights: Tensor | None = None,  # (N_s,)
     ) -> Tensor:  # ()
         return fused_linear_uld(
             student_hidden,
@@ -293,5 +296,7 @@ class FusedLinearULDLoss(nn.Module):
             alignment=alignment,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
+            labels=labels,
+            label_weights=label_weights,
             **self.options,
         )

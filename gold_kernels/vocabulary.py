@@ -75,12 +75,26 @@ class VocabOverlap(NamedTuple):
     def teacher_mass(self, weights: Tensor) -> Tensor:  # (..., V) -> (...)
         return _share(weights, self.teacher_ids)
 
-    def report(self) -> str:
-        return (
-            f"{self.num_matched} entries matched: {self.student_share:.1%} of the student's "
-            f"{self.student_vocab_size}, {self.teacher_share:.1%} of the teacher's "
-            f"{self.teacher_vocab_size}"
-        )
+    def report(
+        self,
+        student_weights: Tensor | None = None,  # (..., V_s) probabilities or token counts
+        teacher_weights: Tensor | None = None,  # (..., V_t)
+    ) -> str:
+        """Shares of both vocabularies that are matched and, of weights that are given, the mean
+        share of their mass.
+        """
+        sides = [
+            (f"of the student's {self.student_vocab_size}", self.student_share),
+            (f"of the teacher's {self.teacher_vocab_size}", self.teacher_share),
+        ]
+        if student_weights is not None:
+            mass = self.student_mass(student_weights).mean().item()
+            sides.append(("of the student's probability mass", mass))
+        if teacher_weights is not None:
+            mass = self.teacher_mass(teacher_weights).mean().item()
+            sides.append(("of the teacher's probability mass", mass))
+        shares = ", ".join(f"{share:.1%} {name}" for name, share in sides)
+        return f"{self.num_matched} entries matched: {shares}"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "VocabOverlap":
         return self._replace(

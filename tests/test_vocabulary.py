@@ -172,6 +172,12 @@ def test_shares_and_report_are_of_each_vocabulary():
         f"{pair.num_matched} entries matched: {pair.student_share:.1%} of the student's 151648, "
         f"{pair.teacher_share:.1%} of the teacher's 32000"
     )
+    counts = torch.zeros(pair.teacher_vocab_size, dtype=torch.int64)
+    counts[pair.teacher_ids[0]] = 3
+    counts[(~torch.isin(torch.arange(32000), pair.teacher_ids)).nonzero()[0]] = 1
+    assert pair.report(teacher_weights=counts) == (
+        f"{pair.report()}, 75.0% of the teacher's probability mass"
+    )
 
 
 def test_matched_mass_of_probabilities_and_of_token_counts():
