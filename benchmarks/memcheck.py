@@ -10,44 +10,50 @@ import torch
 from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_jsd, fused_linear_uld
 from gold_kernels.alignment import SpanGroups
 
-NUM_ROWS, SIZES = 37, ((1003, 1003), (2051, 2051), (1003, 2051))
+NUM_ROWS, V_STUDENT, V_TEACHER = 37, 1003, 2051
 D_STUDENT, D_TEACHER = 64, 96
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+# dtype, logits_dtype, beta
+JSD_CASES = ((BFLOAT16, None, 0.5), (BFLOAT16, BFLOAT16, 0.1), (FLOAT32, None, 0.0))
+# dtype, logits_dtype, groups and hybrid or neither: gradients beside the logits and in their place
+ULD_CASES = (
+    (BFLOAT16, None, False),
+    (BFLOAT16, None, True),
+    (BFLOAT16, BFLOAT16, True),
+    (FLOAT32, None, True),
+)
+
+
+def heads(dtype: torch.dtype, v_teacher: int) -> tuple[torch.Tensor, ...]:
+    options = {"device": "cuda", "dtype": dtype}
+    return (
+        torch.randn(NUM_ROWS, D_STUDENT, **options).requires_grad_(),
+        (0.2 * torch.randn(V_STUDENT, D_STUDENT, **options)).requires_grad_(),
+        torch.randn(NUM_ROWS, D_TEACHER, **options),
+        0.2 * torch.randn(v_teacher, D_TEACHER, **options),
+    )
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("memcheck: a CUDA GPU is expected, got none; the tests run the kernels elsewhere")
     torch.manual_seed(0)
+    limits = {"chunk_size": 16}
+    for dtype, logits_dtype, beta in JSD_CASES:
+        options = {"beta": beta, "logits_dtype": logits_dtype, "return_metrics": True}
+        fused_linear_jsd(*heads(dtype, V_STUDENT), **options, **limits)[0].backward()
     groups = torch.arange(NUM_ROWS) // 2
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for v_student, v_teacher in SIZES:
-            options = {"device": "cuda", "dtype": dtype}
-            hidden = torch.randn(NUM_ROWS, D_STUDENT, **options).requires_grad_()
-            weight = (0.2 * torch.randn(v_student, D_STUDENT, **options)).requires_grad_()
-            teacher = torch.randn(NUM_ROWS, D_TEACHER, **options)
-            teacher_weight = 0.2 * torch.randn(v_teacher, D_TEACHER, **options)
-            heads = hidden, weight, teacher, teacher_weight
-            labels = torch.randint(v_student, (NUM_ROWS,))
-            alignment = TokenAlignment.from_groups(
-                SpanGroups(groups, groups, int(groups[-1]) + 1, NUM_ROWS), labels, labels, NUM_ROWS
-            )
-            ids = torch.randperm(v_student)[: v_student // 2].sort().values
-            overlap = VocabOverlap(ids, ids, v_student, v_teacher)
-            for logits_dtype in (None, torch.bfloat16):
-                limits = {"chunk_size": 16, "logits_dtype": logits_dtype}
-                if v_student == v_teacher:
-                    for beta in (0.0, 0.1, 0.5, 1.0):
-                        loss, _ = fused_linear_jsd(*heads, beta=beta, return_metrics=True, **limits)
-                        loss.backward()
-                for aligned in (None, alignment):
-                    for matched in (None, overlap):
-                        fused_linear_uld(
-                            *heads,
-                            alignment=aligned,
-                            overlap=matched,
-                            labels=labels.cuda(),
-                            **limits,
-                        ).backward()
+    labels = torch.randint(V_STUDENT, (NUM_ROWS,))
+    alignment = TokenAlignment.from_groups(
+        SpanGroups(groups, groups, int(groups[-1]) + 1, NUM_ROWS), labels, labels, NUM_ROWS
+    )
+    ids = torch.randperm(V_STUDENT)[: V_STUDENT // 2].sort().values
+    overlap = VocabOverlap(ids, ids, V_STUDENT, V_TEACHER)
+    merged = {"alignment": alignment, "overlap": overlap, "labels": labels.cuda()}
+    for dtype, logits_dtype, is_merged in ULD_CASES:
+        options = merged if is_merged else {}
+        tensors = heads(dtype, V_TEACHER)
+        fused_linear_uld(*tensors, **options, logits_dtype=logits_dtype, **limits).backward()
     torch.cuda.synchronize()
     sys.stdout.write("every kernel ran\n")
     return 0
