@@ -24,6 +24,7 @@ class SpanGroups(NamedTuple):
     teacher_groups: Tensor  # (N_t,) int64
     num_groups: int  # G
     num_bytes: int  # covered by groups, from the first byte on
+    last_bytes: int = 0  # of these, the last group's; an end of turn has none
 
 
 def align_byte_spans(
@@ -55,12 +56,13 @@ def align_byte_spans(
     match = torch.searchsorted(teacher_ends, student_ends).clamp_max(num_teacher - 1)
     student_last = (is_first & (teacher_ends[match] == student_ends)).nonzero().squeeze(1)  # (G,)
     teacher_last = match[student_last]  # (G,)
-    num_groups = student_last.shape[0]
+    before_last, num_bytes = [0, 0, *student_ends[student_last[-2:]].tolist()][-2:]
     return SpanGroups(
         _groups_from_last(student_last, num_student),
         _groups_from_last(teacher_last, num_teacher),
-        num_groups,
-        int(student_ends[student_last[-1]]) if num_groups else 0,
+        student_last.shape[0],
+        num_bytes,
+        num_bytes - before_last,
     )
 
 
@@ -145,19 +147,21 @@ class TokenAlignment(NamedTuple):
         """
         _check_merge("TokenAlignment", merge, is_late)
         student_groups, teacher_groups = groups.student_groups, groups.teacher_groups
+        scored_bytes = groups.num_bytes
         if is_late and groups.num_groups:
             last = groups.num_groups - 1
             if last in (int(student_groups[-1]), int(teacher_groups[-1])):
                 student_groups, teacher_groups = (
                     side.masked_fill(side == last, -1) for side in (student_groups, teacher_groups)
                 )
+                scored_bytes -= groups.last_bytes
         return cls(
             *_side_rows(student_groups, student_ids, merge, is_late),
             *_side_rows(teacher_groups, teacher_ids, merge, is_late),
             merge,
             student_ids.shape[0],
             teacher_ids.shape[0],
-            groups.num_bytes,
+            scored_bytes,
             completion_bytes,
         )
 
@@ -311,13 +315,13 @@ class CompletionAligner:
         student_groups[student_rows] = groups.student_groups
         teacher_groups = torch.full_like(teacher_ids, -1)
         teacher_groups[teacher_rows] = groups.teacher_groups
-        num_groups = groups.num_groups
+        num_groups, last_bytes = groups.num_groups, groups.last_bytes
         is_complete = student_ended and teacher_ended and student_bytes == teacher_bytes
         if is_complete and self.has_end_of_turn:
             student_groups[-1] = teacher_groups[-1] = num_groups
-            num_groups += 1
+            num_groups, last_bytes = num_groups + 1, 0
         return TokenAlignment.from_groups(
-            SpanGroups(student_groups, teacher_groups, num_groups, groups.num_bytes),
+            SpanGroups(student_groups, teacher_groups, num_groups, groups.num_bytes, last_bytes),
             student_ids,
             teacher_ids,
             student_bytes,

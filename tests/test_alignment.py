@@ -46,8 +46,9 @@ def test_groups_are_the_runs_that_a_walk_over_bytes_finds(student_ends, teacher_
     assert groups.num_groups == len(expected)
     for side, tokens in enumerate((groups.student_groups, groups.teacher_groups)):
         assert groups_by_token(tokens, groups.num_groups) == [group[side] for group in expected]
-    covered = max(set(student_ends) & set(teacher_ends), default=0)
-    assert groups.num_bytes == covered
+    covered = [0, *sorted(set(student_ends) & set(teacher_ends))]
+    assert groups.num_bytes == covered[-1]
+    assert groups.last_bytes == covered[-1] - covered[-2:][0]
 
 
 @settings(deadline=None, max_examples=200)
@@ -70,7 +71,7 @@ def test_every_byte_is_in_exactly_one_group_on_each_side(data, num_bytes):
 
 
 # Student tokens a|bc|d|ef, teacher tokens ab|c|def of the text "abcdef": groups abc and def.
-HAND_GROUPS = SpanGroups(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1]), 2, 6)
+HAND_GROUPS = SpanGroups(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1]), 2, 6, 3)
 HAND_IDS = (torch.tensor([10, 11, 12, 13]), torch.tensor([20, 21, 22]))
 
 
@@ -119,8 +120,9 @@ def test_a_last_group_whose_rows_have_no_next_row_is_not_read_late(without_next)
             groups[side] = torch.cat([groups[side], torch.tensor([-1])])
             ids[side] = torch.cat([ids[side], torch.tensor([9])])
     late = TokenAlignment.from_groups(
-        SpanGroups(*groups, 2, 6), *ids, 6, merge="observed", is_late=True
+        SpanGroups(*groups, *HAND_GROUPS[2:]), *ids, 6, merge="observed", is_late=True
     )
+    assert late.scored_bytes == 3 * late.num_groups, "those of the groups that are left"
     assert late.num_groups == late.teacher_base_rows.shape[0] == 1 + (without_next == "neither")
     assert late.student_base_rows.tolist() == [1, 3][: late.num_groups]
     assert late.teacher_base_rows.tolist() == [1, 3][: late.num_groups]
@@ -134,6 +136,17 @@ def test_late_rows_keep_the_last_text_group_where_the_end_of_turn_follows():
     assert late.student_base_rows[-1] == len(ids["student"]) - 1
     ended = aligned(("gpt2", "mistral"), "one two", merge="observed", is_late=True)[2]
     assert torch.equal(ended.student_base_rows, late.student_base_rows)
+    assert on_time.scored_bytes == late.scored_bytes == ended.scored_bytes == len("one two")
+
+
+@pytest.mark.parametrize(("text", "scored"), [("one two", "one"), ("one", ""), ("", "")])
+def test_bytes_of_a_last_group_that_late_rows_leave_out_are_not_scored(text, scored):
+    options = {"is_ended": False, "merge": "observed"}
+    on_time = aligned(("gpt2", "mistral"), text, **options)[2]
+    late = aligned(("gpt2", "mistral"), text, is_late=True, **options)[2]
+    assert late.num_groups == max(on_time.num_groups - 1, 0)
+    assert (on_time.scored_bytes, late.scored_bytes) == (len(text), len(scored))
+    assert late.completion_bytes == len(text)
 
 
 def test_a_batch_follows_row_after_row_on_both_sides():
