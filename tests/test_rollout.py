@@ -323,6 +323,17 @@ def test_on_policy_rows_need_no_answer_and_never_show_it(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_error_of_evaluation_rows_without_an_answer_names_fields_that_help(tmp_path):
+    """GOLDConfig refuses seq_kd with the lmbda=1.0 that training has here."""
+    options = {"eval_rows": PROMPTS, "max_completion_length": 2}
+    make_trainer(tmp_path, PROMPTS, lmbda=1.0)
+    message = r"^row 0: .* got none; add it, or set seq_kd=True with lmbda below 1, so that the te"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, PROMPTS, lmbda=1.0, **options)
+    assert make_trainer(tmp_path, ROWS, lmbda=1.0, eval_rows=ROWS).evaluate()
+    assert make_trainer(tmp_path, PROMPTS, lmbda=0.99, seq_kd=True, **options).evaluate()
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pictures_stay_raw_until_their_micro_batch(lmbda, workers, tmp_path, monkeypatch):

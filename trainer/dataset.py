@@ -55,8 +55,8 @@ class RowDataset(torch.utils.data.Dataset):
         if self.needs_completion and row.completion is None:
             raise ValueError(
                 f"row {index}: an assistant's answer is expected as `completion` or as the last of "
-                "`messages`, got none; add it, or set seq_kd=True (or lmbda=1.0 in training) to "
-                "generate it."
+                "`messages`, got none; add it, or set seq_kd=True with lmbda below 1, so that the "
+                "teacher writes it (with lmbda=1.0 rows of training need none, of evaluation do)."
             )
         if self.is_text and row.images:
             raise ValueError(
