@@ -1,11 +1,21 @@
 """Every family through the real trainer: the step equals the eager full-logits step in float64."""
 
 import math
+from copy import deepcopy
 
 import pytest
+import torch
 from eager_step import completion_of, eager_step
 from tiny_models import FAMILIES, VLM_FAMILIES, tiny, tiny_rows
-from trainer_cases import FIELDS, GradientRecorder, losses_of, parts_of, recorded_warnings
+from trainer_cases import (
+    FIELDS,
+    GradientRecorder,
+    assert_equal_gradients,
+    losses_of,
+    make_trainer,
+    parts_of,
+    recorded_warnings,
+)
 
 from trainer import GOLDConfig, GOLDTrainer
 
@@ -149,6 +159,55 @@ def test_batches_of_equal_picture_counts_train_too(family, images, tmp_path):
     _, processor = tiny(family)
     completions = [completion_of(family, processor, row) for row in rows]
     assert_equals_eager_step(family, trainer, recorder, rows, completions)
+
+
+def without_image_row(size):
+    """A model whose head ends before the picture's token, which only its embeddings have."""
+    model, processor = tiny("llava", size)
+    num_rows = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert num_rows == len(processor.tokenizer) - 1 < model.get_input_embeddings().num_embeddings
+    head = torch.nn.Linear(model.lm_head.in_features, num_rows, bias=False)
+    head.weight.data.copy_(model.lm_head.weight[:num_rows])
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_picture_token_beyond_both_heads_trains(lmbda, tmp_path):
+    """As Llama 3.2 Vision: 128256 rows of the head, <|image|> is token 128256."""
+    rows, recorder = rows_of("llava"), GradientRecorder()
+    student, teacher = without_image_row("student"), without_image_row("teacher")
+    options = {"teacher": teacher, "lmbda": lmbda, "callbacks": [recorder], "max_steps": 1}
+    options |= {"per_device_train_batch_size": len(rows)}
+    trainer = make_trainer(tmp_path, rows, "llava", student=student, **options)
+    before, examples = deepcopy(student), []
+    build = trainer.rollouts.complete
+
+    def complete(*args):
+        batches = build(*args)
+        examples.extend(batches[0]["examples"])
+        return batches
+
+    trainer.rollouts.complete = complete
+    trainer.train()
+    completions = [example.completion_ids for example in examples]
+    _, processor = tiny("llava")
+    if lmbda == 0:
+        assert completions == [completion_of("llava", processor, row) for row in rows]
+    expected_loss, expected = eager_step(before, teacher, processor, rows, completions, beta=0.5)
+    assert losses_of(trainer)[0] == pytest.approx(expected_loss, rel=1e-5)
+    assert_equal_gradients(
+        {name: recorder.gradients[name].double() for name in expected}, expected, relative=1e-4
+    )
+
+
+def test_picture_token_beyond_both_heads_is_refused_in_an_answer(tmp_path):
+    sides = {size: without_image_row(size) for size in ("student", "teacher")}
+    answer = {"role": "assistant", "content": "An <image>."}
+    row = {"messages": [{"role": "user", "content": "What is this?"}, answer]}
+    message = r"^row 0: a completion must be text, got a picture's placeholder in .*<image>.*; rem"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, [row], "llava", **sides).train()
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])

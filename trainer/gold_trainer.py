@@ -152,7 +152,10 @@ class GOLDTrainer(Trainer):
         else:
             self.loss_options["temperature"] = args.loss_temperature
             self.loss_options["vocab_size"] = models.shared_vocab_size(
-                self.student_head, self.teacher_head, processing_class
+                self.student_head,
+                self.teacher_head,
+                processing_class,
+                self.student_side.placeholder_ids,
             )
         self.rollouts = Rollouts(
             args,

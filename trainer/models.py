@@ -1,7 +1,7 @@
 """Student and teacher: what must fit together, and the loss in the place of the head."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -258,10 +258,19 @@ def check_processor(
         )
 
 
-def shared_vocab_size(student: nn.Linear, teacher: nn.Linear, processor: Processor) -> int | None:
-    """Entries that take part in the loss; None where both heads have the same number of rows."""
+def shared_vocab_size(
+    student: nn.Linear,
+    teacher: nn.Linear,
+    processor: Processor,
+    placeholder_ids: Collection[int] = (),  # of pictures, in no completion
+) -> int | None:
+    """Entries that take part in the loss; None where both heads have the same number of rows.
+
+    A placeholder may have a row of the embeddings alone, as in Llama 3.2 Vision.
+    """
     v_student, v_teacher = student.out_features, teacher.out_features
-    num_entries = max(token_ids_of(processor)) + 1
+    beyond = {i for i in placeholder_ids if i >= min(v_student, v_teacher)}
+    num_entries = max(token_ids_of(processor) - beyond) + 1
     if num_entries > min(v_student, v_teacher) or abs(v_student - v_teacher) > MAX_PADDING:
         raise ValueError(
             "GOLDTrainer: student and teacher must have one tokenizer, got heads of "
