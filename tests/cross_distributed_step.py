@@ -1,4 +1,5 @@
-"""One process of test_cross_distributed: two steps across families, weights and log from rank 0.
+"""One process of test_cross_distributed: two steps across families, one log of both, weights and
+log from rank 0. With two processes each has samples that cannot be distilled.
 
 torchrun --nproc_per_node 2 cross_distributed_step.py OUT_DIR BATCH_SIZE ACCUMULATION
 """
@@ -7,24 +8,28 @@ import sys
 from pathlib import Path
 
 import torch
-from cross_cases import cross_trainer, make_sides, rows_of
+from cross_cases import cross_trainer, make_sides
+from metric_cases import FIELDS, MEANS, SKIPS, rows_with_skips
 
 
 def main(output_dir: str, batch_size: int, accumulation: int) -> None:
+    sides = make_sides("lfm2_vl", "qwen3_vl")
+    given = rows_with_skips(*sides, count=8, unspelled=(0, 3, 5), cut=2)
     trainer, _ = cross_trainer(
         output_dir,
-        rows_of("lfm2_vl", count=8),
-        *make_sides("lfm2_vl", "qwen3_vl"),
+        given.rows,
+        *sides,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
+        max_length=given.max_length,
         max_steps=2,
+        logging_steps=2,
         learning_rate=0.1,
-        uld_use_hybrid_loss=True,
-        uld_crossentropy_weight=0.3,
+        **FIELDS,
     )
     trainer.train()
     if trainer.is_world_process_zero():
-        names = ("loss", "uld_loss", "crossentropy", "groups_per_token", "scored_bytes")
+        names = ("loss", "off_policy_loss", *MEANS, *SKIPS)
         state = {
             "log": [
                 {name: entry[name] for name in names}

@@ -57,7 +57,7 @@ def rows_with_skips(
         if index not in unspelled:
             answer = {**answer, "content": answer["content"].lower()}
         if index == cut:
-            question = {**question, "content": "What is this? " * 12}
+            question = {**question, "content": "What is this? " * 30}
             answer = {**answer, "content": "green is the circle."}
         row["messages"] = [question, answer]
     lengths = [prompt_inputs(teacher.processor, row)["input_ids"].shape[1] for row in rows]
