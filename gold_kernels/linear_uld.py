@@ -182,9 +182,9 @@ def fused_linear_uld(
 
     backend "torch" sorts and is exact. "triton" counts on a grid and orders only the bins in which
     the sign may change: on its own float32 logits the loss is within 1e-4 and the gradient within
-    1e-2, near convergence 5e-4 and 2e-2. logits_dtype=torch.bfloat16 is faster and does not order:
-    as good for vocabularies of different sizes, a fifth off in the gradient for equal ones, and
-    wrong near convergence. Between equal vocabularies near convergence ordering takes most of the
+    1e-2, near convergence 1e-4 and 3e-2. logits_dtype=torch.bfloat16 is faster and does not order:
+    4 % off in the gradient for vocabularies of different sizes, 10 % for equal ones (40 % with the
+    rounding of the GEMMs), and wrong near convergence. Between equal vocabularies near convergence ordering takes most of the
     time (benchmarks/NOTES.md); fused_linear_jsd is the loss for a shared tokenizer.
 
     Extra memory is at most budget_bytes, plus one float32 student_weight if a 16-bit one needs a
