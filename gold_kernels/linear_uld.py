@@ -184,8 +184,9 @@ def fused_linear_uld(
     the sign may change: on its own float32 logits the loss is within 1e-4 and the gradient within
     1e-2, near convergence 1e-4 and 3e-2. logits_dtype=torch.bfloat16 is faster and does not order:
     4 % off in the gradient for vocabularies of different sizes, 10 % for equal ones (40 % with the
-    rounding of the GEMMs), and wrong near convergence. Between equal vocabularies near convergence ordering takes most of the
-    time (benchmarks/NOTES.md); fused_linear_jsd is the loss for a shared tokenizer.
+    rounding of the GEMMs), and wrong near convergence. Between equal vocabularies near convergence
+    ordering takes most of the time (benchmarks/NOTES.md); fused_linear_jsd is the loss for a shared
+    tokenizer.
 
     Extra memory is at most budget_bytes, plus one float32 student_weight if a 16-bit one needs a
     gradient. Rows of weight 0 contribute exactly 0 and may hold anything. return_metrics=True
