@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from backends import on_every_backend
 from error_budget import relative_error
 
 from gold_kernels import VocabOverlap, fused_linear_jsd, fused_linear_uld, reference, reference_uld
-from gold_kernels.kernels.launch import is_interpreted
 
-BACKENDS = ["torch", "triton"] if is_interpreted() else ["torch"]
 OVERLAP = VocabOverlap(torch.arange(150), torch.arange(150), 200, 200)
 
 
@@ -18,13 +17,13 @@ def heads() -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=generator).half() for shape in shapes]
 
 
-def gradients(function, dtype: torch.dtype, **options) -> list[torch.Tensor]:
-    tensors = [tensor.to(dtype) for tensor in heads()]
+def gradients(function, dtype: torch.dtype, device: str = "cpu", **options) -> list[torch.Tensor]:
+    tensors = [tensor.to(device, dtype) for tensor in heads()]
     leaves = [tensor.requires_grad_() for tensor in tensors[:2]]
     return list(torch.autograd.grad(function(*tensors, **options), leaves))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend
 @pytest.mark.parametrize(
     "options",
     [
@@ -34,22 +33,22 @@ def gradients(function, dtype: torch.dtype, **options) -> list[torch.Tensor]:
     ],
     ids=["temperature", "forward", "reverse"],
 )
-def test_uld_gradients_of_float16_are_finite_and_right(options, backend):
+def test_uld_gradients_of_float16_are_finite_and_right(options, device, backend):
     truth = gradients(reference_uld.linear_uld, torch.float64, **options)
-    actual = gradients(fused_linear_uld, torch.float16, backend=backend, **options)
+    actual = gradients(fused_linear_uld, torch.float16, device, backend=backend, **options)
     for ours, expected in zip(actual, truth, strict=True):
-        assert relative_error(ours, expected) < (1e-2 if backend == "torch" else 2e-2)
+        assert relative_error(ours.cpu(), expected) < (1e-2 if backend == "torch" else 2e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend
 @pytest.mark.parametrize("options", [{"beta": 1.0}, {"beta": 0.0, "temperature": 0.1}])
-def test_jsd_gradients_of_float16_are_finite_and_right(options, backend):
+def test_jsd_gradients_of_float16_are_finite_and_right(options, device, backend):
     def peaked(hidden, weight, teacher, teacher_weight, **rest):
         return function(hidden, weight, 3 * teacher, teacher_weight, **rest)
 
     function = reference.linear_jsd
     truth = gradients(peaked, torch.float64, **options)
     function = fused_linear_jsd
-    actual = gradients(peaked, torch.float16, backend=backend, **options)
+    actual = gradients(peaked, torch.float16, device, backend=backend, **options)
     for ours, expected in zip(actual, truth, strict=True):
-        assert relative_error(ours, expected) < 1e-2
+        assert relative_error(ours.cpu(), expected) < 1e-2

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from backends import on_every_backend
 from error_budget import relative_error
 
 from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_uld, reference_uld
 from gold_kernels.alignment import SpanGroups
-from gold_kernels.kernels.launch import is_interpreted
-
-BACKENDS = ["torch", "triton"] if is_interpreted() else ["torch"]
 
 
 def overlap(num_matched: int, v_student: int, v_teacher: int) -> dict:
@@ -47,29 +45,29 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend
 @pytest.mark.parametrize("has_labels", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradients_are_those_of_the_oracle(name, has_labels, backend):
+def test_loss_and_gradients_are_those_of_the_oracle(name, has_labels, device, backend):
     (v_student, v_teacher), options = CASES[name]
     generator = torch.Generator().manual_seed(0)
     shapes = (4, 8), (v_student, 8), (4, 6), (v_teacher, 6)
     tensors = [torch.randn(*shape, generator=generator) for shape in shapes]
     weights = torch.tensor([1.0, -100.0, 0.5, 2.0])
-    labels = {"labels": torch.tensor([0, -100, 0, v_student])} if has_labels else {}
+    labels = torch.tensor([0, -100, 0, v_student])
 
-    def run(function, dtype, **rest):
-        hidden, weight, *teacher = (tensor.to(dtype) for tensor in tensors)
+    def run(function, dtype, device="cpu", **rest):
+        hidden, weight, *teacher = (tensor.to(device, dtype) for tensor in tensors)
         leaves = hidden.requires_grad_(), weight.requires_grad_()
-        if labels:
-            rest |= labels | {"label_weights": weights.to(dtype)}
+        if has_labels:
+            rest |= {"labels": labels.to(device), "label_weights": weights.to(device, dtype)}
         loss = function(*leaves, *teacher, **options, **rest)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     hard = {"weight_hard": 1.0} if has_labels else {}
     truth = run(reference_uld.linear_uld, torch.float64, **hard)
-    actual = run(fused_linear_uld, torch.float32, backend=backend)
-    for ours, expected in zip(actual, truth, strict=True):
+    actual = run(fused_linear_uld, torch.float32, device, backend=backend)
+    for ours, expected in zip([tensor.cpu() for tensor in actual], truth, strict=True):
         assert ours.isfinite().all() and ours.shape == expected.shape
         if bool(expected.any()):
             assert relative_error(ours, expected) < 1e-4
