@@ -4,12 +4,17 @@ are peaked, tied, of equal size and nearly equal, and that it launches.
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from backends import on_every_backend
 from error_budget import assert_within_error_budget, relative_error
 from uld_cases import COUNTING_GRAD_ERROR, COUNTING_LOSS_ERROR, KINDS, uld_case
 
 from gold_kernels import fused_linear_uld, reference_uld, uld_loss
 from gold_kernels.kernels import uld_rows
+from gold_kernels.kernels.bin_table import NUM_BINS
+from gold_kernels.kernels.lines import block_columns, load_logits
+from gold_kernels.kernels.uld_bins import bins_of, count_side
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,6 +131,33 @@ def test_the_order_in_bins_is_that_of_the_oracle(noise):
     teacher = student + noise * torch.randn(2, 20_000)
     loss_error, grad_error, _ = logits_errors(student.to(device), teacher.to(device))
     assert loss_error < 1e-3 and grad_error < 2e-2
+
+
+@triton.jit
+def counted_and_placed_kernel(logits_ptr, out_ptr, table_ptr, size, NUM_BINS: tl.constexpr):
+    """How many values are counted, and how many are in a bin above the last."""
+    origin = (1.0, 0.0, 0.5)  # a logit is its place in bins, negative
+    counted = count_side(
+        logits_ptr, logits_ptr, table_ptr, size, origin, 1, False, False, NUM_BINS, 512, 4
+    )
+    columns = block_columns(0, 512, 4)
+    logits = load_logits(logits_ptr, columns, columns < size)
+    is_placed = (columns < size) & (bins_of(logits, origin, NUM_BINS) < NUM_BINS - 1)
+    tl.store(out_ptr, counted)
+    tl.store(out_ptr + 1, tl.sum(tl.sum(is_placed.to(tl.int32), axis=1), 0))
+
+
+def test_what_is_counted_has_a_bin_above_the_last():
+    """A list has the size that was counted, whatever is rounded at the last edge."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    last = NUM_BINS - 1
+    places = torch.tensor([0.0, last - 1, last - 0.5, last, last + 3]) + torch.tensor(
+        [[-(2.0**-10)], [0.0], [2.0**-10]]
+    )
+    logits = -places.flatten().to(device)
+    out, table = (torch.zeros(size, dtype=torch.int32, device=device) for size in (2, NUM_BINS))
+    counted_and_placed_kernel[(1,)](logits, out, table, logits.numel(), NUM_BINS=NUM_BINS)
+    assert out[0] == out[1] == table[: NUM_BINS - 1].sum() == 8
 
 
 def test_lists_ordered_in_parts_give_the_same_bits(monkeypatch):

@@ -114,7 +114,7 @@ def count_side(
         columns = block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
         offsets = _offsets_of(load_logits(row_ptr, columns, is_column), origin)
-        is_counted = offsets < NUM_BINS - 1.5
+        is_counted = offsets <= NUM_BINS - 1.5  # which bins_of rounds to an even number, down
         if HAS_OVERLAP:
             is_counted &= ~matched_entries(matched_ptr, columns, is_column, True)
         bins = _whole_bits(offsets) & tl.where(is_counted, _WHOLE_MASK, _SOME_BINS)
