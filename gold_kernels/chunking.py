@@ -88,6 +88,7 @@ class Limits(NamedTuple):
     chunk_size: int | None = None  # rows of logits at a time; None takes them from the budget
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     logits_dtype: torch.dtype | None = None  # None: float32, or float64 for float64 inputs
+    row_bytes: int = 0  # that the row function needs beside a row of logits
 
 
 class ChunkPlan(NamedTuple):
@@ -139,6 +140,7 @@ def plan_chunks(
     chunk_row = logits_dtype.itemsize * (v_teacher + (0 if is_in_place else v_student))
     if logits_dtype.itemsize < hidden.dtype.itemsize:  # rounded after the GEMM, one side at a time
         chunk_row += hidden.dtype.itemsize * max(v_student, v_teacher)
+    chunk_row += limits.row_bytes
     chunk_row += sum(_gathered_row(side) for side in (student, teacher) if side is not None)
     grad_row = hidden.dtype.itemsize * v_student if has_grad else 0
     # beside a panel: the copy of its hidden states without rows of weight 0
@@ -157,7 +159,7 @@ def plan_chunks(
     if num_rows * (chunk_row + panel_row) <= budget:
         return ChunkPlan(num_rows, num_rows)
     panel = _rows_within(num_rows, budget // 2, panel_row, None)
-    chunk = min(panel, _rows_within(num_rows, budget // 2, chunk_row, None))
+    chunk = _rows_within(panel, budget - panel * panel_row, chunk_row, None)
     return ChunkPlan(chunk, panel // chunk * chunk)
 
 

@@ -148,6 +148,14 @@ def test_a_chunk_is_never_larger_than_asked_nor_than_the_budget(num_rows, dtype,
             panel_bytes = 0
         assert teacher_bytes + student_bytes + panel_bytes <= budget
 
+@pytest.mark.parametrize("needs", [Needs(True, False, False), Needs(True, True, False)])
+def test_what_a_row_function_needs_is_in_the_budget(needs):
+    v, budget = 151936, DEFAULT_BUDGET_BYTES
+    plan = planned(4096, v, 2048, torch.float32, needs, budget_bytes=budget, row_bytes=4 * v)
+    assert 4 * v * (2 * plan.chunk + plan.panel) <= budget
+    without = planned(4096, v, 2048, torch.float32, needs, budget_bytes=budget)
+    assert plan.chunk < without.chunk
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_row_kernels_see_aligned_rows_at_any_vocabulary(dtype):
