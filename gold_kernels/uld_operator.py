@@ -61,13 +61,15 @@ class ULDRows(NamedTuple):
     spans: Sequence[Tensor] = ()  # [(G,), (G,)] int64, see TokenAlignment.span_ids
 
 
-def row_functions(backend: str) -> tuple[Callable, Callable]:
+def row_functions(backend: str) -> tuple[Callable, Callable, Callable]:
+    """uld_rows_, token_rows_, and how many bytes a row the first one takes."""
     if backend == "triton":
         from gold_kernels.kernels.token_rows import token_rows_  # triton may be missing
         from gold_kernels.kernels.uld_rows import uld_rows_
+        from gold_kernels.kernels.uld_sums import row_bytes
 
-        return uld_rows_, token_rows_
-    return torch_uld_rows.uld_rows_, torch_uld_rows.token_rows_
+        return uld_rows_, token_rows_, row_bytes
+    return torch_uld_rows.uld_rows_, torch_uld_rows.token_rows_, torch_uld_rows.row_bytes
 
 
 def _log_scales(
@@ -130,10 +132,16 @@ def linear_uld_operator(
     softcaps: Sequence[float],
 ) -> list[Tensor]:  # (7, R) row values, then a gradient for each true need
     """An operator, so that torch.compile takes it as it is instead of tracing it."""
-    uld_rows_, token_rows_ = row_functions(backend)
+    uld_rows_, token_rows_, row_bytes = row_functions(backend)
     caps = [cap or None for cap in softcaps]
     chunk_bytes = max(1, budget_bytes - budget_bytes // SCRATCH_PART)
     limits = Limits(chunk_size, chunk_bytes, logits_dtype)
+    own_bytes = row_bytes(
+        student_weight.shape[0],
+        teacher_weight.shape[0],
+        tables[0].shape[0] if tables else 0,
+        logits_dtype or float_dtype(student_hidden),
+    )
     student_index, teacher_index = base_rows if base_rows else (None, None)
     student = LinearHead(
         student_hidden, student_weight, student_bias, logit_scales[0], caps[0], student_index
@@ -200,7 +208,8 @@ def linear_uld_operator(
     if tables:
         bound += matched_weight * (REVERSE_KL_BOUND if beta == 1 else 1.0)
     grads = run_chunks(
-        *(student, teacher, weights, row_function, Needs(*needs), limits),
+        *(student, teacher, weights, row_function, Needs(*needs)),
+        limits._replace(row_bytes=own_bytes),
         grad_bound=max(1.0, bound / temperatures[0]),
     )
     return [values, *(grad for grad in grads if grad is not None)]

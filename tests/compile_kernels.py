@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows
+from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows, uld_sums
 from gold_kernels.kernels.launch import ROW_ALIGNMENT
 
 
@@ -80,17 +80,32 @@ def uld_signatures():
             "LIST_WORDS": uld_rows.LIST_WORDS,
             "BLOCK_V": 4096 if has_lists else 8192,
             "PAIR_BLOCK": uld_rows.PAIR_BLOCK,
+            "SLICE": 1 << 14,
+            "NUM_SLICES": 16,
             "LINE": 4 if logits == "*fp32" else 8,
         }
         types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
         types |= {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
         types |= {"labels_ptr": "*i64", "table_ptr": "*i32", "lists_ptr": "*i32"}
         types |= {"signs_ptr": "*bf16"}
-        types |= {"student_ids_ptr": "*i32", "teacher_ids_ptr": "*i32"}
+        types |= {"student_ids_ptr": "*i32", "partners_ptr": logits}
+        types |= {"sums_ptr": "*fp64"}
         types |= {"student_matched_ptr": "*i1", "teacher_matched_ptr": "*i1"}
         types |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
         signature = signature_of(kernel, types, (*floats, "softcap"), constexprs)
         yield kernel, signature, constexprs
+
+
+def uld_sums_signatures():
+    kernel = uld_sums.uld_sums_kernel
+    for logits in ("*fp32", "*bf16"):
+        constexprs = {"NUM_SLICES": 16, "SLICE": 1 << 14, "PAIR_BLOCK": uld_sums.PAIR_BLOCK}
+        constexprs |= {"HAS_OVERLAP": True}
+        constexprs |= {"BLOCK_V": 4096, "LINE": 4 if logits == "*fp32" else 8}
+        types = {name: logits for name in kernel.arg_names if name.endswith("_ptr")}
+        types |= {"teacher_ids_ptr": "*i32", "sums_ptr": "*fp64"}
+        floats = ("student_bits", "teacher_bits")
+        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
 
 
 def token_signatures():
@@ -137,6 +152,7 @@ def main() -> None:
             *jsd_signatures(),
             *scale_signatures(),
             *uld_signatures(),
+            *uld_sums_signatures(),
             *token_signatures(),
         ):
             attributes = alignment_of(kernel, signature, constexprs)

@@ -12,6 +12,7 @@ from uld_cases import COUNTING_GRAD_ERROR, KINDS, uld_case
 
 from gold_kernels import (
     FusedLinearULDLoss,
+    VocabOverlap,
     fused_linear_uld,
     peak_extra_bytes,
     reference_uld,
@@ -285,6 +286,33 @@ def test_memory_stays_within_the_budget_at_any_number_of_rows(num_rows):
     peak = peak_extra_bytes(step)
     assert peak <= budget + rows_and_gradients + row_function
     assert peak < 4 * num_rows * (v_student + v_teacher), "less than the logits that eager needs"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_overlap", [False, True])
+@pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
+def test_memory_of_the_kernels_stays_within_the_budget(logits_dtype, has_overlap):
+    v_student, v_teacher, size, budget = 30_000, 40_000, 32, 1 << 25
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden, teacher = (torch.randn(8192, size, **options) for _ in range(2))
+    weight, teacher_weight = (torch.randn(v, size, **options) for v in (v_student, v_teacher))
+    ids = torch.arange(v_student, device="cuda")
+    overlap = VocabOverlap(ids, ids, v_student, v_teacher) if has_overlap else None
+    hidden.requires_grad_()
+
+    def step() -> None:
+        loss = fused_linear_uld(
+            *(hidden, weight, teacher, teacher_weight),
+            overlap=overlap,
+            logits_dtype=logits_dtype,
+            budget_bytes=budget,
+        )
+        loss.backward()
+        hidden.grad = None
+
+    rows_and_gradients = hidden.shape[0] * (4 * size + 64)
+    tables = 9 * v_student + v_teacher if has_overlap else 0
+    assert peak_extra_bytes(step, "cuda") <= budget + rows_and_gradients + tables
 
 
 def test_without_grad_mode_no_gradient_is_computed_from_logits():

@@ -21,6 +21,9 @@ _TABLE_ADDRESS = tl.constexpr(
     f"{{ .shared .align 16 .b8 gold_kernels_bins[{4 * TABLE_WORDS}];"
     " mov.u32 $0, gold_kernels_bins; }"
 )
+_STORE = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.%s [$1], $2; } mov.u32 $0, 0;"
+_STORE_HALF = tl.constexpr(_STORE % "b16")
+_STORE_WORD = tl.constexpr(_STORE % "b32")
 
 
 @triton.jit
@@ -135,23 +138,15 @@ def scatter(pointers, values, mask, IS_SHARED: tl.constexpr):
     table needs.
     """
     if IS_SHARED:
-        if values.dtype.primitive_bitwidth == 16:
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; }mov.u32 $0, 0;",
-                "=r,l,h,r",
-                [pointers.to(tl.int64), values.to(tl.int16, bitcast=True), mask.to(tl.int32)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; }mov.u32 $0, 0;",
-                "=r,l,r,r",
-                [pointers.to(tl.int64), values.to(tl.int32, bitcast=True), mask.to(tl.int32)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+        is_half: tl.constexpr = values.dtype.primitive_bitwidth == 16
+        words = values.to(tl.int16 if is_half else tl.int32, bitcast=True).to(tl.int32)
+        tl.inline_asm_elementwise(
+            _STORE_HALF if is_half else _STORE_WORD,
+            "=r,l,r,r",
+            [pointers.to(tl.int64), words, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     else:
         tl.store(pointers, values, mask=mask)

@@ -40,19 +40,22 @@ def join_lines(line_max, line_sum, bits):
 @triton.jit
 def row_sum(
     row_ptr,
+    first,
+    last,
     vocab_size,
     bits,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
     HAS_LOWEST: tl.constexpr = False,
 ):
-    """Largest logit of a row, the sum of exp2((logit - largest) * bits) and, with HAS_LOWEST, the
-    lowest logit (-1e30 if one is masked).
+    """Of columns from first to last: largest logit; the sum of exp2((logit - largest) * bits), in
+    float64 because the sums of nearly equal rows are compared; with HAS_LOWEST the lowest logit
+    (-1e30 if one is masked).
     """
     line_max = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) - 1e30
     line_lowest = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) + 1e30
     line_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    for start in range(0, vocab_size, BLOCK_V):
+    for start in range(first, last, BLOCK_V):
         columns = block_columns(start, BLOCK_V, LINE)
         logits = load_logits(row_ptr, columns, columns < vocab_size)
         new_max = tl.maximum(line_max, tl.max(logits, axis=1))
@@ -62,8 +65,9 @@ def row_sum(
         if HAS_LOWEST:
             lowest = tl.min(tl.where(columns < vocab_size, logits, 1e30), axis=1)
             line_lowest = tl.minimum(line_lowest, lowest)
-    row_max, total = join_lines(line_max, line_sum, bits)
-    return row_max, total, tl.min(line_lowest, 0)
+    row_max = tl.max(line_max, 0)
+    parts = line_sum.to(tl.float64) * tl.exp2((line_max - row_max) * bits).to(tl.float64)
+    return row_max, tl.sum(parts, 0), tl.min(line_lowest, 0)
 
 
 @triton.jit

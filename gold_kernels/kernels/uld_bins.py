@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from gold_kernels.kernels.bin_table import (
+    LISTED,
     WAITING,
     add_to_table,
     load_table,
@@ -35,7 +36,7 @@ SIZE_BITS = tl.constexpr(11)  # of an offset: entries of the student in the bin
 SIZE_MASK = tl.constexpr((1 << 11) - 1)
 # D may leave the sign of its ends d0, d1 in a bin of n entries if min(|d0|, |d1|) < n and it is
 # likely enough: a walk of n steps from d0 to d1 reaches 0 with probability exp(-2 d0 d1 / n).
-CROSSING = tl.constexpr(2.5)
+CROSSING = tl.constexpr(2.0)
 
 
 @triton.jit
@@ -133,6 +134,12 @@ def average_sign(before, after):
     step = tl.where(is_same, 1, after - before).to(tl.float32)
     mixed = (tl.abs(after) - tl.abs(before)).to(tl.float32) / step
     return tl.where(is_same, same, mixed)
+
+
+@triton.jit
+def counted_sign(words):
+    """The sign of a bin; 0 where its entries are listed, whose loss order_lists counts."""
+    return tl.where(words >= LISTED, 0.0, words.to(tl.float32, bitcast=True))
 
 
 @triton.jit

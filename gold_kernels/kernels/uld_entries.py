@@ -6,19 +6,13 @@ s and t are the probabilities of student and teacher times exp(log_scale).
 import triton
 import triton.language as tl
 
-from gold_kernels.kernels.bin_table import LISTED
+from gold_kernels.kernels.bin_table import LISTED, scatter
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, LOG_ZERO, REVERSE_KL, mixture_entries
-from gold_kernels.kernels.lines import NATS, load_logits, log_of
+from gold_kernels.kernels.lines import NATS, block_columns, load_logits, log_of
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
 SMALLEST_REST = tl.constexpr(1e-18)  # of 1 - s where s is 1
-
-
-@triton.jit
-def counted_sign(words):
-    """The sign of a bin; 0 where its entries are listed, whose loss order_lists counted."""
-    return tl.where(words >= LISTED, 0.0, words.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -82,18 +76,45 @@ def span_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
 
 
 @triton.jit
-def matched_pairs(
-    student_ptr, teacher_ptr, ids, is_pair, student_side, teacher_side, beta, MODE: tl.constexpr
-):
-    """Loss and s dloss/ds, in nats, log2 s and log2 t of pairs of entries."""
+def sum_pairs(
+    student_row,
+    student_ids_ptr,
+    partners_row,
+    kept_ptr,
+    num_pairs,
+    student_side,
+    teacher_side,
+    log2_scales,
+    beta,
+    pull_weight,
+    MODE: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
+):  # -> () loss, () s dloss / ds, in nats, () and () probability of the matched entries of a side
+    """Pass over matched entries. NEEDS_GRAD: the weighted pull of each is kept at its column."""
     student_max, student_shift, student_bits = student_side
     teacher_max, teacher_shift, teacher_bits = teacher_side
-    student = load_logits(student_ptr, ids[0], is_pair)
-    teacher = load_logits(teacher_ptr, ids[1], is_pair)
-    log2_s = (student - student_max) * student_bits + student_shift
-    log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift
-    loss, pull = _matched_entries(log2_s, log2_t, beta, MODE)
-    return tl.where(is_pair, loss, 0.0), tl.where(is_pair, pull, 0.0), log2_s, log2_t
+    lines = tl.zeros([PAIR_BLOCK // LINE], dtype=tl.float32)
+    losses, pulls, student_mass, teacher_mass = lines, lines, lines, lines
+    for start in range(0, num_pairs, PAIR_BLOCK):
+        index = block_columns(start, PAIR_BLOCK, LINE)
+        is_pair = index < num_pairs
+        student_ids = tl.load(student_ids_ptr + index, mask=is_pair, other=0)
+        student = load_logits(student_row, student_ids, is_pair)
+        teacher = load_logits(partners_row, index, is_pair)
+        log2_s = (student - student_max) * student_bits + student_shift
+        log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift
+        loss, pull = _matched_entries(log2_s, log2_t, beta, MODE)
+        losses += tl.sum(tl.where(is_pair, loss, 0.0), axis=1)
+        pulls += tl.sum(tl.where(is_pair, pull, 0.0), axis=1)
+        student_mass += tl.sum(tl.exp2(log2_s - log2_scales[0]), axis=1)
+        teacher_mass += tl.sum(tl.exp2(log2_t - log2_scales[1]), axis=1)
+        if NEEDS_GRAD:
+            kept = (pull_weight * pull).to(kept_ptr.dtype.element_ty)
+            scatter(kept_ptr + student_ids, kept, is_pair, IS_SHARED)
+    return tl.sum(losses, 0), tl.sum(pulls, 0), tl.sum(student_mass, 0), tl.sum(teacher_mass, 0)
 
 
 @triton.jit

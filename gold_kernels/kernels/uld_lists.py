@@ -28,6 +28,7 @@ from gold_kernels.kernels.uld_bins import (
     SIZE_MASK,
     average_sign,
     bins_of,
+    counted_sign,
     matched_entries,
 )
 
@@ -80,36 +81,40 @@ def open_window(
 
 
 @triton.jit
-def append_side(
+def sum_signed(
     row_ptr,
     matched_ptr,
     table,
     counter,
     list_ptr,
     vocab_size,
+    side,
     origin,
     IS_TEACHER: tl.constexpr,
     HAS_OVERLAP: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
-):
-    """A pass over a row for nothing but its listed entries."""
+):  # -> () sum of value * sign of its bin over the unmatched entries of a side
+    """Entries of listed bins are appended to the list instead."""
+    row_max, shift, bits = side
+    signed = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
         columns = block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
-        bins = bins_of(load_logits(row_ptr, columns, is_column), origin, NUM_BINS)
-        words = load_table(table, bins, IS_SHARED)
+        logits = load_logits(row_ptr, columns, is_column)
+        words = load_table(table, bins_of(logits, origin, NUM_BINS), IS_SHARED)
         if HAS_OVERLAP:
             is_matched = matched_entries(matched_ptr, columns, is_column, True)
             words = tl.where(is_matched, 0, words)
-        append_listed(counter, list_ptr, words, entries_of(columns, IS_TEACHER), IS_SHARED)
-
-
-@triton.jit
-def entries_of(columns, IS_TEACHER: tl.constexpr):
-    return (columns << 1) | (1 if IS_TEACHER else 0)
+        values = tl.exp2((logits - row_max) * bits + shift)
+        signed += tl.sum(counted_sign(words) * values, axis=1)
+        if HAS_LISTS:
+            entries = (columns << 1) | (1 if IS_TEACHER else 0)
+            append_listed(counter, list_ptr, words, entries, IS_SHARED)
+    return tl.sum(signed, 0)
 
 
 @triton.jit
@@ -239,9 +244,9 @@ def order_row(
     counter,
     lists,
     signs_ptr,
-    vocab_sizes,
-    student_origin,
-    teacher_origin,
+    vocab_sizes,  # of student and teacher, like sides and origins
+    sides,
+    origins,
     grid,
     num_listed,
     NEEDS_GRAD: tl.constexpr,
@@ -261,19 +266,19 @@ def order_row(
             open_window(table, offsets_ptr, base, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE)
             store_table(table, NUM_BINS, 0, IS_SHARED)
             tl.debug_barrier()
-            append_side(
+            sum_signed(  # for the list alone
                 student_row, student_matched_ptr, table, counter, list_ptr, vocab_sizes[0],
-                student_origin, False, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+                sides[0], origins[0], False, HAS_OVERLAP, True, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
             )  # fmt: skip
-            append_side(
+            sum_signed(
                 teacher_row, teacher_matched_ptr, table, counter, list_ptr, vocab_sizes[1],
-                teacher_origin, True, HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+                sides[1], origins[1], True, HAS_OVERLAP, True, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
             )  # fmt: skip
         tl.debug_barrier()
         num_entries = load_table(table, NUM_BINS, IS_SHARED)
         place_entries(
-            student_row, teacher_row, student_origin, teacher_origin, table, lists, base,
-            num_entries, IS_SHARED, NUM_BINS,
+            student_row, teacher_row, origins[0], origins[1], table, lists, base, num_entries,
+            IS_SHARED, NUM_BINS,
         )  # fmt: skip
         tl.debug_barrier()
         part, signed = order_lists(

@@ -17,8 +17,9 @@ where one last bin holds the rest. Where D keeps its sign across a bin, the bin'
 is exact from the values; where it may not, entries are listed and ordered. Without lists (16-bit
 logits, whose ties fill bins) D is taken as linear there, and the gradient is the average sign.
 
-Passes over a row: both log-sum-exps; counts; a scan of the bins; for every LIST_SIZE entries to be
-ordered one more; loss and sum of s h; gradient s h - q sum(s h), with h = dloss / ds.
+The log-sum-exps come from uld_sums.py. Passes over a row: counts; a scan of the bins; loss and sum
+of s h; for every LIST_SIZE entries to be ordered but the first one more; matched entries; gradient
+s h - q sum(s h), with h = dloss / ds.
 """
 
 from collections.abc import Sequence
@@ -30,9 +31,7 @@ from torch import Tensor
 from gold_kernels.kernels.bin_table import (
     NUM_BINS,
     TABLE_WORDS,
-    append_listed,
     load_table,
-    scatter,
     shared_table,
 )
 from gold_kernels.kernels.jsd_rows import FORWARD_KL, JSD, REVERSE_KL
@@ -44,6 +43,7 @@ from gold_kernels.kernels.lines import (
     block_columns,
     entry_parts,
     load_logits,
+    log_of,
     row_sum,
 )
 from gold_kernels.kernels.uld_bins import (
@@ -57,14 +57,10 @@ from gold_kernels.kernels.uld_bins import (
     origin_of,
     scan_bins,
 )
-from gold_kernels.kernels.uld_entries import (
-    counted_sign,
-    matched_pairs,
-    span_entries,
-    student_signs,
-)
-from gold_kernels.kernels.uld_lists import LIST_WORDS, entries_of, open_window, order_row
+from gold_kernels.kernels.uld_entries import span_entries, student_signs, sum_pairs
+from gold_kernels.kernels.uld_lists import LIST_WORDS, open_window, order_row, sum_signed
 from gold_kernels.kernels.uld_memory import working_memory
+from gold_kernels.kernels.uld_sums import join_slices, uld_sums
 
 # Entries below 2**-12 / V share a bin: together below 1/4096 of a side. Peaked rows, as trained
 # models have, keep most entries there: a bound of 2**-6 / V cost up to 2e-2 of their loss.
@@ -74,7 +70,7 @@ MIN_RANGE_BITS = tl.constexpr(1.0)
 MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
 SCAN_BINS = 1 << 11
 PAIR_BLOCK = 1 << 11
-PAIR_LINE = tl.constexpr(4)  # ids that a thread loads at once
+PAIR_LINE = tl.constexpr(4)  # pairs that a thread loads at once
 
 # loss, cross_entropy, matched and unmatched loss, matched mass of student and teacher, and
 # dloss / dlog_scale of the student
@@ -91,7 +87,8 @@ def uld_rows_kernel(
     teacher_scales_ptr,  # (C,)
     labels_ptr,  # (C,) int64, read if HAS_LABELS
     student_ids_ptr,  # (K,) int32 matched entries, read if HAS_OVERLAP
-    teacher_ids_ptr,  # (K,) int32, the partner of each
+    partners_ptr,  # (C, K) logits of their partners, see uld_sums.py
+    sums_ptr,  # (C, 2, S, 3) float64, log-sum-exps in slices, see uld_sums.py
     student_matched_ptr,  # (V_s,) bool, is matched
     teacher_matched_ptr,  # (V_t,) bool
     student_spans_ptr,  # (C,) int64 entry or -1, read if HAS_SPANS
@@ -103,6 +100,7 @@ def uld_rows_kernel(
     student_row_stride,
     teacher_row_stride,
     grad_row_stride,
+    partners_row_stride,
     values_stride,
     signs_row_stride,
     num_rows,
@@ -134,6 +132,8 @@ def uld_rows_kernel(
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
 ):
     own_table = tl.program_id(0).to(tl.int64) * TABLE_WORDS
     table = shared_table() if IS_SHARED else table_ptr + own_table
@@ -152,14 +152,17 @@ def uld_rows_kernel(
         hard_weight = tl.load(weights_ptr + 2 * row + 1)
         # a row of weight 0 may hold anything, NaN included
         is_live, is_hard_live = weight != 0.0, hard_weight != 0.0
-        student_max, student_total, student_lowest = row_sum(
-            student_row, student_vocab_size, student_bits, BLOCK_V, LINE, True
+        row_sums_ptr = sums_ptr + row_offset * (6 * NUM_SLICES)
+        student_max, student_total, student_lowest = join_slices(
+            row_sums_ptr, student_vocab_size, student_bits, SLICE, NUM_SLICES
         )
-        teacher_max, teacher_total, teacher_lowest = row_sum(
-            teacher_row, teacher_vocab_size, teacher_bits, BLOCK_V, LINE, True
+        teacher_max, teacher_total, teacher_lowest = join_slices(
+            row_sums_ptr + 3 * NUM_SLICES, teacher_vocab_size, teacher_bits, SLICE, NUM_SLICES
         )
         # not the difference of the logarithms, which are rounded at 17 near convergence
-        gap = tl.log2(teacher_total / student_total)
+        excess = ((teacher_total - student_total) / student_total).to(tl.float32)
+        student_total, teacher_total = student_total.to(tl.float32), teacher_total.to(tl.float32)
+        gap = log_of(excess, tl.log2(teacher_total / student_total) * NATS) * BITS
         student_sum, teacher_sum = tl.log2(student_total), tl.log2(teacher_total)
         student_scale, teacher_scale = 0.0, 0.0
         if HAS_SCALES:
@@ -238,86 +241,55 @@ def uld_rows_kernel(
         tl.debug_barrier()
 
         soft_weight = weight * student_bits * NATS  # 1 / temperature
-        lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-        student_signed, teacher_signed = lines, lines
-        for start in range(0, num_student, BLOCK_V):
-            columns = block_columns(start, BLOCK_V, LINE)
-            is_column = columns < student_vocab_size
-            logits = load_logits(student_row, columns, is_column)
-            words = load_table(table, bins_of(logits, student_origin, NUM_BINS), IS_SHARED)
-            if HAS_OVERLAP:
-                is_matched = matched_entries(student_matched_ptr, columns, is_column, True)
-                words = tl.where(is_matched, 0, words)
-            s = tl.exp2((logits - student_max) * student_bits + student_side[1])
-            student_signed += tl.sum(counted_sign(words) * s, axis=1)
-            if HAS_LISTS:
-                append_listed(counter, list_ptr, words, entries_of(columns, False), IS_SHARED)
-        for start in range(0, num_teacher, BLOCK_V):
-            columns = block_columns(start, BLOCK_V, LINE)
-            is_column = columns < teacher_vocab_size
-            logits = load_logits(teacher_row, columns, is_column)
-            words = load_table(table, bins_of(logits, teacher_origin, NUM_BINS), IS_SHARED)
-            if HAS_OVERLAP:
-                is_matched = matched_entries(teacher_matched_ptr, columns, is_column, True)
-                words = tl.where(is_matched, 0, words)
-            t = tl.exp2((logits - teacher_max) * teacher_bits + teacher_side[1])
-            teacher_signed += tl.sum(counted_sign(words) * t, axis=1)
-            if HAS_LISTS:
-                append_listed(counter, list_ptr, words, entries_of(columns, True), IS_SHARED)
+        signed_sum = sum_signed(
+            student_row, student_matched_ptr, table, counter, list_ptr, num_student, student_side,
+            student_origin, False, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+        )  # fmt: skip
+        teacher_signed_sum = sum_signed(
+            teacher_row, teacher_matched_ptr, table, counter, list_ptr, num_teacher, teacher_side,
+            teacher_origin, True, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+        )  # fmt: skip
         listed_loss, listed_sign = 0.0, 0.0
         if HAS_LISTS:
             listed_loss, listed_sign = order_row(
                 student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, counter,
-                lists, own_signs, (num_student, num_teacher), student_origin, teacher_origin, grid,
-                num_listed,
+                lists, own_signs, (num_student, num_teacher), (student_side, teacher_side),
+                (student_origin, teacher_origin), grid, num_listed,
                 NEEDS_GRAD, HAS_OVERLAP, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE, BLOCK_V, LINE,
             )  # fmt: skip
-        pairs = tl.zeros([PAIR_BLOCK // PAIR_LINE], dtype=tl.float32)
-        matched, matched_pull, student_mass, teacher_mass = pairs, pairs, pairs, pairs
+        matched_loss, matched_pull, student_mass, teacher_mass = 0.0, 0.0, 0.0, 0.0
         if HAS_OVERLAP:
-            for start in range(0, num_pairs, PAIR_BLOCK):
-                index = block_columns(start, PAIR_BLOCK, PAIR_LINE)
-                is_pair = index < num_matched
-                student_ids = tl.load(student_ids_ptr + index, mask=is_pair, other=0)
-                teacher_ids = tl.load(teacher_ids_ptr + index, mask=is_pair, other=0)
-                loss, pull, log2_s, log2_t = matched_pairs(
-                    student_row, teacher_row, (student_ids, teacher_ids), is_pair,
-                    student_side, teacher_side, beta, MODE,
-                )  # fmt: skip
-                matched += tl.sum(loss, axis=1)
-                matched_pull += tl.sum(pull, axis=1)
-                student_mass += tl.sum(tl.exp2(log2_s - student_scale), axis=1)
-                teacher_mass += tl.sum(tl.exp2(log2_t - teacher_scale), axis=1)
-                if NEEDS_GRAD:
-                    kept = soft_weight * matched_weight * pull
-                    kept = kept.to(signs_ptr.dtype.element_ty)
-                    scatter(own_signs + student_ids, kept, is_pair, IS_SHARED)
+            matched_loss, matched_pull, student_mass, teacher_mass = sum_pairs(
+                student_row, student_ids_ptr, partners_ptr + row_offset * partners_row_stride,
+                own_signs, num_pairs, student_side, teacher_side, (student_scale, teacher_scale),
+                beta, soft_weight * matched_weight,
+                MODE, NEEDS_GRAD, IS_SHARED, PAIR_BLOCK, PAIR_LINE,
+            )  # fmt: skip
             tl.debug_barrier()  # what was kept is read by other threads
 
-        matched_sum = tl.sum(matched, 0)
-        signed_sum = tl.sum(student_signed, 0)
-        unmatched_sum = signed_sum - tl.sum(teacher_signed, 0) + (edges + listed_loss)
-        pull_sum = matched_weight * tl.sum(matched_pull, 0)
-        pull_sum += unmatched_weight * (signed_sum + listed_sign)
-        student_mass_sum, teacher_mass_sum = tl.sum(student_mass, 0), tl.sum(teacher_mass, 0)
+        unmatched_loss = signed_sum - teacher_signed_sum + (edges + listed_loss)
+        pull_sum = matched_weight * matched_pull + unmatched_weight * (signed_sum + listed_sign)
         if HAS_SPANS:
-            matched_sum = tl.where(is_span, span_loss, matched_sum)
+            matched_loss = tl.where(is_span, span_loss, matched_loss)
             pull_sum = tl.where(is_span, matched_weight * span_slope, pull_sum)
-            student_mass_sum = tl.where(is_span, tl.exp2(student_span), student_mass_sum)
-            teacher_mass_sum = tl.where(is_span, tl.exp2(teacher_span), teacher_mass_sum)
-        loss = matched_weight * matched_sum + unmatched_weight * unmatched_sum
+            student_mass = tl.where(is_span, tl.exp2(student_span), student_mass)
+            teacher_mass = tl.where(is_span, tl.exp2(teacher_span), teacher_mass)
+        loss = matched_weight * matched_loss + unmatched_weight * unmatched_loss
         out_ptr = values_ptr + row
         tl.store(out_ptr, tl.where(is_live, loss, 0.0))
-        tl.store(out_ptr + 2 * values_stride, tl.where(is_live, matched_sum, 0.0))
-        tl.store(out_ptr + 3 * values_stride, tl.where(is_live, unmatched_sum, 0.0))
-        tl.store(out_ptr + 4 * values_stride, tl.where(is_live, student_mass_sum, 0.0))
-        tl.store(out_ptr + 5 * values_stride, tl.where(is_live, teacher_mass_sum, 0.0))
+        tl.store(out_ptr + 2 * values_stride, tl.where(is_live, matched_loss, 0.0))
+        tl.store(out_ptr + 3 * values_stride, tl.where(is_live, unmatched_loss, 0.0))
+        tl.store(out_ptr + 4 * values_stride, tl.where(is_live, student_mass, 0.0))
+        tl.store(out_ptr + 5 * values_stride, tl.where(is_live, teacher_mass, 0.0))
         tl.store(out_ptr + 6 * values_stride, tl.where(is_live, pull_sum, 0.0))
         label, hard_sum, hard_rest = -1, 0.0, 0.0
         if HAS_LABELS:  # cross-entropy at temperature 1
             label = tl.load(labels_ptr + row)
             is_hard_live &= (label >= 0) & (label < student_vocab_size)
-            hard_total = row_sum(student_row, student_vocab_size, BITS, BLOCK_V, LINE)[1]
+            hard_total = row_sum(
+                student_row, 0, student_vocab_size, student_vocab_size, BITS, BLOCK_V, LINE
+            )[1]
+            hard_total = hard_total.to(tl.float32)
             hard_log2_q, hard_rest = entry_parts(
                 student_row, label, is_hard_live, student_vocab_size, student_max, hard_total,
                 BITS, BLOCK_V, LINE,
@@ -394,7 +366,10 @@ def uld_rows_(
     limits = {"maxnreg": 64} if memory.is_shared else {}
     grad = student_logits if grad_logits is None else grad_logits
     student_scales, teacher_scales = (weights, weights) if log_scales is None else log_scales
-    matched = [memory.table] * 4 if tables is None else tables
+    bits = [BITS.value / temperature for temperature in temperatures]
+    teacher_ids = None if tables is None else tables[1]
+    sums, partners, slice_size = uld_sums(student_logits, teacher_logits, teacher_ids, *bits)
+    student_ids, _, *is_matched = [memory.table] * 4 if tables is None else tables
     student_spans, teacher_spans = (memory.table, memory.table) if spans is None else spans
     uld_rows_kernel[(memory.num_programs,)](
         student_logits,
@@ -404,7 +379,10 @@ def uld_rows_(
         student_scales,
         teacher_scales,
         weights if labels is None else labels,
-        *matched,
+        student_ids,
+        memory.table if partners is None else partners,
+        sums,
+        *is_matched,
         student_spans,
         teacher_spans,
         values,
@@ -414,15 +392,15 @@ def uld_rows_(
         student_logits.stride(0),
         teacher_logits.stride(0),
         grad.stride(0),
+        0 if partners is None else partners.stride(0),
         values.stride(0),
         memory.signs.stride(0),
         num_rows,
         student_vocab_size,
         teacher_vocab_size,
-        0 if tables is None else tables[0].shape[0],
+        0 if partners is None else partners.shape[1],
         beta,
-        BITS.value / temperatures[0],
-        BITS.value / temperatures[1],
+        *bits,
         matched_weight,
         unmatched_weight,
         1.0 if softcap is None else softcap,
@@ -445,6 +423,8 @@ def uld_rows_(
         BLOCK_V=block_v,
         LINE=line,
         PAIR_BLOCK=PAIR_BLOCK,
+        SLICE=slice_size,
+        NUM_SLICES=sums.shape[2],
         num_warps=num_warps,
         **limits,
     )

@@ -1,0 +1,182 @@
+"""What the row kernel needs to know of whole rows: log-sum-exps of both sides in slices, and the
+teacher's logits of matched entries side by side.
+
+C rows of a chunk, V vocabulary (V_s, V_t), K matched entries, S slices of a row.
+
+A kernel of its own, because its programs work on a few rows at a time. Matched entries are alone
+in their sector of 32 bytes more often than not; here the sectors of a row are in the L2 cache when
+they are asked for again. The row kernel has as many rows in hand as programs, more than the cache
+holds, and paid 32 bytes of memory for an entry.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gold_kernels.kernels.launch import aligned_width, empty_rows, is_interpreted, row_block
+from gold_kernels.kernels.lines import LOWEST_LOGIT, row_sum
+
+SLICE_BLOCKS = 4  # blocks of a row that a program sums
+PAIR_BLOCK = 1 << 9
+SLICE_VALUES = 3
+
+
+class Slices(NamedTuple):
+    """How rows are cut."""
+
+    size: int  # columns, or fewer in the last
+    student: int  # slices of a row
+    teacher: int
+    block_v: int
+    line: int
+    num_warps: int
+
+    @classmethod
+    def of(cls, v_student: int, v_teacher: int, dtype: torch.dtype) -> "Slices":
+        block_v, line, num_warps = row_block(max(v_student, v_teacher), dtype)
+        size = SLICE_BLOCKS * block_v
+        counts = (triton.cdiv(v_student, size), triton.cdiv(v_teacher, size))
+        return cls(size, *counts, block_v, line, num_warps)
+
+    @property
+    def most(self) -> int:  # S
+        return triton.next_power_of_2(max(self.student, self.teacher))
+
+
+def row_bytes(v_student: int, v_teacher: int, num_matched: int, dtype: torch.dtype) -> int:
+    """Of the tensors that uld_sums returns."""
+    sums = 2 * Slices.of(v_student, v_teacher, dtype).most * SLICE_VALUES
+    return torch.float64.itemsize * sums + dtype.itemsize * aligned_width(num_matched)
+
+
+@triton.jit
+def _store_slice(
+    row_ptr,
+    sums_ptr,
+    part,
+    vocab_size,
+    bits,
+    SLICE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    first = part * SLICE
+    last = tl.minimum(first + SLICE, vocab_size)
+    largest, total, lowest = row_sum(row_ptr, first, last, vocab_size, bits, BLOCK_V, LINE, True)
+    tl.store(sums_ptr + 3 * part, largest.to(tl.float64))
+    tl.store(sums_ptr + 3 * part + 1, total)
+    tl.store(sums_ptr + 3 * part + 2, lowest.to(tl.float64))
+
+
+@triton.jit
+def uld_sums_kernel(
+    student_ptr,  # (C, V_s) logits
+    teacher_ptr,  # (C, V_t)
+    teacher_ids_ptr,  # (K,) int32, read if HAS_OVERLAP
+    sums_ptr,  # (C, 2, S, 3) float64, overwritten as far as there are slices
+    partners_ptr,  # (C, K), overwritten if HAS_OVERLAP
+    student_row_stride,
+    teacher_row_stride,
+    partners_row_stride,
+    num_parts,  # programs of a row: slices of both sides, blocks of pairs
+    num_student_slices,
+    num_teacher_slices,
+    student_vocab_size,
+    teacher_vocab_size,
+    num_matched,
+    student_bits,  # what a logit of 1 is worth, at the temperature of the side
+    teacher_bits,
+    NUM_SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    HAS_OVERLAP: tl.constexpr,
+):
+    row = (tl.program_id(0) // num_parts).to(tl.int64)  # row * stride passes 2**31
+    part = tl.program_id(0) % num_parts
+    teacher_row = teacher_ptr + row * teacher_row_stride
+    row_sums_ptr = sums_ptr + row * (6 * NUM_SLICES)
+    if part < num_student_slices:
+        student_row = student_ptr + row * student_row_stride
+        _store_slice(
+            student_row, row_sums_ptr, part, student_vocab_size, student_bits, SLICE, BLOCK_V, LINE
+        )
+    elif part < num_student_slices + num_teacher_slices:
+        row_sums_ptr += 3 * NUM_SLICES
+        part -= num_student_slices
+        _store_slice(
+            teacher_row, row_sums_ptr, part, teacher_vocab_size, teacher_bits, SLICE, BLOCK_V, LINE
+        )
+    elif HAS_OVERLAP:
+        first = (part - num_student_slices - num_teacher_slices) * PAIR_BLOCK
+        index = first + tl.arange(0, PAIR_BLOCK)
+        is_pair = index < num_matched
+        teacher_ids = tl.load(teacher_ids_ptr + index, mask=is_pair, other=0)
+        logits = tl.load(teacher_row + teacher_ids, mask=is_pair, other=0.0)
+        tl.store(partners_ptr + row * partners_row_stride + index, logits, mask=is_pair)
+
+
+@triton.jit
+def join_slices(
+    sums_ptr, vocab_size, bits, SLICE: tl.constexpr, NUM_SLICES: tl.constexpr
+):  # -> () largest logit of a row, () float64 sum of exp2 from there, () lowest logit
+    slices = tl.arange(0, NUM_SLICES)
+    is_slice = slices * SLICE < vocab_size
+    largest = tl.load(sums_ptr + 3 * slices, mask=is_slice, other=LOWEST_LOGIT).to(tl.float32)
+    totals = tl.load(sums_ptr + 3 * slices + 1, mask=is_slice, other=0.0)
+    lowest = tl.load(sums_ptr + 3 * slices + 2, mask=is_slice, other=1e30).to(tl.float32)
+    row_max = tl.max(largest, 0)
+    totals *= tl.exp2((largest - row_max) * bits).to(tl.float64)
+    return row_max, tl.sum(totals, 0), tl.min(lowest, 0)
+
+
+def uld_sums(
+    student_logits: Tensor,  # (C, V_s), unit column stride
+    teacher_logits: Tensor,  # (C, V_t), unit column stride
+    teacher_ids: Tensor | None,  # (K,) int32
+    student_bits: float,
+    teacher_bits: float,
+) -> tuple[Tensor, Tensor | None, int]:
+    """Launch uld_sums_kernel on the rows of a chunk: (C, 2, S, 3) float64 of student and teacher,
+    of each slice the largest logit, the sum of exp2 from there and the lowest logit; (C, K) logits
+    of the partners; columns of a slice.
+    """
+    num_rows, v_student = student_logits.shape
+    v_teacher = teacher_logits.shape[1]
+    slices = Slices.of(v_student, v_teacher, student_logits.dtype)
+    sums = student_logits.new_empty(num_rows, 2, slices.most, SLICE_VALUES, dtype=torch.float64)
+    partners, num_matched, pair_block = None, 0, 1 << 16 if is_interpreted() else PAIR_BLOCK
+    if teacher_ids is not None:
+        num_matched = teacher_ids.shape[0]
+        partners = empty_rows(teacher_logits, num_rows, num_matched, teacher_logits.dtype)
+    num_parts = slices.student + slices.teacher + triton.cdiv(num_matched, pair_block)
+    uld_sums_kernel[(num_rows * num_parts,)](
+        student_logits,
+        teacher_logits,
+        sums if teacher_ids is None else teacher_ids,
+        sums,
+        sums if partners is None else partners,
+        student_logits.stride(0),
+        teacher_logits.stride(0),
+        0 if partners is None else partners.stride(0),
+        num_parts,
+        slices.student,
+        slices.teacher,
+        v_student,
+        v_teacher,
+        num_matched,
+        student_bits,
+        teacher_bits,
+        NUM_SLICES=slices.most,
+        SLICE=slices.size,
+        BLOCK_V=slices.block_v,
+        LINE=slices.line,
+        PAIR_BLOCK=pair_block,
+        HAS_OVERLAP=teacher_ids is not None,
+        num_warps=slices.num_warps,
+    )
+    return sums, partners, slices.size
