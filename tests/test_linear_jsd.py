@@ -148,6 +148,7 @@ def test_a_chunk_is_never_larger_than_asked_nor_than_the_budget(num_rows, dtype,
             panel_bytes = 0
         assert teacher_bytes + student_bytes + panel_bytes <= budget
 
+
 @pytest.mark.parametrize("needs", [Needs(True, False, False), Needs(True, True, False)])
 def test_what_a_row_function_needs_is_in_the_budget(needs):
     v, budget = 151936, DEFAULT_BUDGET_BYTES

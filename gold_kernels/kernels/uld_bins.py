@@ -42,14 +42,13 @@ CROSSING = tl.constexpr(2.0)
 @triton.jit
 def origin_of(row_max, bits, per_bit, base, gap):
     """Bins that a logit of 1 is worth, and the place in bins of a logit of 0, as a whole number and
-    a part. The largest logit of the side is at base + gap.
+    a part. The largest logit of the side is at base + gap. In float64: a rounded product and what
+    it lost, in float32, are right only if no compiler fuses the product into a later sum.
     """
     scale = bits * per_bit
-    product = row_max * scale
-    whole, base_whole, gap_whole = tl.floor(product), tl.floor(base), tl.floor(gap)
-    part = (product - whole) + tl.fma(row_max, scale, -product)
-    part += (base - base_whole) + (gap - gap_whole)
-    return scale, whole + base_whole + gap_whole, part
+    place = row_max.to(tl.float64) * scale + (base.to(tl.float64) + gap)
+    whole = tl.floor(place)
+    return scale, whole.to(tl.float32), (place - whole).to(tl.float32)
 
 
 @triton.jit
