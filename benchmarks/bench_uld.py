@@ -14,7 +14,8 @@ teacher that is the student with 1 % noise, where V_s = V_t. Where V_s differs f
 gets no time, and the run ends with 1, beyond MAX_LOSS_ERROR or MAX_GRAD_ERROR on the random or the
 peaked pair; all other errors are reported.
 
-Bytes of the row kernel with float32 logits: 4 (V_s + V_t) a pass, four passes, and 2 V_s written.
+Bytes of the row kernels with float32 logits: 12 (V_s + V_t) for log-sum-exps, counts and loss,
+4 V_s for the gradient, and 2 V_s written; hybrid, 4 K each to gather, write and read partners.
 Peak memory is above the inputs; peak_extra_mib also leaves out the returned gradients.
 """
 

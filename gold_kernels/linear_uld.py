@@ -3,8 +3,9 @@ probabilities, without full logits and without a sort on the GPU.
 
 N scored rows of a side (N_s, N_t), G aligned groups or pairs of rows, S scalar rows, R rows of the
 student that are projected, D hidden size (D_s, D_t), V vocabulary (V_s, V_t). P teacher, Q student.
-Ladder: kernels/uld_rows.py and token_rows.py or torch_uld_rows.py -> chunking.run_chunks ->
-uld_operator -> FusedLinearULDFunction -> fused_linear_uld -> FusedLinearULDLoss.
+Ladder: kernels/uld_sums.py, uld_rows.py and token_rows.py or torch_uld_rows.py ->
+chunking.run_chunks -> uld_operator -> FusedLinearULDFunction -> fused_linear_uld ->
+FusedLinearULDLoss.
 """
 
 from typing import Any, NamedTuple

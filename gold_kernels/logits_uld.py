@@ -112,9 +112,9 @@ def uld_loss(
     arXiv 2402.12030, eq. 3); with an overlap the hybrid loss. Gradients go to student_logits only.
     Softmax and loss are float32. Prefer fused_linear_uld, which needs no logits: both lines that
     make them go, and the loss gets hidden states and heads. On a GPU logits whose row stride is no
-    multiple of 16 are slower, and with an overlap the teacher's matched logits are copied. Not
-    supported: a second derivative. Raises ValueError for shapes, dtypes, devices and scalars that
-    do not fit.
+    multiple of 16 are slower, and an overlap takes (N, K) of the teacher's dtype for a copy of its
+    matched logits. Not supported: a second derivative. Raises ValueError for shapes, dtypes,
+    devices and scalars that do not fit.
     """
     function = "uld_loss"
     checks.check_logits(function, student_logits, teacher_logits, row_weights)

@@ -17,7 +17,7 @@ BLOCK_ELEMENTS = 1 << 15
 
 
 def row_bytes(v_student: int, v_teacher: int, num_matched: int, dtype: torch.dtype) -> int:
-    """Of memory for all rows at a time: none, temporaries are of a block."""
+    """Memory that grows with the rows of a chunk: none, temporaries have BLOCK_ELEMENTS."""
     return 0
 
 

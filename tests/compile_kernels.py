@@ -98,12 +98,14 @@ def uld_signatures():
 
 def uld_sums_signatures():
     kernel = uld_sums.uld_sums_kernel
-    for logits in ("*fp32", "*bf16"):
+    for logits, has_overlap in (("*fp32", True), ("*bf16", True), ("*fp16", False)):
         constexprs = {"NUM_SLICES": 16, "SLICE": 1 << 14, "PAIR_BLOCK": uld_sums.PAIR_BLOCK}
-        constexprs |= {"HAS_OVERLAP": True}
+        constexprs |= {"HAS_OVERLAP": has_overlap}
         constexprs |= {"BLOCK_V": 4096, "LINE": 4 if logits == "*fp32" else 8}
         types = {name: logits for name in kernel.arg_names if name.endswith("_ptr")}
         types |= {"teacher_ids_ptr": "*i32", "sums_ptr": "*fp64"}
+        if not has_overlap:  # which the launcher has none for
+            types |= {"teacher_ids_ptr": "*fp64", "partners_ptr": "*fp64"}
         floats = ("student_bits", "teacher_bits")
         yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
 

@@ -10,8 +10,8 @@ from backends import on_every_backend
 from error_budget import assert_within_error_budget, relative_error
 from uld_cases import COUNTING_GRAD_ERROR, COUNTING_LOSS_ERROR, KINDS, uld_case
 
-from gold_kernels import fused_linear_uld, reference_uld, uld_loss
-from gold_kernels.kernels import uld_rows
+from gold_kernels import fused_linear_uld, reference_uld, uld_loss, uld_operator
+from gold_kernels.kernels import uld_rows, uld_sums
 from gold_kernels.kernels.bin_table import NUM_BINS
 from gold_kernels.kernels.lines import block_columns, load_logits
 from gold_kernels.kernels.uld_bins import bins_of, count_side
@@ -27,6 +27,47 @@ def test_the_counting_kernel_is_near_the_oracle(kind, has_overlap):
     assert relative_error(actual[0].cpu(), oracle[0]) < COUNTING_LOSS_ERROR
     for ours, truth in zip(actual[1:], oracle[1:], strict=True):
         assert relative_error(ours.cpu(), truth) < COUNTING_GRAD_ERROR
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_many_slices_are_rows_of_one(kind, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = uld_case(kind, has_overlap=True)
+    whole = case.run(fused_linear_uld, torch.float32, device, backend="triton")
+    monkeypatch.setattr(uld_sums, "row_block", lambda v, dtype: (16, 16 // dtype.itemsize, 4))
+    monkeypatch.setattr(uld_sums, "SLICE_BLOCKS", 1)
+    monkeypatch.setattr(uld_sums, "PAIR_BLOCK", 4)
+    monkeypatch.setattr(uld_sums, "is_interpreted", lambda: False)
+    v_student, v_teacher = case.tensors[1].shape[0], case.tensors[3].shape[0]
+    slices = uld_sums.Slices.of(v_student, v_teacher, torch.float32)
+    assert min(slices.student, slices.teacher) > 1 and case.options["overlap"][0].shape[0] > 4
+    parts = case.run(fused_linear_uld, torch.float32, device, backend="triton")
+    for one, many in zip(whole, parts, strict=True):
+        assert relative_error(many.cpu(), one.cpu()) < 1e-5
+
+
+def test_the_budget_counts_what_the_kernels_need_a_row(monkeypatch):
+    limits, run_chunks = [], uld_operator.run_chunks
+
+    def recorded(*args, **options):
+        limits.append(args[5])
+        return run_chunks(*args, **options)
+
+    monkeypatch.setattr(uld_operator, "run_chunks", recorded)
+    case = uld_case(has_overlap=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case.run(fused_linear_uld, torch.float32, device, backend="triton")
+    assert limits[-1].row_bytes >= 4 * case.options["overlap"][0].shape[0] > 0
+
+
+@on_every_backend
+def test_logits_far_from_zero_keep_their_place_on_the_grid(device, backend):
+    """Places from 2**24 on are no float32 numbers. Two sure sides: the loss is 0."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (1e5 * torch.randn(4, size, generator=generator) for size in (320, 411))
+    assert reference_uld.uld_loss(student.double(), teacher.double()) < 1e-9
+    loss = uld_loss(student.to(device), teacher.to(device), backend=backend)
+    assert float(loss) < 1e-6
 
 
 @pytest.mark.parametrize("beta", [0.0, 1e-6, 0.5, 1.0])

@@ -42,13 +42,12 @@ def row_sum(
     row_ptr,
     first,
     last,
-    vocab_size,
     bits,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
     HAS_LOWEST: tl.constexpr = False,
 ):
-    """Of columns from first to last: largest logit; the sum of exp2((logit - largest) * bits), in
+    """Of columns first to last: largest logit; the sum of exp2((logit - largest) * bits), in
     float64 because the sums of nearly equal rows are compared; with HAS_LOWEST the lowest logit
     (-1e30 if one is masked).
     """
@@ -57,13 +56,13 @@ def row_sum(
     line_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     for start in range(first, last, BLOCK_V):
         columns = block_columns(start, BLOCK_V, LINE)
-        logits = load_logits(row_ptr, columns, columns < vocab_size)
+        logits = load_logits(row_ptr, columns, columns < last)
         new_max = tl.maximum(line_max, tl.max(logits, axis=1))
         line_sum *= tl.exp2((line_max - new_max) * bits)
         line_sum += line_sums(logits, new_max, bits)
         line_max = new_max
         if HAS_LOWEST:
-            lowest = tl.min(tl.where(columns < vocab_size, logits, 1e30), axis=1)
+            lowest = tl.min(tl.where(columns < last, logits, 1e30), axis=1)
             line_lowest = tl.minimum(line_lowest, lowest)
     row_max = tl.max(line_max, 0)
     parts = line_sum.to(tl.float64) * tl.exp2((line_max - row_max) * bits).to(tl.float64)

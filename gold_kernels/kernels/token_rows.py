@@ -51,10 +51,10 @@ def token_rows_kernel(
     hard_weight = tl.load(weights_ptr + 2 * row + 1)
     is_soft = (token >= 0) & (token < vocab_size) & (soft_weight != 0.0)
     is_hard = (label >= 0) & (label < vocab_size) & (hard_weight != 0.0)
-    row_max, soft_total, _ = row_sum(logits_ptr, 0, vocab_size, vocab_size, bits, BLOCK_V, LINE)
+    row_max, soft_total, _ = row_sum(logits_ptr, 0, vocab_size, bits, BLOCK_V, LINE)
     hard_total = soft_total
     if bits != BITS:
-        hard_total = row_sum(logits_ptr, 0, vocab_size, vocab_size, BITS, BLOCK_V, LINE)[1]
+        hard_total = row_sum(logits_ptr, 0, vocab_size, BITS, BLOCK_V, LINE)[1]
     soft_total, hard_total = soft_total.to(tl.float32), hard_total.to(tl.float32)
     soft_log2_q, soft_rest = entry_parts(
         logits_ptr, token, is_soft, vocab_size, row_max, soft_total, bits, BLOCK_V, LINE

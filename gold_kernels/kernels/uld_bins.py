@@ -47,8 +47,8 @@ def origin_of(row_max, bits, per_bit, base, gap):
     """
     scale = bits * per_bit
     place = row_max.to(tl.float64) * scale + (base.to(tl.float64) + gap)
-    whole = tl.floor(place)
-    return scale, whole.to(tl.float32), (place - whole).to(tl.float32)
+    whole = tl.floor(place).to(tl.float32)  # rounded from 2**24 on
+    return scale, whole, (place - whole.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -61,9 +61,11 @@ def _whole_bits(offsets):
 
 @triton.jit
 def _offsets_of(logits, origin):
-    """Place of each value in bins, less 1/2, 0 at the top."""
+    """Place of each value in bins, less 1/2, 0 at the top. Beside the logits' distance from 0 the
+    part would be rounded.
+    """
     scale, whole, part = origin
-    return tl.maximum((whole + part - 0.5) - logits * scale, 0.0)
+    return tl.maximum(tl.fma(-logits, scale, whole) + (part - 0.5), 0.0)
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""What one entry of a ULD or hybrid row adds to loss and gradient, once the table has the signs.
+"""What entries of a ULD or hybrid row add to loss and gradient: matched ones, whose pass is here,
+spans, and unmatched ones once the table has their signs.
 
 s and t are the probabilities of student and teacher times exp(log_scale).
 """

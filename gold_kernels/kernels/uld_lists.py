@@ -1,6 +1,7 @@
 """Order of the entries in bins where counts leave the sign of D open: each counts those above it.
 
-Passes over the row append listed entries to a list, in any order; place_entries gives every bin a
+The loss pass, sum_signed, adds up what counts decide and appends listed entries to a list, in any
+order; place_entries gives every bin a
 stretch of keys, the student's before the teacher's; order_lists compares each key with every other
 of its bin. Exact up to values that agree to 2**-13 of a bin, which are ties and get the average of
 their signs. What is summed over entries is summed in fixed point: the order in a list is not the
@@ -53,7 +54,7 @@ LIST_WORDS = 2 * NUM_BINS + 3 * (LIST_SIZE + MAX_LISTED)
 @triton.jit
 def _levels_of(logits, bins, origin):
     """Place of a value in its bin, least at the upper edge. The product is not rounded, so that
-    values differ where their logits differ in the last bit.
+    values differ where their logits differ in the last bit (the interpreter rounds it).
     """
     scale, whole, part = origin
     place = tl.fma(-logits, scale, whole - bins.to(tl.float32)) + part

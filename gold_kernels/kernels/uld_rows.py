@@ -17,9 +17,9 @@ where one last bin holds the rest. Where D keeps its sign across a bin, the bin'
 is exact from the values; where it may not, entries are listed and ordered. Without lists (16-bit
 logits, whose ties fill bins) D is taken as linear there, and the gradient is the average sign.
 
-The log-sum-exps come from uld_sums.py. Passes over a row: counts; a scan of the bins; loss and sum
-of s h; for every LIST_SIZE entries to be ordered but the first one more; matched entries; gradient
-s h - q sum(s h), with h = dloss / ds.
+The log-sum-exps of both sides come from uld_sums.py. Passes over a row: counts; a scan of the bins;
+loss and sum of s h; one more for every LIST_SIZE entries to be ordered beyond the first; matched
+entries; the log-sum-exp of the cross-entropy; gradient s h - q sum(s h), with h = dloss / ds.
 """
 
 from collections.abc import Sequence
@@ -152,12 +152,11 @@ def uld_rows_kernel(
         hard_weight = tl.load(weights_ptr + 2 * row + 1)
         # a row of weight 0 may hold anything, NaN included
         is_live, is_hard_live = weight != 0.0, hard_weight != 0.0
-        row_sums_ptr = sums_ptr + row_offset * (6 * NUM_SLICES)
         student_max, student_total, student_lowest = join_slices(
-            row_sums_ptr, student_vocab_size, student_bits, SLICE, NUM_SLICES
+            sums_ptr, row_offset, student_vocab_size, student_bits, False, SLICE, NUM_SLICES
         )
         teacher_max, teacher_total, teacher_lowest = join_slices(
-            row_sums_ptr + 3 * NUM_SLICES, teacher_vocab_size, teacher_bits, SLICE, NUM_SLICES
+            sums_ptr, row_offset, teacher_vocab_size, teacher_bits, True, SLICE, NUM_SLICES
         )
         # not the difference of the logarithms, which are rounded at 17 near convergence
         excess = ((teacher_total - student_total) / student_total).to(tl.float32)
@@ -286,9 +285,7 @@ def uld_rows_kernel(
         if HAS_LABELS:  # cross-entropy at temperature 1
             label = tl.load(labels_ptr + row)
             is_hard_live &= (label >= 0) & (label < student_vocab_size)
-            hard_total = row_sum(
-                student_row, 0, student_vocab_size, student_vocab_size, BITS, BLOCK_V, LINE
-            )[1]
+            hard_total = row_sum(student_row, 0, student_vocab_size, BITS, BLOCK_V, LINE)[1]
             hard_total = hard_total.to(tl.float32)
             hard_log2_q, hard_rest = entry_parts(
                 student_row, label, is_hard_live, student_vocab_size, student_max, hard_total,

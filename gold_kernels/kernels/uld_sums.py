@@ -21,7 +21,8 @@ from gold_kernels.kernels.lines import LOWEST_LOGIT, row_sum
 
 SLICE_BLOCKS = 4  # blocks of a row that a program sums
 PAIR_BLOCK = 1 << 9
-SLICE_VALUES = 3
+SLICE_VALUES = 3  # largest logit, sum of exp2 from there, lowest logit
+_VALUES = tl.constexpr(SLICE_VALUES)
 
 
 class Slices(NamedTuple):
@@ -53,9 +54,14 @@ def row_bytes(v_student: int, v_teacher: int, num_matched: int, dtype: torch.dty
 
 
 @triton.jit
+def _slices_ptr(sums_ptr, row, IS_TEACHER: tl.constexpr, NUM_SLICES: tl.constexpr):
+    return sums_ptr + (2 * row + (1 if IS_TEACHER else 0)) * (NUM_SLICES * _VALUES)
+
+
+@triton.jit
 def _store_slice(
     row_ptr,
-    sums_ptr,
+    slices_ptr,
     part,
     vocab_size,
     bits,
@@ -65,10 +71,11 @@ def _store_slice(
 ):
     first = part * SLICE
     last = tl.minimum(first + SLICE, vocab_size)
-    largest, total, lowest = row_sum(row_ptr, first, last, vocab_size, bits, BLOCK_V, LINE, True)
-    tl.store(sums_ptr + 3 * part, largest.to(tl.float64))
-    tl.store(sums_ptr + 3 * part + 1, total)
-    tl.store(sums_ptr + 3 * part + 2, lowest.to(tl.float64))
+    largest, total, lowest = row_sum(row_ptr, first, last, bits, BLOCK_V, LINE, True)
+    slice_ptr = slices_ptr + part * _VALUES
+    tl.store(slice_ptr, largest.to(tl.float64))
+    tl.store(slice_ptr + 1, total)
+    tl.store(slice_ptr + 2, lowest.to(tl.float64))
 
 
 @triton.jit
@@ -99,17 +106,17 @@ def uld_sums_kernel(
     row = (tl.program_id(0) // num_parts).to(tl.int64)  # row * stride passes 2**31
     part = tl.program_id(0) % num_parts
     teacher_row = teacher_ptr + row * teacher_row_stride
-    row_sums_ptr = sums_ptr + row * (6 * NUM_SLICES)
     if part < num_student_slices:
         student_row = student_ptr + row * student_row_stride
+        slices_ptr = _slices_ptr(sums_ptr, row, False, NUM_SLICES)
         _store_slice(
-            student_row, row_sums_ptr, part, student_vocab_size, student_bits, SLICE, BLOCK_V, LINE
+            student_row, slices_ptr, part, student_vocab_size, student_bits, SLICE, BLOCK_V, LINE
         )
     elif part < num_student_slices + num_teacher_slices:
-        row_sums_ptr += 3 * NUM_SLICES
         part -= num_student_slices
+        slices_ptr = _slices_ptr(sums_ptr, row, True, NUM_SLICES)
         _store_slice(
-            teacher_row, row_sums_ptr, part, teacher_vocab_size, teacher_bits, SLICE, BLOCK_V, LINE
+            teacher_row, slices_ptr, part, teacher_vocab_size, teacher_bits, SLICE, BLOCK_V, LINE
         )
     elif HAS_OVERLAP:
         first = (part - num_student_slices - num_teacher_slices) * PAIR_BLOCK
@@ -122,13 +129,20 @@ def uld_sums_kernel(
 
 @triton.jit
 def join_slices(
-    sums_ptr, vocab_size, bits, SLICE: tl.constexpr, NUM_SLICES: tl.constexpr
+    sums_ptr,
+    row,
+    vocab_size,
+    bits,
+    IS_TEACHER: tl.constexpr,
+    SLICE: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
 ):  # -> () largest logit of a row, () float64 sum of exp2 from there, () lowest logit
     slices = tl.arange(0, NUM_SLICES)
     is_slice = slices * SLICE < vocab_size
-    largest = tl.load(sums_ptr + 3 * slices, mask=is_slice, other=LOWEST_LOGIT).to(tl.float32)
-    totals = tl.load(sums_ptr + 3 * slices + 1, mask=is_slice, other=0.0)
-    lowest = tl.load(sums_ptr + 3 * slices + 2, mask=is_slice, other=1e30).to(tl.float32)
+    slice_ptrs = _slices_ptr(sums_ptr, row, IS_TEACHER, NUM_SLICES) + slices * _VALUES
+    largest = tl.load(slice_ptrs, mask=is_slice, other=LOWEST_LOGIT).to(tl.float32)
+    totals = tl.load(slice_ptrs + 1, mask=is_slice, other=0.0)
+    lowest = tl.load(slice_ptrs + 2, mask=is_slice, other=1e30).to(tl.float32)
     row_max = tl.max(largest, 0)
     totals *= tl.exp2((largest - row_max) * bits).to(tl.float64)
     return row_max, tl.sum(totals, 0), tl.min(lowest, 0)
