@@ -15,7 +15,7 @@ from trainer_cases import losses_of, make_trainer
 import trainer.gold_trainer
 from gold_kernels import fused_linear_jsd
 from trainer import rollout
-from trainer.collator import Example, process_prompts, tokenizer_of
+from trainer.collator import Example, process_prompts, token_ids_of, tokenizer_of
 from trainer.models import placeholder_ids_of, shared_vocab_size
 
 ROWS = tiny_rows(4, images="mixed")
@@ -89,9 +89,9 @@ def rows_of(run):
 def generated(run, examples, seed):
     """Completions of the trainer's student, with its own settings."""
     end_ids = rollout.end_ids_of(run.model, run.processing_class)
-    placeholder_ids = placeholder_ids_of(run.model.config)
+    token_ids = token_ids_of(run.processing_class) - set(placeholder_ids_of(run.model.config))
     return rollout.generate_completions(
-        run.model, run.processing_class, examples, end_ids, placeholder_ids, run.args, seed
+        run.model, run.processing_class, examples, end_ids, token_ids, run.args, seed
     )
 
 

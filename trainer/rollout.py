@@ -1,6 +1,6 @@
 """Completions sampled from the student (on-policy) or the teacher (seq_kd) with local generate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,6 @@ from trainer.collator import (
     Example,
     Processor,
     process_prompts,
-    token_ids_of,
     tokenizer_of,
     until_end,
 )
@@ -70,18 +69,17 @@ def generate_completions(
     processor: Processor,
     examples: Sequence[Example],
     end_ids: Sequence[int],
-    placeholder_ids: Sequence[int],
+    token_ids: Collection[int],  # that may be sampled
     args: GOLDConfig,
     seed: int,
 ) -> list[Example]:
     """The examples with completions as they were sampled: the end token kept, padding dropped.
 
-    Placeholders of pictures and rows of a head that are no token are never sampled. A completion
-    that reaches max_completion_length (or the row's room in max_length) has no end.
+    A completion that reaches max_completion_length (or the row's room in max_length) has no end.
     """
     tokenizer, model = tokenizer_of(processor), base_model(model)
     num_entries = model.get_output_embeddings().weight.shape[0]
-    never = sorted(set(range(num_entries)) - token_ids_of(processor) | set(placeholder_ids))
+    never = [i for i in range(num_entries) if i not in token_ids]
     rooms = [
         args.max_completion_length
         if args.max_length is None

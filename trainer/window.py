@@ -8,6 +8,7 @@ with seq_kd, one of the teacher (off-policy).
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainer.collator import Example, GOLDCollator, tokenizer_of
+from trainer.collator import Example, GOLDCollator, token_ids_of, tokenizer_of
 from trainer.completions import print_completions
 from trainer.config import GOLDConfig
 from trainer.models import teaching
@@ -112,6 +113,16 @@ class Rollouts:
         self.args, self.pairs, self.is_own_teacher = args, pairs, is_own_teacher
         self.sides = {"student": student, "teacher": teacher}
 
+    @cached_property
+    def token_ids(self) -> dict[str, frozenset[int]]:
+        """What student and teacher may write: no placeholders of pictures, and no rows of a head
+        that are no token.
+        """
+        return {
+            name: frozenset(token_ids_of(side.processor) - side.placeholder_ids)
+            for name, side in self.sides.items()
+        }
+
     def source(self, step: int, micro_step: int) -> str:
         """Student (on-policy), teacher or dataset; the same on every rank and after a resume."""
         draw = random.Random(f"{self.args.seed} {step} {micro_step}").random()
@@ -156,7 +167,7 @@ class Rollouts:
                 side.processor,
                 [example for batch in batches for example in batch[name]],
                 sorted(side.end_ids),
-                sorted(side.placeholder_ids),
+                self.token_ids[source],
                 self.args,
                 random.Random(place).getrandbits(63),
             )
