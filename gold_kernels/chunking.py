@@ -27,9 +27,6 @@ DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # |row_weight| / grad_bound times themselves (no entry is beyond 3 row weights times grad_bound, see
 # run_chunks) and are kept in float32 until backward.
 FLOAT16_GRAD_LIMIT = 2.0**14
-# What an entry of the reverse KL's gradient is held to: its log-ratio has no bound, but one of 64
-# takes a teacher's probability of 1e-28 where the student is sure.
-REVERSE_KL_BOUND = 64.0
 # Rows of a chunk are a multiple of one of these where the budget allows it: 256 rows are two
 # programs of a row kernel on each multiprocessor of a Hopper GPU, 128 and 16 fill tiles of GEMMs.
 ROW_MULTIPLES = (256, 128, 16)
@@ -118,6 +115,14 @@ def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = Fals
             torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:  # no other device has a GEMM with a wider output
         matmul_(out, left.to(out.dtype), right.to(out.dtype), accumulate=accumulate)
+
+
+def divergence_bound(beta: float) -> float:
+    """What an entry of the generalized JSD's gradient is held to, beside its row weight. Reverse KL
+    has no bound, but a log-ratio of 64 takes a teacher's probability of 1e-28 where the student
+    is sure.
+    """
+    return 64.0 if beta == 1 else 1.0
 
 
 def float_dtype(hidden: Tensor) -> torch.dtype:

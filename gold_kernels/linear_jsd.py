@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 from gold_kernels import checks, torch_rows
 from gold_kernels.chunking import (
     DEFAULT_BUDGET_BYTES,
-    REVERSE_KL_BOUND,
     Limits,
     LinearHead,
     Needs,
+    divergence_bound,
     float_dtype,
     run_chunks,
 )
@@ -111,7 +111,7 @@ def _linear_jsd_operator(
             has_metrics=has_metrics,
         )
 
-    soft_bound = REVERSE_KL_BOUND if beta == 1 else 1.0
+    soft_bound = abs(weight_soft) * divergence_bound(beta) / temperature
     grads = run_chunks(
         LinearHead(student_hidden, student_weight, student_bias, logit_scales[0], caps[0]),
         LinearHead(teacher_hidden, teacher_weight, teacher_bias, logit_scales[1], caps[1]),
@@ -119,7 +119,7 @@ def _linear_jsd_operator(
         row_function,
         Needs(*needs),
         Limits(chunk_size, budget_bytes, logits_dtype),
-        grad_bound=max(1.0, abs(weight_soft) * soft_bound / temperature + abs(weight_hard)),
+        grad_bound=max(1.0, soft_bound + abs(weight_hard)),
     )
     return [values, *(grad for grad in grads if grad is not None)]
 

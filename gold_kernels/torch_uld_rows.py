@@ -71,6 +71,10 @@ def _log_probs(logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).clamp_min(LOWEST_LOGIT).log_softmax(-1)
 
 
+def _scaled(log_probs: Tensor, log_scale: Tensor | None) -> Tensor:  # (c, any), (c,)
+    return log_probs if log_scale is None else log_probs + log_scale.unsqueeze(-1)
+
+
 def _of_token(log_probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # (c, V), (c, 1)
     """(c, 1) log q of one entry a row and 1 - q, from the other entries: a q that rounds to 1 keeps
     both.
@@ -152,10 +156,7 @@ def uld_rows_(
         student = student_logits[rows].to(values.dtype)
         log_q = _log_probs(student, temperatures[0])
         log_p = _log_probs(teacher_logits[rows].to(values.dtype), temperatures[1])
-        log_s, log_t = (
-            side if scale is None else side + scale.unsqueeze(-1)
-            for side, scale in zip((log_q, log_p), scales, strict=True)
-        )
+        log_s, log_t = map(_scaled, (log_q, log_p), scales)
         matched, unmatched, pull = _pull(log_s, log_t, tables, options)
         masses = [
             _mass(side, is_matched)
@@ -167,10 +168,7 @@ def uld_rows_(
             is_span = spans[0][rows] >= 0
             index = [ids[rows].clamp_min(0).unsqueeze(1) for ids in spans]
             (log_q_span, rest), (log_p_span, _) = map(_of_token, (log_q, log_p), index)
-            log_spans = [
-                side if scale is None else side + scale.unsqueeze(-1)
-                for side, scale in zip((log_q_span, log_p_span), scales, strict=True)
-            ]
+            log_spans = [*map(_scaled, (log_q_span, log_p_span), scales)]
             loss, span_slope = _spans(log_spans, beta)
             span_slope *= matched_weight
             matched = torch.where(is_span, loss, matched)

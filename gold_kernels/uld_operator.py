@@ -18,10 +18,10 @@ from torch import Tensor
 from gold_kernels import torch_uld_rows
 from gold_kernels.chunking import (
     DEFAULT_BUDGET_BYTES,
-    REVERSE_KL_BOUND,
     Limits,
     LinearHead,
     Needs,
+    divergence_bound,
     float_dtype,
     run_chunks,
 )
@@ -206,7 +206,7 @@ def linear_uld_operator(
 
     bound = unmatched_weight
     if tables:
-        bound += matched_weight * (REVERSE_KL_BOUND if beta == 1 else 1.0)
+        bound += matched_weight * divergence_bound(beta)
     grads = run_chunks(
         *(student, teacher, weights, row_function, Needs(*needs)),
         limits._replace(row_bytes=own_bytes),

@@ -12,7 +12,7 @@ STUDENT_GROUPS = [0, 0, 1, -1, 2, 2, 2, 3, 4, 4]  # one token in no group
 TEACHER_GROUPS = [0, 1, 1, 2, -1, 3, -1, 4]  # group 3 alone is one to one
 KINDS = ("pairs", "bayesian", "observed", "late")
 # Limits of the counting kernel, which orders what its counts leave open: what is left
-# are values that agree to 2**-12 of a bin.
+# are values that agree to 2**-13 of a bin.
 COUNTING_LOSS_ERROR, COUNTING_GRAD_ERROR = 1e-4, 2e-2
 
 
