@@ -47,27 +47,19 @@ from gold_kernels.kernels.lines import (
     row_sum,
 )
 from gold_kernels.kernels.uld_bins import (
-    HIGH_STEP,
     LIST_SIZE,
     MAX_LISTED,
     bins_of,
-    clear_bins,
-    count_side,
+    count_row,
     matched_entries,
     origin_of,
-    scan_bins,
+    range_of,
 )
 from gold_kernels.kernels.uld_entries import span_entries, student_signs, sum_pairs
 from gold_kernels.kernels.uld_lists import LIST_WORDS, open_window, order_row, sum_signed
 from gold_kernels.kernels.uld_memory import working_memory
 from gold_kernels.kernels.uld_sums import join_slices, uld_sums
 
-# Entries below 2**-12 / V share a bin: together below 1/4096 of a side. Peaked rows, as trained
-# models have, keep most entries there: a bound of 2**-6 / V cost up to 2e-2 of their loss.
-TAIL_BITS = tl.constexpr(12.0)
-LOWEST_MARGIN = tl.constexpr(1 / 4096)  # two or three bins above the last: the lowest entry counts
-MIN_RANGE_BITS = tl.constexpr(1.0)
-MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
 SCAN_BINS = 1 << 11
 PAIR_BLOCK = 1 << 11
 PAIR_LINE = tl.constexpr(4)  # pairs that a thread loads at once
@@ -169,18 +161,11 @@ def uld_rows_kernel(
             teacher_scale = tl.load(teacher_scales_ptr + row) * BITS
         student_side = (student_max, student_scale - student_sum, student_bits)
         teacher_side = (teacher_max, teacher_scale - teacher_sum, teacher_bits)
-        top = tl.maximum(student_scale - student_sum, teacher_scale - teacher_sum)
-        vocab_size = tl.maximum(student_vocab_size, teacher_vocab_size).to(tl.float32)
-        bottom = tl.maximum(student_scale, teacher_scale) - tl.log2(vocab_size) - TAIL_BITS
-        if HAS_SCALES:
-            bottom -= tl.minimum(tl.abs(student_scale - teacher_scale), MAX_SCALE_GAP)
-        # nothing is below the lowest entry of both sides: finer bins, fewer entries to order
-        student_lowest = (student_lowest - student_max) * student_bits + student_side[1]
-        teacher_lowest = (teacher_lowest - teacher_max) * teacher_bits + teacher_side[1]
-        lowest = tl.minimum(student_lowest, teacher_lowest)
-        lowest -= (top - lowest) * LOWEST_MARGIN
-        bottom = tl.maximum(bottom, lowest)
-        range_bits = tl.maximum(top - bottom, MIN_RANGE_BITS)
+        vocab_size = tl.maximum(student_vocab_size, teacher_vocab_size)
+        top, range_bits = range_of(
+            student_side, teacher_side, student_lowest, teacher_lowest,
+            (student_scale, teacher_scale), vocab_size, HAS_SCALES,
+        )  # fmt: skip
         per_bit = (NUM_BINS - 1.0) / range_bits
         grid = (top, range_bits / (NUM_BINS - 1.0))
 
@@ -211,27 +196,11 @@ def uld_rows_kernel(
         gap = (gap + student_scale - teacher_scale) * per_bit
         student_origin = origin_of(student_max, student_bits, per_bit, base, 0.0)
         teacher_origin = origin_of(teacher_max, teacher_bits, per_bit, base, gap)
-        has_halves, is_counted, edges, num_listed = HAS_LISTS, False, 0.0, 0
-        while not is_counted:
-            tl.debug_barrier()  # signs may still be read
-            clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
-            tl.debug_barrier()
-            step = tl.where(has_halves, HIGH_STEP, -1)
-            counted = count_side(
-                student_row, student_matched_ptr, table, num_student, student_origin, 1,
-                HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
-            )  # fmt: skip
-            counted -= count_side(
-                teacher_row, teacher_matched_ptr, table, num_teacher, teacher_origin, step,
-                HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
-            )  # fmt: skip
-            tl.debug_barrier()
-            edges, num_listed, found = scan_bins(
-                table, offsets_ptr, befores_ptr, grid, num_student - num_teacher, has_halves,
-                HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS, MAX_LISTED,
-            )  # fmt: skip
-            # a half that ran over changes the difference of all halves
-            is_counted, has_halves = found == counted, False
+        edges, num_listed = count_row(
+            student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, offsets_ptr,
+            befores_ptr, (num_student, num_teacher), (student_origin, teacher_origin), grid,
+            HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS, MAX_LISTED, BLOCK_V, LINE,
+        )  # fmt: skip
         sign_row = tl.cast(row if ARE_SIGNS_GRAD else tl.program_id(0), tl.int64)
         own_signs = signs_ptr + sign_row * signs_row_stride
         if HAS_LISTS and num_listed > 0:
