@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test clean
 
 demo: .venv/demo-installed
-	$(BIN)/python -m trainer demo
+	$(BIN)/python -m gold_trainer demo
 
 test: .venv/dev-installed
 	$(BIN)/ruff check .

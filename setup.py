@@ -32,8 +32,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["gold_kernels", "gold_kernels.*", "trainer", "trainer.*"]),
-    package_data={"trainer": ["*.yaml"]},
+    # imported as gold_trainer: the registry has another package called trainer
+    package_dir={"gold_trainer": "trainer"},
+    packages=[
+        *find_packages(include=["gold_kernels", "gold_kernels.*"]),
+        "gold_trainer",
+        *(f"gold_trainer.{name}" for name in find_packages("trainer")),
+    ],
+    package_data={"gold_trainer": ["*.yaml"]},
     install_requires=["torch>=2.8", 'triton>=3.3; platform_system == "Linux"'],
     extras_require={
         "trainer": TRAINER,

@@ -34,7 +34,7 @@ from record import RESULTS, RowLog, environment
 from transformers import TrainerCallback
 
 from gold_kernels import reference, reference_uld
-from trainer import GOLDConfig, GOLDTrainer
+from gold_trainer import GOLDConfig, GOLDTrainer
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 4
 BATCH_SIZE = 4

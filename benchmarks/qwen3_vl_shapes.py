@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from trainer.demo.tiny_vlm import build_processor
+from gold_trainer.demo.tiny_vlm import build_processor
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """GOLD distillation on transformers.Trainer, with the fused losses of gold_kernels."""
 
-from trainer.collator import GOLDCollator
-from trainer.config import GOLDConfig
-from trainer.gold_trainer import GOLDTrainer
+from gold_trainer.collator import GOLDCollator
+from gold_trainer.config import GOLDConfig
+from gold_trainer.trainer import GOLDTrainer
 
 __all__ = ["GOLDCollator", "GOLDConfig", "GOLDTrainer"]

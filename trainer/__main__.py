@@ -1,13 +1,13 @@
-"""The commands `python -m trainer train` and `python -m trainer demo`."""
+"""The commands `python -m gold_trainer train` and `python -m gold_trainer demo`."""
 
 import sys
 
 from rich.console import Console
 
 USAGE = """\
-usage: python -m trainer train [CONFIG.yaml] [--field value ...]   distil a teacher into a student
-       python -m trainer train --help                              every field, with its default
-       python -m trainer demo [--output_dir runs/demo]             handwritten digits, no download
+usage: python -m gold_trainer train [CONFIG.yaml] [--field value ...]   distil a teacher into a student
+       python -m gold_trainer train --help                              every field, with its default
+       python -m gold_trainer demo [--output_dir runs/demo]             handwritten digits, no download
 """
 
 
@@ -15,11 +15,11 @@ def main(argv: list[str]) -> int:
     """Run one command; the exit code is 0, or 2 where the user's input has to change."""
     command, rest = (argv[0], argv[1:]) if argv else (None, [])
     if command == "train":
-        from trainer.command_line import train
+        from gold_trainer.command_line import train
 
         return train(rest)
     if command == "demo":
-        from trainer.command_line import demo
+        from gold_trainer.command_line import demo
 
         return demo(rest)
     if command in ("-h", "--help"):

@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from trainer import models
-from trainer.config import GOLDConfig
+from gold_trainer import models
+from gold_trainer.config import GOLDConfig
 
 logger = logging.getLogger(__name__)
 

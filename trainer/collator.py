@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from trainer.dataset import Messages, Row
+from gold_trainer.dataset import Messages, Row
 
 IGNORE_INDEX = -100
 Processor = ProcessorMixin | PreTrainedTokenizerBase

@@ -18,8 +18,8 @@ import yaml
 from rich.console import Console
 from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 
-from trainer.config import GOLDConfig
-from trainer.data_files import DataArguments, load_rows
+from gold_trainer.config import GOLDConfig
+from gold_trainer.data_files import DataArguments, load_rows
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
     """argv: an optional YAML file, then flags. ValueError says what to change."""
     parser = Parser(
         [ModelArguments, DataArguments, GOLDConfig],
-        prog="python -m trainer train",
+        prog="python -m gold_trainer train",
         usage="%(prog)s [CONFIG.yaml] [--field value ...]",
         allow_abbrev=False,
     )
@@ -130,12 +130,12 @@ def _nearest(name: str, parser: Parser) -> str:
 
 
 def train(argv: list[str]) -> int:
-    """Run `python -m trainer train`, return its exit code."""
+    """Run `python -m gold_trainer train`, return its exit code."""
     return _report_user_errors(_train, argv)
 
 
 def demo(argv: list[str]) -> int:
-    """Run `python -m trainer demo`, return its exit code."""
+    """Run `python -m gold_trainer demo`, return its exit code."""
     return _report_user_errors(_demo, argv)
 
 
@@ -155,7 +155,7 @@ def _train(argv: list[str]) -> None:
     train_rows = load_rows(data_args, "train")
     eval_rows = load_rows(data_args, "eval") if needs_eval else None
 
-    from trainer.gold_trainer import GOLDTrainer  # slow to import: after the checks
+    from gold_trainer.trainer import GOLDTrainer  # slow to import: after the checks
 
     trainer = GOLDTrainer(
         model=model_args.model_name_or_path,
@@ -216,7 +216,7 @@ def _lora_config(model_args: ModelArguments) -> Any:
 
 
 def _demo(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m trainer demo")
+    parser = argparse.ArgumentParser(prog="python -m gold_trainer demo")
     parser.add_argument(
         "--pair",
         choices=("same", "cross"),
@@ -227,7 +227,7 @@ def _demo(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
 
     try:
-        from trainer.demo import run_demo
+        from gold_trainer.demo import run_demo
     except ImportError as error:
         raise ValueError(
             f"the demo needs a package that is missing ({error}): pip install 'gold-kernels[demo]'"

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from trainer.uld_config import ULDFields
+from gold_trainer.uld_config import ULDFields
 
 
 @dataclass

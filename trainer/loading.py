@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.utils import is_peft_available
 
-from trainer import models
-from trainer.collator import Processor, tokenizer_of
-from trainer.config import GOLDConfig
+from gold_trainer import models
+from gold_trainer.collator import Processor, tokenizer_of
+from gold_trainer.config import GOLDConfig
 
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder")
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, is_peft_available
 
-from trainer.collator import Processor, token_ids_of, tokenizer_of
+from gold_trainer.collator import Processor, token_ids_of, tokenizer_of
 
 # Config fields of tokens that stand for picture, video or sound features.
 PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|boi|eoi).*token_(id|index)$")

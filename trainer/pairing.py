@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from gold_kernels import CompletionAligner, TokenAlignment
-from trainer.collator import Example, GOLDCollator, Processor, tokenizer_of
-from trainer.dataset import Row
-from trainer.uld_config import ULDFields
+from gold_trainer.collator import Example, GOLDCollator, Processor, tokenizer_of
+from gold_trainer.dataset import Row
+from gold_trainer.uld_config import ULDFields
 
 logger = logging.get_logger(__name__)
 

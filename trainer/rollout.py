@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from trainer.collator import (
+from gold_trainer.collator import (
     Example,
     Processor,
     process_prompts,
     tokenizer_of,
     until_end,
 )
-from trainer.config import GOLDConfig
-from trainer.models import base_model
+from gold_trainer.config import GOLDConfig
+from gold_trainer.models import base_model
 
 
 def end_ids_of(model: nn.Module, processor: Processor) -> list[int]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gold_kernels import TokenAlignment, ULDMetrics, VocabOverlap, fused_linear_uld
-from trainer.metrics import MetricWindow
-from trainer.pairing import SKIP_REASONS, CompletionPairs
-from trainer.uld_config import ULDFields
+from gold_trainer.metrics import MetricWindow
+from gold_trainer.pairing import SKIP_REASONS, CompletionPairs
+from gold_trainer.uld_config import ULDFields
 
 MATCHED = ("matched_loss", "unmatched_loss", "student_matched_mass", "teacher_matched_mass")
 

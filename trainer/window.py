@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainer.collator import Example, GOLDCollator, token_ids_of, tokenizer_of
-from trainer.completions import print_completions
-from trainer.config import GOLDConfig
-from trainer.models import teaching
-from trainer.pairing import PairCollator
-from trainer.rollout import generate_completions
+from gold_trainer.collator import Example, GOLDCollator, token_ids_of, tokenizer_of
+from gold_trainer.completions import print_completions
+from gold_trainer.config import GOLDConfig
+from gold_trainer.models import teaching
+from gold_trainer.pairing import PairCollator
+from gold_trainer.rollout import generate_completions
 
 Batch = dict[str, Any]
 SIDES = ("examples", "teacher_examples")

@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from trainer.demo.digits import load_pictures
-from trainer.demo.evaluate import accuracy_of, generate_answers
-from trainer.demo.loss_memory import loss_peak_bytes
-from trainer.demo.other_family import build_other_model, build_other_processor
-from trainer.demo.report import (
+from gold_trainer.demo.digits import load_pictures
+from gold_trainer.demo.evaluate import accuracy_of, generate_answers
+from gold_trainer.demo.loss_memory import loss_peak_bytes
+from gold_trainer.demo.other_family import build_other_model, build_other_processor
+from gold_trainer.demo.report import (
     DemoResult,
     draw_contact_sheet,
     draw_loss_curve,
     print_table,
     write_metrics,
 )
-from trainer.demo.tiny_vlm import STUDENT_SIZE, build_model, build_processor
-from trainer.demo.train import (
+from gold_trainer.demo.tiny_vlm import STUDENT_SIZE, build_model, build_processor
+from gold_trainer.demo.train import (
     CHUNK_SIZE,
     DemoSettings,
     load_or_train_teacher,

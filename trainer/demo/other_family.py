@@ -12,8 +12,8 @@ from transformers import (
     set_seed,
 )
 
-from trainer.demo.digits import DIGIT_NAMES, PICTURE_SIZE, QUESTIONS, answer_of
-from trainer.demo.tiny_vlm import INITIALIZER_RANGE, PATCH_SIZE, VLMSize
+from gold_trainer.demo.digits import DIGIT_NAMES, PICTURE_SIZE, QUESTIONS, answer_of
+from gold_trainer.demo.tiny_vlm import INITIALIZER_RANGE, PATCH_SIZE, VLMSize
 
 NUM_MERGES = 50  # the teacher's has about 100 and spells most words of an answer in one token
 BOS, EOS, PAD = "<|begin_of_text|>", "<end_of_utterance>", "<|end_of_text|>"

@@ -9,7 +9,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from trainer.demo.digits import DIGIT_NAMES, Digits, parse_answer
+from gold_trainer.demo.digits import DIGIT_NAMES, Digits, parse_answer
 
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot as plt

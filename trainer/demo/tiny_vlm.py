@@ -13,7 +13,7 @@ from transformers import (
     set_seed,
 )
 
-from trainer.demo.digits import DIGIT_NAMES, PICTURE_SIZE, QUESTIONS, answer_of
+from gold_trainer.demo.digits import DIGIT_NAMES, PICTURE_SIZE, QUESTIONS, answer_of
 
 INITIALIZER_RANGE = 0.05
 PATCH_SIZE = 8

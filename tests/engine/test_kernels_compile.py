@@ -1,0 +1,40 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, on a machine without a GPU too."""
+
+import os
+import subprocess
+import sys
+
+from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows, uld_sums
+from support.processes import TESTS
+
+SHARED_BYTES = 48 << 10  # a program gets no more without asking the driver
+
+
+def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "support.compile_kernels"]
+    processes = [
+        subprocess.Popen(
+            [*command, capability],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=TESTS,
+        )
+        for capability in ("80", "90", "100")
+    ]
+    cubins = []
+    for process in processes:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        cubins += [line.split() for line in output.splitlines()]
+    modules = (jsd_rows, scale, token_rows, uld_rows, uld_sums)
+    kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        compiled = {kernel for target, kernel, *_ in cubins if target == architecture}
+        assert compiled == kernels, "a kernel without a signature in compile_kernels.py"
+    assert len(cubins) == 3 * (15 + 3 + 6 + 3 + 2)
+    assert all(int(size) > 1000 for _, _, size, _ in cubins)
+    for architecture, kernel, _, shared in cubins:
+        assert int(shared) <= SHARED_BYTES, f"{kernel} asks {architecture} for {shared} bytes"

@@ -1,0 +1,61 @@
+"""One process of test_distributed: two steps on fixed rows between two evaluations, weights and
+losses from rank 0.
+
+torchrun --nproc_per_node 2 distributed_step.py OUT_DIR BATCH_SIZE ACCUMULATION
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from gold_trainer import GOLDConfig, GOLDTrainer
+from support.tiny_models import tiny, tiny_rows
+
+
+def main(output_dir: str, batch_size: int, accumulation: int) -> None:
+    student, processor = tiny("qwen3_vl")
+    rows = tiny_rows(8, images="mixed")
+    trainer = GOLDTrainer(
+        model=student,
+        teacher_model=tiny("qwen3_vl", "teacher")[0],
+        args=GOLDConfig(
+            output_dir=output_dir,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            train_sampling_strategy="sequential",
+            optim="sgd",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            lmbda=0.0,
+            max_length=256,
+            max_completion_length=64,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=processor,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        state = {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "eval_losses": [before, after],
+            "processes": trainer.args.world_size,
+            "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+        }
+        torch.save(state, Path(output_dir) / "state.pt")
+    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

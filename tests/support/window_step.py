@@ -1,0 +1,52 @@
+"""One process of test_window: what its windows held in four steps; collected by rank 0.
+
+torchrun --nproc_per_node 2 window_step.py OUT_DIR BATCH_SIZE ACCUMULATION
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from support.tiny_models import tiny_rows
+from support.trainer_cases import make_trainer
+
+
+def main(output_dir: str, batch_size: int, accumulation: int) -> None:
+    trainer = make_trainer(
+        output_dir,
+        tiny_rows(8),
+        "qwen3",
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_generations=2,
+        lmbda=0.5,
+        max_steps=4,
+        temperature=2.0,
+        top_p=1.0,
+    )
+    steps, complete = [], trainer.rollouts.complete
+
+    def record(*args):
+        batches = complete(*args)
+        examples = [example for batch in batches for example in batch["examples"]]
+        steps.append(
+            {
+                "is_on_policy": [batch["is_on_policy"] for batch in batches],
+                "rows": [example.index for example in examples],
+                "completions": [example.completion_ids for example in examples],
+            }
+        )
+        return batches
+
+    trainer.rollouts.complete = record
+    trainer.train()
+    ranks = gather_object([steps])
+    if trainer.is_world_process_zero():
+        torch.save({"ranks": ranks}, Path(output_dir) / "state.pt")
+    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

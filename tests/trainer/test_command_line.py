@@ -1,0 +1,391 @@
+"""The command line: fields from YAML and flags, datasets of every kind, errors in one message."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from gold_trainer import loading
+from gold_trainer.__main__ import main
+from gold_trainer.command_line import parse_arguments
+from gold_trainer.data_files import DataArguments, load_rows
+from support.tiny_models import tiny, tiny_picture, tiny_rows
+
+EXAMPLES = Path(__file__).parents[2] / "trainer"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a saved tiny student and teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    for size in ("student", "teacher"):
+        for part in tiny("qwen3_vl", size):
+            part.save_pretrained(folder / size)
+    return folder
+
+
+@pytest.fixture
+def json_rows(tmp_path):
+    """rows.jsonl with a picture's path in each row, relative to the file."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for number, row in enumerate(tiny_rows(8)):
+        tiny_picture(number).save(folder / f"{number}.png")
+        lines.append(json.dumps(row | {"image": f"{number}.png"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
+
+
+def write_yaml(path, **fields):
+    path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items()))
+    return str(path)
+
+
+def user_error(capsys, *argv):
+    """The message of a command that must fail politely."""
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    assert captured.err.count("error: ") == 1  # progress bars may come before it
+    return captured.err
+
+
+def test_flag_wins_over_yaml_and_yaml_over_default(tmp_path):
+    config_file = write_yaml(
+        tmp_path / "c.yaml", beta=0.1, lmbda=0.2, lora_target_modules=["q_proj", "o_proj"], lora_r=4
+    )
+    model, _, config = parse_arguments(
+        [config_file, "--lmbda", "0.75", "--lora_target_modules", "v_proj"]
+    )
+    assert (config.beta, config.lmbda, model.lora_r, model.lora_alpha) == (0.1, 0.75, 4, 32)
+    assert model.lora_target_modules == ["v_proj"]
+
+
+def test_yaml_values_of_every_kind_arrive(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "learning_rate: 1e-5  # YAML reads a string\nseq_kd: true\nsystem_prompt: '- short -'\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nmax_length: 64\nmax_completion_length: 8\n"
+        "lora_target_modules: [q_proj]\ndataset_config: null\n"
+    )
+    model, data, config = parse_arguments([str(tmp_path / "c.yaml")])
+    assert config.learning_rate == 1e-5
+    assert config.seq_kd is True
+    assert config.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert config.max_length == 64
+    assert data.system_prompt == "- short -"
+    assert model.lora_target_modules == ["q_proj"]
+
+
+def test_yaml_no_is_the_word_where_a_field_has_it_and_false_elsewhere(tmp_path):
+    (tmp_path / "c.yaml").write_text("save_strategy: no\neval_strategy: no\ndisable_dropout: no\n")
+    _, _, config = parse_arguments([str(tmp_path / "c.yaml")])
+    assert (config.save_strategy, config.eval_strategy, config.disable_dropout) == (
+        SaveStrategy.NO,
+        IntervalStrategy.NO,
+        False,
+    )
+
+
+def test_flags_alone_are_enough():
+    model, data, config = parse_arguments(
+        ["--model_name_or_path", "a", "--dataset-name", "b", "--beta=1", "--seq_kd"]
+    )
+    assert (model.model_name_or_path, data.dataset_name) == ("a", "b")
+    assert (config.beta, config.seq_kd) == (1.0, True)
+
+
+@pytest.mark.parametrize("name", ["gold_vlm", "gold_vlm_cross"])
+def test_example_configs_parse(name):
+    argv = [str(EXAMPLES / f"{name}.yaml"), "--use_cpu", "--bf16", "false"]
+    model, data, config = parse_arguments(argv)
+    assert config.use_uld_loss == (name == "gold_vlm_cross")
+    assert config.teacher_model_name_or_path == "Qwen/Qwen3-VL-8B-Instruct"
+    assert config.teacher_model_init_kwargs["dtype"] == "bfloat16"
+    assert (data.prompt_column, data.completion_column) == ("problem", "solution")
+    assert config.max_completion_length < config.max_length
+    assert model.use_peft
+
+
+def test_help_lists_fields_of_model_data_and_config(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--model_name_or_path", "--dataset_name", "--lmbda", "--learning_rate"):
+        assert flag in text
+
+
+def test_without_a_command_the_usage_is_shown(capsys):
+    assert main([]) == 2
+    assert "python -m gold_trainer train" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "python -m gold_trainer demo" in capsys.readouterr().out
+
+
+def test_unknown_command_names_the_commands(capsys):
+    text = user_error(capsys, "trian")
+    assert "'trian'" in text
+    assert "python -m gold_trainer train" in text
+
+
+def test_unknown_yaml_key_names_the_nearest_field(capsys, tmp_path):
+    config_file = write_yaml(tmp_path / "c.yaml", lambda_=0.5, max_completion_lenght=8)
+    assert "did you mean lmbda?" in user_error(capsys, "train", config_file)
+    config_file = write_yaml(tmp_path / "c.yaml", max_completion_lenght=8)
+    assert "did you mean max_completion_length?" in user_error(capsys, "train", config_file)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--betta", "0.5"], "unknown flag --betta; did you mean beta?"),
+        (["--beta", "much"], "invalid float value: 'much'"),
+        (["--beta", "2"], "beta"),
+        (["missing.yaml"], "missing.yaml"),
+        (["--lmbda", "0.5", "late.yaml"], "the YAML file comes before the flags"),
+        ([], "model_name_or_path is missing"),
+        (["--model_name_or_path", "a"], "dataset_name is missing"),
+        (["--model_name_or_path", "a", "--dataset_name", "b"], "teacher_model_name_or_path is"),
+    ],
+)
+def test_wrong_arguments_end_in_one_message(capsys, argv, message):
+    assert message in user_error(capsys, "train", *argv)
+
+
+@pytest.mark.parametrize("text", ["just words", "a: [1", "- a\n- b"])
+def test_a_file_that_is_no_config_ends_in_one_message(capsys, tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert "c.yaml" in user_error(capsys, "train", str(tmp_path / "c.yaml"))
+
+
+def test_json_rows_open_pictures_relative_to_the_file(json_rows):
+    rows = load_rows(DataArguments(dataset_name=str(json_rows)), "train")
+    assert len(rows) == 8
+    assert isinstance(rows[3]["image"], Image.Image)
+    assert rows[3]["image"].size == tiny_picture(3).size
+    assert rows[3]["messages"] == tiny_rows(8)[3]["messages"]
+
+
+def test_pictures_by_path_stand_upright_as_those_of_datasets(tmp_path):
+    """Phones write them turned, with the orientation beside."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    row = {"prompt": "What?", "completion": "That.", "image": str(tmp_path / "0.jpg")}
+    Image.new("RGB", (40, 20), "red").save(row["image"], exif=turned)
+    table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
+    assert table[0]["image"].size == (20, 40), "what datasets makes of it"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    rows = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")), "train")
+    assert rows[0]["image"].size == (20, 40)
+
+
+def test_json_lines_end_at_line_feeds_only(tmp_path):
+    """Unicode's own separators stand in strings as they are, unless the writer escapes all."""
+    row = {"prompt": "one\u2028two\u0085three", "completion": "\u2029"}
+    lines = f"{json.dumps(row, ensure_ascii=False)}\r\n\n" * 2
+    (tmp_path / "rows.jsonl").write_bytes(lines.encode())
+    rows = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")), "train")
+    assert [rows[0], rows[1]] == [row, row] and len(rows) == 2
+
+
+def test_json_list_may_hold_lists_of_pictures_and_mixed_contents(tmp_path):
+    for number in range(2):
+        tiny_picture(number).save(tmp_path / f"{number}.png")
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Same?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "No."}]
+    rows = [{"messages": messages, "images": ["0.png", "1.png"]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    row = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.json")), "train")[0]
+    assert [picture.size for picture in row["images"]] == [tiny_picture(n).size for n in range(2)]
+    assert row["messages"] == messages
+
+
+def test_columns_become_a_conversation():
+    row = {"problem": "What?", "solution": "That.", "figure": [tiny_picture(0)], "level": 3}
+    from gold_trainer.data_files import MappedRows
+
+    args = DataArguments(
+        prompt_column="problem",
+        completion_column="solution",
+        image_column="figure",
+        system_prompt="Be brief.",
+    )
+    mapped = MappedRows([row], None, args)[0]
+    assert mapped["prompt"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What?"},
+    ]
+    assert mapped["completion"] == [{"role": "assistant", "content": "That."}]
+    assert mapped["images"] == row["figure"]
+    assert "problem" in row, "the dataset's own row must stay as it was"
+
+
+def test_saved_folders_parquet_and_imagefolder_load(tmp_path):
+    table = datasets.Dataset.from_list(
+        [{"prompt": "What?", "completion": "That.", "image": tiny_picture(n)} for n in range(3)]
+    )
+    table.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "splits")
+    table.to_parquet(tmp_path / "rows.parquet")
+    pictures = tmp_path / "pictures" / "train"
+    pictures.mkdir(parents=True)
+    lines = []
+    for number in range(3):
+        tiny_picture(number).save(pictures / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "prompt": "a", "completion": "b"}))
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    for name in ("plain", "splits", "rows.parquet", "pictures"):
+        rows = load_rows(DataArguments(dataset_name=str(tmp_path / name)), "train")
+        assert len(rows) == 3, name
+        assert rows[2]["image"].size == tiny_picture(2).size, name
+    splits = DataArguments(dataset_name=str(tmp_path / "splits"))
+    assert len(load_rows(splits, "eval")) == 1
+    sliced = DataArguments(
+        dataset_name=str(tmp_path / "rows.parquet"), dataset_train_split="train[:2]"
+    )
+    assert len(load_rows(sliced, "train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", None, "no such file"),
+        ("rows.jsonl", "{broken", "not valid JSON"),
+        ("rows.json", '{"a": 1}', "a list of objects"),
+        ("rows.jsonl", "\n", "has no rows"),
+        ("rows.xyz", "?", "unknown format '.xyz'"),
+    ],
+)
+def test_dataset_that_cannot_be_read_says_why(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(DataArguments(dataset_name=str(tmp_path / name)), "train")
+
+
+def test_evaluation_on_a_single_file_asks_for_another_dataset(json_rows):
+    with pytest.raises(ValueError, match="eval_dataset_name"):
+        load_rows(DataArguments(dataset_name=str(json_rows)), "eval")
+    both = DataArguments(dataset_name=str(json_rows), eval_dataset_name=str(json_rows))
+    assert len(load_rows(both, "eval")) == 8
+
+
+def test_unreadable_picture_and_missing_column_name_the_row(json_rows):
+    (json_rows.parent / "5.png").write_bytes(b"not a picture")
+    rows = load_rows(DataArguments(dataset_name=str(json_rows)), "train")
+    with pytest.raises(ValueError, match=r"row 5: cannot read the picture .*5\.png"):
+        rows[5]
+    (json_rows.parent / "6.png").unlink()
+    with pytest.raises(ValueError, match="row 6: cannot read"):
+        rows[6]
+    args = DataArguments(dataset_name=str(json_rows), prompt_column="question")
+    with pytest.raises(ValueError, match=r"row 0: no column 'question'; .* image, messages"):
+        load_rows(args, "train")[0]
+
+
+def train_flags(models, json_rows, output_dir):
+    return [
+        *("--model_name_or_path", str(models / "student")),
+        *("--teacher_model_name_or_path", str(models / "teacher")),
+        *("--dataset_name", str(json_rows)),
+        *("--output_dir", str(output_dir)),
+        *("--per_device_train_batch_size", "2", "--max_steps", "2", "--save_strategy", "no"),
+        *("--max_completion_length", "8", "--max_length", "128", "--report_to", "none"),
+        *("--learning_rate", "1e-3", "--lmbda", "0.5", "--use_cpu"),
+    ]
+
+
+def test_train_saves_a_student_that_answers(models, json_rows, tmp_path):
+    """A fresh process, as a user starts it, evaluation included."""
+    output_dir = tmp_path / "out"
+    flags = train_flags(models, json_rows, output_dir)
+    flags += [
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--eval_dataset_name",
+        str(json_rows),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "gold_trainer", "train", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"student saved in {output_dir}" in done.stdout
+    student = AutoModelForImageTextToText.from_pretrained(output_dir)
+    processor = AutoProcessor.from_pretrained(output_dir)
+    before = AutoModelForImageTextToText.from_pretrained(models / "student")
+    assert not student.lm_head.weight.equal(before.lm_head.weight)
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
+    inputs = processor(text=[prompt], images=[tiny_picture(0)], return_tensors="pt")
+    assert student.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("extra", [[], ["--model_init_kwargs", '{"dtype": "float32"}']])
+def test_fields_of_the_student_reach_its_weights(models, json_rows, tmp_path, monkeypatch, extra):
+    students = []
+    load_model = loading.load_model
+
+    def spy(name, *args):
+        students.append((name, args[0], load_model(name, *args)))
+        return students[-1][2]
+
+    monkeypatch.setattr(loading, "load_model", spy)
+    flags = [*train_flags(models, json_rows, tmp_path / "out"), "--max_steps", "1"]
+    flags += ["--dtype", "bfloat16", "--attn_implementation", "eager", "--trust_remote_code"]
+    assert main(["train", *flags, "--model_revision", "v1", *extra]) == 0
+    ((_, options, student),) = (s for s in students if s[0] == str(models / "student"))
+    assert (options["revision"], options["trust_remote_code"]) == ("v1", True)
+    assert student.dtype == (torch.float32 if extra else torch.bfloat16)
+    assert student.config._attn_implementation == "eager"
+
+
+def test_lora_run_saves_the_adapter(models, json_rows, tmp_path):
+    flags = [*train_flags(models, json_rows, tmp_path / "out"), "--use_peft", "--lora_r", "2"]
+    assert main(["train", *flags]) == 0
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "processor_config.json").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_bad_row_met_while_training_ends_in_one_message(
+    capsys, models, json_rows, tmp_path, workers
+):
+    lines = json_rows.read_text().splitlines()
+    broken = json.loads(lines[2])
+    broken["messages"] = broken["messages"][:1]
+    json_rows.write_text("\n".join([*lines[:2], json.dumps(broken), *lines[3:]]))
+    flags = train_flags(models, json_rows, tmp_path / "out")
+    flags += ["--max_steps", "4", "--dataloader_num_workers", workers]
+    assert "row 2" in user_error(capsys, "train", *flags)
+
+
+def test_missing_packages_are_one_message(capsys, models, json_rows, tmp_path, monkeypatch):
+    def load_model(*args):
+        raise ImportError("4-bit quantization requires bitsandbytes")  # as transformers does
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    flags = train_flags(models, json_rows, tmp_path / "out")
+    assert "requires bitsandbytes" in user_error(capsys, "train", *flags)
+    for name in [name for name in sys.modules if name.startswith("gold_trainer.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "pip install 'gold-kernels[demo]'" in user_error(capsys, "demo")
+
+
+def test_nothing_is_written_when_the_configuration_is_wrong(capsys, models, json_rows, tmp_path):
+    flags = train_flags(models, json_rows, tmp_path / "out")
+    user_error(capsys, "train", *flags, "--beta", "-1")
+    user_error(capsys, "train", *flags, "--teacher_model_name_or_path", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,358 @@
+"""Distillation across families through the real trainer: each side with its own tokenizer,
+processor and chat template; the step equals the eager float64 step on full logits.
+"""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+
+from support.cross_cases import (
+    Side,
+    aligner_of,
+    assert_equals,
+    by_position,
+    completions_of,
+    cross_trainer,
+    eager_cross_step,
+    make_sides,
+    off_policy_parts,
+    rows_of,
+)
+from support.trainer_cases import losses_of, recorded_warnings
+
+PAIRS = (  # student, teacher: every family on either side
+    ("lfm2_vl", "qwen3_vl"),
+    ("smolvlm", "qwen3_vl"),
+    ("idefics3", "lfm2_vl"),
+    ("qwen2_5_vl", "gemma3"),
+    ("gemma3", "llava"),
+    ("llava", "idefics3"),
+    ("qwen3_vl", "smolvlm"),
+    ("lfm2_vl", "qwen2_5_vl"),
+    ("llama", "qwen3"),
+    ("qwen3", "llama"),
+)
+HYBRID = {"uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.3}
+HYBRID_EAGER = {"is_hybrid": True, "crossentropy_weight": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "is_hybrid"), [(*pair, i % 2 == 0) for i, pair in enumerate(PAIRS)]
+)
+def test_off_policy_step_equals_the_eager_float64_step(student, teacher, is_hybrid, tmp_path):
+    student, teacher = make_sides(student, teacher)
+    rows = rows_of(student.family)
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    expected = eager_cross_step(
+        student, teacher, rows, *parts, **(HYBRID_EAGER if is_hybrid else {})
+    )
+    fields = HYBRID if is_hybrid else {}
+    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **fields)
+    with recorded_warnings() as messages:
+        trainer.train()
+    assert messages == []
+    assert len(losses_of(trainer)) == 2
+    assert all(math.isfinite(loss) for loss in losses_of(trainer))
+    assert_equals(trainer, recorder, expected)
+
+
+def record_generate(side: Side) -> list[list[int]]:
+    """New tokens of every row that the model generates for, in order."""
+    generated, generate = [], side.model.generate
+
+    def record(*args, **kwargs):
+        output = generate(*args, **kwargs)
+        generated.extend(ids[kwargs["input_ids"].shape[1] :] for ids in output.tolist())
+        return output
+
+    side.model.generate = record
+    return generated
+
+
+def until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "is_hybrid"), [(*pair, i % 2 == 1) for i, pair in enumerate(PAIRS)]
+)
+def test_on_policy_step_equals_the_eager_step_on_what_was_sampled(
+    student, teacher, is_hybrid, tmp_path
+):
+    """Random models write broken UTF-8: what cannot be aligned is left out, the rest is scored."""
+    student, teacher = make_sides(student, teacher)
+    rows = rows_of(student.family, count=6)
+    before = student._replace(model=deepcopy(student.model))
+    generated = record_generate(student)
+    trainer, recorder = cross_trainer(
+        tmp_path,
+        rows,
+        student,
+        teacher,
+        lmbda=1.0,
+        max_completion_length=8,
+        **(HYBRID if is_hybrid else {}),
+    )
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in losses_of(trainer))
+    aligner = aligner_of(before, teacher)
+    sampled = [until(ids, student.tokenizer.eos_token_id) for ids in generated[: len(rows)]]
+    completions = [(ids, aligner.teacher_ids(ids)) for ids in sampled]
+    alignments = [aligner.align(*pair) for pair in completions]
+    assert sum(alignment.num_groups for alignment in alignments) > 0
+    # no cross-entropy on what the student wrote itself
+    expected = eager_cross_step(before, teacher, rows, completions, alignments, is_hybrid=is_hybrid)
+    assert_equals(trainer, recorder, expected)
+    entry = trainer.state.log_history[0]
+    assert entry["on_policy_loss"] == pytest.approx(entry["loss"], rel=1e-5)
+    assert entry["skipped_no_common_end"] == sum(a.num_groups == 0 for a in alignments)
+
+
+def test_cross_entropy_of_a_mixed_window_is_a_mean_over_its_off_policy_tokens(tmp_path):
+    student, teacher = make_sides("llama", "qwen3")
+    rows = rows_of("llama", count=6)
+    before = student._replace(model=deepcopy(student.model))
+    generated = record_generate(student)
+    fields = {"lmbda": 0.5, "max_completion_length": 8, "max_steps": 1, "logging_steps": 1}
+    batches = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    trainer, recorder = cross_trainer(
+        tmp_path,
+        rows,
+        student,
+        teacher,
+        train_sampling_strategy="sequential",
+        **(fields | batches | HYBRID),
+    )
+    sources = [trainer.rollouts.source(0, micro_step) for micro_step in (0, 1)]
+    assert sorted(sources) == ["dataset", "student"], "choose another seed"
+    trainer.train()
+    aligner = aligner_of(before, teacher)
+    sampled = iter([until(ids, student.tokenizer.eos_token_id) for ids in generated])
+    known = completions_of(before, rows)
+    has_labels = [sources[i // 3] == "dataset" for i in range(len(rows))]
+    ids = [known[i] if has else next(sampled) for i, has in enumerate(has_labels)]
+    completions = [(own, aligner.teacher_ids(own)) for own in ids]
+    alignments = [aligner.align(*pair) for pair in completions]
+    expected = eager_cross_step(
+        before, teacher, rows, completions, alignments, has_labels=has_labels, **HYBRID_EAGER
+    )
+    assert_equals(trainer, recorder, expected)
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS[:2])
+def test_teacher_writes_and_the_student_learns_its_text_in_own_tokens(student, teacher, tmp_path):
+    student, teacher = make_sides(student, teacher)
+    rows = [{**row, "messages": row["messages"][:1]} for row in rows_of(student.family, count=4)]
+    generated = record_generate(teacher)
+    trainer, recorder = cross_trainer(
+        tmp_path, rows, student, teacher, seq_kd=True, max_completion_length=8, max_steps=1
+    )
+    before = student._replace(model=deepcopy(student.model))
+    trainer.train()
+    aligner, reverse = aligner_of(student, teacher), aligner_of(teacher, student)
+    sampled = [until(ids, teacher.tokenizer.eos_token_id) for ids in generated]
+    completions = [(reverse.teacher_ids(ids), ids) for ids in sampled]
+    alignments = [aligner.align(*pair) for pair in completions]
+    assert sum(alignment.num_groups for alignment in alignments) > 0
+    for row in rows:
+        row["messages"] = [*row["messages"], {"role": "assistant", "content": ""}]
+    expected = eager_cross_step(before, teacher, rows, completions, alignments)
+    assert_equals(trainer, recorder, expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_accumulation_changes_neither_loss_nor_gradient(accumulation, tmp_path):
+    student, teacher = make_sides("lfm2_vl", "qwen3_vl")
+    rows = rows_of("lfm2_vl", count=4)
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    groups = [alignment.num_groups for alignment in parts[1]]
+    assert len(set(groups)) > 1, "a mean of means would differ"
+    expected = eager_cross_step(student, teacher, rows, *parts, **HYBRID_EAGER)
+    trainer, recorder = cross_trainer(
+        tmp_path,
+        rows,
+        student,
+        teacher,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        **HYBRID,
+    )
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dataloader_num_workers": 1},
+        {"gradient_checkpointing": True},
+        {"chunk_size": 3},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_how_a_step_is_computed_changes_nothing(fields, tmp_path):
+    student, teacher = make_sides("smolvlm", "qwen3_vl")
+    rows = rows_of("smolvlm")
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    expected = eager_cross_step(student, teacher, rows, *parts)
+    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, max_steps=1, **fields)
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+
+
+@pytest.mark.parametrize("sides", [("right", "left"), ("left", "right")])
+def test_padding_sides_may_differ_and_change_nothing(sides, tmp_path):
+    student, teacher = make_sides("lfm2_vl", "qwen3_vl")
+    rows = rows_of("lfm2_vl")
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    expected = eager_cross_step(student, teacher, rows, *parts)
+    student.tokenizer.padding_side, teacher.tokenizer.padding_side = sides
+    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, max_steps=1)
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+
+
+def test_bf16_autocast_is_close_to_float32(tmp_path):
+    student, teacher = make_sides("lfm2_vl", "qwen3_vl")
+    rows = rows_of("lfm2_vl")
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    expected, gradients = eager_cross_step(student, teacher, rows, *parts, **HYBRID_EAGER)
+    options = {"max_steps": 1, "bf16": True, "eval_rows": rows}
+    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **options, **HYBRID)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(expected, rel=2e-2)
+    assert before == pytest.approx(losses_of(trainer)[0], rel=1e-3)
+    names = [name for name in gradients if name in recorder.gradients]
+    flat = [
+        torch.cat([part[name].flatten().double() for name in names])
+        for part in (recorder.gradients, gradients)
+    ]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
+
+
+def test_options_reach_the_loss(tmp_path):
+    student, teacher = make_sides("llama", "qwen3")
+    rows = rows_of("llama")
+    aligner = aligner_of(student, teacher, has_end_of_turn=False)
+    parts = off_policy_parts(student, teacher, rows, aligner)
+    expected = eager_cross_step(
+        student,
+        teacher,
+        rows,
+        *parts,
+        is_hybrid=True,
+        weights=(0.7, 0.4),
+        beta=0.2,
+        crossentropy_weight=0.6,
+        distillation_weight=1.5,
+        student_temperature=1.25,
+        teacher_temperature=0.75,
+    )
+    trainer, recorder = cross_trainer(
+        tmp_path,
+        rows,
+        student,
+        teacher,
+        max_steps=1,
+        beta=0.2,
+        uld_use_hybrid_loss=True,
+        uld_hybrid_matched_weight=0.7,
+        uld_hybrid_unmatched_weight=0.4,
+        uld_crossentropy_weight=0.6,
+        uld_distillation_weight=1.5,
+        uld_student_temperature=1.25,
+        uld_teacher_temperature=0.75,
+        uld_skip_student_eos=True,
+    )
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+
+
+def test_observed_merging_is_that_of_trl(tmp_path):
+    student, teacher = make_sides("llama", "qwen3")
+    rows = rows_of("llama")
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher, "observed"))
+    expected = eager_cross_step(student, teacher, rows, *parts)
+    trainer, recorder = cross_trainer(
+        tmp_path, rows, student, teacher, max_steps=1, uld_token_merge_strategy="observed"
+    )
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_plain_uld_pairs_tokens_by_position(skips, tmp_path):
+    student, teacher = make_sides("llama", "qwen3")
+    rows = rows_of("llama")
+    completions, alignments = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    positions = by_position(completions, alignments, skips)
+    expected = eager_cross_step(student, teacher, rows, completions, positions)
+    trainer, recorder = cross_trainer(
+        tmp_path,
+        rows,
+        student,
+        teacher,
+        max_steps=1,
+        use_extended_uld=False,
+        uld_skip_student_eos=skips,
+        uld_skip_teacher_eos=skips,
+    )
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+
+
+def test_plain_uld_takes_what_a_student_sampled_beyond_its_tokens(tmp_path):
+    student, teacher = make_sides("llama", "qwen3")
+    trainer, _ = cross_trainer(tmp_path, rows_of("llama"), student, teacher, use_extended_uld=False)
+    padded = student.model.get_output_embeddings().out_features - 1
+    assert padded > len(student.tokenizer)
+    text_ids = student.tokenizer("A red square.", add_special_tokens=False)["input_ids"]
+    pair = trainer.pairs.pairs.from_student([padded, *text_ids], None, 0)
+    num_pairs = min(1 + len(text_ids), len(pair.teacher_ids))
+    assert teacher.tokenizer.decode(pair.teacher_ids) == "A red square."
+    assert pair.alignment.num_groups == num_pairs
+    assert pair.alignment.student_base_ids.tolist() == [padded, *text_ids][:num_pairs]
+    spelled = student.tokenizer.decode(text_ids[: num_pairs - 1])
+    assert pair.alignment.scored_bytes == len(spelled)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_evaluation_is_a_mean_over_groups_for_any_batch_size(batch_size, tmp_path):
+    student, teacher = make_sides("lfm2_vl", "qwen3_vl")
+    rows = rows_of("lfm2_vl", count=4)
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    expected, _ = eager_cross_step(student, teacher, rows, *parts, **HYBRID_EAGER)
+    trainer, _ = cross_trainer(
+        tmp_path,
+        rows,
+        student,
+        teacher,
+        eval_rows=rows,
+        per_device_eval_batch_size=batch_size,
+        **HYBRID,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    part = metrics["eval_uld_loss"] + 0.3 * metrics["eval_crossentropy"]
+    assert metrics["eval_loss"] == pytest.approx(part, rel=1e-6)
+    num_tokens = sum(len(ids) for ids, _ in parts[0])
+    num_groups = sum(alignment.num_groups for alignment in parts[1])
+    assert metrics["eval_groups_per_token"] == pytest.approx(num_groups / num_tokens)
+    assert metrics["eval_scored_bytes"] == 1
+    assert 0 < metrics["eval_student_matched_mass"] < 1
+    assert metrics["eval_matched_loss"] > 0 and metrics["eval_unmatched_loss"] > 0
+    assert metrics["eval_skipped_unspelled"] == metrics["eval_skipped_no_common_end"] == 0
+
+
+def test_evaluation_of_rows_that_the_teacher_completes_is_the_same_each_time(tmp_path):
+    student, teacher = make_sides("lfm2_vl", "qwen3_vl")
+    rows = [{**row, "messages": row["messages"][:1]} for row in rows_of("lfm2_vl", count=8)]
+    trainer, _ = cross_trainer(
+        tmp_path, rows, student, teacher, eval_rows=rows, seq_kd=True, max_completion_length=8
+    )
+    losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+    assert losses[0] == losses[1] > 0

@@ -1,0 +1,75 @@
+"""fused_linear_uld where there is nothing, or all, of something: entries, groups, matches."""
+
+import pytest
+import torch
+
+from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_uld, reference_uld
+from gold_kernels.alignment import SpanGroups
+from support.backends import on_every_backend
+from support.error_budget import relative_error
+
+
+def overlap(num_matched: int, v_student: int, v_teacher: int) -> dict:
+    ids = torch.arange(num_matched)
+    shared = VocabOverlap(ids, ids, v_student, v_teacher)
+    return {"overlap": shared, "matched_weight": 0.75, "unmatched_weight": 0.5}
+
+
+def alignment(student: list[int], teacher: list[int], num_groups: int) -> TokenAlignment:
+    sides = torch.tensor(student), torch.tensor(teacher)
+    ids = torch.zeros(4, dtype=torch.int64)
+    return TokenAlignment.from_groups(SpanGroups(*sides, num_groups, 4), ids, ids, 4)
+
+
+CASES = {
+    "no entry matched": ((10, 12), overlap(0, 10, 12)),
+    "all of the student matched": ((10, 12), overlap(10, 10, 12)),
+    "all of the teacher matched": ((12, 10), overlap(10, 12, 10)),
+    "all matched": ((10, 10), overlap(10, 10, 10)),
+    "one entry": ((1, 1), overlap(1, 1, 1)),
+    "one entry of the student": ((1, 5), {}),
+    "one entry of the teacher": ((5, 1), {}),
+    "no group": ((10, 12), {"alignment": alignment([-1] * 4, [-1] * 4, 0)}),
+    "no group, matched": (
+        (10, 12),
+        {"alignment": alignment([-1] * 4, [-1] * 4, 0), **overlap(3, 10, 12)},
+    ),
+    "merged by the student alone": (
+        (10, 12),
+        {"alignment": alignment([0, 0, 0, 1], [-1, 0, 1, -1], 2), **overlap(3, 10, 12)},
+    ),
+    "merged by the teacher alone": (
+        (10, 12),
+        {"alignment": alignment([0, -1, -1, 1], [0, 0, 0, 1], 2), **overlap(3, 10, 12)},
+    ),
+}
+
+
+@on_every_backend
+@pytest.mark.parametrize("has_labels", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_are_those_of_the_oracle(name, has_labels, device, backend):
+    (v_student, v_teacher), options = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    shapes = (4, 8), (v_student, 8), (4, 6), (v_teacher, 6)
+    tensors = [torch.randn(*shape, generator=generator) for shape in shapes]
+    weights = torch.tensor([1.0, -100.0, 0.5, 2.0])
+    labels = torch.tensor([0, -100, 0, v_student])
+
+    def run(function, dtype, device="cpu", **rest):
+        hidden, weight, *teacher = (tensor.to(device, dtype) for tensor in tensors)
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        if has_labels:
+            rest |= {"labels": labels.to(device), "label_weights": weights.to(device, dtype)}
+        loss = function(*leaves, *teacher, **options, **rest)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    hard = {"weight_hard": 1.0} if has_labels else {}
+    truth = run(reference_uld.linear_uld, torch.float64, **hard)
+    actual = run(fused_linear_uld, torch.float32, device, backend=backend)
+    for ours, expected in zip([tensor.cpu() for tensor in actual], truth, strict=True):
+        assert ours.isfinite().all() and ours.shape == expected.shape
+        if bool(expected.any()):
+            assert relative_error(ours, expected) < 1e-4
+        else:
+            assert not bool(ours.any())
