@@ -33,7 +33,8 @@ from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
 from record import RESULTS, RowLog, environment
 from transformers import TrainerCallback
 
-from gold_kernels import reference, reference_uld
+from gold_kernels.jsd import reference
+from gold_kernels.uld import reference as reference_uld
 from gold_trainer import GOLDConfig, GOLDTrainer
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 4

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels import reference
+from gold_kernels.jsd import reference
 
 ORACLE_ROWS = 64
 NOISE = 0.01

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_jsd, fused_linear_uld
-from gold_kernels.alignment import SpanGroups
+from gold_kernels.tokens.alignment import SpanGroups
 
 NUM_ROWS, V_STUDENT, V_TEACHER = 37, 1003, 2051
 D_STUDENT, D_TEACHER = 64, 96

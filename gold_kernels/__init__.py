@@ -2,13 +2,13 @@
 materialised.
 """
 
-from gold_kernels.alignment import CompletionAligner, TokenAlignment
-from gold_kernels.linear_jsd import FusedLinearJSDLoss, JSDMetrics, fused_linear_jsd
-from gold_kernels.linear_uld import FusedLinearULDLoss, ULDMetrics, fused_linear_uld
-from gold_kernels.logits_jsd import jsd_loss
-from gold_kernels.logits_uld import uld_loss
-from gold_kernels.memory import peak_extra_bytes
-from gold_kernels.vocabulary import VocabOverlap
+from gold_kernels.engine.memory import peak_extra_bytes
+from gold_kernels.jsd.linear import FusedLinearJSDLoss, JSDMetrics, fused_linear_jsd
+from gold_kernels.jsd.logits import jsd_loss
+from gold_kernels.tokens.alignment import CompletionAligner, TokenAlignment
+from gold_kernels.tokens.vocabulary import VocabOverlap
+from gold_kernels.uld.linear import FusedLinearULDLoss, ULDMetrics, fused_linear_uld
+from gold_kernels.uld.logits import uld_loss
 
 __all__ = [
     "CompletionAligner",

@@ -5,9 +5,9 @@ import sys
 from rich.console import Console
 
 USAGE = """\
-usage: python -m gold_trainer train [CONFIG.yaml] [--field value ...]   distil a teacher into a student
-       python -m gold_trainer train --help                              every field, with its default
-       python -m gold_trainer demo [--output_dir runs/demo]             handwritten digits, no download
+usage: gold-trainer train [CONFIG.yaml] [--field value ...]   distil a teacher into a student
+       gold-trainer train --help                              every field, with its default
+       gold-trainer demo [--output_dir runs/demo]             handwritten digits, no download
 """
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gold_kernels.chunking import (
+from gold_kernels.engine.chunking import (
     DEFAULT_BUDGET_BYTES,
     Limits,
     LinearHead,

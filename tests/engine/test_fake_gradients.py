@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gold_kernels.chunking import Limits, LinearHead, Needs, run_chunks
-from gold_kernels.gradients import empty_gradients
+from gold_kernels.engine.chunking import Limits, LinearHead, Needs, run_chunks
+from gold_kernels.engine.gradients import empty_gradients
 
 
 def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:

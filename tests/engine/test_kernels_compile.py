@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 
-from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows, uld_sums
+from gold_kernels.jsd import triton_rows as jsd_rows
+from gold_kernels.triton import scale
+from gold_kernels.uld import triton_rows as uld_rows
+from gold_kernels.uld import triton_sums as uld_sums
+from gold_kernels.uld import triton_token_rows as token_rows
 from support.processes import TESTS
 
 SHARED_BYTES = 48 << 10  # a program gets no more without asking the driver

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from gold_kernels import fused_linear_jsd, peak_extra_bytes, reference
+from gold_kernels import fused_linear_jsd, peak_extra_bytes
+from gold_kernels.jsd import reference
 from support.backends import on_every_backend
 from support.error_budget import relative_error
 from support.jsd_cases import Case, random_case, run_fused, run_oracle
@@ -79,8 +80,8 @@ def test_one_cap_and_one_scale_hold_for_both_sides():
 
 
 def test_the_cross_entropy_of_a_capped_head_has_the_slope_of_the_cap():
-    from gold_kernels import linear_jsd
-    from gold_kernels.chunking import LinearHead
+    from gold_kernels.engine.chunking import LinearHead
+    from gold_kernels.jsd import linear as linear_jsd
 
     case = random_case(n=6, v=20).to(torch.float64)
     labels = torch.arange(6)

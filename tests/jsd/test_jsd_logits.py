@@ -6,7 +6,8 @@ N scored rows, V vocabulary.
 import pytest
 import torch
 
-from gold_kernels import jsd_loss, peak_extra_bytes, reference
+from gold_kernels import jsd_loss, peak_extra_bytes
+from gold_kernels.jsd import reference
 from support.backends import on_every_backend
 from support.error_budget import relative_error
 from support.jsd_cases import BETAS

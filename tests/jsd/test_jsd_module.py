@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gold_kernels import FusedLinearJSDLoss, reference
+from gold_kernels import FusedLinearJSDLoss
+from gold_kernels.jsd import reference
 from support.jsd_cases import random_case, run
 
 LABELS = torch.tensor([3, -100, 7, 0, -100, 19])
@@ -31,8 +32,8 @@ def test_soft_and_hard_loss_and_their_gradients(weight_hard, weight_soft, temper
 
 
 def test_the_kernel_gives_the_same_hard_loss_as_torch():
-    from gold_kernels import linear_jsd
-    from gold_kernels.chunking import LinearHead
+    from gold_kernels.engine.chunking import LinearHead
+    from gold_kernels.jsd import linear as linear_jsd
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = random_case(6, 20, 8, 12)

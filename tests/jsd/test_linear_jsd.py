@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold_kernels import fused_linear_jsd, peak_extra_bytes, reference
+from gold_kernels import fused_linear_jsd, peak_extra_bytes
+from gold_kernels.jsd import reference
 from support.backends import IMPLEMENTATIONS, on_every_backend
 from support.error_budget import assert_within_error_budget, relative_error
 from support.jsd_cases import (

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold_kernels import reference
+from gold_kernels.jsd import reference
 
 BETAS = (0.0, 1e-6, 0.1, 0.5, 0.9, 1.0)
 

@@ -1,7 +1,7 @@
 """Completions of a pair of tokenizers aligned, and the checks that every alignment must pass."""
 
-from gold_kernels.alignment import CompletionAligner, TokenAlignment
-from gold_kernels.token_bytes import TokenBytes
+from gold_kernels.tokens.alignment import CompletionAligner, TokenAlignment
+from gold_kernels.tokens.token_bytes import TokenBytes
 from support.tokenizers_cases import table
 
 SIDES = ("student", "teacher")

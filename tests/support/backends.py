@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gold_kernels.kernels.launch import is_interpreted
+from gold_kernels.triton.launch import is_interpreted
 
 IMPLEMENTATIONS = [("cpu", "torch")]
 if is_interpreted():

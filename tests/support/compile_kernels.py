@@ -12,8 +12,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gold_kernels.kernels import jsd_rows, scale, token_rows, uld_rows, uld_sums
-from gold_kernels.kernels.launch import ROW_ALIGNMENT
+from gold_kernels.jsd import triton_rows as jsd_rows
+from gold_kernels.triton import scale
+from gold_kernels.triton.launch import ROW_ALIGNMENT
+from gold_kernels.uld import triton_rows as uld_rows
+from gold_kernels.uld import triton_sums as uld_sums
+from gold_kernels.uld import triton_token_rows as token_rows
 
 
 def signature_of(kernel, types, floats, constexprs):

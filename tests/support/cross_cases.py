@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels import CompletionAligner, TokenAlignment, VocabOverlap, reference_uld
+from gold_kernels import CompletionAligner, TokenAlignment, VocabOverlap
+from gold_kernels.uld import reference as reference_uld
 from gold_trainer import GOLDConfig, GOLDTrainer
 from support.eager_step import completion_of, prompt_inputs, scored_logits
 from support.tiny_models import TEXT_FAMILIES, tiny, tiny_rows

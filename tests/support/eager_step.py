@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels.reference import jsd_rows
+from gold_kernels.jsd.reference import jsd_rows
 
 # What follows the prompt where the assistant says {}, up to the token that ends the turn.
 COMPLETIONS = {

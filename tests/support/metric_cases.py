@@ -10,7 +10,8 @@ import torch
 from tokenizers import normalizers
 from torch import Tensor
 
-from gold_kernels import TokenAlignment, VocabOverlap, reference_uld
+from gold_kernels import TokenAlignment, VocabOverlap
+from gold_kernels.uld import reference as reference_uld
 from support.cross_cases import Side, aligner_of, completions_of, rows_of, teacher_completion
 from support.eager_step import prompt_inputs, scored_logits
 

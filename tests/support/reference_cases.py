@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gold_kernels.vocabulary import VocabOverlap
+from gold_kernels.tokens.vocabulary import VocabOverlap
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
-from gold_kernels.token_bytes import TokenBytes
+from gold_kernels.tokens.token_bytes import TokenBytes
 from support.tiny_data import tiny_rows
 from support.tiny_processors import tiny_tokenizer
 from support.tiny_templates import TEMPLATES

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels import TokenAlignment, VocabOverlap, reference_uld
-from gold_kernels.alignment import SpanGroups
+from gold_kernels import TokenAlignment, VocabOverlap
+from gold_kernels.tokens.alignment import SpanGroups
+from gold_kernels.uld import reference as reference_uld
 
 STUDENT_GROUPS = [0, 0, 1, -1, 2, 2, 2, 3, 4, 4]  # one token in no group
 TEACHER_GROUPS = [0, 1, 1, 2, -1, 3, -1, 4]  # group 3 alone is one to one

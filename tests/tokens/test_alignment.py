@@ -10,7 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gold_kernels.alignment import CompletionAligner, SpanGroups, TokenAlignment, align_byte_spans
+from gold_kernels.tokens.alignment import (
+    CompletionAligner,
+    SpanGroups,
+    TokenAlignment,
+    align_byte_spans,
+)
 from support.alignment_cases import SIDES, aligned, rows_by_group
 from support.tokenizers_cases import TEXTS, table
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold_kernels.alignment import CompletionAligner
-from gold_kernels.token_bytes import as_id_tensor
+from gold_kernels.tokens.alignment import CompletionAligner
+from gold_kernels.tokens.token_bytes import as_id_tensor
 from support.alignment_cases import SIDES, aligned, assert_groups_spell_the_same, rows_by_group
 from support.tokenizers_cases import TEXTS, TOKENIZERS, table, texts_of
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gold_kernels.token_bytes import TokenBytes, as_id_tensor
+from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
 from support.tiny_processors import FAMILIES, VLM_FAMILIES, tiny_processor, tiny_tokenizer
 from support.tokenizers_cases import (
     REFUSED,
@@ -253,7 +253,7 @@ def test_the_table_of_150k_tokens_takes_about_half_a_second():
 
 def test_alignment_and_vocabulary_import_no_tokenizer_package():
     code = (
-        "import sys, gold_kernels.alignment, gold_kernels.vocabulary\n"
+        "import sys, gold_kernels.tokens.alignment, gold_kernels.tokens.vocabulary\n"
         "assert not {'transformers', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from gold_kernels.vocabulary import VocabOverlap
+from gold_kernels.tokens.vocabulary import VocabOverlap
 from support.tiny_processors import tiny_tokenizer
 from support.tokenizers_cases import CORPUS, TOKENIZERS, table, word_piece
 

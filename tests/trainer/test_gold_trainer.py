@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 
-import gold_kernels.linear_jsd
+import gold_kernels.jsd.linear
 import gold_trainer.trainer
 from gold_kernels import fused_linear_jsd
 from support.eager_step import completion_of
@@ -179,7 +179,7 @@ def test_lora_trains_only_the_adapter_and_equals_the_whole_gradient(tmp_path):
 def test_bf16_autocast_is_close_to_float32(whole_batch, tmp_path, monkeypatch):
     """Norms give float32 hidden states under autocast: the loss casts them, as an lm_head does."""
     dtypes = []
-    operator = gold_kernels.linear_jsd._linear_jsd_operator
+    operator = gold_kernels.jsd.linear._linear_jsd_operator
 
     def record(*args):
         dtypes.extend(tensor.dtype for tensor in (args[0], args[1], args[3], args[4]))

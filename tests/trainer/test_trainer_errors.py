@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from gold_trainer import GOLDConfig, GOLDTrainer
+from gold_trainer import GOLDConfig, GOLDTrainer, loading
 from gold_trainer.__main__ import main
 from support.tiny_models import tiny, tiny_picture, tiny_processor, tiny_rows
 from support.trainer_cases import FIELDS, make_trainer
@@ -280,7 +280,7 @@ def test_adapter_that_cannot_be_added_is_refused(output_dir, monkeypatch):
     message = "^GOLDTrainer: peft_config must change weights, got the prompt learning PromptTuning"
     refused(message, output_dir, peft_config=prompt)
     refused("'nope'", output_dir, peft_config=peft.LoraConfig(target_modules=["nope"]))
-    monkeypatch.setattr(trainer.loading, "is_peft_available", lambda: False)
+    monkeypatch.setattr(loading, "is_peft_available", lambda: False)
     message = "^GOLDTrainer: peft_config needs the package peft.* pip install 'gold-kernels.peft.'"
     refused(message, output_dir, peft_config=lora)
 
@@ -309,7 +309,7 @@ def test_columns_that_do_not_fit_show_before_weights_are_read(
     def load_models(*args):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(trainer.loading, "load_models", load_models)
+    monkeypatch.setattr(loading, "load_models", load_models)
     names = {side: folders["qwen3_vl", side] for side in ("student", "teacher")}
     refused(f"^row 0: {message}", output_dir, [row, *ROWS], **names)
     refused(f"^row 0: {message}", output_dir, eval_rows={"a": ROWS, "b": [row]}, **names)

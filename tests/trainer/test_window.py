@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
 import gold_trainer.trainer
-from gold_kernels.token_bytes import TokenBytes
+from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_trainer import GOLDConfig, rollout, window
 from gold_trainer.window import RepeatSampler
 from support.cross_cases import (

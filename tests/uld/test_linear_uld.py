@@ -12,9 +12,9 @@ from gold_kernels import (
     VocabOverlap,
     fused_linear_uld,
     peak_extra_bytes,
-    reference_uld,
     uld_loss,
 )
+from gold_kernels.uld import reference as reference_uld
 from support.backends import IMPLEMENTATIONS, on_every_backend
 from support.error_budget import relative_error
 from support.uld_cases import COUNTING_GRAD_ERROR, KINDS, uld_case

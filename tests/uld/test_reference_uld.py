@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gold_kernels import reference
-from gold_kernels import reference_uld as oracle
+from gold_kernels.jsd import reference
+from gold_kernels.uld import reference as oracle
 from support.reference_cases import log_of, normal, overlap
 
 # Sorted L1 of rows

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gold_kernels import reference_uld as oracle
-from gold_kernels.alignment import TokenAlignment, align_byte_spans
+from gold_kernels.tokens.alignment import TokenAlignment, align_byte_spans
+from gold_kernels.uld import reference as oracle
 from support.reference_cases import normal, overlap
 
 LETTERS = "ab"

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_uld, reference_uld
-from gold_kernels.alignment import SpanGroups
+from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_uld
+from gold_kernels.tokens.alignment import SpanGroups
+from gold_kernels.uld import reference as reference_uld
 from support.backends import on_every_backend
 from support.error_budget import relative_error
 

@@ -9,9 +9,9 @@ from gold_kernels import (
     FusedLinearULDLoss,
     VocabOverlap,
     fused_linear_uld,
-    reference_uld,
     uld_loss,
 )
+from gold_kernels.uld import reference as reference_uld
 from support.error_budget import relative_error
 from support.uld_cases import uld_case
 

@@ -7,11 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from gold_kernels import fused_linear_uld, reference_uld, uld_loss, uld_operator
-from gold_kernels.kernels import uld_rows, uld_sums
-from gold_kernels.kernels.bin_table import NUM_BINS
-from gold_kernels.kernels.lines import block_columns, load_logits
-from gold_kernels.kernels.uld_bins import bins_of, count_side
+from gold_kernels import fused_linear_uld, uld_loss
+from gold_kernels.triton.lines import block_columns, load_logits
+from gold_kernels.uld import operator as uld_operator
+from gold_kernels.uld import reference as reference_uld
+from gold_kernels.uld import triton_rows as uld_rows
+from gold_kernels.uld import triton_sums as uld_sums
+from gold_kernels.uld.bin_table import NUM_BINS
+from gold_kernels.uld.bins import bins_of, count_side
 from support.backends import on_every_backend
 from support.error_budget import assert_within_error_budget, relative_error
 from support.uld_cases import COUNTING_GRAD_ERROR, COUNTING_LOSS_ERROR, KINDS, uld_case

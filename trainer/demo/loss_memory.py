@@ -8,8 +8,8 @@ from gold_kernels import (
     fused_linear_uld,
     peak_extra_bytes,
     reference,
-    reference_uld,
 )
+from gold_kernels.uld import reference as reference_uld
 
 
 def loss_peak_bytes(

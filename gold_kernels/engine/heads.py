@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels import checks
-from gold_kernels.chunking import LinearHead, float_dtype
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import LinearHead, float_dtype
 
 
 def per_side(value: Any) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.kernels.launch import is_interpreted
+from gold_kernels.triton.launch import is_interpreted
 
 
 @triton.jit

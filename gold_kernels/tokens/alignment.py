@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.token_bytes import TokenBytes, as_id_tensor
+from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
 
 MERGES = ("bayesian", "observed")
 

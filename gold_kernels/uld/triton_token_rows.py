@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.kernels.launch import row_block
-from gold_kernels.kernels.lines import (
+from gold_kernels.triton.launch import row_block
+from gold_kernels.triton.lines import (
     BITS,
     LOWEST_LOGIT,
     NATS,

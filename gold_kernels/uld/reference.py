@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels.alignment import TokenAlignment
-from gold_kernels.reference import head_logits, log_probs
-from gold_kernels.vocabulary import VocabOverlap
+from gold_kernels.jsd.reference import head_logits, log_probs
+from gold_kernels.tokens.alignment import TokenAlignment
+from gold_kernels.tokens.vocabulary import VocabOverlap
 
 # Log-probabilities closer than this are equal. Two sides that hold the same entries in another
 # order differ by the rounding of their log-sum-exp, 1e-15 in float64.

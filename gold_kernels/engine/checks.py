@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gold_kernels.kernels import launch
+from gold_kernels.triton import launch
 
 BACKENDS = ("triton", "torch")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels import torch_rows
-from gold_kernels.chunking import float_dtype
+from gold_kernels.engine.chunking import float_dtype
+from gold_kernels.jsd import torch_rows
 
 
 @torch.library.custom_op("gold_kernels::scaled", mutates_args=())
@@ -16,7 +16,7 @@ def _scaled_operator(
 ) -> list[Tensor]:
     """Every tensor times scale (), in dtype."""
     if backend == "triton":
-        from gold_kernels.kernels.scale import scaled  # triton may be missing
+        from gold_kernels.triton.scale import scaled  # triton may be missing
     else:
         scaled = torch_rows.scaled
     return [scaled(tensor, scale, dtype) for tensor in tensors]

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.kernels.launch import aligned_width, empty_rows, is_interpreted, row_block
-from gold_kernels.kernels.lines import LOWEST_LOGIT, row_sum
+from gold_kernels.triton.launch import aligned_width, empty_rows, is_interpreted, row_block
+from gold_kernels.triton.lines import LOWEST_LOGIT, row_sum
 
 SLICE_BLOCKS = 4  # blocks of a row that a program sums
 PAIR_BLOCK = 1 << 9

@@ -2,15 +2,15 @@
 in tests.
 
 C rows of a chunk, V vocabulary. Same signature, formulas and outputs as
-gold_kernels.kernels.jsd_rows.
+jsd/triton_rows.py.
 """
 
 import torch
 from torch import Tensor
 
-from gold_kernels.reference import LOG_ZERO, LOWEST_LOGIT, log_probs
+from gold_kernels.jsd.reference import LOG_ZERO, LOWEST_LOGIT, log_probs
 
-MAX_LOG_RATIO = 80.0  # either p or q is then below 1e-34: see kernels/jsd_rows.py
+MAX_LOG_RATIO = 80.0  # either p or q is then below 1e-34: see jsd/triton_rows.py
 # Temporaries are about eight times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
 

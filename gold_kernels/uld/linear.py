@@ -3,7 +3,7 @@ probabilities, without full logits and without a sort on the GPU.
 
 N scored rows of a side (N_s, N_t), G aligned groups or pairs of rows, S scalar rows, R rows of the
 student that are projected, D hidden size (D_s, D_t), V vocabulary (V_s, V_t). P teacher, Q student.
-Ladder: kernels/uld_sums.py, uld_rows.py and token_rows.py or torch_uld_rows.py ->
+Ladder: uld/triton_sums.py, uld_rows.py and token_rows.py or torch_uld_rows.py ->
 chunking.run_chunks -> uld_operator -> FusedLinearULDFunction -> fused_linear_uld ->
 FusedLinearULDLoss.
 """
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gold_kernels import checks, uld_checks
-from gold_kernels.alignment import TokenAlignment
-from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, LinearHead, float_dtype
-from gold_kernels.gradients import save_gradients, scaled_gradients
-from gold_kernels.heads import check_heads, mean_weights, per_side
-from gold_kernels.uld_operator import ULDOptions, ULDRows, linear_uld_operator
-from gold_kernels.vocabulary import VocabOverlap
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import DEFAULT_BUDGET_BYTES, LinearHead, float_dtype
+from gold_kernels.engine.gradients import save_gradients, scaled_gradients
+from gold_kernels.engine.heads import check_heads, mean_weights, per_side
+from gold_kernels.tokens.alignment import TokenAlignment
+from gold_kernels.tokens.vocabulary import VocabOverlap
+from gold_kernels.uld import checks as uld_checks
+from gold_kernels.uld.operator import ULDOptions, ULDRows, linear_uld_operator
 
 
 class ULDMetrics(NamedTuple):

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gold_kernels import checks, uld_checks
-from gold_kernels.chunking import DEFAULT_BUDGET_BYTES, float_dtype
-from gold_kernels.gradients import empty_logits_gradient, empty_logits_results
-from gold_kernels.heads import logit_rows
-from gold_kernels.linear_uld import ULDMetrics, matched_tables, overlap_weights
-from gold_kernels.uld_operator import NUM_ROW_VALUES, SCRATCH_PART, row_functions
-from gold_kernels.vocabulary import VocabOverlap
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import DEFAULT_BUDGET_BYTES, float_dtype
+from gold_kernels.engine.gradients import empty_logits_gradient, empty_logits_results
+from gold_kernels.engine.heads import logit_rows
+from gold_kernels.tokens.vocabulary import VocabOverlap
+from gold_kernels.uld import checks as uld_checks
+from gold_kernels.uld.linear import ULDMetrics, matched_tables, overlap_weights
+from gold_kernels.uld.operator import NUM_ROW_VALUES, SCRATCH_PART, row_functions
 
 
 @torch.library.custom_op("gold_kernels::uld_logits", mutates_args=())

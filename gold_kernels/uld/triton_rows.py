@@ -28,15 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.kernels.bin_table import (
-    NUM_BINS,
-    TABLE_WORDS,
-    load_table,
-    shared_table,
-)
-from gold_kernels.kernels.jsd_rows import FORWARD_KL, JSD, REVERSE_KL
-from gold_kernels.kernels.launch import row_block
-from gold_kernels.kernels.lines import (
+from gold_kernels.jsd.triton_rows import FORWARD_KL, JSD, REVERSE_KL
+from gold_kernels.triton.launch import row_block
+from gold_kernels.triton.lines import (
     BITS,
     LOWEST_LOGIT,
     NATS,
@@ -46,7 +40,13 @@ from gold_kernels.kernels.lines import (
     log_of,
     row_sum,
 )
-from gold_kernels.kernels.uld_bins import (
+from gold_kernels.uld.bin_table import (
+    NUM_BINS,
+    TABLE_WORDS,
+    load_table,
+    shared_table,
+)
+from gold_kernels.uld.bins import (
     LIST_SIZE,
     MAX_LISTED,
     bins_of,
@@ -55,10 +55,10 @@ from gold_kernels.kernels.uld_bins import (
     origin_of,
     range_of,
 )
-from gold_kernels.kernels.uld_entries import span_entries, student_signs, sum_pairs
-from gold_kernels.kernels.uld_lists import LIST_WORDS, open_window, order_row, sum_signed
-from gold_kernels.kernels.uld_memory import working_memory
-from gold_kernels.kernels.uld_sums import join_slices, uld_sums
+from gold_kernels.uld.entries import span_entries, student_signs, sum_pairs
+from gold_kernels.uld.lists import LIST_WORDS, open_window, order_row, sum_signed
+from gold_kernels.uld.row_memory import working_memory
+from gold_kernels.uld.triton_sums import join_slices, uld_sums
 
 SCAN_BINS = 1 << 11
 PAIR_BLOCK = 1 << 11

@@ -1,7 +1,7 @@
 """Fused linear generalized JSD: both heads, the divergence and its gradient, without full logits.
 
 N scored rows, C rows of a chunk, D_s and D_t hidden sizes, V vocabulary. P teacher, Q student.
-Ladder: kernels/jsd_rows.py or torch_rows.py -> chunking.run_chunks -> the operator
+Ladder: jsd/triton_rows.py or torch_rows.py -> chunking.run_chunks -> the operator
 gold_kernels::linear_jsd -> FusedLinearJSDFunction -> fused_linear_jsd -> FusedLinearJSDLoss.
 """
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gold_kernels import checks, torch_rows
-from gold_kernels.chunking import (
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import (
     DEFAULT_BUDGET_BYTES,
     Limits,
     LinearHead,
@@ -22,8 +22,9 @@ from gold_kernels.chunking import (
     float_dtype,
     run_chunks,
 )
-from gold_kernels.gradients import empty_gradients, save_gradients, scaled_gradients
-from gold_kernels.heads import check_heads, mean_weights, per_side
+from gold_kernels.engine.gradients import empty_gradients, save_gradients, scaled_gradients
+from gold_kernels.engine.heads import check_heads, mean_weights, per_side
+from gold_kernels.jsd import torch_rows
 
 NUM_ROW_VALUES = 7
 
@@ -82,7 +83,7 @@ def _linear_jsd_operator(
 ) -> list[Tensor]:  # (7, N) row values, then a gradient for each true need
     """An operator, so that torch.compile takes it as it is, for any N, instead of tracing it."""
     if backend == "triton":
-        from gold_kernels.kernels.jsd_rows import jsd_rows_  # triton may be missing
+        from gold_kernels.jsd.triton_rows import jsd_rows_  # triton may be missing
     else:
         jsd_rows_ = torch_rows.jsd_rows_
     num_rows = student_hidden.shape[0]

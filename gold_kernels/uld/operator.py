@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels import torch_uld_rows
-from gold_kernels.chunking import (
+from gold_kernels.engine.chunking import (
     DEFAULT_BUDGET_BYTES,
     Limits,
     LinearHead,
@@ -25,8 +24,9 @@ from gold_kernels.chunking import (
     float_dtype,
     run_chunks,
 )
-from gold_kernels.gradients import empty_gradients
-from gold_kernels.reference import LOG_ZERO
+from gold_kernels.engine.gradients import empty_gradients
+from gold_kernels.jsd.reference import LOG_ZERO
+from gold_kernels.uld import torch_rows as torch_uld_rows
 
 NUM_ROW_VALUES = 7
 SCALE_SLOPE = 6  # row of the values: dloss / dlog_scale of the student
@@ -64,9 +64,9 @@ class ULDRows(NamedTuple):
 def row_functions(backend: str) -> tuple[Callable, Callable, Callable]:
     """uld_rows_, token_rows_, and how many bytes a row the first one takes."""
     if backend == "triton":
-        from gold_kernels.kernels.token_rows import token_rows_  # triton may be missing
-        from gold_kernels.kernels.uld_rows import uld_rows_
-        from gold_kernels.kernels.uld_sums import row_bytes
+        from gold_kernels.uld.triton_rows import uld_rows_
+        from gold_kernels.uld.triton_sums import row_bytes
+        from gold_kernels.uld.triton_token_rows import token_rows_  # triton may be missing
 
         return uld_rows_, token_rows_, row_bytes
     return torch_uld_rows.uld_rows_, torch_uld_rows.token_rows_, torch_uld_rows.row_bytes

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.kernels.launch import aligned_width, empty_rows
+from gold_kernels.triton.launch import aligned_width, empty_rows
 
 DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # float16 ends at 6e-8, far above row_weight * probability: gradients travel as 2**14 / max

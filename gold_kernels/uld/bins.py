@@ -14,14 +14,14 @@ listed and ordered (uld_lists.py).
 import triton
 import triton.language as tl
 
-from gold_kernels.kernels.bin_table import (
+from gold_kernels.triton.lines import block_columns, load_logits
+from gold_kernels.uld.bin_table import (
     LISTED,
     WAITING,
     add_to_table,
     load_table,
     store_table,
 )
-from gold_kernels.kernels.lines import block_columns, load_logits
 
 # Entries below 2**-12 / V share a bin: together below 1/4096 of a side. Peaked rows, as trained
 # models have, keep most entries there: a bound of 2**-6 / V cost up to 2e-2 of their loss.

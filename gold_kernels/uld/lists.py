@@ -11,7 +11,8 @@ same from run to run, the sum is.
 import triton
 import triton.language as tl
 
-from gold_kernels.kernels.bin_table import (
+from gold_kernels.triton.lines import LOWEST_LOGIT, NATS, block_columns, load_logits
+from gold_kernels.uld.bin_table import (
     LISTED,
     NUM_BINS,
     WAITING,
@@ -21,8 +22,7 @@ from gold_kernels.kernels.bin_table import (
     store_table,
     take_from_table,
 )
-from gold_kernels.kernels.lines import LOWEST_LOGIT, NATS, block_columns, load_logits
-from gold_kernels.kernels.uld_bins import (
+from gold_kernels.uld.bins import (
     LIST_SIZE,
     MAX_LISTED,
     SIZE_BITS,

@@ -1,7 +1,7 @@
 """ULD, hybrid and token rows in plain torch: the CPU and MPS backend, exact by a sort.
 
 C rows of a chunk, V vocabulary (V_s, V_t), K matched entries. Same signatures and outputs as
-gold_kernels.kernels.uld_rows and token_rows, whose gradient is this one up to its bins.
+uld/triton_rows.py and triton_token_rows.py, whose gradient is this one up to its bins.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.reference import LOG_ZERO, LOWEST_LOGIT
+from gold_kernels.jsd.reference import LOG_ZERO, LOWEST_LOGIT
 
 # Temporaries are about nineteen times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
@@ -137,8 +137,8 @@ def uld_rows_(
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher
     labels: Tensor | None,  # (C,) int64
     tables: Sequence[Tensor] | None,  # of matched entries, see linear_uld.matched_tables
-    spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see kernels/uld_rows.py
-    values: Tensor,  # (7, C), overwritten: see kernels/uld_rows.py
+    spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see uld/triton_rows.py
+    values: Tensor,  # (7, C), overwritten: see uld/triton_rows.py
     *,
     beta: float,
     temperatures: tuple[float, float],  # student, teacher

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gold_kernels import checks, torch_rows
-from gold_kernels.chunking import float_dtype
-from gold_kernels.gradients import empty_logits_gradient, empty_logits_results
-from gold_kernels.heads import logit_rows
-from gold_kernels.linear_jsd import NUM_ROW_VALUES, JSDMetrics
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import float_dtype
+from gold_kernels.engine.gradients import empty_logits_gradient, empty_logits_results
+from gold_kernels.engine.heads import logit_rows
+from gold_kernels.jsd import torch_rows
+from gold_kernels.jsd.linear import NUM_ROW_VALUES, JSDMetrics
 
 
 def _run_rows(
@@ -29,7 +30,7 @@ def _run_rows(
     backend: str,
 ) -> Tensor:  # (7, N)
     if backend == "triton":
-        from gold_kernels.kernels.jsd_rows import jsd_rows_  # triton may be missing
+        from gold_kernels.jsd.triton_rows import jsd_rows_  # triton may be missing
     else:
         jsd_rows_ = torch_rows.jsd_rows_
     num_rows = student_logits.shape[0]

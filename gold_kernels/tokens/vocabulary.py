@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.token_bytes import TokenBytes
+from gold_kernels.tokens.token_bytes import TokenBytes
 
 MATCHED_ROLES = ("end_of_turn", "eos")  # never pad, which no model is to predict
 

@@ -7,9 +7,9 @@ import math
 
 from torch import Tensor
 
-from gold_kernels import checks
-from gold_kernels.alignment import TokenAlignment
-from gold_kernels.vocabulary import VocabOverlap
+from gold_kernels.engine import checks
+from gold_kernels.tokens.alignment import TokenAlignment
+from gold_kernels.tokens.vocabulary import VocabOverlap
 
 
 def check_alignment(

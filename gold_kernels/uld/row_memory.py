@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.kernels.bin_table import TABLE_WORDS
-from gold_kernels.kernels.launch import (
+from gold_kernels.triton.launch import (
     aligned_width,
     empty_rows,
     has_aligned_rows,
     is_interpreted,
 )
-from gold_kernels.kernels.uld_lists import COLUMN_BITS, LIST_WORDS
+from gold_kernels.uld.bin_table import TABLE_WORDS
+from gold_kernels.uld.lists import COLUMN_BITS, LIST_WORDS
 
 MAX_PROGRAMS = 264  # two on every multiprocessor of a Hopper GPU, each with working memory
 

@@ -7,9 +7,9 @@ s and t are the probabilities of student and teacher times exp(log_scale).
 import triton
 import triton.language as tl
 
-from gold_kernels.kernels.bin_table import LISTED, scatter
-from gold_kernels.kernels.jsd_rows import FORWARD_KL, LOG_ZERO, REVERSE_KL, mixture_entries
-from gold_kernels.kernels.lines import NATS, block_columns, load_logits, log_of
+from gold_kernels.jsd.triton_rows import FORWARD_KL, LOG_ZERO, REVERSE_KL, mixture_entries
+from gold_kernels.triton.lines import NATS, block_columns, load_logits, log_of
+from gold_kernels.uld.bin_table import LISTED, scatter
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)

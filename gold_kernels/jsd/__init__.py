@@ -1,0 +1,1 @@
+"""Generalized JSD of two models with one vocabulary."""

@@ -1,1 +1,0 @@
-"""Triton row kernels; import a module of this package only where triton is installed."""

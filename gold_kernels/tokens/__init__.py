@@ -1,0 +1,1 @@
+"""Token bytes, alignment of two tokenisations, vocabularies: text, no GPU."""

@@ -1,0 +1,1 @@
+"""Universal logit distillation between two vocabularies: plain, extended and hybrid."""
