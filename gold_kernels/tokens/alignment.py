@@ -1,9 +1,10 @@
 """Completions of two tokenizers -> groups of tokens -> index tensors for the fused ULD loss.
 
-N_s, N_t scored rows, one a completion token; G aligned groups; S_s, S_t scalar rows. Row n of a
-side is the hidden state that predicts completion token n: the causal shift was done before. Bytes
-are the shared coordinate: a group is a minimal run of student tokens and a minimal run of teacher
-tokens that end at a common byte.
+N_s, N_t scored rows, one for each completion token; G aligned groups; S_s, S_t scalar rows. Row n
+of a side is the hidden state that predicts completion token n: the causal shift was done before.
+
+Both sides spell the same bytes, so bytes say where they meet. A group is a minimal run of student
+tokens and a minimal run of teacher tokens that end at a common byte.
 """
 
 from collections.abc import Collection, Sequence
@@ -23,8 +24,8 @@ class SpanGroups(NamedTuple):
     student_groups: Tensor  # (N_s,) int64 in [-1, G), not decreasing where scored
     teacher_groups: Tensor  # (N_t,) int64
     num_groups: int  # G
-    num_bytes: int  # covered by groups, from the first byte on
-    last_bytes: int = 0  # of these, the last group's; an end of turn has none
+    num_bytes: int  # bytes of the completion that belong to groups, from its first byte on
+    last_bytes: int = 0  # bytes of the last group; 0 if that is the end of turn
 
 
 def align_byte_spans(
@@ -33,10 +34,10 @@ def align_byte_spans(
 ) -> SpanGroups:
     """Groups of the tokens of one text: minimal runs on both sides that end at a common byte.
 
-    Every byte up to the last common end belongs to exactly one group on each side; tokens after it
-    (one side was cut, or the cut goes through a token) are in no group. A token that spells nothing
-    belongs to the group of the byte after it; if both sides begin with one, these are a group.
-    N log N for N tokens, without a Python loop.
+    Every byte up to the last common end belongs to exactly one group on each side. Tokens after it
+    are in no group: one side was cut there, or the cut goes through a token. A token that spells
+    nothing belongs to the group of the byte after it. If both sides begin with such tokens, these
+    are a group. Takes N log N steps for N tokens, without a Python loop.
     """
     for side, ends in (("student", student_ends), ("teacher", teacher_ends)):
         if ends.ndim != 1 or ends.dtype != torch.int64:
@@ -49,8 +50,8 @@ def align_byte_spans(
         return SpanGroups(
             torch.full_like(student_ends, -1), torch.full_like(teacher_ends, -1), 0, 0
         )
-    # A run ends with the first token that reaches its last byte; tokens there that spell nothing
-    # come after it.
+    # A run ends with the first token that reaches its last byte. Tokens that spell nothing and
+    # stand there belong to the next run.
     is_first = torch.ones_like(student_ends, dtype=torch.bool)
     is_first[1:] = student_ends[1:] > student_ends[:-1]
     match = torch.searchsorted(teacher_ends, student_ends).clamp_max(num_teacher - 1)
@@ -74,13 +75,13 @@ def _groups_from_last(last: Tensor, num_tokens: int) -> Tensor:  # (G,) -> (N,)
 class TokenAlignment(NamedTuple):
     """Which rows of both sides make the groups of a batch of completions.
 
-    The distribution of a group is that of its base row, times the probabilities that the scalar
-    rows of the group give to their token ids:
+    On each side a group has one base row and any number of scalar rows. The base row brings a
+    whole distribution, a scalar row the probability of one token, its own:
 
         log p_g(v) = log p(v | base row) + sum over scalar rows r of group g of log p(id_r | r)
 
-    merge "bayesian" (chain rule): the base is the last token of the run, the scalars are the
-    earlier ones. merge "observed" (as in TRL): the base is the first, the scalars are the later.
+    merge "bayesian" (the chain rule): the last token of the run is the base, the earlier ones are
+    scalars. merge "observed" (as in TRL): the first token is the base, the later ones are scalars.
     """
 
     student_base_rows: Tensor  # (G,) int64 in [0, N_s)
@@ -94,10 +95,10 @@ class TokenAlignment(NamedTuple):
     teacher_scalar_ids: Tensor  # (S_t,) int64
     teacher_scalar_groups: Tensor  # (S_t,) int64 in [0, G)
     merge: str
-    num_student_rows: int  # N_s, rows in no group included
+    num_student_rows: int  # N_s, with the rows that are in no group
     num_teacher_rows: int  # N_t
-    scored_bytes: int  # of the completions, covered by groups
-    completion_bytes: int  # that the student's tokens spell
+    scored_bytes: int  # bytes of the completions that belong to groups
+    completion_bytes: int  # bytes that the student's tokens spell
 
     @property
     def num_groups(self) -> int:  # G
@@ -109,8 +110,8 @@ class TokenAlignment(NamedTuple):
         return self[0:5], self[5:10]
 
     def span_ids(self) -> tuple[Tensor, Tensor]:  # (G,) int64 of the student, of the teacher
-        """The token of the base row in groups that more than one token of a side makes, -1 in all
-        others.
+        """For groups with several tokens on some side the token of the base row, for all others
+        -1.
         """
         is_merged = torch.zeros_like(self.student_base_rows, dtype=torch.bool)
         for groups in (self.student_scalar_groups, self.teacher_scalar_groups):
@@ -142,8 +143,9 @@ class TokenAlignment(NamedTuple):
     ) -> "TokenAlignment":
         """The rows of one completion's groups.
 
-        is_late, for "observed" only, repeats what TRL reads there: the row after each token's own,
-        which predicts the next token. A last group without such a row is left out.
+        is_late repeats what TRL does with "observed": in place of each token's own row it reads
+        the row after it, which predicts the next token. A last group without such a row is left
+        out.
         """
         _check_merge("TokenAlignment", merge, is_late)
         student_groups, teacher_groups = groups.student_groups, groups.teacher_groups
@@ -240,9 +242,10 @@ class CompletionAligner:
     """Aligns the completions of a student with a teacher's tokens, in data loader workers or after
     a rollout.
 
-    The student's tokens are taken as they were sampled, never decoded and tokenised again: byte
-    ends come from the table of TokenBytes. Special tokens inside a completion spell nothing and are
-    in no group. End of turn is a group of its own where both sides have ended the same text.
+    The student's tokens are taken as they were sampled, never decoded and tokenised again: the
+    table of TokenBytes says at which byte each ends. Special tokens inside a completion spell
+    nothing and are in no group. The end of turn is a group of its own if both sides end after the
+    same text.
     """
 
     def __init__(
@@ -279,11 +282,11 @@ class CompletionAligner:
         )
 
     def teacher_ids(self, student_ids: Sequence[int] | Tensor) -> list[int]:
-        """The teacher's tokens of a completion of the student, its end of turn where the student
-        ended.
+        """The teacher's tokens of a completion of the student, with the teacher's end of turn if
+        the student ended its turn.
 
-        Of bytes that are not valid UTF-8 the longest valid prefix is kept, without an end: align()
-        leaves the rest unscored and counts it.
+        Bytes that are not valid UTF-8 are kept up to the first fault, and the result then has no
+        end. align() leaves the rest unscored and counts it.
         """
         text_ids, is_ended = _split_end(as_id_tensor(student_ids), self.student)
         spelled = self.student.texts(text_ids)[0]
@@ -332,9 +335,10 @@ class CompletionAligner:
     def _byte_ends(
         self, student_ids: Tensor, teacher_ids: Tensor
     ) -> tuple[Tensor, Tensor]:  # (N_s,), (N_t,)
-        """Ends in the text that both sides spell.
+        """At which byte of the common text each token ends.
 
-        Where whitespace before a word is not in the student's tokens, the teacher's say it.
+        The student's tokens say what the text is. If they do not tell where whitespace stood (a
+        WordPiece tokenizer) and the teacher's do, the teacher's tokens say it.
         """
         says_text = (self.student, student_ids)
         if self.student.is_spaced and not self.teacher.is_spaced:

@@ -1,10 +1,11 @@
-"""Token id -> bytes, one table a tokenizer: bytes are what different tokenizers have in common.
+"""Token id -> bytes, one table for each tokenizer: different tokenizers have bytes in common.
 
-N tokens of a completion, V vocabulary. The tokenizer is whatever object a caller passes that
-behaves like a fast tokenizer of transformers (a processor's `.tokenizer` is one); nothing of that
-package is imported. How tokens spell bytes is read from the tokenizer's own definition, the decoder
-before the pre-tokenizer: byte-level BPE (GPT-2's alphabet), SentencePiece with or without byte
-fallback, WordPiece.
+N tokens of a completion, V vocabulary. A tokenizer is any object that behaves like a fast tokenizer
+of transformers (a processor's `.tokenizer` is one); nothing of that package is imported.
+
+The tokenizer's own definition says how tokens spell bytes: its decoder, or its pre-tokenizer if it
+has no decoder. Known are byte-level BPE (GPT-2's alphabet), SentencePiece with or without byte
+fallback, and WordPiece.
 """
 
 import json
@@ -35,9 +36,9 @@ class _Spelling(NamedTuple):
 class TokenBytes:
     """The bytes of every token of one tokenizer, and which token ends a turn.
 
-    Special tokens and ids without a token spell nothing. Text is tokenised by `encode` without
-    special parsing, so the literal text of a special token is text. Building the table takes about
-    half a second for 150k tokens; do it once.
+    Special tokens spell nothing, and neither do ids without a token. `encode` tokenises text
+    without special parsing: the literal text of a special token is text. Building the table takes
+    about half a second for 150k tokens; do it once.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class TokenBytes:
         vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         size = max(vocab.values(), default=-1) + 1
         self.vocab_size = size
-        # One entry more, for ids that a padded head can produce and the tokenizer does not have.
+        # One entry more: for ids that a padded head can produce and the tokenizer does not have.
         self.pieces = [b""] * (size + 1)  # (V + 1,)
         for token, token_id in vocab.items():
             self.pieces[token_id] = spelling.to_bytes(token)
@@ -90,14 +91,15 @@ class TokenBytes:
         return self.roles["end_of_turn"]
 
     def texts(self, ids: Tensor) -> list[bytes]:  # (N,) int64
-        """What the tokens may spell, the likelier first: without the space that the tokenizer puts
-        before a text (as its decoder has it), and with it.
+        """What the tokens may spell, the likelier text first. Some tokenizers put a space before
+        every text: then the first is without that space, as the decoder writes it, and the second
+        is with it.
         """
         joined = self._join(ids)
         return [joined[1:], joined] if self._may_drop(joined) else [joined]
 
     def encode(self, text: str) -> list[int]:
-        """Tokens that spell the text exactly; special tokens' literal text is text.
+        """Tokens that spell the text exactly. The literal text of a special token is text.
 
         Raises ValueError where the tokenizer changes the text (lower-casing, NFKC, stripping).
         """
@@ -120,17 +122,17 @@ class TokenBytes:
         return ids
 
     def byte_ends(self, ids: Tensor, text: bytes) -> Tensor | None:  # (N,) int64 -> (N,) int64
-        """Where in the text each token ends; None if the tokens spell something else.
+        """At which byte of the text each token ends; None if the tokens spell another text.
 
-        Tokens and text may stop at different places. Tokens that spell nothing end where the one
-        before them does.
+        One of the two may stop before the other. A token that spells nothing ends where the token
+        before it ends.
         """
         if self.is_spaced:
             ends = self._spaced_ends(ids, text)
             return None if ends is None else torch.tensor(ends, dtype=torch.int64)
         joined = self._join(ids)
         drops = (1, 0) if self._may_drop(joined) else (0,)
-        # Of a run of spaces both may fit, so the exact one is looked for first.
+        # With a run of spaces both may fit as a prefix: an exact fit is looked for first.
         drop = next((drop for drop in drops if joined[drop:] == text), None)
         if drop is None:
             drop = next((d for d in drops if _is_prefix_pair(joined[d:], text)), None)
@@ -261,8 +263,9 @@ def _replacements(decoder: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _byte_alphabet() -> dict[int, int]:
-    """Character -> byte, as GPT-2 writes bytes: printable Latin-1 stands for itself, the others
-    follow from U+0100 on. Latin-1 that stands for nothing becomes a character beyond Latin-1.
+    """Character -> byte, as GPT-2 writes bytes. Printable Latin-1 characters stand for themselves;
+    the other bytes are written from U+0100 on. A Latin-1 character that stands for no byte is
+    mapped beyond Latin-1, so that encoding it fails.
     """
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(0x100)) - set(itself))

@@ -16,11 +16,11 @@ MATCHED_ROLES = ("end_of_turn", "eos")  # never pad, which no model is to predic
 class VocabOverlap(NamedTuple):
     """Matched entries: one student id with one teacher id.
 
-    Text tokens match by equal bytes, so that "\\u0120the" of a byte-level vocabulary and
-    "\\u2581the" of SentencePiece are one. Special tokens match by role alone: end of turn with end
-    of turn, eos with eos where neither is the end of turn. Of several tokens with equal bytes the
-    lowest id is taken, byte-fallback tokens (which a tokenizer uses only where it has no other)
-    last.
+    Text tokens match by equal bytes: "\\u0120the" of a byte-level vocabulary and "\\u2581the" of
+    SentencePiece are the same entry. Special tokens match by role alone: end of turn with end of
+    turn, and eos with eos where neither is the end of turn. If several tokens of a side have equal
+    bytes, the one with the lowest id is taken. Byte-fallback tokens come last, since a tokenizer
+    uses them only where it has no other.
     """
 
     student_ids: Tensor  # (K,) int64, ascending
@@ -80,9 +80,7 @@ class VocabOverlap(NamedTuple):
         student_weights: Tensor | None = None,  # (..., V_s) probabilities or token counts
         teacher_weights: Tensor | None = None,  # (..., V_t)
     ) -> str:
-        """Shares of both vocabularies that are matched and, of weights that are given, the mean
-        share of their mass.
-        """
+        """Which share of each vocabulary is matched and, given weights, of their mass."""
         sides = [
             (f"of the student's {self.student_vocab_size}", self.student_share),
             (f"of the teacher's {self.teacher_vocab_size}", self.teacher_share),
@@ -104,7 +102,7 @@ class VocabOverlap(NamedTuple):
 
 
 def _entries(table: TokenBytes) -> dict[bytes | str, int]:
-    """Bytes or role -> the id that stands for it; no id stands for two."""
+    """Bytes or role -> the id that stands for it. No id stands for two of them."""
     roles: dict[int, str] = {}
     for role in MATCHED_ROLES:
         token_id = table.roles[role]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 GPU_DEVICES = ("cuda", "xpu")  # ROCm builds call their devices cuda
-# Triton loads 16 bytes at once where it knows that pointers and strides are multiples of 16; rows
-# of any other stride (V = 50257) are read piecewise and turned round in shared memory.
+# Triton loads 16 bytes at once where it knows that pointers and strides are multiples of 16. Rows
+# of any other stride (V = 50257) are read piecewise and rearranged in shared memory.
 ROW_ALIGNMENT = 16
 
 
@@ -19,8 +19,8 @@ def has_triton() -> bool:
 
 
 def is_interpreted() -> bool:
-    """True where TRITON_INTERPRET=1 makes triton.jit run on CPU tensors; triton reads it at
-    import.
+    """True where TRITON_INTERPRET=1 makes triton.jit run on CPU tensors. Triton reads the variable
+    once, when it is imported.
     """
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -44,10 +44,10 @@ def has_aligned_rows(tensor: Tensor) -> bool:
 
 
 def row_block(vocab_size: int, dtype: torch.dtype, largest: int = 4096) -> tuple[int, int, int]:
-    """(BLOCK_V, LINE, num_warps) of a kernel that walks one row of vocab_size columns; a line is
+    """(BLOCK_V, LINE, num_warps) of a kernel that walks one row of vocab_size columns. A line is
     the 16 bytes that a thread loads at once.
 
-    Under the interpreter the cost is per Python-level operation, so blocks are few and large.
+    Under the interpreter every operation costs Python time, so blocks are few and large.
     """
     line = 16 // dtype.itemsize
     width = max(1 << (vocab_size - 1).bit_length(), line)

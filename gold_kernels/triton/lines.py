@@ -1,8 +1,8 @@
-"""What the row kernels share: loads, log-sum-exps of a row in blocks of lines, one entry of it.
+"""What the row kernels share: loads of logits, the log-sum-exp of a row, one entry of a row.
 
 A program walks one row in blocks of shape (BLOCK_V / LINE, LINE). A line is what one thread loads
-at once, so that each sums its line alone and carries one number for it; threads meet once at the
-end of a pass. Logarithms are in bits, since exp2 is one instruction and exp four.
+at once. Each thread sums its own line and carries one number for it; threads meet once, at the end
+of a pass. Logarithms are in bits: exp2 is one instruction, exp is four.
 """
 
 import triton
@@ -21,7 +21,7 @@ def block_columns(start, BLOCK_V: tl.constexpr, LINE: tl.constexpr):  # (BLOCK_V
 
 @triton.jit
 def load_logits(row_ptr, columns, is_column):
-    """Float32 logits; -1e30 for -inf and beyond the vocabulary, so probability 0."""
+    """Float32 logits; -1e30, so probability 0, for -inf and for columns beyond the vocabulary."""
     logits = tl.load(row_ptr + columns, mask=is_column, other=float("-inf")).to(tl.float32)
     return tl.maximum(logits, LOWEST_LOGIT)
 
@@ -47,9 +47,10 @@ def row_sum(
     LINE: tl.constexpr,
     HAS_LOWEST: tl.constexpr = False,
 ):
-    """Of columns first to last: largest logit; the sum of exp2((logit - largest) * bits), in
-    float64 because the sums of nearly equal rows are compared; with HAS_LOWEST the lowest logit
-    (-1e30 if one is masked).
+    """Of the columns from first to last: the largest logit; the sum of
+    exp2((logit - largest) * bits); with HAS_LOWEST the lowest logit, -1e30 if one is masked.
+
+    The sum is float64, because near convergence the sums of two nearly equal rows are compared.
     """
     line_max = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) - 1e30
     line_lowest = tl.zeros([BLOCK_V // LINE], dtype=tl.float32) + 1e30
@@ -71,7 +72,7 @@ def row_sum(
 
 @triton.jit
 def log_of(x, log_sum):
-    """log(1 + x), which log_sum is away from 0."""
+    """log(1 + x): by its series near 0, elsewhere log_sum, which the caller computed."""
     series = 1.0 / 3.0 - x * (0.25 - x * (0.2 - x / 6.0))
     return tl.where(tl.abs(x) < 0.0625, x * (1.0 - x * (0.5 - x * series)), log_sum)
 
@@ -88,8 +89,8 @@ def entry_parts(
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> () log2 q of one entry of a row, () 1 - q
-    """Where q is above 1/2 both come from the sum of the other entries: a q that rounds to 1, as
-    trained models have, keeps them.
+    """Where q is above 1/2, both come from the sum of the other entries. So they are right even for
+    a q that rounds to 1, as trained models have.
     """
     logit = tl.load(row_ptr + entry, mask=is_entry, other=0.0).to(tl.float32)
     log2_q = (tl.maximum(logit, LOWEST_LOGIT) - row_max) * bits - tl.log2(row_total)

@@ -18,7 +18,7 @@ def scale_kernel(out_ptr, tensor_ptr, scale_ptr, size, BLOCK: tl.constexpr):
 
 
 def scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(tensor * scale).to(dtype), scale a () tensor; torch takes the slow path of mixed dtypes."""
+    """(tensor * scale).to(dtype); scale is a () tensor. Torch is slow where the dtypes differ."""
     tensor = tensor.contiguous()
     out = torch.empty_like(tensor, dtype=dtype)
     block = 1 << 16 if is_interpreted() else 4096

@@ -1,20 +1,21 @@
 """A table of 32-bit counters that belongs to one program, in shared or in global memory.
 
-Shared memory takes an addition a clock and lane, where additions in global memory all meet in the
-L2 cache: 217k additions a row are the whole cost of counting there. Triton has no shared-memory
-atomics, so on NVIDIA GPUs the table is a static array of PTX; elsewhere, and in the interpreter, it
+A row makes 217k additions. Shared memory takes one a clock and lane. In global memory all of them
+meet in the L2 cache, and they would be the whole cost of counting. Triton has no atomics on shared
+memory. So the table is a static array of PTX on NVIDIA GPUs; elsewhere, and in the interpreter, it
 is a pointer to global memory.
 """
 
 import triton
 import triton.language as tl
 
-# 40 KiB of the 48 KiB that PTX gives to static arrays; Triton's reductions take 4 KiB, and a memory
-# checker needs some
+# 40 KiB of the 48 KiB that PTX gives to static arrays: Triton's reductions take 4 KiB, and a memory
+# checker needs some of the rest.
 NUM_BINS = 5 << 11
 TABLE_WORDS = NUM_BINS + 4  # and a counter
-# The word of a bin whose entries are to be ordered, as a float from 2 to 4 and no sign: LISTED and
-# what is counted in its low 22 bits. WAITING: not yet.
+# The word of a bin is its sign, a float from -1 to 1, unless its entries are to be ordered. Then it
+# is LISTED (2.0) while they are in the list, with a count of keys in its low 22 bits, and WAITING
+# (4.0) before.
 LISTED = tl.constexpr(0x40000000)
 WAITING = tl.constexpr(0x40800000)
 _TABLE_ADDRESS = tl.constexpr(
@@ -41,7 +42,7 @@ def shared_table():
 
 @triton.jit
 def add_to_table(table, bins, values, IS_SHARED: tl.constexpr):
-    """Every value is added, 0 too: PTX's assembler makes a branch of a masked addition."""
+    """Add all values, 0 too: PTX's assembler would make a branch of a masked addition."""
     if IS_SHARED:
         tl.inline_asm_elementwise(
             "red.shared.add.s32 [$1], $2; mov.u32 $0, 0;",
@@ -57,7 +58,7 @@ def add_to_table(table, bins, values, IS_SHARED: tl.constexpr):
 
 @triton.jit
 def take_from_table(table, bins, step, mask, IS_SHARED: tl.constexpr):  # int32, before the addition
-    """Add step where mask is true; every caller gets a number of its own."""
+    """Add step where mask is true. The counts before differ, so each is a place of its own."""
     if IS_SHARED:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.u32 $0, 0;"
@@ -104,10 +105,10 @@ def store_table(table, bins, values, IS_SHARED: tl.constexpr):
 
 @triton.jit
 def append_listed(counter, list_ptr, words, entries, IS_SHARED: tl.constexpr):
-    """Write entries whose bin has a word of LISTED, and no keys yet, to the next free place of a
-    list; the counter says how many there are.
+    """Append the entries whose bin is LISTED, and has no keys yet, to a list. The counter holds the
+    length of the list.
 
-    One piece of PTX, because it meets every entry of a row and hardly any is listed.
+    One piece of PTX, because every entry of a row passes through it and hardly any is listed.
     """
     is_listed = words == LISTED
     if IS_SHARED:
@@ -133,9 +134,10 @@ def append_listed(counter, list_ptr, words, entries, IS_SHARED: tl.constexpr):
 
 @triton.jit
 def scatter(pointers, values, mask, IS_SHARED: tl.constexpr):
-    """Store 16-bit or 32-bit values far apart in global memory. Triton gives such a store a layout
-    of its own and changes pointers, values and mask over in 32 KiB of shared memory, which the
-    table needs.
+    """Store 16-bit or 32-bit values far apart in global memory.
+
+    Triton gives such a store a layout of its own. It moves pointers, values and mask to it through
+    32 KiB of shared memory, which the table needs: so the store is PTX where the table is shared.
     """
     if IS_SHARED:
         is_half: tl.constexpr = values.dtype.primitive_bitwidth == 16

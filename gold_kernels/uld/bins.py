@@ -1,14 +1,22 @@
-"""D(x) = #{s_i > x} - #{t_j > x} of a row, from counts on a grid.
+"""First half of a ULD row: counts on a grid say how many values of each side lie above a point.
 
-s and t are the values of student and teacher, V_s and V_t of them. The grid is uniform in log2: bin
-b holds values from 2**(top - b / per_bit) down, the last one all that are smaller. That one is not
-counted: the other bins leave its D. A word of the table has the student's entries of a bin in its
-low half and the teacher's in its high half. A row with 65536 entries of a side in one bin, all but
-constant, is counted again as their difference alone, and not listed.
+A row has V_s student values s and V_t teacher values t: probabilities, times the scale of their
+row. The loss and its gradient follow from
 
-The scan of the counts gives D at the edges of every bin. Where D cannot change its sign inside,
-that sign is the gradient of every student entry there. Where it can, the entries of the bin are
-listed and ordered (uld_lists.py).
+    D(x) = #{s_i > x} - #{t_j > x}
+
+The kernel counts how many values fall into each bin of a logarithmic grid. Bin b begins at
+2**(top - b / per_bit) and ends where bin b + 1 begins. The last bin holds all smaller values and
+needs no count: below every value D is V_s - V_t.
+
+The table has a 32-bit word for each bin. The low half counts student values, the high half teacher
+values. A half overflows at 65536 values, which only an all but constant row has in one bin. Such a
+row is counted again, with the difference of the two counts in a word, and none of its bins is
+listed.
+
+A scan of the table gives D at the edges of every bin. Where D cannot change its sign inside a bin,
+that sign is the gradient of every student value in it. Where it can, the values of the bin are
+listed and ordered (lists.py).
 """
 
 import triton
@@ -26,22 +34,27 @@ from gold_kernels.uld.bin_table import (
 # Entries below 2**-12 / V share a bin: together below 1/4096 of a side. Peaked rows, as trained
 # models have, keep most entries there: a bound of 2**-6 / V cost up to 2e-2 of their loss.
 _TAIL_BITS = tl.constexpr(12.0)
-_LOWEST_MARGIN = tl.constexpr(1 / 4096)  # two or three bins above the last: the lowest entry counts
+# Share of the range below the lowest entry: it falls two or three bins above the last one, where it
+# is counted.
+_LOWEST_MARGIN = tl.constexpr(1 / 4096)
 _MIN_RANGE_BITS = tl.constexpr(1.0)
-_MAX_SCALE_GAP = tl.constexpr(24.0)  # bits; a side further below the other falls into the last bin
+# Bits that the grid goes down for the side with the lower scale. Further below, its values share
+# the last bin.
+_MAX_SCALE_GAP = tl.constexpr(24.0)
 _HIGH_STEP = tl.constexpr(1 << 16)  # one entry in the high half of a word
 _HALF_BITS = tl.constexpr(16)
 _HALF_MASK = tl.constexpr((1 << 16) - 1)
 _WHOLE = tl.constexpr(1.5 * 2**23)
 _WHOLE_MASK = tl.constexpr((1 << 22) - 1)
 _SOME_BINS = tl.constexpr((1 << 13) - 1)
-# Every entry of a listed bin meets every other.
+# Entries of the largest bin that is listed: each of them is compared with every other.
 MAX_LISTED = 1024
-LIST_SIZE = 1 << 15  # entries listed at a time, but for what a last bin holds
-SIZE_BITS = tl.constexpr(11)  # of an offset: entries of the student in the bin
+LIST_SIZE = 1 << 15  # entries listed at a time; the last bin of a list may go beyond
+SIZE_BITS = tl.constexpr(11)  # low bits of an offset: number of student entries in the bin
 SIZE_MASK = tl.constexpr((1 << 11) - 1)
-# D may leave the sign of its ends d0, d1 in a bin of n entries if min(|d0|, |d1|) < n and it is
-# likely enough: a walk of n steps from d0 to d1 reaches 0 with probability exp(-2 d0 d1 / n).
+# Which bins are listed. A bin of n entries leads D from d0 to d1. D can reach 0 inside only if
+# min(|d0|, |d1|) < n. A random walk of n steps from d0 to d1 does so with probability
+# exp(-2 d0 d1 / n): bins with d0 d1 above CROSSING * n are taken to keep their sign.
 CROSSING = tl.constexpr(2.0)
 
 
@@ -62,7 +75,7 @@ def range_of(
     bottom = bottom - tl.log2(vocab_size.to(tl.float32)) - _TAIL_BITS
     if HAS_SCALES:
         bottom -= tl.minimum(tl.abs(log2_scales[0] - log2_scales[1]), _MAX_SCALE_GAP)
-    # nothing is below the lowest entry of both sides: finer bins, fewer entries to order
+    # the grid ends at the lowest entry of both sides: finer bins leave fewer entries to order
     student_lowest = (student_lowest - student_max) * student_bits + student_shift
     teacher_lowest = (teacher_lowest - teacher_max) * teacher_bits + teacher_shift
     lowest = tl.minimum(student_lowest, teacher_lowest)
@@ -73,9 +86,11 @@ def range_of(
 
 @triton.jit
 def origin_of(row_max, bits, per_bit, base, gap):
-    """Bins that a logit of 1 is worth, and the place in bins of a logit of 0, as a whole number and
-    a part. The largest logit of the side is at base + gap. In float64: a rounded product and what
-    it lost, in float32, are right only if no compiler fuses the product into a later sum.
+    """(scale, whole, part): logits of a side -> places on the grid, in bins. A logit of 1 is scale
+    bins long, a logit of 0 lies at whole + part, the largest logit of the side at base + gap.
+
+    Float64, because float32 cannot: a rounded product plus its rounding error is right only as
+    long as no compiler fuses the product into a later sum.
     """
     scale = bits * per_bit
     place = row_max.to(tl.float64) * scale + (base.to(tl.float64) + gap)
@@ -85,16 +100,16 @@ def origin_of(row_max, bits, per_bit, base, gap):
 
 @triton.jit
 def _whole_bits(offsets):
-    """Offsets rounded to whole numbers, as int32: a float32 of 2**23 and more has no fraction, its
-    low bits are the number. A conversion takes four times as long.
+    """Offsets rounded to whole numbers, as int32. A float32 of 2**23 and more has no fraction: its
+    low bits are the number. A conversion would take four times as long.
     """
     return (offsets + _WHOLE).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _offsets_of(logits, origin):
-    """Place of each value in bins, less 1/2, 0 at the top. Beside the logits' distance from 0 the
-    part would be rounded.
+    """Place of each value in bins, minus 1/2, so that rounding gives its bin; 0 or more. The part
+    is added last: added to a large whole number, it would be rounded away.
     """
     scale, whole, part = origin
     return tl.maximum(tl.fma(-logits, scale, whole) + (part - 0.5), 0.0)
@@ -102,14 +117,14 @@ def _offsets_of(logits, origin):
 
 @triton.jit
 def bins_of(logits, origin, NUM_BINS: tl.constexpr):
-    """Bin of each value, 0 at the top; NaN of a poisoned row stays inside the table."""
+    """Bin of each value, 0 at the top. A NaN gets a bin inside the table too."""
     offsets = tl.minimum(_offsets_of(logits, origin), NUM_BINS - 1.0)
     return _whole_bits(offsets) & _WHOLE_MASK
 
 
 @triton.jit
 def matched_entries(matched_ptr, columns, is_column, HAS_OVERLAP: tl.constexpr):
-    """Which entries are matched, so neither counted nor listed."""
+    """Which entries are matched: those are neither counted nor listed."""
     if HAS_OVERLAP:
         is_matched = tl.load(matched_ptr + columns, mask=is_column, other=0) != 0
     else:
@@ -139,9 +154,9 @@ def count_side(
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> () entries counted
-    """Add step to the bin of every unmatched entry of one side that is above the last bin, where
-    columns beyond the vocabulary are too. The others add 0 to some bin: not to one and the same,
-    which would take them one by one.
+    """Add step to the bin of every unmatched entry of one side, except in the last bin, where
+    columns beyond the vocabulary fall too. All others add 0, spread over many bins: additions to
+    one and the same bin would run one after the other.
     """
     sums = tl.zeros([BLOCK_V // LINE], dtype=tl.int32)
     for start in range(0, vocab_size, BLOCK_V):
@@ -160,7 +175,7 @@ def count_side(
 
 @triton.jit
 def average_sign(before, after):
-    """Sign of D over steps that lead it from before to after, taken as linear."""
+    """Average sign of D on its way from before to after, taken as a straight line."""
     is_same = ((before >= 0) & (after >= 0)) | ((before <= 0) & (after <= 0))
     middle = before + after
     same = tl.where(middle > 0, 1.0, tl.where(middle < 0, -1.0, 0.0))
@@ -171,7 +186,7 @@ def average_sign(before, after):
 
 @triton.jit
 def counted_sign(words):
-    """The sign of a bin; 0 where its entries are listed, whose loss order_lists counts."""
+    """The sign of a bin; 0 where its entries are listed: order_lists adds their loss."""
     return tl.where(words >= LISTED, 0.0, words.to(tl.float32, bitcast=True))
 
 
@@ -189,9 +204,11 @@ def scan_bins(
     SCAN_BINS: tl.constexpr,
     MAX_LISTED: tl.constexpr,
 ):  # -> () part of the loss that hangs on bins alone, () entries to list, () D above the last bin
-    """Counts -> signs, in place, or WAITING. A sign of exactly -1, 0 or 1: D keeps its sign in the
-    bin; between: the average over a bin in which it does not. last: D below everything.
-    has_halves: words count both sides apart, not their difference.
+    """Replace the counts of every bin by its sign, or by WAITING if its entries are to be ordered.
+
+    A sign of exactly -1, 0 or 1 means that D keeps its sign in the bin. A sign in between is the
+    average over a bin in which D changes its sign. last is D below every value. has_halves: words
+    count the two sides apart; otherwise they hold the difference.
     """
     top, bin_bits = grid
     width = 1.0 - tl.exp2(-bin_bits)  # of a bin, relative to its upper edge
@@ -215,7 +232,7 @@ def scan_bins(
         upper = tl.exp2(top - bins.to(tl.float32) * bin_bits)
         height = upper * tl.where(is_tail, 1.0, width)
         lower = tl.where(is_tail, 0.0, upper - height)
-        # the rest, signs times the values of the bin, is added where the values are
+        # the other part, sign times value, is added by sum_signed, which has the values
         edge = tl.abs(d_before) * height + (tl.abs(before) - tl.abs(after)).to(tl.float32) * lower
         new_words = signs.to(tl.int32, bitcast=True)
         if HAS_LISTS:
@@ -258,10 +275,10 @@ def count_row(
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> () part of the loss that hangs on bins alone, () entries to list
-    """The passes over both sides that count, and the scan of what they counted."""
+    """Count both sides of a row and scan the counts; once more if a half of a word overflowed."""
     has_halves, is_counted, edges, num_listed = HAS_LISTS, False, 0.0, 0
     while not is_counted:
-        tl.debug_barrier()  # signs may still be read
+        tl.debug_barrier()  # signs of the row before may still be read
         clear_bins(table, IS_SHARED, NUM_BINS, SCAN_BINS)
         tl.debug_barrier()
         step = tl.where(has_halves, _HIGH_STEP, -1)
@@ -278,6 +295,6 @@ def count_row(
             table, offsets_ptr, befores_ptr, grid, vocab_sizes[0] - vocab_sizes[1], has_halves,
             HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS, MAX_LISTED,
         )  # fmt: skip
-        # a half that ran over changes the difference of all halves
+        # an overflow shows: what the scan found is not what was counted
         is_counted, has_halves = found == counted, False
     return edges, num_listed

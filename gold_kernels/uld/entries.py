@@ -1,7 +1,12 @@
-"""What entries of a ULD or hybrid row add to loss and gradient: matched ones, whose pass is here,
-spans, and unmatched ones once the table has their signs.
+"""What a vocabulary entry of a ULD or hybrid row adds to the loss and to the gradient.
 
-s and t are the probabilities of student and teacher times exp(log_scale).
+s and t are the probabilities of student and teacher, times exp(log_scale) of their row. An entry is
+one of three kinds:
+
+- matched: it has a partner in the other vocabulary. The pair has a generalized JSD (sum_pairs).
+- span: it stands for all bytes of a group of several tokens. The group has a generalized JSD of two
+  outcomes, these bytes or others (span_entries), and none of its other entries counts.
+- unmatched: the sign of its bin, or its own sign if it was listed, is its gradient (student_signs).
 """
 
 import triton
@@ -13,7 +18,7 @@ from gold_kernels.uld.bin_table import LISTED, scatter
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
-SMALLEST_REST = tl.constexpr(1e-18)  # of 1 - s where s is 1
+SMALLEST_REST = tl.constexpr(1e-18)  # least 1 - s, for an s of 1
 
 
 @triton.jit
@@ -47,9 +52,10 @@ def _excess_of(x, log_sum):
 
 @triton.jit
 def _rest_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
-    """Loss of r = 1 - s beside o = 1 - t, and r dloss / dr, in nats.
+    """Loss of the pair r = 1 - s, o = 1 - t, and r dloss / dr, in nats.
 
-    Sums of x - log(1 + x), whose first order cancels: r and o are near 1 more often than not.
+    r and o are mostly near 1, where log terms cancel. The loss is a sum of x - log(1 + x), which
+    holds only what is left.
     """
     r = tl.maximum(one_minus(log2_s), SMALLEST_REST)
     o = tl.maximum(one_minus(log2_t), SMALLEST_REST)
@@ -69,7 +75,7 @@ def _rest_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
 
 @triton.jit
 def span_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
-    """Loss of the outcomes s and 1 - s beside t and 1 - t, and dloss / dlog s, in nats."""
+    """Loss of two outcomes, s and 1 - s against t and 1 - t, and dloss / dlog s, in nats."""
     loss, pull = _matched_entries(log2_s, log2_t, beta, MODE)
     rest_loss, rest_pull = _rest_entries(log2_s, log2_t, beta, MODE)
     odds = tl.exp2(log2_s) / tl.maximum(one_minus(log2_s), SMALLEST_REST)
@@ -94,7 +100,7 @@ def sum_pairs(
     PAIR_BLOCK: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> () loss, () s dloss / ds, in nats, () and () probability of the matched entries of a side
-    """Pass over matched entries. NEEDS_GRAD: the weighted pull of each is kept at its column."""
+    """Pass over matched entries. NEEDS_GRAD: store each weighted s dloss / ds at its column."""
     student_max, student_shift, student_bits = student_side
     teacher_max, teacher_shift, teacher_bits = teacher_side
     lines = tl.zeros([PAIR_BLOCK // LINE], dtype=tl.float32)
@@ -128,8 +134,8 @@ def student_signs(
     HAS_LISTS: tl.constexpr,
     HAS_KEPT: tl.constexpr,
 ):
-    """dloss / ds of student entries before the weight of the loss: the sign of the bin, of listed
-    entries their own. HAS_KEPT: of matched entries what was kept beside the signs.
+    """dloss / ds of student entries, before the weight of the loss: the sign of their bin, or their
+    own sign if they were listed. HAS_KEPT: for matched entries, what sum_pairs stored.
     """
     sign = words.to(tl.float32, bitcast=True)
     if HAS_LISTS or HAS_KEPT:

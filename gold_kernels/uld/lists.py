@@ -1,11 +1,14 @@
-"""Order of the entries in bins where counts leave the sign of D open: each counts those above it.
+"""Second half of a ULD row: where counts leave the sign of D open, entries of a bin are ordered.
 
-The loss pass, sum_signed, adds up what counts decide and appends listed entries to a list, in any
-order; place_entries gives every bin a
-stretch of keys, the student's before the teacher's; order_lists compares each key with every other
-of its bin. Exact up to values that agree to 2**-13 of a bin, which are ties and get the average of
-their signs. What is summed over entries is summed in fixed point: the order in a list is not the
-same from run to run, the sum is.
+1. sum_signed passes over a side. It sums the entries whose sign is known from the counts (bins.py)
+   and appends the others to a list, in any order.
+2. place_entries turns the list into keys. The keys of a bin lie side by side, the student's before
+   the teacher's.
+3. order_lists compares each key with every other key of its bin and so counts the entries above it.
+
+Entries whose values agree to 2**-13 of a bin are ties: they get the average of their signs. All
+others get the sign that a sort would give. The order in a list differs from run to run; sums over
+entries are in fixed point, so that their result does not.
 """
 
 import triton
@@ -33,28 +36,29 @@ from gold_kernels.uld.bins import (
     matched_entries,
 )
 
-# The word of a listed bin also counts the keys that have a place: of the student in the low bits,
-# HIGH_KEY for each of the teacher.
+# The word of a listed bin counts the keys that already have a place: 1 for each of the student's,
+# HIGH_KEY for each of the teacher's.
 HIGH_KEY = tl.constexpr(1 << 11)
-_BLOCK = tl.constexpr(512)  # an entry a thread: twice that asks for 8 KiB of shared memory
-# A key is the level in the bin above the column: 31 bits, so that the difference of two has a sign.
+_BLOCK = tl.constexpr(512)  # one entry a thread; twice as many take 8 KiB of shared memory
+# A key: the level in the bin in its high bits, the column in its low ones. It has 31 bits, so that
+# the difference of two keys has a sign.
 LEVEL_BITS, COLUMN_BITS = 13, 18
 _LEVEL_SHIFT = tl.constexpr(COLUMN_BITS)
 _NUM_LEVELS = tl.constexpr(1 << LEVEL_BITS)
 _COLUMN_MASK = tl.constexpr((1 << COLUMN_BITS) - 1)
-_NO_KEY = tl.constexpr((1 << 31) - 1)  # below every other: the last level is left to it
+_NO_KEY = tl.constexpr((1 << 31) - 1)  # larger than every key: no entry has the last level
 _UNROLL = tl.constexpr(8)
 _FIXED_POINT = tl.constexpr(2.0**50)  # sums are below 2**11
 
-# The working memory of a program, in words: offsets of the lists of bins, D above bins, the list,
-# keys and their bins.
+# Words of a program's working memory: for each bin the offset of its keys and D above it; the list;
+# keys; for each key its bin.
 LIST_WORDS = 2 * NUM_BINS + 3 * (LIST_SIZE + MAX_LISTED)
 
 
 @triton.jit
 def _levels_of(logits, bins, origin):
-    """Place of a value in its bin, least at the upper edge. The product is not rounded, so that
-    values differ where their logits differ in the last bit (the interpreter rounds it).
+    """Level of a value in its bin, 0 at the upper edge. A fused product is not rounded, so that
+    logits which differ in the last bit get different levels (the interpreter does round it).
     """
     scale, whole, part = origin
     place = tl.fma(-logits, scale, whole - bins.to(tl.float32)) + part
@@ -72,7 +76,7 @@ def open_window(
     SCAN_BINS: tl.constexpr,
     LIST_SIZE: tl.constexpr,
 ):
-    """WAITING -> LISTED in bins whose lists begin in [base, base + LIST_SIZE)."""
+    """Turn WAITING into LISTED in bins whose keys begin in [base, base + LIST_SIZE)."""
     for first in range(0, NUM_BINS, SCAN_BINS):
         bins = first + tl.arange(0, SCAN_BINS)
         words = load_table(table, bins, IS_SHARED)
@@ -99,7 +103,7 @@ def sum_signed(
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> () sum of value * sign of its bin over the unmatched entries of a side
-    """Entries of listed bins are appended to the list instead."""
+    """Entries of listed bins add nothing: they are appended to the list."""
     row_max, shift, bits = side
     signed = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
@@ -131,7 +135,7 @@ def place_entries(
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
-    """Keys of the entries of a list, those of a bin side by side; base: where the list begins."""
+    """Write the keys of a list, those of a bin side by side. base: offset of its first key."""
     offsets_ptr, _, list_ptr, keys_ptr, owners_ptr = lists
     for first in range(0, num_entries, _BLOCK):
         places = first + tl.arange(0, _BLOCK)
@@ -160,13 +164,13 @@ def place_entries(
 
 @triton.jit
 def _is_below(key, other):  # int32, 1 or 0
-    """key < other from the sign of their difference: one instruction less to add up than a mask."""
+    """key < other, from the sign of key - other: one instruction less to sum than a mask."""
     return ((key - other).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
 
 
 @triton.jit
 def _count_above(keys_ptr, starts, num_keys, first_key, next_key):
-    """Of the num_keys keys from starts on, those below first_key and those below next_key."""
+    """How many of the num_keys keys from starts on are below first_key, and below next_key."""
     above, through = tl.zeros_like(starts), tl.zeros_like(starts)
     for start in range(0, tl.max(num_keys, 0), _UNROLL):
         num_left = num_keys - start
@@ -189,9 +193,9 @@ def order_lists(
     NEEDS_GRAD: tl.constexpr,
     IS_SHARED: tl.constexpr,
 ):  # -> () part of the loss, () sum of s times its sign, over listed student entries; fixed point
-    """Sign of every listed student entry, by counting what is above it in its bin.
+    """Find the sign of every listed student entry by counting the entries above it in its bin.
 
-    With D from `above` to `through` over the entries of one level: the loss of a bin is
+    The entries of one level lead D from `above` to `through`. The loss of a bin is
     |d_before| (upper - lower) + sum over levels of (value - lower) (|through| - |above|).
     """
     offsets_ptr, befores_ptr, _, keys_ptr, owners_ptr = lists
@@ -259,7 +263,7 @@ def order_row(
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> () part of the loss, () sum of s times its sign, over listed student entries
-    """Signs of all listed entries, LIST_SIZE at a time; the first ones are in the list already."""
+    """Order all listed entries, LIST_SIZE at a time. The first ones are in the list already."""
     offsets_ptr, list_ptr = lists[0], lists[2]
     loss, mean_sign, base = tl.cast(0, tl.int64), tl.cast(0, tl.int64), 0
     while base < num_listed:

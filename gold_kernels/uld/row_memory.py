@@ -21,7 +21,7 @@ MAX_PROGRAMS = 264  # two on every multiprocessor of a Hopper GPU, each with wor
 
 
 class Memory(NamedTuple):
-    """What programs work in; tensors that are not needed are some other one."""
+    """What programs work in. A tensor that nobody needs is some other tensor."""
 
     num_programs: int
     is_shared: bool
@@ -39,10 +39,13 @@ def working_memory(
     *,
     has_overlap: bool,
 ) -> Memory:
-    """Lists for float32 logits; the signs of listed entries and the pull of matched ones wait where
-    the gradient is to be, or in memory of their own where that is the logits. The table of bins is
-    in shared memory where the kernel needs none to turn unaligned rows round: both together are
-    more than the 48 KiB that a program may ask for.
+    """Tables, lists and signs for as many programs as scratch_bytes hold.
+
+    Only float32 logits have lists: ties fill the bins of 16-bit ones. The signs of listed entries
+    and the gradients of matched ones are kept in grad_logits until the final gradient replaces
+    them. Where grad_logits is student_logits, which is still read, they have memory of their own.
+    The table of bins is in shared memory if all rows are aligned: unaligned rows pass through
+    shared memory themselves, and a program may ask for 48 KiB, less than both take.
     """
     num_rows, vocab_size = student_logits.shape
     device, integer = student_logits.device, torch.int32

@@ -1,25 +1,34 @@
-"""ULD and hybrid rows without a sort: counts on a grid of bins say which side is above.
+"""ULD and hybrid rows without a sort: counts on a grid say which side has more values above.
 
 C rows of a chunk, V vocabulary (V_s, V_t), K matched entries. s and t are the probabilities of
-student and teacher times exp(log_scale) of their row. Over the unmatched entries
+student and teacher, times exp(log_scale) of their row.
+
+Unmatched entries: both vectors are sorted, and the shorter is padded with 0 (Boizard et al. 2024,
+arXiv 2402.12030, eq. 3). The sum below is an integral, the Wasserstein-1 distance of the values:
 
     loss = sum_k |s_(k) - t_(k)| = integral of |D(x)| dx,  D(x) = #{s_i > x} - #{t_j > x}
     dloss / ds_i = sign of D just around s_i
 
-both vectors sorted, the shorter padded with 0 (Boizard et al. 2024, arXiv 2402.12030, eq. 3; the
-integral is the Wasserstein-1 distance of the two value distributions). Matched entries get the
-generalized JSD of the pair (s_i, t_partner), its KL terms with + sum q - sum p, so never negative.
+Matched entries: each pair (s_i, t_partner) has a generalized JSD. Its KL terms carry
++ sum q - sum p, so they are never negative.
+
 A row with a span, one entry of each side, has the generalized JSD of two outcomes, s_span and
 1 - s_span, and nothing else.
 
-Counts on a grid of bins give D (uld_bins.py), from the largest value down to TAIL_BITS below 1 / V,
-where one last bin holds the rest. Where D keeps its sign across a bin, the bin's part of the loss
-is exact from the values; where it may not, entries are listed and ordered. Without lists (16-bit
-logits, whose ties fill bins) D is taken as linear there, and the gradient is the average sign.
+Counts on a grid of bins give D (bins.py). The grid goes from the largest value down to 2**-12 / V;
+a last bin holds the rest. Where D keeps its sign across a bin, the values alone give the bin's part
+of the loss, exactly. Where it may not, the entries are listed and ordered (lists.py). 16-bit logits
+have no lists, because ties fill their bins: there D is taken as linear inside a bin, and the
+gradient is the average sign.
 
-The log-sum-exps of both sides come from uld_sums.py. Passes over a row: counts; a scan of the bins;
-loss and sum of s h; one more for every LIST_SIZE entries to be ordered beyond the first; matched
-entries; the log-sum-exp of the cross-entropy; gradient s h - q sum(s h), with h = dloss / ds.
+Passes over a row, after the log-sum-exps of triton_sums.py:
+
+1. count both sides; scan the bins
+2. sum the loss and s h, with h = dloss / ds, and list what is to be ordered
+3. again for every LIST_SIZE listed entries beyond the first
+4. matched entries
+5. the log-sum-exp of the cross-entropy, with labels
+6. the gradient, s h - q sum(s h)
 """
 
 from collections.abc import Sequence
@@ -79,8 +88,8 @@ def uld_rows_kernel(
     teacher_scales_ptr,  # (C,)
     labels_ptr,  # (C,) int64, read if HAS_LABELS
     student_ids_ptr,  # (K,) int32 matched entries, read if HAS_OVERLAP
-    partners_ptr,  # (C, K) logits of their partners, see uld_sums.py
-    sums_ptr,  # (C, 2, S, 3) float64, log-sum-exps in slices, see uld_sums.py
+    partners_ptr,  # (C, K) logits of their partners, see triton_sums.py
+    sums_ptr,  # (C, 2, S, 3) float64, log-sum-exps in slices, see triton_sums.py
     student_matched_ptr,  # (V_s,) bool, is matched
     teacher_matched_ptr,  # (V_t,) bool
     student_spans_ptr,  # (C,) int64 entry or -1, read if HAS_SPANS
@@ -150,7 +159,8 @@ def uld_rows_kernel(
         teacher_max, teacher_total, teacher_lowest = join_slices(
             sums_ptr, row_offset, teacher_vocab_size, teacher_bits, True, SLICE, NUM_SLICES
         )
-        # not the difference of the logarithms, which are rounded at 17 near convergence
+        # not the difference of two logarithms: both are about 17 bits, and near convergence their
+        # rounding would be all that is left
         excess = ((teacher_total - student_total) / student_total).to(tl.float32)
         student_total, teacher_total = student_total.to(tl.float32), teacher_total.to(tl.float32)
         gap = log_of(excess, tl.log2(teacher_total / student_total) * NATS) * BITS
@@ -169,7 +179,7 @@ def uld_rows_kernel(
         per_bit = (NUM_BINS - 1.0) / range_bits
         grid = (top, range_bits / (NUM_BINS - 1.0))
 
-        # a row with a span counts and sums nothing
+        # a row with a span has no unmatched and no matched entries
         is_span, span, num_pairs = False, -1, num_matched
         num_student, num_teacher = student_vocab_size, teacher_vocab_size
         span_loss, span_slope, span_rest, student_span, teacher_span = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -306,7 +316,7 @@ def uld_rows_(
     weights: Tensor,  # (C, 2) float32, contiguous: of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher, float32
     labels: Tensor | None,  # (C,) int64
-    tables: Sequence[Tensor] | None,  # of matched entries, see linear_uld.matched_tables
+    tables: Sequence[Tensor] | None,  # of matched entries, see matched_tables
     spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see TokenAlignment.span_ids
     values: Tensor,  # (7, C) float32, overwritten: see NUM_ROW_VALUES
     *,
@@ -317,8 +327,10 @@ def uld_rows_(
     softcap: float | None,
     scratch_bytes: int,
 ) -> None:
-    """Launch uld_rows_kernel on the rows of a chunk. softcap: the student's logits went through
-    softcap tanh(x / softcap), the gradient is that of x. scratch_bytes: of working memory.
+    """Launch uld_rows_kernel on the rows of a chunk.
+
+    softcap: the student's logits are softcap tanh(x / softcap), and the gradient is that of x.
+    scratch_bytes: the most that working memory may take.
     """
     num_rows, student_vocab_size = student_logits.shape
     teacher_vocab_size = teacher_logits.shape[1]

@@ -1,12 +1,12 @@
-"""What the row kernel needs to know of whole rows: log-sum-exps of both sides in slices, and the
-teacher's logits of matched entries side by side.
+"""Kernel that runs before the ULD row kernel: log-sum-exps of both sides, in slices of a row, and
+the teacher's logits of matched entries side by side.
 
 C rows of a chunk, V vocabulary (V_s, V_t), K matched entries, S slices of a row.
 
-A kernel of its own, because its programs work on a few rows at a time. Matched entries are alone
-in their sector of 32 bytes more often than not; here the sectors of a row are in the L2 cache when
-they are asked for again. The row kernel has as many rows in hand as programs, more than the cache
-holds, and paid 32 bytes of memory for an entry.
+It is a kernel of its own because of the gather of matched entries. Memory comes in sectors of 32
+bytes, and the partners of neighbours lie in different sectors. Here programs work on a few rows at
+a time, so that a sector which is needed again is still in the L2 cache. The row kernel works on as
+many rows as it has programs, more than the cache holds: there each entry cost a sector of memory.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 from gold_kernels.triton.launch import aligned_width, empty_rows, is_interpreted, row_block
 from gold_kernels.triton.lines import LOWEST_LOGIT, row_sum
 
-SLICE_BLOCKS = 4  # blocks of a row that a program sums
+SLICE_BLOCKS = 4  # blocks in a slice, which one program sums
 PAIR_BLOCK = 1 << 9
 SLICE_VALUES = 3  # largest logit, sum of exp2 from there, lowest logit
 _VALUES = tl.constexpr(SLICE_VALUES)
@@ -28,7 +28,7 @@ _VALUES = tl.constexpr(SLICE_VALUES)
 class Slices(NamedTuple):
     """How rows are cut."""
 
-    size: int  # columns, or fewer in the last
+    size: int  # columns of a slice; the last one may have fewer
     student: int  # slices of a row
     teacher: int
     block_v: int
@@ -48,7 +48,7 @@ class Slices(NamedTuple):
 
 
 def row_bytes(v_student: int, v_teacher: int, num_matched: int, dtype: torch.dtype) -> int:
-    """Of the tensors that uld_sums returns."""
+    """Bytes a row of the tensors that uld_sums returns."""
     sums = 2 * Slices.of(v_student, v_teacher, dtype).most * SLICE_VALUES
     return torch.float64.itemsize * sums + dtype.itemsize * aligned_width(num_matched)
 
@@ -155,9 +155,11 @@ def uld_sums(
     student_bits: float,
     teacher_bits: float,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Launch uld_sums_kernel on the rows of a chunk: (C, 2, S, 3) float64 of student and teacher,
-    of each slice the largest logit, the sum of exp2 from there and the lowest logit; (C, K) logits
-    of the partners; columns of a slice.
+    """Launch uld_sums_kernel on the rows of a chunk.
+
+    Returns sums (C, 2, S, 3) float64: for student and teacher, and each slice, the largest logit,
+    the sum of exp2(bits * (logit - largest)) and the lowest logit; the partners' logits (C, K), or
+    None; and the number of columns of a slice.
     """
     num_rows, v_student = student_logits.shape
     v_teacher = teacher_logits.shape[1]

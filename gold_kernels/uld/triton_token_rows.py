@@ -1,12 +1,12 @@
-"""Log-probability of one token a row, and its gradient: scalar rows of merged groups, labels.
+"""Log-probability of one token a row, and its gradient: for scalar rows of groups, and for labels.
 
 C rows of a chunk, V vocabulary. With q_T = softmax(logits / T):
 
     values = -log q_T(id), -log q_1(label)
     grad = soft_weight (q_T - onehot(id)) / T + hard_weight (q_1 - onehot(label))
 
-Two passes over a row: the log-sum-exps and, where asked for, the gradient; a token of q above 1/2
-takes one more.
+A row takes one pass for the log-sum-exps and one for the gradient, if there is one. A token with q
+above 1/2 takes another: see entry_parts.
 """
 
 import triton
