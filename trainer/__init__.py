@@ -1,7 +1,27 @@
-"""GOLD distillation on transformers.Trainer, with the fused losses of gold_kernels."""
+"""GOLD distillation on transformers.Trainer, with the fused losses of gold_kernels.
 
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.config import GOLDConfig
-from gold_trainer.trainer import GOLDTrainer
+Names are imported when they are asked for: transformers takes seconds, and `gold-trainer --help`
+does not need it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gold_trainer.collator import GOLDCollator
+    from gold_trainer.config import GOLDConfig
+    from gold_trainer.trainer import GOLDTrainer
+
+    __version__: str
 
 __all__ = ["GOLDCollator", "GOLDConfig", "GOLDTrainer"]
+
+_MODULES = {"GOLDCollator": "collator", "GOLDConfig": "config", "GOLDTrainer": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name == "__version__":  # from the installed metadata: gold_kernels itself imports torch
+        return import_module("importlib.metadata").version("gold-kernels")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,36 +1,115 @@
-"""The commands `python -m gold_trainer train` and `python -m gold_trainer demo`."""
+"""The commands of `gold-trainer`, which is `python -m gold_trainer`.
 
+What the user can mend ends as one message and exit code 2; its traceback is logged at level debug.
+Torch and transformers are imported by the command that needs them: usage and its errors are quick.
+"""
+
+import argparse
+import logging
+import re
 import sys
+from collections.abc import Callable
 
-from rich.console import Console
+from gold_trainer.recipes import FOLDER, find_config, recipe_names
+
+logger = logging.getLogger("gold_trainer")
+
+EXIT_USER_ERROR = 2
 
 USAGE = """\
-usage: gold-trainer train [CONFIG.yaml] [--field value ...]   distil a teacher into a student
-       gold-trainer train --help                              every field, with its default
-       gold-trainer demo [--output_dir runs/demo]             handwritten digits, no download
+usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
+                                                   distil a teacher into a student
+       gold-trainer train --help                   every field, with its default
+       gold-trainer recipes                        names and files of the recipes
+       gold-trainer demo [--output_dir runs/demo]  handwritten digits, no download
+       gold-trainer --version
 """
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, or 2 where the user's input has to change."""
+    argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else (None, [])
-    if command == "train":
-        from gold_trainer.command_line import train
-
-        return train(rest)
-    if command == "demo":
-        from gold_trainer.command_line import demo
-
-        return demo(rest)
+    if command in COMMANDS:
+        return _report_user_errors(COMMANDS[command], rest)
     if command in ("-h", "--help"):
-        Console(highlight=False).print(USAGE, end="", markup=False, soft_wrap=True)
+        sys.stdout.write(USAGE)
         return 0
-    console = Console(stderr=True, highlight=False)
+    if command == "--version":
+        from gold_trainer import __version__
+
+        sys.stdout.write(f"gold-trainer {__version__}\n")
+        return 0
     if command is not None:
-        console.print(f"error: unknown command {command!r}", markup=False, soft_wrap=True)
-    console.print(USAGE, end="", markup=False, soft_wrap=True)
-    return 2
+        sys.stderr.write(f"error: unknown command {command!r}\n")
+    sys.stderr.write(USAGE)
+    return EXIT_USER_ERROR
+
+
+def _train(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = [str(find_config(argv[0])), *argv[1:]]
+    try:
+        from gold_trainer.command_line import train
+    except ImportError as error:
+        raise _missing("trainer", error) from error
+    train(argv)
+
+
+def _demo(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="gold-trainer demo")
+    parser.add_argument(
+        "--pair",
+        choices=("same", "cross"),
+        default="same",
+        help="cross: a student of another family with another tokenizer; default: %(default)s",
+    )
+    parser.add_argument("--output_dir", help="default: runs/demo, runs/demo_cross")
+    arguments = parser.parse_args(argv)
+    try:
+        from gold_trainer.demo import run_demo
+    except ImportError as error:
+        raise _missing("demo", error) from error
+    default = "runs/demo_cross" if arguments.pair == "cross" else "runs/demo"
+    run_demo(arguments.output_dir or default, pair=arguments.pair)
+
+
+def _recipes(argv: list[str]) -> None:
+    if argv:
+        raise ValueError(f"gold-trainer recipes: no arguments are expected, got {argv[0]!r}")
+    for name in recipe_names():
+        sys.stdout.write(f"{name:16} {FOLDER / name}.yaml\n")
+
+
+COMMANDS: dict[str | None, Callable[[list[str]], None]] = {
+    "train": _train,
+    "demo": _demo,
+    "recipes": _recipes,
+}
+
+
+def _missing(extra: str, error: ImportError) -> ValueError:
+    return ValueError(
+        f"a package that is needed here is missing ({error}): pip install 'gold-kernels[{extra}]'"
+    )
+
+
+def _report_user_errors(command: Callable[[list[str]], None], argv: list[str]) -> int:
+    try:
+        command(argv)
+    except (ValueError, OSError, ImportError) as error:  # ImportError: flash_attention_2 and such
+        logger.debug("traceback of the message below", exc_info=True)
+        sys.stderr.write(f"error: {_message(error)}\n")
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _message(error: Exception) -> str:
+    """The sentence that was raised; a data loader worker wraps it in its own traceback."""
+    text = str(error)
+    worker = re.match(r"Caught \w+ in DataLoader worker.*?\n\w*Error: ", text, re.DOTALL)
+    return text[worker.end() :].strip() if worker else text
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,15 +1,11 @@
-"""From command line and YAML to a trained student on disk.
+"""`gold-trainer train`: from flags and YAML to a trained student on disk.
 
-The YAML holds the same names as the flags; a flag wins over the YAML. What the user can mend ends
-as one message and exit code 2; its traceback is logged at level debug.
+The YAML holds the same names as the flags; a flag wins over the YAML.
 """
 
-import argparse
 import dataclasses
 import difflib
 import json
-import logging
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -20,10 +16,6 @@ from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.data_files import DataArguments, load_rows
-
-logger = logging.getLogger(__name__)
-
-EXIT_USER_ERROR = 2
 
 
 @dataclass
@@ -78,8 +70,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
     """argv: an optional YAML file, then flags. ValueError says what to change."""
     parser = Parser(
         [ModelArguments, DataArguments, GOLDConfig],
-        prog="python -m gold_trainer train",
-        usage="%(prog)s [CONFIG.yaml] [--field value ...]",
+        prog="gold-trainer train",
+        usage="%(prog)s [RECIPE | CONFIG.yaml] [--field value ...]",
         allow_abbrev=False,
     )
     if argv and not argv[0].startswith("-"):
@@ -129,17 +121,8 @@ def _nearest(name: str, parser: Parser) -> str:
     return f"; did you mean {names[0]}?" if names else "; --help lists all fields"
 
 
-def train(argv: list[str]) -> int:
-    """Run `python -m gold_trainer train`, return its exit code."""
-    return _report_user_errors(_train, argv)
-
-
-def demo(argv: list[str]) -> int:
-    """Run `python -m gold_trainer demo`, return its exit code."""
-    return _report_user_errors(_demo, argv)
-
-
-def _train(argv: list[str]) -> None:
+def train(argv: list[str]) -> None:
+    """Run the command; ValueError, OSError and ImportError say what the user can mend."""
     model_args, data_args, config = parse_arguments(argv)
     for name in ("model_name_or_path", "dataset_name", "teacher_model_name_or_path"):
         if not any(getattr(part, name, None) for part in (model_args, data_args, config)):
@@ -213,46 +196,6 @@ def _lora_config(model_args: ModelArguments) -> Any:
         target_modules="all-linear" if modules == ["all-linear"] else modules,
         task_type="CAUSAL_LM",
     )
-
-
-def _demo(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gold_trainer demo")
-    parser.add_argument(
-        "--pair",
-        choices=("same", "cross"),
-        default="same",
-        help="cross: a student of another family with another tokenizer; default: %(default)s",
-    )
-    parser.add_argument("--output_dir", help="default: runs/demo, runs/demo_cross")
-    arguments = parser.parse_args(argv)
-
-    try:
-        from gold_trainer.demo import run_demo
-    except ImportError as error:
-        raise ValueError(
-            f"the demo needs a package that is missing ({error}): pip install 'gold-kernels[demo]'"
-        ) from error
-
-    default = "runs/demo_cross" if arguments.pair == "cross" else "runs/demo"
-    run_demo(arguments.output_dir or default, pair=arguments.pair)
-
-
-def _report_user_errors(command, argv: list[str]) -> int:
-    try:
-        command(argv)
-    except (ValueError, OSError, ImportError) as error:  # ImportError: flash_attention_2 and such
-        logger.debug("traceback of the message below", exc_info=True)
-        console = Console(stderr=True, highlight=False)
-        console.print(f"error: {_message(error)}", markup=False, soft_wrap=True)
-        return EXIT_USER_ERROR
-    return 0
-
-
-def _message(error: Exception) -> str:
-    """The sentence that was raised; a data loader worker wraps it in its own traceback."""
-    text = str(error)
-    worker = re.match(r"Caught \w+ in DataLoader worker.*?\n\w*Error: ", text, re.DOTALL)
-    return text[worker.end() :].strip() if worker else text
 
 
 def _console() -> Console:

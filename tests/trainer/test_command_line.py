@@ -16,9 +16,8 @@ from gold_trainer import loading
 from gold_trainer.__main__ import main
 from gold_trainer.command_line import parse_arguments
 from gold_trainer.data_files import DataArguments, load_rows
+from gold_trainer.recipes import find_config, recipe_names
 from support.tiny_models import tiny, tiny_picture, tiny_rows
-
-EXAMPLES = Path(__file__).parents[2] / "trainer"
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +101,9 @@ def test_flags_alone_are_enough():
     assert (config.beta, config.seq_kd) == (1.0, True)
 
 
-@pytest.mark.parametrize("name", ["gold_vlm", "gold_vlm_cross"])
-def test_example_configs_parse(name):
-    argv = [str(EXAMPLES / f"{name}.yaml"), "--use_cpu", "--bf16", "false"]
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_parse(name):
+    argv = [str(find_config(name)), "--use_cpu", "--bf16", "false"]
     model, data, config = parse_arguments(argv)
     assert config.use_uld_loss == (name == "gold_vlm_cross")
     assert config.teacher_model_name_or_path == "Qwen/Qwen3-VL-8B-Instruct"
@@ -125,15 +124,41 @@ def test_help_lists_fields_of_model_data_and_config(capsys):
 
 def test_without_a_command_the_usage_is_shown(capsys):
     assert main([]) == 2
-    assert "python -m gold_trainer train" in capsys.readouterr().err
+    assert "gold-trainer train" in capsys.readouterr().err
     assert main(["--help"]) == 0
-    assert "python -m gold_trainer demo" in capsys.readouterr().out
+    assert "gold-trainer demo" in capsys.readouterr().out
 
 
 def test_unknown_command_names_the_commands(capsys):
     text = user_error(capsys, "trian")
     assert "'trian'" in text
-    assert "python -m gold_trainer train" in text
+    assert "gold-trainer train" in text
+
+
+def test_a_recipe_goes_by_its_name_and_a_file_by_its_path(tmp_path, monkeypatch):
+    assert recipe_names() == ["gold_vlm", "gold_vlm_cross"]
+    assert find_config("gold_vlm").read_text().startswith("#")
+    monkeypatch.chdir(tmp_path)
+    Path("gold_vlm").mkdir()  # as output_dir may be called
+    assert find_config("gold_vlm").is_file()
+    write_yaml(Path("mine.yaml"), beta=0.5)
+    assert find_config("mine.yaml") == Path("mine.yaml")
+
+
+def test_what_is_no_file_and_no_recipe_is_refused_with_the_recipes(capsys):
+    text = user_error(capsys, "train", "gold_vml", "--beta", "0.5")
+    assert "'gold_vml'; the recipes are gold_vlm, gold_vlm_cross" in text
+
+
+def test_recipes_are_listed_with_their_files(capsys):
+    assert main(["recipes"]) == 0
+    for line, name in zip(capsys.readouterr().out.splitlines(), recipe_names(), strict=True):
+        assert line.split() == [name, str(find_config(name))]
+
+
+def test_a_recipe_on_the_command_line_reaches_the_checks_of_its_run(capsys, tmp_path):
+    flags = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path), "--beta", "2"]
+    assert "beta must be in [0, 1]" in user_error(capsys, "train", "gold_vlm", *flags)
 
 
 def test_unknown_yaml_key_names_the_nearest_field(capsys, tmp_path):

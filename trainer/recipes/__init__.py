@@ -1,0 +1,22 @@
+"""Settings of whole runs, a YAML file each, found by name wherever the package is installed."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A file by its path, or a recipe by its name; the file wins where both exist."""
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return path
+    if name in recipe_names():
+        return FOLDER / f"{name}.yaml"
+    raise ValueError(
+        f"gold-trainer train: a YAML file or the name of a recipe is expected, got {name!r}; the "
+        f"recipes are {', '.join(recipe_names())}"
+    )
