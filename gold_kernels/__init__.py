@@ -10,6 +10,8 @@ from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld.linear import FusedLinearULDLoss, ULDMetrics, fused_linear_uld
 from gold_kernels.uld.logits import uld_loss
 
+__version__ = "0.2.0"
+
 __all__ = [
     "CompletionAligner",
     "FusedLinearJSDLoss",

@@ -1,0 +1,72 @@
+"""Habits that a linter does not check: who imports whom, how long a file is, which characters."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("gold_kernels", "trainer")
+MAX_LINES = 400
+
+# file -> why it may be longer
+LONGER: dict[str, str] = {}
+
+# from the bottom up: a package may import those before it
+LAYERS = ("gold_kernels", "gold_trainer", "benchmarks")
+
+
+def python_files(*folders):
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported_modules(path):
+    """Full names of what a file imports, also inside of functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_no_test_file_imports_another():
+    tests = python_files("tests")
+    assert len(tests) > 50
+    names = {path.stem for path in tests if path.stem.startswith("test_")} | {"conftest"}
+    for path in tests:
+        parts = {part for name in imported_modules(path) for part in name.split(".")}
+        assert not parts & names, f"{relative(path)}: shared code belongs in tests/support"
+
+
+def test_test_files_have_different_names():
+    """Without packages in tests/, pytest takes two files of one name for one module."""
+    names = [path.name for path in python_files("tests") if path.name.startswith("test_")]
+    assert sorted(set(names)) == sorted(names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_files_are_short_enough_to_hold_in_ones_head(package):
+    lengths = {
+        relative(path): len(path.read_text(encoding="utf-8").splitlines())
+        for path in python_files(package)
+    }
+    long = {path for path, lines in lengths.items() if lines > MAX_LINES}
+    assert long == {path for path in LONGER if path.startswith(f"{package}/")}
+
+
+def test_sources_are_ascii():
+    for path in [*python_files(*PACKAGES), *(ROOT / "trainer/recipes").glob("*.yaml")]:
+        assert path.read_bytes().isascii(), relative(path)
+
+
+@pytest.mark.parametrize(("folder", "layer"), [("gold_kernels", 0), ("trainer", 1)])
+def test_imports_point_one_way(folder, layer):
+    above = (*LAYERS[layer + 1 :], "tests", "support")
+    for path in python_files(folder):
+        for name in imported_modules(path):
+            assert name.partition(".")[0] not in above, f"{relative(path)} imports {name}"
