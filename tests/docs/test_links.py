@@ -1,0 +1,74 @@
+"""Links, anchors, paths and quoted messages of README, docs/ and the notes lead somewhere."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md", *sorted(DOCS.rglob("*.md")))
+FENCE = re.compile(r"```.*?```", re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# `trainer/window.py`, `gold_kernels/engine/`: a path of the repository
+PATH = re.compile(r"`((?:gold_kernels|trainer|benchmarks|tests|docs|examples)/[\w./*-]*)`")
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub and mkdocs give to headings; names that mkdocstrings documents."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+    return slugs | set(re.findall(r"^::: (\S+)", prose(page), re.MULTILINE))
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings(page):
+    for link in LINK.findall(prose(page)):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{link} of {name_of(page)}"
+        assert not anchor or anchor in anchors(target), f"{link} of {name_of(page)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_of_the_repository_exist(page):
+    for path in PATH.findall(prose(page)):
+        assert list(ROOT.glob(path.rstrip("/"))), f"{path} of {name_of(page)}"
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.rglob("*.md"):
+        assert f": {page.relative_to(DOCS)}\n" in navigation, page
+
+
+def messages() -> list[str]:
+    """Literal strings of both packages, with ... for what is formatted in."""
+    found = []
+    for file in [*(ROOT / "gold_kernels").rglob("*.py"), *(ROOT / "trainer").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "..." for p in node.values)
+                found.append("".join(parts))
+    return found
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    quoted = re.findall(r"^### `(.*)`$", prose(DOCS / "troubleshooting.md"), re.MULTILINE)
+    known = messages()
+    assert len(quoted) >= 10
+    for message in quoted:
+        assert any(message in text for text in known), message

@@ -1,0 +1,106 @@
+"""Numbers of the tables in docs/ are those of benchmarks/results/."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"V": "151936", "D_s": "2048", "D_t": "4096", "beta": "0.5", "N": "4096"}
+JSD_NAMES = {
+    "floor": "floor",
+    "gold_kernels": "gold_kernels",
+    "gold_kernels, fast mode": "gold_kernels_fast",
+    "eager PyTorch, compiled": "eager_compiled",
+    "Liger 0.8.5, compiled": "liger_compiled",
+    "TRL 1.16 kernel": "trl",
+    "eager PyTorch": "eager",
+    "Liger 0.8.5": "liger",
+}
+ULD_NAMES = {
+    "floor": "floor",
+    "gold_kernels": "gold_kernels",
+    "gold_kernels, fast mode": "gold_kernels_fast",
+    "gold_kernels, hybrid, 60 % of entries matched": "gold_kernels_hybrid",
+    "eager PyTorch, bf16": "eager_bf16",
+    "eager PyTorch, float32": "eager_float32",
+}
+BUDGETS = {"1 GiB": 1 << 30, **{f"{mib} MiB": mib << 20 for mib in (512, 256, 128, 64)}}
+
+
+def record(file: str, **case: str) -> dict[str, str]:
+    with (ROOT / "benchmarks" / "results" / file).open(encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if case.items() <= row.items()]
+    assert len(rows) == 1, f"one row is expected for {case}, got {len(rows)}"
+    return rows[0]
+
+
+def table(page: str, after: str) -> dict[str, list[str]]:
+    """First column -> other cells, of the first table after some text of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = re.search(r"(?:^\|.*\n)+", text[text.index(after) :], re.MULTILINE)[0].splitlines()
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def assert_cells(cells: list[str], values: list[str]) -> None:
+    for cell, value in zip(cells, values, strict=True):
+        assert cell == "" or float(cell) == float(value), f"{cells} for {values}"
+
+
+def test_speed_of_jsd():
+    for name, cells in table("hardware.md", "(`jsd.csv`), ms:").items():
+        values = [
+            record("jsd.csv", part="shapes", implementation=JSD_NAMES[name], head=head, **SIZES)
+            for head in ("trainable", "frozen")
+        ]
+        assert_cells(cells, [row["median_ms"] for row in values])
+
+
+def test_speed_of_uld():
+    sizes = {"N": "4096", "V_s": "65536", "V_t": "151936"}
+    for name, cells in table("hardware.md", "(`uld.csv`):").items():
+        row = record("uld.csv", implementation=ULD_NAMES[name], **sizes)
+        assert_cells(cells, [row["median_ms"], row["peak_extra_mib"]])
+
+
+@pytest.mark.parametrize("loss", ["JSD", "ULD"])
+def test_training_steps(loss):
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    lines = re.findall(rf"^\| {loss} \| (\d+) \|(.*)\|$", text, re.MULTILINE)
+    assert len(lines) == 4
+    for tokens, rest in lines:
+        ours, our_peak, *theirs = (cell.strip() for cell in rest.split("|"))
+        case = {"loss": loss.lower(), "completion_tokens": tokens}
+        row = record("train_step.csv", implementation="gold_kernels", **case)
+        assert_cells([ours, our_peak], [row["seconds_median"], row["peak_gib"]])
+        if theirs[0]:
+            row = record("train_step.csv", implementation="trl", **case)
+            if row["status"] == "ok":
+                assert_cells(theirs, [row["seconds_median"], row["peak_gib"]])
+            else:
+                assert theirs == [row["status"], ""]
+
+
+def test_cost_of_a_smaller_budget():
+    for name, cells in table("memory.md", "What less memory costs").items():
+        values = []
+        for implementation in ("gold_kernels", "gold_kernels_fast"):
+            row = record(
+                "jsd.csv",
+                part="shapes" if name == "1 GiB" else "budgets",
+                implementation=implementation,
+                head="frozen",
+                budget_bytes=str(BUDGETS[name]),
+                **SIZES,
+            )
+            values += [row["peak_extra_mib"], row["median_ms"]]
+        assert_cells(cells, values)
+
+
+def test_errors_near_convergence():
+    for name, cells in table("accuracy.md", "Near convergence").items():
+        case = {"part": "shapes", "implementation": JSD_NAMES[name], "head": "trainable"}
+        row = record("jsd.csv", **case, **SIZES)
+        assert_cells(cells, [row["near_loss_error"], row["near_grad_hidden_error"]])
