@@ -10,10 +10,8 @@ arXiv 2402.12030, eq. 3). The sum below is an integral, the Wasserstein-1 distan
     dloss / ds_i = sign of D just around s_i
 
 Matched entries: each pair (s_i, t_partner) has a generalized JSD. Its KL terms carry
-+ sum q - sum p, so they are never negative.
-
-A row with a span, one entry of each side, has the generalized JSD of two outcomes, s_span and
-1 - s_span, and nothing else.
++ sum q - sum p, so they are never negative. A row with a span, one entry of each side, has the
+generalized JSD of two outcomes, s_span and 1 - s_span, and nothing else.
 
 Counts on a grid of bins give D (bins.py). The grid goes from the largest value down to 2**-12 / V;
 a last bin holds the rest. Where D keeps its sign across a bin, the values alone give the bin's part
@@ -21,14 +19,9 @@ of the loss, exactly. Where it may not, the entries are listed and ordered (list
 have no lists, because ties fill their bins: there D is taken as linear inside a bin, and the
 gradient is the average sign.
 
-Passes over a row, after the log-sum-exps of triton_sums.py:
-
-1. count both sides; scan the bins
-2. sum the loss and s h, with h = dloss / ds, and list what is to be ordered
-3. again for every LIST_SIZE listed entries beyond the first
-4. matched entries
-5. the log-sum-exp of the cross-entropy, with labels
-6. the gradient, s h - q sum(s h)
+Passes over a row, after the log-sum-exps of triton_sums.py: counts and the scan of the bins; the
+loss, the sum of s h with h = dloss / ds, and the list, again for every LIST_SIZE listed entries;
+matched entries; with labels the log-sum-exp of the cross-entropy; the gradient s h - q sum(s h).
 """
 
 from collections.abc import Sequence
@@ -327,10 +320,8 @@ def uld_rows_(
     softcap: float | None,
     scratch_bytes: int,
 ) -> None:
-    """Launch uld_rows_kernel on the rows of a chunk.
-
+    """Launch uld_rows_kernel on the rows of a chunk. scratch_bytes: of working memory, at most.
     softcap: the student's logits are softcap tanh(x / softcap), and the gradient is that of x.
-    scratch_bytes: the most that working memory may take.
     """
     num_rows, student_vocab_size = student_logits.shape
     teacher_vocab_size = teacher_logits.shape[1]
