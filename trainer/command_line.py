@@ -6,6 +6,7 @@ The YAML holds the same names as the flags; a flag wins over the YAML.
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -62,21 +63,22 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def choices_of(self, name: str) -> list[str] | None:
-        return self._option_string_actions[f"--{name}"].choices
+    def choices_of(self, name: str) -> Iterable[Any]:
+        return self._option_string_actions[f"--{name}"].choices or ()
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOLDConfig]:
     """argv: an optional YAML file, then flags. ValueError says what to change."""
+    kinds: list[Any] = [ModelArguments, DataArguments, GOLDConfig]  # its own type fits no class
     parser = Parser(
-        [ModelArguments, DataArguments, GOLDConfig],
+        kinds,
         prog="gold-trainer train",
         usage="%(prog)s [RECIPE | CONFIG.yaml] [--field value ...]",
         allow_abbrev=False,
     )
     if argv and not argv[0].startswith("-"):
         argv = _read_config(Path(argv[0]), parser) + argv[1:]
-    *parsed, unknown = parser.parse_args_into_dataclasses(
+    model_args, data_args, config, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
@@ -84,7 +86,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
         if not name.startswith("--"):
             raise ValueError(f"unexpected argument {name!r}; the YAML file comes before the flags")
         raise ValueError(f"unknown flag {name}{_nearest(name.lstrip('-'), parser)}")
-    return tuple(parsed)
+    return model_args, data_args, config
 
 
 def _read_config(path: Path, parser: Parser) -> list[str]:
@@ -99,7 +101,7 @@ def _read_config(path: Path, parser: Parser) -> list[str]:
     for name, value in config.items():
         if name not in _field_names(parser):
             raise ValueError(f"{path}: unknown key {name}{_nearest(str(name), parser)}")
-        if value is False and "no" in (parser.choices_of(name) or ()):
+        if value is False and "no" in parser.choices_of(name):
             value = "no"  # eval_strategy: no, which YAML reads as false
         if value is None:
             parser.set_defaults(**{name: None})
@@ -124,16 +126,18 @@ def _nearest(name: str, parser: Parser) -> str:
 def train(argv: list[str]) -> None:
     """Run the command; ValueError, OSError and ImportError say what the user can mend."""
     model_args, data_args, config = parse_arguments(argv)
-    for name in ("model_name_or_path", "dataset_name", "teacher_model_name_or_path"):
-        if not any(getattr(part, name, None) for part in (model_args, data_args, config)):
-            raise ValueError(f"{name} is missing: set it in the YAML file or pass --{name}")
+    student = _given(model_args.model_name_or_path, "model_name_or_path")
+    _given(data_args.dataset_name, "dataset_name")
+    teacher = _given(config.teacher_model_name_or_path, "teacher_model_name_or_path")
     checkpoint = config.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise ValueError(
             f"resume_from_checkpoint must be a checkpoint's folder, got {checkpoint!r}; they are "
             f"{config.output_dir}/checkpoint-STEP"
         )
-    config.model_init_kwargs = _student_options(model_args) | (config.model_init_kwargs or {})
+    given = config.model_init_kwargs or {}
+    assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
+    config.model_init_kwargs = _student_options(model_args) | given
     needs_eval = config.eval_strategy != "no"
     train_rows = load_rows(data_args, "train")
     eval_rows = load_rows(data_args, "eval") if needs_eval else None
@@ -141,8 +145,8 @@ def train(argv: list[str]) -> None:
     from gold_trainer.trainer import GOLDTrainer  # slow to import: after the checks
 
     trainer = GOLDTrainer(
-        model=model_args.model_name_or_path,
-        teacher_model=config.teacher_model_name_or_path,
+        model=student,
+        teacher_model=teacher,
         args=config,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
@@ -157,6 +161,12 @@ def train(argv: list[str]) -> None:
         _console().print(f"student saved in {config.output_dir}", markup=False, soft_wrap=True)
     # a process that exits with its group open may abort: threads of gloo outlive the interpreter
     trainer.accelerator.end_training()
+
+
+def _given(value: str | None, name: str) -> str:
+    if not value:
+        raise ValueError(f"{name} is missing: set it in the YAML file or pass --{name}")
+    return value
 
 
 def _end_progress_bars(callbacks: list[TrainerCallback]) -> None:

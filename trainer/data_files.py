@@ -146,6 +146,10 @@ def load_rows(data_args: DataArguments, purpose: Literal["train", "eval"]) -> Ma
     name, split = data_args.dataset_name, data_args.dataset_train_split
     if purpose == "eval":
         name, split = data_args.eval_dataset_name or name, data_args.dataset_test_split
+    if name is None:
+        raise ValueError(
+            "load_rows: dataset_name must be a hub id or a path, got None; set dataset_name."
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         rows, folder = _load_folder(path, split), path

@@ -116,16 +116,15 @@ def _check_messages(messages: Messages, index: int) -> None:
                 '{"role": "user", "content": "..."}.'
             )
         content = message.get("content")
-        is_parts = isinstance(content, list | tuple) and all(
-            isinstance(p, Mapping) for p in content
-        )
+        parts = content if isinstance(content, list | tuple) else ()
+        is_parts = parts is content and all(isinstance(part, Mapping) for part in parts)
         if not isinstance(content, str) and not is_parts:
             raise ValueError(
                 f"row {index}: the content of a message must be text or a list of parts, got "
                 f"{content!r}; write it as text, or as "
                 '[{"type": "image"}, {"type": "text", "text": "..."}].'
             )
-        for part in () if isinstance(content, str) else content:
+        for part in parts:
             is_text = part.get("type") == "text" and isinstance(part.get("text"), str)
             if not is_text and part.get("type") != "image":
                 raise ValueError(

@@ -4,6 +4,7 @@ made.
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +22,13 @@ class _CpuPeak(TorchDispatchMode):
         self.peak_bytes = 0
         self.seen: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,  # torch's own annotation of it lacks the operator's name
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_cpu(t)}
         if func.namespace == "gold_kernels":
             # An operator runs without this mode: call what it is made of, with the mode. Torch has

@@ -123,11 +123,9 @@ class TokenAlignment(NamedTuple):
         return student, teacher
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenAlignment":
-        return TokenAlignment(
-            *(
-                field.to(device, non_blocking=non_blocking) if isinstance(field, Tensor) else field
-                for field in self
-            )
+        return TokenAlignment._make(
+            field.to(device, non_blocking=non_blocking) if isinstance(field, Tensor) else field
+            for field in self
         )
 
     @classmethod
@@ -157,14 +155,16 @@ class TokenAlignment(NamedTuple):
                     side.masked_fill(side == last, -1) for side in (student_groups, teacher_groups)
                 )
                 scored_bytes -= groups.last_bytes
-        return cls(
-            *_side_rows(student_groups, student_ids, merge, is_late),
-            *_side_rows(teacher_groups, teacher_ids, merge, is_late),
-            merge,
-            student_ids.shape[0],
-            teacher_ids.shape[0],
-            scored_bytes,
-            completion_bytes,
+        return cls._make(
+            (
+                *_side_rows(student_groups, student_ids, merge, is_late),
+                *_side_rows(teacher_groups, teacher_ids, merge, is_late),
+                merge,
+                student_ids.shape[0],
+                teacher_ids.shape[0],
+                scored_bytes,
+                completion_bytes,
+            )
         )
 
     @classmethod
@@ -177,18 +177,18 @@ class TokenAlignment(NamedTuple):
                 f"expected, got {len(alignments)} with {sorted(merges)}; align all completions of "
                 "a batch alike."
             )
-        return cls(
-            *_concatenate_side(
-                [a.sides[0] for a in alignments], [a.num_student_rows for a in alignments]
-            ),
-            *_concatenate_side(
-                [a.sides[1] for a in alignments], [a.num_teacher_rows for a in alignments]
-            ),
-            merges.pop(),
-            sum(a.num_student_rows for a in alignments),
-            sum(a.num_teacher_rows for a in alignments),
-            sum(a.scored_bytes for a in alignments),
-            sum(a.completion_bytes for a in alignments),
+        student_rows = [a.num_student_rows for a in alignments]
+        teacher_rows = [a.num_teacher_rows for a in alignments]
+        return cls._make(
+            (
+                *_concatenate_side([a.sides[0] for a in alignments], student_rows),
+                *_concatenate_side([a.sides[1] for a in alignments], teacher_rows),
+                merges.pop(),
+                sum(student_rows),
+                sum(teacher_rows),
+                sum(a.scored_bytes for a in alignments),
+                sum(a.completion_bytes for a in alignments),
+            )
         )
 
 

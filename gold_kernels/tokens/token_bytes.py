@@ -82,9 +82,8 @@ class TokenBytes:
         if end_of_turn_id is None:
             end_of_turn_id = _end_of_turn_id(self, special)
         self.roles["end_of_turn"] = end_of_turn_id
-        if end_ids is None:
-            end_ids = (end_of_turn_id, self.roles["eos"])
-        self.end_ids = frozenset({end_of_turn_id, *end_ids} - {None})
+        ends = (self.roles["eos"],) if end_ids is None else end_ids
+        self.end_ids = frozenset(i for i in (end_of_turn_id, *ends) if i is not None)
 
     @property
     def end_of_turn_id(self) -> int | None:
@@ -128,8 +127,8 @@ class TokenBytes:
         before it ends.
         """
         if self.is_spaced:
-            ends = self._spaced_ends(ids, text)
-            return None if ends is None else torch.tensor(ends, dtype=torch.int64)
+            spaced = self._spaced_ends(ids, text)
+            return None if spaced is None else torch.tensor(spaced, dtype=torch.int64)
         joined = self._join(ids)
         drops = (1, 0) if self._may_drop(joined) else (0,)
         # With a run of spaces both may fit as a prefix: an exact fit is looked for first.
@@ -161,7 +160,9 @@ class TokenBytes:
             if piece.startswith(b" "):
                 piece = piece[1:]
                 if position < len(text):
-                    position = _WHITESPACE.match(text, position).end()
+                    run = _WHITESPACE.match(text, position)
+                    assert run is not None, "a pattern that also matches nothing always matches"
+                    position = run.end()
             if not text.startswith(piece, position) and not piece.startswith(text[position:]):
                 return None
             position += len(piece)

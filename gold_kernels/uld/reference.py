@@ -171,11 +171,11 @@ def span_rows(
     beta: float,
 ) -> Tensor:  # (G,)
     """Generalized JSD of two outcomes: the bytes of the span follow, or any others."""
-    outcomes = (
+    student, teacher = (
         torch.stack([log_prob, (-torch.expm1(log_prob)).clamp_min(SMALLEST_REST).log()], -1)
         for log_prob in (log_q, log_p)
     )
-    return generalized_jsd_rows(*outcomes, beta)
+    return generalized_jsd_rows(student, teacher, beta)
 
 
 def _without(log_prob: Tensor, ids: Tensor) -> Tensor:  # (N, V), (K,) -> (N, V - K)
@@ -242,11 +242,11 @@ def uld_loss(
         )
         if alignment is not None and alignment.merge == "bayesian":
             ids = [side.unsqueeze(1) for side in alignment.span_ids()]
-            spans = [
+            student, teacher = (
                 side.gather(1, tokens.clamp_min(0)).squeeze(1)
                 for side, tokens in zip((log_q, log_p), ids, strict=True)
-            ]
-            merged = matched_weight * span_rows(*spans, beta)
+            )
+            merged = matched_weight * span_rows(student, teacher, beta)
             rows = torch.where(ids[0].squeeze(1) >= 0, merged, rows)
     loss = weight_soft * _weighted_sum(rows, row_weights)
     if labels is None:

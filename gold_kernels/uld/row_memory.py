@@ -54,8 +54,11 @@ def working_memory(
     is_shared &= all(has_aligned_rows(tensor) for tensor in rows)
     has_lists = student_logits.dtype == torch.float32
     has_lists &= max(vocab_size, teacher_logits.shape[1]) <= 1 << COLUMN_BITS
-    has_signs = grad_logits is not None and (has_lists or has_overlap)
-    has_signs = has_signs and grad_logits.data_ptr() == student_logits.data_ptr()
+    has_signs = (
+        grad_logits is not None
+        and (has_lists or has_overlap)
+        and grad_logits.data_ptr() == student_logits.data_ptr()
+    )
     program_bytes = 0 if is_shared else 4 * TABLE_WORDS
     program_bytes += 4 * LIST_WORDS if has_lists else 0
     program_bytes += student_logits.dtype.itemsize * aligned_width(vocab_size) if has_signs else 0
@@ -64,11 +67,9 @@ def working_memory(
         most = scratch_bytes // program_bytes
         num_programs = 1 if is_interpreted() else max(1, min(num_rows, MAX_PROGRAMS, most))
     table = torch.empty(1 if is_shared else num_programs, TABLE_WORDS, dtype=integer, device=device)
-    lists, signs = table, grad_logits
+    lists, signs = table, student_logits if grad_logits is None else grad_logits
     if has_lists:
         lists = torch.empty(num_programs, LIST_WORDS, dtype=integer, device=device)
-    if grad_logits is None:
-        signs = student_logits
-    elif has_signs:
+    if has_signs:
         signs = empty_rows(student_logits, num_programs, vocab_size, student_logits.dtype)
     return Memory(num_programs, is_shared, table, lists, signs, has_lists)

@@ -6,6 +6,7 @@ the real fused losses.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,9 +45,12 @@ def run_demo(
     output_dir = Path(output_dir)
     train, held_out = load_pictures(settings.num_train, settings.num_held_out)
     teacher_processor = build_processor()
-    processor = build_other_processor() if is_cross else teacher_processor
+    processor: Any = build_other_processor() if is_cross else teacher_processor
 
     console.rule("Teacher: learns from labelled pictures")
+    # models are Any: the annotation of their .to() lacks its self
+    teacher: Any
+    student: Any
     teacher, teacher_seconds = load_or_train_teacher(
         output_dir / "teacher", teacher_processor, train, settings
     )
@@ -59,9 +63,10 @@ def run_demo(
 
     console.rule("Student: learns from the teacher, never sees a label")
     if is_cross:
-        student = build_other_model(processor, settings.seed + 1).to(device)
+        student = build_other_model(processor, settings.seed + 1)
     else:
-        student = build_model(STUDENT_SIZE, processor, settings.seed + 1).to(device)
+        student = build_model(STUDENT_SIZE, processor, settings.seed + 1)
+    student.to(device)
     questions = make_examples(processor, held_out, is_labelled=False)
     before = accuracy_of(generate_answers(student, processor, questions), held_out)
     processors = processor, teacher_processor

@@ -1,5 +1,8 @@
 """Peak memory of the loss alone, eager and fused, on the shapes of one batch of the demo."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -29,7 +32,7 @@ def loss_peak_bytes(
     hidden = [torch.randn(num_rows, head.shape[1], device=device) for head in heads]
     leaves = (hidden[0].requires_grad_(), heads[0].clone().requires_grad_())
 
-    def step(loss_function, **options) -> None:
+    def step(loss_function: Callable[..., Any], **options: int) -> None:
         loss = loss_function(*leaves, hidden[1], heads[1], **options)
         torch.autograd.grad(loss, leaves)
 
