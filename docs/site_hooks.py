@@ -33,7 +33,14 @@ def fields_table(path: Path) -> str:
         metadata = dict(zip(options["metadata"].keys, options["metadata"].values, strict=True))
         text = next(value for key, value in metadata.items() if key.value == "help")
         default = options.get("default") or options["default_factory"]
-        cells = (ast.unparse(node.target), ast.unparse(default), ast.literal_eval(text))
+        cells = (ast.unparse(node.target), ast.unparse(default), _text_of(text))
         name, default, text = (cell.replace("|", "\\|") for cell in cells)
         lines.append(f"| `{name}` | `{default}` | {text} |")
     return "\n".join(lines)
+
+
+def _text_of(node: ast.expr) -> str:
+    """A string of the source, with ... for what is formatted in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(v.value if isinstance(v, ast.Constant) else "..." for v in node.values)
+    return ast.literal_eval(node)

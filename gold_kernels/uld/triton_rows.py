@@ -102,7 +102,7 @@ def uld_rows_kernel(
     teacher_vocab_size,
     num_matched,
     beta,
-    student_bits,  # what a logit of 1 is worth, at the temperature of the side
+    student_bits,  # bits that a logit of 1 is worth: log2(e) / temperature
     teacher_bits,
     matched_weight,
     unmatched_weight,
@@ -331,7 +331,7 @@ def uld_rows_(
     block_v, line, num_warps = row_block(
         student_vocab_size, student_logits.dtype, 4096 if memory.has_lists else 8192
     )
-    # two programs of 16 warps on a multiprocessor
+    # so many registers a thread that two programs of 16 warps fit a multiprocessor
     limits = {"maxnreg": 64} if memory.is_shared else {}
     grad = student_logits if grad_logits is None else grad_logits
     student_scales, teacher_scales = (weights, weights) if log_scales is None else log_scales

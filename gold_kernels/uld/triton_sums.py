@@ -94,7 +94,7 @@ def uld_sums_kernel(
     student_vocab_size,
     teacher_vocab_size,
     num_matched,
-    student_bits,  # what a logit of 1 is worth, at the temperature of the side
+    student_bits,  # bits that a logit of 1 is worth: log2(e) / temperature
     teacher_bits,
     NUM_SLICES: tl.constexpr,
     SLICE: tl.constexpr,

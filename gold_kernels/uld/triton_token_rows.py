@@ -37,7 +37,7 @@ def token_rows_kernel(
     grad_row_stride,
     values_stride,
     vocab_size,
-    bits,  # what a logit of 1 is worth, at the temperature
+    bits,  # that a logit of 1 is worth: log2(e) / temperature
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
