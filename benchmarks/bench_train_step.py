@@ -122,16 +122,18 @@ def loss_error(trainer: GOLDTrainer) -> float:
     inputs = trainer._prepare_inputs(batch)
     model = trainer.model.eval()
     fused = trainer.compute_loss(model, inputs)
-    positions = inputs["scored_rows"]
+    positions = inputs.student.scored_rows
 
     def logits(side: Any, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
         hidden = side(**tensors, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
         return hidden.flatten(0, 1)[positions].double() @ weight.double().T
 
-    student = logits(model, inputs["student"], trainer.student_head.weight)
-    teacher = logits(trainer.teacher_model, inputs["teacher"], trainer.teacher_head.weight)
+    student = logits(model, inputs.student.tensors, trainer.student.head.weight)
+    teacher = logits(
+        trainer.teacher_model, inputs.teacher.tensors, trainer.teacher.side.head.weight
+    )
     parts = zip(student.split(64), teacher.split(64), strict=True)
-    if trainer.uld is None:
+    if not trainer.args.use_uld_loss:
         oracle = sum(reference.jsd_rows(s, t).sum() for s, t in parts)
     else:  # one tokenizer: groups are pairs of tokens
         oracle = sum(reference_uld.uld_loss(s, t, s.new_ones(s.shape[0])) for s, t in parts)

@@ -6,9 +6,8 @@ pictures stay raw until the micro-batch that needs them. Off-policy rows and rol
 a completion is a list of token ids, tokenised by itself as it is at generation time.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,32 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.dataset import Messages, Row
 
 IGNORE_INDEX = -100
 Processor = ProcessorMixin | PreTrainedTokenizerBase
-
-
-@dataclass
-class Example:
-    """A rendered row; completion_ids is None where the completion has to be generated."""
-
-    index: int  # row of the dataset
-    prompt_text: str
-    prompt_length: int  # tokens, image tokens included
-    images: list[Image.Image]
-    completion_ids: list[int] | None
-
-    def with_completion(self, completion_ids: list[int]) -> "Example":
-        return replace(self, completion_ids=completion_ids)
-
-
-class ModelInputs(NamedTuple):
-    """One side of a micro-batch."""
-
-    tensors: dict[str, Tensor]  # what the model's forward takes, input_ids (B, L)
-    labels: Tensor  # (B, L), IGNORE_INDEX except on completions
-    scored_rows: Tensor  # (N,) flat positions b * L + l whose logits predict a completion token
 
 
 def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
@@ -70,8 +48,9 @@ class GOLDCollator:
         self.max_length = max_length
         self.placeholder_ids = frozenset(placeholder_ids)  # of pictures: not in a completion
 
-    def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        return {"examples": [self.example(row) for row in rows]}
+    def __call__(self, rows: list[Row]) -> WindowBatch:
+        examples = [self.example(row) for row in rows]
+        return WindowBatch(examples, examples)
 
     def example(self, row: Row) -> Example:
         prompt_text, completion_text = self._render(row)
@@ -240,3 +219,16 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
         # The causal shift, the only one: position l - 1 predicts the token at l.
         scored.append(torch.arange(completion.start, completion.stop) + (b * width - 1))
     return ModelInputs(tensors, labels, torch.cat(scored))
+
+
+def build_side(
+    processor: Processor, examples: list[Example], to_device: Callable[[Tensor], Tensor]
+) -> SideInputs:
+    """build_inputs on the device, with the labels of the scored rows only."""
+    inputs = build_inputs(processor, examples)
+    return SideInputs(
+        examples,
+        {name: to_device(tensor) for name, tensor in inputs.tensors.items()},
+        to_device(inputs.scored_rows),
+        to_device(inputs.labels.flatten()[inputs.scored_rows + 1]),
+    )

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from gold_trainer.collator import Example
+from gold_trainer.batches import Example
 
 PROMPT_CHARACTERS = 200
 

@@ -66,6 +66,18 @@ class RowDataset(torch.utils.data.Dataset):
         return row
 
 
+def as_rows(dataset: Any, *, needs_completion: bool, is_text: bool) -> Any:
+    """The dataset, or each dataset of a dict, read as Rows."""
+    options = {"needs_completion": needs_completion, "is_text": is_text}
+    if isinstance(dataset, dict):
+        return {name: as_rows(part, **options) for name, part in dataset.items()}
+    if dataset is None or isinstance(dataset, RowDataset):
+        return dataset
+    rows = RowDataset(dataset, **options)
+    _ = rows[0]  # columns that do not fit show before weights are read and folders made
+    return rows
+
+
 def parse_row(columns: dict[str, Any], index: int, is_text: bool) -> Row:
     """Read messages, or prompt and completion, with image or images.
 

@@ -3,6 +3,7 @@
 Everything that a config can tell is checked before weights are read.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.utils import is_peft_available
 
 from gold_trainer import models
-from gold_trainer.collator import Processor, tokenizer_of
+from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder")
@@ -30,6 +31,7 @@ def check_configs(
     teacher_model: PreTrainedModel | str | None,
     args: GOLDConfig,
     processing_class: Processor | None,
+    check_pair: Callable[[PretrainedConfig, PretrainedConfig], None],
 ) -> tuple[PretrainedConfig, Processor]:
     """The student's config and processor, once the pair is known to fit; no weights are read."""
     student_config = config_of(model, "student", args.model_init_kwargs)
@@ -37,41 +39,25 @@ def check_configs(
         teacher_config = config_of(
             teacher_model, "teacher", args.teacher_model_init_kwargs, args.teacher_model_revision
         )
-        models.check_pair(student_config, teacher_config, args.use_uld_loss)
+        check_pair(student_config, teacher_config)
     if processing_class is None:
         processing_class = load_processor(student_config, args.model_init_kwargs)
     models.check_processor(processing_class, models.is_vision_language(student_config))
     return student_config, processing_class
 
 
-def load_models(
-    model: PreTrainedModel | str,
-    teacher_model: PreTrainedModel | str | None,
-    args: GOLDConfig,
-    processing_class: Processor,
-    teacher_processing_class: Processor | None,
-    peft_config: Any,
-) -> tuple[nn.Module, nn.Module]:
-    """Student, with its adapter if there is one, and teacher; the same object where None is given:
-    see models.teaching.
-    """
+def load_student(model: PreTrainedModel | str, args: GOLDConfig, peft_config: Any) -> nn.Module:
+    """The student, with its adapter if there is one."""
     if isinstance(model, str):
         # In the bfloat16 of most checkpoints small updates would be lost.
         init_kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
         model = load_model(model, init_kwargs)
-    if not args.use_uld_loss and teacher_model is not None:
-        if teacher_processing_class is None:
-            teacher_processing_class = find_tokenizer(*teacher_source(teacher_model, args))
-        check_vocabularies(processing_class, teacher_processing_class)
-    if isinstance(teacher_model, str):
-        source = args.teacher_model_init_kwargs, args.teacher_model_revision
-        teacher_model = load_model(teacher_model, *source)
     if peft_config is not None:
         model = add_adapter(model, peft_config)
-    models.check_trained(model, is_own_teacher=teacher_model is None)
+    models.check_trained(model)
     if args.disable_dropout:
         disable_dropout(model)
-    return model, model if teacher_model is None else teacher_model
+    return model
 
 
 def config_of(
@@ -146,45 +132,12 @@ def teacher_source(
     return name, hub_options(args.teacher_model_init_kwargs, args.teacher_model_revision)
 
 
-def load_teacher_processor(
-    teacher_model: PreTrainedModel | str, args: GOLDConfig, given: Processor | None, is_vlm: bool
-) -> Processor:
-    """With which the teacher sees rows of another family."""
-    if given is None:
-        name, options = teacher_source(teacher_model, args)
-        if not name:
-            raise ValueError(
-                "GOLDTrainer: use_uld_loss needs the teacher's processor, got a teacher that was "
-                "not loaded from a folder or the hub; pass teacher_processing_class=, or set "
-                "teacher_tokenizer_name_or_path."
-            )
-        given = (AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name, **options)
-    models.check_processor(given, is_vlm, "teacher", "teacher_processing_class")
-    return given
-
-
 def find_tokenizer(name: str, options: dict[str, Any]) -> Processor | None:
     """None for a folder of weights alone: heads and model types are compared all the same."""
     try:
         return AutoTokenizer.from_pretrained(name, **options) if name else None
     except (OSError, ValueError):
         return None
-
-
-def check_vocabularies(student: Processor, teacher: Processor | None) -> None:
-    """The teacher's tokenizer, where it is known, must give every id the same token."""
-    if teacher is None:
-        return
-    tokens = {token_id: token for token, token_id in tokenizer_of(student).get_vocab().items()}
-    entries = tokenizer_of(teacher).get_vocab().items()
-    differing = [(i, token) for token, i in entries if tokens.get(i, token) != token]
-    if differing:
-        token_id, token = min(differing)
-        raise ValueError(
-            "GOLDTrainer: student and teacher must have one vocabulary, got token "
-            f"{token_id} = {tokens[token_id]!r} and {token!r} ({len(differing)} entries differ); "
-            "set use_uld_loss=True, the loss across tokenizers."
-        )
 
 
 def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
@@ -219,15 +172,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def place_frozen(model: nn.Module, device: torch.device) -> nn.Module:
-    """The teacher on the device, without gradients. A quantised or dispatched one stays put.
-
-    Not accelerate's prepare_model: its list of models decides how the student is evaluated.
-    """
-    model.requires_grad_(False).eval()
-    is_placed = any(
-        getattr(model, name, None) is not None for name in ("hf_device_map", "quantization_method")
-    )
-    return model if is_placed else model.to(device)

@@ -5,18 +5,21 @@ import time
 import torch
 from torch import Tensor
 
-from gold_kernels import JSDMetrics
+from gold_trainer.objectives import Objective
 
 POLICIES = ("off_policy", "on_policy")
 
 
 class MetricWindow:
-    """Sums since the last log, one row a policy: counts on the host, values on the device."""
+    """Sums since the last log, by name, for each policy: counts on the host, values on the device.
 
-    COUNTS: tuple[str, ...] = ("tokens", "completions")
-    VALUES: tuple[str, ...] = JSDMetrics._fields
+    Every rank has the same names in the same order, also where it has seen no batch: the ranks'
+    sums are added up as one tensor.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.count_names = ("tokens", "completions", *objective.counts)
         self.started: float | None = None
         self.reset()
 
@@ -31,47 +34,42 @@ class MetricWindow:
             self.started += seconds
 
     def reset(self) -> None:
-        self.counts = torch.zeros(len(POLICIES), len(self.COUNTS))
-        self.values: list[Tensor | None] = [None for _ in POLICIES]  # (len(self.VALUES),) each
+        self.counts = [dict.fromkeys(self.count_names, 0) for _ in POLICIES]
+        self.values: list[Tensor | None] = [None for _ in POLICIES]  # in the order of the sums
 
-    def add(self, metrics: JSDMetrics, num_completions: int, is_on_policy: bool) -> None:
+    def add(self, counts: dict[str, int], sums: dict[str, Tensor], is_on_policy: bool) -> None:
         """Add one micro-batch; no host sync."""
-        sums = torch.stack([value.sum() for value in metrics])
-        self._add([metrics.loss.shape[0], num_completions], sums, is_on_policy)
-
-    def _add(self, counts: list[int], sums: Tensor, is_on_policy: bool) -> None:
         policy = int(is_on_policy)
-        self.counts[policy] += torch.tensor(counts)
+        for name, count in counts.items():
+            self.counts[policy][name] += count
+        zero = torch.zeros_like(next(iter(sums.values())))  # of a sum that this batch has not
+        values = torch.stack([sums.get(name, zero) for name in self.objective.sums])
         before = self.values[policy]
-        self.values[policy] = sums if before is None else before + sums
+        self.values[policy] = values if before is None else before + values
 
-    def sums(self, device: torch.device) -> Tensor:
-        """(len(POLICIES), len(COUNTS) + len(VALUES)) of this rank, on the device."""
-        zero = torch.zeros(len(self.VALUES), device=device)
-        values = torch.stack([zero if value is None else value for value in self.values])
-        return torch.cat([self.counts.to(device), values], dim=1)
+    def totals(self, device: torch.device) -> Tensor:
+        """(len(POLICIES), number of counts and sums) of this rank, on the device."""
+        zeros = torch.zeros(len(self.objective.sums), device=device)
+        values = torch.stack([zeros if part is None else part for part in self.values])
+        counts = torch.tensor([list(part.values()) for part in self.counts]).float()
+        return torch.cat([counts.to(device), values], dim=1)
 
-    def means(self, sums: Tensor) -> dict[str, float]:
-        """Means from the sums of all ranks; starts the next window."""
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """Means from the totals of all ranks; starts the next window."""
         now = time.perf_counter()
         seconds = now - (now if self.started is None else self.started)
         self.reset()
         self.started = now
-        rows = sums.cpu().double()
-        total, *rows = (
-            dict(zip((*self.COUNTS, *self.VALUES), row, strict=True))
-            for row in (rows.sum(0).tolist(), *rows.tolist())
+        rows = totals.cpu().double()
+        names = (*self.count_names, *self.objective.sums)
+        total, *policies = (
+            dict(zip(names, row, strict=True)) for row in (rows.sum(0).tolist(), *rows.tolist())
         )
-        result = self._means(total)
-        for policy, row in zip(POLICIES, rows, strict=True):
+        result = self.objective.means(total)
+        for policy, row in zip(POLICIES, policies, strict=True):
             if row["tokens"]:
-                result[f"{policy}_loss"] = self._means(row)["loss"]
-        tokens, completions = total["tokens"], total["completions"]
-        result["completion_length"] = tokens / max(completions, 1)
+                result[f"{policy}_loss"] = self.objective.means(row)["loss"]
+        result["completion_length"] = total["tokens"] / max(total["completions"], 1)
         if seconds > 0:
-            result["tokens_per_second"] = tokens / seconds
+            result["tokens_per_second"] = total["tokens"] / seconds
         return result
-
-    def _means(self, sums: dict[str, float]) -> dict[str, float]:
-        """Means over scored tokens."""
-        return {name: sums[name] / max(sums["tokens"], 1) for name in self.VALUES}

@@ -7,15 +7,16 @@ both sides: whitespace that the student's template writes around an answer belon
 """
 
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from gold_kernels import CompletionAligner, TokenAlignment
-from gold_trainer.collator import Example, GOLDCollator, Processor, tokenizer_of
+from gold_trainer.batches import BatchAlignment, Example, WindowBatch
+from gold_trainer.collator import GOLDCollator, Processor, tokenizer_of
 from gold_trainer.dataset import Row
 from gold_trainer.uld_config import ULDFields
 
@@ -33,14 +34,6 @@ class Pair(NamedTuple):
     teacher_ids: list[int]  # (N_t,)
     alignment: TokenAlignment
     skip_reason: str | None
-
-
-@dataclass
-class BatchAlignment:
-    """Not a tuple: accelerate would copy its tensors to the device and wait for each."""
-
-    groups: TokenAlignment  # of all completions of the batch
-    skip_reasons: list[str | None]  # of every completion; None for one that is distilled
 
 
 class CompletionPairs:
@@ -137,20 +130,19 @@ def _tokenizer_with_template(processor: Processor) -> PreTrainedTokenizerBase:
 
 
 class PairCollator:
-    """Rows -> examples of both sides, and the alignment of their completions.
+    """Rows -> examples of both sides and, once completions are known, their alignment.
 
-    A batch has `examples` (the student's), `teacher_examples` and, once completions are known,
-    `alignment` (BatchAlignment). Pictures are the row's own objects on both sides.
+    Pictures are the row's own objects on both sides.
     """
 
     def __init__(self, student: GOLDCollator, teacher: GOLDCollator, pairs: CompletionPairs):
         self.student, self.teacher, self.pairs = student, teacher, pairs
 
-    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+    def __call__(self, rows: list[Row]) -> WindowBatch:
         examples = [self.student.example(row) for row in rows]
         # The teacher's completion follows from the student's, so that their bytes are the same.
         teacher_examples = [self._teacher_example(replace(row, completion=None)) for row in rows]
-        batch = {"examples": examples, "teacher_examples": teacher_examples}
+        batch = WindowBatch(examples, teacher_examples)
         if any(example.completion_ids is None for example in examples):
             return batch
         return self.with_student_completions(batch, examples)
@@ -161,22 +153,18 @@ class PairCollator:
         except ValueError as error:
             raise ValueError(f"on the teacher's side, {error}") from error
 
-    def with_student_completions(
-        self, batch: dict[str, Any], examples: list[Example]
-    ) -> dict[str, Any]:
+    def with_student_completions(self, batch: WindowBatch, examples: list[Example]) -> WindowBatch:
         """The batch with these examples of the student, sampled or known."""
-        sides = zip(examples, batch["teacher_examples"], strict=True)
+        sides = zip(examples, batch.teacher_examples, strict=True)
         pairs = [
             self.pairs.from_student(e.completion_ids, _room(self.teacher, t), e.index)
             for e, t in sides
         ]
-        return _joined({**batch, "examples": examples}, pairs)
+        return _joined(batch, pairs)
 
-    def with_teacher_completions(
-        self, batch: dict[str, Any], teacher_examples: list[Example]
-    ) -> dict[str, Any]:
-        """The batch with what the teacher has written."""
-        sides = zip(batch["examples"], teacher_examples, strict=True)
+    def with_teacher_completions(self, batch: WindowBatch, examples: list[Example]) -> WindowBatch:
+        """The batch with these examples of the teacher, which it has completed."""
+        sides = zip(batch.examples, examples, strict=True)
         pairs = [
             self.pairs.from_teacher(t.completion_ids, _room(self.student, e), e.index)
             for e, t in sides
@@ -188,21 +176,15 @@ def _room(collator: GOLDCollator, example: Example) -> int | None:
     return None if collator.max_length is None else collator.max_length - example.prompt_length
 
 
-def _joined(batch: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
-    sides = zip(pairs, batch["examples"], batch["teacher_examples"], strict=True)
-    examples, teacher_examples = zip(
-        *(
-            (e.with_completion(p.student_ids), t.with_completion(p.teacher_ids))
-            for p, e, t in sides
-        ),
-        strict=True,
-    )
-    return {
-        **batch,
-        "examples": list(examples),
-        "teacher_examples": list(teacher_examples),
-        "alignment": BatchAlignment(
+def _joined(batch: WindowBatch, pairs: list[Pair]) -> WindowBatch:
+    students = zip(batch.examples, pairs, strict=True)
+    teachers = zip(batch.teacher_examples, pairs, strict=True)
+    return replace(
+        batch,
+        examples=[e.with_completion(pair.student_ids) for e, pair in students],
+        teacher_examples=[e.with_completion(pair.teacher_ids) for e, pair in teachers],
+        alignment=BatchAlignment(
             TokenAlignment.concatenate([pair.alignment for pair in pairs]),
             [pair.skip_reason for pair in pairs],
         ),
-    }
+    )

@@ -1,13 +1,22 @@
 """GOLDTrainer: distillation of a teacher into a student, on transformers.Trainer.
 
-B sequences, L positions, N scored rows, D hidden size, V vocabulary. The step, in order: rows are
-rendered (collator.py), the accumulation window gets its completions (window.py) and its token
-count, a micro-batch becomes tensors, the teacher's hidden states of the scored rows are taken, and
-the student's forward meets the fused loss where its lm_head was (models.py).
+A step, in order, and who does it:
+
+    row      dataset row -> messages, pictures, completion            dataset.py
+    batch    rows -> examples of both sides, in data loader workers   objective.collator
+    window   examples -> completions, by a writer where it is due     window.py, writers/
+    tensors  examples -> inputs on the device, their scored rows      objective.prepare
+    teacher  inputs -> its last hidden states at the scored rows      teachers/
+    student  inputs -> its hidden states, at the place of its head    loss_at_head.py
+    loss     hidden states and heads of both sides -> a scalar        objectives/
+    log      sums by name -> means                                    metrics.py
+
+B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,16 +29,18 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from gold_kernels import JSDMetrics, TokenAlignment, fused_linear_jsd
-from gold_trainer import arguments, loading, models
-from gold_trainer.collator import GOLDCollator, ModelInputs, Processor, build_inputs
+from gold_trainer import loading, models, refusals
+from gold_trainer.batches import MicroBatch, WindowBatch
+from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import RowDataset
+from gold_trainer.dataset import Row, as_rows
+from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.metrics import MetricWindow
-from gold_trainer.pairing import CompletionPairs, PairCollator
-from gold_trainer.rollout import end_ids_of
-from gold_trainer.uld_step import ULDBatch, ULDObjective
+from gold_trainer.objectives import choose_objective
+from gold_trainer.sides import Side
+from gold_trainer.teachers import make_teacher
 from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
+from gold_trainer.writers import LocalWriter
 
 
 class GOLDTrainer(Trainer):
@@ -54,7 +65,7 @@ class GOLDTrainer(Trainer):
         model: PreTrainedModel | str,
         teacher_model: PreTrainedModel | str | None = None,
         args: GOLDConfig | None = None,
-        data_collator: Callable[[list], dict[str, Any]] | None = None,
+        data_collator: Callable[[list[Row]], WindowBatch] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Processor | None = None,
@@ -67,46 +78,34 @@ class GOLDTrainer(Trainer):
     ) -> None:
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-        arguments.refuse_unusable(
-            model,
-            teacher_model,
-            args,
-            data_collator,
-            compute_metrics,
-            preprocess_logits_for_metrics,
-            peft_config,
-        )
+        hooks = data_collator, compute_metrics, preprocess_logits_for_metrics
+        refusals.refuse_unusable(model, teacher_model, args, *hooks, peft_config)
+        objective_kind = choose_objective(args)
         student_config, processing_class = loading.check_configs(
-            model, teacher_model, args, processing_class
+            model, teacher_model, args, processing_class, objective_kind.check_pair
         )
-        is_vlm = models.is_vision_language(student_config)
         if teacher_model is None:
             teacher_processing_class = processing_class
-        elif args.use_uld_loss:
-            teacher_processing_class = loading.load_teacher_processor(
-                teacher_model, args, teacher_processing_class, is_vlm
+        else:
+            teacher_processing_class = objective_kind.teacher_processor(
+                teacher_model, args, teacher_processing_class, processing_class
             )
-        self.is_text = not is_vlm
-        arguments.refuse_splits(train_dataset)
+        self.is_text = not models.is_vision_language(student_config)
+        refusals.refuse_splits(train_dataset)
         train_dataset = self._as_rows(train_dataset, not args.seq_kd and args.lmbda < 1)
         eval_dataset = self._as_rows(eval_dataset, not args.seq_kd)
 
         set_seed(args.seed)  # of a new adapter
-        model, teacher_model = loading.load_models(
-            model, teacher_model, args, processing_class, teacher_processing_class, peft_config
-        )
-        self.student_head = models.lm_head(model, "student")
-        self.is_own_teacher = teacher_model is model
-        self.teacher_head = models.lm_head(
-            teacher_model, "teacher", is_own_teacher=self.is_own_teacher
-        )
-        self._set_loss(model, teacher_model, processing_class, teacher_processing_class, args)
-        arguments.adapt_to_devices(args, is_vlm)
+        model = loading.load_student(model, args, peft_config)
+        self.student = Side.of(model, "student", processing_class, args)
+        self.teacher = make_teacher(teacher_model, model, teacher_processing_class, args)
+        self.objective = objective_kind(args, self.student, self.teacher.side)
+        refusals.adapt_to_devices(args, is_vlm=not self.is_text)
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or self.pairs or self.student_side,
+            data_collator=data_collator or self.objective.collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -116,68 +115,24 @@ class GOLDTrainer(Trainer):
         # compute_loss divides by the tokens of the whole window: no second division by its length
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
-        if not self.is_own_teacher:
-            teacher_model = loading.place_frozen(teacher_model, self.accelerator.device)
-        self.teacher_model = teacher_model
+        self.teacher.place(self.accelerator.device)
+        models_of = {"student": self._student_writing, "teacher": self.teacher.writing}
+        writers = {
+            name: LocalWriter(writing, self.objective.collators[name], args)
+            for name, writing in models_of.items()
+        }
+        self.rollouts = Rollouts(args, self.objective, writers, tokenizer_of(processing_class))
+        self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
 
-    def _set_loss(
-        self,
-        model: nn.Module,
-        teacher_model: nn.Module,
-        processing_class: Processor,
-        teacher_processing_class: Processor | None,
-        args: GOLDConfig,
-    ) -> None:
-        """Collators of both sides, options of the loss, windows of its metrics."""
-        configs = (models.base_model(side).config for side in (model, teacher_model))
-        forms = [
-            models.LogitForm.from_config(config, side)
-            for config, side in zip(configs, ("student", "teacher"), strict=True)
-        ]
-        self.student_form, self.teacher_form = forms
-        self.loss_options = {
-            "beta": args.beta,
-            "chunk_size": args.chunk_size,
-            "logit_scale": tuple(form.scale for form in forms),
-            "final_logit_softcapping": tuple(form.softcap for form in forms),
-            "return_metrics": True,
-        }
-        self.student_side = _collator_of(model, processing_class, args)
-        self.teacher_side, self.pairs, self.uld = self.student_side, None, None
-        if args.use_uld_loss:
-            self.teacher_side = _collator_of(teacher_model, teacher_processing_class, args)
-            pairs = CompletionPairs(args, self.student_side, self.teacher_side)
-            self.pairs = PairCollator(self.student_side, self.teacher_side, pairs)
-            self.uld = ULDObjective(args, pairs, self.loss_options)
-        else:
-            self.loss_options["temperature"] = args.loss_temperature
-            self.loss_options["vocab_size"] = models.shared_vocab_size(
-                self.student_head,
-                self.teacher_head,
-                processing_class,
-                self.student_side.placeholder_ids,
-            )
-        self.rollouts = Rollouts(
-            args,
-            self.student_side,
-            self.teacher_side,
-            self.pairs,
-            is_own_teacher=self.is_own_teacher,
-        )
-        self.windows = {
-            name: MetricWindow() if self.uld is None else self.uld.window()
-            for name in ("train", "eval")
-        }
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        return self.teacher.model
+
+    def _student_writing(self) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.accelerator.unwrap_model(self.model))
 
     def _as_rows(self, dataset: Any, needs_completion: bool) -> Any:
-        """The dataset, or each dataset of a dict, read as Rows."""
-        if isinstance(dataset, dict):
-            return {name: self._as_rows(part, needs_completion) for name, part in dataset.items()}
-        if dataset is None or isinstance(dataset, RowDataset):
-            return dataset
-        rows = RowDataset(dataset, needs_completion=needs_completion, is_text=self.is_text)
-        _ = rows[0]  # columns that do not fit show before weights are read and folders made
-        return rows
+        return as_rows(dataset, needs_completion=needs_completion, is_text=self.is_text)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if not isinstance(eval_dataset, str):  # a key of the evaluation datasets
@@ -200,147 +155,79 @@ class GOLDTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """The window's micro-batches with their completions, and its scored tokens on all ranks."""
+    ) -> tuple[list[WindowBatch], Tensor | None]:
+        """The window's micro-batches with their completions, and what the loss is a mean over:
+        units and labels of the objective, on all ranks.
+        """
         self.windows["train"].start()
         batches = fetch_window(epoch_iterator, num_batches)
         if not batches:
             return batches, None
-        student = self.accelerator.unwrap_model(self.model)
-        models_of = {"student": student, "teacher": self.teacher_model}
         with self.accelerator.autocast():
-            batches = self.rollouts.complete(batches, self.state.global_step, models_of)
+            batches = self.rollouts.complete(batches, self.state.global_step)
         # full, not tensor: a fill on the device where a copy would wait for it
-        num_items = [torch.full((), count, device=device) for count in self._count_items(batches)]
+        counts = self.objective.num_items(batches)
+        num_items = [torch.full((), count, device=device) for count in counts]
         return batches, self.accelerator.reduce(torch.stack(num_items).float(), reduction="sum")
 
-    def _count_items(self, batches: list[dict[str, Any]]) -> list[int]:
-        """What the loss is a mean over: tokens, or groups and (for the cross-entropy) labels."""
-        counted = [b for b in batches if self.pairs is None or not b["is_on_policy"]]
-        num_tokens = sum(len(e.completion_ids) for batch in counted for e in batch["examples"])
-        if self.pairs is None:
-            return [num_tokens]
-        return [sum(batch["alignment"].groups.num_groups for batch in batches), num_tokens]
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: WindowBatch) -> MicroBatch:
         """Pictures and tokens become tensors here, one micro-batch at a time."""
-        examples = inputs["examples"]
-        student = self._tensors_of(build_inputs(self.student_side.processor, examples))
-        teacher = student  # one family: the same inputs
-        if self.pairs is not None:
-            teacher_examples = inputs["teacher_examples"]
-            teacher = self._tensors_of(build_inputs(self.teacher_side.processor, teacher_examples))
-        prepared = super()._prepare_inputs(
-            {
-                "student": student["tensors"],
-                "teacher": teacher["tensors"],
-                "scored_rows": student["scored_rows"],
-                "teacher_rows": teacher["scored_rows"],
-                "num_completions": len(examples),
-                "is_on_policy": inputs.get("is_on_policy", False),
-            }
-        )
-        if self.pairs is not None:
-            # After the Trainer's own function, which does not know named tuples.
-            groups = inputs["alignment"].groups
-            prepared["uld"] = ULDBatch(
-                TokenAlignment(
-                    *(self._to_device(f) if isinstance(f, Tensor) else f for f in groups)
-                ),
-                inputs["alignment"].skip_reasons,
-                student["labels"],
-                prepared["num_completions"],
-                prepared["is_on_policy"],
-            )
-        return prepared
-
-    def _tensors_of(self, side: ModelInputs) -> dict[str, Any]:
-        """One side's inputs on the device, the labels as (N,)."""
-        return {
-            "tensors": {name: self._to_device(tensor) for name, tensor in side.tensors.items()},
-            "scored_rows": self._to_device(side.scored_rows),
-            "labels": self._to_device(side.labels.flatten()[side.scored_rows + 1]),
-        }
+        return self.objective.prepare(inputs, self._to_device)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """From pinned memory, so that building the next micro-batch does not wait for this one."""
         if self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
             tensor = tensor.pin_memory()
-        return tensor.to(self.args.device, non_blocking=True)
+        tensor = tensor.to(self.args.device, non_blocking=True)
+        return self._prepare_input(tensor)  # DeepSpeed's dtype
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: MicroBatch,
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,  # (2,) units and labels; None: of the batch
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a micro-batch; its rows weigh 1 / num_items_in_batch (None: 1 / N)."""
-        # the wrapper gives autocast to the student only
-        teaching = models.teaching(self.teacher_model, self.is_own_teacher)
-        with self.accelerator.autocast(), teaching:
-            teacher_hidden = models.teacher_hidden_rows(
-                self.teacher_model,
-                self.teacher_head,
-                self.teacher_form,
-                inputs["teacher"],
-                inputs["teacher_rows"],
-            )
+        """The micro-batch's part of the mean over the global batch."""
+        with self.accelerator.autocast():  # the wrapper gives autocast to the student only
+            teacher_hidden = self.teacher.hidden_rows(inputs.teacher)
         item_weights = None
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks, num_items_in_batch counts all of them
             item_weights = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
-        window = self.windows["train" if model.training else "eval"]
 
         def loss_at_head(hidden: Tensor) -> Tensor:  # (B, L, D) -> ()
-            student_hidden = models.gather_rows(hidden, inputs["scored_rows"])
-            rows = student_hidden, self.student_head, teacher_hidden, self.teacher_head
-            if self.uld is not None:
-                return self.uld.loss(*rows, inputs["uld"], item_weights, window)
-            loss, metrics = self._jsd(*rows, item_weights)
-            window.add(metrics, inputs["num_completions"], inputs["is_on_policy"])
+            loss, sums = self.objective.loss(
+                gather_rows(hidden, inputs.student.scored_rows),
+                self.student.head,
+                teacher_hidden,
+                self.teacher.side.head,
+                inputs,
+                item_weights,
+            )
+            window = self.windows["train" if model.training else "eval"]
+            window.add(self.objective.batch_counts(inputs), sums, inputs.is_on_policy)
             return loss
 
         student = self.accelerator.unwrap_model(model)
-        with models.head_replaced(student, self.student_head, self.student_form, loss_at_head):
-            loss = model(**inputs["student"], use_cache=False).logits
+        with head_replaced(student, self.student.head, self.student.form, loss_at_head):
+            loss = model(**inputs.student.tensors, use_cache=False).logits
         return (loss, {"loss": loss}) if return_outputs else loss
-
-    def _jsd(
-        self,
-        student_hidden: Tensor,  # (N, D_s)
-        student_head: nn.Linear,
-        teacher_hidden: Tensor,  # (N, D_t)
-        teacher_head: nn.Linear,
-        item_weights: Tensor | None,  # () or (1,)
-    ) -> tuple[Tensor, JSDMetrics]:
-        row_weights = None if item_weights is None else item_weights.expand(len(student_hidden))
-        return fused_linear_jsd(
-            student_hidden,
-            student_head.weight,
-            teacher_hidden,
-            teacher_head.weight,
-            row_weights,
-            student_bias=student_head.bias,
-            teacher_bias=teacher_head.bias,
-            **self.loss_options,
-        )
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: WindowBatch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Mean loss of an evaluation batch; where seq_kd rows have no completion, the teacher's,
         the same at every evaluation.
         """
-        examples = inputs["examples"]
-        if any(example.completion_ids is None for example in examples):
-            place = f"{self.args.seed} eval {[example.index for example in examples]}"
+        if any(example.completion_ids is None for example in inputs.examples):
+            place = f"{self.args.seed} eval {[example.index for example in inputs.examples]}"
             with self.accelerator.autocast():
-                (inputs,) = self.rollouts.generate("teacher", self.teacher_model, [inputs], place)
+                (inputs,) = self.rollouts.write("teacher", [inputs], place)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
@@ -359,8 +246,8 @@ class GOLDTrainer(Trainer):
             # What is marked as prepared, here without DDP, train() leaves as it is: every rank
             # would learn from its own rows alone.
             self.model._is_accelerate_prepared = False
-        sums = self.accelerator.reduce(window.sums(self.args.device), reduction="sum")
-        for name, value in window.means(sums).items():
+        totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
+        for name, value in window.means(totals).items():
             if name not in ("off_policy_loss", "tokens_per_second"):
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         train_window.skip(time.perf_counter() - started)
@@ -370,23 +257,12 @@ class GOLDTrainer(Trainer):
         """Add the training window's metrics, means over its scored tokens on all ranks."""
         if "loss" in logs:
             window = self.windows["train"]
-            sums = self.accelerator.reduce(window.sums(self.args.device), reduction="sum")
-            means = window.means(sums)
+            totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
+            means = window.means(totals)
             del means["loss"]  # the Trainer's is the mean over steps
             logs = {**logs, **means}
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: WindowBatch) -> int:
         """Not counted: image tokens are unknown until the micro-batch is built."""
         return 0
-
-
-def _collator_of(model: nn.Module, processor: Processor, args: GOLDConfig) -> GOLDCollator:
-    """With the tokens that end this model's answers and those that stand for pictures."""
-    config = models.base_model(model).config
-    return GOLDCollator(
-        processor,
-        end_ids_of(model, processor),
-        args.max_length,
-        models.placeholder_ids_of(config),
-    )

@@ -1,30 +1,24 @@
 """The micro-batches of one optimizer step: which rows they hold, and who writes the completions.
 
 A window is all micro-batches of one device between two optimizer steps. Whatever has to be written
-for it is written before its first forward, by one generate call of the student (on-policy) and,
-with seq_kd, one of the teacher (off-policy).
+for it is written before its first forward: one writer's call for what the student writes
+(on-policy) and, with seq_kd, one for what the teacher writes (off-policy).
 """
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from gold_trainer.collator import Example, GOLDCollator, token_ids_of, tokenizer_of
+from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.completions import print_completions
 from gold_trainer.config import GOLDConfig
-from gold_trainer.models import teaching
-from gold_trainer.pairing import PairCollator
-from gold_trainer.rollout import generate_completions
-
-Batch = dict[str, Any]
-SIDES = ("examples", "teacher_examples")
+from gold_trainer.objectives import Objective
+from gold_trainer.writers import Writer
 
 
 class RepeatSampler(torch.utils.data.Sampler[int]):
@@ -81,7 +75,7 @@ def window_rows(args: GOLDConfig) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
-def fetch_window(batches: Iterator[Batch], num_batches: int) -> list[Batch]:
+def fetch_window(batches: Iterator[WindowBatch], num_batches: int) -> list[WindowBatch]:
     """The next micro-batches. Pictures of a row that comes again are those of the first time:
     datasets decode a row at each access, and workers send copies.
     """
@@ -89,13 +83,12 @@ def fetch_window(batches: Iterator[Batch], num_batches: int) -> list[Batch]:
     return [_share_pictures(batch, pictures) for batch in islice(batches, num_batches)]
 
 
-def _share_pictures(batch: Batch, pictures: dict[int, list[Image.Image]]) -> Batch:
-    shared = {
-        name: [replace(e, images=pictures.setdefault(e.index, e.images)) for e in batch[name]]
-        for name in SIDES
-        if name in batch
-    }
-    return {**batch, **shared}
+def _share_pictures(batch: WindowBatch, pictures: dict[int, list[Image.Image]]) -> WindowBatch:
+    examples, teacher_examples = (
+        [replace(e, images=pictures.setdefault(e.index, e.images)) for e in side]
+        for side in (batch.examples, batch.teacher_examples)
+    )
+    return replace(batch, examples=examples, teacher_examples=teacher_examples)
 
 
 class Rollouts:
@@ -104,24 +97,12 @@ class Rollouts:
     def __init__(
         self,
         args: GOLDConfig,
-        student: GOLDCollator,
-        teacher: GOLDCollator,
-        pairs: PairCollator | None,  # None: one family, examples serve both sides
-        *,
-        is_own_teacher: bool,
+        objective: Objective,
+        writers: dict[str, Writer],  # of "student" and "teacher"
+        tokenizer: PreTrainedTokenizerBase,  # the student's
     ) -> None:
-        self.args, self.pairs, self.is_own_teacher = args, pairs, is_own_teacher
-        self.sides = {"student": student, "teacher": teacher}
-
-    @cached_property
-    def token_ids(self) -> dict[str, frozenset[int]]:
-        """What student and teacher may write: no placeholders of pictures, and no rows of a head
-        that are no token.
-        """
-        return {
-            name: frozenset(token_ids_of(side.processor) - side.placeholder_ids)
-            for name, side in self.sides.items()
-        }
+        self.args, self.objective, self.writers = args, objective, writers
+        self.tokenizer = tokenizer
 
     def source(self, step: int, micro_step: int) -> str:
         """Student (on-policy), teacher or dataset; the same on every rank and after a resume."""
@@ -130,64 +111,41 @@ class Rollouts:
             return "student"
         return "teacher" if self.args.seq_kd else "dataset"
 
-    def complete(
-        self,
-        batches: list[Batch],  # of one window
-        step: int,
-        models: dict[str, nn.Module],  # of student and teacher
-    ) -> list[Batch]:
-        """The window with its completions; one generate call for all that a model has to write."""
+    def complete(self, batches: list[WindowBatch], step: int) -> list[WindowBatch]:
+        """The window with its completions; one call of each writer that has to write."""
         sources = [self.source(step, micro_step) for micro_step in range(len(batches))]
-        completed = list(batches)
-        for source, model in models.items():
-            own = [i for i, written_by in enumerate(sources) if written_by == source]
+        completed = [
+            replace(batch, source=source) for batch, source in zip(batches, sources, strict=True)
+        ]
+        for name, writer in self.writers.items():
+            own = [i for i, source in enumerate(sources) if source == name]
             if not own:
                 continue
-            place = f"{self.args.seed} {step} {source} {self.args.process_index}"
-            written = self.generate(source, model, [batches[i] for i in own], place)
+            writer.sync_weights(step)
+            place = f"{self.args.seed} {step} {name} {self.args.process_index}"
+            written = self.write(name, [completed[i] for i in own], place)
             for i, batch in zip(own, written, strict=True):
                 completed[i] = batch
-        self._print(completed[0]["examples"], sources[0], step)
-        return [
-            {**batch, "is_on_policy": source == "student"}
-            for batch, source in zip(completed, sources, strict=True)
-        ]
+        self._print(completed[0].examples, sources[0], step)
+        return completed
 
-    def generate(
-        self, source: str, model: nn.Module, batches: list[Batch], place: str
-    ) -> list[Batch]:
-        """The batches with completions of the student or the teacher, of one generate call; place,
-        where in the run, seeds it.
-        """
-        side = self.sides[source]
-        name = "examples" if source == "student" or self.pairs is None else "teacher_examples"
-        with teaching(model, self.is_own_teacher and source == "teacher"):
-            examples = generate_completions(
-                model,
-                side.processor,
-                [example for batch in batches for example in batch[name]],
-                sorted(side.end_ids),
-                self.token_ids[source],
-                self.args,
+    def write(self, name: str, batches: list[WindowBatch], place: str) -> list[WindowBatch]:
+        """The batches with completions of one writer's call; place, where in the run, seeds it."""
+        prompts = [self.objective.prompts(batch, name) for batch in batches]
+        examples = iter(
+            self.writers[name].complete(
+                [example for part in prompts for example in part],
                 random.Random(place).getrandbits(63),
             )
-        written = iter(examples)
+        )
         return [
-            self._with_examples(source, batch, list(islice(written, len(batch[name]))))
-            for batch in batches
+            self.objective.with_completions(batch, name, list(islice(examples, len(part))))
+            for batch, part in zip(batches, prompts, strict=True)
         ]
-
-    def _with_examples(self, source: str, batch: Batch, examples: list[Example]) -> Batch:
-        if self.pairs is None:
-            return {**batch, "examples": examples}
-        if source == "student":
-            return self.pairs.with_student_completions(batch, examples)
-        return self.pairs.with_teacher_completions(batch, examples)
 
     def _print(self, examples: list[Example], source: str, step: int) -> None:
         """A table of the window's first micro-batch, where one is due."""
         is_due = step % self.args.log_completions_steps == 0 and self.args.process_index == 0
         if self.args.log_completions and is_due:
-            tokenizer = tokenizer_of(self.sides["student"].processor)
             limit = self.args.num_completions_to_print
-            print_completions(tokenizer, examples, source, step, limit)
+            print_completions(self.tokenizer, examples, source, step, limit)

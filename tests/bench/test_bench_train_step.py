@@ -56,9 +56,9 @@ def test_a_sample_has_the_completion_tokens_it_is_named_for_each_a_group(num_tok
     case = bench.Case("gold_kernels", "uld", num_tokens)
     trainer = bench.build_trainer(case, str(tmp_path), is_tiny=True)
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
-    groups = batch["alignment"].groups
+    groups = batch.alignment.groups
     assert groups.num_groups == groups.num_student_rows == 2 * num_tokens
-    assert batch["alignment"].skip_reasons == [None, None]
+    assert batch.alignment.skip_reasons == [None, None]
 
 
 def test_ours_come_first_and_each_loss_has_its_lengths():

@@ -30,10 +30,10 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
 
     def record(*args):
         batches = complete(*args)
-        examples = [example for batch in batches for example in batch["examples"]]
+        examples = [example for batch in batches for example in batch.examples]
         steps.append(
             {
-                "is_on_policy": [batch["is_on_policy"] for batch in batches],
+                "is_on_policy": [batch.is_on_policy for batch in batches],
                 "rows": [example.index for example in examples],
                 "completions": [example.completion_ids for example in examples],
             }

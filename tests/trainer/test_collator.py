@@ -35,7 +35,7 @@ def examples_of(family, rows, max_length=None):
     processor = tiny_processor(family)
     dataset = RowDataset(rows, needs_completion=True, is_text=family in TEXT_FAMILIES)
     batch = collator_of(processor, max_length)([dataset[i] for i in range(len(rows))])
-    return processor, batch["examples"]
+    return processor, batch.examples
 
 
 def rows_of(family, count=3):

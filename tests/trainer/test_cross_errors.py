@@ -87,7 +87,7 @@ def test_another_tokenizer_of_the_same_family_needs_use_uld_loss(known_by, folde
     ):
         build(tmp_path, student, teacher, rows, **options)
     trainer = build(tmp_path, student, teacher, rows, use_uld_loss=True, **options)
-    assert trainer.teacher_side.tokenizer.get_vocab() == other.get_vocab()
+    assert trainer.teacher.side.collator.tokenizer.get_vocab() == other.get_vocab()
 
 
 def test_teacher_of_unknown_origin_needs_its_processor(tmp_path):
@@ -281,7 +281,7 @@ def test_both_sides_hold_the_same_pictures_and_all_turns(tmp_path):
     }
     trainer, _ = cross_trainer(tmp_path, [row], student, teacher)
     batch = next(iter(trainer.get_train_dataloader()))
-    (example,), (other,) = batch["examples"], batch["teacher_examples"]
+    (example,), (other,) = batch.examples, batch.teacher_examples
     assert all(a is b for a, b in zip(example.images, other.images, strict=True))
     assert len(example.images) == 2
     start = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"

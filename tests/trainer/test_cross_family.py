@@ -311,7 +311,7 @@ def test_plain_uld_takes_what_a_student_sampled_beyond_its_tokens(tmp_path):
     padded = student.model.get_output_embeddings().out_features - 1
     assert padded > len(student.tokenizer)
     text_ids = student.tokenizer("A red square.", add_special_tokens=False)["input_ids"]
-    pair = trainer.pairs.pairs.from_student([padded, *text_ids], None, 0)
+    pair = trainer.objective.collator.pairs.from_student([padded, *text_ids], None, 0)
     num_pairs = min(1 + len(text_ids), len(pair.teacher_ids))
     assert teacher.tokenizer.decode(pair.teacher_ids) == "A red square."
     assert pair.alignment.num_groups == num_pairs

@@ -185,7 +185,7 @@ def test_picture_token_beyond_both_heads_trains(lmbda, tmp_path):
 
     def complete(*args):
         batches = build(*args)
-        examples.extend(batches[0]["examples"])
+        examples.extend(batches[0].examples)
         return batches
 
     trainer.rollouts.complete = complete

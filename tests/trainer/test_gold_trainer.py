@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import gold_kernels.jsd.linear
-import gold_trainer.trainer
 from gold_kernels import fused_linear_jsd
+from gold_trainer.objectives import same_vocabulary
 from support.eager_step import completion_of
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import assert_equal_gradients, losses_of, make_trainer, one_step
@@ -34,7 +34,7 @@ def calls(monkeypatch):
         seen.append((student_hidden, *args, options))
         return fused_linear_jsd(student_hidden, *args, **options)
 
-    monkeypatch.setattr(gold_trainer.trainer, "fused_linear_jsd", record)
+    monkeypatch.setattr(same_vocabulary, "fused_linear_jsd", record)
     return seen
 
 
@@ -111,20 +111,16 @@ def test_head_is_itself_again_after_a_step_and_after_an_error(tmp_path, monkeypa
     trainer = make_trainer(tmp_path, ROWS)
     trainer.train()
     ids = torch.tensor([[1, 2, 3]])
-    assert trainer.model(input_ids=ids).logits.shape == (1, 3, trainer.student_head.out_features)
+    assert trainer.model(input_ids=ids).logits.shape == (1, 3, trainer.student.head.out_features)
     assert trainer.teacher_model(input_ids=ids).logits.ndim == 3
 
     def fail(*args, **options):
         raise RuntimeError("no loss today")
 
-    monkeypatch.setattr(trainer_module(), "fused_linear_jsd", fail)
+    monkeypatch.setattr(same_vocabulary, "fused_linear_jsd", fail)
     with pytest.raises(RuntimeError, match="no loss today"):
         make_trainer(tmp_path, ROWS, student=trainer.model).train()
     assert trainer.model(input_ids=ids).logits.ndim == 3
-
-
-def trainer_module():
-    return gold_trainer.trainer
 
 
 def test_teacher_stays_as_it_was(tmp_path):
@@ -185,7 +181,7 @@ def test_bf16_autocast_is_close_to_float32(whole_batch, tmp_path, monkeypatch):
         dtypes.extend(tensor.dtype for tensor in (args[0], args[1], args[3], args[4]))
         return operator(*args)
 
-    monkeypatch.setattr(gold_kernels.linear_jsd, "_linear_jsd_operator", record)
+    monkeypatch.setattr(gold_kernels.jsd.linear, "_linear_jsd_operator", record)
     loss, gradients = one_step(tmp_path, ROWS, per_device_train_batch_size=8, bf16=True)
     assert dtypes == [torch.bfloat16] * 4
     assert loss == pytest.approx(whole_batch[0], rel=2e-2)
@@ -204,7 +200,7 @@ def test_log_has_every_metric_of_the_window(tmp_path):
     entry = trainer.state.log_history[0]
     on, off = entry["on_policy_loss"], entry["off_policy_loss"]
     assert min(on, off) <= entry["loss"] <= max(on, off)
-    vocabulary = trainer.student_head.out_features
+    vocabulary = trainer.student.head.out_features
     for name in ("student_entropy", "teacher_entropy"):
         assert 0 < entry[name] < math.log(vocabulary)
     assert 0 <= entry["top1_agreement"] <= 1

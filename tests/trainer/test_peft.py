@@ -154,8 +154,8 @@ def test_an_error_of_the_teacher_leaves_the_student_as_it_was(tmp_path, monkeypa
         assert not student.training and student.get_model_status().enabled is False
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(trainer.student_head, "forward", fail)
-    monkeypatch.setattr("gold_trainer.models.gather_rows", fail)
+    monkeypatch.setattr(trainer.student.head, "forward", fail)
+    monkeypatch.setattr("gold_trainer.loss_at_head.gather_rows", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         trainer.train()
     assert student.training and student.get_model_status().enabled is True
@@ -187,7 +187,7 @@ def test_a_trained_head_is_saved_with_the_adapter(tmp_path):
     trainer.save_model()
     loaded = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path)
     head = loaded.base_model.model.lm_head.modules_to_save["default"].weight
-    assert torch.equal(head, trainer.student_head.weight)
+    assert torch.equal(head, trainer.student.head.weight)
     assert not torch.equal(head, base.lm_head.weight)
     embeddings = trainer.model.get_base_model().get_input_embeddings().weight
     assert torch.equal(embeddings, base.get_input_embeddings().weight)

@@ -10,11 +10,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-import gold_trainer.trainer
 from gold_kernels import fused_linear_jsd
-from gold_trainer import rollout
-from gold_trainer.collator import Example, process_prompts, token_ids_of, tokenizer_of
-from gold_trainer.models import placeholder_ids_of, shared_vocab_size
+from gold_trainer import GOLDTrainer, collator
+from gold_trainer.batches import Example
+from gold_trainer.collator import process_prompts, token_ids_of, tokenizer_of
+from gold_trainer.models import end_ids_of, placeholder_ids_of
+from gold_trainer.objectives import same_vocabulary
+from gold_trainer.objectives.one_family import shared_vocab_size
+from gold_trainer.writers import local
 from support.scripted_generate import Script, ids_of
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import losses_of, make_trainer
@@ -28,7 +31,7 @@ MAX_NEW = 6
 def scored(monkeypatch):
     """For every micro-batch: the labels of its scored rows, and its tokens of each sequence."""
     seen = []
-    build_inputs = gold_trainer.trainer.build_inputs
+    build_inputs = collator.build_inputs
 
     def record(processor, examples):
         inputs = build_inputs(processor, examples)
@@ -36,7 +39,7 @@ def scored(monkeypatch):
         seen.append((ids, [example.completion_ids for example in examples]))
         return inputs
 
-    monkeypatch.setattr(gold_trainer.trainer, "build_inputs", record)
+    monkeypatch.setattr(collator, "build_inputs", record)
     return seen
 
 
@@ -47,7 +50,7 @@ def rows_of_the_loss(monkeypatch):
         counts.append(student_hidden.shape[0])
         return fused_linear_jsd(student_hidden, *args, **options)
 
-    monkeypatch.setattr(gold_trainer.trainer, "fused_linear_jsd", record)
+    monkeypatch.setattr(same_vocabulary, "fused_linear_jsd", record)
     return counts
 
 
@@ -63,9 +66,9 @@ def rows_of(run):
 
 def generated(run, examples, seed):
     """Completions of the trainer's student, with its own settings."""
-    end_ids = rollout.end_ids_of(run.model, run.processing_class)
+    end_ids = end_ids_of(run.model, run.processing_class)
     token_ids = token_ids_of(run.processing_class) - set(placeholder_ids_of(run.model.config))
-    return rollout.generate_completions(
+    return local.generate_completions(
         run.model, run.processing_class, examples, end_ids, token_ids, run.args, seed
     )
 
@@ -104,7 +107,7 @@ def test_completions_keep_to_their_length(max_length, scored, tmp_path):
     """
     fields = {"max_length": max_length, "max_completion_length": 40, "lmbda": 1.0}
     run = make_trainer(tmp_path, PROMPTS, **fields)
-    examples = run.data_collator(rows_of(run))["examples"]
+    examples = run.data_collator(rows_of(run)).examples
     rooms = [40 if max_length is None else min(40, 64 - e.prompt_length) for e in examples]
     assert max_length is None or len(set(rooms)) > 1, "rows must differ in room"
     end, _ = ids_of(run.processing_class)
@@ -166,7 +169,7 @@ def test_peaked_sampling_is_greedy_decoding(scored, tmp_path):
     run = make_trainer(tmp_path, PROMPTS, student=student, lmbda=1.0, top_k=1)
     inputs = process_prompts(
         processor,
-        [e.prompt_text for e in run.data_collator(rows_of(run))["examples"]],
+        [e.prompt_text for e in run.data_collator(rows_of(run)).examples],
         [row.images for row in rows_of(run)],
     )
     greedy = student.generate(
@@ -209,7 +212,7 @@ def test_rollouts_repeat_with_the_seed_and_differ_between_steps_and_micro_batche
 
 def test_generating_leaves_the_random_state_alone(tmp_path):
     run = make_trainer(tmp_path, PROMPTS, lmbda=1.0)
-    examples = run.data_collator(rows_of(run))["examples"]
+    examples = run.data_collator(rows_of(run)).examples
     state = torch.get_rng_state()
     first, again, other = (generated(run, examples, seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
@@ -226,13 +229,12 @@ def test_generating_leaves_the_random_state_alone(tmp_path):
 def test_share_of_on_policy_micro_batches_is_lmbda(lmbda, expected, tmp_path, monkeypatch):
     """400 draws of the decision alone; standard deviation 0.025 at lmbda = 0.5."""
     run = make_trainer(tmp_path, ROWS, lmbda=lmbda)
-    monkeypatch.setattr(run.rollouts, "generate", lambda source, model, batches, place: batches)
+    monkeypatch.setattr(run.rollouts, "write", lambda source, batches, place: batches)
     batch = run.data_collator(rows_of(run)[:1])
-    models = {"student": run.model, "teacher": run.teacher_model}
     taken = []
     for step in range(100):
-        window = run.rollouts.complete([batch] * 4, step, models)
-        taken += [completed["is_on_policy"] for completed in window]
+        window = run.rollouts.complete([batch] * 4, step)
+        taken += [completed.is_on_policy for completed in window]
     share = sum(taken) / len(taken)
     assert share == lmbda if expected != "both" else abs(share - 0.5) < 0.1
 
@@ -316,8 +318,8 @@ def test_pictures_stay_raw_until_their_micro_batch(lmbda, workers, tmp_path, mon
     step and once for generation.
     """
     events = []
-    compute_loss = gold_trainer.trainer.GOLDTrainer.compute_loss
-    build_inputs = gold_trainer.trainer.build_inputs
+    compute_loss = GOLDTrainer.compute_loss
+    build_inputs = collator.build_inputs
 
     def build(processor, examples):
         kinds = {type(image).__module__ for example in examples for image in example.images}
@@ -329,8 +331,8 @@ def test_pictures_stay_raw_until_their_micro_batch(lmbda, workers, tmp_path, mon
         events.append("loss")
         return compute_loss(self, *args, **options)
 
-    monkeypatch.setattr(gold_trainer.trainer, "build_inputs", build)
-    monkeypatch.setattr(gold_trainer.trainer.GOLDTrainer, "compute_loss", loss)
+    monkeypatch.setattr(collator, "build_inputs", build)
+    monkeypatch.setattr(GOLDTrainer, "compute_loss", loss)
     make_trainer(
         tmp_path,
         tiny_rows(4, images=1),

@@ -306,10 +306,10 @@ TWO_PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}
 def test_columns_that_do_not_fit_show_before_weights_are_read(
     row, message, folders, output_dir, monkeypatch
 ):
-    def load_models(*args):
+    def load_model(*args):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(loading, "load_models", load_models)
+    monkeypatch.setattr(loading, "load_model", load_model)
     names = {side: folders["qwen3_vl", side] for side in ("student", "teacher")}
     refused(f"^row 0: {message}", output_dir, [row, *ROWS], **names)
     refused(f"^row 0: {message}", output_dir, eval_rows={"a": ROWS, "b": [row]}, **names)

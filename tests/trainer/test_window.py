@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 import gold_trainer.trainer
 from gold_kernels.tokens.token_bytes import TokenBytes
-from gold_trainer import GOLDConfig, rollout, window
+from gold_trainer import GOLDConfig, GOLDTrainer, collator, window
 from gold_trainer.window import RepeatSampler
+from gold_trainer.writers import local
 from support.cross_cases import (
     aligner_of,
     assert_equals,
@@ -38,14 +39,14 @@ TWICE = {"num_generations": 2, "per_device_train_batch_size": 1, "gradient_accum
 def generated(monkeypatch):
     """For every generate call: rows and sampled completions."""
     calls = []
-    generate = window.generate_completions
+    generate = local.generate_completions
 
     def record(model, processor, examples, *args):
         completed = generate(model, processor, examples, *args)
         calls.append([(e.index, tuple(e.completion_ids)) for e in completed])
         return completed
 
-    monkeypatch.setattr(window, "generate_completions", record)
+    monkeypatch.setattr(local, "generate_completions", record)
     return calls
 
 
@@ -53,13 +54,13 @@ def generated(monkeypatch):
 def scored(monkeypatch):
     """For every micro-batch that meets the loss: rows and completions."""
     batches = []
-    build_inputs = gold_trainer.trainer.build_inputs
+    build_inputs = collator.build_inputs
 
     def record(processor, examples):
         batches.append([(e.index, tuple(e.completion_ids)) for e in examples])
         return build_inputs(processor, examples)
 
-    monkeypatch.setattr(gold_trainer.trainer, "build_inputs", record)
+    monkeypatch.setattr(collator, "build_inputs", record)
     return batches
 
 
@@ -168,13 +169,13 @@ def test_student_and_teacher_are_called_once_a_window(tmp_path, monkeypatch):
         Script(teacher, [[15 + i, end] for i in range(4 - by_student)], pad),
     ]
     seen = []
-    build = gold_trainer.trainer.build_inputs
+    build = collator.build_inputs
 
     def record(processor, examples):
         seen.extend(e.completion_ids[0] for e in examples)
         return build(processor, examples)
 
-    monkeypatch.setattr(gold_trainer.trainer, "build_inputs", record)
+    monkeypatch.setattr(collator, "build_inputs", record)
     options = {"seed": place, "lmbda": 0.5, "seq_kd": True, **TWICE}
     make_trainer(tmp_path, PROMPTS, student=student, teacher=teacher, **options).train()
     assert [len(script.calls) for script in scripts] == [1, 1]
@@ -184,7 +185,7 @@ def test_student_and_teacher_are_called_once_a_window(tmp_path, monkeypatch):
 
 def decisions(tmp_path, seed, step=0):
     args = GOLDConfig(output_dir=str(tmp_path), use_cpu=True, seed=seed, lmbda=0.5, seq_kd=True)
-    rollouts = window.Rollouts(args, None, None, None, is_own_teacher=False)
+    rollouts = window.Rollouts(args, None, {}, None)
     return [rollouts.source(step, micro_step) for micro_step in range(4)]
 
 
@@ -226,16 +227,16 @@ def test_window_holds_each_picture_once_and_the_pixels_of_one_micro_batch(
     """
     rows = DecodedRows(tiny_rows(6, images=1))
     pixels, events = weakref.WeakSet(), []
-    makers = [(rollout, "process_prompts"), (gold_trainer.trainer, "build_inputs")]
+    makers = [(local, "process_prompts"), (collator, "build_inputs")]
     for module, name in makers:
         monkeypatch.setattr(module, name, counted(getattr(module, name), name, pixels, events))
-    compute_loss = gold_trainer.trainer.GOLDTrainer.compute_loss
+    compute_loss = GOLDTrainer.compute_loss
 
     def loss(self, *args, **options):
         events.append(("pictures", rows.num_alive(), "pixels", len(pixels)))
         return compute_loss(self, *args, **options)
 
-    monkeypatch.setattr(gold_trainer.trainer.GOLDTrainer, "compute_loss", loss)
+    monkeypatch.setattr(GOLDTrainer, "compute_loss", loss)
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     run = make_trainer(tmp_path, rows, num_generations=4, lmbda=lmbda, **options)
     run.train()
@@ -268,7 +269,7 @@ def test_repeated_rows_share_their_pictures(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(gold_trainer.trainer, "fetch_window", record)
     rows = DecodedRows(tiny_rows(4, images="mixed"))
     make_trainer(tmp_path, rows, dataloader_num_workers=workers, **TWICE).train()
-    examples = [e for batch in windows[0] for e in batch["examples"]]
+    examples = [e for batch in windows[0] for e in batch.examples]
     assert [e.index for e in examples] == [0, 0, 1, 1]
     assert len({id(image) for e in examples for image in e.images}) == 1 + 2
 

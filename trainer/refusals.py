@@ -1,4 +1,4 @@
-"""What GOLDTrainer is given: what it cannot use, and what it adapts."""
+"""Arguments that GOLDTrainer cannot use, and those that it adapts to the devices."""
 
 import logging
 from typing import Any

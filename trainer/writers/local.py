@@ -1,28 +1,59 @@
-"""Completions sampled from the student (on-policy) or the teacher (seq_kd) with local generate."""
+"""Completions of a model in this process, sampled with transformers' generate()."""
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from gold_trainer.batches import Example
 from gold_trainer.collator import (
-    Example,
+    GOLDCollator,
     Processor,
     process_prompts,
+    token_ids_of,
     tokenizer_of,
     until_end,
 )
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
+from gold_trainer.writers.writer import Writer
 
 
-def end_ids_of(model: nn.Module, processor: Processor) -> list[int]:
-    """Tokens that end a generation: the model's own and the tokenizer's."""
-    ids = base_model(model).generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({*ids, tokenizer_of(processor).eos_token_id})
+class LocalWriter(Writer):
+    """generate() of the model itself: there is no copy of the weights to renew."""
+
+    def __init__(
+        self,
+        writing: Callable[[], AbstractContextManager[nn.Module]],  # the model, ready to write
+        collator: GOLDCollator,  # of the side whose prompts these are
+        args: GOLDConfig,
+    ) -> None:
+        self.writing, self.collator, self.args = writing, collator, args
+
+    @cached_property
+    def token_ids(self) -> frozenset[int]:
+        """What may be written: no placeholders of pictures, and no rows of a head that are no
+        token.
+        """
+        return frozenset(token_ids_of(self.collator.processor) - self.collator.placeholder_ids)
+
+    def sync_weights(self, step: int) -> None:
+        pass
+
+    def complete(self, examples: Sequence[Example], seed: int) -> list[Example]:
+        with self.writing() as model:
+            return generate_completions(
+                model,
+                self.collator.processor,
+                examples,
+                sorted(self.collator.end_ids),
+                self.token_ids,
+                self.args,
+                seed,
+            )
 
 
 @contextmanager
@@ -73,10 +104,7 @@ def generate_completions(
     args: GOLDConfig,
     seed: int,
 ) -> list[Example]:
-    """The examples with completions as they were sampled: the end token kept, padding dropped.
-
-    A completion that reaches max_completion_length (or the row's room in max_length) has no end.
-    """
+    """See Writer.complete."""
     tokenizer, model = tokenizer_of(processor), base_model(model)
     num_entries = model.get_output_embeddings().weight.shape[0]
     never = [i for i in range(num_entries) if i not in token_ids]

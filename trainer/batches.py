@@ -1,0 +1,89 @@
+"""What travels through a training step, from the data loader to the loss.
+
+A row is rendered into an Example of each side. A WindowBatch holds the examples of one micro-batch
+while its window waits: pictures raw, completions as token ids. Its turn makes it a MicroBatch:
+tensors on the device.
+
+B sequences, L positions (L_s, L_t), N scored rows of a side (N_s, N_t), G aligned groups.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from gold_kernels import TokenAlignment
+
+
+@dataclass
+class Example:
+    """A rendered row; completion_ids is None where the completion has to be generated."""
+
+    index: int  # row of the dataset
+    prompt_text: str
+    prompt_length: int  # tokens, image tokens included
+    images: list[Image.Image]
+    completion_ids: list[int] | None
+
+    def with_completion(self, completion_ids: list[int]) -> "Example":
+        return replace(self, completion_ids=completion_ids)
+
+
+@dataclass
+class BatchAlignment:
+    """How the completions of a batch meet in the tokens of student and teacher."""
+
+    groups: TokenAlignment  # of all completions of the batch
+    skip_reasons: list[str | None]  # of every completion; None for one that is distilled
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> "BatchAlignment":
+        fields = (move(f) if isinstance(f, Tensor) else f for f in self.groups)
+        return BatchAlignment(TokenAlignment(*fields), self.skip_reasons)
+
+
+@dataclass
+class WindowBatch:
+    """The examples of one micro-batch, for student and teacher."""
+
+    examples: list[Example]  # as the student sees them
+    teacher_examples: list[Example]  # the same list where one tokenizer serves both sides
+    alignment: BatchAlignment | None = None  # with two tokenizers, once completions are known
+    source: str = "dataset"  # who wrote the completions: "student", "teacher" or "dataset"
+
+    @property
+    def is_on_policy(self) -> bool:
+        return self.source == "student"
+
+
+class ModelInputs(NamedTuple):
+    """One side of a micro-batch as its processor makes it."""
+
+    tensors: dict[str, Tensor]  # what the model's forward takes, input_ids (B, L)
+    labels: Tensor  # (B, L), IGNORE_INDEX except on completions
+    scored_rows: Tensor  # (N,) flat positions b * L + l whose logits predict a completion token
+
+
+@dataclass
+class SideInputs:
+    """One side of a micro-batch on the device, and the examples that it was made of."""
+
+    examples: list[Example]
+    tensors: dict[str, Tensor]  # what the model's forward takes, input_ids (B, L)
+    scored_rows: Tensor  # (N,) flat positions b * L + l whose logits predict a completion token
+    labels: Tensor  # (N,) int64, the tokens that they predict
+
+
+@dataclass
+class MicroBatch:
+    """What one forward and backward pass works on."""
+
+    student: SideInputs
+    teacher: SideInputs  # the student's own where one tokenizer serves both sides
+    is_on_policy: bool
+    alignment: BatchAlignment | None = None  # with two tokenizers
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.student.examples)

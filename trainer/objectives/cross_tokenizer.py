@@ -1,0 +1,160 @@
+"""The loss of two models with two tokenizers: each side has its own processor and chat template.
+
+N_s, N_t scored rows of a side, G aligned groups, D hidden size (D_s, D_t). A unit of the loss is a
+group: a minimal run of student tokens and one of teacher tokens that end at a common byte.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from gold_kernels import VocabOverlap, fused_linear_uld
+from gold_trainer import loading, models
+from gold_trainer.batches import Example, MicroBatch, WindowBatch
+from gold_trainer.collator import Processor, build_side
+from gold_trainer.config import GOLDConfig
+from gold_trainer.objectives.objective import Objective, common_options
+from gold_trainer.pairing import SKIP_REASONS, CompletionPairs, PairCollator
+from gold_trainer.sides import Side
+
+MATCHED = ("matched_loss", "unmatched_loss", "student_matched_mass", "teacher_matched_mass")
+SKIPS = tuple(f"skipped_{reason}" for reason in SKIP_REASONS)
+
+
+class CrossTokenizer(Objective):
+    """Plain, extended or hybrid ULD of fused_linear_uld; see ULDFields."""
+
+    counts = ("labels", "groups", "scored_bytes", "completion_bytes", *SKIPS)
+    sums = ("loss", *MATCHED, "crossentropy")
+
+    def __init__(self, args: GOLDConfig, student: Side, teacher: Side) -> None:
+        pairs = CompletionPairs(args, student.collator, teacher.collator)
+        self.collator = PairCollator(student.collator, teacher.collator, pairs)
+        self.collators = {"student": student.collator, "teacher": teacher.collator}
+        self.distillation_weight = args.uld_distillation_weight
+        self.crossentropy_weight = args.uld_crossentropy_weight
+        self.overlap = None
+        if args.uld_use_hybrid_loss:
+            aligner = pairs.aligner
+            self.overlap = VocabOverlap.from_token_bytes(aligner.student, aligner.teacher)
+        self.options = {
+            **common_options(args, student, teacher),
+            "beta": args.beta,
+            "student_temperature": args.uld_student_temperature,
+            "teacher_temperature": args.uld_teacher_temperature,
+            "overlap": self.overlap,
+            "matched_weight": args.uld_hybrid_matched_weight,
+            "unmatched_weight": args.uld_hybrid_unmatched_weight,
+        }
+
+    @staticmethod
+    def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+        models.check_modality(student, teacher)
+
+    @staticmethod
+    def teacher_processor(
+        teacher_model: PreTrainedModel | str,
+        args: GOLDConfig,
+        given: Processor | None,
+        student: Processor,
+    ) -> Processor:
+        is_vlm = models.is_processor(student)
+        if given is None:
+            name, options = loading.teacher_source(teacher_model, args)
+            if not name:
+                raise ValueError(
+                    "GOLDTrainer: use_uld_loss needs the teacher's processor, got a teacher that "
+                    "was not loaded from a folder or the hub; pass teacher_processing_class=, or "
+                    "set teacher_tokenizer_name_or_path."
+                )
+            given = (AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name, **options)
+        models.check_processor(given, is_vlm, "teacher", "teacher_processing_class")
+        return given
+
+    def prompts(self, batch: WindowBatch, writer: str) -> list[Example]:
+        return batch.examples if writer == "student" else batch.teacher_examples
+
+    def with_completions(
+        self, batch: WindowBatch, writer: str, examples: list[Example]
+    ) -> WindowBatch:
+        if writer == "student":
+            return self.collator.with_student_completions(batch, examples)
+        return self.collator.with_teacher_completions(batch, examples)
+
+    def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
+        sides = [
+            build_side(collator.processor, examples, to_device)
+            for collator, examples in (
+                (self.collator.student, batch.examples),
+                (self.collator.teacher, batch.teacher_examples),
+            )
+        ]
+        return MicroBatch(*sides, batch.is_on_policy, batch.alignment.to(to_device))
+
+    def num_units(self, batches: list[WindowBatch]) -> int:
+        return sum(batch.alignment.groups.num_groups for batch in batches)
+
+    def loss(
+        self,
+        student_hidden: Tensor,  # (N_s, D_s)
+        student_head: nn.Linear,
+        teacher_hidden: Tensor,  # (N_t, D_t)
+        teacher_head: nn.Linear,
+        batch: MicroBatch,
+        item_weights: Tensor | None,  # (2,)
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        alignment = batch.alignment.groups
+        sizes = alignment.num_groups, student_hidden.shape[0]
+        weights = self.term_weights(item_weights, *sizes, student_hidden.device)
+        hard: dict[str, Any] = {}
+        if self.has_labels(batch):
+            hard = {"labels": batch.student.labels, "label_weights": weights[1]}
+        loss, metrics = fused_linear_uld(
+            student_hidden,
+            student_head.weight,
+            teacher_hidden,
+            teacher_head.weight,
+            weights[0],
+            alignment=alignment,
+            student_bias=student_head.bias,
+            teacher_bias=teacher_head.bias,
+            **hard,
+            **self.options,
+        )
+        sums = {name: value.sum() for name, value in metrics._asdict().items()}
+        if hard:  # summed over labels
+            uld = weights[0][:1].sum() * sums["loss"]
+            weight = weights[1][:1].sum().clamp_min(1e-30)
+            sums["crossentropy"] = (loss.detach() - uld) / weight
+        return loss, sums
+
+    def batch_counts(self, batch: MicroBatch) -> dict[str, int]:
+        groups, reasons = batch.alignment.groups, batch.alignment.skip_reasons
+        return {
+            "tokens": groups.num_student_rows,
+            "completions": batch.num_completions,
+            "labels": groups.num_student_rows if self.has_labels(batch) else 0,
+            "groups": groups.num_groups,
+            "scored_bytes": groups.scored_bytes,
+            "completion_bytes": groups.completion_bytes,
+            **{f"skipped_{reason}": reasons.count(reason) for reason in SKIP_REASONS},
+        }
+
+    def means(self, totals: dict[str, float]) -> dict[str, float]:
+        """Means over groups, tokens, labels or bytes, as each name says; skips are counts."""
+        num_groups, num_tokens = max(totals["groups"], 1), max(totals["tokens"], 1)
+        uld_loss = totals["loss"] / num_groups
+        crossentropy = totals["crossentropy"] / max(totals["labels"], 1)
+        result = {
+            "loss": self.distillation_weight * uld_loss + self.crossentropy_weight * crossentropy,
+            "uld_loss": uld_loss,
+            "groups_per_token": totals["groups"] / num_tokens,
+            "scored_bytes": totals["scored_bytes"] / max(totals["completion_bytes"], 1),
+        }
+        if self.crossentropy_weight:
+            result["crossentropy"] = crossentropy
+        if self.overlap is not None:
+            result |= {name: totals[name] / num_groups for name in MATCHED}
+        return result | {name: totals[name] for name in SKIPS}

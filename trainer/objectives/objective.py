@@ -1,0 +1,128 @@
+"""What the trainer asks of a loss in training.
+
+N_s, N_t scored rows of student and teacher, D hidden size (D_s, D_t).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from gold_trainer.batches import Example, MicroBatch, WindowBatch
+from gold_trainer.collator import GOLDCollator, Processor
+from gold_trainer.config import GOLDConfig
+from gold_trainer.dataset import Row
+from gold_trainer.sides import Side
+
+
+class Objective(ABC):
+    """A loss over units, and a cross-entropy over labels:
+
+        loss = distillation_weight * mean over units + crossentropy_weight * mean over labels
+
+    A unit is what the loss compares: a token, or an aligned group of tokens. Labels are the tokens
+    of completions that the student did not write: on its own samples the gradient of the
+    cross-entropy is 0 in expectation. Both means are over the global batch. Its units and labels
+    are counted on all ranks before the first loss of the window.
+    """
+
+    counts: ClassVar[tuple[str, ...]]  # what batch_counts counts, beside tokens and completions
+    sums: tuple[str, ...]  # names of the sums that loss returns; one may be absent in a batch
+    collator: Callable[[list[Row]], WindowBatch]
+    collators: dict[str, GOLDCollator]  # with which "student" and "teacher" write
+    distillation_weight: float
+    crossentropy_weight: float
+
+    @abstractmethod
+    def __init__(self, args: GOLDConfig, student: Side, teacher: Side) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+        """ValueError for models that this loss cannot compare."""
+
+    @staticmethod
+    @abstractmethod
+    def teacher_processor(
+        teacher_model: PreTrainedModel | str,
+        args: GOLDConfig,
+        given: Processor | None,
+        student: Processor,
+    ) -> Processor:
+        """With which the teacher sees rows; ValueError where it does not fit the student's."""
+
+    @abstractmethod
+    def prompts(self, batch: WindowBatch, writer: str) -> list[Example]:
+        """The examples whose prompts the writer, "student" or "teacher", is to complete."""
+
+    @abstractmethod
+    def with_completions(
+        self, batch: WindowBatch, writer: str, examples: list[Example]
+    ) -> WindowBatch:
+        """The batch, both sides, with these examples that the writer has completed."""
+
+    @abstractmethod
+    def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """Tensors of a micro-batch whose turn has come; pictures become pixels here."""
+
+    @abstractmethod
+    def num_units(self, batches: list[WindowBatch]) -> int: ...
+
+    @abstractmethod
+    def loss(
+        self,
+        student_hidden: Tensor,  # (N_s, D_s)
+        student_head: nn.Linear,
+        teacher_hidden: Tensor,  # (N_t, D_t)
+        teacher_head: nn.Linear,
+        batch: MicroBatch,
+        item_weights: Tensor | None,  # (2,) of a unit and of a label; None: means of the batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # (), and () sums by name for the log
+        ...
+
+    @abstractmethod
+    def batch_counts(self, batch: MicroBatch) -> dict[str, int]:
+        """What the batch adds to the counts of the log, by name; "tokens" and "completions"
+        always.
+        """
+
+    @abstractmethod
+    def means(self, totals: dict[str, float]) -> dict[str, float]:
+        """What is logged, "loss" always, from totals of counts and sums."""
+
+    def num_items(self, batches: list[WindowBatch]) -> list[int]:
+        """Units and labels of the batches."""
+        off_policy = [batch for batch in batches if not batch.is_on_policy]
+        labels = sum(len(e.completion_ids) for batch in off_policy for e in batch.examples)
+        return [self.num_units(batches), labels]
+
+    def has_labels(self, batch: MicroBatch) -> bool:
+        """Whether the cross-entropy is part of this batch's loss."""
+        return self.crossentropy_weight > 0 and not batch.is_on_policy
+
+    def term_weights(
+        self, item_weights: Tensor | None, num_units: int, num_labels: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:  # (num_units,), (num_labels,)
+        """What each unit and each label weighs in the loss of the batch."""
+        if item_weights is None:
+            shares = [1 / max(size, 1) for size in (num_units, num_labels)]
+            item_weights = torch.tensor(shares, device=device)
+        unit_weight, label_weight = item_weights.unbind()
+        return (
+            (self.distillation_weight * unit_weight).expand(num_units),
+            (self.crossentropy_weight * label_weight).expand(num_labels),
+        )
+
+
+def common_options(args: GOLDConfig, student: Side, teacher: Side) -> dict[str, Any]:
+    """Options of every fused loss: how its logits are made and what memory they take."""
+    forms = student.form, teacher.form
+    return {
+        "chunk_size": args.chunk_size,
+        "logit_scale": tuple(form.scale for form in forms),
+        "final_logit_softcapping": tuple(form.softcap for form in forms),
+        "return_metrics": True,
+    }

@@ -1,0 +1,39 @@
+"""Student or teacher, as the loss and the data see it: head, form of its logits, collator."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from gold_trainer import models
+from gold_trainer.collator import GOLDCollator, Processor
+from gold_trainer.config import GOLDConfig
+from gold_trainer.loss_at_head import LogitForm
+
+
+@dataclass(frozen=True)
+class Side:
+    head: nn.Linear  # weight (V, D)
+    form: LogitForm
+    collator: GOLDCollator
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        name: str,  # "student" or "teacher", for messages
+        processor: Processor,
+        args: GOLDConfig,
+        *,
+        is_below_adapter: bool = False,
+    ) -> "Side":
+        config = models.base_model(model).config
+        return cls(
+            models.lm_head(model, name, is_below_adapter=is_below_adapter),
+            LogitForm.from_config(config, name),
+            GOLDCollator(
+                processor,
+                models.end_ids_of(model, processor),
+                args.max_length,
+                models.placeholder_ids_of(config),
+            ),
+        )
