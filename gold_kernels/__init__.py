@@ -3,24 +3,28 @@ materialised.
 """
 
 from gold_kernels.engine.memory import peak_extra_bytes
-from gold_kernels.jsd.linear import FusedLinearJSDLoss, JSDMetrics, fused_linear_jsd
-from gold_kernels.jsd.logits import jsd_loss
+from gold_kernels.engine.row_loss import RowLoss
+from gold_kernels.engine.shared import FusedLinearLoss, fused_linear_loss
+from gold_kernels.jsd.liger import FusedLinearJSDLoss
+from gold_kernels.jsd.linear import JSDMetrics, fused_linear_jsd, jsd_loss
 from gold_kernels.tokens.alignment import CompletionAligner, TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
-from gold_kernels.uld.linear import FusedLinearULDLoss, ULDMetrics, fused_linear_uld
-from gold_kernels.uld.logits import uld_loss
+from gold_kernels.uld.linear import FusedLinearULDLoss, ULDMetrics, fused_linear_uld, uld_loss
 
 __version__ = "0.2.0"
 
 __all__ = [
     "CompletionAligner",
     "FusedLinearJSDLoss",
+    "FusedLinearLoss",
     "FusedLinearULDLoss",
     "JSDMetrics",
+    "RowLoss",
     "TokenAlignment",
     "ULDMetrics",
     "VocabOverlap",
     "fused_linear_jsd",
+    "fused_linear_loss",
     "fused_linear_uld",
     "jsd_loss",
     "peak_extra_bytes",

@@ -1,14 +1,7 @@
 """The oracles of every loss under one name: plain torch, any float dtype, gradients by autograd."""
 
-from gold_kernels.jsd.reference import (
-    LOG_ZERO,
-    LOWEST_LOGIT,
-    head_logits,
-    jsd_rows,
-    linear_jsd,
-    log_probs,
-    row_metrics,
-)
+from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, log_probs
+from gold_kernels.jsd.reference import head_logits, jsd_rows, linear_jsd, row_metrics
 from gold_kernels.uld.reference import (
     generalized_jsd_rows,
     hybrid_rows,

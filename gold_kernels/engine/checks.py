@@ -3,10 +3,14 @@ and the remedy.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gold_kernels.engine.options import LossOptions, Options, resolve_options
+from gold_kernels.engine.row_loss import RowLoss
 from gold_kernels.triton import launch
 
 BACKENDS = ("triton", "torch")
@@ -87,13 +91,10 @@ def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: 
     """The number of vocabulary entries that take part."""
     if vocab_size is None:
         if v_student != v_teacher:
-            remedy = "pass vocab_size=len(tokenizer)"
-            if function == "FusedLinearJSDLoss":  # its arguments are Liger's
-                remedy = "pass weight[:len(tokenizer)] of both"
             raise ValueError(
                 f"{function}: student and teacher heads must have one vocabulary, got "
-                f"V={v_student} and V={v_teacher}; {remedy} if they are padded heads of one "
-                "tokenizer. Different tokenizers need a cross-tokenizer loss."
+                f"V={v_student} and V={v_teacher}; pass vocab_size=len(tokenizer) if they are "
+                "padded heads of one tokenizer. Different tokenizers need fused_linear_uld."
             )
         if v_student == 0:
             raise ValueError(
@@ -101,7 +102,8 @@ def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: 
                 "pass what the heads return, (N, V)."
             )
         return v_student
-    if isinstance(vocab_size, float) or not 1 <= vocab_size <= min(v_student, v_teacher):
+    is_whole = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
+    if not is_whole or not 1 <= vocab_size <= min(v_student, v_teacher):
         raise ValueError(
             f"{function}: vocab_size must be a whole number in [1, {min(v_student, v_teacher)}], "
             f"the smaller of both heads, got {vocab_size}; pass len(tokenizer)."
@@ -156,35 +158,84 @@ def check_labels(function: str, labels: Tensor | None, hidden: Tensor) -> None:
         )
 
 
-def check_scalars(function: str, beta: float, temperature: float, chunk_size: int | None) -> None:
+def check_beta(function: str, beta: float) -> None:
     if not 0 <= beta <= 1:
         raise ValueError(
             f"{function}: beta must be in [0, 1] (0 forward KL, 1 reverse KL), got {beta}; "
             "0.5 is the symmetric Jensen-Shannon divergence."
         )
-    if not (temperature > 0 and math.isfinite(temperature)):
+
+
+def check_temperature(function: str, temperature: float | tuple[float, float]) -> None:
+    """One temperature, or a pair of student and teacher."""
+    sides = temperature if isinstance(temperature, tuple | list) else (temperature, temperature)
+    if len(sides) != 2:
         raise ValueError(
-            f"{function}: temperature must be positive and finite, got {temperature}; "
-            "1.0 leaves the logits as they are."
+            f"{function}: temperature must be one number or (student, teacher), got "
+            f"{len(sides)} numbers; pass two."
         )
-    if chunk_size is not None and (isinstance(chunk_size, float) or chunk_size < 1):
+    for side in sides:
+        if not 0 < side < math.inf:
+            raise ValueError(
+                f"{function}: temperature must be positive and finite, got {side}; "
+                "1.0 leaves the logits as they are."
+            )
+
+
+def check_label_weights(function: str, options: Options, hidden: Tensor) -> None:
+    check_labels(function, options.labels, hidden)
+    if options.label_weights is None:
+        return
+    if options.labels is None:
         raise ValueError(
-            f"{function}: chunk_size must be a whole number of rows, 1 at least, got {chunk_size}; "
-            "pass None to take it from the memory budget."
+            f"{function}: label_weights weigh a cross-entropy on labels, got label_weights and "
+            "labels=None; pass the student's tokens as labels."
         )
+    check_row_weights(function, options.label_weights, hidden, "label_weights")
+
+
+def check_row_loss(function: str, row_loss: RowLoss, backend: str | None) -> None:
+    """A loss over one vocabulary that the backend has, with its numbers in range."""
+    if not isinstance(row_loss, RowLoss) or not row_loss.is_shared:
+        raise ValueError(
+            f"{function}: row_loss must be a loss over one vocabulary, got {row_loss!r}; pass an "
+            "object of gold_kernels.losses, for instance JSD(beta=0.5)."
+        )
+    row_loss.check(function)
+    if backend in BACKENDS and backend not in row_loss.backends:
+        raise ValueError(
+            f"{function}: backend {backend!r} is not among those of {row_loss.name}, which has "
+            f"{', '.join(row_loss.backends)}; pass backend=None."
+        )
+
+
+def check_module(function: str, options: Mapping[str, Any]) -> None:
+    """Options at a module's construction."""
+    check_chosen(function, resolve_options(function, options, LossOptions))
+
+
+def check_pairs(function: str, options: Options) -> None:
+    """Options for one side or both."""
+    for name in ("logit_scale", "final_logit_softcapping"):
+        value = getattr(options, name)
+        if isinstance(value, tuple | list) and len(value) != 2:
+            raise ValueError(
+                f"{function}: {name} must be one number or a pair (student, teacher), got "
+                f"{len(value)} values; pass two."
+            )
 
 
 def check_head_options(
     function: str, bias: Tensor | None, logit_scale: float, softcap: float | None
 ) -> None:
-    if not (logit_scale != 0 and math.isfinite(logit_scale)):
+    if not (logit_scale != 0 and -math.inf < logit_scale < math.inf):
         raise ValueError(
             f"{function}: logit_scale must be finite and not 0, got {logit_scale}; pass "
             "model.config.logit_scale, or 1.0 for models without it."
         )
     if softcap is None:
         return
-    if not (softcap > 0 and math.isfinite(softcap)):
+    if not 0 < softcap < math.inf:
         raise ValueError(
             f"{function}: final_logit_softcapping must be None or positive and finite, got "
             f"{softcap}; pass model.config.final_logit_softcapping."
@@ -218,33 +269,53 @@ def check_in_place(function: str, in_place: bool, logits: Tensor, vocab_size: in
         )
 
 
-def check_limits(
-    function: str, budget_bytes: int, logits_dtype: torch.dtype | None, hidden: Tensor
-) -> None:
-    if budget_bytes < 1:
+def check_options(function: str, options: Options, hidden: Tensor) -> Options:
+    """The options that need the student's tensor to be judged; returned with the backend named."""
+    check_chosen(function, options)
+    if options.logits_dtype == torch.bfloat16 and hidden.dtype == torch.float64:
+        raise ValueError(
+            f"{function}: logits_dtype must be None or torch.float32 for float64 inputs, got "
+            f"{options.logits_dtype}; None keeps logits as precise as the loss."
+        )
+    backend = resolve_backend(function, options.backend, hidden)
+    return options._replace(backend=backend, budget_bytes=int(options.budget_bytes))
+
+
+def check_chosen(function: str, options: Options) -> None:
+    """The options that can be judged by themselves, at a module's construction too."""
+    chunk_size, budget_bytes = options.chunk_size, options.budget_bytes
+    if chunk_size is not None and (isinstance(chunk_size, float | bool) or chunk_size < 1):
+        raise ValueError(
+            f"{function}: chunk_size must be a whole number of rows, 1 at least, got {chunk_size}; "
+            "pass None to take it from the memory budget."
+        )
+    if not 1 <= budget_bytes < math.inf:
         raise ValueError(
             f"{function}: budget_bytes must be at least 1, got {budget_bytes}; 1 << 30 is the "
             "default, a row of logits of both sides the least that is used."
         )
-    if logits_dtype in (None, torch.float32):
-        return
-    if logits_dtype != torch.bfloat16 or hidden.dtype == torch.float64:
+    if options.logits_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(
-            f"{function}: logits_dtype must be None, torch.float32 or, for inputs other than "
-            f"float64, torch.bfloat16, got {logits_dtype} with {hidden.dtype}; None keeps logits "
-            "as precise as the loss."
+            f"{function}: logits_dtype must be None, torch.float32 or torch.bfloat16, got "
+            f"{options.logits_dtype}; None keeps logits as precise as the loss."
         )
+    if options.reduction not in ("sum", "none"):
+        raise ValueError(
+            f"{function}: reduction must be 'sum' (weighted by row_weights) or 'none', got "
+            f"{options.reduction!r}; row_weights=None with 'sum' is the mean over rows."
+        )
+    if options.backend not in (None, *BACKENDS):
+        raise ValueError(
+            f"{function}: backend must be None, 'triton' or 'torch', got {options.backend!r}; "
+            "None chooses by the device of the tensors."
+        )
+    check_pairs(function, options)
 
 
 def resolve_backend(function: str, backend: str | None, hidden: Tensor) -> str:
     """The backend by name, checked, or the one that fits the tensor's device."""
     if backend is None:
         return "torch" if hidden.dtype == torch.float64 else launch.default_backend(hidden)
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"{function}: backend must be None, 'triton' or 'torch', got {backend!r}; "
-            "None chooses by the device of the tensors."
-        )
     if backend == "triton":
         if not launch.has_triton():
             raise ValueError(

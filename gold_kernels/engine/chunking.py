@@ -117,14 +117,6 @@ def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = Fals
         matmul_(out, left.to(out.dtype), right.to(out.dtype), accumulate=accumulate)
 
 
-def divergence_bound(beta: float) -> float:
-    """What an entry of the generalized JSD's gradient is held to, beside its row weight. Reverse KL
-    has no bound, but a log-ratio of 64 takes a teacher's probability of 1e-28 where the student
-    is sure.
-    """
-    return 64.0 if beta == 1 else 1.0
-
-
 def float_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of row values, accumulators and, unless asked otherwise, logits."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32

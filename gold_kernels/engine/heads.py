@@ -1,4 +1,7 @@
-"""Both heads as the caller gave them -> validated, in the dtype they are computed in."""
+"""What callers gave -> heads, logits and weights as the engine takes them.
+
+N rows, R projected rows, T terms of the loss, D hidden size, V vocabulary.
+"""
 
 from typing import Any
 
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import LinearHead, float_dtype
+from gold_kernels.engine.options import Options
 
 
 def per_side(value: Any) -> tuple[Any, Any]:
@@ -29,10 +33,22 @@ def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:
 
 
 def check_heads(
-    function: str, student: LinearHead, teacher: LinearHead
-) -> tuple[LinearHead, LinearHead]:
-    """Heads that fit their hidden states; raises ValueError with the remedy."""
-    device_type = student.hidden.device.type
+    function: str,
+    student_hidden: Tensor,  # (N_s, D_s)
+    student_weight: Tensor,  # (V_s, D_s)
+    teacher_hidden: Tensor,  # (N_t, D_t)
+    teacher_weight: Tensor,  # (V_t, D_t)
+    options: Options,
+) -> tuple[LinearHead, LinearHead, Options]:
+    """Heads that fit their hidden states, and options with the backend named; raises ValueError
+    with the remedy.
+    """
+    checks.check_pairs(function, options)
+    scales = per_side(options.logit_scale)
+    caps = per_side(options.final_logit_softcapping)
+    student = LinearHead(student_hidden, student_weight, options.student_bias, scales[0], caps[0])
+    teacher = LinearHead(teacher_hidden, teacher_weight, options.teacher_bias, scales[1], caps[1])
+    device_type = student_hidden.device.type
     student = _autocast_like_linear(student, device_type)
     with torch.no_grad():
         teacher = _autocast_like_linear(teacher, device_type)
@@ -40,31 +56,57 @@ def check_heads(
         checks.check_side(function, side, head.hidden, head.weight, head.bias)
         checks.check_head_options(function, head.bias, head.logit_scale, head.softcap)
     checks.check_same_kind(function, student.hidden, teacher.hidden)
+    options = checks.check_options(function, options, student.hidden)
     if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
         student = LinearHead(
             *(None if t is None else t.detach() for t in student[:3]), *student[3:]
         )
-    return student, teacher
+    teacher = LinearHead(*(None if t is None else t.detach() for t in teacher[:3]), *teacher[3:])
+    return student, teacher, options
 
 
-def mean_weights(hidden: Tensor, num_rows: int) -> Tensor:  # (N,)
-    """1 / N each."""
-    return hidden.new_full((num_rows,), 1 / max(1, num_rows), dtype=float_dtype(hidden))
+def first_entries(head: LinearHead, vocab_size: int) -> LinearHead:
+    """The head of the first vocab_size entries; the others have probability 0."""
+    bias = None if head.bias is None else head.bias[:vocab_size]
+    return head._replace(weight=head.weight[:vocab_size], bias=bias)
 
 
-def logit_rows(
-    student_logits: Tensor,  # (N, V_s)
-    teacher_logits: Tensor,  # (N, V_t)
-    row_weights: Tensor | None,  # (N,); None: 1 / N each
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits that the caller holds, as row functions take them."""
-    if row_weights is None:
-        row_weights = mean_weights(student_logits, student_logits.shape[0])
-    row_weights = row_weights.to(float_dtype(student_logits)).contiguous()
-    if not torch.is_grad_enabled():  # see check_heads
-        student_logits = student_logits.detach()
-    student_logits, teacher_logits = (
-        logits if logits.stride(1) == 1 else logits.contiguous()
-        for logits in (student_logits, teacher_logits.detach())
-    )
-    return student_logits, teacher_logits, row_weights
+def row_weights_of(
+    row_weights: Tensor | None,  # (N,); None: 1 / N each, or 1 each where rows are not summed
+    num_rows: int,
+    like: Tensor,
+    options: Options,
+) -> Tensor:  # (N,)
+    dtype = float_dtype(like)
+    if row_weights is not None:
+        return row_weights.to(dtype)
+    weight = 1.0 if options.reduction == "none" else 1 / max(1, num_rows)
+    return like.new_full((num_rows,), weight, dtype=dtype)
+
+
+def label_weights_of(
+    vocab_size: int, like: Tensor, options: Options
+) -> Tensor | None:  # (N,); 0 where a label is negative
+    labels, weights, dtype = options.labels, options.label_weights, float_dtype(like)
+    if labels is None:
+        return None
+    if weights is None:
+        is_label = (labels >= 0) & (labels < vocab_size)
+        weights = is_label.to(dtype)
+        if options.reduction == "sum":
+            weights = weights / is_label.sum().clamp_min(1)
+    return torch.where(labels >= 0, weights.to(dtype), 0)
+
+
+def term_weights(
+    row_weights: Tensor,  # (R,)
+    label_weights: Tensor | None,  # (R,)
+) -> Tensor:  # (R, T), contiguous
+    """A column a term: the loss and, where there are labels, the cross-entropy."""
+    columns = [row_weights] if label_weights is None else [row_weights, label_weights]
+    return torch.stack(columns, dim=1)
+
+
+def unit_stride(logits: Tensor) -> Tensor:  # (N, V)
+    """Logits as row functions take them: neighbours in a row are neighbours in memory."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()

@@ -27,14 +27,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.triton.launch import row_block
-from gold_kernels.triton.lines import (
-    BITS,
-    LOWEST_LOGIT,
-    NATS,
-    block_columns,
-    join_lines,
-    line_sums,
-    load_logits,
+from gold_kernels.triton.lines import BITS, NATS, block_columns, load_logits
+from gold_kernels.triton.shared_rows import (
+    add_label_gradient,
+    label_of_row,
+    load_teacher,
+    pair_sums,
+    softcap_slope,
+    store_cross_entropy,
 )
 
 LOG_ZERO = tl.constexpr(-1e6 * 1.4426950408889634)
@@ -131,7 +131,7 @@ def jsd_rows_kernel(
     student_ptr,  # (C, V) logits
     teacher_ptr,  # (C, V) logits
     grad_ptr,  # (C, V) overwritten with the gradient; may be student_ptr
-    row_weights_ptr,  # (C,) float32
+    weights_ptr,  # (C, T) float32: of the loss and, if HAS_LABELS, of the cross-entropy
     labels_ptr,  # (C,) int64, read if HAS_LABELS
     values_ptr,  # (7, C) float32, overwritten with the unweighted values of each row
     student_row_stride,
@@ -141,10 +141,10 @@ def jsd_rows_kernel(
     vocab_size,
     beta,
     inverse_temperature,
-    weight_soft,
-    weight_hard,
+    teacher_scale,
     softcap,
     MODE: tl.constexpr,
+    HAS_PAIR: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_METRICS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -156,48 +156,36 @@ def jsd_rows_kernel(
     student_ptr += row * student_row_stride
     teacher_ptr += row * teacher_row_stride
     values_ptr += row
-    row_weight = tl.load(row_weights_ptr + row)
+    weights_ptr += row * (2 if HAS_LABELS else 1)
+    row_weight = tl.load(weights_ptr)
     is_live = row_weight != 0.0  # a row of weight 0 may hold anything, NaN included
 
     bits = inverse_temperature * BITS
-    lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    max_student, max_teacher = lines - 1e30, lines - 1e30
-    sum_student, sum_teacher, sum_hard = lines, lines, lines
-    for start in range(0, vocab_size, BLOCK_V):
-        columns = block_columns(start, BLOCK_V, LINE)
-        is_column = columns < vocab_size
-        student = load_logits(student_ptr, columns, is_column)
-        new_max = tl.maximum(max_student, tl.max(student, axis=1))
-        sum_student *= tl.exp2((max_student - new_max) * bits)
-        sum_student += line_sums(student, new_max, bits)
-        if HAS_LABELS:  # cross-entropy at temperature 1
-            sum_hard *= tl.exp2((max_student - new_max) * BITS)
-            sum_hard += line_sums(student, new_max, BITS)
-        max_student = new_max
-        teacher = load_logits(teacher_ptr, columns, is_column)
-        new_max = tl.maximum(max_teacher, tl.max(teacher, axis=1))
-        sum_teacher *= tl.exp2((max_teacher - new_max) * bits)
-        sum_teacher += line_sums(teacher, new_max, bits)
-        max_teacher = new_max
-    if HAS_LABELS:
-        sum_hard = join_lines(max_student, sum_hard, BITS)[1]
-    max_student, sum_student = join_lines(max_student, sum_student, bits)
-    max_teacher, sum_teacher = join_lines(max_teacher, sum_teacher, bits)
+    max_student, sum_student, max_teacher, sum_teacher, hard_total = pair_sums(
+        student_ptr,
+        teacher_ptr,
+        vocab_size,
+        bits,
+        teacher_scale,
+        HAS_PAIR,
+        HAS_LABELS,
+        BLOCK_V,
+        LINE,
+    )
     per_student, per_teacher = 1.0 / sum_student, 1.0 / sum_teacher
     log_sum_student = tl.log2(sum_student)
     log_sum_teacher = tl.log2(sum_teacher)
     lse_gap = (max_teacher - max_student) * bits + (log_sum_teacher - log_sum_student)
     row_sums = (lse_gap, max_student, max_teacher, per_student, per_teacher)
 
-    label = -1
+    is_any = is_live
     if HAS_LABELS:
-        label = tl.load(labels_ptr + row)
-        is_label = (label >= 0) & (label < vocab_size)
-        label_logit = tl.load(student_ptr + label, mask=is_label, other=0.0).to(tl.float32)
-        label_logit = tl.maximum(label_logit, LOWEST_LOGIT)
-        cross_entropy = tl.log(sum_hard) - (label_logit - max_student)
-        tl.store(values_ptr + values_stride, tl.where(is_live & is_label, cross_entropy, 0.0))
+        label, hard_weight, is_hard = label_of_row(labels_ptr, weights_ptr + 1, row, vocab_size)
+        is_any = is_live | is_hard
+        hard_ptr = values_ptr + values_stride
+        store_cross_entropy(hard_ptr, student_ptr, label, is_hard, max_student, hard_total)
 
+    lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     loss, mean_pull = lines, lines
     student_entropy, teacher_entropy, forward_kl, reverse_kl = lines, lines, lines, lines
     top_sum = lines - 1e30
@@ -205,7 +193,7 @@ def jsd_rows_kernel(
         columns = block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
         student = load_logits(student_ptr, columns, is_column)
-        teacher = load_logits(teacher_ptr, columns, is_column)
+        teacher = load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
         q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
         loss += tl.sum(entry_loss, axis=1)
         mean_pull += tl.sum(q * pull, axis=1)
@@ -233,7 +221,7 @@ def jsd_rows_kernel(
     if NEEDS_GRAD:
         grad_ptr += row * grad_row_stride
         mean_pull = tl.sum(mean_pull, 0)
-        soft_scale = row_weight * weight_soft * inverse_temperature
+        soft_scale = row_weight * inverse_temperature
         if MODE != _FORWARD_KL:
             soft_scale *= NATS
             if MODE != _REVERSE_KL:
@@ -242,18 +230,25 @@ def jsd_rows_kernel(
             columns = block_columns(start, BLOCK_V, LINE)
             is_column = columns < vocab_size
             student = load_logits(student_ptr, columns, is_column)
-            teacher = load_logits(teacher_ptr, columns, is_column)
+            teacher = load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
             q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
             grad = q - p if MODE == _FORWARD_KL else q * (pull - mean_pull)
             grad *= soft_scale
             if HAS_LABELS:
-                hard_grad = tl.exp2((student - max_student) * BITS) / sum_hard
-                hard_grad -= (columns == label).to(tl.float32)
-                grad += tl.where(is_label, row_weight * weight_hard, 0.0) * hard_grad
+                grad = add_label_gradient(
+                    grad,
+                    student,
+                    columns,
+                    label,
+                    is_live,
+                    is_hard,
+                    hard_weight,
+                    max_student,
+                    hard_total,
+                )
             if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
-                capped = student / softcap
-                grad *= tl.where(student > LOWEST_LOGIT, 1.0 - capped * capped, 0.0)
-            grad = tl.where(is_live, grad, 0.0).to(grad_ptr.dtype.element_ty)
+                grad *= softcap_slope(student, softcap)
+            grad = tl.where(is_any, grad, 0.0).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + columns, grad, mask=is_column)
 
 
@@ -266,14 +261,12 @@ def jsd_rows_(
     teacher_logits: Tensor,  # (C, V), unit column stride
     grad_logits: Tensor
     | None,  # (C, V), overwritten; may be student_logits; None computes no gradient
-    row_weights: Tensor,  # (C,) float32
+    weights: Tensor,  # (C, T) float32, contiguous: of the loss and, with labels, of cross-entropy
     labels: Tensor | None,  # (C,) int64
     values: Tensor,  # (7, C) float32, overwritten: see NUM_ROW_VALUES
     *,
     beta: float,
-    temperature: float,
-    weight_soft: float,
-    weight_hard: float,
+    temperatures: tuple[float, float],  # student, teacher
     softcap: float | None,
     has_metrics: bool,
 ) -> None:
@@ -287,8 +280,8 @@ def jsd_rows_(
         student_logits,
         teacher_logits,
         grad,
-        row_weights,
-        row_weights if labels is None else labels,
+        weights,
+        weights if labels is None else labels,
         values,
         student_logits.stride(0),
         teacher_logits.stride(0),
@@ -296,11 +289,11 @@ def jsd_rows_(
         values.stride(0),
         vocab_size,
         beta,
-        1.0 / temperature,
-        weight_soft,
-        weight_hard,
+        1.0 / temperatures[0],
+        temperatures[0] / temperatures[1],
         1.0 if softcap is None else softcap,
         MODE=_mode(beta),
+        HAS_PAIR=temperatures[0] != temperatures[1],
         HAS_LABELS=labels is not None,
         HAS_METRICS=has_metrics,
         HAS_SOFTCAP=softcap is not None,

@@ -78,6 +78,21 @@ def log_of(x, log_sum):
 
 
 @triton.jit
+def log1p_of(x):
+    """log(1 + x), to float32 rounding for x near 0 too."""
+    total = 1.0 + x
+    lost = tl.where(tl.abs(x) < 0.5, x - (total - 1.0), 0.0)  # what rounding took from x
+    return tl.log(total) + lost / total
+
+
+@triton.jit
+def expm1_of(x):
+    """exp(x) - 1, to float32 rounding for x near 0 too."""
+    series = x * (1.0 + x * (1.0 / 2.0 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x / 120.0))))
+    return tl.where(tl.abs(x) < 0.125, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
 def entry_parts(
     row_ptr,
     entry,

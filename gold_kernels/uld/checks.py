@@ -8,6 +8,7 @@ import math
 from torch import Tensor
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.options import Options
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 
@@ -77,7 +78,7 @@ def check_weights(
             f"got {matched_weight} and {unmatched_weight} without an overlap; pass overlap="
             "VocabOverlap.from_tokenizers(student, teacher), or row_weights to scale plain ULD."
         )
-    if matched_weight is not None and not all(w >= 0 and math.isfinite(w) for w in weights):
+    if matched_weight is not None and not all(w >= 0 and w < math.inf for w in weights):
         raise ValueError(
             f"{function}: matched_weight and unmatched_weight must be finite and not negative, got "
             f"{matched_weight} and {unmatched_weight}; 0 leaves a part out."
@@ -96,15 +97,28 @@ def check_group_weights(
     checks.check_row_weights(function, row_weights, hidden.new_empty(num_groups, 0))
 
 
-def check_label_weights(
-    function: str, labels: Tensor | None, label_weights: Tensor | None, hidden: Tensor
-) -> None:
-    checks.check_labels(function, labels, hidden)
-    if label_weights is None:
-        return
-    if labels is None:
+def check_vocab_sizes(
+    function: str, v_student: int, v_teacher: int, vocab_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
+    """Entries of each side that take part."""
+    if vocab_size is None:
+        return v_student, v_teacher
+    sizes = vocab_size if isinstance(vocab_size, tuple | list) else (vocab_size, vocab_size)
+    is_whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+    heads = (v_student, v_teacher)
+    if len(sizes) != 2 or not is_whole or not all(map(lambda s, v: 1 <= s <= v, sizes, heads)):
         raise ValueError(
-            f"{function}: label_weights weigh a cross-entropy on labels, got label_weights and "
-            "labels=None; pass the student's tokens as labels."
+            f"{function}: vocab_size must be a whole number of entries of each side, (student, "
+            f"teacher), at most {heads}, got {vocab_size}; pass (len(student_tokenizer), "
+            "len(teacher_tokenizer)) for padded heads."
         )
-    checks.check_row_weights(function, label_weights, hidden, "label_weights")
+    return sizes[0], sizes[1]
+
+
+def check_reduction(function: str, options: Options, alignment: TokenAlignment | None) -> None:
+    if options.reduction == "none" and options.labels is not None and alignment is not None:
+        raise ValueError(
+            f"{function}: reduction='none' gives a loss for each group, got labels too, one for "
+            "each token; take the cross-entropy in a call of its own with reduction='sum' and "
+            "row_weights of 0."
+        )

@@ -1,139 +1,175 @@
-"""Fused linear ULD: distillation across tokenizers, both heads and the sorted L1 distance of their
-probabilities, without full logits and without a sort on the GPU.
+"""The public functions of ULD: distillation between two vocabularies, from hidden states and heads
+without full logits and without a sort on the GPU, and from logits.
 
-N scored rows of a side (N_s, N_t), G aligned groups or pairs of rows, S scalar rows, R rows of the
-student that are projected, D hidden size (D_s, D_t), V vocabulary (V_s, V_t). P teacher, Q student.
-Ladder: uld/triton_sums.py, uld_rows.py and token_rows.py or torch_uld_rows.py ->
-chunking.run_chunks -> uld_operator -> FusedLinearULDFunction -> fused_linear_uld ->
-FusedLinearULDLoss.
+N scored rows of a side (N_s, N_t), G aligned groups or pairs of rows, R rows of the student that
+are projected, D hidden size (D_s, D_t), V vocabulary (V_s, V_t). P teacher, Q student.
 """
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import DEFAULT_BUDGET_BYTES, LinearHead, float_dtype
-from gold_kernels.engine.gradients import save_gradients, scaled_gradients
-from gold_kernels.engine.heads import check_heads, mean_weights, per_side
+from gold_kernels.engine.heads import (
+    check_heads,
+    first_entries,
+    label_weights_of,
+    per_side,
+    row_weights_of,
+    unit_stride,
+)
+from gold_kernels.engine.linear import run_linear_loss
+from gold_kernels.engine.logits import run_logits_loss
+from gold_kernels.engine.options import (
+    CallTensors,
+    LinearOptions,
+    LogitsOptions,
+    LossOptions,
+    Options,
+    PerSide,
+    resolve_options,
+)
+from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld import checks as uld_checks
-from gold_kernels.uld.operator import ULDOptions, ULDRows, linear_uld_operator
+from gold_kernels.uld.plan import matched_tables, overlap_weights, plan_rows
+from gold_kernels.uld.row_loss import ULD
 
 
 class ULDMetrics(NamedTuple):
-    """Unweighted values of every group or pair of rows, detached, (G,) float32 each."""
+    """Unweighted values, detached, float32: of every group or pair of rows, (G,) each."""
 
     loss: Tensor
     matched_loss: Tensor  # generalized JSD of matched entries, without its weight
     unmatched_loss: Tensor  # sorted L1 of the others; without an overlap, of all
     student_matched_mass: Tensor  # probability of the matched entries
     teacher_matched_mass: Tensor
+    cross_entropy: Tensor | None = None  # (N_s,) of the labels, nats; None without labels
 
-
-class FusedLinearULDFunction(torch.autograd.Function):
-    """Gradients are computed in the forward pass; backward only multiplies them by grad_loss."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,  # (N_s, D_s)
-        student_weight: Tensor,  # (V_s, D_s)
-        student_bias: Tensor | None,  # (V_s,)
-        teacher_hidden: Tensor,  # (N_t, D_t)
-        teacher_weight: Tensor,  # (V_t, D_t)
-        teacher_bias: Tensor | None,  # (V_t,)
+    @classmethod
+    def from_values(
+        cls,
+        values: Tensor,  # (number of value names, R)
         num_groups: int,
-        rows: ULDRows,
-        options: ULDOptions,
-    ) -> tuple[Tensor, Tensor]:  # () loss, (7, R) values
-        needs = list(ctx.needs_input_grad[:3])
-        tensors = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight)
-        values, *grads = linear_uld_operator(*tensors, teacher_bias, needs, *rows, *options)
-        save_gradients(ctx, grads, student_hidden.dtype, options.backend)
-        ctx.mark_non_differentiable(values)
-        # where, not a product: a row of weight 0 may hold anything
-        weighted = torch.where(rows.weights != 0, rows.weights * values[:2].T, 0)
-        return weighted[:num_groups, 0].sum() + weighted[:, 1].sum(), values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled_gradients(ctx, grad_loss), *[None] * 6)
+        labels: Tensor | None,  # (N_s,)
+        student_index: Tensor | None,  # (R,) the row of student_hidden of each projected row
+    ) -> "ULDMetrics":
+        rows = dict(zip(ULD.value_names, values, strict=True))
+        groups = {name: rows[name][:num_groups] for name in cls._fields if name != CROSS_ENTROPY}
+        if labels is None:
+            return cls(**groups)
+        cross_entropy = rows[CROSS_ENTROPY]
+        if student_index is not None:
+            empty = cross_entropy.new_zeros(labels.shape[0])
+            cross_entropy = empty.index_copy(0, student_index, cross_entropy)
+        return cls(**groups, cross_entropy=cross_entropy)
 
 
-def overlap_weights(
-    function: str,
-    overlap: VocabOverlap | None,
-    matched_weight: float | None,
-    unmatched_weight: float | None,
-) -> tuple[float, float]:
-    """Weights of the two parts; without any, the share of the student's vocabulary that matches."""
-    uld_checks.check_weights(function, overlap, matched_weight, unmatched_weight)
-    if matched_weight is not None:
-        return float(matched_weight), float(unmatched_weight)
-    if overlap is None:
-        return 1.0, 1.0
-    return overlap.student_share, 1.0 - overlap.student_share
+class ULDSettings(NamedTuple):
+    """What every form of the loss takes beside LinearOptions."""
 
+    temperature: PerSide = 1.0  # of both sides, or (student, teacher)
+    student_temperature: float | None = None  # in place of temperature
+    teacher_temperature: float | None = None
+    overlap: VocabOverlap | None = None  # matched entries, for the hybrid loss
+    beta: float = 0.5  # of the generalized JSD of matched entries
+    matched_weight: float | None = None  # None for both: the share of the vocabulary that matches
+    unmatched_weight: float | None = None
 
-def matched_tables(
-    overlap: VocabOverlap | None, v_student: int, v_teacher: int, device: torch.device
-) -> list[Tensor]:
-    """[], or [(K,), (K,) int32 matched entries of student and teacher; (V_s,), (V_t,) bool, which
-    entries are matched].
-    """
-    if overlap is None:
-        return []
-    ids = [side.to(device) for side in overlap[:2]]
-    flags = [
-        torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, own, True)
-        for size, own in zip((v_student, v_teacher), ids, strict=True)
-    ]
-    return [*(own.int() for own in ids), *flags]
-
-
-def _projected_rows(
-    alignment: TokenAlignment | None,
-    row_weights: Tensor,  # (G,)
-    labels: Tensor | None,  # (N_s,)
-    label_weights: Tensor | None,  # (N_s,)
-    num_rows: int,
-) -> ULDRows:
-    """Base rows, then scalar rows, then, for the cross-entropy alone, rows in no group."""
-    has_labels = labels is not None
-    if alignment is None:
-        weights = torch.stack([row_weights, _hard_weights(labels, label_weights, row_weights)], 1)
-        return ULDRows(weights, [labels.contiguous()] if has_labels else [])
-    student, teacher = alignment.sides
-    base_rows, _, *student_scalars = student
-    index = torch.cat([base_rows, student_scalars[0]])
-    weights = torch.cat([row_weights, row_weights[student_scalars[2]]])
-    if has_labels:
-        is_used = torch.zeros(num_rows, dtype=torch.bool, device=index.device).index_fill_(
-            0, index, True
+    def row_loss(self, function: str) -> ULD:
+        """Checked; without the tensors of a call."""
+        temperature = per_side(self.temperature)
+        given = self.student_temperature, self.teacher_temperature
+        sides = [side if own is None else own for side, own in zip(temperature, given, strict=True)]
+        weights = overlap_weights(
+            function, self.overlap, self.matched_weight, self.unmatched_weight
         )
-        others = is_used.to(torch.int8).argsort(stable=True)[: num_rows - index.shape[0]]
-        index = torch.cat([index, others])
-        weights = torch.cat([weights, weights.new_zeros(others.shape[0])])
-        labels, label_weights = labels[index], label_weights[index]
-    hard_weights = _hard_weights(labels, label_weights, weights)
-    return ULDRows(
-        torch.stack([weights, hard_weights], 1),
-        [labels] if has_labels else [],
-        [index, teacher[0]],
-        student_scalars if student_scalars[0].shape[0] else [],
-        teacher[2:] if teacher[2].shape[0] else [],
+        row_loss = ULD(self.beta, *weights, (sides[0], sides[1]))
+        row_loss.check(function)
+        return row_loss
+
+
+def _linear_uld(
+    function: str,
+    settings: ULDSettings,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    row_weights: Tensor | None,
+    alignment: TokenAlignment | None,
+    options: Options,
+) -> tuple[Tensor, ULDMetrics]:
+    """Validate, plan, run; behind the function and the module."""
+    row_loss = settings.row_loss(function)
+    student, teacher, options = check_heads(
+        function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
     )
+    sizes = uld_checks.check_vocab_sizes(
+        function, student.weight.shape[0], teacher.weight.shape[0], options.vocab_size
+    )
+    student, teacher = map(first_entries, (student, teacher), sizes)
+    hidden, labels = student.hidden, options.labels
+    num_groups = uld_checks.check_alignment(function, hidden, teacher.hidden, alignment)
+    uld_checks.check_overlap(function, settings.overlap, *sizes)
+    uld_checks.check_group_weights(function, row_weights, num_groups, hidden)
+    checks.check_label_weights(function, options, hidden)
+    uld_checks.check_reduction(function, options, alignment)
+    plan, row_loss = plan_rows(
+        row_loss,
+        None if alignment is None else alignment.to(hidden.device),
+        row_weights_of(row_weights, num_groups, hidden, options),
+        labels,
+        label_weights_of(sizes[0], hidden, options),
+        student.num_rows,
+        matched_tables(settings.overlap, *sizes, hidden.device),
+    )
+    loss, values = run_linear_loss(row_loss, student, teacher, plan, options, True)
+    return loss, ULDMetrics.from_values(values, num_groups, labels, plan.student_index)
 
 
-def _hard_weights(labels: Tensor | None, label_weights: Tensor | None, like: Tensor) -> Tensor:
-    if labels is None:
-        return torch.zeros_like(like)
-    return torch.where(labels >= 0, label_weights.to(like.dtype), 0)
+@overload
+def fused_linear_uld(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    temperature: PerSide = 1.0,
+    student_temperature: float | None = None,
+    teacher_temperature: float | None = None,
+    alignment: TokenAlignment | None = None,
+    overlap: VocabOverlap | None = None,
+    beta: float = 0.5,
+    matched_weight: float | None = None,
+    unmatched_weight: float | None = None,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def fused_linear_uld(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    temperature: PerSide = 1.0,
+    student_temperature: float | None = None,
+    teacher_temperature: float | None = None,
+    alignment: TokenAlignment | None = None,
+    overlap: VocabOverlap | None = None,
+    beta: float = 0.5,
+    matched_weight: float | None = None,
+    unmatched_weight: float | None = None,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, ULDMetrics]: ...
 
 
 def fused_linear_uld(
@@ -143,25 +179,17 @@ def fused_linear_uld(
     teacher_weight: Tensor,  # (V_t, D_t)
     row_weights: Tensor | None = None,  # (G,), float32; None means 1 / G each
     *,
-    student_temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
+    temperature: PerSide = 1.0,
+    student_temperature: float | None = None,
+    teacher_temperature: float | None = None,
     alignment: TokenAlignment | None = None,  # None: row i with row i, G = N_s = N_t
-    overlap: VocabOverlap | None = None,  # matched entries, for the hybrid loss
-    beta: float = 0.5,  # of the generalized JSD of matched entries
-    matched_weight: float | None = None,  # None for both: the share of the vocabulary that matches
+    overlap: VocabOverlap | None = None,
+    beta: float = 0.5,
+    matched_weight: float | None = None,
     unmatched_weight: float | None = None,
-    labels: Tensor | None = None,  # (N_s,) int64 the student's tokens, negative where not scored
-    label_weights: Tensor | None = None,  # (N_s,) float32; None means 1 / number of labels each
-    student_bias: Tensor | None = None,  # (V_s,)
-    teacher_bias: Tensor | None = None,  # (V_t,)
-    chunk_size: int | None = None,  # rows; None takes them from the memory budget
-    budget_bytes: int = DEFAULT_BUDGET_BYTES,
-    logits_dtype: torch.dtype | None = None,  # None: float32; torch.bfloat16 is the fast mode
-    final_logit_softcapping: float | tuple[float | None, float | None] | None = None,
-    logit_scale: float | tuple[float, float] = 1.0,
-    backend: str | None = None,  # "triton", "torch" or None: by device
     return_metrics: bool = False,
-) -> Tensor | tuple[Tensor, ULDMetrics]:  # (), float32
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, ULDMetrics]:  # (), float32; (G,) with reduction="none"
     """Universal logit distillation between two vocabularies, without full logits.
 
         loss = sum_g row_weights[g] * sum_k |s_g(k) - t_g(k)| + sum_i label_weights[i] * CE_i
@@ -179,8 +207,13 @@ def fused_linear_uld(
     its bytes say, since other tokens of the group come before it: there the hybrid loss is
     matched_weight * JSD_beta of two outcomes, the bytes of the group follow or others do.
     merge="observed" matches entries there too, as TRL. Weights None take the share of the
-    student's vocabulary that is matched, and one minus it. The cross-entropy is taken at
-    temperature 1 on the student's own logits.
+    student's vocabulary that is matched, and one minus it. temperature divides the logits of both
+    sides, or is a pair (student, teacher); student_temperature and teacher_temperature replace one
+    side's. The cross-entropy is taken at temperature 1 on the student's own logits.
+
+    Options are those of LinearOptions, vocab_size as a pair (student, teacher). reduction="none"
+    returns row_weights[g] * loss of each group, (G,); labels, one a token, then need rows that are
+    pairs (alignment=None).
 
     backend "torch" sorts and is exact. "triton" counts on a grid and orders only the bins in which
     the sign may change: on its own float32 logits the loss is within 1e-4 and the gradient within
@@ -193,60 +226,19 @@ def fused_linear_uld(
     Extra memory is at most budget_bytes, plus one float32 student_weight if a 16-bit one needs a
     gradient. Rows of weight 0 contribute exactly 0 and may hold anything. return_metrics=True
     returns (loss, ULDMetrics). Not supported: a second derivative, torch.func transforms. Raises
-    ValueError for shapes, dtypes, devices and scalars that do not fit, with the remedy.
+    ValueError for shapes, dtypes, devices and numbers that do not fit, with the remedy.
     """
     function = "fused_linear_uld"
-    scales, caps = per_side(logit_scale), per_side(final_logit_softcapping)
-    student, teacher = check_heads(
+    loss, metrics = _linear_uld(
         function,
-        LinearHead(student_hidden, student_weight, student_bias, scales[0], caps[0]),
-        LinearHead(teacher_hidden, teacher_weight, teacher_bias, scales[1], caps[1]),
+        ULDSettings(
+            *(temperature, student_temperature, teacher_temperature, overlap, beta),
+            *(matched_weight, unmatched_weight),
+        ),
+        *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights, alignment),
+        resolve_options(function, options),
     )
-    for temperature in (student_temperature, teacher_temperature):
-        checks.check_scalars(function, beta, temperature, chunk_size)
-    checks.check_limits(function, budget_bytes, logits_dtype, student.hidden)
-    v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
-    num_groups = uld_checks.check_alignment(function, student.hidden, teacher.hidden, alignment)
-    uld_checks.check_overlap(function, overlap, v_student, v_teacher)
-    uld_checks.check_group_weights(function, row_weights, num_groups, student.hidden)
-    uld_checks.check_label_weights(function, labels, label_weights, student.hidden)
-    weights = overlap_weights(function, overlap, matched_weight, unmatched_weight)
-    dtype, device = float_dtype(student.hidden), student.hidden.device
-    if row_weights is None:
-        row_weights = mean_weights(student.hidden, num_groups)
-    if labels is not None and label_weights is None:
-        is_label = (labels >= 0) & (labels < v_student)
-        label_weights = is_label.to(dtype) / is_label.sum().clamp_min(1)
-    if alignment is not None:
-        alignment = alignment.to(device)
-    rows = _projected_rows(
-        alignment, row_weights.to(dtype), labels, label_weights, student.num_rows
-    )
-    has_merged = bool(rows.student_scalars or rows.teacher_scalars)
-    if has_merged and overlap is not None and alignment.merge == "bayesian":
-        rows = rows._replace(spans=alignment.span_ids())
-    with torch.autocast(device.type, enabled=False):
-        loss, values = FusedLinearULDFunction.apply(
-            *student[:3],
-            *teacher[:3],
-            num_groups,
-            rows._replace(tables=matched_tables(overlap, v_student, v_teacher, device)),
-            ULDOptions(
-                beta,
-                [student_temperature, teacher_temperature],
-                *weights,
-                checks.resolve_backend(function, backend, student.hidden),
-                chunk_size,
-                budget_bytes,
-                logits_dtype,
-                [student.logit_scale, teacher.logit_scale],
-                [student.softcap or 0.0, teacher.softcap or 0.0],
-            ),
-        )
-    if not return_metrics:
-        return loss
-    values = values[:, :num_groups]
-    return loss, ULDMetrics(values[0], *values[2:6])
+    return (loss, metrics) if return_metrics else loss
 
 
 class FusedLinearULDLoss(nn.Module):
@@ -257,25 +249,26 @@ class FusedLinearULDLoss(nn.Module):
 
     def __init__(
         self,
-        student_temperature: float = 1.0,
-        teacher_temperature: float = 1.0,
+        student_temperature: float | None = None,
+        teacher_temperature: float | None = None,
         overlap: VocabOverlap | None = None,
         beta: float = 0.5,
         matched_weight: float | None = None,
         unmatched_weight: float | None = None,
-        **limits: Any,  # chunk_size, budget_bytes, logits_dtype, backend of fused_linear_uld
+        *,
+        temperature: PerSide = 1.0,
+        return_metrics: bool = False,
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        overlap_weights("FusedLinearULDLoss", overlap, matched_weight, unmatched_weight)
-        self.options = {
-            "student_temperature": student_temperature,
-            "teacher_temperature": teacher_temperature,
-            "overlap": overlap,
-            "beta": beta,
-            "matched_weight": matched_weight,
-            "unmatched_weight": unmatched_weight,
-            **limits,
-        }
+        self.settings = ULDSettings(
+            *(temperature, student_temperature, teacher_temperature, overlap, beta),
+            *(matched_weight, unmatched_weight),
+        )
+        self.settings.row_loss("FusedLinearULDLoss")
+        checks.check_module("FusedLinearULDLoss", options)
+        self.options = options
+        self.return_metrics = return_metrics
 
     def forward(
         self,
@@ -285,21 +278,81 @@ class FusedLinearULDLoss(nn.Module):
         teacher_weight: Tensor,  # (V_t, D_t)
         row_weights: Tensor | None = None,  # (G,)
         alignment: TokenAlignment | None = None,
-        student_bias: Tensor | None = None,  # (V_s,)
-        teacher_bias: Tensor | None = None,  # (V_t,)
-        labels: Tensor | None = None,  # (N_s,) int64, for the cross-entropy
-        label_weights: Tensor | None = None,  # (N_s,)
-    ) -> Tensor:  # ()
-        return fused_linear_uld(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            row_weights,
-            alignment=alignment,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            labels=labels,
-            label_weights=label_weights,
-            **self.options,
+        **tensors: Unpack[CallTensors],
+    ) -> Tensor | tuple[Tensor, ULDMetrics]:
+        resolve_options("FusedLinearULDLoss", tensors, CallTensors)
+        loss, metrics = _linear_uld(
+            "FusedLinearULDLoss",
+            self.settings,
+            *(student_hidden, student_weight, teacher_hidden, teacher_weight),
+            *(row_weights, alignment),
+            Options(**self.options, **tensors),
         )
+        return (loss, metrics) if self.return_metrics else loss
+
+
+def uld_loss(
+    student_logits: Tensor,  # (N, V_s)
+    teacher_logits: Tensor,  # (N, V_t)
+    row_weights: Tensor | None = None,  # (N,), float32; None means 1 / N each
+    *,
+    temperature: PerSide = 1.0,
+    student_temperature: float | None = None,
+    teacher_temperature: float | None = None,
+    overlap: VocabOverlap | None = None,  # matched entries, for the hybrid loss
+    beta: float = 0.5,
+    matched_weight: float | None = None,
+    unmatched_weight: float | None = None,
+    in_place: bool = False,
+    return_metrics: bool = False,
+    **options: Unpack[LogitsOptions],
+) -> Tensor | tuple[Tensor, ULDMetrics]:  # (), float32; (N,) with reduction="none"
+    """Universal logit distillation from logits, the meaning of fused_linear_uld without groups.
+
+        loss = sum_i row_weights[i] * sum_k |s_i(k) - t_i(k)|
+
+    over probabilities in descending order, the shorter side padded with 0 (Boizard et al. 2024,
+    arXiv 2402.12030, eq. 3); with an overlap the hybrid loss. Gradients go to student_logits only.
+    Softmax and loss are float32. Prefer fused_linear_uld, which needs no logits: both lines that
+    make them go, and the loss gets hidden states and heads. On a GPU logits whose row stride is no
+    multiple of 16 are slower, and an overlap takes (N, K) of the teacher's dtype for a copy of its
+    matched logits. Options: vocab_size as a pair (student, teacher), labels, label_weights,
+    backend, reduction; in_place as in jsd_loss. Not supported: a second derivative. Raises
+    ValueError for shapes, dtypes, devices and numbers that do not fit.
+    """
+    function = "uld_loss"
+    given = resolve_options(function, options, LogitsOptions)
+    settings = ULDSettings(
+        *(temperature, student_temperature, teacher_temperature, overlap, beta),
+        *(matched_weight, unmatched_weight),
+    )
+    row_loss = settings.row_loss(function)
+    checks.check_logits(function, student_logits, teacher_logits, row_weights)
+    given = checks.check_options(function, given, student_logits)
+    v_student, v_teacher = student_logits.shape[1], teacher_logits.shape[1]
+    uld_checks.check_columns(function, v_student, v_teacher)
+    sizes = uld_checks.check_vocab_sizes(function, v_student, v_teacher, given.vocab_size)
+    uld_checks.check_overlap(function, overlap, *sizes)
+    checks.check_label_weights(function, given, student_logits)
+    checks.check_in_place(function, in_place, student_logits, sizes[0])
+    num_rows = student_logits.shape[0]
+    plan, row_loss = plan_rows(
+        row_loss,
+        None,
+        row_weights_of(row_weights, num_rows, student_logits, given),
+        given.labels,
+        label_weights_of(sizes[0], student_logits, given),
+        num_rows,
+        matched_tables(overlap, *sizes, student_logits.device),
+    )
+    loss, values = run_logits_loss(
+        row_loss,
+        unit_stride(student_logits[:, : sizes[0]]),
+        unit_stride(teacher_logits[:, : sizes[1]]),
+        plan.weights,
+        given,
+        True,
+        in_place,
+    )
+    metrics = ULDMetrics.from_values(values, num_rows, given.labels, None)
+    return (loss, metrics) if return_metrics else loss

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels.jsd.reference import head_logits, log_probs
+from gold_kernels.engine.probabilities import log_probs
+from gold_kernels.jsd.reference import head_logits
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.jsd.reference import LOG_ZERO, LOWEST_LOGIT
+from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT
+from gold_kernels.engine.torch_rows import store_gradient_
 
 # Temporaries are about nineteen times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
@@ -120,15 +121,6 @@ def _cross_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Ten
     return torch.where(is_token, value, 0), torch.where(is_token.unsqueeze(-1), grad, 0)
 
 
-def _store_grad(
-    grad_logits: Tensor, grad: Tensor, logits: Tensor, is_live: Tensor, softcap: float | None
-) -> None:
-    if softcap is not None:  # logits are softcap tanh(x / softcap)
-        slope = (logits / softcap).square_().neg_().add_(1)
-        grad = torch.where(logits > LOWEST_LOGIT, grad * slope, 0)
-    grad_logits.copy_(torch.where(is_live.unsqueeze(-1), grad, 0))
-
-
 def uld_rows_(
     student_logits: Tensor,  # (C, V_s)
     teacher_logits: Tensor,  # (C, V_t)
@@ -196,7 +188,7 @@ def uld_rows_(
             hard_grad *= hard_weight.unsqueeze(-1)
             grad += torch.where(is_hard.unsqueeze(-1), hard_grad, 0)
         if grad_logits is not None:
-            _store_grad(grad_logits[rows], grad, student, is_live | is_hard, softcap)
+            store_gradient_(grad_logits[rows], grad, student, is_live | is_hard, softcap)
 
 
 def _mass(log_probs: Tensor, is_matched: Tensor | None) -> Tensor:  # (c,) of matched entries
@@ -230,4 +222,4 @@ def token_rows_(
             total += torch.where(weight.unsqueeze(-1) != 0, grad, 0)
         if grad_logits is not None:
             is_live = (weights[rows] != 0).any(-1)
-            _store_grad(grad_logits[rows], total, block, is_live, softcap)
+            store_gradient_(grad_logits[rows], total, block, is_live, softcap)

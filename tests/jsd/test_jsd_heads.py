@@ -80,14 +80,10 @@ def test_one_cap_and_one_scale_hold_for_both_sides():
 
 
 def test_the_cross_entropy_of_a_capped_head_has_the_slope_of_the_cap():
-    from gold_kernels.engine.chunking import LinearHead
-    from gold_kernels.jsd import linear as linear_jsd
-
     case = random_case(n=6, v=20).to(torch.float64)
-    labels = torch.arange(6)
-    options = linear_jsd._Options(weight_soft=0.0, weight_hard=1.0)
-    student, teacher = LinearHead(*case[:2], softcap=1.5), LinearHead(*case[2:])
-    loss, _ = linear_jsd._linear_jsd("test", student, teacher, None, labels, None, options)
+    labels, no_weights = torch.arange(6), torch.zeros(6, dtype=torch.float64)
+    options = {"labels": labels, "final_logit_softcapping": (1.5, None)}
+    loss = fused_linear_jsd(*case, no_weights, **options)
     logits = 1.5 * torch.tanh(case[0] @ case[1].T / 1.5)
     expected = torch.nn.functional.cross_entropy(logits, labels)
     torch.testing.assert_close(loss, expected)

@@ -32,27 +32,15 @@ def test_soft_and_hard_loss_and_their_gradients(weight_hard, weight_soft, temper
 
 
 def test_the_kernel_gives_the_same_hard_loss_as_torch():
-    from gold_kernels.engine.chunking import LinearHead
-    from gold_kernels.jsd import linear as linear_jsd
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = random_case(6, 20, 8, 12)
     labels = LABELS.clamp_min(0)
-    options = linear_jsd._Options(
-        temperature=2.0, weight_soft=0.7, weight_hard=0.3, chunk_size=4, backend="triton"
-    )
+    options = {"temperature": 2.0, "chunk_size": 4, "backend": "triton"}
+    module = FusedLinearJSDLoss(weight_hard_loss=0.3, weight_soft_loss=0.7, **options)
     single = case.to(torch.float32, device)
 
     def fused(*tensors):
-        return linear_jsd._linear_jsd(
-            "test",
-            LinearHead(*tensors[:2]),
-            LinearHead(*tensors[2:]),
-            None,
-            labels.to(device),
-            None,
-            options,
-        )[0]
+        return module(*tensors, labels.to(device))
 
     def oracle(*tensors):
         hard = torch.nn.functional.cross_entropy(tensors[0] @ tensors[1].T, labels)
@@ -69,6 +57,17 @@ def test_batched_inputs_and_returned_parts():
     loss, soft, hard = module(*batched, LABELS.view(2, 3))
     for ours, truth in zip((loss, soft, hard), _expected(case), strict=True):
         torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize(("hard", "soft"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_a_part_of_weight_zero_is_returned_as_it_is(hard, soft):
+    case = random_case(6, 20, 8, 12).to(torch.float64)
+    module = FusedLinearJSDLoss(hard, soft, return_soft_hard_loss=True)
+    loss, *parts = module(*case, LABELS)
+    _, *expected = _expected(case)
+    for ours, truth in zip(parts, expected, strict=True):
+        torch.testing.assert_close(ours, truth)
+    torch.testing.assert_close(loss, soft * expected[0] + hard * expected[1])
 
 
 def test_all_labels_ignored_is_a_zero_loss_with_a_graph():

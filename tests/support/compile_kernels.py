@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gold_kernels.jsd import triton_rows as jsd_rows
-from gold_kernels.triton import scale
+from gold_kernels.losses import LOSSES, FormulaLoss
+from gold_kernels.triton import formula_rows, scale
 from gold_kernels.triton.launch import ROW_ALIGNMENT
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
@@ -39,10 +40,11 @@ def jsd_signatures():
     dtypes = [("*fp32", "*bf16"), ("*bf16", "*bf16"), ("*fp32", "*fp32"), ("*fp32", "*fp16")]
     variants = [(mode, flag, dtypes[0]) for mode in modes for flag in flags]
     variants += [(jsd_rows.SYMMETRIC_JSD, flags[0], dtype) for dtype in dtypes[1:]]
-    floats = ("beta", "inverse_temperature", "weight_soft", "weight_hard", "softcap")
+    floats = ("beta", "inverse_temperature", "teacher_scale", "softcap")
     for mode, (has_labels, has_metrics, has_softcap, needs_grad), (logits, grad) in variants:
         constexprs = {
             "MODE": mode,
+            "HAS_PAIR": has_labels,
             "HAS_LABELS": has_labels,
             "HAS_METRICS": has_metrics,
             "HAS_SOFTCAP": has_softcap,
@@ -51,8 +53,27 @@ def jsd_signatures():
             "LINE": 4 if logits == "*fp32" else 8,
         }
         types = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": grad}
-        types |= {"row_weights_ptr": "*fp32", "labels_ptr": "*i64", "values_ptr": "*fp32"}
+        types |= {"weights_ptr": "*fp32", "labels_ptr": "*i64", "values_ptr": "*fp32"}
         yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+
+
+def formula_signatures():
+    """Every loss that is a formula, plain and with everything."""
+    kernel = formula_rows.formula_rows_kernel
+    floats = ("inverse_temperature", "teacher_scale", "softcap", "first_number", "second_number")
+    formulas = [loss.kernel_entries for loss in LOSSES.values() if issubclass(loss, FormulaLoss)]
+    for entries in formulas:
+        for has_all, logits in ((False, "*fp32"), (True, "*bf16")):
+            names = ("HAS_PAIR", "HAS_LABELS", "HAS_SOFTCAP")
+            constexprs = dict.fromkeys(names, has_all) | {
+                "ENTRIES": entries,
+                "NEEDS_GRAD": True,
+                "BLOCK_V": 4096,
+                "LINE": 4 if logits == "*fp32" else 8,
+            }
+            types = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
+            types |= {"weights_ptr": "*fp32", "labels_ptr": "*i64", "values_ptr": "*fp32"}
+            yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
 
 
 def uld_signatures():
@@ -156,6 +177,7 @@ def main() -> None:
         target = GPUTarget("cuda", capability, 32)
         for kernel, signature, constexprs in (
             *jsd_signatures(),
+            *formula_signatures(),
             *scale_signatures(),
             *uld_signatures(),
             *uld_sums_signatures(),

@@ -59,7 +59,7 @@ def _jsd(dtype: torch.dtype, case=None, needs=(True, True), bias=False, **option
             given["row_weights"][5] = 0
         result = fused_linear_jsd(*tensors, **given)
         loss, metrics = result if given.get("return_metrics") else (result, ())
-        return [loss, *torch.autograd.grad(loss, leaves), *metrics]
+        return [loss, *torch.autograd.grad(loss, leaves), *metrics[:6]]
 
     return call
 

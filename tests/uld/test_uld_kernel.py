@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from gold_kernels import fused_linear_uld, uld_loss
+from gold_kernels.engine import linear
 from gold_kernels.triton.lines import block_columns, load_logits
-from gold_kernels.uld import operator as uld_operator
 from gold_kernels.uld import reference as reference_uld
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
@@ -50,13 +50,13 @@ def test_rows_of_many_slices_are_rows_of_one(kind, monkeypatch):
 
 
 def test_the_budget_counts_what_the_kernels_need_a_row(monkeypatch):
-    limits, run_chunks = [], uld_operator.run_chunks
+    limits, run_chunks = [], linear.run_chunks
 
     def recorded(*args, **options):
         limits.append(args[5])
         return run_chunks(*args, **options)
 
-    monkeypatch.setattr(uld_operator, "run_chunks", recorded)
+    monkeypatch.setattr(linear, "run_chunks", recorded)
     case = uld_case(has_overlap=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case.run(fused_linear_uld, torch.float32, device, backend="triton")

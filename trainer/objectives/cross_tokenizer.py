@@ -123,7 +123,7 @@ class CrossTokenizer(Objective):
             **hard,
             **self.options,
         )
-        sums = {name: value.sum() for name, value in metrics._asdict().items()}
+        sums = {name: value.sum() for name, value in metrics._asdict().items() if value is not None}
         if hard:  # summed over labels
             uld = weights[0][:1].sum() * sums["loss"]
             weight = weights[1][:1].sum().clamp_min(1e-30)

@@ -96,7 +96,10 @@ class SameVocabulary(Objective):
             teacher_bias=teacher_head.bias,
             **self.options,
         )
-        return loss, {name: value.sum() for name, value in metrics._asdict().items()}
+        sums = {name: value.sum() for name, value in metrics._asdict().items() if value is not None}
+        return loss, sums
+            name: value.sum() for name, value in metrics._asdict().items() if value is not None
+        }
 
     def batch_counts(self, batch: MicroBatch) -> dict[str, int]:
         return {"tokens": len(batch.student.labels), "completions": batch.num_completions}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from gold_trainer.models import LogitForm
+from gold_trainer.loss_at_head import LogitForm
 from support.eager_step import completion_of, eager_step
 from support.tiny_models import tiny, tiny_processor, tiny_rows
 from support.trainer_cases import assert_equal_gradients, make_trainer, one_step

@@ -1,0 +1,110 @@
+"""What a row loss is: numbers, tensors, and a function for the logits of a few rows.
+
+R projected rows, C rows of a chunk, V vocabulary. A row loss looks at the logits of a few rows of
+two models, says what each row loses, and writes how the student's logits should move. It knows
+nothing of hidden states, heads, chunks or autograd: those are the engine's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from gold_kernels.engine.chunking import Limits, LinearHead, RowFunction
+
+LOSS, CROSS_ENTROPY = "loss", "cross_entropy"  # names of the first two row values of every loss
+
+ROW_LOSSES: dict[str, type["RowLoss"]] = {}  # by name: operators take strings, not objects
+
+
+class Rows(NamedTuple):
+    """What a row loss is started with, once for all chunks of a call."""
+
+    values: Tensor  # (number of value_names, R), zeros: row functions write [:, rows]
+    labels: Tensor | None  # (R,) int64, of the cross-entropy
+    limits: Limits
+    backend: str  # "torch" or "triton"
+    has_metrics: bool  # write the values beyond the loss and the cross-entropy too
+    student: LinearHead | None = None  # None where the caller holds logits
+    teacher: LinearHead | None = None
+
+    @property
+    def softcap(self) -> float | None:
+        """The student's logits are softcap tanh(x / softcap); gradients are those of x."""
+        return None if self.student is None else self.student.softcap
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLoss:
+    """Base of all row losses: a frozen dataclass of numbers and tensors.
+
+    A subclass sets name and value_names and defines start. Its fields travel through an operator,
+    which takes flat lists: a field is one number, or as many numbers or tensors as its entry in
+    number_sizes or tensor_sizes says.
+    """
+
+    name: ClassVar[str] = ""
+    value_names: ClassVar[tuple[str, ...]] = (LOSS, CROSS_ENTROPY)
+    number_sizes: ClassVar[dict[str, int]] = {}
+    tensor_sizes: ClassVar[dict[str, int]] = {}
+    is_shared: ClassVar[bool] = True  # student and teacher have one vocabulary
+    backends: ClassVar[tuple[str, ...]] = ("torch", "triton")
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.name:
+            ROW_LOSSES[cls.name] = cls
+
+    def start(self, rows: Rows) -> RowFunction:
+        """The function that run_chunks calls on every chunk; see chunking.RowFunction.
+
+        Its weights are (C, T), a column a term: the loss, then, where there are labels, the
+        cross-entropy. It writes sum_t weights[:, t] * gradient of term t, and unweighted values.
+        """
+        raise NotImplementedError
+
+    def check(self, function: str) -> None:
+        """Raise ValueError for numbers out of range, in the name of the public function."""
+
+    def grad_bound(self) -> float:
+        """At least 1; what an entry of a row's gradient is held to beside its weight (float16)."""
+        return 1.0
+
+    def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
+        """The limits less what the row function needs beside logits."""
+        return limits
+
+    def numbers(self) -> list[float]:
+        flat: list[float] = []
+        for field in dataclasses.fields(self):
+            if field.name in self.tensor_sizes:
+                continue
+            value, size = getattr(self, field.name), self.number_sizes.get(field.name, 1)
+            flat.extend(value if isinstance(value, tuple | list) else [value] * size)
+        return flat
+
+    def tensors(self) -> list[Tensor | None]:
+        flat: list[Tensor | None] = []
+        for name, size in self.tensor_sizes.items():
+            value = getattr(self, name)
+            flat.extend([None] * size if value is None else value)
+        return flat
+
+    @classmethod
+    def from_flat(cls, numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> "RowLoss":
+        """The loss whose numbers() and tensors() these are."""
+        fields: dict[str, object] = {}
+        first = 0
+        for name in (field.name for field in dataclasses.fields(cls)):
+            if name in cls.tensor_sizes:
+                continue
+            size = cls.number_sizes.get(name)
+            fields[name] = numbers[first] if size is None else tuple(numbers[first : first + size])
+            first += size or 1
+        first = 0
+        for name, size in cls.tensor_sizes.items():
+            part = list(tensors[first : first + size])
+            fields[name] = None if part[0] is None else part
+            first += size
+        return cls(**fields)

@@ -1,0 +1,215 @@
+"""Losses over one vocabulary: any row loss from hidden states and heads, or from logits.
+
+N scored rows, D hidden size (D_s, D_t), V vocabulary. P teacher, Q student.
+"""
+
+from typing import Literal, overload
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from gold_kernels.engine import checks
+from gold_kernels.engine.heads import (
+    check_heads,
+    first_entries,
+    label_weights_of,
+    row_weights_of,
+    term_weights,
+    unit_stride,
+)
+from gold_kernels.engine.linear import RowPlan, run_linear_loss
+from gold_kernels.engine.logits import run_logits_loss
+from gold_kernels.engine.options import (
+    CallTensors,
+    LinearOptions,
+    LossOptions,
+    Options,
+    resolve_options,
+)
+from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss
+
+Metrics = dict[str, Tensor]  # name -> (N,), unweighted and detached
+
+
+def shared_linear_loss(
+    function: str,  # in whose name errors are raised
+    row_loss: RowLoss,
+    student_hidden: Tensor,  # (N, D_s)
+    student_weight: Tensor,  # (V, D_s)
+    teacher_hidden: Tensor,  # (N, D_t)
+    teacher_weight: Tensor,  # (V, D_t)
+    row_weights: Tensor | None,  # (N,)
+    options: Options,
+    has_metrics: bool,
+) -> tuple[Tensor, Metrics]:
+    """Validate, slice the vocabulary, run; behind every public function of one vocabulary."""
+    checks.check_row_loss(function, row_loss, options.backend)
+    student, teacher, options = check_heads(
+        function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
+    )
+    checks.check_pair(function, student.hidden, teacher.hidden)
+    checks.check_row_weights(function, row_weights, student.hidden)
+    checks.check_label_weights(function, options, student.hidden)
+    sizes = student.weight.shape[0], teacher.weight.shape[0]
+    vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
+    row_weights = row_weights_of(row_weights, student.num_rows, student.hidden, options)
+    label_weights = label_weights_of(vocab_size, student.hidden, options)
+    labels = None if options.labels is None else options.labels.contiguous()
+    loss, values = run_linear_loss(
+        row_loss,
+        first_entries(student, vocab_size),
+        first_entries(teacher, vocab_size),
+        RowPlan(term_weights(row_weights, label_weights), labels),
+        options,
+        has_metrics,
+    )
+    return loss, row_metrics(row_loss, values, has_metrics, labels is not None)
+
+
+def shared_logits_loss(
+    function: str,
+    row_loss: RowLoss,
+    student_logits: Tensor,  # (N, V)
+    teacher_logits: Tensor,  # (N, V)
+    row_weights: Tensor | None,  # (N,)
+    options: Options,
+    has_metrics: bool,
+    in_place: bool,
+) -> tuple[Tensor, Metrics]:
+    """The same for logits that the caller holds; padded columns get gradient 0."""
+    checks.check_row_loss(function, row_loss, options.backend)
+    checks.check_logits(function, student_logits, teacher_logits, row_weights)
+    options = checks.check_options(function, options, student_logits)
+    checks.check_label_weights(function, options, student_logits)
+    sizes = student_logits.shape[1], teacher_logits.shape[1]
+    vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
+    checks.check_in_place(function, in_place, student_logits, vocab_size)
+    row_weights = row_weights_of(row_weights, student_logits.shape[0], student_logits, options)
+    label_weights = label_weights_of(vocab_size, student_logits, options)
+    loss, values = run_logits_loss(
+        row_loss,
+        unit_stride(student_logits[:, :vocab_size]),
+        unit_stride(teacher_logits[:, :vocab_size]),
+        term_weights(row_weights, label_weights),
+        options,
+        has_metrics,
+        in_place,
+    )
+    return loss, row_metrics(row_loss, values, has_metrics, options.labels is not None)
+
+
+def row_metrics(row_loss: RowLoss, values: Tensor, has_metrics: bool, has_labels: bool) -> Metrics:
+    """Row values by name: those that were computed."""
+    rows = dict(zip(row_loss.value_names, values, strict=True))
+    if not has_labels:
+        del rows[CROSS_ENTROPY]
+    if has_metrics:
+        return rows
+    return {name: rows[name] for name in (LOSS, CROSS_ENTROPY) if name in rows}
+
+
+@overload
+def fused_linear_loss(
+    row_loss: RowLoss,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def fused_linear_loss(
+    row_loss: RowLoss,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, Metrics]: ...
+
+
+def fused_linear_loss(
+    row_loss: RowLoss,
+    student_hidden: Tensor,  # (N, D_s)
+    student_weight: Tensor,  # (V, D_s)
+    teacher_hidden: Tensor,  # (N, D_t)
+    teacher_weight: Tensor,  # (V, D_t)
+    row_weights: Tensor | None = None,  # (N,), float32; None means 1 / N each
+    *,
+    return_metrics: bool = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, Metrics]:  # (), float32; (N,) with reduction="none"
+    """Any row loss over one vocabulary, from hidden states and heads, without full logits.
+
+        loss = sum_i row_weights[i] * row_loss(student_logits_i, teacher_logits_i)
+             + sum_i label_weights[i] * CE_i                                 where labels are given
+        logits = softcap(logit_scale * (hidden weight^T + bias)),  softcap(x) = c tanh(x / c)
+
+    row_loss is an object of gold_kernels.losses, for instance SkewKL(alpha=0.1). The normaliser is
+    the caller's: pass 1 / num_items of the global batch for a mean that any split into
+    micro-batches and ranks leaves alone. Gradients go to student_hidden, student_weight and
+    student_bias, never to the teacher. Rows of weight 0 contribute exactly 0 and may hold anything.
+
+    Options are those of LinearOptions. Extra memory is at most budget_bytes, plus one float32
+    student_weight if a 16-bit one needs a gradient. reduction="none" returns row_weights[i] *
+    row_loss_i (None: 1 each) plus the weighted cross-entropy of each row, (N,); with a trained head
+    its backward pass makes the logits once more.
+
+    return_metrics=True returns (loss, dict): unweighted, detached values of every row by name.
+    Not supported: a second derivative, torch.func transforms. Raises ValueError for shapes, dtypes,
+    devices and numbers that do not fit, with the remedy.
+    """
+    function = "fused_linear_loss"
+    loss, metrics = shared_linear_loss(
+        function,
+        row_loss,
+        *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
+        resolve_options(function, options),
+        return_metrics,
+    )
+    return (loss, metrics) if return_metrics else loss
+
+
+class FusedLinearLoss(nn.Module):
+    """fused_linear_loss as a module: a row loss and LossOptions once, tensors at every call."""
+
+    def __init__(
+        self,
+        row_loss: RowLoss,
+        *,
+        return_metrics: bool = False,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__()
+        checks.check_module("FusedLinearLoss", options)
+        row_loss.check("FusedLinearLoss")
+        self.row_loss = row_loss
+        self.return_metrics = return_metrics
+        self.options = options
+
+    def forward(
+        self,
+        student_hidden: Tensor,  # (N, D_s)
+        student_weight: Tensor,  # (V, D_s)
+        teacher_hidden: Tensor,  # (N, D_t)
+        teacher_weight: Tensor,  # (V, D_t)
+        row_weights: Tensor | None = None,  # (N,)
+        **tensors: Unpack[CallTensors],
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        resolve_options("FusedLinearLoss", tensors, CallTensors)
+        loss, metrics = shared_linear_loss(
+            "FusedLinearLoss",
+            self.row_loss,
+            *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
+            Options(**self.options, **tensors),
+            self.return_metrics,
+        )
+        return (loss, metrics) if self.return_metrics else loss

@@ -1,0 +1,102 @@
+"""The module that Liger's users know, as an adapter of fused_linear_jsd.
+
+N rows, B sequences, L positions, D hidden size (D_s, D_t), V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import float_dtype
+from gold_kernels.engine.options import LossOptions, Options
+from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS
+from gold_kernels.engine.shared import Metrics, shared_linear_loss
+from gold_kernels.jsd.row_loss import JSD
+
+FUNCTION = "FusedLinearJSDLoss"
+
+
+class FusedLinearJSDLoss(nn.Module):
+    """Generalized JSD plus cross-entropy, a drop-in for LigerFusedLinearJSDLoss.
+
+        loss = weight_soft_loss * mean_i JSD_i + weight_hard_loss * mean_i CE_i
+
+    The mean is over the rows whose label is not ignore_index; only they are projected, which costs
+    one host sync to count them (gather rows yourself and call fused_linear_jsd to avoid it). Labels
+    are already shifted. The cross-entropy is taken at temperature 1 from the same logits. A label
+    outside the vocabulary has cross-entropy 0, and its row still counts.
+
+    return_soft_hard_loss returns (loss, soft loss, hard loss): a part of weight 0 is computed too,
+    which projects the rows once more. `compiled` keeps the position it has in Liger; the loss never
+    calls torch.compile, so it changes nothing. Further options are those of LossOptions.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int | None = 1024,
+        return_soft_hard_loss: bool = False,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__()
+        self.options: LossOptions = {"chunk_size": chunk_size, **options}
+        checks.check_module(FUNCTION, self.options)
+        self.row_loss = JSD(beta, temperature)
+        self.row_loss.check(FUNCTION)
+        self.weight_hard_loss = weight_hard_loss
+        self.weight_soft_loss = weight_soft_loss
+        self.ignore_index = ignore_index
+        self.return_soft_hard_loss = return_soft_hard_loss
+
+    def forward(
+        self,
+        student_input: Tensor,  # (N, D_s) or (B, L, D_s)
+        student_weight: Tensor,  # (V, D_s)
+        teacher_input: Tensor,  # (N, D_t) or (B, L, D_t)
+        teacher_weight: Tensor,  # (V, D_t)
+        true_labels: Tensor,  # (N,) or (B, L), int64
+        student_bias: Tensor | None = None,  # (V,)
+        teacher_bias: Tensor | None = None,  # (V,)
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # (), or loss, soft loss and hard loss, each ()
+        labels = true_labels.flatten()
+        student_hidden = student_input.reshape(-1, student_input.shape[-1])
+        teacher_hidden = teacher_input.reshape(-1, teacher_input.shape[-1])
+        checks.check_pair(FUNCTION, student_hidden, teacher_hidden)
+        checks.check_labels(FUNCTION, labels, student_hidden)
+        scored = (labels != self.ignore_index).nonzero().squeeze(-1)
+        heads = (student_hidden[scored], student_weight, teacher_hidden[scored], teacher_weight)
+        labels, biases = labels[scored], (student_bias, teacher_bias)
+        soft, hard = self.weight_soft_loss, self.weight_hard_loss
+        loss, rows = self._weighted(heads, biases, labels if hard else None, soft, hard)
+        if not self.return_soft_hard_loss:
+            return loss
+        if not (soft and hard):  # rows of weight 0 are not computed
+            with torch.no_grad():
+                rows = self._weighted(heads, biases, labels, 1.0, 1.0)[1]
+        num_scored = max(1, labels.shape[0])
+        return loss, rows[LOSS].sum() / num_scored, rows[CROSS_ENTROPY].sum() / num_scored
+
+    def _weighted(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor, Tensor],
+        biases: tuple[Tensor | None, Tensor | None],
+        labels: Tensor | None,
+        soft: float,
+        hard: float,
+    ) -> tuple[Tensor, Metrics]:
+        """Means over rows, weighted."""
+        num_rows = heads[0].shape[0]
+        like = heads[0].new_full((num_rows,), 1 / max(1, num_rows), dtype=float_dtype(heads[0]))
+        options = Options(
+            *biases,
+            labels,
+            None if labels is None else like * hard,
+            **self.options,
+        )
+        return shared_linear_loss(FUNCTION, self.row_loss, *heads, like * soft, options, False)

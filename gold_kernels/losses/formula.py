@@ -1,0 +1,145 @@
+"""A row loss from a formula of two log-probabilities.
+
+C rows of a chunk, c rows of a block, V vocabulary. P teacher, Q student, T temperature of the
+student.
+
+    loss = sum_v f(log q_v, log p_v)
+    grad = (s - q sum_v s_v) / T,   s_v = df / dlog q_v
+
+A loss gives f and s. This file makes the probabilities, the gradient, blocks of rows that stay
+within the memory budget, and, where the loss has its formula for Triton too, the kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import Limits, RowFunction
+from gold_kernels.engine.heads import per_side
+from gold_kernels.engine.options import PerSide
+from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT
+from gold_kernels.engine.row_loss import RowLoss, Rows
+from gold_kernels.engine.torch_rows import BLOCK_ELEMENTS, Divergence, divergence_rows_
+
+TEMPORARIES = 12  # (c, V) tensors of a block alive at once, at most
+SCRATCH_PART = 8  # of the budget, at most, is for them
+
+
+@dataclass(frozen=True)
+class FormulaLoss(RowLoss):
+    """Base of losses that are a formula. A subclass has numbers as fields, a name, and entries.
+
+    temperature divides the logits of both sides, or is a pair (student, teacher).
+    """
+
+    temperature: PerSide = 1.0
+
+    number_sizes: ClassVar[dict[str, int]] = {"temperature": 2}
+    # entries as a function for Triton, of (log_q, log_p, log_ratio, first number, second number);
+    # None: torch on every device. Numbers are those of the subclass, at most two.
+    kernel_entries: ClassVar[Any] = None
+
+    def entries(
+        self,
+        log_q: Tensor,  # (c, V)
+        log_p: Tensor,  # (c, V)
+        log_ratio: Tensor,  # (c, V) log p - log q
+    ) -> tuple[Tensor, Tensor]:  # (c, V) f, (c, V) s
+        """f and s of every entry.
+
+        log_ratio comes from the difference of both logits: near convergence, where log p and
+        log q agree in all digits that float32 has, it is still exact. Masked entries have log q or
+        log p of -1e6, and a ratio in [-1e6, 1e6].
+        """
+        raise NotImplementedError
+
+    def check(self, function: str) -> None:
+        checks.check_temperature(function, self.temperature)
+
+    def grad_bound(self) -> float:
+        return max(1.0, 1.0 / per_side(self.temperature)[0])
+
+    @property
+    def backends(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the subclass
+        return ("torch",) if self.kernel_entries is None else ("torch", "triton")
+
+    def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
+        if self._has_kernel(rows):
+            return limits
+        scratch = limits.budget_bytes // SCRATCH_PART
+        return limits._replace(budget_bytes=max(1, limits.budget_bytes - scratch))
+
+    def start(self, rows: Rows) -> RowFunction:
+        run = self._kernel_rows(rows) if self._has_kernel(rows) else self._torch_rows(rows)
+
+        def row_function(
+            student_logits: Tensor,
+            teacher_logits: Tensor,
+            grad_logits: Tensor | None,
+            chunk: slice,
+            weights: Tensor,
+        ) -> None:
+            labels = None if rows.labels is None else rows.labels[chunk]
+            values = rows.values[:, chunk]
+            run(student_logits, teacher_logits, grad_logits, weights, labels, values)
+
+        return row_function
+
+    def _has_kernel(self, rows: Rows) -> bool:
+        return rows.backend == "triton" and self.kernel_entries is not None
+
+    def _kernel_rows(self, rows: Rows) -> Callable[..., None]:
+        from gold_kernels.triton.formula_rows import formula_rows_  # triton may be missing
+
+        numbers = self.numbers()[2:]  # behind both temperatures
+        assert len(numbers) <= 2, "formula_rows_kernel takes two numbers"
+
+        def run(*tensors: Tensor | None) -> None:
+            formula_rows_(
+                type(self).kernel_entries,
+                *tensors,
+                numbers=(*numbers, 0.0, 0.0)[:2],
+                temperatures=per_side(self.temperature),
+                softcap=rows.softcap,
+            )
+
+        return run
+
+    def _torch_rows(self, rows: Rows) -> Callable[..., None]:
+        temperatures = per_side(self.temperature)
+        bytes_each = TEMPORARIES * rows.values.dtype.itemsize
+        scratch = rows.limits.budget_bytes // SCRATCH_PART // bytes_each
+        # On a CPU small blocks stay in its caches; on a GPU each takes some twenty launches.
+        is_cpu = rows.values.device.type == "cpu"
+
+        def divergence(student: Tensor, teacher: Tensor) -> Divergence:
+            log_q, log_p, log_ratio = _log_probs(student, teacher, temperatures)
+            per_entry, slope = self.entries(log_q, log_p, log_ratio)
+            total = slope.sum(-1, keepdim=True)
+            return Divergence(per_entry.sum(-1), slope - log_q.exp_().mul_(total))
+
+        def run(*tensors: Tensor | None) -> None:
+            divergence_rows_(
+                divergence,
+                *tensors,
+                temperature=temperatures[0],
+                softcap=rows.softcap,
+                block_elements=min(scratch, BLOCK_ELEMENTS) if is_cpu else scratch,
+            )
+
+        return run
+
+
+def _log_probs(
+    student: Tensor, teacher: Tensor, temperatures: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:  # (c, V) each
+    """log q, log p and log p - log q."""
+    student = (student / temperatures[0]).clamp_min_(LOWEST_LOGIT)
+    teacher = (teacher / temperatures[1]).clamp_min_(LOWEST_LOGIT)
+    student_lse, teacher_lse = (side.logsumexp(-1, keepdim=True) for side in (student, teacher))
+    log_ratio = (teacher - student).sub_(teacher_lse - student_lse).clamp_(LOG_ZERO, -LOG_ZERO)
+    log_q, log_p = student.sub_(student_lse), teacher.sub_(teacher_lse)
+    return log_q.clamp_min_(LOG_ZERO), log_p.clamp_min_(LOG_ZERO), log_ratio
