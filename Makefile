@@ -1,26 +1,73 @@
-# make demo: the digits demo; make test: linters, tests and README blocks. Both from a fresh clone.
+# Every target works from a fresh clone: what it needs is installed into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+.DEFAULT_GOAL := help
 
-.PHONY: demo test clean
+# What `make fast` runs: both losses on both backends against the oracle, alignment, collator,
+# configuration, and training steps against eager float64 ones, in one family and across two.
+FAST := \
+	tests/packaging/test_layout.py \
+	tests/jsd/test_reference.py \
+	tests/jsd/test_linear_jsd.py::test_bfloat16_inputs_meet_the_absolute_precision_targets \
+	tests/jsd/test_linear_jsd.py::test_near_convergence_the_loss_and_gradient_are_still_right \
+	tests/jsd/test_linear_jsd.py::test_any_chunk_size_gives_the_same_answer \
+	tests/jsd/test_linear_jsd.py::test_metrics_are_those_of_the_oracle_and_carry_no_graph \
+	tests/jsd/test_linear_jsd.py::test_float64_passes_gradcheck \
+	tests/uld/test_reference_uld.py \
+	tests/uld/test_linear_uld.py::test_the_torch_backend_is_the_oracle \
+	tests/uld/test_linear_uld.py::test_16_bit_inputs_lose_what_their_gemms_lose \
+	tests/uld/test_linear_uld.py::test_metrics_are_those_of_the_oracle \
+	tests/tokens/test_alignment.py \
+	tests/tokens/test_completion_aligner.py::test_any_text_is_aligned_to_its_last_byte \
+	tests/trainer/test_collator.py \
+	tests/trainer/test_trainer_config.py \
+	tests/trainer/test_gold_trainer.py::test_accumulation_changes_neither_loss_nor_gradient \
+	tests/trainer/test_cross_family.py::test_off_policy_step_equals_the_eager_float64_step
 
-demo: .venv/demo-installed
+.PHONY: help demo test fast lint types coverage bench docs clean
+
+help:  ## the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: .venv/installed-demo  ## handwritten digits: a teacher learns, a student learns from it; no download
 	$(BIN)/python -m gold_trainer demo
 
-test: .venv/dev-installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint  ## linter and all tests: what CI runs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.venv/demo-installed: setup.py
+fast: .venv/installed-dev  ## the tests to run after every change
+	$(BIN)/python -m pytest -q $(FAST)
+
+lint: .venv/installed-dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev .venv/typing/gold_trainer  ## mypy on both packages
+	$(BIN)/mypy
+
+coverage: .venv/installed-dev  ## all tests with a report; see CONTRIBUTING for what it cannot see
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage
+
+bench: .venv/installed-dev  ## small benchmarks, on any machine; records nothing
+	$(BIN)/python -m pytest benchmarks/test_bench_jsd.py \
+		--benchmark-only --benchmark-group-by=param:head,param:n
+	$(BIN)/python benchmarks/bench_jsd.py --tiny --only gold_kernels eager
+	$(BIN)/python benchmarks/bench_uld.py --tiny
+
+docs: .venv/installed-docs  ## the site, into build/site
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove what the other targets made
+	rm -rf .venv runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks .coverage*
+
+# installed-NAME: the extra NAME of setup.py is installed
+.venv/installed-%: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[demo]'
+	$(BIN)/python -m pip install -e '.[$*]'
 	touch $@
 
-.venv/dev-installed: setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[dev]'
-	touch $@
-
-clean:
-	rm -rf .venv runs build *.egg-info
+# the folder is trainer/, the import name gold_trainer: mypy finds it by this link
+.venv/typing/gold_trainer: | .venv/installed-dev
+	mkdir -p $(@D)
+	ln -sfn ../../trainer $@

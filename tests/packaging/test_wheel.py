@@ -93,7 +93,7 @@ def test_the_sdist_holds_tests_docs_and_what_builds_them(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
-        *("README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"),
+        *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml"),
         *("setup.py", "tests/conftest.py", "tests/support/tiny_models.py", "tests/packaging"),
         *("benchmarks/bench_jsd.py", "benchmarks/results/jsd.csv", "trainer/recipes/gold_vlm.yaml"),
     ):

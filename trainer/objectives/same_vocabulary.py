@@ -96,10 +96,8 @@ class SameVocabulary(Objective):
             teacher_bias=teacher_head.bias,
             **self.options,
         )
-        sums = {name: value.sum() for name, value in metrics._asdict().items() if value is not None}
-        return loss, sums
-            name: value.sum() for name, value in metrics._asdict().items() if value is not None
-        }
+        given = {name: value for name, value in metrics._asdict().items() if value is not None}
+        return loss, {name: value.sum() for name, value in given.items()}
 
     def batch_counts(self, batch: MicroBatch) -> dict[str, int]:
         return {"tokens": len(batch.student.labels), "completions": batch.num_completions}
