@@ -8,7 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md", *sorted(DOCS.rglob("*.md")))
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    ROOT / "benchmarks" / "NOTES.md",
+    *sorted(DOCS.rglob("*.md")),
+)
 FENCE = re.compile(r"```.*?```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # `trainer/window.py`, `gold_kernels/engine/`: a path of the repository
@@ -41,7 +45,7 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(target), f"{link} of {name_of(page)}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "CHANGELOG"], ids=name_of)
 def test_paths_of_the_repository_exist(page):
     for path in PATH.findall(prose(page)):
         assert list(ROOT.glob(path.rstrip("/"))), f"{path} of {name_of(page)}"
@@ -51,6 +55,14 @@ def test_every_page_is_in_the_navigation_of_the_site():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.rglob("*.md"):
         assert f": {page.relative_to(DOCS)}\n" in navigation, page
+
+
+def test_quoted_code_is_that_of_the_sources():
+    """Blocks of ```py are quoted, not run: they are parts of a source file, word for word."""
+    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "gold_kernels").rglob("*.py")]
+    for page in PAGES:
+        for block in re.findall(r"```py\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            assert any(block in source for source in sources), f"{block} of {name_of(page)}"
 
 
 def messages() -> list[str]:
