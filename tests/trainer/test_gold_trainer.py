@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 
-import gold_kernels.jsd.linear
+import gold_kernels.engine.linear
 from gold_kernels import fused_linear_jsd
 from gold_trainer.objectives import same_vocabulary
 from support.eager_step import completion_of
@@ -175,13 +175,15 @@ def test_lora_trains_only_the_adapter_and_equals_the_whole_gradient(tmp_path):
 def test_bf16_autocast_is_close_to_float32(whole_batch, tmp_path, monkeypatch):
     """Norms give float32 hidden states under autocast: the loss casts them, as an lm_head does."""
     dtypes = []
-    operator = gold_kernels.jsd.linear._linear_jsd_operator
+    operator = gold_kernels.engine.linear._linear_loss_operator
 
-    def record(*args):
-        dtypes.extend(tensor.dtype for tensor in (args[0], args[1], args[3], args[4]))
-        return operator(*args)
+    def record(*leaves, teacher_hidden, teacher_weight, **others):
+        dtypes.extend(tensor.dtype for tensor in (*leaves[:2], teacher_hidden, teacher_weight))
+        return operator(
+            *leaves, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, **others
+        )
 
-    monkeypatch.setattr(gold_kernels.jsd.linear, "_linear_jsd_operator", record)
+    monkeypatch.setattr(gold_kernels.engine.linear, "_linear_loss_operator", record)
     loss, gradients = one_step(tmp_path, ROWS, per_device_train_batch_size=8, bf16=True)
     assert dtypes == [torch.bfloat16] * 4
     assert loss == pytest.approx(whole_batch[0], rel=2e-2)
