@@ -7,7 +7,14 @@ import sys
 
 import torch
 
-from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_jsd, fused_linear_uld
+from gold_kernels import (
+    TokenAlignment,
+    VocabOverlap,
+    fused_linear_jsd,
+    fused_linear_loss,
+    fused_linear_uld,
+)
+from gold_kernels.losses import LOSSES, make_loss
 from gold_kernels.tokens.alignment import SpanGroups
 
 NUM_ROWS, V_STUDENT, V_TEACHER = 37, 1003, 2051
@@ -42,6 +49,10 @@ def main() -> int:
     for dtype, logits_dtype, beta in JSD_CASES:
         options = {"beta": beta, "logits_dtype": logits_dtype, "return_metrics": True}
         fused_linear_jsd(*heads(dtype, V_STUDENT), **options, **limits)[0].backward()
+    targets = torch.arange(NUM_ROWS, device="cuda")
+    for name in LOSSES:
+        loss = make_loss(name, temperature=(0.7, 1.3))
+        fused_linear_loss(loss, *heads(BFLOAT16, V_STUDENT), labels=targets, **limits).backward()
     groups = torch.arange(NUM_ROWS) // 2
     labels = torch.randint(V_STUDENT, (NUM_ROWS,))
     alignment = TokenAlignment.from_groups(

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
+
+if not torch.cuda.is_available():  # where there is a GPU, kernels take tensors of the GPU only
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 from torch import Tensor
 
 from gold_kernels import (
