@@ -87,7 +87,9 @@ def check_same_kind(function: str, student_hidden: Tensor, teacher_hidden: Tenso
         )
 
 
-def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: int | None) -> int:
+def check_vocabulary(
+    function: str, v_student: int, v_teacher: int, vocab_size: int | tuple[int, int] | None
+) -> int:
     """The number of vocabulary entries that take part."""
     if vocab_size is None:
         if v_student != v_teacher:
@@ -103,7 +105,9 @@ def check_vocabulary(function: str, v_student: int, v_teacher: int, vocab_size: 
             )
         return v_student
     is_whole = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
-    if not is_whole or not 1 <= vocab_size <= min(v_student, v_teacher):
+    if isinstance(vocab_size, tuple) or not (
+        is_whole and 1 <= vocab_size <= min(v_student, v_teacher)
+    ):
         raise ValueError(
             f"{function}: vocab_size must be a whole number in [1, {min(v_student, v_teacher)}], "
             f"the smaller of both heads, got {vocab_size}; pass len(tokenizer)."

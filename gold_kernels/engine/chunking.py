@@ -15,7 +15,7 @@ rounded once. float64 inputs are computed in float64 throughout.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,23 +33,23 @@ ROW_MULTIPLES = (256, 128, 16)
 
 
 class LinearHead(NamedTuple):
-    """Hidden states and the language-model head that projects them; index says which rows of
+    """Hidden states and the language-model head that projects them; row_index says which rows of
     hidden, each at most once, and in which order.
     """
 
-    hidden: Tensor  # (N, D), with an index any number of rows
+    hidden: Tensor  # (N, D), with a row_index any number of rows
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
-    index: Tensor | None = None  # (N,) int64
+    row_index: Tensor | None = None  # (N,) int64
 
     @property
     def num_rows(self) -> int:  # N
-        return (self.hidden if self.index is None else self.index).shape[0]
+        return (self.hidden if self.row_index is None else self.row_index).shape[0]
 
     def rows_of(self, rows: slice) -> Tensor:  # (C, D)
-        return self.hidden[rows if self.index is None else self.index[rows]]
+        return self.hidden[rows if self.row_index is None else self.row_index[rows]]
 
     def project_(self, logits: Tensor, rows: slice) -> Tensor:
         """Overwrite logits (C, V) with softcap(logit_scale (hidden W^T + bias)) of some rows."""
@@ -96,8 +96,8 @@ class ChunkPlan(NamedTuple):
 
 
 # (student_logits, teacher_logits or None, grad_logits or None, rows, row_weights) -> None; see
-# run_chunks
-RowFunction = Callable[[Tensor, Tensor | None, Tensor | None, slice, Tensor], None]
+# run_chunks. Any: where every row is paired, a function takes teacher_logits as a Tensor.
+RowFunction = Callable[[Tensor, Any, Tensor | None, slice, Tensor], None]
 
 
 def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = False) -> None:
@@ -162,7 +162,7 @@ def plan_chunks(
 
 def _gathered_row(side: LinearHead) -> int:
     """Bytes of a row of hidden states that an index copies."""
-    return 0 if side.index is None else side.hidden.dtype.itemsize * side.hidden.shape[1]
+    return 0 if side.row_index is None else side.hidden.dtype.itemsize * side.hidden.shape[1]
 
 
 def _rows_within(num_rows: int, num_bytes: int, row_bytes: int, chunk_size: int | None) -> int:
@@ -211,7 +211,7 @@ def run_chunks(
 
     logits_dtype = limits.logits_dtype or wide
     teacher_buffer = None
-    if num_paired:
+    if teacher is not None and num_paired:
         teacher_buffer = empty_rows(hidden, plan.chunk, teacher.weight.shape[0], logits_dtype)
     grad_panel = None
     if has_grad:
@@ -226,9 +226,10 @@ def run_chunks(
             in_panel = slice(rows.start - first, rows.stop - first)
             grad_logits = None if grad_panel is None else grad_panel[in_panel]
             buffer = grad_logits if student_buffer is None else student_buffer[:size]
+            assert buffer is not None, "without a buffer of its own a chunk is made in the panel"
             student_logits = student.project_(buffer, rows)
             teacher_logits = None
-            if rows.start < num_paired:
+            if teacher is not None and teacher_buffer is not None and rows.start < num_paired:
                 teacher_logits = teacher.project_(teacher_buffer[:size], rows)
             row_function(student_logits, teacher_logits, grad_logits, rows, row_weights[rows])
         if grad_panel is not None:
@@ -260,13 +261,13 @@ def _empty_gradients(student: LinearHead, needs: Needs, plan: ChunkPlan) -> Chun
     # A single panel needs no accumulator: its GEMM rounds the float32 sum once, into the returned
     # tensor.
     weight_dtype = weight.dtype if num_rows <= plan.panel and not is_float16 else wide
-    empty_hidden = torch.empty_like if student.index is None else torch.zeros_like
+    empty_hidden = torch.empty_like if student.row_index is None else torch.zeros_like
     grads = ChunkedGradients(
         empty_hidden(hidden, dtype=wide if is_float16 else None) if needs.hidden else None,
         weight.new_empty(weight.shape, dtype=weight_dtype) if needs.weight else None,
         weight.new_zeros(weight.shape[0], dtype=wide) if needs.bias else None,
     )
-    if num_rows == 0 and needs.weight:
+    if num_rows == 0 and grads.weight is not None:
         grads.weight.zero_()
     return grads
 
@@ -280,12 +281,12 @@ def _add_panel(
 ) -> None:
     """The gradient GEMMs of the rows first to first + P."""
     rows = slice(first, first + grad_logits.shape[0])
-    if grads.hidden is not None and student.index is None:
+    if grads.hidden is not None and student.row_index is None:
         matmul_(grads.hidden[rows], grad_logits, student.weight)
-    elif grads.hidden is not None:
+    elif grads.hidden is not None and student.row_index is not None:
         grad_hidden = grads.hidden.new_empty(grad_logits.shape[0], grads.hidden.shape[1])
         matmul_(grad_hidden, grad_logits, student.weight)
-        grads.hidden.index_copy_(0, student.index[rows], grad_hidden)
+        grads.hidden.index_copy_(0, student.row_index[rows], grad_hidden)
     if grads.weight is not None:
         # 0 * NaN is NaN: a row of weight 0 must not reach the sum over rows
         is_live = row_weights[rows].reshape(grad_logits.shape[0], -1) != 0

@@ -27,14 +27,17 @@ def _(tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str
     return [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
 
 
-def empty_gradients(leaves: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+def empty_gradients(
+    leaves: tuple[Tensor, Tensor, Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
     """What chunking.run_chunks returns for these leaves, without values: for fake operators."""
+    hidden, weight, bias = leaves
     # gradients of float16 stay float32 until backward
-    dtype = torch.float32 if leaves[0].dtype == torch.float16 else None
-    hidden, *others = leaves
+    dtype = torch.float32 if hidden.dtype == torch.float16 else None
     like_hidden = torch.empty_like(hidden, dtype=dtype)  # strides too; weight and bias contiguous
-    grads = [like_hidden, *(t if t is None else t.new_empty(t.shape, dtype=dtype) for t in others)]
-    return [grad for grad, need in zip(grads, needs, strict=True) if need]
+    others = (None if t is None else t.new_empty(t.shape, dtype=dtype) for t in (weight, bias))
+    grads = (like_hidden, *others)
+    return [g for g, need in zip(grads, needs, strict=True) if need and g is not None]
 
 
 def empty_logits_gradient(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 N rows, R projected rows, T terms of the loss, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:
     if not torch.is_autocast_enabled(device_type):
         return head
     dtype = torch.get_autocast_dtype(device_type)
-    hidden, weight, bias = (
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-        for tensor in head[:3]
-    )
-    return head._replace(hidden=hidden, weight=weight, bias=bias)
+    return _map_tensors(head, lambda t: t if t.dtype == torch.float64 else t.to(dtype))
+
+
+def _map_tensors(head: LinearHead, change: Callable[[Tensor], Tensor]) -> LinearHead:
+    bias = None if head.bias is None else change(head.bias)
+    return head._replace(hidden=change(head.hidden), weight=change(head.weight), bias=bias)
 
 
 def check_heads(
@@ -58,10 +60,8 @@ def check_heads(
     checks.check_same_kind(function, student.hidden, teacher.hidden)
     options = checks.check_options(function, options, student.hidden)
     if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
-        student = LinearHead(
-            *(None if t is None else t.detach() for t in student[:3]), *student[3:]
-        )
-    teacher = LinearHead(*(None if t is None else t.detach() for t in teacher[:3]), *teacher[3:])
+        student = _map_tensors(student, Tensor.detach)
+    teacher = _map_tensors(teacher, Tensor.detach)
     return student, teacher, options
 
 

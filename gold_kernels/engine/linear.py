@@ -244,6 +244,7 @@ def run_linear_loss(
     inputs = _Inputs(
         plan.weights, *teacher[:3], plan.labels, plan.student_index, plan.teacher_index
     )
+    assert options.backend is not None, "check_options names the backend"
     settings = _Settings(
         row_loss.name,
         row_loss.numbers(),

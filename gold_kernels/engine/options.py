@@ -17,7 +17,19 @@ Reduction = Literal["sum", "none"]
 PerSide = float | tuple[float, float]  # for both sides, or (student, teacher)
 
 
-class LossOptions(TypedDict, total=False):
+class UnchunkedOptions(TypedDict, total=False):
+    """LossOptions without chunk_size, for a module that has it among its own arguments."""
+
+    vocab_size: int | tuple[int, int] | None
+    budget_bytes: int
+    logits_dtype: torch.dtype | None
+    final_logit_softcapping: float | tuple[float | None, float | None] | None
+    logit_scale: PerSide
+    backend: str | None
+    reduction: Reduction
+
+
+class LossOptions(UnchunkedOptions, total=False):
     """How a loss is computed.
 
     - vocab_size: entries that take part, where heads are padded; columns from there on have
@@ -33,14 +45,7 @@ class LossOptions(TypedDict, total=False):
       which take any upstream gradient.
     """
 
-    vocab_size: int | tuple[int, int] | None
     chunk_size: int | None
-    budget_bytes: int
-    logits_dtype: torch.dtype | None
-    final_logit_softcapping: float | tuple[float | None, float | None] | None
-    logit_scale: PerSide
-    backend: str | None
-    reduction: Reduction
 
 
 class CallTensors(TypedDict, total=False):

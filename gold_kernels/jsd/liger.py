@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import float_dtype
-from gold_kernels.engine.options import LossOptions, Options
+from gold_kernels.engine.options import LossOptions, Options, UnchunkedOptions
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS
 from gold_kernels.engine.shared import Metrics, shared_linear_loss
 from gold_kernels.jsd.row_loss import JSD
@@ -42,7 +42,7 @@ class FusedLinearJSDLoss(nn.Module):
         compiled: bool = True,
         chunk_size: int | None = 1024,
         return_soft_hard_loss: bool = False,
-        **options: Unpack[LossOptions],
+        **options: Unpack[UnchunkedOptions],
     ) -> None:
         super().__init__()
         self.options: LossOptions = {"chunk_size": chunk_size, **options}

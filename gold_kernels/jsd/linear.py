@@ -3,7 +3,7 @@
 N scored rows, D_s and D_t hidden sizes, V vocabulary. P teacher, Q student.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -29,7 +29,8 @@ class JSDMetrics(NamedTuple):
 
     @classmethod
     def from_rows(cls, rows: Metrics) -> "JSDMetrics":
-        return cls(**{CROSS_ENTROPY: None, **rows})
+        fields: dict[str, Any] = {CROSS_ENTROPY: None, **rows}
+        return cls(**fields)
 
 
 @overload

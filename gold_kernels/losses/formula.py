@@ -96,12 +96,13 @@ class FormulaLoss(RowLoss):
 
         numbers = self.numbers()[2:]  # behind both temperatures
         assert len(numbers) <= 2, "formula_rows_kernel takes two numbers"
+        first, second = (*numbers, 0.0, 0.0)[:2]
 
-        def run(*tensors: Tensor | None) -> None:
+        def run(*tensors: Any) -> None:
             formula_rows_(
                 type(self).kernel_entries,
                 *tensors,
-                numbers=(*numbers, 0.0, 0.0)[:2],
+                numbers=(first, second),
                 temperatures=per_side(self.temperature),
                 softcap=rows.softcap,
             )
@@ -121,7 +122,7 @@ class FormulaLoss(RowLoss):
             total = slope.sum(-1, keepdim=True)
             return Divergence(per_entry.sum(-1), slope - log_q.exp_().mul_(total))
 
-        def run(*tensors: Tensor | None) -> None:
+        def run(*tensors: Any) -> None:
             divergence_rows_(
                 divergence,
                 *tensors,

@@ -66,7 +66,7 @@ def check_weights(
     matched_weight: float | None,
     unmatched_weight: float | None,
 ) -> None:
-    weights = (matched_weight, unmatched_weight)
+    weights = [w for w in (matched_weight, unmatched_weight) if w is not None]
     if (matched_weight is None) != (unmatched_weight is None):
         raise ValueError(
             f"{function}: matched_weight and unmatched_weight must be given both or not at all, "
@@ -78,7 +78,7 @@ def check_weights(
             f"got {matched_weight} and {unmatched_weight} without an overlap; pass overlap="
             "VocabOverlap.from_tokenizers(student, teacher), or row_weights to scale plain ULD."
         )
-    if matched_weight is not None and not all(w >= 0 and w < math.inf for w in weights):
+    if not all(w >= 0 and w < math.inf for w in weights):
         raise ValueError(
             f"{function}: matched_weight and unmatched_weight must be finite and not negative, got "
             f"{matched_weight} and {unmatched_weight}; 0 leaves a part out."

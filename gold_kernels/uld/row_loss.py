@@ -111,6 +111,7 @@ class ULD(RowLoss):
             if teacher_logits is not None:
                 paired(student_logits, teacher_logits, grad_logits, chunk, weights)
             else:
+                assert after is not None, "logits that the caller holds are all paired"
                 after(student_logits, grad_logits, chunk, weights)
 
         return row_function
@@ -151,6 +152,7 @@ class ULD(RowLoss):
         labels.
         """
         token_rows_ = row_functions(rows.backend)[1]
+        assert rows.student is not None and rows.teacher is not None, "rows of heads"
         num_groups = rows.teacher.num_rows
         ids, groups = _tokens_after_groups(rows.student, num_groups, self.student_scalars)
 
@@ -175,6 +177,7 @@ class ULD(RowLoss):
     def _log_scales(self, rows: Rows) -> list[Tensor] | None:  # (G,) of student and of teacher
         if self.student_scalars is None and self.teacher_scalars is None:
             return None
+        assert rows.student is not None and rows.teacher is not None, "scalar rows come from heads"
         scalars = self.student_scalars, self.teacher_scalars
         sides = zip((rows.student, rows.teacher), scalars, self.temperature, strict=True)
         num_groups = rows.teacher.num_rows
@@ -203,7 +206,9 @@ def _log_scale(
     weights = values.new_ones(index.shape[0], 2)
     token_rows_ = row_functions(rows.backend)[1]
 
-    def row_function(logits: Tensor, _: None, __: None, chunk: slice, weights: Tensor) -> None:
+    def row_function(
+        logits: Tensor, _: None, __: Tensor | None, chunk: slice, weights: Tensor
+    ) -> None:
         token_rows_(
             logits,
             None,
@@ -216,7 +221,7 @@ def _log_scale(
         )
 
     needs, limits = Needs(False, False, False), _without_scratch(rows.limits)
-    run_chunks(head._replace(index=index), None, weights, row_function, needs, limits)
+    run_chunks(head._replace(row_index=index), None, weights, row_function, needs, limits)
     # groups ascend: a segmented sum gives the same bits in every run, index_add would not
     offsets = torch.searchsorted(groups, torch.arange(num_groups + 1, device=groups.device))
     sums = torch.segment_reduce(-values[0], "sum", offsets=offsets, initial=0, unsafe=True)

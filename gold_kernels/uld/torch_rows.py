@@ -88,8 +88,8 @@ def _spans(log_spans: Sequence[Tensor], beta: float) -> tuple[Tensor, Tensor]:  
     """(c,) loss of the two outcomes span and no span, and its slope in log s."""
     smallest = torch.finfo(log_spans[0].dtype).tiny ** 0.5
     rests = [(-torch.expm1(side)).clamp_min(smallest).log() for side in log_spans]
-    outcomes = (torch.cat(pair, 1) for pair in zip(log_spans, rests, strict=True))
-    loss, pull = _matched(*outcomes, beta)
+    log_s, log_t = (torch.cat(pair, 1) for pair in zip(log_spans, rests, strict=True))
+    loss, pull = _matched(log_s, log_t, beta)
     return loss, pull[:, 0] - pull[:, 1] * (log_spans[0] - rests[0]).squeeze(1).exp()
 
 
@@ -144,15 +144,17 @@ def uld_rows_(
     step = max(1, BLOCK_ELEMENTS // max(student_logits.shape[1], teacher_logits.shape[1]))
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
+        scales: Sequence[Tensor | None]
         scales = (None, None) if log_scales is None else [side[rows] for side in log_scales]
         student = student_logits[rows].to(values.dtype)
         log_q = _log_probs(student, temperatures[0])
         log_p = _log_probs(teacher_logits[rows].to(values.dtype), temperatures[1])
         log_s, log_t = map(_scaled, (log_q, log_p), scales)
         matched, unmatched, pull = _pull(log_s, log_t, tables, options)
+        matched_entries: Sequence[Tensor | None] = (None, None) if tables is None else tables[2:]
         masses = [
             _mass(side, is_matched)
-            for side, is_matched in zip((log_q, log_p), (tables or [None] * 4)[2:], strict=True)
+            for side, is_matched in zip((log_q, log_p), matched_entries, strict=True)
         ]
         slope = pull.sum(-1)
         pull.addcmul_(log_q.exp(), slope.unsqueeze(-1), value=-1)
@@ -175,11 +177,12 @@ def uld_rows_(
             ]
         weight, hard_weight = weights[rows].unbind(1)
         is_live, is_hard = weight != 0, hard_weight != 0  # weight 0: may hold anything
+        live: list[Tensor | None]
         live = [matched_weight * matched + unmatched_weight * unmatched, None, matched, unmatched]
         live += [*masses, slope]
-        for index, value in enumerate(live):
+        for place, value in enumerate(live):
             if value is not None:
-                values[index, rows] = torch.where(is_live, value, 0)
+                values[place, rows] = torch.where(is_live, value, 0)
         grad = pull * (weight / temperatures[0]).unsqueeze(-1)
         grad = torch.where(is_live.unsqueeze(-1), grad, 0)
         if labels is not None:

@@ -24,7 +24,7 @@ def test_fake_gradients_have_shape_strides_and_dtype_of_real_ones(has_index, lay
     leaves = laid_out(7, 8, layout, dtype), laid_out(10, 8, layout, dtype)
     bias = torch.zeros(20, dtype=dtype)[::2]
     index = torch.arange(7) if has_index else None
-    head = LinearHead(*leaves, bias, index=index)
+    head = LinearHead(*leaves, bias, row_index=index)
     needs = Needs(True, True, True)
     real = run_chunks(head, None, torch.ones(7).to(torch.float64), row_function, needs, Limits(3))
     for expected, fake in zip(real, empty_gradients(head[:3], needs), strict=True):
