@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-# What `make fast` runs: both losses on both backends against the oracle, alignment, collator,
+# What `make fast` runs: every loss on both backends against the oracle, alignment, collator,
 # configuration, and training steps against eager float64 ones, in one family and across two.
 FAST := \
 	tests/packaging/test_layout.py \
@@ -13,6 +13,7 @@ FAST := \
 	tests/jsd/test_linear_jsd.py::test_any_chunk_size_gives_the_same_answer \
 	tests/jsd/test_linear_jsd.py::test_metrics_are_those_of_the_oracle_and_carry_no_graph \
 	tests/jsd/test_linear_jsd.py::test_float64_passes_gradcheck \
+	tests/losses/test_formula_losses.py::test_loss_and_gradients_are_within_the_budget_of_eager \
 	tests/uld/test_reference_uld.py \
 	tests/uld/test_linear_uld.py::test_the_torch_backend_is_the_oracle \
 	tests/uld/test_linear_uld.py::test_16_bit_inputs_lose_what_their_gemms_lose \
