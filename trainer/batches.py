@@ -9,7 +9,7 @@ B sequences, L positions (L_s, L_t), N scored rows of a side (N_s, N_t), G align
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -27,6 +27,11 @@ class Example:
     images: list[Image.Image]
     completion_ids: list[int] | None
 
+    @property
+    def written_ids(self) -> list[int]:
+        assert self.completion_ids is not None, "a completion is written before it is scored"
+        return self.completion_ids
+
     def with_completion(self, completion_ids: list[int]) -> "Example":
         return replace(self, completion_ids=completion_ids)
 
@@ -39,8 +44,12 @@ class BatchAlignment:
     skip_reasons: list[str | None]  # of every completion; None for one that is distilled
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "BatchAlignment":
-        fields = (move(f) if isinstance(f, Tensor) else f for f in self.groups)
-        return BatchAlignment(TokenAlignment(*fields), self.skip_reasons)
+        tensors: dict[str, Any] = {
+            name: move(value)
+            for name, value in self.groups._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        return BatchAlignment(self.groups._replace(**tensors), self.skip_reasons)
 
 
 @dataclass

@@ -74,8 +74,10 @@ class GOLDCollator:
                 f"max_length={self.max_length} leaves no room for a completion; raise max_length "
                 "or make the pictures smaller."
             )
-        ids = None if completion_text is None else self._completion_ids(completion_text)[:room]
-        if ids is not None and not self.placeholder_ids.isdisjoint(ids):
+        if completion_text is None:
+            return Example(row.index, prompt_text, length, row.images, None)
+        ids = self._completion_ids(completion_text)[:room]
+        if not self.placeholder_ids.isdisjoint(ids):
             raise ValueError(
                 f"row {row.index}: a completion must be text, got a picture's placeholder in "
                 f"{completion_text[:80]!r}; remove it from the answer."
@@ -112,7 +114,7 @@ class GOLDCollator:
 
     def _template(self, row: Row, messages: Messages, *, add_generation_prompt: bool) -> str:
         try:
-            return self.processor.apply_chat_template(
+            text = self.processor.apply_chat_template(
                 [{**message, "content": self._content(message["content"])} for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
@@ -123,6 +125,8 @@ class GOLDCollator:
                 f"the turns {[message['role'] for message in messages]} ({error}); change the row, "
                 "or pass a processor with another template."
             ) from error
+        assert isinstance(text, str), "apply_chat_template tokenizes only where it is asked to"
+        return text
 
     def _content(self, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
         """Lists of parts for processors, strings for tokenizers: what their templates expect."""
@@ -195,7 +199,7 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
     )
     shape = prompts["input_ids"].shape
     prompt_lengths = prompts["attention_mask"].sum(1).tolist()
-    lengths = [p + len(e.completion_ids) for p, e in zip(prompt_lengths, examples, strict=True)]
+    lengths = [p + len(e.written_ids) for p, e in zip(prompt_lengths, examples, strict=True)]
     width, is_left = max(lengths), tokenizer.padding_side == "left"
     starts = [width - length if is_left else 0 for length in lengths]
 
@@ -212,8 +216,8 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
     scored = []
     for b, example in enumerate(examples):
         first = starts[b] + prompt_lengths[b]
-        completion = slice(first, first + len(example.completion_ids))
-        labels[b, completion] = torch.tensor(example.completion_ids, dtype=torch.int64)
+        completion = slice(first, first + len(example.written_ids))
+        labels[b, completion] = torch.tensor(example.written_ids, dtype=torch.int64)
         tensors["input_ids"][b, completion] = labels[b, completion]
         tensors["attention_mask"][b, completion] = 1
         # The causal shift, the only one: position l - 1 predicts the token at l.

@@ -30,6 +30,6 @@ def print_completions(
             str(example.index),
             str(len(example.images)),
             Text(example.prompt_text[-PROMPT_CHARACTERS:]),
-            Text(tokenizer.decode(example.completion_ids)),
+            Text(str(tokenizer.decode(example.written_ids))),
         )
     Console().print(table)

@@ -8,23 +8,27 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from gold_trainer.loss_config import LossFields
 from gold_trainer.uld_config import ULDFields
 
 
 @dataclass
-class GOLDConfig(ULDFields, TrainingArguments):
+class GOLDConfig(LossFields, ULDFields, TrainingArguments):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
-    Generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is forward KL(P || Q), beta =
-    1 reverse KL(Q || P) of teacher P and student Q. lmbda is the share of on-policy micro-batches.
-    With use_uld_loss teacher and student may have different tokenizers: see ULDFields.
+    The default loss is the generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is
+    forward KL(P || Q), beta = 1 reverse KL(Q || P) of teacher P and student Q. LossFields has the
+    fields of the loss. With use_uld_loss teacher and student may have different tokenizers, and
+    ULDFields has its fields. lmbda is the share of on-policy micro-batches, whose completions the
+    student writes.
     """
 
-    _VALID_DICT_FIELDS = (
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # a field of the dataclass if it were annotated
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "teacher_model_init_kwargs",
-    )
+        "loss_kwargs",
+    ]
 
     learning_rate: float = field(
         default=1e-7, metadata={"help": "Initial learning rate of the optimizer."}
@@ -60,12 +64,6 @@ class GOLDConfig(ULDFields, TrainingArguments):
     lmbda: float = field(
         default=0.5, metadata={"help": "Probability of a micro-batch to be on-policy, in [0, 1]."}
     )
-    beta: float = field(
-        default=0.5, metadata={"help": "0 is forward KL, 1 reverse KL, between them JSD."}
-    )
-    loss_temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits of both sides in the loss."}
-    )
     temperature: float = field(
         default=0.9, metadata={"help": "Sampling temperature of generated completions."}
     )
@@ -98,10 +96,6 @@ class GOLDConfig(ULDFields, TrainingArguments):
             "None computes it."
         },
     )
-    chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Rows of logits at a time in the loss; None: from a memory budget."},
-    )
     log_completions: bool = field(
         default=False, metadata={"help": "Print sample completions as a table."}
     )
@@ -117,17 +111,13 @@ class GOLDConfig(ULDFields, TrainingArguments):
         super().__post_init__()
 
     def _check(self) -> None:
-        for name in ("lmbda", "beta"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"GOLDConfig: {name} must be in [0, 1], got {value}; set {name}.")
-        for name in ("temperature", "loss_temperature"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be positive and finite, got {value}; 1.0 leaves the "
-                    "logits as they are."
-                )
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"GOLDConfig: lmbda must be in [0, 1], got {self.lmbda}; set lmbda.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"GOLDConfig: temperature must be positive and finite, got {self.temperature}; 1.0 "
+                "leaves the logits as they are."
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(
                 f"GOLDConfig: top_p must be in (0, 1], got {self.top_p}; 1.0 turns it off."
@@ -137,13 +127,15 @@ class GOLDConfig(ULDFields, TrainingArguments):
                 "GOLDConfig: seq_kd must be False where every micro-batch is on-policy, got True "
                 "and lmbda=1.0; the teacher writes completions of off-policy ones: lower lmbda."
             )
+        self.check_loss(is_across=self.use_uld_loss)
         self.check_uld()
-        if self.uld_distillation_weight == 0 and self.lmbda == 1:
-            raise ValueError(
-                "GOLDConfig: uld_distillation_weight must be above 0 where every micro-batch is "
-                "on-policy, got 0 and lmbda=1.0; cross-entropy is for completions that the student "
-                "did not write: lower lmbda."
-            )
+        for name in ("distillation_weight", "uld_distillation_weight"):
+            if getattr(self, name) == 0 and self.lmbda == 1:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be above 0 where every micro-batch is on-policy, got "
+                    "0 and lmbda=1.0; cross-entropy is for completions that the student did not "
+                    "write: lower lmbda."
+                )
         self._check_init_kwargs()
         self._check_counts()
         self._check_generations()
@@ -230,12 +222,12 @@ class GOLDConfig(ULDFields, TrainingArguments):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"GOLDConfig: {name} must be at least 1, got {value}; raise it.")
-        for name in ("chunk_size", "num_completions_to_print"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be None or at least 1, got {value}; None chooses it."
-                )
+        limit = self.num_completions_to_print
+        if limit is not None and limit < 1:
+            raise ValueError(
+                f"GOLDConfig: num_completions_to_print must be None or at least 1, got {limit}; "
+                "None prints all."
+            )
         if self.max_length is not None and self.max_completion_length >= self.max_length:
             raise ValueError(
                 "GOLDConfig: max_completion_length must be below max_length, got "

@@ -23,6 +23,9 @@ from gold_trainer import models
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 
+# Arguments of from_pretrained; a config's are a dict from the moment that it is made, as a command
+# line's JSON is read then.
+InitKwargs = dict[str, Any] | str | None
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder")
 
 
@@ -50,20 +53,19 @@ def load_student(model: PreTrainedModel | str, args: GOLDConfig, peft_config: An
     """The student, with its adapter if there is one."""
     if isinstance(model, str):
         # In the bfloat16 of most checkpoints small updates would be lost.
-        init_kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+        init_kwargs = {"dtype": torch.float32, **_as_dict(args.model_init_kwargs)}
         model = load_model(model, init_kwargs)
-    if peft_config is not None:
-        model = add_adapter(model, peft_config)
-    models.check_trained(model)
+    student = model if peft_config is None else add_adapter(model, peft_config)
+    models.check_trained(student)
     if args.disable_dropout:
-        disable_dropout(model)
-    return model
+        disable_dropout(student)
+    return student
 
 
 def config_of(
     model: PreTrainedModel | str,
     side: str,
-    init_kwargs: dict[str, Any] | None,
+    init_kwargs: InitKwargs,
     revision: str | None = None,
 ) -> PretrainedConfig:
     if not isinstance(model, str):
@@ -81,7 +83,7 @@ def config_of(
     return config
 
 
-def load_processor(config: PretrainedConfig, init_kwargs: dict[str, Any] | None) -> Processor:
+def load_processor(config: PretrainedConfig, init_kwargs: InitKwargs) -> Processor:
     if not config.name_or_path:
         raise ValueError(
             "GOLDTrainer: processing_class is expected for a student that was not loaded from a "
@@ -92,25 +94,30 @@ def load_processor(config: PretrainedConfig, init_kwargs: dict[str, Any] | None)
 
 
 def load_config(
-    name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
+    name_or_path: str, init_kwargs: InitKwargs, revision: str | None = None
 ) -> PretrainedConfig:
     """The config alone, so that a pair is checked before its weights are read."""
     return AutoConfig.from_pretrained(name_or_path, **hub_options(init_kwargs, revision))
 
 
-def hub_options(init_kwargs: dict[str, Any] | None, revision: str | None = None) -> dict[str, Any]:
+def _as_dict(init_kwargs: InitKwargs) -> dict[str, Any]:
+    assert not isinstance(init_kwargs, str), "TrainingArguments reads the JSON"
+    return init_kwargs or {}
+
+
+def hub_options(init_kwargs: InitKwargs, revision: str | None = None) -> dict[str, Any]:
     """What config, tokenizer and processor share with the weights of from_pretrained."""
-    options = {key: value for key, value in (init_kwargs or {}).items() if key in HUB_OPTIONS}
+    options = {key: value for key, value in _as_dict(init_kwargs).items() if key in HUB_OPTIONS}
     return options if revision is None else {**options, "revision": revision}
 
 
 def load_model(
-    name_or_path: str, init_kwargs: dict[str, Any] | None, revision: str | None = None
+    name_or_path: str, init_kwargs: InitKwargs, revision: str | None = None
 ) -> PreTrainedModel:
     """A vision-language or text model by folder or hub id, as its config says."""
     is_vlm = models.is_vision_language(load_config(name_or_path, init_kwargs, revision))
     auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    options = {**(init_kwargs or {}), **hub_options(init_kwargs, revision)}
+    options = {**_as_dict(init_kwargs), **hub_options(init_kwargs, revision)}
     try:
         return auto_class.from_pretrained(name_or_path, **options)
     except TypeError as error:  # an argument that neither from_pretrained nor the model knows
@@ -126,8 +133,9 @@ def teacher_source(
     """Folder or hub id of the teacher's processor, "" where nothing says it, and its options."""
     if args.teacher_tokenizer_name_or_path is not None:
         return args.teacher_tokenizer_name_or_path, hub_options(args.teacher_model_init_kwargs)
-    name = teacher_model
-    if not isinstance(name, str):
+    if isinstance(teacher_model, str):
+        name = teacher_model
+    else:
         name = models.base_model(teacher_model).config.name_or_path
     return name, hub_options(args.teacher_model_init_kwargs, args.teacher_model_revision)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.utils import ModelOutput
 
 # Config field -> exponent of its value in the factor that logits are multiplied with.
 SCALE_FIELDS = {
@@ -45,12 +44,14 @@ class LogitForm:
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
     def check(self, x: Tensor, actual: Tensor) -> None:
-        """Once, on what the model made of x: no other form passes unnoticed."""
+        """Once, on what the model made of x, so that no other form goes unnoticed."""
         if self.is_checked:
             return
-        options = {"rtol": 8 * torch.finfo(x.dtype).eps, "atol": 0.0, "equal_nan": True}
+        rtol = 8 * torch.finfo(x.dtype).eps
         expected, actual = self(x.detach().float()), actual.detach().float().to(x.device)
-        if actual.shape != x.shape or not torch.allclose(actual, expected, **options):
+        if actual.shape != x.shape or not torch.allclose(
+            actual, expected, rtol=rtol, atol=0.0, equal_nan=True
+        ):
             raise ValueError(
                 f"GOLDTrainer: the {self.side}'s logits must be softcap(scale * (hidden weight^T + "
                 f"bias)) with scale={self.scale} and softcap={self.softcap} from its config, got "
@@ -77,7 +78,7 @@ def head_replaced(
         results.append(function(hidden))
         return results[-1]
 
-    def undo_form(_model: nn.Module, _args: Any, output: ModelOutput) -> None:
+    def undo_form(_model: nn.Module, _args: Any, output: Any) -> None:
         result = results.pop()
         form.check(result, output.logits)
         output.logits = result.to(output.logits.device)  # where a dispatched model returns it

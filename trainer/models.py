@@ -1,6 +1,7 @@
 """What a model is: its modality, its adapter, its head; and which models cannot be trained with."""
 
 import re
+from typing import Any
 
 from torch import nn
 from transformers import (
@@ -28,7 +29,7 @@ def placeholder_ids_of(config: PretrainedConfig) -> list[int]:
     )
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: nn.Module) -> Any:  # a PreTrainedModel, once check_decoder has seen it
     """The transformers model below an adapter."""
     if is_peft_available():
         from peft import PeftModel
@@ -39,10 +40,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def check_decoder(model: nn.Module, side: str) -> None:
-    if has_adapter(model) and model.active_peft_config.is_prompt_learning:
+    adapter: Any = model.active_peft_config if has_adapter(model) else None
+    if adapter is not None and adapter.is_prompt_learning:
         raise ValueError(
             f"GOLDTrainer: the {side}'s adapter must change weights, got the prompt learning "
-            f"{type(model.active_peft_config).__name__}, whose virtual tokens shift all positions; "
+            f"{type(adapter).__name__}, whose virtual tokens shift all positions; "
             "use LoraConfig."
         )
     base = base_model(model)

@@ -157,7 +157,7 @@ class PairCollator:
         """The batch with these examples of the student, sampled or known."""
         sides = zip(examples, batch.teacher_examples, strict=True)
         pairs = [
-            self.pairs.from_student(e.completion_ids, _room(self.teacher, t), e.index)
+            self.pairs.from_student(e.written_ids, _room(self.teacher, t), e.index)
             for e, t in sides
         ]
         return _joined(batch, pairs)
@@ -166,7 +166,7 @@ class PairCollator:
         """The batch with these examples of the teacher, which it has completed."""
         sides = zip(batch.examples, examples, strict=True)
         pairs = [
-            self.pairs.from_teacher(t.completion_ids, _room(self.student, e), e.index)
+            self.pairs.from_teacher(t.written_ids, _room(self.student, e), e.index)
             for e, t in sides
         ]
         return _joined(batch, pairs)

@@ -16,7 +16,7 @@ B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,28 +36,32 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import Row, as_rows
 from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.metrics import MetricWindow
-from gold_trainer.objectives import choose_objective
+from gold_trainer.objectives import Objective, choose_objective
 from gold_trainer.sides import Side
 from gold_trainer.teachers import make_teacher
 from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
-from gold_trainer.writers import LocalWriter
+from gold_trainer.writers import LocalWriter, Writer
 
 
 class GOLDTrainer(Trainer):
-    """Trains `model` towards `teacher_model` with the generalized JSD of fused_linear_jsd.
+    """Trains `model` towards `teacher_model`, by default with the generalized JSD of teacher P and
+    student Q:
 
         loss = sum over scored tokens of the global batch of JSD(P, Q) / their number
 
-    With use_uld_loss the two may have different tokenizers and processors, and the loss is that of
-    fused_linear_uld, a mean over groups of tokens (see ULDFields). The teacher's processor is
-    teacher_processing_class, else loaded from where the teacher was. A student with an adapter
-    needs no teacher_model: its own weights, without the adapter, then are the teacher.
+    args.loss names another loss (see LossFields). With use_uld_loss the two may have different
+    tokenizers and processors; the loss is that of fused_linear_uld, a mean over groups of tokens
+    (see ULDFields). The teacher's processor then is teacher_processing_class, else it is loaded
+    from where the teacher was. A student with an adapter needs no teacher_model: without one, the
+    weights below the adapter are the teacher.
 
     Models are objects, folders or hub ids; both vision-language or both text-only. Datasets are
     map-style, with rows of `messages`, or `prompt` and `completion`, and `image` or `images`. Loss
-    and gradients do not depend on how the global batch is split into micro-batches
-    and ranks. compute_metrics needs logits, which never exist here, and is refused.
+    and gradients do not depend on how the global batch is split into micro-batches and ranks.
+    compute_metrics needs logits, which never exist here, and is refused.
     """
+
+    args: GOLDConfig
 
     def __init__(
         self,
@@ -65,7 +69,7 @@ class GOLDTrainer(Trainer):
         model: PreTrainedModel | str,
         teacher_model: PreTrainedModel | str | None = None,
         args: GOLDConfig | None = None,
-        data_collator: Callable[[list[Row]], WindowBatch] | None = None,
+        data_collator: Callable[[list[Row]], Any] | None = None,  # makes WindowBatches
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Processor | None = None,
@@ -96,16 +100,17 @@ class GOLDTrainer(Trainer):
         eval_dataset = self._as_rows(eval_dataset, not args.seq_kd)
 
         set_seed(args.seed)  # of a new adapter
-        model = loading.load_student(model, args, peft_config)
-        self.student = Side.of(model, "student", processing_class, args)
-        self.teacher = make_teacher(teacher_model, model, teacher_processing_class, args)
-        self.objective = objective_kind(args, self.student, self.teacher.side)
+        student = loading.load_student(model, args, peft_config)
+        self.student = Side.of(student, "student", processing_class, args)
+        self.teacher = make_teacher(teacher_model, student, teacher_processing_class, args)
+        self.objective: Objective = objective_kind(args, self.student, self.teacher.side)
+        own_collator: Callable[[list[Row]], Any] = self.objective.collator
         refusals.adapt_to_devices(args, is_vlm=not self.is_text)
 
         super().__init__(
-            model=model,
+            model=student,
             args=args,
-            data_collator=data_collator or self.objective.collator,
+            data_collator=data_collator or own_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -116,10 +121,11 @@ class GOLDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
         self.teacher.place(self.accelerator.device)
-        models_of = {"student": self._student_writing, "teacher": self.teacher.writing}
-        writers = {
-            name: LocalWriter(writing, self.objective.collators[name], args)
-            for name, writing in models_of.items()
+        # The module itself, not the trainer: a cycle would keep DDP alive until the process exits.
+        writing = {"student": lambda: nullcontext(student), "teacher": self.teacher.writing}
+        writers: dict[str, Writer] = {
+            name: LocalWriter(writing[name], collator, args)
+            for name, collator in self.objective.collators.items()
         }
         self.rollouts = Rollouts(args, self.objective, writers, tokenizer_of(processing_class))
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
@@ -127,9 +133,6 @@ class GOLDTrainer(Trainer):
     @property
     def teacher_model(self) -> nn.Module | None:
         return self.teacher.model
-
-    def _student_writing(self) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self.accelerator.unwrap_model(self.model))
 
     def _as_rows(self, dataset: Any, needs_completion: bool) -> Any:
         return as_rows(dataset, needs_completion=needs_completion, is_text=self.is_text)
@@ -142,12 +145,13 @@ class GOLDTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return super().get_test_dataloader(self._as_rows(test_dataset, not self.args.seq_kd))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """With num_generations > 1 rows come as RepeatSampler has them."""
         if self.args.num_generations == 1:
             return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return RepeatSampler(
-            len(self.train_dataset if train_dataset is None else train_dataset),
+            len(rows),
             self.args,
             num_windows=self.get_total_train_batch_size(self.args) // window_rows(self.args),
             epoch=lambda: int(self.state.epoch or 0),
@@ -170,7 +174,9 @@ class GOLDTrainer(Trainer):
         num_items = [torch.full((), count, device=device) for count in counts]
         return batches, self.accelerator.reduce(torch.stack(num_items).float(), reduction="sum")
 
-    def _prepare_inputs(self, inputs: WindowBatch) -> MicroBatch:
+    # The Trainer takes a batch for a dict of tensors, hands it from method to method, and looks
+    # into it in the methods below only.
+    def _prepare_inputs(self, inputs: WindowBatch) -> MicroBatch:  # type: ignore[override]
         """Pictures and tokens become tensors here, one micro-batch at a time."""
         return self.objective.prepare(inputs, self._to_device)
 
@@ -181,7 +187,7 @@ class GOLDTrainer(Trainer):
         tensor = tensor.to(self.args.device, non_blocking=True)
         return self._prepare_input(tensor)  # DeepSpeed's dtype
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: MicroBatch,
@@ -214,7 +220,7 @@ class GOLDTrainer(Trainer):
             loss = model(**inputs.student.tensors, use_cache=False).logits
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: WindowBatch,
@@ -228,12 +234,18 @@ class GOLDTrainer(Trainer):
             place = f"{self.args.seed} eval {[example.index for example in inputs.examples]}"
             with self.accelerator.autocast():
                 (inputs,) = self.rollouts.write("teacher", [inputs], place)
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        assert isinstance(loss, Tensor), "outputs were not asked for"
+        return loss.detach(), None, None
 
     def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Metrics are means over the scored tokens of all rows, whatever the batch size; rows that
         are repeated to fill the last batches of several ranks count again.
@@ -241,12 +253,16 @@ class GOLDTrainer(Trainer):
         window, train_window = self.windows["eval"], self.windows["train"]
         window.reset()
         started = time.perf_counter()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         if self.accelerator.use_distributed and not (self.is_in_train or self.is_fsdp_enabled):
             # What is marked as prepared, here without DDP, train() leaves as it is: every rank
             # would learn from its own rows alone.
-            self.model._is_accelerate_prepared = False
+            model: Any = self.model
+            model._is_accelerate_prepared = False
         totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
+        assert output.metrics is not None, "evaluation_loop makes a dict"
         for name, value in window.means(totals).items():
             if name not in ("off_policy_loss", "tokens_per_second"):
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
@@ -263,6 +279,6 @@ class GOLDTrainer(Trainer):
             logs = {**logs, **means}
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: WindowBatch) -> int:
+    def floating_point_ops(self, inputs: WindowBatch) -> int:  # type: ignore[override]
         """Not counted: image tokens are unknown until the micro-batch is built."""
         return 0

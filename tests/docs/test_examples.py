@@ -45,7 +45,7 @@ def test_picture_of_the_method_is_drawn_from_the_record(tmp_path):
 
 def test_site_has_a_table_of_the_fields_of_the_config():
     module = load(ROOT / "docs" / "site_hooks.py")
-    table = module.fields_table(ROOT / "trainer" / "config.py")
+    table = module.fields_table(ROOT / "trainer" / "loss_config.py")
     assert "| `beta` | `0.5` |" in table
     page = (ROOT / "docs" / "reference" / "gold_trainer.md").read_text(encoding="utf-8")
     assert len(module.FIELDS.findall(page)) >= 3

@@ -3,6 +3,7 @@
 Written from the processors' own output, and without anything of trainer/.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -73,10 +74,16 @@ def eager_step(
     rows: list[dict[str, Any]],
     completions: list[list[int]],
     *,
-    beta: float,
+    beta: float = 0.5,
+    row_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    weights: tuple[float, float] = (1.0, 0.0),
     vocab_size: int | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Mean JSD over all completion tokens of the batch, and its gradient by parameter name."""
+    """Mean loss over all completion tokens of the batch, and its gradient by parameter name.
+
+    The loss is row_loss of student's and teacher's logits, else the JSD; weights are those of the
+    loss and of the cross-entropy.
+    """
     student, teacher = deepcopy(student).double(), deepcopy(teacher).double()
     num_items = sum(map(len, completions))
     total = 0.0
@@ -85,7 +92,14 @@ def eager_step(
         with torch.no_grad():
             teacher_logits = scored_logits(teacher, inputs, completion_ids)[:, :vocab_size]
         student_logits = scored_logits(student, inputs, completion_ids)[:, :vocab_size]
-        loss = jsd_rows(student_logits, teacher_logits, beta=beta).sum() / num_items
+        if row_loss is None:
+            loss_rows = jsd_rows(student_logits, teacher_logits, beta=beta)
+        else:
+            loss_rows = row_loss(student_logits, teacher_logits)
+        crossentropy = torch.nn.functional.cross_entropy(
+            student_logits, torch.tensor(completion_ids), reduction="sum"
+        )
+        loss = (weights[0] * loss_rows.sum() + weights[1] * crossentropy) / num_items
         loss.backward()
         total += loss.item()
     gradients = {

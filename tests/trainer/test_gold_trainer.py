@@ -4,14 +4,16 @@ completion rows in it, and what is logged about it.
 That they equal the eager float64 step of full logits is held for every family in test_families.py.
 """
 
+import gc
 import math
+import weakref
 
 import datasets
 import pytest
 import torch
 
-import gold_kernels.engine.linear
-from gold_kernels import fused_linear_jsd
+from gold_kernels import fused_linear_loss
+from gold_kernels.engine import linear
 from gold_trainer.objectives import same_vocabulary
 from support.eager_step import completion_of
 from support.tiny_models import tiny, tiny_rows
@@ -30,11 +32,11 @@ def calls(monkeypatch):
     """Arguments of every call of the loss."""
     seen = []
 
-    def record(student_hidden, *args, **options):
-        seen.append((student_hidden, *args, options))
-        return fused_linear_jsd(student_hidden, *args, **options)
+    def record(*args, **options):
+        seen.append((*args, options))
+        return fused_linear_loss(*args, **options)
 
-    monkeypatch.setattr(same_vocabulary, "fused_linear_jsd", record)
+    monkeypatch.setattr(same_vocabulary, "fused_linear_loss", record)
     return seen
 
 
@@ -94,7 +96,7 @@ def test_only_completion_rows_reach_the_loss(calls, tmp_path):
     trainer.train()
     _, processor = tiny("qwen3_vl")
     num_scored = sum(len(completion_of("qwen3_vl", processor, row)) for row in ROWS)
-    ((student_hidden, _, teacher_hidden, _, row_weights, _),) = calls
+    ((_, student_hidden, _, teacher_hidden, _, row_weights, _),) = calls
     assert student_hidden.shape == (num_scored, 64)
     assert teacher_hidden.shape == (num_scored, 128)
     assert not teacher_hidden.requires_grad
@@ -103,8 +105,8 @@ def test_only_completion_rows_reach_the_loss(calls, tmp_path):
 
 def test_loss_has_its_own_temperature(calls, tmp_path):
     make_trainer(tmp_path, ROWS, temperature=0.5, loss_temperature=2.0, beta=0.25).train()
-    options = calls[0][-1]
-    assert (options["temperature"], options["beta"]) == (2.0, 0.25)
+    row_loss = calls[0][0]
+    assert (row_loss.temperature, row_loss.beta) == (2.0, 0.25)
 
 
 def test_head_is_itself_again_after_a_step_and_after_an_error(tmp_path, monkeypatch):
@@ -117,10 +119,24 @@ def test_head_is_itself_again_after_a_step_and_after_an_error(tmp_path, monkeypa
     def fail(*args, **options):
         raise RuntimeError("no loss today")
 
-    monkeypatch.setattr(same_vocabulary, "fused_linear_jsd", fail)
+    monkeypatch.setattr(same_vocabulary, "fused_linear_loss", fail)
     with pytest.raises(RuntimeError, match="no loss today"):
         make_trainer(tmp_path, ROWS, student=trainer.model).train()
     assert trainer.model(input_ids=ids).logits.ndim == 3
+
+
+def test_trainer_and_models_are_freed_when_they_are_let_go_of(tmp_path):
+    """Without the cycle collector: what lives until the process exits holds its process group."""
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = make_trainer(tmp_path, ROWS, lmbda=1.0)
+        trainer.train()
+        references = [weakref.ref(part) for part in (trainer, trainer.model, trainer.teacher_model)]
+        del trainer
+        assert [reference() for reference in references] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_teacher_stays_as_it_was(tmp_path):
@@ -175,15 +191,14 @@ def test_lora_trains_only_the_adapter_and_equals_the_whole_gradient(tmp_path):
 def test_bf16_autocast_is_close_to_float32(whole_batch, tmp_path, monkeypatch):
     """Norms give float32 hidden states under autocast: the loss casts them, as an lm_head does."""
     dtypes = []
-    operator = gold_kernels.engine.linear._linear_loss_operator
+    run_chunks = linear.run_chunks
 
-    def record(*leaves, teacher_hidden, teacher_weight, **others):
-        dtypes.extend(tensor.dtype for tensor in (*leaves[:2], teacher_hidden, teacher_weight))
-        return operator(
-            *leaves, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, **others
-        )
+    def record(student, teacher, *args, **options):
+        tensors = (student.hidden, student.weight, teacher.hidden, teacher.weight)
+        dtypes.extend(tensor.dtype for tensor in tensors)
+        return run_chunks(student, teacher, *args, **options)
 
-    monkeypatch.setattr(gold_kernels.engine.linear, "_linear_loss_operator", record)
+    monkeypatch.setattr(linear, "run_chunks", record)
     loss, gradients = one_step(tmp_path, ROWS, per_device_train_batch_size=8, bf16=True)
     assert dtypes == [torch.bfloat16] * 4
     assert loss == pytest.approx(whole_batch[0], rel=2e-2)

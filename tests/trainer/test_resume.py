@@ -52,7 +52,7 @@ def test_resumed_adapter_with_dropout_is_the_uninterrupted_one(tmp_path):
 def test_crash_in_a_step_leaves_the_last_checkpoint_to_resume_from(tmp_path, monkeypatch):
     """The second micro-batch of the fourth step fails; the third was not saved."""
     whole = run(tmp_path / "whole", lmbda=0.5)
-    loss, calls = same_vocabulary.fused_linear_jsd, []
+    loss, calls = same_vocabulary.fused_linear_loss, []
 
     def fail_late(*args, **options):
         calls.append(args)
@@ -61,7 +61,7 @@ def test_crash_in_a_step_leaves_the_last_checkpoint_to_resume_from(tmp_path, mon
         return loss(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(same_vocabulary, "fused_linear_jsd", fail_late)
+        patch.setattr(same_vocabulary, "fused_linear_loss", fail_late)
         with pytest.raises(RuntimeError, match="out of memory"):
             run(tmp_path, lmbda=0.5, **SAVING)
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]

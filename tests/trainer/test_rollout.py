@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from gold_kernels import fused_linear_jsd
+from gold_kernels import fused_linear_loss
 from gold_trainer import GOLDTrainer, collator
 from gold_trainer.batches import Example
 from gold_trainer.collator import process_prompts, token_ids_of, tokenizer_of
@@ -46,11 +46,11 @@ def scored(monkeypatch):
 def rows_of_the_loss(monkeypatch):
     counts = []
 
-    def record(student_hidden, *args, **options):
+    def record(loss, student_hidden, *args, **options):
         counts.append(student_hidden.shape[0])
-        return fused_linear_jsd(student_hidden, *args, **options)
+        return fused_linear_loss(loss, student_hidden, *args, **options)
 
-    monkeypatch.setattr(same_vocabulary, "fused_linear_jsd", record)
+    monkeypatch.setattr(same_vocabulary, "fused_linear_loss", record)
     return counts
 
 

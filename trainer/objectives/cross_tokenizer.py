@@ -5,14 +5,13 @@ group: a minimal run of student tokens and one of teacher tokens that end at a c
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from gold_kernels import VocabOverlap, fused_linear_uld
+from gold_kernels import ULDMetrics, VocabOverlap, fused_linear_uld
 from gold_trainer import loading, models
-from gold_trainer.batches import Example, MicroBatch, WindowBatch
+from gold_trainer.batches import BatchAlignment, Example, MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives.objective import Objective, common_options
@@ -27,7 +26,8 @@ class CrossTokenizer(Objective):
     """Plain, extended or hybrid ULD of fused_linear_uld; see ULDFields."""
 
     counts = ("labels", "groups", "scored_bytes", "completion_bytes", *SKIPS)
-    sums = ("loss", *MATCHED, "crossentropy")
+    sums = ULDMetrics._fields
+    collator: PairCollator
 
     def __init__(self, args: GOLDConfig, student: Side, teacher: Side) -> None:
         pairs = CompletionPairs(args, student.collator, teacher.collator)
@@ -84,17 +84,16 @@ class CrossTokenizer(Objective):
         return self.collator.with_teacher_completions(batch, examples)
 
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
-        sides = [
-            build_side(collator.processor, examples, to_device)
-            for collator, examples in (
-                (self.collator.student, batch.examples),
-                (self.collator.teacher, batch.teacher_examples),
-            )
-        ]
-        return MicroBatch(*sides, batch.is_on_policy, batch.alignment.to(to_device))
+        student, teacher = self.collator.student.processor, self.collator.teacher.processor
+        return MicroBatch(
+            build_side(student, batch.examples, to_device),
+            build_side(teacher, batch.teacher_examples, to_device),
+            batch.is_on_policy,
+            alignment_of(batch).to(to_device),
+        )
 
     def num_units(self, batches: list[WindowBatch]) -> int:
-        return sum(batch.alignment.groups.num_groups for batch in batches)
+        return sum(alignment_of(batch).groups.num_groups for batch in batches)
 
     def loss(
         self,
@@ -105,12 +104,9 @@ class CrossTokenizer(Objective):
         batch: MicroBatch,
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        alignment = batch.alignment.groups
+        alignment = alignment_of(batch).groups
         sizes = alignment.num_groups, student_hidden.shape[0]
         weights = self.term_weights(item_weights, *sizes, student_hidden.device)
-        hard: dict[str, Any] = {}
-        if self.has_labels(batch):
-            hard = {"labels": batch.student.labels, "label_weights": weights[1]}
         loss, metrics = fused_linear_uld(
             student_hidden,
             student_head.weight,
@@ -120,18 +116,15 @@ class CrossTokenizer(Objective):
             alignment=alignment,
             student_bias=student_head.bias,
             teacher_bias=teacher_head.bias,
-            **hard,
+            return_metrics=True,
+            **self.label_options(batch, weights[1]),
             **self.options,
         )
-        sums = {name: value.sum() for name, value in metrics._asdict().items() if value is not None}
-        if hard:  # summed over labels
-            uld = weights[0][:1].sum() * sums["loss"]
-            weight = weights[1][:1].sum().clamp_min(1e-30)
-            sums["crossentropy"] = (loss.detach() - uld) / weight
-        return loss, sums
+        values = metrics._asdict().items()
+        return loss, {name: value.sum() for name, value in values if value is not None}
 
     def batch_counts(self, batch: MicroBatch) -> dict[str, int]:
-        groups, reasons = batch.alignment.groups, batch.alignment.skip_reasons
+        groups, reasons = alignment_of(batch).groups, alignment_of(batch).skip_reasons
         return {
             "tokens": groups.num_student_rows,
             "completions": batch.num_completions,
@@ -146,15 +139,19 @@ class CrossTokenizer(Objective):
         """Means over groups, tokens, labels or bytes, as each name says; skips are counts."""
         num_groups, num_tokens = max(totals["groups"], 1), max(totals["tokens"], 1)
         uld_loss = totals["loss"] / num_groups
-        crossentropy = totals["crossentropy"] / max(totals["labels"], 1)
         result = {
-            "loss": self.distillation_weight * uld_loss + self.crossentropy_weight * crossentropy,
-            "uld_loss": uld_loss,
             "groups_per_token": totals["groups"] / num_tokens,
             "scored_bytes": totals["scored_bytes"] / max(totals["completion_bytes"], 1),
+            **{name: totals[name] for name in SKIPS},
+            **self.loss_means("uld_loss", uld_loss, totals),
         }
-        if self.crossentropy_weight:
-            result["crossentropy"] = crossentropy
-        if self.overlap is not None:
-            result |= {name: totals[name] / num_groups for name in MATCHED}
-        return result | {name: totals[name] for name in SKIPS}
+        if self.distillation_weight:
+            result["uld_loss"] = uld_loss
+            if self.overlap is not None:
+                result |= {name: totals[name] / num_groups for name in MATCHED}
+        return result
+
+
+def alignment_of(batch: WindowBatch | MicroBatch) -> BatchAlignment:
+    assert batch.alignment is not None, "both sides' completions are aligned before they are scored"
+    return batch.alignment

@@ -17,6 +17,8 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import Row
 from gold_trainer.sides import Side
 
+CROSS_ENTROPY = "cross_entropy"  # name of its sum, as the fused losses return it
+
 
 class Objective(ABC):
     """A loss over units, and a cross-entropy over labels:
@@ -96,12 +98,31 @@ class Objective(ABC):
     def num_items(self, batches: list[WindowBatch]) -> list[int]:
         """Units and labels of the batches."""
         off_policy = [batch for batch in batches if not batch.is_on_policy]
-        labels = sum(len(e.completion_ids) for batch in off_policy for e in batch.examples)
-        return [self.num_units(batches), labels]
+        return [self.num_units(batches), count_tokens(off_policy)]
 
     def has_labels(self, batch: MicroBatch) -> bool:
         """Whether the cross-entropy is part of this batch's loss."""
         return self.crossentropy_weight > 0 and not batch.is_on_policy
+
+    def label_options(self, batch: MicroBatch, label_weights: Tensor) -> dict[str, Any]:
+        """Of a fused loss that has a cross-entropy in this batch."""
+        if not self.has_labels(batch):
+            return {}
+        return {"labels": batch.student.labels, "label_weights": label_weights}
+
+    def loss_means(self, name: str, unit_mean: float, totals: dict[str, float]) -> dict[str, float]:
+        """The loss for the log and, where a cross-entropy is part of it, its two parts.
+
+        A part of weight 0 is not computed and not logged.
+        """
+        result = {"loss": self.distillation_weight * unit_mean}
+        if self.crossentropy_weight:
+            crossentropy = totals[CROSS_ENTROPY] / max(totals["labels"], 1)
+            result["loss"] += self.crossentropy_weight * crossentropy
+            result["crossentropy"] = crossentropy
+            if self.distillation_weight:
+                result[name] = unit_mean
+        return result
 
     def term_weights(
         self, item_weights: Tensor | None, num_units: int, num_labels: int, device: torch.device
@@ -117,12 +138,22 @@ class Objective(ABC):
         )
 
 
+def count_tokens(batches: list[WindowBatch]) -> int:
+    """Of the student's completions."""
+    return sum(len(example.written_ids) for batch in batches for example in batch.examples)
+
+
 def common_options(args: GOLDConfig, student: Side, teacher: Side) -> dict[str, Any]:
     """Options of every fused loss: how its logits are made and what memory they take."""
     forms = student.form, teacher.form
-    return {
-        "chunk_size": args.chunk_size,
+    options: dict[str, Any] = {
         "logit_scale": tuple(form.scale for form in forms),
         "final_logit_softcapping": tuple(form.softcap for form in forms),
-        "return_metrics": True,
+        "chunk_size": args.chunk_size,
+        "backend": args.loss_backend,
     }
+    if args.loss_budget_mib is not None:
+        options["budget_bytes"] = int(args.loss_budget_mib * 2**20)
+    if args.logits_dtype == "bfloat16":  # None keeps float32, and float64 for float64 models
+        options["logits_dtype"] = torch.bfloat16
+    return options

@@ -9,30 +9,37 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gold_kernels import JSDMetrics, fused_linear_jsd
+from gold_kernels import fused_linear_loss
+from gold_kernels.losses import make_loss
 from gold_trainer import loading, models
 from gold_trainer.batches import Example, MicroBatch, WindowBatch
-from gold_trainer.collator import Processor, build_side
+from gold_trainer.collator import GOLDCollator, Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import one_family
-from gold_trainer.objectives.objective import Objective, common_options
+from gold_trainer.objectives.objective import (
+    CROSS_ENTROPY,
+    Objective,
+    common_options,
+    count_tokens,
+)
 from gold_trainer.sides import Side
 
 
 class SameVocabulary(Objective):
-    """Generalized JSD of fused_linear_jsd."""
+    """Any loss of gold_kernels.losses, by name."""
 
-    counts = ()
+    counts = ("labels",)
+    collator: GOLDCollator
 
     def __init__(self, args: GOLDConfig, student: Side, teacher: Side) -> None:
         self.collator = student.collator
         self.collators = {"student": self.collator, "teacher": self.collator}
-        self.distillation_weight, self.crossentropy_weight = 1.0, 0.0
-        self.sums = JSDMetrics._fields
+        self.distillation_weight = args.distillation_weight
+        self.crossentropy_weight = args.crossentropy_weight
+        self.row_loss = make_loss(args.loss, **args.loss_numbers)
+        self.sums = self.row_loss.value_names
         self.options = {
             **common_options(args, student, teacher),
-            "beta": args.beta,
-            "temperature": args.loss_temperature,
             "vocab_size": one_family.shared_vocab_size(
                 student.head,
                 teacher.head,
@@ -73,7 +80,7 @@ class SameVocabulary(Objective):
         return MicroBatch(side, side, batch.is_on_policy)
 
     def num_units(self, batches: list[WindowBatch]) -> int:
-        return sum(len(e.completion_ids) for batch in batches for e in batch.examples)
+        return count_tokens(batches)
 
     def loss(
         self,
@@ -84,9 +91,10 @@ class SameVocabulary(Objective):
         batch: MicroBatch,
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        num_rows = student_hidden.shape[0]
-        row_weights, _ = self.term_weights(item_weights, num_rows, num_rows, student_hidden.device)
-        loss, metrics = fused_linear_jsd(
+        sizes = student_hidden.shape[0], student_hidden.shape[0]
+        row_weights, label_weights = self.term_weights(item_weights, *sizes, student_hidden.device)
+        loss, values = fused_linear_loss(
+            self.row_loss,
             student_hidden,
             student_head.weight,
             teacher_hidden,
@@ -94,14 +102,23 @@ class SameVocabulary(Objective):
             row_weights,
             student_bias=student_head.bias,
             teacher_bias=teacher_head.bias,
+            return_metrics=True,
+            **self.label_options(batch, label_weights),
             **self.options,
         )
-        given = {name: value for name, value in metrics._asdict().items() if value is not None}
-        return loss, {name: value.sum() for name, value in given.items()}
+        return loss, {name: value.sum() for name, value in values.items()}
 
     def batch_counts(self, batch: MicroBatch) -> dict[str, int]:
-        return {"tokens": len(batch.student.labels), "completions": batch.num_completions}
+        num_tokens = len(batch.student.labels)
+        return {
+            "tokens": num_tokens,
+            "completions": batch.num_completions,
+            "labels": num_tokens if self.has_labels(batch) else 0,
+        }
 
     def means(self, totals: dict[str, float]) -> dict[str, float]:
-        """Means over scored tokens."""
-        return {name: totals[name] / max(totals["tokens"], 1) for name in self.sums}
+        """Means over scored tokens, of the cross-entropy over labels."""
+        values = {name: totals[name] / max(totals["tokens"], 1) for name in self.sums}
+        del values[CROSS_ENTROPY]
+        losses = self.loss_means(f"{self.row_loss.name}_loss", values["loss"], totals)
+        return values | losses if self.distillation_weight else losses

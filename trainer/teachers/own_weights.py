@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class OwnWeights(FrozenTeacher):
         """The student without its adapter and in eval mode. The end of the context restores both,
         and which parameters are trained.
         """
-        student = self.model
+        student: Any = self.model  # a PeftModel
         was_training = student.training
         needed_grad = [(p, p.requires_grad) for p in student.parameters()]
         student.eval()
@@ -45,7 +46,7 @@ class OwnWeights(FrozenTeacher):
                 parameter.requires_grad_(needs_grad)
 
 
-def check_only_adapter_is_trained(student: nn.Module) -> None:
+def check_only_adapter_is_trained(student: Any) -> None:  # a PeftModel
     """What the student trains must not change its teacher, nor the adapter's start its weights."""
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
     tuner = getattr(student.base_model, "prefix", "no prefix")  # lora_ in lora_A.default.weight

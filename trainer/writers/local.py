@@ -96,7 +96,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def generate_completions(
-    model: PreTrainedModel,
+    model: nn.Module,
     processor: Processor,
     examples: Sequence[Example],
     end_ids: Sequence[int],
@@ -105,8 +105,8 @@ def generate_completions(
     seed: int,
 ) -> list[Example]:
     """See Writer.complete."""
-    tokenizer, model = tokenizer_of(processor), base_model(model)
-    num_entries = model.get_output_embeddings().weight.shape[0]
+    tokenizer, base = tokenizer_of(processor), base_model(model)
+    num_entries = base.get_output_embeddings().weight.shape[0]
     never = [i for i in range(num_entries) if i not in token_ids]
     rooms = [
         args.max_completion_length
@@ -129,8 +129,8 @@ def generate_completions(
         processor, [e.prompt_text for e in examples], [e.images for e in examples]
     )
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-    with generation_mode(model), own_settings_hidden(model), seeded(seed, args.device):
-        output = model.generate(**inputs, generation_config=config)
+    with generation_mode(base), own_settings_hidden(base), seeded(seed, args.device):
+        output = base.generate(**inputs, generation_config=config)
     sampled = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [
         example.with_completion(until_end(ids[:room], end_ids))

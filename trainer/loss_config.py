@@ -1,0 +1,232 @@
+"""Fields of GOLDConfig for the loss: which one, its numbers, and what it may take of the device."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from gold_kernels.losses import LOSSES
+
+LOGITS_DTYPES = ("float32", "bfloat16")
+BACKENDS = ("triton", "torch")
+# Numbers of losses that have fields of their own, with the names that TRL users know.
+NUMBER_FIELDS = {
+    "beta": ("beta",),
+    "temperature": ("loss_temperature", "loss_teacher_temperature"),
+}
+WEIGHTS = ("distillation_weight", "crossentropy_weight")
+# Fields of losses over one vocabulary -> those of the loss across tokenizers.
+ACROSS = {
+    "crossentropy_weight": "uld_crossentropy_weight",
+    "distillation_weight": "uld_distillation_weight",
+    "loss_temperature": "uld_student_temperature and uld_teacher_temperature",
+    "loss_teacher_temperature": "uld_student_temperature and uld_teacher_temperature",
+    "loss": "uld_use_hybrid_loss, or leave it out",
+    "loss_kwargs": "the uld_ fields",
+}
+
+
+@dataclass
+class LossFields:
+    """The loss of a student and a teacher with one tokenizer:
+
+        loss = distillation_weight * mean over tokens of the loss by name
+             + crossentropy_weight * mean over tokens of off-policy completions of their CE
+
+    CE is the cross-entropy of a token at temperature 1. Both means are over the global batch. The
+    last four fields hold for the loss across tokenizers too; see ULDFields for its other fields.
+    """
+
+    loss: str = field(
+        default="jsd",
+        metadata={"help": f"Loss over one vocabulary: {', '.join(LOSSES)}."},
+    )
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Numbers of that loss which have no field of their own, as {"alpha": 0.2}.'
+        },
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "Of jsd and the hybrid loss: 0 is forward KL, 1 reverse KL, between them JSD."
+        },
+    )
+    loss_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits of both sides in the loss."}
+    )
+    loss_teacher_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Divides the teacher's logits instead; None: as loss_temperature."},
+    )
+    distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the loss."})
+    crossentropy_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross-entropy on completions that the student did not write."
+        },
+    )
+    chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Most rows of logits at a time; None: what the memory budget holds."},
+    )
+    loss_budget_mib: float | None = field(
+        default=None,
+        metadata={"help": "Extra memory of the loss in MiB; None: the library's 1024."},
+    )
+    logits_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type of the logits. bfloat16 is faster, and wrong where the student is close "
+            "to the teacher.",
+            "choices": LOGITS_DTYPES,
+        },
+    )
+    loss_backend: str | None = field(
+        default=None,
+        metadata={"help": "triton or torch; None: the one that fits the device."},
+    )
+
+    @property
+    def loss_numbers(self) -> dict[str, Any]:
+        """The numbers of the loss, by its own names."""
+        names = numbers_of(self.loss)
+        assert not isinstance(self.loss_kwargs, str), "check_loss has read the JSON"
+        numbers = dict(self.loss_kwargs or {})
+        if "beta" in names:
+            numbers["beta"] = self.beta
+        if "temperature" in names:
+            numbers["temperature"] = self.loss_temperature
+            if self.loss_teacher_temperature is not None:
+                pair = self.loss_temperature, self.loss_teacher_temperature
+                numbers["temperature"] = pair
+        return numbers
+
+    def check_loss(self, *, is_across: bool) -> None:
+        """ValueError for what cannot be, and for fields that the loss would ignore."""
+        if isinstance(self.loss_kwargs, str):  # of a command line
+            self.loss_kwargs = _parsed(self.loss_kwargs)
+        self._check_numbers()
+        self._check_memory()
+        if is_across:
+            self._check_none_is_given()
+        else:
+            self._check_name()
+            self._check_kwargs()
+
+    def _check_numbers(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"GOLDConfig: beta must be in [0, 1], got {self.beta}; set beta.")
+        for name in ("loss_temperature", "loss_teacher_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be positive and finite, got {value}; 1.0 leaves the "
+                    "logits as they are."
+                )
+        for name in WEIGHTS:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be finite and not negative, got {value}; 0 leaves "
+                    "the part out."
+                )
+        if self.distillation_weight == self.crossentropy_weight == 0:
+            raise ValueError(
+                "GOLDConfig: distillation_weight or crossentropy_weight must be above 0, got 0 for "
+                "both; nothing would be learnt."
+            )
+
+    def _check_memory(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(
+                f"GOLDConfig: chunk_size must be None or at least 1, got {self.chunk_size}; None "
+                "chooses it."
+            )
+        if self.loss_budget_mib is not None and not 0 < self.loss_budget_mib < math.inf:
+            raise ValueError(
+                "GOLDConfig: loss_budget_mib must be None or positive and finite, got "
+                f"{self.loss_budget_mib}; None is 1024 MiB."
+            )
+        if self.logits_dtype not in LOGITS_DTYPES:
+            raise ValueError(
+                "GOLDConfig: logits_dtype must be 'float32' or 'bfloat16', got "
+                f"{self.logits_dtype!r}; 'float32' is the precise one."
+            )
+        if self.loss_backend not in (None, *BACKENDS):
+            raise ValueError(
+                "GOLDConfig: loss_backend must be None, 'triton' or 'torch', got "
+                f"{self.loss_backend!r}; None takes the one that fits the device."
+            )
+
+    def _check_none_is_given(self) -> None:
+        for name, remedy in ACROSS.items():
+            value, default = getattr(self, name), _default(name)
+            if value != default:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be {default!r} with use_uld_loss, got {value!r}; set "
+                    f"{remedy}."
+                )
+
+    def _check_name(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(
+                f"GOLDConfig: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}; set "
+                "use_uld_loss=True for the loss across tokenizers."
+            )
+        names = numbers_of(self.loss)
+        for number in (number for number in NUMBER_FIELDS if number not in names):
+            for name in NUMBER_FIELDS[number]:
+                value = getattr(self, name)
+                if value != _default(name):
+                    raise ValueError(
+                        f"GOLDConfig: {name} must be left out with loss={self.loss!r}, which has "
+                        f"no {number}, got {value}; its numbers are {_list(names)}."
+                    )
+
+    def _check_kwargs(self) -> None:
+        names = [name for name in numbers_of(self.loss) if name not in NUMBER_FIELDS]
+        if not isinstance(self.loss_kwargs, dict | None):
+            raise ValueError(
+                f"GOLDConfig: loss_kwargs must be a dict of numbers, got {self.loss_kwargs!r}; "
+                'write {"alpha": 0.2}.'
+            )
+        for name, value in (self.loss_kwargs or {}).items():
+            if name in NUMBER_FIELDS:
+                raise ValueError(
+                    "GOLDConfig: loss_kwargs must hold numbers without a field of their own, got "
+                    f"{name}={value!r}; set {NUMBER_FIELDS[name][0]}."
+                )
+            if name not in names:
+                raise ValueError(
+                    f"GOLDConfig: loss_kwargs must hold numbers of loss={self.loss!r}, got "
+                    f"{name}={value!r}; they are {_list(names)}."
+                )
+        try:
+            LOSSES[self.loss](**self.loss_numbers).check("GOLDConfig")
+        except TypeError as error:  # a number that is no number
+            raise ValueError(
+                f"GOLDConfig: loss_kwargs must hold numbers, got {self.loss_kwargs} ({error}); "
+                "write them without quotes."
+            ) from error
+
+
+def numbers_of(loss: str) -> list[str]:
+    return [f.name for f in dataclasses.fields(LOSSES[loss])]
+
+
+def _default(name: str) -> Any:
+    return LossFields.__dataclass_fields__[name].default
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text  # refused with the dicts' message
