@@ -74,7 +74,9 @@ def refuse_splits(train_dataset: Any) -> None:
 
 
 def adapt_to_devices(args: GOLDConfig, is_vlm: bool) -> None:
-    """One process drives one device; ranks may differ in which weights a micro-batch uses."""
+    """One process uses one GPU. Without pictures a micro-batch does not run the vision tower:
+    ranks may differ in the weights that they use.
+    """
     if args.n_gpu > 1:
         logger.warning(
             "GOLDTrainer: one process uses one GPU, %d are visible; start it with `accelerate "

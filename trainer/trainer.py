@@ -16,7 +16,7 @@ B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -122,7 +122,10 @@ class GOLDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
         self.teacher.place(self.accelerator.device)
         # The module itself, not the trainer: a cycle would keep DDP alive until the process exits.
-        writing = {"student": lambda: nullcontext(student), "teacher": self.teacher.writing}
+        writing: dict[str, Callable[[], AbstractContextManager[nn.Module]]] = {
+            "student": lambda: nullcontext(student),
+            "teacher": self.teacher.writing,
+        }
         writers: dict[str, Writer] = {
             name: LocalWriter(writing[name], collator, args)
             for name, collator in self.objective.collators.items()

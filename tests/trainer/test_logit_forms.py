@@ -2,6 +2,8 @@
 and a model whose logits are of another form is refused.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -65,7 +67,8 @@ def test_plain_logits_of_such_a_model_would_be_refused(name, tmp_path):
     for side in SIZES:
         student, teacher = pair(name)
         run = make_trainer(tmp_path, ROWS, "llama", student=student, teacher=teacher)
-        setattr(run, f"{side}_form", LogitForm(side))
+        owner, field = {"student": (run, "student"), "teacher": (run.teacher, "side")}[side]
+        setattr(owner, field, replace(getattr(owner, field), form=LogitForm(side)))
         message = rf"^GOLDTrainer: the {side}'s logits must be .* scale=1.0 and softcap=None from"
         with pytest.raises(ValueError, match=message):
             run.train()

@@ -1,0 +1,90 @@
+"""A teacher and a writer that are no module: what the trainer asks of either is enough for another
+kind, which answers from what it has stored.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from support.cross_cases import cross_trainer, make_sides, rows_of
+from support.tiny_models import tiny, tiny_rows
+from support.trainer_cases import (
+    GradientRecorder,
+    assert_equal_gradients,
+    losses_of,
+    make_trainer,
+)
+
+ROWS = tiny_rows(4, images="mixed")
+
+
+class StoredTeacher:
+    """Hidden states by the index of a row, as a cache on disk would have them."""
+
+    model = None
+
+    def __init__(self, trainer):
+        self.side, self.stored = trainer.teacher.side, {}
+        for index in range(len(trainer.train_dataset)):
+            batch = trainer.data_collator([trainer.train_dataset[index]])
+            inputs = trainer.objective.prepare(batch, lambda tensor: tensor).teacher
+            self.stored[index] = trainer.teacher.hidden_rows(inputs)
+
+    def place(self, device):
+        pass
+
+    def hidden_rows(self, inputs):
+        assert inputs.scored_rows.dtype == torch.int64
+        return torch.cat([self.stored[example.index] for example in inputs.examples])
+
+    @contextmanager
+    def writing(self):
+        raise AssertionError("it has no module that writes")
+        yield
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_teacher_that_is_no_module_gives_the_same_step(across, tmp_path):
+    def build(folder):
+        if across:
+            student, teacher = make_sides("lfm2_vl", "qwen3_vl")
+            return cross_trainer(folder, rows_of("lfm2_vl"), student, teacher, max_steps=1)
+        recorder = GradientRecorder()
+        return make_trainer(folder, ROWS, callbacks=[recorder]), recorder
+
+    live, expected = build(tmp_path / "live")
+    live.train()
+    trainer, recorder = build(tmp_path / "stored")
+    trainer.teacher = StoredTeacher(trainer)
+    trainer.train()
+    assert trainer.teacher_model is None
+    assert losses_of(trainer) == pytest.approx(losses_of(live), rel=1e-5)
+    assert_equal_gradients(recorder.gradients, expected.gradients, relative=1e-4)
+
+
+class StoredWriter:
+    """Completions of a server, say: it gets prompts and a seed, and is told of new weights."""
+
+    def __init__(self, completion_ids):
+        self.completion_ids, self.events = completion_ids, []
+
+    def sync_weights(self, step):
+        self.events.append(("sync", step))
+
+    def complete(self, examples, seed):
+        self.events.append(("complete", [example.index for example in examples]))
+        return [example.with_completion(self.completion_ids) for example in examples]
+
+
+def test_writer_that_is_no_module_is_asked_once_a_window_after_its_weights_are_new(tmp_path):
+    student, processor = tiny("qwen3_vl")
+    student.generate = None  # would raise
+    fields = {"lmbda": 1.0, "max_steps": 2, "per_device_train_batch_size": 2}
+    trainer = make_trainer(tmp_path, ROWS, student=student, gradient_accumulation_steps=1, **fields)
+    writer = StoredWriter([5, 6, processor.tokenizer.eos_token_id])
+    trainer.rollouts.writers["student"] = writer
+    trainer.train()
+    expected = [("sync", 0), ("complete", [0, 1]), ("sync", 1), ("complete", [2, 3])]
+    assert writer.events == expected
+    assert all(entry["completion_length"] == 3 for entry in trainer.state.log_history[:2])
