@@ -33,7 +33,7 @@ help:  ## the targets
 demo: .venv/installed-demo  ## handwritten digits: a teacher learns, a student learns from it; no download
 	$(BIN)/python -m gold_trainer demo
 
-test: lint  ## linter and all tests: what CI runs
+test: lint types  ## linter, types and all tests: what CI runs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 fast: .venv/installed-dev  ## the tests to run after every change
