@@ -229,25 +229,16 @@ def check_pairs(function: str, options: Options) -> None:
             )
 
 
-def check_head_options(
-    function: str, bias: Tensor | None, logit_scale: float, softcap: float | None
-) -> None:
+def check_head_options(function: str, logit_scale: float, softcap: float | None) -> None:
     if not (logit_scale != 0 and -math.inf < logit_scale < math.inf):
         raise ValueError(
             f"{function}: logit_scale must be finite and not 0, got {logit_scale}; pass "
             "model.config.logit_scale, or 1.0 for models without it."
         )
-    if softcap is None:
-        return
-    if not 0 < softcap < math.inf:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(
             f"{function}: final_logit_softcapping must be None or positive and finite, got "
             f"{softcap}; pass model.config.final_logit_softcapping."
-        )
-    if bias is not None:
-        raise ValueError(
-            f"{function}: a head with final_logit_softcapping must have no bias, got one of "
-            f"{bias.shape[0]} entries; a column masked with -inf would come back as -{softcap}."
         )
 
 

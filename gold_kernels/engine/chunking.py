@@ -60,6 +60,8 @@ class LinearHead(NamedTuple):
             logits.mul_(self.logit_scale)
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            if self.bias is not None:  # a column masked with -inf is now -softcap
+                logits.add_(torch.where(self.bias == -torch.inf, self.bias, 0))
         return logits
 
 

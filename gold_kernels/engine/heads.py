@@ -19,13 +19,11 @@ def per_side(value: Any) -> tuple[Any, Any]:
     return tuple(value) if isinstance(value, tuple | list) else (value, value)
 
 
-def _autocast_like_linear(head: LinearHead, device_type: str) -> LinearHead:
+def _autocast_like_linear(head: LinearHead) -> LinearHead:
     """The head in the dtype that torch.nn.Linear would compute it in under torch.autocast, which
     leaves float64 alone.
     """
-    if not torch.is_autocast_enabled(device_type):
-        return head
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(head.hidden.device.type)
     return _map_tensors(head, lambda t: t if t.dtype == torch.float64 else t.to(dtype))
 
 
@@ -50,23 +48,24 @@ def check_heads(
     caps = per_side(options.final_logit_softcapping)
     student = LinearHead(student_hidden, student_weight, options.student_bias, scales[0], caps[0])
     teacher = LinearHead(teacher_hidden, teacher_weight, options.teacher_bias, scales[1], caps[1])
-    device_type = student_hidden.device.type
-    student = _autocast_like_linear(student, device_type)
-    with torch.no_grad():
-        teacher = _autocast_like_linear(teacher, device_type)
+    if torch.is_autocast_enabled(student_hidden.device.type):
+        student = _autocast_like_linear(student)
+        with torch.no_grad():
+            teacher = _autocast_like_linear(teacher)
     for side, head in (("student", student), ("teacher", teacher)):
         checks.check_side(function, side, head.hidden, head.weight, head.bias)
-        checks.check_head_options(function, head.bias, head.logit_scale, head.softcap)
+        checks.check_head_options(function, head.logit_scale, head.softcap)
     checks.check_same_kind(function, student.hidden, teacher.hidden)
     options = checks.check_options(function, options, student.hidden)
     if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
         student = _map_tensors(student, Tensor.detach)
-    teacher = _map_tensors(teacher, Tensor.detach)
     return student, teacher, options
 
 
 def first_entries(head: LinearHead, vocab_size: int) -> LinearHead:
     """The head of the first vocab_size entries; the others have probability 0."""
+    if vocab_size == head.weight.shape[0]:
+        return head
     bias = None if head.bias is None else head.bias[:vocab_size]
     return head._replace(weight=head.weight[:vocab_size], bias=bias)
 
@@ -103,8 +102,9 @@ def term_weights(
     label_weights: Tensor | None,  # (R,)
 ) -> Tensor:  # (R, T), contiguous
     """A column a term: the loss and, where there are labels, the cross-entropy."""
-    columns = [row_weights] if label_weights is None else [row_weights, label_weights]
-    return torch.stack(columns, dim=1)
+    if label_weights is None:
+        return row_weights.contiguous().unsqueeze(1)
+    return torch.stack([row_weights, label_weights], dim=1)
 
 
 def unit_stride(logits: Tensor) -> Tensor:  # (N, V)

@@ -3,7 +3,8 @@
 N scored rows, D hidden size (D_s, D_t), V vocabulary. P teacher, Q student.
 """
 
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, overload
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -26,9 +27,24 @@ from gold_kernels.engine.options import (
     Options,
     resolve_options,
 )
-from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss
+from gold_kernels.engine.row_loss import CROSS_ENTROPY, RowLoss
 
 Metrics = dict[str, Tensor]  # name -> (N,), unweighted and detached
+
+
+class RowValues(NamedTuple):
+    """Values of every row, and what they are called."""
+
+    names: Sequence[str]
+    values: Tensor  # (number of names, N)
+    has_labels: bool
+
+    def by_name(self) -> Metrics:
+        """Without a cross-entropy where there were no labels."""
+        rows = dict(zip(self.names, self.values.unbind(0), strict=True))
+        if not self.has_labels:
+            del rows[CROSS_ENTROPY]
+        return rows
 
 
 def shared_linear_loss(
@@ -41,7 +57,7 @@ def shared_linear_loss(
     row_weights: Tensor | None,  # (N,)
     options: Options,
     has_metrics: bool,
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, "RowValues"]:
     """Validate, slice the vocabulary, run; behind every public function of one vocabulary."""
     checks.check_row_loss(function, row_loss, options.backend)
     student, teacher, options = check_heads(
@@ -63,7 +79,7 @@ def shared_linear_loss(
         options,
         has_metrics,
     )
-    return loss, row_metrics(row_loss, values, has_metrics, labels is not None)
+    return loss, RowValues(row_loss.value_names, values, labels is not None)
 
 
 def shared_logits_loss(
@@ -75,7 +91,7 @@ def shared_logits_loss(
     options: Options,
     has_metrics: bool,
     in_place: bool,
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, "RowValues"]:
     """The same for logits that the caller holds; padded columns get gradient 0."""
     checks.check_row_loss(function, row_loss, options.backend)
     checks.check_logits(function, student_logits, teacher_logits, row_weights)
@@ -95,17 +111,7 @@ def shared_logits_loss(
         has_metrics,
         in_place,
     )
-    return loss, row_metrics(row_loss, values, has_metrics, options.labels is not None)
-
-
-def row_metrics(row_loss: RowLoss, values: Tensor, has_metrics: bool, has_labels: bool) -> Metrics:
-    """Row values by name: those that were computed."""
-    rows = dict(zip(row_loss.value_names, values, strict=True))
-    if not has_labels:
-        del rows[CROSS_ENTROPY]
-    if has_metrics:
-        return rows
-    return {name: rows[name] for name in (LOSS, CROSS_ENTROPY) if name in rows}
+    return loss, RowValues(row_loss.value_names, values, options.labels is not None)
 
 
 @overload
@@ -168,14 +174,14 @@ def fused_linear_loss(
     devices and numbers that do not fit, with the remedy.
     """
     function = "fused_linear_loss"
-    loss, metrics = shared_linear_loss(
+    loss, rows = shared_linear_loss(
         function,
         row_loss,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
         resolve_options(function, options),
         return_metrics,
     )
-    return (loss, metrics) if return_metrics else loss
+    return (loss, rows.by_name()) if return_metrics else loss
 
 
 class FusedLinearLoss(nn.Module):
@@ -205,11 +211,11 @@ class FusedLinearLoss(nn.Module):
         **tensors: Unpack[CallTensors],
     ) -> Tensor | tuple[Tensor, Metrics]:
         resolve_options("FusedLinearLoss", tensors, CallTensors)
-        loss, metrics = shared_linear_loss(
+        loss, rows = shared_linear_loss(
             "FusedLinearLoss",
             self.row_loss,
             *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
             Options(**self.options, **tensors),
             self.return_metrics,
         )
-        return (loss, metrics) if self.return_metrics else loss
+        return (loss, rows.by_name()) if self.return_metrics else loss

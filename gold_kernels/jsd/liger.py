@@ -11,7 +11,7 @@ from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import float_dtype
 from gold_kernels.engine.options import LossOptions, Options, UnchunkedOptions
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS
-from gold_kernels.engine.shared import Metrics, shared_linear_loss
+from gold_kernels.engine.shared import RowValues, shared_linear_loss
 from gold_kernels.jsd.row_loss import JSD
 
 FUNCTION = "FusedLinearJSDLoss"
@@ -79,8 +79,8 @@ class FusedLinearJSDLoss(nn.Module):
         if not (soft and hard):  # rows of weight 0 are not computed
             with torch.no_grad():
                 rows = self._weighted(heads, biases, labels, 1.0, 1.0)[1]
-        num_scored = max(1, labels.shape[0])
-        return loss, rows[LOSS].sum() / num_scored, rows[CROSS_ENTROPY].sum() / num_scored
+        num_scored, parts = max(1, labels.shape[0]), rows.by_name()
+        return loss, parts[LOSS].sum() / num_scored, parts[CROSS_ENTROPY].sum() / num_scored
 
     def _weighted(
         self,
@@ -89,7 +89,7 @@ class FusedLinearJSDLoss(nn.Module):
         labels: Tensor | None,
         soft: float,
         hard: float,
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, RowValues]:
         """Means over rows, weighted."""
         num_rows = heads[0].shape[0]
         like = heads[0].new_full((num_rows,), 1 / max(1, num_rows), dtype=float_dtype(heads[0]))

@@ -108,7 +108,7 @@ def fused_linear_jsd(
         resolve_options(function, options),
         return_metrics,
     )
-    return (loss, JSDMetrics.from_rows(rows)) if return_metrics else loss
+    return (loss, JSDMetrics.from_rows(rows.by_name())) if return_metrics else loss
 
 
 @overload
@@ -173,4 +173,4 @@ def jsd_loss(
         return_metrics,
         in_place,
     )
-    return (loss, JSDMetrics.from_rows(rows)) if return_metrics else loss
+    return (loss, JSDMetrics.from_rows(rows.by_name())) if return_metrics else loss

@@ -21,7 +21,9 @@ from gold_kernels.triton.lines import (
 def load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR: tl.constexpr):
     teacher = load_logits(teacher_ptr, columns, is_column)
     if HAS_PAIR:
-        teacher *= teacher_scale
+        # Not a plain product: a compiler fuses it with a later difference, and what is left of
+        # two equal masked logits is then their rounding, 1e22.
+        teacher = tl.where(teacher > LOWEST_LOGIT, teacher * teacher_scale, LOWEST_LOGIT)
     return teacher
 
 

@@ -101,7 +101,8 @@ def _linear_uld(
     row_weights: Tensor | None,
     alignment: TokenAlignment | None,
     options: Options,
-) -> tuple[Tensor, ULDMetrics]:
+    has_metrics: bool,
+) -> Tensor | tuple[Tensor, ULDMetrics]:
     """Validate, plan, run; behind the function and the module."""
     row_loss = settings.row_loss(function)
     student, teacher, options = check_heads(
@@ -126,7 +127,9 @@ def _linear_uld(
         student.num_rows,
         matched_tables(settings.overlap, *sizes, hidden.device),
     )
-    loss, values = run_linear_loss(row_loss, student, teacher, plan, options, True)
+    loss, values = run_linear_loss(row_loss, student, teacher, plan, options, has_metrics)
+    if not has_metrics:
+        return loss
     return loss, ULDMetrics.from_values(values, num_groups, labels, plan.student_index)
 
 
@@ -229,7 +232,7 @@ def fused_linear_uld(
     ValueError for shapes, dtypes, devices and numbers that do not fit, with the remedy.
     """
     function = "fused_linear_uld"
-    loss, metrics = _linear_uld(
+    return _linear_uld(
         function,
         ULDSettings(
             *(temperature, student_temperature, teacher_temperature, overlap, beta),
@@ -237,8 +240,8 @@ def fused_linear_uld(
         ),
         *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights, alignment),
         resolve_options(function, options),
+        return_metrics,
     )
-    return (loss, metrics) if return_metrics else loss
 
 
 class FusedLinearULDLoss(nn.Module):
@@ -281,14 +284,14 @@ class FusedLinearULDLoss(nn.Module):
         **tensors: Unpack[CallTensors],
     ) -> Tensor | tuple[Tensor, ULDMetrics]:
         resolve_options("FusedLinearULDLoss", tensors, CallTensors)
-        loss, metrics = _linear_uld(
+        return _linear_uld(
             "FusedLinearULDLoss",
             self.settings,
             *(student_hidden, student_weight, teacher_hidden, teacher_weight),
             *(row_weights, alignment),
             Options(**self.options, **tensors),
+            self.return_metrics,
         )
-        return (loss, metrics) if self.return_metrics else loss
 
 
 def uld_loss(
@@ -354,5 +357,6 @@ def uld_loss(
         True,
         in_place,
     )
-    metrics = ULDMetrics.from_values(values, num_rows, given.labels, None)
-    return (loss, metrics) if return_metrics else loss
+    if not return_metrics:
+        return loss
+    return loss, ULDMetrics.from_values(values, num_rows, given.labels, None)

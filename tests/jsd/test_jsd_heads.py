@@ -71,6 +71,46 @@ def test_soft_capped_and_scaled_heads(beta, dtype, device, backend):
         assert relative_error(ours.cpu(), truth) < limit
 
 
+@on_every_backend
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_soft_capped_heads_with_a_bias_and_a_masked_column(beta, device, backend):
+    """A column masked with -inf keeps probability 0 through the cap."""
+    case = random_case(n=20)
+    bias = torch.linspace(-2, 2, case.student_weight.shape[0])
+    bias[7] = -torch.inf
+    double = case.to(torch.float64)
+    logits = [2.0 * torch.tanh((double[i] @ double[i + 1].T + bias) / 2.0) for i in (0, 2)]
+    masked = [side.index_fill(1, torch.tensor(7), -torch.inf) for side in logits]
+    truth = reference.jsd_rows(*masked, beta=beta).mean()
+    expected = truth, *torch.autograd.grad(truth, double[:2])
+    biases = {"student_bias": bias.to(device), "teacher_bias": bias.to(device)}
+    actual = run_fused(
+        case.to(torch.float32, device),
+        beta=beta,
+        final_logit_softcapping=2.0,
+        chunk_size=6,
+        backend=backend,
+        **biases,
+    )
+    for ours, double_part in zip(actual, expected, strict=True):
+        assert relative_error(ours.cpu(), double_part) < 1e-5
+
+
+@on_every_backend
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [(0.7, 2.0), (1.5, 1.0)])
+def test_each_side_may_have_its_temperature(temperature, beta, device, backend):
+    case = random_case(n=20)
+    double = case.to(torch.float64)
+    logits = [double[2 * i] @ double[2 * i + 1].T / side for i, side in enumerate(temperature)]
+    truth = reference.jsd_rows(*logits, beta=beta).mean()
+    expected = truth, *torch.autograd.grad(truth, double[:2])
+    options = {"beta": beta, "temperature": temperature, "chunk_size": 6, "backend": backend}
+    actual = run_fused(case.to(torch.float32, device), **options)
+    for ours, double_part in zip(actual, expected, strict=True):
+        assert relative_error(ours.cpu(), double_part) < 1e-5
+
+
 def test_one_cap_and_one_scale_hold_for_both_sides():
     case = random_case(n=5).to(torch.float64)
     options = {"final_logit_softcapping": 2.0, "logit_scale": 0.7}
@@ -120,10 +160,11 @@ def test_float32_logits_are_the_default():
         ({"logit_scale": 0.0}, "finite and not 0, got 0.0; pass model.config.logit_scale"),
         ({"budget_bytes": 0}, "at least 1, got 0; 1 << 30 is the default"),
         ({"logits_dtype": torch.float16}, "torch.bfloat16, got torch.float16"),
-        (
-            {"final_logit_softcapping": 2.0, "student_bias": torch.zeros(20)},
-            "must have no bias, got one of 20 entries",
-        ),
+        ({"logit_scale": (1.0, 1.0, 1.0)}, "a pair (student, teacher), got 3 values; pass two"),
+        ({"temperature": (1.0, 2.0, 3.0)}, "one number or (student, teacher), got 3 numbers"),
+        ({"reduction": "mean"}, "reduction must be 'sum' (weighted by row_weights) or 'none'"),
+        ({"chunk_sise": 4}, "an option is expected, got chunk_sise=; did you mean chunk_size?"),
+        ({"vocab_size": True}, "vocab_size must be a whole number in [1, 20]"),
     ],
 )
 def test_bad_head_options_say_what_to_pass(options, message):
