@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,19 +64,30 @@ def make_call(module: ModuleType, loss: str, case: Case, overlap: tuple[Any, ...
 
 
 def times_in_turn(calls: list[Call], device: str, repeats: int) -> list[float]:
-    """Median milliseconds of each, called in turn."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for index in range(repeats + repeats // 4):
-        for own, call in zip(seconds, calls, strict=True):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+    """Median milliseconds of each; queued in turn without waiting, as a training loop does."""
+    marks: list[Any] = []
+
+    def mark() -> None:
+        if device == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+
+    mark()
+    for _ in range(repeats + repeats // 4):
+        for call in calls:
             call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if index >= repeats // 4:  # the first quarter warms up
-                own.append(time.perf_counter() - start)
-    return [1000 * float(torch.tensor(own).median()) for own in seconds]
+            mark()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        spans = [start.elapsed_time(end) for start, end in pairwise(marks)]
+    else:
+        spans = [1000 * (end - start) for start, end in pairwise(marks)]
+    warm = spans[len(calls) * (repeats // 4) :]
+    return [
+        float(torch.tensor(warm[position :: len(calls)]).median()) for position in range(len(calls))
+    ]
 
 
 def compare(
