@@ -27,15 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.triton.launch import row_block
-from gold_kernels.triton.lines import BITS, NATS, block_columns, load_logits
-from gold_kernels.triton.shared_rows import (
-    add_label_gradient,
-    label_of_row,
-    load_teacher,
-    pair_sums,
-    softcap_slope,
-    store_cross_entropy,
-)
+from gold_kernels.triton.lines import BITS, NATS
+from gold_kernels.triton.shared_rows import load_pair, open_row, store_gradient
 
 LOG_ZERO = tl.constexpr(-1e6 * 1.4426950408889634)
 MAX_LOG_RATIO = tl.constexpr(115.0)  # bits: either p or q is then below 1e-34
@@ -156,14 +149,15 @@ def jsd_rows_kernel(
     student_ptr += row * student_row_stride
     teacher_ptr += row * teacher_row_stride
     values_ptr += row
-    weights_ptr += row * (2 if HAS_LABELS else 1)
-    row_weight = tl.load(weights_ptr)
-    is_live = row_weight != 0.0  # a row of weight 0 may hold anything, NaN included
-
     bits = inverse_temperature * BITS
-    max_student, sum_student, max_teacher, sum_teacher, hard_total = pair_sums(
+    row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms = open_row(
         student_ptr,
         teacher_ptr,
+        weights_ptr,
+        labels_ptr,
+        values_ptr,
+        values_stride,
+        row,
         vocab_size,
         bits,
         teacher_scale,
@@ -172,28 +166,21 @@ def jsd_rows_kernel(
         BLOCK_V,
         LINE,
     )
+    is_live = row_terms[0]
     per_student, per_teacher = 1.0 / sum_student, 1.0 / sum_teacher
     log_sum_student = tl.log2(sum_student)
     log_sum_teacher = tl.log2(sum_teacher)
     lse_gap = (max_teacher - max_student) * bits + (log_sum_teacher - log_sum_student)
     row_sums = (lse_gap, max_student, max_teacher, per_student, per_teacher)
 
-    is_any = is_live
-    if HAS_LABELS:
-        label, hard_weight, is_hard = label_of_row(labels_ptr, weights_ptr + 1, row, vocab_size)
-        is_any = is_live | is_hard
-        hard_ptr = values_ptr + values_stride
-        store_cross_entropy(hard_ptr, student_ptr, label, is_hard, max_student, hard_total)
-
     lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     loss, mean_pull = lines, lines
     student_entropy, teacher_entropy, forward_kl, reverse_kl = lines, lines, lines, lines
     top_sum = lines - 1e30
     for start in range(0, vocab_size, BLOCK_V):
-        columns = block_columns(start, BLOCK_V, LINE)
-        is_column = columns < vocab_size
-        student = load_logits(student_ptr, columns, is_column)
-        teacher = load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
+        columns, is_column, student, teacher = load_pair(
+            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+        )
         q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
         loss += tl.sum(entry_loss, axis=1)
         mean_pull += tl.sum(q * pull, axis=1)
@@ -227,29 +214,23 @@ def jsd_rows_kernel(
             if MODE != _REVERSE_KL:
                 soft_scale *= 1.0 - beta
         for start in range(0, vocab_size, BLOCK_V):
-            columns = block_columns(start, BLOCK_V, LINE)
-            is_column = columns < vocab_size
-            student = load_logits(student_ptr, columns, is_column)
-            teacher = load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
+            columns, is_column, student, teacher = load_pair(
+                student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+            )
             q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
             grad = q - p if MODE == _FORWARD_KL else q * (pull - mean_pull)
             grad *= soft_scale
-            if HAS_LABELS:
-                grad = add_label_gradient(
-                    grad,
-                    student,
-                    columns,
-                    label,
-                    is_live,
-                    is_hard,
-                    hard_weight,
-                    max_student,
-                    hard_total,
-                )
-            if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
-                grad *= softcap_slope(student, softcap)
-            grad = tl.where(is_any, grad, 0.0).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + columns, grad, mask=is_column)
+            store_gradient(
+                grad_ptr,
+                grad,
+                student,
+                columns,
+                is_column,
+                row_terms,
+                softcap,
+                HAS_LABELS,
+                HAS_SOFTCAP,
+            )
 
 
 def _mode(beta: float) -> int:

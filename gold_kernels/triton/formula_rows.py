@@ -16,15 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.triton.launch import row_block
-from gold_kernels.triton.lines import BITS, NATS, block_columns, load_logits
-from gold_kernels.triton.shared_rows import (
-    add_label_gradient,
-    label_of_row,
-    load_teacher,
-    pair_sums,
-    softcap_slope,
-    store_cross_entropy,
-)
+from gold_kernels.triton.lines import BITS, NATS
+from gold_kernels.triton.shared_rows import load_pair, open_row, store_gradient
 
 LOG_ZERO = tl.constexpr(-1e6)  # nats
 
@@ -71,14 +64,15 @@ def formula_rows_kernel(
     student_ptr += row * student_row_stride
     teacher_ptr += row * teacher_row_stride
     values_ptr += row
-    weights_ptr += row * (2 if HAS_LABELS else 1)
-    row_weight = tl.load(weights_ptr)
-    is_live = row_weight != 0.0  # a row of weight 0 may hold anything, NaN included
-
     bits = inverse_temperature * BITS
-    max_student, sum_student, max_teacher, sum_teacher, hard_total = pair_sums(
+    row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms = open_row(
         student_ptr,
         teacher_ptr,
+        weights_ptr,
+        labels_ptr,
+        values_ptr,
+        values_stride,
+        row,
         vocab_size,
         bits,
         teacher_scale,
@@ -87,21 +81,14 @@ def formula_rows_kernel(
         BLOCK_V,
         LINE,
     )
+    is_live = row_terms[0]
     row_sums = (max_student, tl.log2(sum_student), max_teacher, tl.log2(sum_teacher))
-    is_any = is_live
-    if HAS_LABELS:
-        label, hard_weight, is_hard = label_of_row(labels_ptr, weights_ptr + 1, row, vocab_size)
-        is_any = is_live | is_hard
-        hard_ptr = values_ptr + values_stride
-        store_cross_entropy(hard_ptr, student_ptr, label, is_hard, max_student, hard_total)
-
     loss = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     slope_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
-        columns = block_columns(start, BLOCK_V, LINE)
-        is_column = columns < vocab_size
-        student = load_logits(student_ptr, columns, is_column)
-        teacher = load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
+        columns, is_column, student, teacher = load_pair(
+            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+        )
         log_q, log_p, log_ratio = _log_probs(student, teacher, row_sums, bits)
         entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
         loss += tl.sum(tl.where(is_column, entry_loss, 0.0), axis=1)
@@ -112,29 +99,23 @@ def formula_rows_kernel(
         grad_ptr += row * grad_row_stride
         total = tl.sum(slope_sum, 0)
         for start in range(0, vocab_size, BLOCK_V):
-            columns = block_columns(start, BLOCK_V, LINE)
-            is_column = columns < vocab_size
-            student = load_logits(student_ptr, columns, is_column)
-            teacher = load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
+            columns, is_column, student, teacher = load_pair(
+                student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+            )
             log_q, log_p, log_ratio = _log_probs(student, teacher, row_sums, bits)
             entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
             grad = (slope - tl.exp(log_q) * total) * (row_weight * inverse_temperature)
-            if HAS_LABELS:
-                grad = add_label_gradient(
-                    grad,
-                    student,
-                    columns,
-                    label,
-                    is_live,
-                    is_hard,
-                    hard_weight,
-                    max_student,
-                    hard_total,
-                )
-            if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
-                grad *= softcap_slope(student, softcap)
-            grad = tl.where(is_any, grad, 0.0).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + columns, grad, mask=is_column)
+            store_gradient(
+                grad_ptr,
+                grad,
+                student,
+                columns,
+                is_column,
+                row_terms,
+                softcap,
+                HAS_LABELS,
+                HAS_SOFTCAP,
+            )
 
 
 def formula_rows_(

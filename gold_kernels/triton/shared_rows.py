@@ -1,7 +1,8 @@
-"""What row kernels over one vocabulary share: both log-sum-exps, the cross-entropy, the softcap.
+"""What row kernels over one vocabulary share: the start of a row, its blocks, the stored gradient.
 
-A program works on one row of V columns, in blocks of lines (see lines.py). Logits of the teacher
-are multiplied by teacher_scale where the temperatures differ (HAS_PAIR).
+A program works on one row of V columns, in blocks of lines (see lines.py). T terms of the loss: the
+loss, then, if HAS_LABELS, the cross-entropy at temperature 1. Logits of the teacher are multiplied
+by teacher_scale where the temperatures differ (HAS_PAIR).
 """
 
 import triton
@@ -18,7 +19,7 @@ from gold_kernels.triton.lines import (
 
 
 @triton.jit
-def load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR: tl.constexpr):
+def _load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR: tl.constexpr):
     teacher = load_logits(teacher_ptr, columns, is_column)
     if HAS_PAIR:
         # Not a plain product: a compiler fuses it with a later difference, and what is left of
@@ -28,7 +29,26 @@ def load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR: tl.co
 
 
 @triton.jit
-def pair_sums(
+def load_pair(
+    student_ptr,
+    teacher_ptr,
+    start,
+    vocab_size,
+    teacher_scale,
+    HAS_PAIR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Columns of a block, which of them exist, and the logits of both sides."""
+    columns = block_columns(start, BLOCK_V, LINE)
+    is_column = columns < vocab_size
+    student = load_logits(student_ptr, columns, is_column)
+    teacher = _load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
+    return columns, is_column, student, teacher
+
+
+@triton.jit
+def _pair_sums(
     student_ptr,
     teacher_ptr,
     vocab_size,
@@ -53,7 +73,7 @@ def pair_sums(
             sum_hard *= tl.exp2((max_student - new_max) * BITS)
             sum_hard += line_sums(student, new_max, BITS)
         max_student = new_max
-        teacher = load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
+        teacher = _load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
         new_max = tl.maximum(max_teacher, tl.max(teacher, axis=1))
         sum_teacher *= tl.exp2((max_teacher - new_max) * bits)
         sum_teacher += line_sums(teacher, new_max, bits)
@@ -67,36 +87,76 @@ def pair_sums(
 
 
 @triton.jit
-def label_of_row(labels_ptr, hard_weight_ptr, row, vocab_size):
-    """The label, its weight, and whether it counts."""
-    label = tl.load(labels_ptr + row)
-    hard_weight = tl.load(hard_weight_ptr)
-    is_label = (label >= 0) & (label < vocab_size)
-    return label, hard_weight, is_label & (hard_weight != 0.0)
-
-
-@triton.jit
-def store_cross_entropy(out_ptr, student_ptr, label, is_hard, max_student, hard_total):
-    """-log q(label), 0 where the label does not count."""
-    logit = tl.load(student_ptr + label, mask=is_hard, other=0.0).to(tl.float32)
-    logit = tl.maximum(logit, LOWEST_LOGIT)
-    cross_entropy = tl.log(hard_total) - (logit - max_student)
-    tl.store(out_ptr, tl.where(is_hard, cross_entropy, 0.0))
-
-
-@triton.jit
-def add_label_gradient(
-    grad, student, columns, label, is_live, is_hard, hard_weight, max_student, hard_total
+def open_row(
+    student_ptr,
+    teacher_ptr,
+    weights_ptr,  # (C, T)
+    labels_ptr,  # (C,)
+    values_ptr,  # of this row; the cross-entropy is stored one stride on
+    values_stride,
+    row,
+    vocab_size,
+    bits,
+    teacher_scale,
+    HAS_PAIR: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
 ):
-    """Plus hard_weight times the gradient of the cross-entropy."""
-    hard_grad = tl.exp2((student - max_student) * BITS) / hard_total
-    hard_grad -= (columns == label).to(tl.float32)
-    # where, not a product: the row of the other term may hold anything
-    return tl.where(is_live, grad, 0.0) + tl.where(is_hard, hard_weight * hard_grad, 0.0)
+    """Weight of the loss; largest logit and sum of exp2((logit - largest) * bits) of the student
+    and of the teacher; and what store_gradient needs to know of the row.
+    """
+    weights_ptr += row * (2 if HAS_LABELS else 1)
+    row_weight = tl.load(weights_ptr)
+    is_live = row_weight != 0.0  # a row of weight 0 may hold anything, NaN included
+    max_student, sum_student, max_teacher, sum_teacher, hard_total = _pair_sums(
+        student_ptr,
+        teacher_ptr,
+        vocab_size,
+        bits,
+        teacher_scale,
+        HAS_PAIR,
+        HAS_LABELS,
+        BLOCK_V,
+        LINE,
+    )
+    label, hard_weight, is_hard = -1, 0.0, False
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row)
+        hard_weight = tl.load(weights_ptr + 1)
+        is_hard = (label >= 0) & (label < vocab_size) & (hard_weight != 0.0)
+        logit = tl.load(student_ptr + label, mask=is_hard, other=0.0).to(tl.float32)
+        logit = tl.maximum(logit, LOWEST_LOGIT)
+        cross_entropy = tl.log(hard_total) - (logit - max_student)
+        tl.store(values_ptr + values_stride, tl.where(is_hard, cross_entropy, 0.0))
+    row_terms = (is_live, label, hard_weight, is_hard, max_student, hard_total)
+    return row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms
 
 
 @triton.jit
-def softcap_slope(student, softcap):
-    """d softcap tanh(x / softcap) / dx, from the capped logit."""
-    capped = student / softcap
-    return tl.where(student > LOWEST_LOGIT, 1.0 - capped * capped, 0.0)
+def store_gradient(
+    grad_ptr,
+    grad,
+    student,
+    columns,
+    is_column,
+    row_terms,
+    softcap,
+    HAS_LABELS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Store a block of the gradient: the weighted one of the loss, plus that of the cross-entropy,
+    back through softcap tanh(x / softcap).
+    """
+    is_live, label, hard_weight, is_hard, max_student, hard_total = row_terms
+    # where, not a product: a row of weight 0 may hold anything
+    if HAS_LABELS:
+        hard_grad = tl.exp2((student - max_student) * BITS) / hard_total
+        hard_grad -= (columns == label).to(tl.float32)
+        grad = tl.where(is_live, grad, 0.0) + tl.where(is_hard, hard_weight * hard_grad, 0.0)
+        is_live = is_live | is_hard
+    if HAS_SOFTCAP:
+        capped = student / softcap
+        grad *= tl.where(student > LOWEST_LOGIT, 1.0 - capped * capped, 0.0)
+    grad = tl.where(is_live, grad, 0.0).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + columns, grad, mask=is_column)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from gold_trainer.demo.digits import DIGIT_NAMES, PICTURE_SIZE, QUESTIONS, answer_of
-from gold_trainer.demo.tiny_vlm import INITIALIZER_RANGE, PATCH_SIZE, VLMSize
+from gold_trainer.demo.tiny_vlm import INITIALIZER_RANGE, PATCH_SIZE, VLMSize, text_sizes
 
 NUM_MERGES = 50  # the teacher's has about 100 and spells most words of an answer in one token
 BOS, EOS, PAD = "<|begin_of_text|>", "<end_of_utterance>", "<|end_of_text|>"
@@ -73,15 +73,7 @@ def build_other_model(
     config = Idefics3Config(
         text_config={
             "model_type": "llama",
-            "vocab_size": len(tokenizer),
-            "hidden_size": size.hidden_size,
-            "intermediate_size": 2 * size.hidden_size,
-            "num_hidden_layers": size.num_layers,
-            "num_attention_heads": size.hidden_size // 32,
-            "num_key_value_heads": size.hidden_size // 64,
-            "head_dim": 32,
-            "max_position_embeddings": 256,
-            "initializer_range": INITIALIZER_RANGE,
+            **text_sizes(size, len(tokenizer)),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,

@@ -1,6 +1,7 @@
 """Tiny Qwen3-VL models and their processor, made on the spot from stock transformers classes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -89,6 +90,21 @@ def build_processor() -> Qwen3VLProcessor:
     )
 
 
+def text_sizes(size: VLMSize, vocab_size: int) -> dict[str, Any]:
+    """Fields that the text configs of both families share."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": size.hidden_size,
+        "intermediate_size": 2 * size.hidden_size,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.hidden_size // 32,
+        "num_key_value_heads": size.hidden_size // 64,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "initializer_range": INITIALIZER_RANGE,
+    }
+
+
 def build_model(
     size: VLMSize, processor: Qwen3VLProcessor, seed: int
 ) -> Qwen3VLForConditionalGeneration:
@@ -97,15 +113,7 @@ def build_model(
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": size.hidden_size,
-            "intermediate_size": 2 * size.hidden_size,
-            "num_hidden_layers": size.num_layers,
-            "num_attention_heads": size.hidden_size // 32,
-            "num_key_value_heads": size.hidden_size // 64,
-            "head_dim": 32,
-            "max_position_embeddings": 256,
-            "initializer_range": INITIALIZER_RANGE,
+            **text_sizes(size, len(tokenizer)),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
