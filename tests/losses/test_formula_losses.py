@@ -24,6 +24,8 @@ def definition(name, log_q, log_p):
     q, p = log_q.exp(), log_p.exp()
     if name == "total_variation":
         return (p - q).abs().sum(-1) / 2
+    if name == "skew_reverse_kl":
+        return (q * (log_q - (0.1 * q + 0.9 * p).log())).sum(-1)
     assert name == "skew_kl", "a new loss needs its definition here"
     return (p * (log_p - (0.1 * p + 0.9 * q).log())).sum(-1)
 
