@@ -1,19 +1,18 @@
 """GOLDConfig: every field of transformers.TrainingArguments plus those of distillation."""
 
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from gold_trainer.loss_config import LossFields
+from gold_trainer.run_config import RunFields, check_inherited, check_output_dir
 from gold_trainer.uld_config import ULDFields
 
 
 @dataclass
-class GOLDConfig(LossFields, ULDFields, TrainingArguments):
+class GOLDConfig(RunFields, LossFields, ULDFields, TrainingArguments):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
     The default loss is the generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is
@@ -35,16 +34,6 @@ class GOLDConfig(LossFields, ULDFields, TrainingArguments):
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps, or share of the steps if below 1."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave NaN and infinite losses out of the log. Costs a wait for the device in "
-            "every micro-batch."
-        },
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the collator reads the raw columns."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a student given by name."}
@@ -139,8 +128,9 @@ class GOLDConfig(LossFields, ULDFields, TrainingArguments):
         self._check_init_kwargs()
         self._check_counts()
         self._check_generations()
-        self._check_inherited()
-        self._check_output_dir()
+        self.check_run_fields()
+        check_inherited(self)
+        check_output_dir(self)
 
     def _check_init_kwargs(self) -> None:
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
@@ -151,43 +141,6 @@ class GOLDConfig(LossFields, ULDFields, TrainingArguments):
                     f"GOLDConfig: {name} must be a dict of from_pretrained's arguments, got "
                     f'{value!r}; write {{"dtype": "bfloat16"}}.'
                 )
-
-    def _check_inherited(self) -> None:
-        """Fields of TrainingArguments that would be ignored, or fail deep inside a step."""
-        if self.remove_unused_columns:
-            raise ValueError(
-                "GOLDConfig: remove_unused_columns must be False, got True; the collator reads "
-                "messages, prompt, completion and images itself."
-            )
-        if self.label_smoothing_factor != 0:
-            raise ValueError(
-                "GOLDConfig: label_smoothing_factor must be 0, got "
-                f"{self.label_smoothing_factor}; the teacher's distribution is the target: raise "
-                "loss_temperature for a smoother one."
-            )
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                "GOLDConfig: train_sampling_strategy must be 'random' or 'sequential', got "
-                f"{self.train_sampling_strategy!r}; lengths with image tokens are not known ahead."
-            )
-        if self.include_num_input_tokens_seen not in (False, "no"):
-            raise ValueError(
-                "GOLDConfig: include_num_input_tokens_seen must be 'no', got "
-                f"{self.include_num_input_tokens_seen!r}; image tokens are counted by no one "
-                "before the micro-batch: the log has completion_length and tokens_per_second."
-            )
-
-    def _check_output_dir(self) -> None:
-        """Here, not after minutes of loading models."""
-        if self.output_dir is None:
-            return
-        path = Path(self.output_dir).absolute()
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"GOLDConfig: output_dir must be a folder that can be written, got {path}, where "
-                f"{there} is {'read-only' if there.is_dir() else 'a file'}; choose another."
-            )
 
     def _check_generations(self) -> None:
         """TRL's rule; generation_batch_size is computed where it is None."""

@@ -36,6 +36,15 @@ class MetricWindow:
     def reset(self) -> None:
         self.counts = [dict.fromkeys(self.count_names, 0) for _ in POLICIES]
         self.values: list[Tensor | None] = [None for _ in POLICIES]  # in the order of the sums
+        self.keep()
+
+    def keep(self) -> None:
+        """Remember the sums, for the case that the step in front is left out."""
+        self.kept = [dict(part) for part in self.counts], list(self.values)
+
+    def restore(self) -> None:
+        """Forget what was added since they were kept."""
+        self.counts, self.values = self.kept
 
     def add(self, counts: dict[str, int], sums: dict[str, Tensor], is_on_policy: bool) -> None:
         """Add one micro-batch; no host sync."""

@@ -36,6 +36,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import Row, as_rows
 from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.metrics import MetricWindow
+from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective, choose_objective
 from gold_trainer.sides import Side
 from gold_trainer.teachers import make_teacher
@@ -132,6 +133,7 @@ class GOLDTrainer(Trainer):
         }
         self.rollouts = Rollouts(args, self.objective, writers, tokenizer_of(processing_class))
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
+        self.guard = NonFiniteGuard(args, self.accelerator)
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -167,6 +169,8 @@ class GOLDTrainer(Trainer):
         units and labels of the objective, on all ranks.
         """
         self.windows["train"].start()
+        self.windows["train"].keep()
+        self.guard.start()
         batches = fetch_window(epoch_iterator, num_batches)
         if not batches:
             return batches, None
@@ -221,7 +225,29 @@ class GOLDTrainer(Trainer):
         student = self.accelerator.unwrap_model(model)
         with head_replaced(student, self.student.head, self.student.form, loss_at_head):
             loss = model(**inputs.student.tensors, use_cache=False).logits
+        if model.training:
+            rows = (example.index for example in inputs.student.examples)
+            self.guard.add(rows, is_bad(teacher_hidden), loss)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.guard.loss_to_log(super().training_step(*args, **kwargs))
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        """Between the last backward and the optimizer's step: whether the step is taken."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        verdict = self.guard.decide(model, self.state.global_step + 1, norm, wants_stop=False)
+        if verdict.is_skipped:
+            model.zero_grad()  # an optimizer leaves weights without a gradient as they are
+            self.windows["train"].restore()
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        model: Any = self.model
+        self.guard.check_weights(model, output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def prediction_step(  # type: ignore[override]
         self,
@@ -279,7 +305,7 @@ class GOLDTrainer(Trainer):
             totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
             means = window.means(totals)
             del means["loss"]  # the Trainer's is the mean over steps
-            logs = {**logs, **means}
+            logs = {**logs, **means, **self.guard.logs()}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: WindowBatch) -> int:  # type: ignore[override]

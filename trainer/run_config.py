@@ -1,0 +1,107 @@
+"""Fields of GOLDConfig for the run as such, and what of TrainingArguments cannot be used."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+ON_NONFINITE = ("error", "skip")
+
+
+@dataclass
+class RunFields:
+    """What happens when something goes wrong; TrainingArguments with other defaults."""
+
+    on_nonfinite: str = field(
+        default="error",
+        metadata={
+            "help": "NaN or inf in the loss, the gradient or the teacher: error stops before the "
+            "step is taken; skip leaves the step out and counts it in the log.",
+            "choices": ON_NONFINITE,
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave NaN and infinite losses out of the log. Costs a wait for the device in "
+            "every micro-batch."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the collator reads the raw columns."}
+    )
+
+    def check_run_fields(self) -> None:
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise ValueError(
+                "GOLDConfig: on_nonfinite must be 'error' or 'skip', got "
+                f"{self.on_nonfinite!r}; 'error' is the default."
+            )
+
+
+def check_inherited(args: TrainingArguments) -> None:
+    """Fields of TrainingArguments that would be ignored, or fail deep inside a step."""
+    if args.remove_unused_columns:
+        raise ValueError(
+            "GOLDConfig: remove_unused_columns must be False, got True; the collator reads "
+            "messages, prompt, completion and images itargs."
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            "GOLDConfig: label_smoothing_factor must be 0, got "
+            f"{args.label_smoothing_factor}; the teacher's distribution is the target: raise "
+            "loss_temperature for a smoother one."
+        )
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            "GOLDConfig: train_sampling_strategy must be 'random' or 'sequential', got "
+            f"{args.train_sampling_strategy!r}; lengths with image tokens are not known ahead."
+        )
+    if args.include_num_input_tokens_seen not in (False, "no"):
+        raise ValueError(
+            "GOLDConfig: include_num_input_tokens_seen must be 'no', got "
+            f"{args.include_num_input_tokens_seen!r}; image tokens are counted by no one "
+            "before the micro-batch: the log has completion_length and tokens_per_second."
+        )
+    if args.accelerator_config is not None:
+        _check_accelerator(args.accelerator_config)
+    if args.include_for_metrics:
+        raise ValueError(
+            f"GOLDConfig: include_for_metrics must be empty, got {args.include_for_metrics}; "
+            "compute_metrics would read it, and has no logits here: leave it out."
+        )
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "GOLDConfig: enable_jit_checkpoint must be False, got True; SIGTERM already ends a run "
+            "with a checkpoint, at the end of the step: leave it out."
+        )
+
+
+def _check_accelerator(config: Any) -> None:
+    """A dict, an AcceleratorConfig, or the path or text of its JSON, which accelerate reads."""
+    if isinstance(config, str) and config.lstrip().startswith("{"):
+        config = json.loads(config)
+    elif isinstance(config, str) and Path(config).is_file():
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    values = config if isinstance(config, dict) else {} if isinstance(config, str) else vars(config)
+    if values.get("dispatch_batches"):
+        raise ValueError(
+            "GOLDConfig: accelerator_config must not set dispatch_batches, got True; batches hold "
+            "pictures and text, which one process cannot cut up for the others: leave it out."
+        )
+
+
+def check_output_dir(args: TrainingArguments) -> None:
+    """Here, not after minutes of loading models."""
+    if args.output_dir is None:
+        return
+    path = Path(args.output_dir).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"GOLDConfig: output_dir must be a folder that can be written, got {path}, where "
+            f"{there} is {'read-only' if there.is_dir() else 'a file'}; choose another."
+        )
