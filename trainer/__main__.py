@@ -1,6 +1,7 @@
 """The commands of `gold-trainer`, which is `python -m gold_trainer`.
 
-What the user can mend ends as one message and exit code 2; its traceback is logged at level debug.
+What the user can mend ends as one message and exit code 2, its traceback is logged at level debug;
+any other error as one line and exit code 1, with its traceback in a file.
 Torch and transformers are imported by the command that needs them: usage and its errors are quick.
 """
 
@@ -8,13 +9,17 @@ import argparse
 import logging
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 
 from gold_trainer.recipes import FOLDER, find_config, recipe_names
 
 logger = logging.getLogger("gold_trainer")
 
+EXIT_ERROR = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as a shell has it of Ctrl-C; SIGTERM is 143
 
 USAGE = """\
 usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
@@ -27,11 +32,13 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0, or 2 where the user's input has to change."""
+    """Run one command; the exit code is 0, 2 where the user's input has to change, 1 for another
+    error, 130 and 143 after SIGINT and SIGTERM.
+    """
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else (None, [])
     if command in COMMANDS:
-        return _report_user_errors(COMMANDS[command], rest)
+        return _report_errors(COMMANDS[command], rest)
     if command in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
@@ -94,13 +101,28 @@ def _missing(extra: str, error: ImportError) -> ValueError:
     )
 
 
-def _report_user_errors(command: Callable[[list[str]], None], argv: list[str]) -> int:
+def _report_errors(command: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         command(argv)
+    except KeyboardInterrupt as stop:
+        if not stop.args:  # the trainer says what it has saved
+            sys.stderr.write("error: interrupted\n")
+        return EXIT_INTERRUPTED
     except (ValueError, OSError, ImportError) as error:  # ImportError: flash_attention_2 and such
         logger.debug("traceback of the message below", exc_info=True)
         sys.stderr.write(f"error: {_message(error)}\n")
         return EXIT_USER_ERROR
+    except FloatingPointError as error:  # NaN and inf: the message has all there is to say
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_ERROR
+    except Exception as error:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="gold-trainer-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            traceback.print_exception(error, file=file)
+        text = _message(error).strip().partition("\n")[0]
+        sys.stderr.write(f"error: {type(error).__name__}: {text} (traceback: {file.name})\n")
+        return EXIT_ERROR
     return 0
 
 

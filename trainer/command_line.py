@@ -129,12 +129,6 @@ def train(argv: list[str]) -> None:
     student = _given(model_args.model_name_or_path, "model_name_or_path")
     _given(data_args.dataset_name, "dataset_name")
     teacher = _given(config.teacher_model_name_or_path, "teacher_model_name_or_path")
-    checkpoint = config.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint must be a checkpoint's folder, got {checkpoint!r}; they are "
-            f"{config.output_dir}/checkpoint-STEP"
-        )
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
     config.model_init_kwargs = _student_options(model_args) | given

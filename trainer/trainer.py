@@ -17,6 +17,7 @@ B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from gold_trainer import loading, models, refusals
+from gold_trainer import checkpoints, loading, models, refusals
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
@@ -39,6 +40,8 @@ from gold_trainer.metrics import MetricWindow
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective, choose_objective
 from gold_trainer.sides import Side
+from gold_trainer.stopping import Stopper
+from gold_trainer.survival import survive
 from gold_trainer.teachers import make_teacher
 from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
 from gold_trainer.writers import LocalWriter, Writer
@@ -134,6 +137,24 @@ class GOLDTrainer(Trainer):
         self.rollouts = Rollouts(args, self.objective, writers, tokenizer_of(processing_class))
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
+        self.stopper = Stopper()
+        self.add_callback(self.stopper)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # True, "auto", or a checkpoint's folder
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """A signal ends the run with a checkpoint and KeyboardInterrupt or SystemExit(143); an
+        error is raised once there is one.
+        """
+        train = super().train
+        return survive(
+            self,
+            resume_from_checkpoint,
+            lambda checkpoint: train(checkpoint, trial, ignore_keys_for_eval),
+        )
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -238,11 +259,30 @@ class GOLDTrainer(Trainer):
     ) -> Tensor | float | None:
         """Between the last backward and the optimizer's step: whether the step is taken."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        verdict = self.guard.decide(model, self.state.global_step + 1, norm, wants_stop=False)
+        wants_stop = self.stopper.signal is not None
+        verdict = self.guard.decide(model, self.state.global_step + 1, norm, wants_stop)
+        self.stopper.must_stop |= verdict.must_stop
         if verdict.is_skipped:
             model.zero_grad()  # an optimizer leaves weights without a gradient as they are
             self.windows["train"].restore()
         return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.stopper.remember()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Complete, with its mark, or absent."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with checkpoints.saving(folder, self.accelerator):
+            self.stopper.is_saving = True
+            super()._save_checkpoint(model, trial)
+            self.stopper.is_saving = False
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """All ranks have written when the main one deletes older checkpoints."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         model: Any = self.model

@@ -1,0 +1,222 @@
+"""Checkpoints are complete or do not count; a run goes on from the newest complete one, of its own
+student, in a folder of its own.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gold_trainer import checkpoints, run_lock
+from gold_trainer.nonfinite import NonFiniteError
+from gold_trainer.objectives import same_vocabulary
+from support.resumed_runs import FIELDS, assert_same_run
+from support.tiny_models import tiny_rows
+from support.trainer_cases import make_trainer
+
+ROWS = tiny_rows(11, images="mixed")
+SAVING = FIELDS | {"save_strategy": "steps", "save_steps": 1, "lmbda": 0.5}
+
+
+def run(output_dir, *, resume=None, **options):
+    trainer = make_trainer(output_dir, ROWS, **(SAVING | options))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run and its folder, with a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder), folder
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """The folder as it was after three steps."""
+    for step in (1, 2, 3):
+        shutil.copytree(whole[1] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    return tmp_path
+
+
+def cut(path, share=0.5):
+    with path.open("r+b") as file:
+        file.truncate(int(path.stat().st_size * share))
+
+
+DAMAGES = {
+    "unmarked, without a state": lambda c: [
+        (c / n).unlink() for n in ("complete.json", "trainer_state.json")
+    ],
+    "optimizer.pt": lambda c: (c / "optimizer.pt").unlink(),
+    "scheduler.pt": lambda c: (c / "scheduler.pt").unlink(),
+    "rng_state.pth": lambda c: (c / "rng_state.pth").unlink(),
+    "model.safetensors": lambda c: cut(c / "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_newest_complete_checkpoint_is_taken_and_the_other_named(
+    damage, is_marked, stopped, whole, caplog
+):
+    """With its mark, and as other trainers write checkpoints, without one."""
+    newest = stopped / "checkpoint-3"
+    DAMAGES[damage](newest)
+    if not is_marked:
+        (newest / "complete.json").unlink(missing_ok=True)
+    with caplog.at_level(logging.WARNING):
+        resumed = run(stopped, resume=True)
+    assert f"{newest} is incomplete (" in caplog.text
+    assert f"going on from {stopped / 'checkpoint-2'}" in caplog.text
+    assert_same_run(resumed, whole[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("optimizer.pt", "optimizer.pt"),
+        ("scheduler.pt", "scheduler.pt"),
+        ("trainer_state.json", "trainer_state.json"),
+        ("model.safetensors", "model.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("is_marked", [True, False])
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_damaged_checkpoint_given_by_its_folder_is_refused_with_file_and_remedy(
+    name, message, is_marked, is_cut, stopped
+):
+    folder = stopped / "checkpoint-2"
+    if not is_marked:
+        (folder / "complete.json").unlink()
+    if is_cut:
+        cut(folder / name)
+    else:
+        (folder / name).unlink()
+    trainer = make_trainer(stopped, ROWS, **SAVING)
+    with pytest.raises(ValueError, match=f"{message}.*resume from .*checkpoint-3, which is"):
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
+def test_edited_model_card_is_no_damage(stopped):
+    (stopped / "checkpoint-3" / "README.md").write_text("mine")
+    assert checkpoints.what_is_wrong(stopped / "checkpoint-3") is None
+
+
+@pytest.mark.parametrize("resume", [True, "true"])
+def test_nothing_to_resume_from_is_refused_and_auto_starts(resume, tmp_path):
+    trainer = make_trainer(tmp_path, ROWS, **(SAVING | {"max_steps": 1}))
+    with pytest.raises(ValueError, match=r"needs a complete checkpoint.*'auto'"):
+        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 1
+
+
+def test_save_that_fails_leaves_the_checkpoints_of_before(tmp_path, monkeypatch):
+    """As on a full disk: nothing of the checkpoint stays, and the older one is not deleted."""
+    save, calls = torch.save, []
+
+    def full(*args, **kwargs):
+        calls.append(None)
+        if str(args[1]).endswith("optimizer.pt") and "checkpoint-2" in str(args[1]):
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, save_total_limit=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert checkpoints.what_is_wrong(tmp_path / "checkpoint-1") is None
+
+
+def test_nonfinite_step_leaves_a_checkpoint_of_the_step_before(tmp_path, monkeypatch, whole):
+    """Bit for bit the one that an uninterrupted run saves there."""
+    fused, calls = same_vocabulary.fused_linear_loss, []
+
+    def spoiled(*args, **options):
+        loss, values = fused(*args, **options)
+        calls.append(None)
+        return (loss * float("nan") if len(calls) == 6 else loss), values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(same_vocabulary, "fused_linear_loss", spoiled)
+        with pytest.raises(NonFiniteError, match="step 3 "):
+            run(tmp_path, save_steps=100)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert_same_run(run(tmp_path, resume=True, save_steps=100), whole[0])
+
+
+def test_checkpoints_of_another_student_are_refused_by_name(stopped):
+    for family in ("lfm2_vl", "qwen2_5_vl"):
+        other = make_trainer(stopped, ROWS, family, **SAVING)
+        for resume in (True, None):
+            with pytest.raises(ValueError, match=r"checkpoint-\d with model_type qwen3_vl"):
+                other.train(resume_from_checkpoint=resume)
+
+
+def test_adapter_does_not_go_on_from_whole_weights(stopped):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = make_trainer(stopped, ROWS, peft_config=config, **SAVING)
+    with pytest.raises(ValueError, match="adapter absent where the student has present"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_new_run_among_earlier_checkpoints_says_so(stopped, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(stopped, max_steps=1, save_strategy="no")
+    assert "holds checkpoint-3 of an earlier run" in caplog.text
+
+
+def test_second_run_in_a_folder_is_refused_with_the_first_ones_process(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        owner = {
+            "pid": first.pid,
+            "host": run_lock._identity()["host"],
+            "start": run_lock._start_of(first.pid),
+            "since": "2026-01-01 00:00:00",
+        }
+        (tmp_path / run_lock.NAME).write_text(json.dumps(owner))
+        trainer = make_trainer(tmp_path, ROWS, **SAVING)
+        with pytest.raises(ValueError, match=rf"process {first.pid} on .* since 2026-01-01"):
+            trainer.train()
+    finally:
+        first.communicate(b"\n")
+    assert (tmp_path / run_lock.NAME).exists(), "the other's lock is not this run's to delete"
+    trainer.train()
+    assert not (tmp_path / run_lock.NAME).exists()
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        "",
+        "{",
+        "[]",
+        {"pid": 2**22 + 1, "host": "here", "start": "x"},
+        {"pid": os.getpid(), "host": "here", "start": "another boot"},
+        {"pid": 1, "host": "here", "start": "another boot"},
+    ],
+)
+def test_lock_of_a_process_that_is_gone_is_taken_over_and_said_so(owner, tmp_path, caplog):
+    if isinstance(owner, dict):
+        owner = json.dumps(owner | {"host": run_lock._identity()["host"]})
+    (tmp_path / run_lock.NAME).write_text(owner)
+    lock = run_lock.RunLock(str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        lock.acquire()
+    assert "is gone" in caplog.text
+    lock.release()
+    assert not (tmp_path / run_lock.NAME).exists()
+
+
+def test_lock_of_another_host_is_respected(tmp_path):
+    (tmp_path / run_lock.NAME).write_text(json.dumps({"pid": 5, "host": "far", "since": "then"}))
+    with pytest.raises(ValueError, match=r"process 5 on far has trained into since then.*delete"):
+        run_lock.RunLock(str(tmp_path)).acquire()

@@ -1,0 +1,141 @@
+"""Which checkpoint a run goes on from, and whether the folder it writes to is another run's."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from gold_trainer import checkpoints, models
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+WORDS = {"true": True, "false": False, "none": None}
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """What the main process finds, on every rank; a ValueError too, so that none waits for it."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = function()
+        except ValueError as error:
+            answer[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]
+
+
+def find_checkpoint(
+    wanted: str | bool | None, output_dir: str, student: nn.Module, **kind: Any
+) -> str | None:
+    """wanted: True, the newest complete checkpoint of output_dir; "auto", the same, or None where
+    there is none; or a folder. ValueError where it cannot be gone on from.
+    """
+    wanted = WORDS.get(wanted.lower(), wanted) if isinstance(wanted, str) else wanted
+    if wanted in (None, False):
+        _warn_of_earlier(output_dir, student)
+        return None
+    if isinstance(wanted, str) and wanted != "auto":
+        return _given(Path(wanted), output_dir, student, kind)
+    newest, refused = checkpoints.find_newest(Path(output_dir), **kind)
+    if newest is not None:
+        for folder, reason in refused.items():
+            logger.warning(
+                "GOLDTrainer: %s is incomplete (%s): going on from %s.",
+                folder,
+                reason,
+                newest,
+            )
+        check_same_student(newest, student)
+        return str(newest)
+    found = "; ".join(f"{folder} is incomplete ({reason})" for folder, reason in refused.items())
+    if wanted == "auto":
+        if found:
+            logger.warning("GOLDTrainer: starting from the beginning: %s.", found)
+        return None
+    raise ValueError(
+        "GOLDTrainer: resume_from_checkpoint=True needs a complete checkpoint in output_dir, got "
+        f"{found or f'none in {output_dir}'}; start without it, or set "
+        "resume_from_checkpoint='auto', which starts from the beginning then."
+    )
+
+
+def _given(folder: Path, output_dir: str, student: nn.Module, kind: dict[str, Any]) -> str:
+    reason = checkpoints.what_is_wrong(folder, **kind)
+    if reason is not None:
+        newest, _ = checkpoints.find_newest(Path(output_dir), **kind)
+        there = (
+            f"{output_dir}/checkpoint-STEP" if newest is None else f"{newest}, which is complete"
+        )
+        raise ValueError(
+            f"GOLDTrainer: resume_from_checkpoint must be a complete checkpoint, got {folder}: "
+            f"{reason}; resume from {there}, or bring the file back (save_only_model=True leaves "
+            "out what resuming needs)."
+        )
+    check_same_student(folder, student)
+    return str(folder)
+
+
+def _warn_of_earlier(output_dir: str, student: nn.Module) -> None:
+    """A new run among the checkpoints of an earlier one; refused if they are another model's."""
+    earlier = checkpoints.checkpoints_in(Path(output_dir))
+    for folder in earlier:
+        check_same_student(folder, student)
+    if earlier:
+        logger.warning(
+            "GOLDTrainer: %s holds %s of an earlier run, and this one starts from the beginning; "
+            "resume_from_checkpoint=True goes on from there, another output_dir keeps them apart.",
+            output_dir,
+            earlier[-1].name,
+        )
+
+
+def check_same_student(folder: Path, student: nn.Module) -> None:
+    """ValueError if the checkpoint is that of a model that the student is not."""
+    there = _kind_of_checkpoint(folder)
+    here = _kind_of_student(student)
+    for name, value in there.items():
+        if name in here and value != here[name]:
+            raise ValueError(
+                f"GOLDTrainer: checkpoints in output_dir must be of the student that trains, got "
+                f"{folder} with {name} {value} where the student has {here[name]}; choose "
+                "another output_dir or checkpoint."
+            )
+
+
+def _kind_of_student(student: nn.Module) -> dict[str, Any]:
+    base = models.base_model(student)
+    adapter = "present" if models.has_adapter(student) else "absent"
+    return {"adapter": adapter} | _kind_of_config(base.config, type(base).__name__)
+
+
+def _kind_of_checkpoint(folder: Path) -> dict[str, Any]:
+    """What its files tell; nothing of what they do not."""
+    has_adapter = (folder / "adapter_config.json").is_file()
+    kind = {"adapter": "present"} if has_adapter else {}
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError):  # none is there, or one that needs code of its own
+        return kind
+    if not has_adapter:
+        kind["adapter"] = "absent"
+    return kind | _kind_of_config(config, (config.architectures or [None])[0])
+
+
+def _kind_of_config(config: PretrainedConfig, architecture: str | None) -> dict[str, Any]:
+    text = config.get_text_config().to_dict()
+    kind = {
+        "model_type": config.model_type,
+        "architecture": architecture,
+        "vocab_size": text.get("vocab_size"),
+        "hidden_size": text.get("hidden_size"),
+    }
+    return {name: value for name, value in kind.items() if value is not None}

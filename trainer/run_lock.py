@@ -1,0 +1,98 @@
+"""One run at a time in an output folder: a file there names the process that writes to it."""
+
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+NAME = ".running.json"
+
+
+class RunLock:
+    """Held by the main process of a run while it trains."""
+
+    def __init__(self, output_dir: str) -> None:
+        self.path = Path(output_dir) / NAME
+
+    def acquire(self) -> None:
+        """The folder is this process' now; ValueError if it is another's."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            try:
+                file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                owner = self._owner()
+                if not _is_gone(owner):
+                    raise self._refusal(owner) from None
+                logger.warning(
+                    "GOLDTrainer: process %s, which trained into %s, is gone: going on in its "
+                    "place.",
+                    owner.get("pid", "unknown"),
+                    self.path.parent,
+                )
+                self.path.unlink(missing_ok=True)
+                continue
+            with os.fdopen(file, "w", encoding="utf-8") as writer:
+                json.dump(_identity() | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}, writer)
+            return
+        raise self._refusal(self._owner())
+
+    def release(self) -> None:
+        """Only what this process holds."""
+        if self._owner().items() >= _identity().items():
+            self.path.unlink(missing_ok=True)
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            owner = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # its writer was killed in the middle
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _refusal(self, owner: dict[str, Any]) -> ValueError:
+        return ValueError(
+            f"GOLDTrainer: output_dir must belong to one run at a time, got {self.path.parent}, "
+            f"which process {owner.get('pid')} on {owner.get('host')} has trained into since "
+            f"{owner.get('since')}; choose another output_dir, or delete {self.path} if that "
+            "process is gone."
+        )
+
+
+def _identity() -> dict[str, Any]:
+    """The start tells a process from an earlier one of the same number."""
+    pid = os.getpid()
+    return {"pid": pid, "host": socket.gethostname(), "start": _start_of(pid)}
+
+
+def _start_of(pid: int) -> str | None:
+    """Boot and ticks since then; None where the system does not say, or the process is gone."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (OSError, IndexError):
+        return None
+    return f"{boot} {ticks}"
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    """A process of another host cannot be seen: it is taken to be alive."""
+    if not isinstance(owner.get("pid"), int):
+        return True  # no process stands in the file: its writer was killed in the middle
+    if owner.get("host") != socket.gethostname():
+        return False
+    pid = owner["pid"]
+    if pid == os.getpid():
+        return not owner.items() >= _identity().items()  # a container that started again
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # alive, of another user
+    start = _start_of(pid)
+    return start is not None and owner.get("start") is not None and start != owner["start"]

@@ -1,0 +1,98 @@
+"""What surrounds a run: its lock, the checkpoint that it goes on from, and how it ends."""
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+
+from gold_trainer import checkpoints
+from gold_trainer.config import GOLDConfig
+from gold_trainer.resuming import find_checkpoint, on_main_process
+from gold_trainer.run_lock import RunLock
+
+if TYPE_CHECKING:
+    from gold_trainer.trainer import GOLDTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def survive(
+    trainer: "GOLDTrainer",
+    wanted: str | bool | None,
+    run: Callable[[str | None], TrainOutput],
+) -> TrainOutput:
+    """run, from the checkpoint that is wanted, with the output folder locked meanwhile."""
+    args, accelerator, stopper = trainer.args, trainer.accelerator, trainer.stopper
+    assert args.output_dir is not None, "TrainingArguments sets it"
+    output_dir = args.output_dir
+    lock = RunLock(output_dir)
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+    def start() -> str | None:
+        lock.acquire()
+        return find_checkpoint(
+            wanted,
+            output_dir,
+            trainer.accelerator.unwrap_model(trainer.model),
+            is_sharded=is_sharded,
+            num_ranks=args.world_size,
+        )
+
+    try:
+        checkpoint = on_main_process(accelerator, start)
+        stopper.install()
+        try:
+            output = run(checkpoint)
+        except BaseException as error:
+            _leave(trainer, error)
+            raise
+        finally:
+            stopper.uninstall()
+    finally:
+        if accelerator.is_main_process:
+            lock.release()
+    if stopper.must_stop:
+        _end(trainer)
+    return output
+
+
+def _leave(trainer: "GOLDTrainer", error: BaseException) -> None:
+    """Save what the steps before the error have learnt, and say where it is."""
+    args, state = trainer.args, trainer.state
+    folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+    # of several ranks one alone may have the error: the others would not come to save
+    can_save = args.world_size == 1 and args.save_strategy != "no" and isinstance(error, Exception)
+    model: Any = trainer.model
+    if can_save and state.global_step and not (folder / checkpoints.MARK).is_file():
+        trainer.stopper.save_after(lambda: trainer._save_checkpoint(model, None))
+    if trainer.is_world_process_zero():
+        came = trainer.stopper.signal
+        name = type(error).__name__ if came is None else came.name
+        logger.warning("GOLDTrainer: %s in step %d; %s.", name, state.global_step + 1, _where(args))
+    if trainer.stopper.signal == signal.SIGTERM and isinstance(error, Exception):
+        # processes that were ended beside this one, a data loader's worker for instance
+        raise SystemExit(128 + signal.SIGTERM) from error
+
+
+def _end(trainer: "GOLDTrainer") -> None:
+    """After the step in which a signal came."""
+    name = trainer.stopper.signal or signal.SIGTERM  # another rank has it
+    step = trainer.state.global_step
+    message = f"GOLDTrainer: stopped by {name.name} after step {step}; {_where(trainer.args)}."
+    if trainer.is_world_process_zero():
+        logger.warning(message)
+    if name == signal.SIGINT:
+        raise KeyboardInterrupt(message)
+    raise SystemExit(128 + name)
+
+
+def _where(args: GOLDConfig) -> str:
+    newest, _ = checkpoints.find_newest(Path(args.output_dir or "."))
+    if newest is None:
+        return (
+            f"there is no checkpoint (save_strategy is {SaveStrategy(args.save_strategy).value!r})"
+        )
+    return f"{newest} is complete, resume_from_checkpoint=True goes on from there"
