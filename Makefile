@@ -25,7 +25,7 @@ FAST := \
 	tests/trainer/test_gold_trainer.py::test_accumulation_changes_neither_loss_nor_gradient \
 	tests/trainer/test_cross_family.py::test_off_policy_step_equals_the_eager_float64_step
 
-.PHONY: help demo test fast lint types coverage bench docs clean
+.PHONY: help demo test fast fuzz lint types coverage bench docs clean
 
 help:  ## the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +38,10 @@ test: lint types  ## linter, types and all tests: what CI runs
 
 fast: .venv/installed-dev  ## the tests to run after every change
 	$(BIN)/python -m pytest -q $(FAST)
+
+fuzz: .venv/installed-dev  ## random calls of the losses against the oracle, a minute on each backend
+	cd tests && ../$(BIN)/python -m support.fuzz --backend torch --seconds 60
+	cd tests && ../$(BIN)/python -m support.fuzz --backend triton --seconds 60
 
 lint: .venv/installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -48,7 +48,9 @@ def check_heads(
     caps = per_side(options.final_logit_softcapping)
     student = LinearHead(student_hidden, student_weight, options.student_bias, scales[0], caps[0])
     teacher = LinearHead(teacher_hidden, teacher_weight, options.teacher_bias, scales[1], caps[1])
-    if torch.is_autocast_enabled(student_hidden.device.type):
+    if student_hidden.device.type != "meta" and torch.is_autocast_enabled(
+        student_hidden.device.type
+    ):
         student = _autocast_like_linear(student)
         with torch.no_grad():
             teacher = _autocast_like_linear(teacher)

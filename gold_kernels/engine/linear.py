@@ -13,6 +13,7 @@ more.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -256,7 +257,9 @@ def run_linear_loss(
         [student.logit_scale, teacher.logit_scale],
         [student.softcap or 0.0, teacher.softcap or 0.0],
     )
-    with torch.autocast(student.hidden.device.type, enabled=False):
+    device_type = student.hidden.device.type
+    is_meta = device_type == "meta"  # shapes alone: nothing to cast
+    with nullcontext() if is_meta else torch.autocast(device_type, enabled=False):
         return LinearLossFunction.apply(
             *student[:3],
             inputs,

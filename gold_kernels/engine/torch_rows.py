@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.probabilities import LOWEST_LOGIT, log_probs
+from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, log_probs
 
 # Temporaries are about eight times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
@@ -34,7 +34,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # (
     index = torch.where(is_label, labels, 0).unsqueeze(-1)
     loss = -log_q.gather(-1, index).squeeze(-1)
     grad = log_q.exp().scatter_add_(-1, index, -torch.ones_like(log_q[:, :1]))
-    return torch.where(is_label, loss, 0), torch.where(is_label.unsqueeze(-1), grad, 0)
+    has_slope = is_label & (loss < -LOG_ZERO)  # a masked label has the floor
+    return torch.where(is_label, loss, 0), torch.where(has_slope.unsqueeze(-1), grad, 0)
 
 
 def divergence_rows_(

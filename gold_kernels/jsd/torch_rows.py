@@ -8,7 +8,7 @@ jsd/triton_rows.py.
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT
+from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, kl_entries
 from gold_kernels.engine.torch_rows import Divergence, divergence_rows_
 
 MAX_LOG_RATIO = 80.0  # either p or q is then below 1e-34: see jsd/triton_rows.py
@@ -31,26 +31,42 @@ class _Rows:
         self.ratio = (self.teacher - self.student).sub_(lse_gap).clamp_(LOG_ZERO, -LOG_ZERO)
 
     def forward_kl(self) -> Tensor:  # (c,)
-        return (self.p * self.ratio + (self.q - self.p)).sum(-1)
+        return kl_entries(self.p, self.q, self.ratio).sum(-1)
 
     def reverse_kl(self) -> Tensor:  # (c,)
-        return ((self.p - self.q) - self.q * self.ratio).sum(-1)
+        return kl_entries(self.q, self.p, -self.ratio).sum(-1)
 
     def divergence(self, beta: float) -> tuple[Tensor, Tensor]:
         """(c,) loss and its (c, V) gradient with respect to logits / temperature."""
         if beta == 0:
-            return self.forward_kl(), self.q - self.p
+            # p log q has no slope where log q is the floor of a masked column
+            is_floored = self.log_q <= LOG_ZERO
+            masked = torch.where(is_floored, self.p, 0).sum(-1, keepdim=True)
+            grad = self.q * (1 - masked) - self.p
+            return self.forward_kl(), torch.where(is_floored, 0, grad)
         if beta == 1:
             loss, pull = self.reverse_kl(), -self.ratio
         else:
-            ratio = self.ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            # log1p keeps a small excess of the mixture over 1, log the small mixtures
-            excess = beta * torch.expm1(ratio)
-            mixture = beta * ratio.exp() + (1 - beta)
-            log_mixture = torch.where(excess.abs() < 0.5, excess.log1p(), mixture.log_())
-            per_entry = beta * self.p * (ratio - log_mixture) - (1 - beta) * self.q * log_mixture
-            loss, pull = per_entry.sum(-1), log_mixture.mul_(beta - 1)
+            loss, pull = self._mixture(beta)
         return loss, self.q * (pull - (self.q * pull).sum(-1, keepdim=True))
+
+    def _mixture(self, beta: float) -> tuple[Tensor, Tensor]:
+        """(c,) loss and (c, V) (1 - beta) log(q / m), from the side with the larger weight in m, so
+        that neither end of beta cancels.
+        """
+        is_student = beta <= 0.5
+        weight = beta if is_student else 1 - beta
+        ratio = self.ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        base, other = (self.q, self.p) if is_student else (self.p, self.q)
+        ratio = ratio if is_student else ratio.neg_()  # log(other / base)
+        # log1p keeps a small excess of the mixture over the base, log the small mixtures
+        excess = weight * torch.expm1(ratio)
+        mixture = weight * ratio.exp() + (1 - weight)
+        log_mixture = torch.where(excess.abs() < 0.5, excess.log1p(), mixture.log_())
+        per_entry = weight * other * (ratio - log_mixture) - (1 - weight) * base * log_mixture
+        if not is_student:  # log(m / p) -> log(m / q)
+            log_mixture = log_mixture.sub_(ratio)
+        return per_entry.sum(-1), log_mixture.mul_(beta - 1)
 
     def metrics(self) -> Tensor:  # (5, c)
         is_student_top = self.student == self.student.amax(-1, keepdim=True)

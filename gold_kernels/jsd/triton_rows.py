@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.triton.launch import row_block
-from gold_kernels.triton.lines import BITS, NATS
+from gold_kernels.triton.lines import BITS, NATS, kl_entries
 from gold_kernels.triton.shared_rows import load_pair, open_row, store_gradient
 
 LOG_ZERO = tl.constexpr(-1e6 * 1.4426950408889634)
@@ -37,10 +37,6 @@ FORWARD_KL, REVERSE_KL, JSD, SYMMETRIC_JSD = 0, 1, 2, 3
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
 _SYMMETRIC_JSD = tl.constexpr(SYMMETRIC_JSD)
-
-NUM_ROW_VALUES = (
-    7  # loss, cross_entropy, student_entropy, teacher_entropy, both KLs, top-1 agreement
-)
 
 
 @triton.jit
@@ -74,12 +70,13 @@ def _symmetric_entries(ratio, student, teacher, per_student, per_teacher, bits):
 
 
 @triton.jit
-def mixture_entries(q, p, ratio, beta):
+def mixture_entries(q, p, ratio, betas):
     """Loss and log q - log m for 0 < beta < 1, in bits, from the side with the larger weight in m,
     so that neither end of beta cancels.
     """
+    beta, one_minus_beta = betas  # both from the host: 1 - beta in float32 has lost a beta near 1
     is_student = beta <= 0.5
-    weight = tl.where(is_student, beta, 1.0 - beta)
+    weight = tl.where(is_student, beta, one_minus_beta)
     log_other = tl.where(is_student, ratio, -ratio)
     log_other = tl.minimum(tl.maximum(log_other, -MAX_LOG_RATIO), MAX_LOG_RATIO)
     other_over_base = tl.exp2(log_other)
@@ -94,9 +91,9 @@ def mixture_entries(q, p, ratio, beta):
 
 
 @triton.jit
-def _entries(student, teacher, row_sums, bits, beta, MODE: tl.constexpr):
-    """q, p, log p - log q, loss and log q - log m (beta 1: log q - log p) of every entry, in bits;
-    bits is what a logit of 1 is worth.
+def _entries(student, teacher, row_sums, bits, betas, MODE: tl.constexpr):
+    """q, p, log p - log q, loss and pull of every entry, in bits; a logit of 1 is worth bits. The
+    pull is log q - log m (beta 1: log q - log p; beta 0: the p of a masked column, else 0).
     """
     lse_gap, max_student, max_teacher, per_student, per_teacher = row_sums
     ratio = (teacher - student) * bits - lse_gap
@@ -112,10 +109,12 @@ def _entries(student, teacher, row_sums, bits, beta, MODE: tl.constexpr):
     p = tl.exp2(teacher * bits) * per_teacher
     ratio = tl.minimum(tl.maximum(ratio, LOG_ZERO), -LOG_ZERO)
     if MODE == _FORWARD_KL:
-        return q, p, ratio, p * ratio + (q - p) * BITS, ratio
+        # p log q has no slope where log q is the floor of a masked column
+        is_floored = student * bits <= LOG_ZERO
+        return q, p, ratio, kl_entries(p, q, ratio), tl.where(is_floored, p, 0.0)
     if MODE == _REVERSE_KL:
-        return q, p, ratio, (p - q) * BITS - q * ratio, -ratio
-    loss, pull = mixture_entries(q, p, ratio, beta)
+        return q, p, ratio, kl_entries(q, p, -ratio), -ratio
+    loss, pull = mixture_entries(q, p, ratio, betas)
     return q, p, ratio, loss, pull
 
 
@@ -133,6 +132,7 @@ def jsd_rows_kernel(
     values_stride,
     vocab_size,
     beta,
+    one_minus_beta,
     inverse_temperature,
     teacher_scale,
     softcap,
@@ -173,6 +173,7 @@ def jsd_rows_kernel(
     lse_gap = (max_teacher - max_student) * bits + (log_sum_teacher - log_sum_student)
     row_sums = (lse_gap, max_student, max_teacher, per_student, per_teacher)
 
+    betas = (beta, one_minus_beta)
     lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     loss, mean_pull = lines, lines
     student_entropy, teacher_entropy, forward_kl, reverse_kl = lines, lines, lines, lines
@@ -181,16 +182,16 @@ def jsd_rows_kernel(
         columns, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
         )
-        q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
+        q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, betas, MODE)
         loss += tl.sum(entry_loss, axis=1)
-        mean_pull += tl.sum(q * pull, axis=1)
+        mean_pull += tl.sum(pull if MODE == _FORWARD_KL else q * pull, axis=1)
         if HAS_METRICS:
             student -= max_student
             teacher -= max_teacher
             student_entropy += tl.sum(q * student, axis=1)
             teacher_entropy += tl.sum(p * teacher, axis=1)
-            forward_kl += tl.sum(p * ratio + (q - p) * BITS, axis=1)
-            reverse_kl += tl.sum((p - q) * BITS - q * ratio, axis=1)
+            forward_kl += tl.sum(kl_entries(p, q, ratio), axis=1)
+            reverse_kl += tl.sum(kl_entries(q, p, -ratio), axis=1)
             top_sum = tl.maximum(top_sum, tl.max(student + teacher, axis=1))
 
     tl.store(values_ptr, tl.where(is_live, tl.sum(loss, 0) * NATS, 0.0))
@@ -212,13 +213,16 @@ def jsd_rows_kernel(
         if MODE != _FORWARD_KL:
             soft_scale *= NATS
             if MODE != _REVERSE_KL:
-                soft_scale *= 1.0 - beta
+                soft_scale *= one_minus_beta
         for start in range(0, vocab_size, BLOCK_V):
             columns, is_column, student, teacher = load_pair(
                 student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
             )
-            q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, beta, MODE)
-            grad = q - p if MODE == _FORWARD_KL else q * (pull - mean_pull)
+            q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, betas, MODE)
+            if MODE == _FORWARD_KL:
+                grad = q * (1.0 - mean_pull) - (p - pull)
+            else:
+                grad = q * (pull - mean_pull)
             grad *= soft_scale
             store_gradient(
                 grad_ptr,
@@ -244,7 +248,7 @@ def jsd_rows_(
     | None,  # (C, V), overwritten; may be student_logits; None computes no gradient
     weights: Tensor,  # (C, T) float32, contiguous: of the loss and, with labels, of cross-entropy
     labels: Tensor | None,  # (C,) int64
-    values: Tensor,  # (7, C) float32, overwritten: see NUM_ROW_VALUES
+    values: Tensor,  # (7, C) float32, overwritten, in the order of JSD.value_names
     *,
     beta: float,
     temperatures: tuple[float, float],  # student, teacher
@@ -270,6 +274,7 @@ def jsd_rows_(
         values.stride(0),
         vocab_size,
         beta,
+        1.0 - beta,
         1.0 / temperatures[0],
         temperatures[0] / temperatures[1],
         1.0 if softcap is None else softcap,

@@ -13,7 +13,14 @@ from gold_kernels.tokens.token_bytes import TokenBytes
 MATCHED_ROLES = ("end_of_turn", "eos")  # never pad, which no model is to predict
 
 
-class VocabOverlap(NamedTuple):
+class _Overlap(NamedTuple):
+    student_ids: Tensor  # (K,) int64, ascending
+    teacher_ids: Tensor  # (K,) int64, the partner of each
+    student_vocab_size: int  # V_s, entries of the tokenizer; its head may have more rows
+    teacher_vocab_size: int  # V_t
+
+
+class VocabOverlap(_Overlap):
     """Matched entries: one student id with one teacher id.
 
     Text tokens match by equal bytes: "\\u0120the" of a byte-level vocabulary and "\\u2581the" of
@@ -23,10 +30,40 @@ class VocabOverlap(NamedTuple):
     uses them only where it has no other.
     """
 
-    student_ids: Tensor  # (K,) int64, ascending
-    teacher_ids: Tensor  # (K,) int64, the partner of each
-    student_vocab_size: int  # V_s, entries of the tokenizer; its head may have more rows
-    teacher_vocab_size: int  # V_t
+    def __new__(
+        cls,
+        student_ids: Tensor,
+        teacher_ids: Tensor,
+        student_vocab_size: int,
+        teacher_vocab_size: int,
+    ) -> "VocabOverlap":
+        sides = (
+            ("student", student_ids, student_vocab_size),
+            (
+                "teacher",
+                teacher_ids,
+                teacher_vocab_size,
+            ),
+        )
+        for side, ids, size in sides:
+            if ids.unique().shape[0] != ids.shape[0]:
+                raise ValueError(
+                    f"VocabOverlap: each of the {side}'s entries has one partner at most, got "
+                    f"{ids.shape[0]} ids of which {ids.unique().shape[0]} differ; drop the others."
+                )
+            if ids.shape[0] and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+                raise ValueError(
+                    f"VocabOverlap: the {side}'s ids must be in [0, {size}), got "
+                    f"{int(ids.min())} to {int(ids.max())}; pass those of its tokenizer."
+                )
+        if student_ids.shape != teacher_ids.shape:
+            raise ValueError(
+                f"VocabOverlap: student_ids and teacher_ids must be pairs, got "
+                f"{student_ids.shape[0]} and {teacher_ids.shape[0]}; pass one partner for each."
+            )
+        return super().__new__(
+            cls, student_ids, teacher_ids, student_vocab_size, teacher_vocab_size
+        )
 
     @classmethod
     def from_tokenizers(

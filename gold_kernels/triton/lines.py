@@ -11,6 +11,7 @@ import triton.language as tl
 LOWEST_LOGIT = tl.constexpr(-1e30)  # stands for a column masked with -inf: probability 0, no NaN
 BITS = tl.constexpr(1.4426950408889634)  # per nat
 NATS = tl.constexpr(0.6931471805599453)  # per bit
+LOG2_ZERO = tl.constexpr(-1e6 * 1.4426950408889634)  # bits: of a masked token, without a slope
 
 
 @triton.jit
@@ -93,6 +94,18 @@ def expm1_of(x):
 
 
 @triton.jit
+def kl_entries(first, second, ratio):
+    """first log(first / second) + (second - first) of every entry, in bits, from ratio = log2(first
+    / second). No entry is negative; near convergence it is first (r + exp(-r) - 1) in powers of r,
+    r in nats.
+    """
+    nats = ratio * NATS
+    series = 1.0 / 24.0 - nats * (1.0 / 120.0 - nats * (1.0 / 720.0 - nats / 5040.0))
+    near = nats * nats * (0.5 - nats * (1.0 / 6.0 - nats * series)) * (first * BITS)
+    return tl.where(tl.abs(nats) < 0.25, near, first * ratio + (second - first) * BITS)
+
+
+@triton.jit
 def entry_parts(
     row_ptr,
     entry,
@@ -109,7 +122,7 @@ def entry_parts(
     """
     logit = tl.load(row_ptr + entry, mask=is_entry, other=0.0).to(tl.float32)
     log2_q = (tl.maximum(logit, LOWEST_LOGIT) - row_max) * bits - tl.log2(row_total)
-    log2_q = tl.minimum(log2_q, 0.0)
+    log2_q = tl.minimum(tl.maximum(log2_q, LOG2_ZERO), 0.0)
     is_large = is_entry & (log2_q > -1.0)
     others = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     for start in range(0, tl.where(is_large, vocab_size, 0), BLOCK_V):

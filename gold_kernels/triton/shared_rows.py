@@ -17,6 +17,8 @@ from gold_kernels.triton.lines import (
     load_logits,
 )
 
+MAX_LOSS = tl.constexpr(1e6)  # nats, of a masked label
+
 
 @triton.jit
 def _load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR: tl.constexpr):
@@ -127,8 +129,9 @@ def open_row(
         is_hard = (label >= 0) & (label < vocab_size) & (hard_weight != 0.0)
         logit = tl.load(student_ptr + label, mask=is_hard, other=0.0).to(tl.float32)
         logit = tl.maximum(logit, LOWEST_LOGIT)
-        cross_entropy = tl.log(hard_total) - (logit - max_student)
+        cross_entropy = tl.minimum(tl.log(hard_total) - (logit - max_student), MAX_LOSS)
         tl.store(values_ptr + values_stride, tl.where(is_hard, cross_entropy, 0.0))
+        is_hard &= cross_entropy < MAX_LOSS  # a masked label has no slope
     row_terms = (is_live, label, hard_weight, is_hard, max_student, hard_total)
     return row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms
 

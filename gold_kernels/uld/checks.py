@@ -5,6 +5,7 @@ N scored rows of a side (N_s, N_t), G groups, V vocabulary (V_s, V_t).
 
 import math
 
+import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
@@ -35,7 +36,42 @@ def check_alignment(
             f"rows, got hidden states of {num_student} and {num_teacher}; gather the same "
             "completion tokens, or join alignments with TokenAlignment.concatenate."
         )
+    check_groups(function, alignment)
     return alignment.num_groups
+
+
+def check_groups(function: str, alignment: TokenAlignment) -> None:
+    """Both sides have the same groups, and a scalar row its token and group."""
+    student, teacher = alignment.sides
+    sizes = [tuple(tensor.shape[0] for tensor in side) for side in (student, teacher)]
+    has_parts = all(side[0] == side[1] and side[2] == side[3] == side[4] for side in sizes)
+    if sizes[0][0] != sizes[1][0] or not has_parts:
+        raise ValueError(
+            f"{function}: an alignment must have the same groups on both sides, and one row, id "
+            f"and group for each token, got {sizes[0]} tensors' rows for the student and "
+            f"{sizes[1]} for the teacher; build it with CompletionAligner.align."
+        )
+
+
+def check_token_ids(
+    function: str, alignment: TokenAlignment | None, v_student: int, v_teacher: int
+) -> None:
+    """Tokens are entries of the heads. Looked at on the CPU alone: elsewhere a look would wait for
+    the device.
+    """
+    if alignment is None or torch.compiler.is_compiling():
+        return
+    names = ("student", "teacher")
+    for side, tensors, size in zip(names, alignment.sides, (v_student, v_teacher), strict=True):
+        for ids in (tensors[1], tensors[3]):
+            if ids.device.type != "cpu" or not ids.shape[0]:
+                continue
+            if int(ids.min()) < 0 or int(ids.max()) >= size:
+                raise ValueError(
+                    f"{function}: the {side}'s tokens in the alignment must be in [0, {size}), the "
+                    f"rows of its head, got {int(ids.min())} to {int(ids.max())}; align with the "
+                    "tokenizer of this model."
+                )
 
 
 def check_columns(function: str, v_student: int, v_teacher: int) -> None:

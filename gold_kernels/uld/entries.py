@@ -13,25 +13,33 @@ import triton
 import triton.language as tl
 
 from gold_kernels.jsd.triton_rows import FORWARD_KL, LOG_ZERO, REVERSE_KL, mixture_entries
-from gold_kernels.triton.lines import NATS, block_columns, load_logits, log_of
+from gold_kernels.triton.lines import (
+    LOG2_ZERO,
+    NATS,
+    block_columns,
+    kl_entries,
+    load_logits,
+    log_of,
+)
 from gold_kernels.uld.bin_table import LISTED, scatter
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
-SMALLEST_REST = tl.constexpr(1e-18)  # least 1 - s, for an s of 1
+SMALLEST_REST = tl.constexpr(1e-18)  # as in engine/probabilities.py
 
 
 @triton.jit
-def _matched_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
+def _matched_entries(log2_s, log2_t, betas, MODE: tl.constexpr):
     """Loss and s dloss/ds of pairs of entries, in nats."""
     s, t = tl.exp2(log2_s), tl.exp2(log2_t)
     ratio = tl.minimum(tl.maximum(log2_t - log2_s, LOG_ZERO), -LOG_ZERO)
     if MODE == _FORWARD_KL:
-        return t * ratio * NATS + (s - t), s - t
+        # t log s has no slope where log s is the floor of a masked entry
+        return kl_entries(t, s, ratio) * NATS, tl.where(log2_s > LOG2_ZERO, s - t, 0.0)
     if MODE == _REVERSE_KL:
-        return (t - s) - s * ratio * NATS, -s * ratio * NATS
-    loss, pull = mixture_entries(s, t, ratio, beta)
-    return loss * NATS, s * pull * ((1.0 - beta) * NATS)
+        return kl_entries(s, t, -ratio) * NATS, -s * ratio * NATS
+    loss, pull = mixture_entries(s, t, ratio, betas)
+    return loss * NATS, s * pull * (betas[1] * NATS)
 
 
 @triton.jit
@@ -51,7 +59,7 @@ def _excess_of(x, log_sum):
 
 
 @triton.jit
-def _rest_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
+def _rest_entries(log2_s, log2_t, betas, MODE: tl.constexpr):
     """Loss of the pair r = 1 - s, o = 1 - t, and r dloss / dr, in nats.
 
     r and o are mostly near 1, where log terms cancel. The loss is a sum of x - log(1 + x), which
@@ -65,19 +73,20 @@ def _rest_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
     if MODE == _REVERSE_KL:
         log_ratio = tl.log2(o / r) * NATS
         return r * _excess_of(-gap / r, log_ratio), -r * log_of(-gap / r, log_ratio)
-    mixture = beta * o + (1.0 - beta) * r
-    up, down = (1.0 - beta) * gap / o, -beta * gap / r
+    beta, one_minus_beta = betas
+    mixture = beta * o + one_minus_beta * r
+    up, down = one_minus_beta * gap / o, -beta * gap / r
     log_down = tl.log2(mixture / r) * NATS
     loss = beta * o * _excess_of(up, tl.log2(mixture / o) * NATS)
-    loss += (1.0 - beta) * r * _excess_of(down, log_down)
-    return loss, (beta - 1.0) * r * log_of(down, log_down)
+    loss += one_minus_beta * r * _excess_of(down, log_down)
+    return loss, -one_minus_beta * r * log_of(down, log_down)
 
 
 @triton.jit
-def span_entries(log2_s, log2_t, beta, MODE: tl.constexpr):
+def span_entries(log2_s, log2_t, betas, MODE: tl.constexpr):
     """Loss of two outcomes, s and 1 - s against t and 1 - t, and dloss / dlog s, in nats."""
-    loss, pull = _matched_entries(log2_s, log2_t, beta, MODE)
-    rest_loss, rest_pull = _rest_entries(log2_s, log2_t, beta, MODE)
+    loss, pull = _matched_entries(log2_s, log2_t, betas, MODE)
+    rest_loss, rest_pull = _rest_entries(log2_s, log2_t, betas, MODE)
     odds = tl.exp2(log2_s) / tl.maximum(one_minus(log2_s), SMALLEST_REST)
     return loss + rest_loss, pull - rest_pull * odds
 
@@ -92,7 +101,7 @@ def sum_pairs(
     student_side,
     teacher_side,
     log2_scales,
-    beta,
+    betas,
     pull_weight,
     MODE: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
@@ -113,7 +122,7 @@ def sum_pairs(
         teacher = load_logits(partners_row, index, is_pair)
         log2_s = (student - student_max) * student_bits + student_shift
         log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift
-        loss, pull = _matched_entries(log2_s, log2_t, beta, MODE)
+        loss, pull = _matched_entries(log2_s, log2_t, betas, MODE)
         losses += tl.sum(tl.where(is_pair, loss, 0.0), axis=1)
         pulls += tl.sum(tl.where(is_pair, pull, 0.0), axis=1)
         student_mass += tl.sum(tl.exp2(log2_s - log2_scales[0]), axis=1)

@@ -114,6 +114,7 @@ def _linear_uld(
     student, teacher = map(first_entries, (student, teacher), sizes)
     hidden, labels = student.hidden, options.labels
     num_groups = uld_checks.check_alignment(function, hidden, teacher.hidden, alignment)
+    uld_checks.check_token_ids(function, alignment, *sizes)
     uld_checks.check_overlap(function, settings.overlap, *sizes)
     uld_checks.check_group_weights(function, row_weights, num_groups, hidden)
     checks.check_label_weights(function, options, hidden)

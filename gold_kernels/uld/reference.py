@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.probabilities import log_probs
+from gold_kernels.engine.probabilities import SMALLEST_REST, log_probs
 from gold_kernels.jsd.reference import head_logits
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
@@ -23,7 +23,6 @@ from gold_kernels.tokens.vocabulary import VocabOverlap
 # Log-probabilities closer than this are equal. Two sides that hold the same entries in another
 # order differ by the rounding of their log-sum-exp, 1e-15 in float64.
 TIE = 1e-12
-SMALLEST_REST = 1e-30  # of 1 - p where p is 1
 
 
 class _SortedL1Function(torch.autograd.Function):

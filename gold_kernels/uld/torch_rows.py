@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT
+from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, SMALLEST_REST, kl_entries
 from gold_kernels.engine.torch_rows import store_gradient_
 
 # Temporaries are about nineteen times this many float32 values (or one row, if a row is longer).
@@ -55,9 +55,9 @@ def _matched(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]
     s, t = log_s.exp(), log_t.exp()
     ratio = (log_t - log_s).clamp(LOG_ZERO, -LOG_ZERO)
     if beta == 0:
-        return (t * ratio + (s - t)).sum(-1), s - t
+        return kl_entries(t, s, ratio).sum(-1), torch.where(log_s <= LOG_ZERO, 0, s - t)
     if beta == 1:
-        return ((t - s) - s * ratio).sum(-1), -s * ratio
+        return kl_entries(s, t, -ratio).sum(-1), -s * ratio
     # log_m - log_s, and log_m - log_t: each from the smaller exponent
     s_excess = torch.where(ratio < 0, (beta * torch.expm1(ratio.clamp_max(0))).log1p(), 0)
     t_excess = torch.where(ratio >= 0, ((1 - beta) * torch.expm1(-ratio.clamp_min(0))).log1p(), 0)
@@ -86,8 +86,7 @@ def _of_token(log_probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # (c,
 
 def _spans(log_spans: Sequence[Tensor], beta: float) -> tuple[Tensor, Tensor]:  # (c, 1) s, t
     """(c,) loss of the two outcomes span and no span, and its slope in log s."""
-    smallest = torch.finfo(log_spans[0].dtype).tiny ** 0.5
-    rests = [(-torch.expm1(side)).clamp_min(smallest).log() for side in log_spans]
+    rests = [(-torch.expm1(side)).clamp_min(SMALLEST_REST).log() for side in log_spans]
     log_s, log_t = (torch.cat(pair, 1) for pair in zip(log_spans, rests, strict=True))
     loss, pull = _matched(log_s, log_t, beta)
     return loss, pull[:, 0] - pull[:, 1] * (log_spans[0] - rests[0]).squeeze(1).exp()
@@ -117,8 +116,9 @@ def _cross_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Ten
     index = torch.where(is_token, ids, 0).unsqueeze(-1)
     log_q_token, rest = _of_token(log_q, index)
     grad = log_q.exp().scatter_(-1, index, -rest).div_(temperature)
-    value = -log_q_token.squeeze(-1)
-    return torch.where(is_token, value, 0), torch.where(is_token.unsqueeze(-1), grad, 0)
+    value = -log_q_token.squeeze(-1).clamp_min(LOG_ZERO)
+    has_slope = is_token & (value < -LOG_ZERO)  # a masked token has the floor
+    return torch.where(is_token, value, 0), torch.where(has_slope.unsqueeze(-1), grad, 0)
 
 
 def uld_rows_(

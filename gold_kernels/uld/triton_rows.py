@@ -34,6 +34,7 @@ from gold_kernels.jsd.triton_rows import FORWARD_KL, JSD, REVERSE_KL
 from gold_kernels.triton.launch import row_block
 from gold_kernels.triton.lines import (
     BITS,
+    LOG2_ZERO,
     LOWEST_LOGIT,
     NATS,
     block_columns,
@@ -65,10 +66,6 @@ from gold_kernels.uld.triton_sums import join_slices, uld_sums
 SCAN_BINS = 1 << 11
 PAIR_BLOCK = 1 << 11
 PAIR_LINE = tl.constexpr(4)  # pairs that a thread loads at once
-
-# loss, cross_entropy, matched and unmatched loss, matched mass of student and teacher, and
-# dloss / dlog_scale of the student
-NUM_ROW_VALUES = 7
 
 
 @triton.jit
@@ -102,6 +99,7 @@ def uld_rows_kernel(
     teacher_vocab_size,
     num_matched,
     beta,
+    one_minus_beta,
     student_bits,  # bits that a logit of 1 is worth: log2(e) / temperature
     teacher_bits,
     matched_weight,
@@ -146,6 +144,7 @@ def uld_rows_kernel(
         hard_weight = tl.load(weights_ptr + 2 * row + 1)
         # a row of weight 0 may hold anything, NaN included
         is_live, is_hard_live = weight != 0.0, hard_weight != 0.0
+        betas = (beta, one_minus_beta)
         student_max, student_total, student_lowest = join_slices(
             sums_ptr, row_offset, student_vocab_size, student_bits, False, SLICE, NUM_SLICES
         )
@@ -193,7 +192,7 @@ def uld_rows_kernel(
             )  # fmt: skip
             student_span = tl.minimum(student_span + student_scale, 0.0)
             teacher_span = tl.minimum(teacher_span + teacher_scale, 0.0)
-            span_loss, span_slope = span_entries(student_span, teacher_span, beta, MODE)
+            span_loss, span_slope = span_entries(student_span, teacher_span, betas, MODE)
 
         base = (top - student_side[1]) * per_bit
         gap = (gap + student_scale - teacher_scale) * per_bit
@@ -233,7 +232,7 @@ def uld_rows_kernel(
             matched_loss, matched_pull, student_mass, teacher_mass = sum_pairs(
                 student_row, student_ids_ptr, partners_ptr + row_offset * partners_row_stride,
                 own_signs, num_pairs, student_side, teacher_side, (student_scale, teacher_scale),
-                beta, soft_weight * matched_weight,
+                betas, soft_weight * matched_weight,
                 MODE, NEEDS_GRAD, IS_SHARED, PAIR_BLOCK, PAIR_LINE,
             )  # fmt: skip
             tl.debug_barrier()  # what was kept is read by other threads
@@ -265,6 +264,7 @@ def uld_rows_kernel(
             )  # fmt: skip
             hard_sum = tl.log2(hard_total)
             tl.store(out_ptr + values_stride, tl.where(is_hard_live, -hard_log2_q * NATS, 0.0))
+            is_hard_live &= hard_log2_q > LOG2_ZERO  # a masked label has no slope
 
         if NEEDS_GRAD:
             grad_row = grad_ptr + row_offset * grad_row_stride
@@ -311,7 +311,7 @@ def uld_rows_(
     labels: Tensor | None,  # (C,) int64
     tables: Sequence[Tensor] | None,  # of matched entries, see matched_tables
     spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see TokenAlignment.span_ids
-    values: Tensor,  # (7, C) float32, overwritten: see NUM_ROW_VALUES
+    values: Tensor,  # (7, C) float32, overwritten, in the order of ULD.value_names
     *,
     beta: float,
     temperatures: tuple[float, float],  # student, teacher
@@ -369,6 +369,7 @@ def uld_rows_(
         teacher_vocab_size,
         0 if partners is None else partners.shape[1],
         beta,
+        1.0 - beta,
         *bits,
         matched_weight,
         unmatched_weight,

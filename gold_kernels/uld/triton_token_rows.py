@@ -16,6 +16,7 @@ from torch import Tensor
 from gold_kernels.triton.launch import row_block
 from gold_kernels.triton.lines import (
     BITS,
+    LOG2_ZERO,
     LOWEST_LOGIT,
     NATS,
     block_columns,
@@ -66,6 +67,8 @@ def token_rows_kernel(
     soft_value, hard_value = -soft_log2_q * NATS, -hard_log2_q * NATS
     tl.store(values_ptr + row, tl.where(is_soft, soft_value, 0.0))
     tl.store(values_ptr + values_stride + row, tl.where(is_hard, hard_value, 0.0))
+    is_soft &= soft_log2_q > LOG2_ZERO  # a masked token has no slope
+    is_hard &= hard_log2_q > LOG2_ZERO
     if NEEDS_GRAD:
         grad_ptr += row * grad_row_stride
         soft_scale = soft_weight * bits * NATS

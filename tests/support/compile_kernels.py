@@ -40,7 +40,7 @@ def jsd_signatures():
     dtypes = [("*fp32", "*bf16"), ("*bf16", "*bf16"), ("*fp32", "*fp32"), ("*fp32", "*fp16")]
     variants = [(mode, flag, dtypes[0]) for mode in modes for flag in flags]
     variants += [(jsd_rows.SYMMETRIC_JSD, flags[0], dtype) for dtype in dtypes[1:]]
-    floats = ("beta", "inverse_temperature", "teacher_scale", "softcap")
+    floats = ("beta", "one_minus_beta", "inverse_temperature", "teacher_scale", "softcap")
     for mode, (has_labels, has_metrics, has_softcap, needs_grad), (logits, grad) in variants:
         constexprs = {
             "MODE": mode,
@@ -78,7 +78,8 @@ def formula_signatures():
 
 def uld_signatures():
     kernel = uld_rows.uld_rows_kernel
-    floats = ("beta", "student_bits", "teacher_bits", "matched_weight", "unmatched_weight")
+    floats = ("beta", "one_minus_beta", "student_bits", "teacher_bits")
+    floats += ("matched_weight", "unmatched_weight")
     everything, nothing = (True,) * 4, (False,) * 4
     for mode, flags, needs_grad, is_shared, logits in (
         (uld_rows.JSD, nothing, True, True, "*fp32"),
