@@ -57,6 +57,9 @@ class ModelArguments:
     )
 
 
+RESUME_WORDS = ("true", "false", "auto")
+
+
 class Parser(HfArgumentParser):
     """Says what is wrong in one line: the usage text of 150 fields would hide it."""
 
@@ -129,6 +132,7 @@ def train(argv: list[str]) -> None:
     student = _given(model_args.model_name_or_path, "model_name_or_path")
     _given(data_args.dataset_name, "dataset_name")
     teacher = _given(config.teacher_model_name_or_path, "teacher_model_name_or_path")
+    _check_checkpoint(config)
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
     config.model_init_kwargs = _student_options(model_args) | given
@@ -155,6 +159,17 @@ def train(argv: list[str]) -> None:
         _console().print(f"student saved in {config.output_dir}", markup=False, soft_wrap=True)
     # a process that exits with its group open may abort: threads of gloo outlive the interpreter
     trainer.accelerator.end_training()
+
+
+def _check_checkpoint(config: GOLDConfig) -> None:
+    """Before models are loaded; whether it is complete is seen when the student is known."""
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint is None or str(checkpoint).lower() in RESUME_WORDS or Path(checkpoint).is_dir():
+        return
+    raise ValueError(
+        f"resume_from_checkpoint must be a checkpoint's folder, got {checkpoint!r}; they are "
+        f"{config.output_dir}/checkpoint-STEP; true is the newest complete one"
+    )
 
 
 def _given(value: str | None, name: str) -> str:

@@ -1,0 +1,125 @@
+"""Runs that are killed at random moments, half of them within a save, and go on by themselves.
+
+python tests/support/soak.py 20  # kills; make soak
+"""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from gold_trainer import checkpoints
+from support.resumed_runs import FIELDS
+from support.tiny_models import tiny_rows
+from support.trainer_cases import make_trainer
+
+PRELOADED = ["support.soak", "gold_trainer.trainer"]
+SAVE_SECONDS = 0.06  # a save of the tiny model takes about 0.03 s
+
+
+def run(output_dir, num_steps, answer, kill=None, seed=0):
+    """In a process of its own: train to the end, or until the kill; answer: digest and seconds.
+
+    kill: "save", within the save of one of the next steps; "any", at any moment of the next steps,
+    the start included; "disk", a file cannot grow beyond some size.
+    """
+    torch.set_num_threads(1)
+    draw = random.Random(seed)
+    fields = FIELDS | {
+        "max_steps": num_steps,
+        "lmbda": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "disable_dropout": False,
+    }
+    rows = tiny_rows(11, images="mixed")
+    trainer = make_trainer(output_dir, rows, **fields)
+    if kill == "save":
+        _kill_within_save(draw)
+    elif kill == "any":
+        _kill_after(draw.uniform(0.0, 1.0))
+    elif kill == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint="auto")
+    digest = hashlib.sha256()
+    for weight in trainer.model.state_dict().values():
+        digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    answer.put((digest.hexdigest(), time.perf_counter() - started))
+
+
+def _kill_after(seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def _kill_within_save(draw):
+    """The first of the next two saves or the second, at its start, in its middle or at its end."""
+    clear, left = checkpoints.clear, [draw.randrange(2)]
+
+    def clear_and_die(folder):
+        clear(folder)
+        if left[0] == 0:
+            _kill_after(draw.uniform(0.0, SAVE_SECONDS))
+        left[0] -= 1
+
+    checkpoints.clear = clear_and_die
+
+
+def soak(folder, num_kills, seed=0, say=lambda text: None):
+    """How many of the kills fell into a save; AssertionError where a run does not go on alone or
+    ends with other weights than the uninterrupted one.
+    """
+    num_steps = 2 * num_kills + 4
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    answer = context.Queue()
+
+    def process(name, kill=None, number=0):
+        arguments = (str(folder / name), num_steps, answer, kill, f"{seed} {number}")
+        worker = context.Process(target=run, args=arguments)
+        worker.start()
+        worker.join(300)
+        return worker.exitcode
+
+    assert process("whole") == 0
+    expected, _ = answer.get()
+    within, killed = 0, 0
+    for number in range(4 * num_kills):
+        kill = "save" if within < (killed + 1) / 2 else "any"
+        code = process("killed", kill, number)
+        assert code in (0, -signal.SIGKILL), f"run {number} ended with {code}"
+        if code == 0:
+            break  # it was done before its kill came
+        killed += 1
+        broken = [
+            path.name
+            for path in checkpoints.checkpoints_in(folder / "killed")
+            if not (path / checkpoints.MARK).is_file()
+        ]
+        within += bool(broken)
+        say(f"kill {killed} ({kill}): incomplete {broken or 'nothing'}")
+        if killed == num_kills:
+            break
+    assert killed == num_kills, f"{killed} kills of {num_kills}: the run was over too early"
+    assert process("killed", "disk") == 1, "a save beyond the limit must fail"
+    say("disk full: refused")
+    assert process("killed") == 0
+    assert answer.get()[0] == expected, "the weights differ from those of the uninterrupted run"
+    return within
+
+
+if __name__ == "__main__":
+    num_kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    with tempfile.TemporaryDirectory() as folder:
+        within = soak(Path(folder), num_kills, say=lambda text: print(text, flush=True))  # noqa: T201
+    print(f"{num_kills} kills, {within} within a save: the weights are the same")  # noqa: T201

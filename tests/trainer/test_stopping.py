@@ -1,0 +1,187 @@
+"""Signals and errors end a run with a checkpoint, one line and an exit code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gold_trainer import command_line
+from gold_trainer.__main__ import main
+from gold_trainer.checkpoints import what_is_wrong
+from gold_trainer.objectives import same_vocabulary
+from support.resumed_runs import FIELDS, assert_same_run
+from support.tiny_models import tiny, tiny_rows
+from support.trainer_cases import make_trainer
+
+ROWS = tiny_rows(11, images="mixed")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A whole command but for its output_dir."""
+    folder = tmp_path_factory.mktemp("models")
+    for size in ("student", "teacher"):
+        for part in tiny("qwen3_vl", size):
+            part.save_pretrained(folder / size)
+    rows = tiny_rows(8, images=0)
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        *("--model_name_or_path", str(folder / "student")),
+        *("--teacher_model_name_or_path", str(folder / "teacher")),
+        *("--dataset_name", str(folder / "rows.jsonl")),
+        *("--per_device_train_batch_size", "2", "--max_steps", "100000", "--lmbda", "0"),
+        *("--max_completion_length", "8", "--max_length", "128", "--report_to", "none"),
+        *("--learning_rate", "1e-3", "--use_cpu", "--logging_steps", "1"),
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_ends_the_command_with_a_checkpoint_one_line_and_its_exit_code(
+    number, code, flags, tmp_path
+):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gold_trainer", "train", *flags, "--output_dir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err + out
+    (line,) = [line for line in err.splitlines() if "is complete" in line]
+    match = re.search(rf"stopped by {number.name} after step (\d+); (\S+) is complete", line)
+    (folder,) = tmp_path.glob("checkpoint-*")
+    assert match[2] == str(folder) and folder.name == f"checkpoint-{match[1]}"
+    assert what_is_wrong(folder) is None
+    assert not (tmp_path / ".running.json").exists()
+
+
+class SignalAt:
+    """Sends this process a signal within a step: in the loss of a micro-batch."""
+
+    def __init__(self, monkeypatch, number, call):
+        self.number, self.left = number, call
+        self.fused = same_vocabulary.fused_linear_loss
+        monkeypatch.setattr(same_vocabulary, "fused_linear_loss", self)
+
+    def __call__(self, *args, **options):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+            time.sleep(0.01)
+        return self.fused(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_run_that_a_signal_stopped_goes_on_to_the_same_weights(
+    number, error, tmp_path, monkeypatch
+):
+    options = FIELDS | {"lmbda": 0.5, "save_strategy": "steps", "save_steps": 100}
+    whole = make_trainer(tmp_path / "whole", ROWS, **options)
+    whole.train()
+    before = signal.getsignal(number)
+    trainer = make_trainer(tmp_path, ROWS, **options)
+    with monkeypatch.context() as patch:
+        SignalAt(patch, number, call=5)  # the first micro-batch of step 3
+        with pytest.raises(error):
+            trainer.train()
+    assert trainer.state.global_step == 3
+    assert signal.getsignal(number) is before
+    assert what_is_wrong(tmp_path / "checkpoint-3") is None
+    resumed = make_trainer(tmp_path, ROWS, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, ROWS, **(FIELDS | {"save_strategy": "steps"}))
+    fused, calls = same_vocabulary.fused_linear_loss, []
+
+    def interrupted(*args, **options):
+        calls.append(None)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return fused(*args, **options)
+
+    monkeypatch.setattr(same_vocabulary, "fused_linear_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert len(calls) == 2 and trainer.state.global_step == 0
+
+
+def test_save_strategy_no_means_no_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(tmp_path, ROWS, **FIELDS)
+    SignalAt(monkeypatch, signal.SIGTERM, call=1)
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 143
+    assert "after step 1; there is no checkpoint (save_strategy is 'no')" in caplog.text
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("CUDA error\nmore"), 1), (ValueError("row 5: bad"), 2)]
+)
+def test_error_within_a_step_is_one_line_and_an_exit_code(
+    error, code, flags, tmp_path, monkeypatch, capfd
+):
+    fused, calls = same_vocabulary.fused_linear_loss, []
+
+    def failing(*args, **options):
+        calls.append(None)
+        if len(calls) == 3:
+            raise error
+        return fused(*args, **options)
+
+    monkeypatch.setattr(same_vocabulary, "fused_linear_loss", failing)
+    assert main(["train", *flags, "--output_dir", str(tmp_path)]) == code
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and err.count("error: ") == 1
+    if code == 1:
+        assert "error: RuntimeError: CUDA error (traceback: " in err
+        saved = Path(re.search(r"traceback: (\S+)\)", err)[1])
+        assert "fused_linear_loss" in saved.read_text()
+        saved.unlink()
+    assert what_is_wrong(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("word", ["true", "True", "auto"])
+def test_resume_from_the_newest_checkpoint_by_a_word(word, flags, tmp_path):
+    options = ["--output_dir", str(tmp_path), "--save_steps", "1"]
+    assert main(["train", *flags, *options, "--max_steps", "2"]) == 0
+    state = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")
+    assert (
+        main(["train", *flags, *options, "--max_steps", "3", "--resume_from_checkpoint", word]) == 0
+    )
+    later = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt")
+    steps = [float(next(iter(part["state"].values()))["step"]) for part in (state, later)]
+    assert steps == [2, 3]
+
+
+def test_resume_word_where_nothing_is_saved_is_one_message(flags, tmp_path, capfd):
+    options = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "true"]
+    assert main(["train", *flags, *options]) == 2
+    assert "needs a complete checkpoint in output_dir, got none" in capfd.readouterr().err
+
+
+def test_interrupt_before_the_first_step_is_one_line(flags, tmp_path, monkeypatch, capfd):
+    def load_rows(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "load_rows", load_rows)
+    assert main(["train", *flags, "--output_dir", str(tmp_path)]) == 130
+    assert capfd.readouterr().err.strip() == "error: interrupted"
