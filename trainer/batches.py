@@ -26,6 +26,8 @@ class Example:
     prompt_length: int  # tokens, image tokens included
     images: list[Image.Image]
     completion_ids: list[int] | None
+    # Those of the tokenizer, in front of the prompt and behind it; None: unless the text has them.
+    adds_special_tokens: bool | None = None
 
     @property
     def written_ids(self) -> list[int]:

@@ -3,10 +3,11 @@
 B sequences, L positions, N scored rows. An example knows its completion's token ids before any
 picture becomes a tensor, so the scored tokens of a whole accumulation window are counted first;
 pictures stay raw until the micro-batch that needs them. Off-policy rows and rollouts take one path:
-a completion is a list of token ids, tokenised by itself as it is at generation time.
+a completion is a list of token ids, those that it has behind its prompt.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from gold_kernels.tokens.token_bytes import find_end_of_turn
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
-from gold_trainer.dataset import Messages, Row
+from gold_trainer.dataset import Row
+from gold_trainer.in_context import InContext
+from gold_trainer.rendering import Piece, Processor, Renderer
 
 IGNORE_INDEX = -100
-Processor = ProcessorMixin | PreTrainedTokenizerBase
 
 
 def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
@@ -40,99 +43,109 @@ class GOLDCollator:
         end_ids: Sequence[int],
         max_length: int | None,
         placeholder_ids: Sequence[int] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,  # a row's own win
     ):
         self.processor = processor
         self.tokenizer = tokenizer_of(processor)
         self.is_vlm = isinstance(processor, ProcessorMixin)
-        self.end_ids = frozenset(end_ids)  # end of turn and end of text: any of them ends an answer
+        self.renderer = Renderer(processor, chat_template_kwargs or {})
+        end_of_turn_id = self._end_of_turn_id()
+        # End of turn and end of text: any of them ends an answer. A base model's own end of text
+        # is not what a template ends a turn with.
+        self.end_ids = frozenset((*end_ids, end_of_turn_id))
+        self.in_context = InContext(self.tokenizer, self.end_ids, end_of_turn_id)
         self.max_length = max_length
-        self.placeholder_ids = frozenset(placeholder_ids)  # of pictures: not in a completion
+        self.placeholder_ids = frozenset(placeholder_ids)  # of pictures: not in a text
+        names = self.tokenizer.convert_ids_to_tokens(sorted(self.placeholder_ids))
+        self.placeholders = [name for name in names if name is not None]
+
+    def _end_of_turn_id(self) -> int:
+        try:
+            end_of_turn_id = find_end_of_turn(tokenizer_with_template(self.processor))
+        except ValueError:  # a template that refuses a question and its answer refuses rows by name
+            end_of_turn_id = self.tokenizer.eos_token_id
+        assert end_of_turn_id is not None, "a processor without eos was refused"
+        return end_of_turn_id
 
     def __call__(self, rows: list[Row]) -> WindowBatch:
         examples = [self.example(row) for row in rows]
         return WindowBatch(examples, examples)
 
     def example(self, row: Row) -> Example:
-        prompt_text, completion_text = self._render(row)
+        if isinstance(row.prompt, str):
+            prompt = row.prompt
+            pieces = None if row.completion is None else [Piece(row.completion, True)]
+        elif row.completion is None:
+            prompt, pieces = self.renderer.prompt(row), None
+        else:
+            answer = row.answer or {"role": "assistant", "content": row.completion}
+            prompt, pieces = self.renderer.answered(row, answer)
+        has_special = self._adds_special_tokens(row, prompt)
+        length = self._prompt_length(row, prompt, has_special)
+        self._refuse_placeholders(row)
+        example = Example(row.index, prompt, length, row.images, None, has_special)
+        if pieces is None:
+            return example
+        ids = self.in_context.ids(prompt, pieces)[: self.room(example)]
+        text = "".join(piece.text for piece in pieces)
+        if not self.placeholder_ids.isdisjoint(ids) or any(p in text for p in self.placeholders):
+            raise ValueError(
+                f"row {row.index}: a completion must be text, got a picture's placeholder in "
+                f"{text[:80]!r}; remove it from the answer."
+            )
+        return example.with_completion(ids)
+
+    def room(self, example: Example) -> int | None:
+        """Tokens that max_length leaves a completion."""
+        return None if self.max_length is None else self.max_length - example.prompt_length
+
+    def _adds_special_tokens(self, row: Row, prompt: str) -> bool:
+        """As apply_chat_template(tokenize=True) has it: tokenizers take a template's text as it is,
+        processors and plain text get the tokenizer's own unless the text begins with them.
+        """
+        if not self.is_vlm and not isinstance(row.prompt, str):
+            return False
+        return not _has_bos(self.tokenizer, prompt)
+
+    def _prompt_length(self, row: Row, prompt: str, adds_special_tokens: bool) -> int:
         try:
-            length = prompt_length(self.processor, prompt_text, row.images)
+            length = prompt_length(self.processor, prompt, row.images, adds_special_tokens)
         except (ValueError, IndexError) as error:
             raise ValueError(
-                f"row {row.index}: the processor refuses the prompt {prompt_text[:80]!r} with "
+                f"row {row.index}: the processor refuses the prompt {prompt[:80]!r} with "
                 f"{len(row.images)} pictures ({error}); look for a picture's placeholder written "
                 "into the text."
             ) from error
         if length == 0:
             raise ValueError(
-                f"row {row.index}: a prompt must have at least one token, got {prompt_text!r}, "
+                f"row {row.index}: a prompt must have at least one token, got {prompt!r}, "
                 "after which nothing predicts the completion; drop the row or give it a prompt."
             )
-        room = None if self.max_length is None else self.max_length - length
-        if room is not None and room < 1:
+        if self.max_length is not None and length >= self.max_length:
             raise ValueError(
                 f"row {row.index}: the prompt has {length} tokens with {len(row.images)} pictures, "
                 f"max_length={self.max_length} leaves no room for a completion; raise max_length "
                 "or make the pictures smaller."
             )
-        if completion_text is None:
-            return Example(row.index, prompt_text, length, row.images, None)
-        ids = self._completion_ids(completion_text)[:room]
-        if not self.placeholder_ids.isdisjoint(ids):
-            raise ValueError(
-                f"row {row.index}: a completion must be text, got a picture's placeholder in "
-                f"{completion_text[:80]!r}; remove it from the answer."
-            )
-        return Example(row.index, prompt_text, length, row.images, ids)
+        return length
 
-    def _completion_ids(self, text: str) -> list[int]:
-        """Up to the first end token, which is added where the text has none."""
-        ids = until_end(self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_ids)
-        return ids if ids and ids[-1] in self.end_ids else [*ids, self.tokenizer.eos_token_id]
-
-    def _render(self, row: Row) -> tuple[str, str | None]:
-        """Prompt text as the model is prompted, and the text that follows it."""
-        if isinstance(row.prompt, str):
-            return row.prompt, row.completion
-        if self.processor.chat_template is None:
-            raise ValueError(
-                f"row {row.index}: a conversation needs a chat template, "
-                f"{type(self.processor).__name__} has none; set its chat_template, or pass prompt "
-                "and completion as plain text."
-            )
-        prompt = self._template(row, row.prompt, add_generation_prompt=True)
-        if row.completion is None:
-            return prompt, None
-        answer = {"role": "assistant", "content": row.completion}
-        conversation = self._template(row, [*row.prompt, answer], add_generation_prompt=False)
-        if not conversation.startswith(prompt):
-            raise ValueError(
-                f"row {row.index}: the chat template must render an answered conversation as the "
-                f"prompt plus the answer, got {conversation[-80:]!r} after {prompt[-40:]!r}; pass "
-                "prompt and completion as plain text, or a processor with another template."
-            )
-        return prompt, conversation[len(prompt) :]
-
-    def _template(self, row: Row, messages: Messages, *, add_generation_prompt: bool) -> str:
-        try:
-            text = self.processor.apply_chat_template(
-                [{**message, "content": self._content(message["content"])} for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except Exception as error:  # templates raise errors of jinja2, which is not a dependency
-            raise ValueError(
-                f"row {row.index}: the chat template must take the conversation, got an error for "
-                f"the turns {[message['role'] for message in messages]} ({error}); change the row, "
-                "or pass a processor with another template."
-            ) from error
-        assert isinstance(text, str), "apply_chat_template tokenizes only where it is asked to"
-        return text
-
-    def _content(self, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        """Lists of parts for processors, strings for tokenizers: what their templates expect."""
-        if self.is_vlm:
-            return [{"type": "text", "text": content}] if isinstance(content, str) else content
-        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    def _refuse_placeholders(self, row: Row) -> None:
+        """Text of a turn that a processor would take for a picture, or a model would look for one
+        in the place of.
+        """
+        if isinstance(row.prompt, str) or not self.placeholders:
+            return
+        for message in row.prompt:
+            content = message.get("content")
+            parts = [{"text": content}] if isinstance(content, str) else content or ()
+            texts = [part.get("text") or "" for part in parts]
+            found = [name for name in self.placeholders if any(name in text for text in texts)]
+            if found:
+                raise ValueError(
+                    f"row {row.index}: a turn's text must not hold a picture's placeholder, got "
+                    f"{found[0]!r} in the {message['role']}'s turn; write the picture's place as "
+                    'the part {"type": "image"}, or remove it from the text.'
+                )
 
 
 def until_end(ids: list[int], end_ids: Collection[int]) -> list[int]:
@@ -141,7 +154,12 @@ def until_end(ids: list[int], end_ids: Collection[int]) -> list[int]:
     return ids if end is None else ids[: end + 1]
 
 
-def prompt_length(processor: Processor, text: str, images: list[Image.Image]) -> int:
+def prompt_length(
+    processor: Processor,
+    text: str,
+    images: list[Image.Image],
+    adds_special_tokens: bool | None = None,  # see process_prompts
+) -> int:
     """Tokens of a prompt, image tokens included.
 
     Pictures without pixels stand in: processors count image tokens from sizes alone, which takes
@@ -152,25 +170,32 @@ def prompt_length(processor: Processor, text: str, images: list[Image.Image]) ->
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # some warn that a device other than the CPU resizes differently
     try:
-        inputs = process_prompts(processor, [text], [shapes])
+        inputs = process_prompts(processor, [text], [shapes], [adds_special_tokens])
     except (RuntimeError, TypeError):  # torch's answers to reading a meta tensor
-        inputs = process_prompts(processor, [text], [images])
+        inputs = process_prompts(processor, [text], [images], [adds_special_tokens])
     finally:
         logging.set_verbosity(verbosity)
     return inputs["input_ids"].shape[1]
 
 
 def process_prompts(
-    processor: Processor, texts: list[str], images: list[list[Image.Image]] | list[list[Tensor]]
+    processor: Processor,
+    texts: list[str],
+    images: list[list[Image.Image]] | list[list[Tensor]],
+    adds_special_tokens: Sequence[bool | None] | None = None,  # of each text; None: unless it has
 ) -> dict[str, Tensor]:
     """Left-padded inputs of prompts with their pictures, as generation needs them."""
-    bos = tokenizer_of(processor).bos_token
-    has_bos = [bos is not None and text.startswith(bos) for text in texts]
-    if len(set(has_bos)) > 1 and processor is tokenizer_of(processor):
+    tokenizer = tokenizer_of(processor)
+    flags = [None] * len(texts) if adds_special_tokens is None else adds_special_tokens
+    adds = [
+        not _has_bos(tokenizer, text) if flag is None else flag
+        for text, flag in zip(texts, flags, strict=True)
+    ]
+    if len(set(adds)) > 1 and processor is tokenizer:
         # conversations beside plain text, to which the tokenizer adds its own
         ids = [
-            processor(text, add_special_tokens=not has)["input_ids"]
-            for text, has in zip(texts, has_bos, strict=True)
+            processor(text, add_special_tokens=flag)["input_ids"]
+            for text, flag in zip(texts, adds, strict=True)
         ]
         batch = {"input_ids": ids}
         return dict(processor.pad(batch, padding_side="left", return_tensors="pt"))
@@ -180,11 +205,26 @@ def process_prompts(
             text=texts,
             padding=True,
             padding_side="left",
-            add_special_tokens=not has_bos[0],  # templates write their own
+            add_special_tokens=adds[0],
             return_tensors="pt",
             **options,
         )
     )
+
+
+def _has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
+def tokenizer_with_template(processor: Processor) -> PreTrainedTokenizerBase:
+    """The tokenizer, with its processor's template where it has none: what ends a turn is found
+    with it.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer.chat_template is None and processor.chat_template is not None:
+        tokenizer = copy(tokenizer)
+        tokenizer.chat_template = processor.chat_template
+    return tokenizer
 
 
 def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInputs:
@@ -195,7 +235,10 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
     """
     tokenizer = tokenizer_of(processor)
     prompts = process_prompts(
-        processor, [e.prompt_text for e in examples], [e.images for e in examples]
+        processor,
+        [e.prompt_text for e in examples],
+        [e.images for e in examples],
+        [e.adds_special_tokens for e in examples],
     )
     shape = prompts["input_ids"].shape
     prompt_lengths = prompts["attention_mask"].sum(1).tolist()

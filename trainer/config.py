@@ -27,6 +27,7 @@ class GOLDConfig(RunFields, LossFields, ULDFields, TrainingArguments):
         "model_init_kwargs",
         "teacher_model_init_kwargs",
         "loss_kwargs",
+        "chat_template_kwargs",
     ]
 
     learning_rate: float = field(
@@ -46,6 +47,13 @@ class GOLDConfig(RunFields, LossFields, ULDFields, TrainingArguments):
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for the teacher."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat templates of both sides, for instance "
+            '{"enable_thinking": false}; those of a row win over these.'
+        },
     )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set every dropout of the student to 0."}
@@ -133,13 +141,19 @@ class GOLDConfig(RunFields, LossFields, ULDFields, TrainingArguments):
         check_output_dir(self)
 
     def _check_init_kwargs(self) -> None:
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        options = "from_pretrained's arguments", '{"dtype": "bfloat16"}'
+        template = "arguments of the chat template", '{"enable_thinking": false}'
+        kinds = {
+            "model_init_kwargs": options,
+            "teacher_model_init_kwargs": options,
+            "chat_template_kwargs": template,
+        }
+        for name, (what, example) in kinds.items():
             value = getattr(self, name)
             is_json = isinstance(value, str) and value.startswith("{")
             if not is_json and not isinstance(value, dict | None):
                 raise ValueError(
-                    f"GOLDConfig: {name} must be a dict of from_pretrained's arguments, got "
-                    f'{value!r}; write {{"dtype": "bfloat16"}}.'
+                    f"GOLDConfig: {name} must be a dict of {what}, got {value!r}; write {example}."
                 )
 
     def _check_generations(self) -> None:

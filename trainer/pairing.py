@@ -6,17 +6,15 @@ the completion is known, and the main process after a rollout. A completion's by
 both sides: whitespace that the student's template writes around an answer belongs to it.
 """
 
-from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from gold_kernels import CompletionAligner, TokenAlignment
 from gold_trainer.batches import BatchAlignment, Example, WindowBatch
-from gold_trainer.collator import GOLDCollator, Processor, tokenizer_of
+from gold_trainer.collator import GOLDCollator, tokenizer_with_template
 from gold_trainer.dataset import Row
 from gold_trainer.uld_config import ULDFields
 
@@ -43,8 +41,8 @@ class CompletionPairs:
         merge = args.uld_token_merge_strategy
         self.args = args
         self.aligner = CompletionAligner.from_tokenizers(
-            _tokenizer_with_template(student.processor),
-            _tokenizer_with_template(teacher.processor),
+            tokenizer_with_template(student.processor),
+            tokenizer_with_template(teacher.processor),
             student_end_ids=student.end_ids,
             teacher_end_ids=teacher.end_ids,
             merge=merge,
@@ -116,17 +114,6 @@ class CompletionPairs:
             teacher_scalar_groups=none,
             scored_bytes=min(int(lengths.sum()), alignment.completion_bytes),
         )
-
-
-def _tokenizer_with_template(processor: Processor) -> PreTrainedTokenizerBase:
-    """The tokenizer, with its processor's template where it has none: what ends a turn is found
-    with it.
-    """
-    tokenizer = tokenizer_of(processor)
-    if tokenizer.chat_template is None and processor.chat_template is not None:
-        tokenizer = copy(tokenizer)
-        tokenizer.chat_template = processor.chat_template
-    return tokenizer
 
 
 class PairCollator:

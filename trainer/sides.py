@@ -27,6 +27,8 @@ class Side:
         is_below_adapter: bool = False,
     ) -> "Side":
         config = models.base_model(model).config
+        template_kwargs = args.chat_template_kwargs
+        assert not isinstance(template_kwargs, str), "TrainingArguments reads the JSON"
         return cls(
             models.lm_head(model, name, is_below_adapter=is_below_adapter),
             LogitForm.from_config(config, name),
@@ -35,5 +37,6 @@ class Side:
                 models.end_ids_of(model, processor),
                 args.max_length,
                 models.placeholder_ids_of(config),
+                template_kwargs,
             ),
         )

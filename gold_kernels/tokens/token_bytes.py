@@ -80,7 +80,7 @@ class TokenBytes:
 
         self.roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
         if end_of_turn_id is None:
-            end_of_turn_id = _end_of_turn_id(self, special)
+            end_of_turn_id = find_end_of_turn(tokenizer)
         self.roles["end_of_turn"] = end_of_turn_id
         ends = (self.roles["eos"],) if end_ids is None else end_ids
         self.end_ids = frozenset(i for i in (end_of_turn_id, *ends) if i is not None)
@@ -307,12 +307,13 @@ def _word_piece(prefix: str) -> Callable[[str], bytes]:
     return to_bytes
 
 
-def _end_of_turn_id(table: TokenBytes, special: Collection[int]) -> int | None:
-    """The first special token that the chat template writes after an answer, else eos."""
-    tokenizer, answer = table.tokenizer, "answer"
+def find_end_of_turn(tokenizer: Any) -> int | None:
+    """The first added token that the chat template writes after an answer, else eos. It need not be
+    special: some base models know <|im_end|> as text of their vocabulary.
+    """
     if tokenizer.chat_template is None:
-        return table.roles["eos"]
-    failure = None
+        return tokenizer.eos_token_id
+    answer, failure = "answer", None
     # Some templates take contents as text, some as lists of parts, and drop the other kind.
     for wrap in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
         turns = [("user", "question"), ("assistant", answer)]
@@ -324,9 +325,12 @@ def _end_of_turn_id(table: TokenBytes, special: Collection[int]) -> int | None:
             continue
         _, found, tail = rendered.rpartition(answer)
         if found:
-            ids = tokenizer(tail, add_special_tokens=False, split_special_tokens=False)
-            return next((i for i in ids["input_ids"] if i in special), table.roles["eos"])
+            added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+            added |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+            ids = tokenizer(tail, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+            ends = (i for i in ids if added.get(i, "").strip())
+            return next(ends, tokenizer.eos_token_id)
     raise ValueError(
-        f"TokenBytes: the chat template of {table.name} must render a question and its answer, got "
-        f"{failure or 'no answer in the text'}; pass end_of_turn_id."
+        f"TokenBytes: the chat template of {_name(tokenizer)} must render a question and its "
+        f"answer, got {failure or 'no answer in the text'}; pass end_of_turn_id."
     ) from failure

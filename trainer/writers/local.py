@@ -126,7 +126,10 @@ def generate_completions(
         use_cache=True,
     )
     inputs = process_prompts(
-        processor, [e.prompt_text for e in examples], [e.images for e in examples]
+        processor,
+        [e.prompt_text for e in examples],
+        [e.images for e in examples],
+        [e.adds_special_tokens for e in examples],
     )
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
     with generation_mode(base), own_settings_hidden(base), seeded(seed, args.device):
