@@ -7,12 +7,13 @@ from typing import Any
 from transformers import TrainingArguments
 
 from gold_trainer.loss_config import LossFields
+from gold_trainer.row_config import RowFields
 from gold_trainer.run_config import RunFields, check_inherited, check_output_dir
 from gold_trainer.uld_config import ULDFields
 
 
 @dataclass
-class GOLDConfig(RunFields, LossFields, ULDFields, TrainingArguments):
+class GOLDConfig(RunFields, LossFields, ULDFields, RowFields, TrainingArguments):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
     The default loss is the generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is
@@ -108,6 +109,7 @@ class GOLDConfig(RunFields, LossFields, ULDFields, TrainingArguments):
         super().__post_init__()
 
     def _check(self) -> None:
+        self.check_rows()
         if not 0 <= self.lmbda <= 1:
             raise ValueError(f"GOLDConfig: lmbda must be in [0, 1], got {self.lmbda}; set lmbda.")
         if not 0 < self.temperature < math.inf:

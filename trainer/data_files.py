@@ -2,19 +2,22 @@
 
 A hub id, or a local path: json or jsonl (contents of mixed shape welcome: Arrow never sees them),
 parquet, csv, a folder of such files, a folder of pictures with metadata.jsonl (imagefolder), or a
-folder written by save_to_disk. Columns are renamed and pictures opened when a row is read: nothing
-is copied or decoded ahead.
+folder written by save_to_disk. Columns are renamed when a row is read: nothing is copied or decoded
+ahead.
 """
 
+import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
-from PIL import Image, ImageOps
+
+from gold_trainer.columns import names_of
+from gold_trainer.pictures import undecoded
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -47,75 +50,73 @@ class DataArguments:
     prompt_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column to read as `prompt`; a string becomes a user's message. "
+            "help": "Column to read as `prompt`: a conversation, or plain text. "
             "Default: prompt or messages."
         },
     )
     completion_column: str | None = field(
         default=None,
-        metadata={
-            "help": "Column to read as `completion`; a string becomes the assistant's message."
-        },
+        metadata={"help": "Column to read as `completion`."},
     )
     image_column: str | None = field(
         default=None,
         metadata={"help": "Column with one picture or a list of them. Default: image or images."},
     )
     system_prompt: str | None = field(
-        default=None, metadata={"help": "System message put before every conversation."}
+        default=None,
+        metadata={
+            "help": "System message put before every conversation without one; plain text becomes "
+            "a conversation."
+        },
+    )
+    text_as_messages: bool = field(
+        default=False,
+        metadata={
+            "help": "Plain prompts and completions become messages, so that the chat template is "
+            "applied to them."
+        },
     )
 
 
 class MappedRows(torch.utils.data.Dataset):
-    """Rows under the names that the trainer knows, paths of pictures opened as pictures."""
+    """Rows under the names that the trainer knows; pictures as bytes or paths."""
 
     def __init__(
         self, rows: Sequence[dict[str, Any]], folder: Path | None, data_args: DataArguments
     ):
-        self.rows = rows
+        self.rows = undecoded(rows)
         self.folder = folder  # that relative paths of pictures start from
         self.data_args = data_args
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            row = dict(self.rows[index])
-        except OSError as error:  # datasets decodes a picture column here
-            raise ValueError(f"row {index}: cannot read its picture: {error}") from error
+    def column_names(self) -> list[str]:
+        """As rows have them, where they are known without reading files."""
         args = self.data_args
-        for new_name, column in (
-            ("prompt", args.prompt_column),
-            ("completion", args.completion_column),
-        ):
-            if column is not None:
-                row[new_name] = _as_messages(_take(row, column, index), new_name)
+        taken = {args.prompt_column, args.completion_column, args.image_column}
+        names = [name for name in names_of(self.rows) if name not in taken]
+        if args.prompt_column is not None:
+            names = ["prompt", *(name for name in names if name != "messages")]
+        return names
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = dict(self.rows[index])
+        args = self.data_args
+        named = {"prompt": args.prompt_column, "completion": args.completion_column}
+        if args.image_column is not None:
+            named["images"] = args.image_column
+        taken = {
+            name: _take(row, column, index) for name, column in named.items() if column is not None
+        }
         if args.prompt_column is not None:
             row.pop("messages", None)  # which would win over the column that was asked for
-        if args.image_column is not None:
-            pictures = _take(row, args.image_column, index)
-            row["images" if isinstance(pictures, list) else "image"] = pictures
-        for name in ("image", "images"):
-            if row.get(name) is not None:
-                row[name] = self._open(row[name], index)
+        row |= taken
+        if args.text_as_messages or args.system_prompt is not None:
+            _text_as_messages(row)
         if args.system_prompt is not None:
-            _prepend_system(row, args.system_prompt, index)
+            _prepend_system(row, args.system_prompt)
         return row
-
-    def _open(self, value: Any, index: int) -> Any:
-        """Paths, and lists of paths, as PIL pictures; anything else as it is."""
-        if isinstance(value, list):
-            return [self._open(item, index) for item in value]
-        if not isinstance(value, str):
-            return value
-        path = (self.folder or Path()) / value
-        try:
-            with Image.open(path) as picture:
-                # upright, as datasets decodes pictures: phones write them turned, with a note
-                return ImageOps.exif_transpose(picture)
-        except OSError as error:  # missing, cut off, or not a picture
-            raise ValueError(f"row {index}: cannot read the picture {path}: {error}") from error
 
 
 def _take(row: dict[str, Any], column: str, index: int) -> Any:
@@ -126,19 +127,24 @@ def _take(row: dict[str, Any], column: str, index: int) -> Any:
     return row.pop(column)
 
 
-def _as_messages(value: Any, name: str) -> Any:
-    role = "user" if name == "prompt" else "assistant"
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+def _text_as_messages(row: dict[str, Any]) -> None:
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row.get(name), str):
+            row[name] = [{"role": role, "content": row[name]}]
 
 
-def _prepend_system(row: dict[str, Any], text: str, index: int) -> None:
-    name = "messages" if "messages" in row else "prompt"
-    if not isinstance(row.get(name), list):
-        raise ValueError(
-            f"row {index}: system_prompt needs conversations, and {name!r} is plain text; "
-            f"set prompt_column to {name} to turn it into a user's message"
-        )
-    row[name] = [{"role": "system", "content": text}, *row[name]]
+def _prepend_system(row: dict[str, Any], text: str) -> None:
+    """A row's own system message wins."""
+    for name in ("messages", "conversations", "prompt"):
+        messages = row.get(name)
+        if isinstance(messages, list) and messages:
+            first = messages[0]
+            is_own = isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
+            if not is_own and not row.get("system"):
+                row[name] = [{"role": "system", "content": text}, *messages]
+            return
+    if row.get("instruction") is not None and not row.get("system"):
+        row["system"] = text
 
 
 def load_rows(data_args: DataArguments, purpose: Literal["train", "eval"]) -> MappedRows:
@@ -154,12 +160,9 @@ def load_rows(data_args: DataArguments, purpose: Literal["train", "eval"]) -> Ma
     if path.is_dir():
         rows, folder = _load_folder(path, split), path
     elif path.is_file():
-        if purpose == "eval" and data_args.eval_dataset_name is None:
-            raise ValueError(
-                f"dataset {name}: a single file has no {split!r} split to evaluate on; set "
-                'eval_dataset_name, or eval_strategy to "no"'
-            )
-        rows, folder = _load_file(path, split), path.parent
+        # a file of its own for evaluation may go by the default name of that split
+        is_own = purpose == "eval" and data_args.eval_dataset_name is not None
+        rows, folder = _load_file(path, split, is_own), path.parent
     elif path.suffix in (*JSON_SUFFIXES, *BUILDERS) or name.startswith((".", "/", "~")):
         raise ValueError(f"dataset {name}: no such file or folder")
     else:
@@ -169,16 +172,36 @@ def load_rows(data_args: DataArguments, purpose: Literal["train", "eval"]) -> Ma
     return MappedRows(rows, folder, data_args)
 
 
-def _load_file(path: Path, split: str) -> Sequence[dict[str, Any]]:
-    if path.suffix in JSON_SUFFIXES:
-        return _read_json(path)
-    if path.suffix not in BUILDERS:
+def _load_file(path: Path, split: str, is_own: bool) -> Sequence[dict[str, Any]]:
+    """Of a file whose rows are the split train, and test as well where it is its own."""
+    if path.suffix not in (*JSON_SUFFIXES, *BUILDERS):
         raise ValueError(
             f"dataset {path}: unknown format {path.suffix!r}; expected a folder or a file "
             f"ending in {', '.join((*JSON_SUFFIXES, *BUILDERS))}"
         )
-    files = {split.partition("[")[0]: str(path)}  # the split may be a slice, as in train[:5%]
-    return _load_split(BUILDERS[path.suffix], split, data_files=files)
+    names = ["train", *(["test", "validation"] if is_own else []), path.stem]
+    bases = _split_names(split)
+    if not set(bases) <= set(names):
+        raise ValueError(
+            f"dataset {path}: a single file has the split 'train', got {split!r}; take a slice, as "
+            "'train[:90%]', and to evaluate set eval_dataset_name or dataset_test_split to "
+            "another one, or eval_strategy to 'no'"
+        )
+    if path.suffix in JSON_SUFFIXES:
+        return _sliced(dict.fromkeys(bases, _read_json(path)), split, path)
+    files = dict.fromkeys(bases, str(path))
+    options = _csv_options(path) if path.suffix == ".csv" else {}
+    return _load_split(BUILDERS[path.suffix], split, data_files=files, **options)
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Cells as they are written: else 007 becomes the number 7, and the answer None nothing."""
+    with path.open(encoding="utf-8", newline="") as file:
+        header = next(csv.reader(file), [])
+    if not header or len(set(header)) < len(header):
+        raise ValueError(f"dataset {path}: the first line must name the columns, got {header}")
+    features = datasets.Features({name: datasets.Value("string") for name in header})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def _load_folder(path: Path, split: str) -> Sequence[dict[str, Any]]:
@@ -186,22 +209,45 @@ def _load_folder(path: Path, split: str) -> Sequence[dict[str, Any]]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.Dataset):
-            return saved
-        if split not in saved:
-            raise ValueError(f"dataset {path}: no split {split!r}; it has {', '.join(saved)}")
-        return saved[split]
-    for suffix in JSON_SUFFIXES:
-        if (path / f"{split}{suffix}").exists():
-            return _read_json(path / f"{split}{suffix}")
+            return _sliced({"train": saved}, split, path)
+        return _sliced(saved, split, path)
+    files = {file.stem: file for suffix in JSON_SUFFIXES for file in path.glob(f"*{suffix}")}
+    bases = _split_names(split)
+    if bases and set(bases) <= set(files):
+        return _sliced({base: _read_json(files[base]) for base in bases}, split, path)
     if any((path / f"metadata{suffix}").exists() for suffix in (".jsonl", ".csv", ".parquet")):
         return _load_split("imagefolder", split, data_dir=str(path))
     return _load_split(str(path), split)
 
 
+def _split_names(split: str) -> list[str]:
+    """Of a split's text, as train[:5%] or train+test: the names in it."""
+    return list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
+
+
+def _sliced(splits: Mapping[str, Any], split: str, path: Path) -> Sequence[dict[str, Any]]:
+    """The rows that a split's text names, as datasets reads it."""
+    if not set(_split_names(split)) <= set(splits):
+        raise ValueError(f"dataset {path}: no split {split!r}; it has {', '.join(splits)}")
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    try:
+        spans = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"dataset {path}: a split must be a name with a slice, got {split!r} ({error}); write "
+            "'train[:4]' or 'train[:10%]'"
+        ) from error
+    parts = [(splits[span.splitname], range(span.from_, span.to)) for span in spans]
+    if all(isinstance(rows, datasets.Dataset) for rows, _ in parts):
+        tables = [rows.select(span) for rows, span in parts]
+        return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+    return [rows[i] for rows, span in parts for i in span]
+
+
 def _load_split(builder: str, split: str, **options: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(builder, split=split, **options)
-    except datasets.exceptions.DatasetsError as error:
+    except (datasets.exceptions.DatasetsError, ValueError, AssertionError) as error:
         raise ValueError(f"dataset {builder}: {error}") from error
 
 

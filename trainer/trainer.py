@@ -60,9 +60,9 @@ class GOLDTrainer(Trainer):
     weights below the adapter are the teacher.
 
     Models are objects, folders or hub ids; both vision-language or both text-only. Datasets are
-    map-style, with rows of `messages`, or `prompt` and `completion`, and `image` or `images`. Loss
-    and gradients do not depend on how the global batch is split into micro-batches and ranks.
-    compute_metrics needs logits, which never exist here, and is refused.
+    map-style, with rows of `messages`, or `prompt` and `completion`, and `image` or `images`, as
+    docs/data.md has them. Loss and gradients do not depend on how the global batch is split into
+    micro-batches and ranks. compute_metrics needs logits, which never exist here, and is refused.
     """
 
     args: GOLDConfig
@@ -99,6 +99,13 @@ class GOLDTrainer(Trainer):
                 teacher_model, args, teacher_processing_class, processing_class
             )
         self.is_text = not models.is_vision_language(student_config)
+        self.row_options: dict[str, Any] = {
+            "is_text": self.is_text,
+            "has_chat_template": processing_class.chat_template is not None,
+            "ignore_columns": args.dataset_ignore_columns,
+            "max_pixels": args.max_pixels,
+            "picture_folder": args.picture_folder,
+        }
         refusals.refuse_splits(train_dataset)
         train_dataset = self._as_rows(train_dataset, not args.seq_kd and args.lmbda < 1)
         eval_dataset = self._as_rows(eval_dataset, not args.seq_kd)
@@ -161,7 +168,7 @@ class GOLDTrainer(Trainer):
         return self.teacher.model
 
     def _as_rows(self, dataset: Any, needs_completion: bool) -> Any:
-        return as_rows(dataset, needs_completion=needs_completion, is_text=self.is_text)
+        return as_rows(dataset, needs_completion=needs_completion, **self.row_options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if not isinstance(eval_dataset, str):  # a key of the evaluation datasets

@@ -201,9 +201,11 @@ def test_placeholder_in_an_answer_or_a_prompt_names_the_row():
     model, processor = tiny("idefics3")
     collator = collator_of(processor, placeholder_ids=placeholder_ids_of(model.config))
     picture = {"images": [tiny_picture(1)]}
+    system = {"role": "system", "content": "An <image> comes."}
+    user = {"role": "user", "content": "What is this?"}
     rows = [
         {"prompt": "What is this?", "completion": "An <image>.", **picture},
-        {"prompt": "<image> What is this?", "completion": "A bar.", **picture},
+        {"prompt": [system, user], "completion": "A bar.", **picture},
     ]
     dataset = RowDataset(rows, needs_completion=True, is_text=False)
     with pytest.raises(

@@ -16,6 +16,7 @@ from gold_trainer import loading
 from gold_trainer.__main__ import main
 from gold_trainer.command_line import parse_arguments
 from gold_trainer.data_files import DataArguments, load_rows
+from gold_trainer.dataset import RowDataset
 from gold_trainer.recipes import find_config, recipe_names
 from support.tiny_models import tiny, tiny_picture, tiny_rows
 
@@ -41,6 +42,11 @@ def json_rows(tmp_path):
         lines.append(json.dumps(row | {"image": f"{number}.png"}))
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "rows.jsonl"
+
+
+def read_rows(path, **options):
+    rows = load_rows(DataArguments(dataset_name=str(path), **options), "train")
+    return RowDataset(rows, needs_completion=True, is_text=False)
 
 
 def write_yaml(path, **fields):
@@ -192,11 +198,11 @@ def test_a_file_that_is_no_config_ends_in_one_message(capsys, tmp_path, text):
 
 
 def test_json_rows_open_pictures_relative_to_the_file(json_rows):
-    rows = load_rows(DataArguments(dataset_name=str(json_rows)), "train")
+    rows = read_rows(json_rows)
     assert len(rows) == 8
-    assert isinstance(rows[3]["image"], Image.Image)
-    assert rows[3]["image"].size == tiny_picture(3).size
-    assert rows[3]["messages"] == tiny_rows(8)[3]["messages"]
+    assert isinstance(rows[3].images[0], Image.Image)
+    assert rows[3].images[0].size == tiny_picture(3).size
+    assert rows[3].answer == tiny_rows(8)[3]["messages"][-1]
 
 
 def test_pictures_by_path_stand_upright_as_those_of_datasets(tmp_path):
@@ -208,8 +214,7 @@ def test_pictures_by_path_stand_upright_as_those_of_datasets(tmp_path):
     table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
     assert table[0]["image"].size == (20, 40), "what datasets makes of it"
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    rows = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")), "train")
-    assert rows[0]["image"].size == (20, 40)
+    assert read_rows(tmp_path / "rows.jsonl")[0].images[0].size == (20, 40)
 
 
 def test_json_lines_end_at_line_feeds_only(tmp_path):
@@ -228,9 +233,9 @@ def test_json_list_may_hold_lists_of_pictures_and_mixed_contents(tmp_path):
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "No."}]
     rows = [{"messages": messages, "images": ["0.png", "1.png"]}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    row = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.json")), "train")[0]
-    assert [picture.size for picture in row["images"]] == [tiny_picture(n).size for n in range(2)]
-    assert row["messages"] == messages
+    row = read_rows(tmp_path / "rows.json")[0]
+    assert [picture.size for picture in row.images] == [tiny_picture(n).size for n in range(2)]
+    assert [*row.prompt, row.answer] == messages
 
 
 def test_columns_become_a_conversation():
@@ -268,9 +273,9 @@ def test_saved_folders_parquet_and_imagefolder_load(tmp_path):
         lines.append(json.dumps({"file_name": f"{number}.png", "prompt": "a", "completion": "b"}))
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
     for name in ("plain", "splits", "rows.parquet", "pictures"):
-        rows = load_rows(DataArguments(dataset_name=str(tmp_path / name)), "train")
+        rows = read_rows(tmp_path / name)
         assert len(rows) == 3, name
-        assert rows[2]["image"].size == tiny_picture(2).size, name
+        assert rows[2].images[0].size == tiny_picture(2).size, name
     splits = DataArguments(dataset_name=str(tmp_path / "splits"))
     assert len(load_rows(splits, "eval")) == 1
     sliced = DataArguments(
@@ -305,11 +310,11 @@ def test_evaluation_on_a_single_file_asks_for_another_dataset(json_rows):
 
 def test_unreadable_picture_and_missing_column_name_the_row(json_rows):
     (json_rows.parent / "5.png").write_bytes(b"not a picture")
-    rows = load_rows(DataArguments(dataset_name=str(json_rows)), "train")
-    with pytest.raises(ValueError, match=r"row 5: cannot read the picture .*5\.png"):
+    rows = read_rows(json_rows)
+    with pytest.raises(ValueError, match=r"row 5: its picture cannot be read \(image: .*5\.png"):
         rows[5]
     (json_rows.parent / "6.png").unlink()
-    with pytest.raises(ValueError, match="row 6: cannot read"):
+    with pytest.raises(ValueError, match=r"row 6: image must be the path .* no file '.*6\.png'"):
         rows[6]
     args = DataArguments(dataset_name=str(json_rows), prompt_column="question")
     with pytest.raises(ValueError, match=r"row 0: no column 'question'; .* image, messages"):

@@ -224,9 +224,9 @@ def test_picture_that_datasets_cannot_decode_names_the_row(tmp_path):
             "pictures must be in one column, got image and images; drop one of them",
         ),
         (
-            {"messages": [USER, ANSWER], "image": "one.png"},
+            {"messages": [USER, ANSWER], "image": 1},
             {},
-            r"pictures must be PIL images, got str; cast the column with datasets.Image\(\)",
+            "image must be a picture: a PIL image, a path, .* got int; convert the column",
         ),
         (
             {"messages": [{"role": "user", "content": [IMAGE, TEXT]}, ANSWER]},

@@ -296,7 +296,10 @@ TWO_PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}
         ({"text": "?"}, r"`messages`, or `prompt` and `completion`, are expected, got \['text'\]"),
         ({"prompt": "?"}, "an assistant's answer is expected as `completion` .* got none; add it"),
         ({"messages": UNANSWERED}, "an assistant's answer is expected as `completion`"),
-        ({"messages": ANSWERED, "image": "a.png"}, "pictures must be PIL images, got str; cast"),
+        (
+            {"messages": ANSWERED, "image": 1},
+            "image must be a picture: a PIL image.* got int; convert",
+        ),
         (
             {"messages": TWO_PARTS, "images": [tiny_picture(1)]},
             "the prompt has 2 image parts but the row has 1 pictures; make them equal",

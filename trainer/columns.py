@@ -1,0 +1,117 @@
+"""Columns of a dataset: those that are used, those that are refused, and other projects' shapes as
+messages, or prompt and completion.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import datasets
+
+BESIDE_ALL = ("image", "images", "tools", "chat_template_kwargs")
+# The column that tells how a row holds its conversation -> the columns that go with it.
+SHAPES: dict[str, tuple[str, ...]] = {
+    "messages": (),
+    "prompt": ("completion",),
+    "conversations": ("system",),  # sharegpt
+    "instruction": ("input", "output", "system", "history"),  # alpaca
+}
+KNOWN = (*BESIDE_ALL, *dict.fromkeys(c for shape in SHAPES.items() for c in (shape[0], *shape[1])))
+
+
+def refuse_unused_columns(names: Iterable[str]) -> None:
+    """ValueError for columns that nobody reads: what they hold would be lost without a word."""
+    unused = sorted(str(name) for name in names if name not in KNOWN)
+    if unused:
+        raise ValueError(
+            f"RowDataset: columns must be among {', '.join(KNOWN)}, got {', '.join(unused)}, which "
+            f"nothing uses; rename them, or set dataset_ignore_columns={unused}."
+        )
+
+
+def has_shape(columns: Any) -> bool:
+    """False where the row's own error says more than one about its columns."""
+    return isinstance(columns, Mapping) and any(columns.get(name) is not None for name in SHAPES)
+
+
+def names_of(rows: Any) -> list[str]:
+    """Columns that hold something, as far as they are known without reading files."""
+    if isinstance(rows, datasets.Dataset):
+        if rows.format["type"] == "custom":  # a transform makes other columns of them
+            return []
+        is_empty = {n for n, f in rows.features.items() if f == datasets.Value("null")}
+        return [name for name in rows.format["columns"] if name not in is_empty]
+    if not isinstance(rows, list | tuple):
+        return []  # row 0 shows them
+    names: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, Mapping):
+            names.update((name, None) for name, value in row.items() if _holds(value))
+    return list(names)
+
+
+def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The row's columns with messages, or prompt and completion; ValueError for any column that is
+    neither part of that nor goes with it.
+    """
+    shape = next((name for name in SHAPES if columns.get(name) is not None), None)
+    if shape is None:
+        raise ValueError(
+            f"row {index}: `messages`, or `prompt` and `completion`, are expected, got "
+            f"{sorted(columns)}; rename the columns."
+        )
+    used = (shape, *SHAPES[shape], *BESIDE_ALL)
+    unused = sorted(str(k) for k, v in columns.items() if k not in used and _holds(v))
+    if unused:
+        raise ValueError(
+            f"row {index}: columns must go with {shape!r}, got {', '.join(unused)}, which nothing "
+            f"uses beside it; rename them, or set dataset_ignore_columns={unused}."
+        )
+    row = {name: columns[name] for name in BESIDE_ALL if columns.get(name) is not None}
+    if shape == "conversations":
+        return row | {"messages": _system(columns, index) + _listed(columns, shape, index)}
+    if shape == "instruction":
+        return row | _from_alpaca(columns, index)
+    return row | {name: columns.get(name) for name in (shape, *SHAPES[shape])}
+
+
+def _holds(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def _from_alpaca(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
+    prompt = _system(columns, index)
+    for turns in _listed(columns, "history", index):
+        if not isinstance(turns, list | tuple) or len(turns) != 2:
+            raise ValueError(
+                f"row {index}: history must be a list of [question, answer], got {turns!a}; mend "
+                "the column."
+            )
+        roles = zip(("user", "assistant"), turns, strict=True)
+        prompt += [{"role": role, "content": text} for role, text in roles]
+    texts = [_text(columns, name, index) for name in ("instruction", "input")]
+    prompt.append({"role": "user", "content": "\n".join(text for text in texts if text)})
+    return {"prompt": prompt, "completion": columns.get("output")}
+
+
+def _system(columns: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
+    text = _text(columns, "system", index)
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _text(columns: Mapping[str, Any], name: str, index: int) -> str:
+    value = columns.get(name)
+    if not isinstance(value, str | None):
+        raise ValueError(
+            f"row {index}: {name} must be text, got {type(value).__name__}; rename the column, or "
+            "write it as text."
+        )
+    return value or ""
+
+
+def _listed(columns: Mapping[str, Any], name: str, index: int) -> list[Any]:
+    value = columns.get(name)
+    if not isinstance(value, list | tuple | None):
+        raise ValueError(
+            f"row {index}: {name} must be a list, got {type(value).__name__}; mend the column."
+        )
+    return list(value or ())

@@ -1,0 +1,229 @@
+"""Messages of a row as its author wrote them: checked, every key kept, pictures in their places."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gold_trainer.pictures import PLACE_KEYS
+
+Message = dict[str, Any]  # role, content, and every other key that its author wrote
+Messages = list[Message]
+
+PLACEHOLDER = "<image>"  # where a picture stands in a user's text, as LLaVA's data have it
+IMAGE_TYPES = ("image", "image_url")
+# Who speaks in {"from": ..., "value": ...}, as sharegpt's data have it.
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+
+
+def checked_messages(messages: Any, index: int) -> Messages:
+    """Copies of the messages with every key that holds something."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(
+            f"row {index}: a conversation must be a list of messages, got {messages!a}; drop the "
+            "row or mend the column."
+        )
+    checked = [_from_sharegpt(message, index) for message in messages]
+    for message in checked:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"row {index}: a message must have a role and a content, got {message!a}; write "
+                '{"role": "user", "content": "..."}.'
+            )
+        _check_content(message, index)
+    return [_without_none(message) for message in checked]
+
+
+def _from_sharegpt(message: Any, index: int) -> Any:
+    """{"from": "human", "value": "..."} as a message; anything else as it is."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("from"), str):
+        return message
+    if message.get("role") is not None:
+        return message  # "from" is a key like any other
+    speaker, value = message["from"], message.get("value")
+    others = {k: v for k, v in message.items() if k not in ("from", "value", "role")}
+    if speaker == "function_call":
+        calls = [
+            {"type": "function", "function": call} for call in _as_list(parsed_json(value)) if call
+        ]
+        if not all(isinstance(call["function"], Mapping) for call in calls):
+            raise ValueError(
+                f"row {index}: a function_call must be JSON with name and arguments, got "
+                f"{value!a}; write it as a message with tool_calls."
+            )
+        return others | {"role": "assistant", "content": None, "tool_calls": calls}
+    if speaker not in SHAREGPT_ROLES:
+        raise ValueError(
+            f"row {index}: `from` must be one of {', '.join(SHAREGPT_ROLES)} or function_call, got "
+            f"{speaker!a}; rename it, or write the message with role and content."
+        )
+    return others | {"role": SHAREGPT_ROLES[speaker], "content": value}
+
+
+def _check_content(message: Mapping[str, Any], index: int) -> None:
+    content = message.get("content")
+    carries_more = any(v for k, v in message.items() if k not in ("role", "content"))
+    if content is None and carries_more:
+        return  # the turn is a call of tools, or whatever else the template reads
+    parts = content if isinstance(content, list | tuple) else ()
+    is_parts = parts is content and all(isinstance(part, Mapping) for part in parts)
+    if not isinstance(content, str) and not is_parts:
+        raise ValueError(
+            f"row {index}: the content of a message must be text or a list of parts, got "
+            f"{content!a}; write it as text, or as "
+            '[{"type": "image"}, {"type": "text", "text": "..."}].'
+        )
+    for part in parts:
+        is_text = part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text and part.get("type") not in IMAGE_TYPES:
+            raise ValueError(
+                f"row {index}: a part of a message must be text or the place of a picture, got "
+                f'{part!a}; write {{"type": "text", "text": "..."}} or {{"type": "image"}}.'
+            )
+
+
+def _without_none(message: Mapping[str, Any]) -> Message:
+    """A message without keys that hold None: Arrow gives every message and part the keys of all,
+    and templates take a part with the key "image" for a picture. Content stays.
+    """
+    kept = {k: drop_none(v) for k, v in message.items() if v is not None or k == "content"}
+    return kept | {"content": kept.get("content")}
+
+
+def drop_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: drop_none(v) for k, v in value.items() if v is not None}
+    return [drop_none(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def parsed_json(value: Any) -> Any:
+    """Columns of mixed shape are often kept as JSON, since Arrow has one shape for all rows."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value  # refused by the caller
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def text_of(answer: Message, index: int) -> str:
+    content = answer["content"]
+    if isinstance(content, str | None):
+        return content or ""
+    if any(part["type"] != "text" for part in content):
+        raise ValueError(f"row {index}: an answer must be text, got {content!a}; drop other parts.")
+    return "".join(part["text"] for part in content)
+
+
+def take_pictures(prompt: Messages, index: int) -> tuple[Messages, list[tuple[Any, str]]]:
+    """The prompt with bare image parts, and what its parts held, with the keys it stood under."""
+    taken: list[tuple[Any, str]] = []
+    bare = []
+    num_places = 0
+    for i, message in enumerate(prompt):
+        content = message["content"]
+        if isinstance(content, list):
+            content = list(content)
+            for j, part in enumerate(content):
+                if part["type"] not in IMAGE_TYPES:
+                    continue
+                num_places += 1
+                key = next((key for key in PLACE_KEYS if part.get(key) is not None), None)
+                if key is not None:
+                    taken.append((part[key], f"message {i}, part {j}, {key}"))
+                    content[j] = {"type": "image"}
+            message = {**message, "content": content}
+        bare.append(message)
+    if taken and len(taken) != num_places:
+        raise ValueError(
+            f"row {index}: image parts must all hold their picture or none, got {len(taken)} of "
+            f'{num_places}; write {{"type": "image", "image": "a.png"}}.'
+        )
+    return bare, taken
+
+
+def place_pictures(prompt: Messages, num_pictures: int, index: int, is_text: bool) -> Messages:
+    """The prompt with an image part for every picture: where it has such parts, else at
+    placeholders in a user's text, else in front of the first user turn.
+    """
+    num_parts = sum(
+        part["type"] in IMAGE_TYPES
+        for message in prompt
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    )
+    num_marks = 0 if is_text else sum(map(_num_placeholders, prompt))  # there it is only text
+    if num_parts and num_marks:
+        raise ValueError(
+            f"row {index}: a picture's place must be an image part or {PLACEHOLDER}, got "
+            f"{num_parts} of the one and {num_marks} of the other; write all alike."
+        )
+    if num_marks and num_marks != num_pictures:
+        raise ValueError(
+            f"row {index}: the prompt has {PLACEHOLDER} {num_marks} times but the row has "
+            f"{num_pictures} pictures; make them equal, or leave the placeholders out."
+        )
+    if num_marks:
+        return [_at_placeholders(message) for message in prompt]
+    if num_parts == num_pictures:
+        return prompt
+    if num_parts:
+        raise ValueError(
+            f"row {index}: the prompt has {num_parts} image parts but the row has {num_pictures} "
+            "pictures; make them equal, or leave all image parts out."
+        )
+    first = next((i for i, message in enumerate(prompt) if message["role"] == "user"), None)
+    if first is None:
+        raise ValueError(f"row {index}: pictures need a user turn to belong to; add one.")
+    places = [{"type": "image"} for _ in range(num_pictures)]
+    user = {**prompt[first], "content": places + _parts(prompt[first]["content"])}
+    return [*prompt[:first], user, *prompt[first + 1 :]]
+
+
+def _num_placeholders(message: Message) -> int:
+    if message["role"] != "user":
+        return 0
+    return sum(part.get("text", "").count(PLACEHOLDER) for part in _parts(message["content"]))
+
+
+def _at_placeholders(message: Message) -> Message:
+    if not _num_placeholders(message):
+        return message
+    content: list[dict[str, Any]] = []
+    for part in _parts(message["content"]):
+        for i, text in enumerate(part["text"].split(PLACEHOLDER)):
+            content += [{"type": "image"}] if i else []
+            content += [{**part, "text": text}] if text else []
+    return {**message, "content": content}
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content or ())
+
+
+def check_unicode(value: Any, where: str) -> None:
+    """ValueError for a lone surrogate, which no tokenizer can encode."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} must be text in Unicode, got the lone surrogate "
+                f"{value[error.start]!a} at character {error.start}; replace it or drop the row."
+            ) from error
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            check_unicode(part, f"{where}, {key}")
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            check_unicode(part, f"{where}[{i}]")

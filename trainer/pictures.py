@@ -1,0 +1,213 @@
+"""One way in for pictures: whatever holds one -> an upright picture in RGB.
+
+A picture is a PIL image, a path, the bytes of a file, base64 text, or a dict with one of these as
+datasets and chat messages have it. Size and path are checked before anything is decoded. Nothing is
+ever fetched: an address is an error.
+"""
+
+import base64
+import binascii
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 8192 * 8192  # 192 MiB once decoded
+MAX_RATIO = 200  # of the sides; what Qwen's processors take
+ORIENTATION = 0x0112  # a tag of EXIF: phones write pictures turned, with a note
+PLACE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")  # of a part or a dict
+# What base64 of a PNG, JPEG, GIF, WebP and BMP file starts with.
+BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk")
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """Reads pictures of rows; ValueError names the row, the key and the remedy."""
+
+    folder: Path | None = None  # that relative paths start from; None: the current one
+    max_pixels: int | None = MAX_PIXELS
+    is_confined: bool = False  # to the folder, links followed
+
+    def read(self, value: Any, index: int, key: str) -> Image.Image:
+        """The picture that a row holds under this key."""
+        where = f"row {index}: {key}"
+        picture = self._open(value, index, where)
+        self._check_size(picture, where)
+        try:
+            picture.load()  # PIL reads lazily: a broken file shows here, where the row is known
+            if picture.getexif().get(ORIENTATION, 1) != 1:
+                picture = ImageOps.exif_transpose(picture)
+            return as_rgb(picture)
+        except Exception as error:  # PIL's plugins raise whatever a broken file leads them to
+            raise unreadable(index, key, error) from error
+
+    def _open(self, value: Any, index: int, where: str) -> Image.Image:
+        """A picture whose pixels are not read yet."""
+        key = where.partition(": ")[2]
+        if isinstance(value, Image.Image):
+            return value
+        source = self._source(value, where)
+        try:
+            return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+        except Exception as error:
+            raise unreadable(index, key, error) from error
+
+    def _source(self, value: Any, where: str) -> Path | bytes:
+        """The path or the bytes of a picture's file."""
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        if isinstance(value, os.PathLike):
+            value = os.fsdecode(value)
+        if isinstance(value, str):
+            return self._source_of_text(value, where)
+        if isinstance(value, Mapping):
+            if value.get("bytes") is not None:  # the path beside them is a name only
+                return self._source(value["bytes"], where)
+            if isinstance(value.get("base64"), str):
+                return _decoded(value["base64"], where)
+            for key in PLACE_KEYS:
+                if value.get(key) is not None:
+                    return self._source(value[key], where)
+        raise ValueError(
+            f"{where} must be a picture: a PIL image, a path, the bytes of a file, base64 text, or "
+            f"a dict with bytes or path, got {type(value).__name__}; convert the column."
+        )
+
+    def _source_of_text(self, text: str, where: str) -> Path | bytes:
+        if text.startswith("data:"):
+            head, _, data = text.partition(",")
+            if not head.endswith(";base64"):
+                raise ValueError(
+                    f"{where} must be base64 in a data address, got {head[:40]!a}; write "
+                    "data:image/png;base64,..."
+                )
+            return _decoded(data, where)
+        if "://" in text:
+            raise ValueError(
+                f"{where} must be a file, got the address {text[:80]!a}; nothing is fetched: "
+                "download the pictures first."
+            )
+        if len(text) > 60 and text.startswith(BASE64_STARTS):
+            try:
+                return base64.b64decode(text, validate=True)
+            except binascii.Error:
+                pass  # a path that only starts alike
+        return self._path(text, where)
+
+    def _path(self, text: str, where: str) -> Path:
+        folder = self.folder or Path()
+        path = folder / text
+        try:
+            is_file = path.is_file()  # no folder, and no pipe that would wait for a writer
+        except (OSError, ValueError) as error:  # too long; a NUL or a lone surrogate
+            raise ValueError(
+                f"{where} must be the path of a picture, got {text[:80]!a} ({error}); mend or drop "
+                "the row."
+            ) from error
+        if "\0" in text or not is_file:
+            raise ValueError(
+                f"{where} must be the path of a picture, got {text[:200]!a}, and there is no file "
+                f"{str(path)[:300]!a}; paths start from {str(folder.absolute())!a}."
+            )
+        if self.is_confined and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{where} must lie in {str(folder)!a}, got {text[:200]!a}; copy the picture into "
+                "that folder, or choose another picture_folder."
+            )
+        return path
+
+    def _check_size(self, picture: Image.Image, where: str) -> None:
+        width, height = picture.size
+        if min(width, height) < 1 or max(width, height) > MAX_RATIO * min(width, height):
+            raise ValueError(
+                f"{where} must have sides of at least 1 pixel and at most {MAX_RATIO} to 1, got "
+                f"{width} x {height}; cut it or drop the row."
+            )
+        if self.max_pixels is not None and width * height > self.max_pixels:
+            raise ValueError(
+                f"{where} must have at most max_pixels={self.max_pixels} pixels, got {width} x "
+                f"{height} = {width * height}; make it smaller, or raise max_pixels."
+            )
+
+
+def unreadable(index: int, key: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"row {index}: its picture cannot be read ({key}: {error or type(error).__name__}); mend "
+        "or drop the row."
+    )
+
+
+def _decoded(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:  # binascii's, and of characters that are no ASCII
+        raise ValueError(
+            f"{where} must be base64, got {text[:40]!a} ({error}); encode the file again."
+        ) from error
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """Not every processor takes grey, palette or transparent pictures."""
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
+        picture = _eight_bits(picture)
+    if picture.mode == "La":  # its alpha would get lost on the way to RGBA
+        picture = picture.convert("LA")
+    if picture.has_transparency_data:  # on white: what is see-through is mostly stored as black
+        colour = picture.info.get("transparency")
+        if picture.mode == "RGB" and isinstance(colour, tuple) and max(colour) > 255:
+            picture = picture.copy()  # a file of 16 bits, of which PIL keeps the upper 8
+            picture.info["transparency"] = tuple(level >> 8 for level in colour)
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Levels of 16 bits or floats as 8 bits: convert() would clip them at 255."""
+    levels = np.asarray(picture).astype(np.float64)
+    low, high = levels.min(), levels.max()
+    if picture.mode == "F":
+        if not (low >= 0 and (high <= 1 or 16 <= high <= 255)):  # between them it is either
+            raise ValueError(
+                f"floats must lie in [0, 1] or [0, 255], got {low:g} to {high:g}: convert it to 8 "
+                "bits"
+            )
+        levels = np.round(levels * (255 if high <= 1 else 1))
+    else:
+        if low < 0 or high > 65535:
+            raise ValueError(f"levels must lie in [0, 65535], got {low:g} to {high:g}")
+        # PIL's mode I holds 32 bits: with levels of 8 where a grey picture was converted
+        is_deep = picture.mode != "I" or picture.format == "PNG" or high > 255
+        see_through = levels == picture.info.get("transparency", -1)
+        levels = np.where(see_through, 255, levels // 256 if is_deep else levels)
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def undecoded(rows: Any) -> Any:
+    """A table whose pictures come as bytes and paths, which are checked before they are decoded.
+
+    With a format or a transform of its own a table is left as it is.
+    """
+    if not isinstance(rows, datasets.Dataset) or rows.format["type"] is not None:
+        return rows
+    view = rows.with_format(None, columns=rows.format["columns"])
+    view.info.features = datasets.Features(_without_decoding(dict(rows.features)))
+    return view
+
+
+def _without_decoding(feature: Any) -> Any:
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(mode=feature.mode, decode=False)
+    if isinstance(feature, dict):
+        return {name: _without_decoding(part) for name, part in feature.items()}
+    if isinstance(feature, datasets.List):
+        return datasets.List(_without_decoding(feature.feature), length=feature.length)
+    if isinstance(feature, datasets.LargeList):
+        return datasets.LargeList(_without_decoding(feature.feature))
+    return feature
