@@ -30,6 +30,11 @@ class Rows(NamedTuple):
     teacher: LinearHead | None = None
 
     @property
+    def has_masks(self) -> bool:
+        """Student logits may be -inf: only a bias, or the caller, makes such logits."""
+        return self.student is None or self.student.bias is not None
+
+    @property
     def softcap(self) -> float | None:
         """The student's logits are softcap tanh(x / softcap); gradients are those of x."""
         return None if self.student is None else self.student.softcap

@@ -75,6 +75,7 @@ class JSD(RowLoss):
                 temperatures=temperatures,
                 softcap=rows.softcap,
                 has_metrics=rows.has_metrics,
+                has_masks=rows.has_masks,
             )
 
         return row_function

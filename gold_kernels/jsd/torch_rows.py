@@ -91,6 +91,7 @@ def jsd_rows_(
     temperatures: tuple[float, float],  # student, teacher
     softcap: float | None,
     has_metrics: bool,
+    has_masks: bool,  # for the kernel, which saves a sum
 ) -> None:
     """Loss, metrics and gradient of every row of a chunk; see divergence_rows_."""
 

@@ -91,7 +91,7 @@ def mixture_entries(q, p, ratio, betas):
 
 
 @triton.jit
-def _entries(student, teacher, row_sums, bits, betas, MODE: tl.constexpr):
+def _entries(student, teacher, row_sums, bits, betas, MODE: tl.constexpr, HAS_MASKS: tl.constexpr):
     """q, p, log p - log q, loss and pull of every entry, in bits; a logit of 1 is worth bits. The
     pull is log q - log m (beta 1: log q - log p; beta 0: the p of a masked column, else 0).
     """
@@ -109,9 +109,10 @@ def _entries(student, teacher, row_sums, bits, betas, MODE: tl.constexpr):
     p = tl.exp2(teacher * bits) * per_teacher
     ratio = tl.minimum(tl.maximum(ratio, LOG_ZERO), -LOG_ZERO)
     if MODE == _FORWARD_KL:
-        # p log q has no slope where log q is the floor of a masked column
-        is_floored = student * bits <= LOG_ZERO
-        return q, p, ratio, kl_entries(p, q, ratio), tl.where(is_floored, p, 0.0)
+        pull = p
+        if HAS_MASKS:  # p log q has no slope where log q is the floor of a masked column
+            pull = tl.where(student * bits <= LOG_ZERO, p, 0.0)
+        return q, p, ratio, kl_entries(p, q, ratio), pull
     if MODE == _REVERSE_KL:
         return q, p, ratio, kl_entries(q, p, -ratio), -ratio
     loss, pull = mixture_entries(q, p, ratio, betas)
@@ -140,6 +141,7 @@ def jsd_rows_kernel(
     HAS_PAIR: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_METRICS: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -182,9 +184,14 @@ def jsd_rows_kernel(
         columns, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
         )
-        q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, betas, MODE)
+        q, p, ratio, entry_loss, pull = _entries(
+            student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
+        )
         loss += tl.sum(entry_loss, axis=1)
-        mean_pull += tl.sum(pull if MODE == _FORWARD_KL else q * pull, axis=1)
+        if MODE != _FORWARD_KL:
+            mean_pull += tl.sum(q * pull, axis=1)
+        elif HAS_MASKS:
+            mean_pull += tl.sum(pull, axis=1)
         if HAS_METRICS:
             student -= max_student
             teacher -= max_teacher
@@ -218,11 +225,15 @@ def jsd_rows_kernel(
             columns, is_column, student, teacher = load_pair(
                 student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
             )
-            q, p, ratio, entry_loss, pull = _entries(student, teacher, row_sums, bits, betas, MODE)
-            if MODE == _FORWARD_KL:
+            q, p, ratio, entry_loss, pull = _entries(
+                student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
+            )
+            if MODE != _FORWARD_KL:
+                grad = q * (pull - mean_pull)
+            elif HAS_MASKS:
                 grad = q * (1.0 - mean_pull) - (p - pull)
             else:
-                grad = q * (pull - mean_pull)
+                grad = q - p
             grad *= soft_scale
             store_gradient(
                 grad_ptr,
@@ -254,6 +265,7 @@ def jsd_rows_(
     temperatures: tuple[float, float],  # student, teacher
     softcap: float | None,
     has_metrics: bool,
+    has_masks: bool,  # student logits may be -inf
 ) -> None:
     """Launch jsd_rows_kernel on every row of a chunk. softcap: the student's logits went through
     softcap tanh(x / softcap), the gradient is that of x.
@@ -282,6 +294,7 @@ def jsd_rows_(
         HAS_PAIR=temperatures[0] != temperatures[1],
         HAS_LABELS=labels is not None,
         HAS_METRICS=has_metrics,
+        HAS_MASKS=has_masks,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
         BLOCK_V=block_v,

@@ -47,6 +47,7 @@ def jsd_signatures():
             "HAS_PAIR": has_labels,
             "HAS_LABELS": has_labels,
             "HAS_METRICS": has_metrics,
+            "HAS_MASKS": has_metrics,
             "HAS_SOFTCAP": has_softcap,
             "NEEDS_GRAD": needs_grad,
             "BLOCK_V": 4096,
