@@ -155,6 +155,7 @@ def train(argv: list[str]) -> None:
     finally:
         _end_progress_bars(trainer.callback_handler.callbacks)
     trainer.save_model(config.output_dir)
+    trainer.create_model_card(dataset=data_args.dataset_name)
     if trainer.is_world_process_zero():
         _console().print(f"student saved in {config.output_dir}", markup=False, soft_wrap=True)
     # a process that exits with its group open may abort: threads of gloo outlive the interpreter

@@ -8,7 +8,12 @@ from transformers import TrainingArguments
 
 from gold_trainer.loss_config import LossFields
 from gold_trainer.row_config import RowFields
-from gold_trainer.run_config import RunFields, check_inherited, check_output_dir
+from gold_trainer.run_config import (
+    RunFields,
+    check_inherited,
+    check_output_dir,
+    rename_checkpointing,
+)
 from gold_trainer.uld_config import ULDFields
 
 
@@ -106,6 +111,7 @@ class GOLDConfig(RunFields, LossFields, ULDFields, RowFields, TrainingArguments)
 
     def __post_init__(self) -> None:
         self._check()  # before TrainingArguments touches devices or folders
+        rename_checkpointing(self)
         super().__post_init__()
 
     def _check(self) -> None:

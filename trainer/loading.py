@@ -3,7 +3,10 @@
 Everything that a config can tell is checked before weights are read.
 """
 
+import difflib
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +74,11 @@ def config_of(
     if not isinstance(model, str):
         models.check_decoder(model, side)
         return models.base_model(model).config
+    if is_missing_folder(model):
+        raise ValueError(
+            f"GOLDTrainer: the {side} must be a model's folder or hub id, got {model!r}, which "
+            f"cannot be read: there is no such folder{_beside(Path(model))}; check its spelling."
+        )
     try:
         config = load_config(model, init_kwargs, revision)
     except (OSError, ValueError) as error:
@@ -81,6 +89,24 @@ def config_of(
     if config.is_encoder_decoder:
         raise models.not_a_decoder(config.model_type, side)
     return config
+
+
+def is_missing_folder(name: str) -> bool:
+    """A hub id is NAME or OWNER/NAME: what has more parts, starts as a path does, or stands in a
+    folder that is here, is a folder.
+    """
+    path = Path(name)
+    if path.exists():
+        return False
+    is_path = name.startswith((".", "~", "/", "\\")) or len(path.parts) > 2
+    return is_path or (len(path.parts) == 2 and path.parent.is_dir())
+
+
+def _beside(path: Path) -> str:
+    """The nearest name in the folder where it was looked for."""
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    return f"; {path.parent} has {nearest[0]}" if nearest else ""
 
 
 def load_processor(config: PretrainedConfig, init_kwargs: InitKwargs) -> Processor:
@@ -169,7 +195,9 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
             f"{type(peft_config).__name__}, whose virtual tokens shift all positions; use "
             "LoraConfig."
         )
-    return get_peft_model(model, peft_config)
+    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, peft_config)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -3,8 +3,22 @@
 import logging
 from typing import Any
 
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
+
+SMALL_RATE = 1e-6
+# Names of report_to whose package has another name on the registry.
+PACKAGES = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+    "dvclive": "dvclive",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +37,7 @@ def refuse_unusable(
             f"GOLDTrainer: args must be a GOLDConfig, got {type(args).__name__}; it takes every "
             "field of TrainingArguments."
         )
+    refuse_reports(args)
     has_adapter = peft_config is not None or (
         not isinstance(model, str) and models.has_adapter(model)
     )
@@ -62,6 +77,28 @@ def refuse_unusable(
             "GOLDTrainer: data_collator must be None with use_uld_loss, got "
             f"{type(data_collator).__name__}; rows are rendered for two processors: change the "
             "dataset instead."
+        )
+
+
+def refuse_reports(args: GOLDConfig) -> None:
+    """A package that is missing shows before models are loaded."""
+    available = get_available_reporting_integrations()
+    assert isinstance(args.report_to, list), "TrainingArguments makes one"
+    for name in args.report_to:
+        if name != "none" and name in INTEGRATION_TO_CALLBACK and name not in available:
+            package = PACKAGES.get(name, name)
+            raise ValueError(
+                f"GOLDTrainer: report_to needs the package of {name}, which is not installed; pip "
+                f"install {package}, or set report_to='none'."
+            )
+
+
+def warn_of_tiny_rate(args: GOLDConfig) -> None:
+    if 0 < args.learning_rate < SMALL_RATE:
+        logger.warning(
+            "GOLDTrainer: learning_rate=%g (the default is TRL's 1e-7) hardly moves the weights; "
+            "1e-5 is usual for all weights, 1e-4 for an adapter.",
+            args.learning_rate,
         )
 
 

@@ -23,6 +23,9 @@ class RunFields:
             "choices": ON_NONFINITE,
         },
     )
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "Log the first step too, whatever logging_steps is."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
@@ -78,6 +81,15 @@ def check_inherited(args: TrainingArguments) -> None:
             "GOLDConfig: enable_jit_checkpoint must be False, got True; SIGTERM already ends a run "
             "with a checkpoint, at the end of the step: leave it out."
         )
+
+
+def rename_checkpointing(args: TrainingArguments) -> None:
+    """Newer versions of transformers warn of the name that TRL's users know."""
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if new in type(args).__dataclass_fields__ and getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
+            setattr(args, old, None)
 
 
 def _check_accelerator(config: Any) -> None:

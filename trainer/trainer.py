@@ -15,7 +15,7 @@ B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from gold_trainer import checkpoints, loading, models, refusals
+from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import Row, as_rows
 from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.metrics import MetricWindow
+from gold_trainer.model_card import write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective, choose_objective
 from gold_trainer.sides import Side
@@ -144,6 +146,10 @@ class GOLDTrainer(Trainer):
         self.rollouts = Rollouts(args, self.objective, writers, tokenizer_of(processing_class))
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
+        refusals.warn_of_tiny_rate(args)
+        num_rows = len(train_dataset) if isinstance(train_dataset, Sized) else None
+        # before the progress bar begins its line
+        self.callback_handler.callbacks.insert(0, Banner(student, self.teacher.model, num_rows))
         self.stopper = Stopper()
         self.add_callback(self.stopper)
 
@@ -295,6 +301,27 @@ class GOLDTrainer(Trainer):
         model: Any = self.model
         self.guard.check_weights(model, output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
+        if not _internal_call and output_dir in (None, self.args.output_dir):
+            self.create_model_card()
+
+    def create_model_card(  # type: ignore[override]  # names of models, loss and rows are known
+        self, *args: Any, dataset: str | None = None, **kwargs: Any
+    ) -> None:
+        """README.md beside the weights, of what this class knows; dataset names the data."""
+        if not self.is_world_process_zero():
+            return
+        student: Any = self.accelerator.unwrap_model(self.model)
+        teacher: Any = self.teacher.model
+        rows = f"{len(self.train_dataset)} rows" if isinstance(self.train_dataset, Sized) else None
+        write_card(
+            self.args,
+            student=models.base_model(student).config.name_or_path,
+            teacher="" if teacher is None else models.base_model(teacher).config.name_or_path,
+            has_adapter=models.has_adapter(student),
+            data=", ".join(part for part in (dataset, rows) if part) or "unknown",
+            step=self.state.global_step,
+            history=self.state.log_history,
+        )
 
     def prediction_step(  # type: ignore[override]
         self,

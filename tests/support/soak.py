@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from gold_trainer import checkpoints
 from support.resumed_runs import FIELDS
@@ -26,11 +27,11 @@ PRELOADED = ["support.soak", "gold_trainer.trainer"]
 SAVE_SECONDS = 0.06  # a save of the tiny model takes about 0.03 s
 
 
-def run(output_dir, num_steps, answer, kill=None, seed=0):
+def run(output_dir, num_steps, answer, kill=None, seed=0, step_seconds=0.0):
     """In a process of its own: train to the end, or until the kill; answer: digest and seconds.
 
-    kill: "save", within the save of one of the next steps; "any", at any moment of the next steps,
-    the start included; "disk", a file cannot grow beyond some size.
+    kill: "save", within the save of one of the next steps; "any", at any moment of the next three
+    steps; "disk", a file cannot grow beyond some size.
     """
     torch.set_num_threads(1)
     draw = random.Random(seed)
@@ -47,7 +48,7 @@ def run(output_dir, num_steps, answer, kill=None, seed=0):
     if kill == "save":
         _kill_within_save(draw)
     elif kill == "any":
-        _kill_after(draw.uniform(0.0, 1.0))
+        trainer.add_callback(_KillBetween(draw.uniform(0.0, 3.0) * step_seconds))
     elif kill == "disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
     started = time.perf_counter()
@@ -60,6 +61,18 @@ def run(output_dir, num_steps, answer, kill=None, seed=0):
 
 def _kill_after(seconds):
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+class _KillBetween(TrainerCallback):
+    """Some seconds after the first step has begun."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.seconds is not None:
+            _kill_after(self.seconds)
+            self.seconds = None
 
 
 def _kill_within_save(draw):
@@ -85,17 +98,20 @@ def soak(folder, num_kills, seed=0, say=lambda text: None):
     answer = context.Queue()
 
     def process(name, kill=None, number=0):
-        arguments = (str(folder / name), num_steps, answer, kill, f"{seed} {number}")
+        arguments = (str(folder / name), num_steps, answer, kill, f"{seed} {number}", step)
         worker = context.Process(target=run, args=arguments)
         worker.start()
         worker.join(300)
         return worker.exitcode
 
+    step = 0.0
     assert process("whole") == 0
-    expected, _ = answer.get()
+    expected, seconds = answer.get()
+    step = seconds / num_steps
     within, killed = 0, 0
     for number in range(4 * num_kills):
         kill = "save" if within < (killed + 1) / 2 else "any"
+        started = time.time()
         code = process("killed", kill, number)
         assert code in (0, -signal.SIGKILL), f"run {number} ended with {code}"
         if code == 0:
@@ -104,10 +120,11 @@ def soak(folder, num_kills, seed=0, say=lambda text: None):
         broken = [
             path.name
             for path in checkpoints.checkpoints_in(folder / "killed")
-            if not (path / checkpoints.MARK).is_file()
+            if not (path / checkpoints.MARK).is_file() and path.stat().st_mtime > started
         ]
         within += bool(broken)
-        say(f"kill {killed} ({kill}): incomplete {broken or 'nothing'}")
+        newest, _ = checkpoints.find_newest(folder / "killed")
+        say(f"kill {killed} ({kill}): incomplete {broken or 'nothing'}, complete {newest}")
         if killed == num_kills:
             break
     assert killed == num_kills, f"{killed} kills of {num_kills}: the run was over too early"

@@ -27,6 +27,7 @@ FIELDS = {
     "max_length": 256,
     "max_completion_length": 8,
     "logging_steps": 1,
+    "logging_first_step": False,  # tests of longer logging windows count one log
     "save_strategy": "no",
     "report_to": "none",
     "use_cpu": True,

@@ -1,0 +1,91 @@
+"""The card of a saved student: who taught it, by which loss, on what, and how well."""
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+
+import gold_kernels
+from gold_trainer.config import GOLDConfig
+
+MARK = "<!-- written by gold-trainer; a card without this line is left alone -->"
+OTHERS = ("library_name: peft", "generated_from_trainer")  # cards of libraries, of no one's hand
+SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "world_size", "lmbda", "seq_kd", "max_length", "seed"),
+)
+METRICS = (
+    *("loss", "forward_kl", "reverse_kl", "top1_agreement", "student_entropy"),
+    *("uld_loss", "matched_loss", "unmatched_loss", "eval_loss", "eval_top1_agreement"),
+)
+
+
+def write_card(
+    args: GOLDConfig,
+    *,
+    student: str,
+    teacher: str,
+    has_adapter: bool,
+    data: str,
+    step: int,
+    history: list[dict[str, Any]],
+) -> Path | None:
+    """README.md in output_dir; None where the user's own is there."""
+    path = Path(args.output_dir or ".") / "README.md"
+    if path.exists():
+        before = path.read_text(encoding="utf-8")
+        if MARK not in before and not any(word in before for word in OTHERS):
+            return None
+    is_id = student and not Path(student).exists()
+    card_data = ModelCardData(
+        base_model=student if is_id else None,
+        library_name="peft" if has_adapter else "transformers",
+        tags=["knowledge-distillation", "gold"],
+    )
+    loss = "uld (two tokenizers)" if args.use_uld_loss else args.loss
+    numbers = {} if args.use_uld_loss else args.loss_numbers
+    parts = [
+        f"---\n{card_data.to_yaml()}\n---",
+        MARK,
+        f"# {path.absolute().parent.name}",
+        f"Distilled from `{teacher or 'unknown'}` into `{student or 'unknown'}` with gold-trainer.",
+        _table("Training", {"steps": step, "data": data, "loss": loss, **numbers, **_fields(args)}),
+        _table("Last values logged", _last(history)),
+        _table(
+            "Versions",
+            {
+                "gold-kernels": gold_kernels.__version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+            },
+        ),
+    ]
+    ModelCard("\n\n".join(part for part in parts if part) + "\n").save(path)
+    return path
+
+
+def _fields(args: GOLDConfig) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+def _last(history: list[dict[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for entry in history:
+        values |= {name: entry[name] for name in METRICS if name in entry}
+    return values
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    if not values:
+        return ""
+    rows = [f"| {name} | {_text(value)} |" for name, value in values.items()]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *rows])
+
+
+def _text(value: Any) -> str:
+    value = value.value if isinstance(value, Enum) else value
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
