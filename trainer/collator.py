@@ -110,11 +110,11 @@ class GOLDCollator:
     def _prompt_length(self, row: Row, prompt: str, adds_special_tokens: bool) -> int:
         try:
             length = prompt_length(self.processor, prompt, row.images, adds_special_tokens)
-        except (ValueError, IndexError) as error:
+        except Exception as error:  # a strip makes LFM2-VL's raise torch's RuntimeError
             raise ValueError(
                 f"row {row.index}: the processor refuses the prompt {prompt[:80]!r} with "
-                f"{len(row.images)} pictures ({error}); look for a picture's placeholder written "
-                "into the text."
+                f"{len(row.images)} pictures of {[image.size for image in row.images]} ({error}); "
+                "look for a picture's placeholder written into the text, and for odd shapes."
             ) from error
         if length == 0:
             raise ValueError(

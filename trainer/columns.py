@@ -57,7 +57,7 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     if shape is None:
         raise ValueError(
             f"row {index}: `messages`, or `prompt` and `completion`, are expected, got "
-            f"{sorted(columns)}; rename the columns."
+            f"{sorted(map(str, columns))}; rename the columns."
         )
     used = (shape, *SHAPES[shape], *BESIDE_ALL)
     unused = sorted(str(k) for k, v in columns.items() if k not in used and _holds(v))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from PIL import Image
 from transformers.utils import logging
@@ -22,7 +23,7 @@ from gold_trainer.messages import (
     take_pictures,
     text_of,
 )
-from gold_trainer.pictures import MAX_PIXELS, PictureReader, undecoded, unreadable
+from gold_trainer.pictures import MAX_PIXELS, PictureReader, undecoded
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +72,9 @@ class RowDataset(torch.utils.data.Dataset):
         if picture_folder is not None:
             folder = Path(picture_folder)
         self.rows = undecoded(rows)
+        self.is_table = isinstance(
+            rows.rows if isinstance(rows, MappedRows) else rows, datasets.Dataset
+        )
         self.ignore_columns = frozenset(ignore_columns or ())
         self.needs_completion = needs_completion
         self.is_text = is_text  # the student takes no pictures
@@ -90,7 +94,10 @@ class RowDataset(torch.utils.data.Dataset):
         except Exception as error:  # of the dataset's own code, which may decode pictures here
             if isinstance(error, ValueError) and str(error).startswith("row "):
                 raise
-            raise unreadable(index, type(error).__name__, error) from error
+            raise ValueError(
+                f"row {index}: the dataset cannot give it ({type(error).__name__}: {error}); mend "
+                "or drop the row."
+            ) from error
         if not isinstance(columns, Mapping):
             return columns
         return {k: v for k, v in columns.items() if k not in self.ignore_columns}
@@ -102,7 +109,7 @@ class RowDataset(torch.utils.data.Dataset):
                 f"row {index}: a row must be a dict of columns, got {type(columns).__name__}; pass "
                 "a datasets.Dataset or a list of dicts."
             )
-        row = parse_row(columns, index, self.is_text, self.pictures)
+        row = parse_row(columns, index, self.is_text, self.is_table, self.pictures)
         if self.needs_completion and row.completion is None:
             raise ValueError(
                 f"row {index}: an assistant's answer is expected as `completion` or as the last of "
@@ -128,13 +135,13 @@ def as_rows(dataset: Any, *, has_chat_template: bool = False, **options: Any) ->
     elif has_chat_template:
         logger.warning(
             "rows are plain text: they are taken as they stand, without the tokenizer's chat "
-            "template; to have it applied, write conversations, or set text_as_messages=True"
+            "template; to have it applied, write conversations (a command line: text_as_messages)"
         )
     return rows
 
 
 def parse_row(
-    columns: Mapping[str, Any], index: int, is_text: bool, pictures: PictureReader
+    columns: Mapping[str, Any], index: int, is_text: bool, is_table: bool, pictures: PictureReader
 ) -> Row:
     """Read messages, or prompt and completion, with image or images, tools and
     chat_template_kwargs.
@@ -146,11 +153,11 @@ def parse_row(
     values = _picture_values(columns, index)
     prompt: Messages | str
     if columns.get("messages") is not None:
-        prompt, answer = _split_messages(columns["messages"], index)
+        prompt, answer = _split_messages(columns["messages"], index, is_table)
         completion = None if answer is None else text_of(answer, index)
         is_prefill = False
     else:
-        prompt, completion, answer = _prompt_and_answer(columns, index, is_text)
+        prompt, completion, answer = _prompt_and_answer(columns, index, is_text, is_table)
         is_prefill = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
     if not isinstance(prompt, str):
         if completion is None and prompt[-1]["role"] == "assistant":
@@ -173,8 +180,8 @@ def parse_row(
         completion,
         [pictures.read(value, index, key) for value, key in values],
         answer,
-        _tools(columns, index),
-        _template_kwargs(columns, index),
+        _tools(columns, index, is_table),
+        _template_kwargs(columns, index, is_table),
         is_prefill,
     )
     for name in ("prompt", "completion", "answer", "tools", "chat_template_kwargs"):
@@ -182,16 +189,16 @@ def parse_row(
     return row
 
 
-def _split_messages(messages: Any, index: int) -> tuple[Messages, Message | None]:
+def _split_messages(messages: Any, index: int, is_table: bool) -> tuple[Messages, Message | None]:
     """The last assistant message is the answer; earlier turns belong to the prompt."""
-    messages = checked_messages(messages, index)
+    messages = checked_messages(messages, index, is_table)
     if messages[-1]["role"] != "assistant":
         return messages, None
     return messages[:-1], messages[-1]
 
 
 def _prompt_and_answer(
-    columns: dict[str, Any], index: int, is_text: bool
+    columns: Mapping[str, Any], index: int, is_text: bool, is_table: bool
 ) -> tuple[Messages | str, str | None, Message | None]:
     prompt, completion = columns["prompt"], columns.get("completion")
     if isinstance(prompt, str):
@@ -203,12 +210,12 @@ def _prompt_and_answer(
         if is_text:
             return prompt, completion, None
         prompt = [{"role": "user", "content": prompt}]
-    prompt = checked_messages(prompt, index)
+    prompt = checked_messages(prompt, index, is_table)
     if completion is None:
         return prompt, None, None
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    messages = checked_messages(completion, index)
+    messages = checked_messages(completion, index, is_table)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise ValueError(
             f"row {index}: completion must be one assistant message, got "
@@ -217,7 +224,7 @@ def _prompt_and_answer(
     return prompt, text_of(messages[0], index), messages[0]
 
 
-def _tools(columns: dict[str, Any], index: int) -> list[Any] | None:
+def _tools(columns: Mapping[str, Any], index: int, is_table: bool) -> list[Any] | None:
     tools = parsed_json(columns.get("tools"))
     if not isinstance(tools, list | tuple | None) or not all(
         isinstance(tool, Mapping) or callable(tool) for tool in tools or ()
@@ -226,17 +233,22 @@ def _tools(columns: dict[str, Any], index: int) -> list[Any] | None:
             f"row {index}: tools must be a list of JSON schemas or functions, got {tools!r}; write "
             '[{"type": "function", "function": {"name": ..., "parameters": ...}}].'
         )
-    return [drop_none(tool) for tool in tools] if tools else None
+    if not tools:
+        return None
+    # JSON text holds a null only where its author wrote one
+    is_filled = is_table and not isinstance(columns["tools"], str)
+    return drop_none(tools) if is_filled else list(tools)
 
 
-def _template_kwargs(columns: dict[str, Any], index: int) -> dict[str, Any]:
+def _template_kwargs(columns: Mapping[str, Any], index: int, is_table: bool) -> dict[str, Any]:
     kwargs = parsed_json(columns.get("chat_template_kwargs"))
     if not isinstance(kwargs, Mapping | None):
         raise ValueError(
             f"row {index}: chat_template_kwargs must be a dict of arguments of the chat template, "
             f'got {kwargs!r}; write {{"enable_thinking": false}}.'
         )
-    return drop_none(kwargs or {})
+    is_filled = is_table and not isinstance(columns.get("chat_template_kwargs"), str)
+    return drop_none(kwargs or {}) if is_filled else dict(kwargs or {})
 
 
 def _picture_values(columns: Mapping[str, Any], index: int) -> list[tuple[Any, str]]:

@@ -20,7 +20,7 @@ SHAREGPT_ROLES = {
 }
 
 
-def checked_messages(messages: Any, index: int) -> Messages:
+def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
     """Copies of the messages with every key that holds something."""
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(
@@ -35,7 +35,7 @@ def checked_messages(messages: Any, index: int) -> Messages:
                 '{"role": "user", "content": "..."}.'
             )
         _check_content(message, index)
-    return [_without_none(message) for message in checked]
+    return [_without_none(message, is_table) for message in checked]
 
 
 def _from_sharegpt(message: Any, index: int) -> Any:
@@ -66,8 +66,8 @@ def _from_sharegpt(message: Any, index: int) -> Any:
 
 def _check_content(message: Mapping[str, Any], index: int) -> None:
     content = message.get("content")
-    carries_more = any(v for k, v in message.items() if k not in ("role", "content"))
-    if content is None and carries_more:
+    others = (v for k, v in message.items() if k not in ("role", "content", "name"))
+    if content is None and any(v and isinstance(v, str | list | tuple | Mapping) for v in others):
         return  # the turn is a call of tools, or whatever else the template reads
     parts = content if isinstance(content, list | tuple) else ()
     is_parts = parts is content and all(isinstance(part, Mapping) for part in parts)
@@ -86,15 +86,20 @@ def _check_content(message: Mapping[str, Any], index: int) -> None:
             )
 
 
-def _without_none(message: Mapping[str, Any]) -> Message:
+def _without_none(message: Mapping[str, Any], is_table: bool) -> Message:
     """A message without keys that hold None: Arrow gives every message and part the keys of all,
-    and templates take a part with the key "image" for a picture. Content stays.
+    and templates take a part with the key "image" for a picture. Content stays, and so does a null
+    deeper down, in the arguments of a call, where no table has filled it in.
     """
-    kept = {k: drop_none(v) for k, v in message.items() if v is not None or k == "content"}
-    return kept | {"content": kept.get("content")}
+    kept = {k: v for k, v in message.items() if v is not None}
+    content = kept.get("content")
+    if is_table or isinstance(content, list | tuple):
+        content = drop_none(content)
+    return (drop_none(kept) if is_table else kept) | {"content": content}
 
 
 def drop_none(value: Any) -> Any:
+    """Without the keys that a table has filled up with None."""
     if isinstance(value, Mapping):
         return {k: drop_none(v) for k, v in value.items() if v is not None}
     return [drop_none(item) for item in value] if isinstance(value, list | tuple) else value

@@ -7,6 +7,7 @@ ever fetched: an address is an error.
 
 import base64
 import binascii
+import dataclasses
 import io
 import os
 from collections.abc import Mapping
@@ -170,7 +171,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Levels of 16 bits or floats as 8 bits: convert() would clip them at 255."""
-    levels = np.asarray(picture).astype(np.float64)
+    levels = np.asarray(picture)
     low, high = levels.min(), levels.max()
     if picture.mode == "F":
         if not (low >= 0 and (high <= 1 or 16 <= high <= 255)):  # between them it is either
@@ -184,8 +185,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
             raise ValueError(f"levels must lie in [0, 65535], got {low:g} to {high:g}")
         # PIL's mode I holds 32 bits: with levels of 8 where a grey picture was converted
         is_deep = picture.mode != "I" or picture.format == "PNG" or high > 255
-        see_through = levels == picture.info.get("transparency", -1)
-        levels = np.where(see_through, 255, levels // 256 if is_deep else levels)
+        see_through = levels == picture.info.get("transparency")
+        levels = np.where(see_through, 255, levels >> 8 if is_deep else levels)
     return Image.fromarray(levels.astype(np.uint8))
 
 
@@ -202,8 +203,8 @@ def undecoded(rows: Any) -> Any:
 
 
 def _without_decoding(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(mode=feature.mode, decode=False)
+    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+        return dataclasses.replace(feature, decode=False)
     if isinstance(feature, dict):
         return {name: _without_decoding(part) for name, part in feature.items()}
     if isinstance(feature, datasets.List):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gold_trainer.collator import GOLDCollator
 from gold_trainer.dataset import RowDataset
 from gold_trainer.pictures import PictureReader
-from support.tiny_models import tiny_picture
+from support.tiny_models import VLM_FAMILIES, tiny_picture, tiny_processor
 
 CHAT = {
     "messages": [
@@ -270,3 +271,16 @@ def test_paths_stay_in_the_picture_folder(tmp_path):
         assert read({"image": path if isinstance(path, dict) else str(folder / path)}).images
         with pytest.raises(ValueError, match=r"^row 4: image must lie in .* choose another"):
             read({"image": path}, index=4, **options)
+
+
+@pytest.mark.parametrize("family", VLM_FAMILIES)
+@pytest.mark.parametrize("size", [(1, 1), (16, 3200), (4000, 20)])
+def test_an_odd_shape_becomes_tokens_or_an_error_that_names_the_row(family, size):
+    processor = tiny_processor(family)
+    collator = GOLDCollator(processor, [processor.tokenizer.eos_token_id], None)
+    row = read({"image": Image.new("RGB", size)}, index=1)
+    try:
+        assert collator.example(row).prompt_length > 1
+    except ValueError as error:
+        assert str(error).startswith("row 1: the processor refuses the prompt")
+        assert f"1 pictures of [{size}]" in str(error)

@@ -78,6 +78,22 @@ def test_a_prompt_that_ends_with_an_assistant_turn_is_a_prefill():
     assert not read({"messages": [USER, ANSWER, USER, ANSWER]}).is_prefill
 
 
+def test_a_null_that_the_author_wrote_stays():
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"unit": None}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    tool = {"type": "function", "function": {"name": "weather", "default": None}}
+    row = read({"messages": [USER, answer], "tools": [tool]})
+    assert (row.answer, row.tools) == (answer, [tool])
+    rows = datasets.Dataset.from_list([{"messages": [USER, ANSWER], "tools": json.dumps([tool])}])
+    assert RowDataset(rows, needs_completion=True, is_text=True)[0].tools == [tool]
+
+
+@pytest.mark.parametrize("others", [{"name": "planner"}, {"weight": 1}, {"thinking": ""}])
+def test_a_message_without_content_needs_a_key_that_carries_the_turn(others):
+    with pytest.raises(ValueError, match="the content of a message must be text or a list"):
+        read({"messages": [USER, {"role": "assistant", "content": None, **others}]})
+
+
 def test_what_a_table_fills_up_with_none_is_left_out_of_calls_and_tools():
     other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}
     messages = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL, other]}]
@@ -85,6 +101,12 @@ def test_what_a_table_fills_up_with_none_is_left_out_of_calls_and_tools():
     row = RowDataset(table, needs_completion=True, is_text=True)[0]
     assert row.answer["tool_calls"] == [CALL, other]
     assert row.prompt == [USER]
+    tools = [TOOL, {"type": "function", "function": {"name": "time", "strict": True}}]
+    table = datasets.Dataset.from_list([{"messages": messages, "tools": tools}])
+    row = RowDataset(table, needs_completion=True, is_text=True)[0]
+    assert [tool["function"].keys() for tool in row.tools] == [
+        {"name", "parameters"} if tool is TOOL else {"name", "strict"} for tool in tools
+    ]
 
 
 @pytest.mark.parametrize("column", ["id", "image_path", "videos", "chosen"])
