@@ -140,9 +140,7 @@ def uld_rows_kernel(
         row_offset = tl.cast(row, tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
         student_row = student_ptr + row_offset * student_row_stride
         teacher_row = teacher_ptr + row_offset * teacher_row_stride
-        weight = tl.load(weights_ptr + 2 * row)
-        hard_weight = tl.load(weights_ptr + 2 * row + 1)
-        # a row of weight 0 may hold anything, NaN included
+        weight, hard_weight = tl.load(weights_ptr + 2 * row), tl.load(weights_ptr + 2 * row + 1)
         is_live, is_hard_live = weight != 0.0, hard_weight != 0.0
         betas = (beta, one_minus_beta)
         student_max, student_total, student_lowest = join_slices(
@@ -171,16 +169,18 @@ def uld_rows_kernel(
         per_bit = (NUM_BINS - 1.0) / range_bits
         grid = (top, range_bits / (NUM_BINS - 1.0))
 
-        # a row with a span has no unmatched and no matched entries
-        is_span, span, num_pairs = False, -1, num_matched
-        num_student, num_teacher = student_vocab_size, teacher_vocab_size
+        # A row of weight 0 counts nothing: it may hold NaN, whose place is another program's.
+        num_student = tl.where(is_live, student_vocab_size, 0)
+        num_teacher = tl.where(is_live, teacher_vocab_size, 0)
+        num_pairs = tl.where(is_live, num_matched, 0)
+        is_span, span = False, -1  # a row with a span has no unmatched and no matched entries
         span_loss, span_slope, span_rest, student_span, teacher_span = 0.0, 0.0, 0.0, 0.0, 0.0
         if HAS_SPANS:
             span = tl.load(student_spans_ptr + row)
             is_span = span >= 0
-            num_student = tl.where(is_span, 0, student_vocab_size)
-            num_teacher = tl.where(is_span, 0, teacher_vocab_size)
-            num_pairs = tl.where(is_span, 0, num_matched)
+            num_student = tl.where(is_span, 0, num_student)
+            num_teacher = tl.where(is_span, 0, num_teacher)
+            num_pairs = tl.where(is_span, 0, num_pairs)
             partner = tl.load(teacher_spans_ptr + row)
             student_span, span_rest = entry_parts(
                 student_row, span, is_span, student_vocab_size, student_max, student_total,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_uld
+from gold_kernels import TokenAlignment, VocabOverlap, fused_linear_uld, uld_loss
 from gold_kernels.tokens.alignment import SpanGroups
 from gold_kernels.uld import reference as reference_uld
 from support.backends import on_every_backend
@@ -74,3 +74,24 @@ def test_loss_and_gradients_are_those_of_the_oracle(name, has_labels, device, ba
             assert relative_error(ours, expected) < 1e-4
         else:
             assert not bool(ours.any())
+
+
+@on_every_backend
+@pytest.mark.parametrize("sizes", [(1, 130), (2, 17), (130, 400), (320, 320)])
+def test_a_row_of_nan_and_weight_zero_leaves_the_other_rows_alone(sizes, device, backend):
+    """Rows whose stride is no multiple of 16 have their tables side by side in memory."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, size, generator=generator) for size in sizes)
+    weights = torch.tensor([0.0, 1.0, 0.5, 2.0])
+
+    def call(rows):
+        leaf = student[rows].to(device).requires_grad_()
+        loss = uld_loss(leaf, teacher[rows].to(device), weights[rows].to(device), backend=backend)
+        return loss.detach().cpu(), torch.autograd.grad(loss, leaf)[0].cpu()
+
+    loss, grad = call(slice(1, None))
+    student[0] = teacher[0] = torch.nan
+    with_nan, grad_with_nan = call(slice(None))
+    torch.testing.assert_close(with_nan, loss)
+    torch.testing.assert_close(grad_with_nan[1:], grad)
+    assert not grad_with_nan[0].any()
