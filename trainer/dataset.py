@@ -159,21 +159,22 @@ def parse_row(
     else:
         prompt, completion, answer = _prompt_and_answer(columns, index, is_text, is_table)
         is_prefill = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-    if not isinstance(prompt, str):
-        if completion is None and prompt[-1]["role"] == "assistant":
-            raise ValueError(
-                f"row {index}: a prompt must end before the assistant's turn, got an answer as its "
-                "last message; make it the completion, or name the column messages."
-            )
-        if not values:
-            prompt, values = take_pictures(prompt, index)
-        if not values or not is_text:
-            prompt = place_pictures(prompt, len(values), index, is_text)
+    if isinstance(prompt, str):
+        _refuse_beside_text(columns, index)
+    elif completion is None and prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"row {index}: a prompt must end before the assistant's turn, got an answer as its "
+            "last message; make it the completion, or name the column messages."
+        )
+    elif not values:
+        prompt, values = take_pictures(prompt, index)
     if is_text and values:
         raise ValueError(
             f"row {index}: a text-only student takes no pictures, got {len(values)}; drop the "
             "picture column or choose a vision-language student."
         )
+    if not isinstance(prompt, str):
+        prompt = place_pictures(prompt, len(values), index, is_text)
     row = Row(
         index,
         prompt,
@@ -189,11 +190,25 @@ def parse_row(
     return row
 
 
+def _refuse_beside_text(columns: Mapping[str, Any], index: int) -> None:
+    for name in ("tools", "chat_template_kwargs"):
+        if columns.get(name):
+            raise ValueError(
+                f"row {index}: {name} must stand beside a conversation, got plain text, which has "
+                "no chat template; write prompt and completion as messages."
+            )
+
+
 def _split_messages(messages: Any, index: int, is_table: bool) -> tuple[Messages, Message | None]:
     """The last assistant message is the answer; earlier turns belong to the prompt."""
     messages = checked_messages(messages, index, is_table)
     if messages[-1]["role"] != "assistant":
         return messages, None
+    if len(messages) == 1:
+        raise ValueError(
+            f"row {index}: a conversation must have a message before its answer, got the answer "
+            "alone; add what it answers, or drop the row."
+        )
     return messages[:-1], messages[-1]
 
 

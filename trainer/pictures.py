@@ -191,10 +191,12 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def undecoded(rows: Any) -> Any:
-    """A table whose pictures come as bytes and paths, which are checked before they are decoded.
+    """A table or a stream whose pictures come as bytes and paths, to be checked before decoding.
 
     With a format or a transform of its own a table is left as it is.
     """
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.decode(False)
     if not isinstance(rows, datasets.Dataset) or rows.format["type"] is not None:
         return rows
     view = rows.with_format(None, columns=rows.format["columns"])

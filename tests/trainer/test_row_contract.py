@@ -78,6 +78,21 @@ def test_a_prompt_that_ends_with_an_assistant_turn_is_a_prefill():
     assert not read({"messages": [USER, ANSWER, USER, ANSWER]}).is_prefill
 
 
+@pytest.mark.parametrize("column", [{"tools": [TOOL]}, {"chat_template_kwargs": {"a": 1}}])
+def test_plain_text_has_no_use_for_arguments_of_the_template(column):
+    (name,) = column
+    with pytest.raises(ValueError, match=f"^row 0: {name} must stand beside a conversation, got"):
+        read({"prompt": "a", "completion": "b", **column})
+    read({"prompt": "a", "completion": "b", **column}, is_text=False)  # there it is a conversation
+    read({"prompt": "a", "completion": "b", **dict.fromkeys(column)})
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_an_answer_to_nothing_is_refused(column):
+    with pytest.raises(ValueError, match=r"^row 0: a conversation must have a message before its"):
+        read({column: [ANSWER]})
+
+
 def test_a_null_that_the_author_wrote_stays():
     call = {"type": "function", "function": {"name": "weather", "arguments": {"unit": None}}}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
