@@ -12,7 +12,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
+from gold_trainer import flags
 from gold_trainer.recipes import FOLDER, find_config, recipe_names
 
 logger = logging.getLogger("gold_trainer")
@@ -24,7 +26,8 @@ EXIT_INTERRUPTED = 130  # as a shell has it of Ctrl-C; SIGTERM is 143
 USAGE = """\
 usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
                                                    distil a teacher into a student
-       gold-trainer train --help                   every field, with its default
+       gold-trainer train --help                   the fields, with their defaults
+       gold-trainer train --help-all               those of transformers too
        gold-trainer recipes                        names and files of the recipes
        gold-trainer demo [--output_dir runs/demo]  handwritten digits, no download
        gold-trainer --version
@@ -54,8 +57,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> None:
+    """Help, and names that there are not, come before anything slow is imported."""
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(flags.help_text())
+        raise SystemExit(0)
     if argv and not argv[0].startswith("-"):
         argv = [str(find_config(argv[0])), *argv[1:]]
+        flags.check_keys(Path(argv[0]))
+    flags.check_names(argv)
+    argv = ["--help" if flag in ("--help-all", "--help_all") else flag for flag in argv]
     try:
         from gold_trainer.command_line import train
     except ImportError as error:

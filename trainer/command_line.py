@@ -4,7 +4,6 @@ The YAML holds the same names as the flags; a flag wins over the YAML.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.data_files import DataArguments, load_rows
+from gold_trainer.flags import remedy
 
 
 @dataclass
@@ -88,7 +88,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
         name = unknown[0].split("=")[0]
         if not name.startswith("--"):
             raise ValueError(f"unexpected argument {name!r}; the YAML file comes before the flags")
-        raise ValueError(f"unknown flag {name}{_nearest(name.lstrip('-'), parser)}")
+        raise ValueError(f"unknown flag {name}{remedy(name.lstrip('-'), _field_names(parser))}")
     return model_args, data_args, config
 
 
@@ -103,7 +103,7 @@ def _read_config(path: Path, parser: Parser) -> list[str]:
     flags = []
     for name, value in config.items():
         if name not in _field_names(parser):
-            raise ValueError(f"{path}: unknown key {name}{_nearest(str(name), parser)}")
+            raise ValueError(f"{path}: unknown key {name}{remedy(str(name), _field_names(parser))}")
         if value is False and "no" in parser.choices_of(name):
             value = "no"  # eval_strategy: no, which YAML reads as false
         if value is None:
@@ -119,11 +119,6 @@ def _read_config(path: Path, parser: Parser) -> list[str]:
 
 def _field_names(parser: Parser) -> list[str]:
     return [f.name for kind in parser.dataclass_types for f in dataclasses.fields(kind) if f.init]
-
-
-def _nearest(name: str, parser: Parser) -> str:
-    names = difflib.get_close_matches(name.replace("-", "_"), _field_names(parser), n=1, cutoff=0.5)
-    return f"; did you mean {names[0]}?" if names else "; --help lists all fields"
 
 
 def train(argv: list[str]) -> None:

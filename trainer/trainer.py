@@ -35,7 +35,7 @@ from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import Row, as_rows
+from gold_trainer.dataset import Row
 from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import write_card
@@ -43,6 +43,7 @@ from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective, choose_objective
 from gold_trainer.sides import Side
 from gold_trainer.stopping import Stopper
+from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
 from gold_trainer.teachers import make_teacher
 from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
@@ -62,9 +63,9 @@ class GOLDTrainer(Trainer):
     weights below the adapter are the teacher.
 
     Models are objects, folders or hub ids; both vision-language or both text-only. Datasets are
-    map-style, with rows of `messages`, or `prompt` and `completion`, and `image` or `images`, as
-    docs/data.md has them. Loss and gradients do not depend on how the global batch is split into
-    micro-batches and ranks. compute_metrics needs logits, which never exist here, and is refused.
+    map-style, or streams with args.max_steps; rows are those of docs/data.md. Loss and gradients do
+    not depend on how the global batch is split into micro-batches and ranks. compute_metrics needs
+    logits, which never exist here, and is refused.
     """
 
     args: GOLDConfig
@@ -108,6 +109,7 @@ class GOLDTrainer(Trainer):
             "max_pixels": args.max_pixels,
             "picture_folder": args.picture_folder,
         }
+        self.args = args  # the Trainer sets it later
         refusals.refuse_splits(train_dataset)
         train_dataset = self._as_rows(train_dataset, not args.seq_kd and args.lmbda < 1)
         eval_dataset = self._as_rows(eval_dataset, not args.seq_kd)
@@ -174,7 +176,8 @@ class GOLDTrainer(Trainer):
         return self.teacher.model
 
     def _as_rows(self, dataset: Any, needs_completion: bool) -> Any:
-        return as_rows(dataset, needs_completion=needs_completion, **self.row_options)
+        options = self.row_options | {"needs_completion": needs_completion}
+        return read_rows(dataset, self.args, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if not isinstance(eval_dataset, str):  # a key of the evaluation datasets

@@ -1,0 +1,104 @@
+"""Help and misspelt flags: ours first, what was meant, before anything slow is imported."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from gold_trainer import GOLDConfig, flags
+from gold_trainer.__main__ import main
+from gold_trainer.command_line import ModelArguments
+from gold_trainer.data_files import DataArguments
+
+SLOW = ("torch", "transformers", "datasets", "numpy")
+
+
+def test_fields_read_from_the_sources_are_those_of_the_classes():
+    fields = [
+        field
+        for kind in (ModelArguments, DataArguments, GOLDConfig)
+        for field in dataclasses.fields(kind)
+        if field.init
+    ]
+    assert set(flags.all_names()) == {field.name for field in fields}
+    helps = {flag.name: flag.help for _, group in flags.own_groups() for flag in group}
+    own = [field for field in fields if field.name in helps]
+    assert len(own) > 60
+    for field in own:
+        start = helps[field.name].partition("...")[0]  # where a name is put into the text
+        assert field.metadata["help"].startswith(start), field.name
+
+
+def test_help_shows_our_fields_first_with_defaults_and_the_way_to_the_rest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    places = [text.index(f"--{name}\n") for name in ("model_name_or_path", "lmbda", "output_dir")]
+    assert places == sorted(places)
+    assert "[0.5]" in text and "--help-all" in text
+    assert text.count("--lmbda\n") == 1
+    assert len(text.splitlines()) < 300
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_help_all_lists_what_transformers_has(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help-all"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--adam_beta1" in text and "--lmbda" in text
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--help"],
+        ["train", "--use_vllm"],
+        ["train", "gold_vlm", "--betta", "1"],
+        ["--help"],
+        ["recipes"],
+    ],
+)
+def test_help_and_usage_errors_import_nothing_slow(argv):
+    code = (
+        "import sys; from gold_trainer.__main__ import main\n"
+        f"try: main({argv!r})\n"
+        "except SystemExit: pass\n"
+        f"print([name for name in {SLOW!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "remedy"),
+    [
+        ("--use_vllm", "there is no vLLM here"),
+        ("--vllm_mode=colocate", "there is no vLLM here"),
+        ("--load_in_4bit", "quantization_config"),
+        ("--load-in-8bit", "quantization_config"),
+        ("--config", "the YAML file comes first, without a flag"),
+        ("--lr", "did you mean learning_rate?"),
+        ("--batch_size", "did you mean per_device_train_batch_size?"),
+        ("--torch_dtype", "did you mean dtype?"),
+        ("--teacher_model", "did you mean teacher_model_name_or_path?"),
+        ("--uld_use_hybrid", "did you mean uld_use_hybrid_loss?"),
+        ("--lambda", "did you mean lmbda?"),
+        ("--xyzzy", "--help lists the fields"),
+    ],
+)
+def test_flag_that_there_is_not_says_what_was_meant(flag, remedy, capsys, tmp_path):
+    assert main(["train", flag, "x"]) == 2
+    assert remedy in capsys.readouterr().err
+    key = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    (tmp_path / "c.yaml").write_text(f"{key}: 1\n")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 2
+    shown = capsys.readouterr().err
+    assert f"c.yaml: unknown key {key}" in shown and remedy in shown
+
+
+@pytest.mark.parametrize("flag", ["--lora-r", "--no_disable_dropout", "--output_dir=x"])
+def test_flags_that_argparse_knows_pass(flag):
+    flags.check_names([flag])

@@ -1,0 +1,93 @@
+"""Streaming datasets train as those with a length do, a resumed run included."""
+
+import datasets
+import pytest
+import torch
+
+from gold_trainer.dataset import RowDataset
+from gold_trainer.streams import RowStream
+from support.resumed_runs import FIELDS, assert_same_run
+from support.tiny_models import tiny_rows
+from support.trainer_cases import losses_of, make_trainer
+
+ROWS = tiny_rows(40, images="mixed")
+STREAMING = FIELDS | {"train_sampling_strategy": "sequential", "lmbda": 0.5}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def of_datasets(rows):
+    return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+
+@pytest.mark.parametrize("make", [Stream, of_datasets])
+def test_stream_trains_to_the_weights_of_the_same_rows_in_order(make, tmp_path):
+    whole = make_trainer(tmp_path / "map", ROWS, **STREAMING)
+    whole.train()
+    streamed = make_trainer(tmp_path / "stream", make(ROWS), **STREAMING)
+    streamed.train()
+    assert_same_run(streamed, whole)
+
+
+def test_resumed_stream_is_the_uninterrupted_one(tmp_path):
+    options = STREAMING | {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, Stream(ROWS), **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, Stream(ROWS), **STREAMING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_run(resumed, whole)
+
+
+def test_stream_is_evaluated(tmp_path):
+    options = STREAMING | {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    losses = []
+    for rows in (ROWS[:5], {"a": Stream(ROWS[:5])}):
+        trainer = make_trainer(tmp_path, Stream(ROWS), eval_rows=rows, **options)
+        trainer.train()
+        (entry,) = [e for e in trainer.state.log_history if {"eval_loss", "eval_a_loss"} & e.keys()]
+        losses.append(entry.get("eval_loss", entry.get("eval_a_loss")))
+        assert losses_of(trainer)
+    assert losses[0] == losses[1]
+
+
+def test_rows_of_a_stream_are_those_of_a_dataset_and_errors_name_them():
+    options = {"needs_completion": True, "is_text": False}
+    assert list(RowStream(Stream(ROWS), **options)) == list(RowDataset(ROWS, **options))
+    broken = [*ROWS[:3], {"messages": ROWS[3]["messages"][:1]}]
+    with pytest.raises(ValueError, match="row 3: an assistant's answer"):
+        list(RowStream(Stream(broken), **options))
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "message"),
+    [
+        (ROWS, {"max_steps": -1}, "max_steps must be set for a streaming dataset"),
+        (ROWS, {"num_generations": 2}, "num_generations must be 1 with a streaming dataset"),
+        ([], {}, "must have at least one row"),
+        ([{"messages": []}], {}, "row 0"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_at_once(rows, fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, Stream(rows), **(STREAMING | fields))
+
+
+def test_several_workers_read_a_stream_of_files_once(tmp_path):
+    """datasets deals its files to the workers."""
+    for part in range(2):
+        table = datasets.Dataset.from_list(tiny_rows(10, images=0, seed=part))
+        table.to_parquet(tmp_path / f"{part}.parquet")
+    stream = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True
+    )
+    trainer = make_trainer(
+        tmp_path / "run", stream, **(STREAMING | {"dataloader_num_workers": 2, "lmbda": 0.0})
+    )
+    trainer.train()
+    assert trainer.state.global_step == FIELDS["max_steps"]

@@ -1,0 +1,175 @@
+"""Names, groups and help of all flags, read from the source files that declare them.
+
+Torch and transformers take seconds to import; `train --help` and a misspelt flag should take none.
+"""
+
+import ast
+import difflib
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+
+# File, class, title: ours, in the order in which they are shown.
+GROUPS = (
+    ("command_line.py", "ModelArguments", "student"),
+    ("data_files.py", "DataArguments", "data"),
+    ("config.py", "GOLDConfig", "teacher, completions"),
+    ("loss_config.py", "LossFields", "loss"),
+    ("uld_config.py", "ULDFields", "two tokenizers"),
+    ("row_config.py", "RowFields", "rows"),
+    ("run_config.py", "RunFields", "run"),
+)
+# The fields of TrainingArguments that most runs set.
+USUAL = (
+    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim"),
+    *("max_grad_norm", "bf16", "gradient_checkpointing", "save_strategy", "save_steps"),
+    *("save_total_limit", "resume_from_checkpoint", "eval_strategy", "eval_steps", "report_to"),
+    *("seed", "dataloader_num_workers"),
+)
+# What users of other trainers look for, and what to write here.
+HINTS = {
+    "config": "the YAML file comes first, without a flag: gold-trainer train CONFIG.yaml",
+    "use_vllm": "rollouts are written by the student itself, there is no vLLM here: leave it out",
+    "load_in_4bit": (
+        "set --teacher_model_init_kwargs or --model_init_kwargs '{\"quantization_config\": ...}'"
+    ),
+    "lr": "did you mean learning_rate?",
+    "batch_size": "did you mean per_device_train_batch_size?",
+    "epochs": "did you mean num_train_epochs?",
+    "model": "did you mean model_name_or_path?",
+    "student": "did you mean model_name_or_path?",
+    "teacher": "did you mean teacher_model_name_or_path?",
+    "dataset": "did you mean dataset_name?",
+    "torch_dtype": "did you mean dtype?",
+    "use_lora": "did you mean use_peft?",
+    "resume": "did you mean resume_from_checkpoint?",
+    "dataset_text_field": "did you mean completion_column?",
+}
+SAME = {"load_in_8bit": "load_in_4bit", "model_name": "model", "teacher_model": "teacher"}
+WIDTH = 100
+
+
+@dataclass
+class Flag:
+    name: str
+    help: str
+    default: str
+
+
+@cache
+def fields_of(path: Path, class_name: str) -> list[Flag]:
+    """The fields of a dataclass in a file, without running it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (node,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    flags = []
+    for line in node.body:
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
+            continue
+        if "ClassVar" not in ast.dump(line.annotation):
+            flags.append(_flag(line.target.id, line.value))
+    return [flag for flag in flags if not flag.name.startswith("_")]
+
+
+def _flag(name: str, value: ast.expr | None) -> Flag:
+    """default and help of `name: type = field(default=..., metadata={"help": ...})`."""
+    if not isinstance(value, ast.Call):
+        return Flag(name, "", "" if value is None else ast.unparse(value))
+    words = {keyword.arg: keyword.value for keyword in value.keywords}
+    default = words.get("default", words.get("default_factory"))
+    if isinstance(default, ast.Lambda):
+        default = default.body
+    metadata, text = words.get("metadata"), ""
+    if isinstance(metadata, ast.Dict):
+        for key, content in zip(metadata.keys, metadata.values, strict=True):
+            if isinstance(key, ast.Constant) and key.value == "help":
+                text = _text(content)
+    return Flag(name, text, "" if default is None else ast.unparse(default).strip("'"))
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    return "..." if isinstance(node, ast.FormattedValue) else ""
+
+
+@cache
+def own_groups() -> list[tuple[str, list[Flag]]]:
+    folder = Path(__file__).parent
+    return [(title, fields_of(folder / file, name)) for file, name, title in GROUPS]
+
+
+@cache
+def inherited() -> list[Flag]:
+    """Of transformers.TrainingArguments."""
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("No module named 'transformers'")
+    path = Path(spec.submodule_search_locations[0]) / "training_args.py"
+    return fields_of(path, "TrainingArguments")
+
+
+def all_names() -> list[str]:
+    flags = [flag for _, group in own_groups() for flag in group] + inherited()
+    return list(dict.fromkeys(flag.name for flag in flags))
+
+
+def help_text() -> str:
+    own = {flag.name for _, group in own_groups() for flag in group}
+    usual = [flag for flag in inherited() if flag.name in USUAL and flag.name not in own]
+    usual.sort(key=lambda flag: USUAL.index(flag.name))
+    parts = ["usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]\n"]
+    for title, group in [*own_groups(), ("of transformers, the usual ones", usual)]:
+        parts.append(f"{title}:\n" + "\n".join(map(_entry, group)) + "\n")
+    parts.append("--help-all lists every field of transformers.TrainingArguments too.\n")
+    return "\n".join(parts)
+
+
+def _entry(flag: Flag) -> str:
+    text = " ".join(flag.help.split()).replace("%%", "%")
+    default = f" [{flag.default}]" if flag.default not in ("", "None") else ""
+    lines = textwrap.wrap(f"{text}{default}".strip(), WIDTH - 6)
+    return "\n".join([f"  --{flag.name}", *(f"      {line}" for line in lines)])
+
+
+def remedy(name: str, names: Iterable[str]) -> str:
+    """What was probably meant by a field that there is not."""
+    name = name.replace("-", "_")
+    name = SAME.get(name, name)
+    if name.startswith("vllm"):
+        name = "use_vllm"
+    if name.startswith(("bnb_", "use_bnb")):
+        name = "load_in_4bit"
+    if name in HINTS:
+        return f"; {HINTS[name]}"
+    nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else "; --help lists the fields"
+
+
+def check_names(argv: Iterable[str]) -> None:
+    """ValueError for a flag that there is not, before anything slow is imported."""
+    names = all_names()
+    known = {*names, *(f"no_{name}" for name in names), "help", "help_all"}
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name[2:].replace("-", "_") not in known:
+            raise ValueError(f"unknown flag {name}{remedy(name[2:], names)}")
+
+
+def check_keys(path: Path) -> None:
+    """The same for the keys of a YAML file; one that is no mapping is refused when it is read."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    names = all_names()
+    for name in config if isinstance(config, dict) else ():
+        if name not in names:
+            raise ValueError(f"{path}: unknown key {name}{remedy(str(name), names)}")

@@ -1,0 +1,97 @@
+"""Streaming datasets: rows without a length, read one after the other."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+from gold_trainer.config import GOLDConfig
+from gold_trainer.dataset import Row, RowDataset, as_rows
+
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
+
+
+class RowStream(IterableDataset):
+    """An iterable dataset (datasets.IterableDataset, or torch's) read as Rows.
+
+    It has to give the same rows whenever it is iterated over: the first row is looked at before
+    models are loaded, a resumed run skips what the first one has read, and every process reads all
+    rows and keeps its own. Rows are counted from 0 in each pass, and in each data loader worker.
+    """
+
+    def __init__(self, stream: Any, **options: Any) -> None:
+        self.stream, self.options = stream, options
+
+    def __iter__(self) -> Iterator[Row]:
+        columns, index = iter(self.stream), 0
+        while True:
+            try:
+                row = next(columns)
+            except StopIteration:
+                return
+            except UNREADABLE as error:  # datasets decodes pictures here
+                raise ValueError(
+                    f"row {index}: the stream cannot be read on ({error}); mend or filter the row."
+                ) from error
+            yield RowDataset(_OneRow(row, index), **self.options)[index]
+            index += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order of datasets' shuffle buffer in every epoch."""
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+
+
+class _OneRow(Sequence):
+    """One row at its place in a dataset of which nothing else is known."""
+
+    def __init__(self, columns: Any, index: int) -> None:
+        self.columns, self.place = columns, index
+
+    def __len__(self) -> int:
+        return self.place + 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.columns  # whichever is looked at
+
+
+def read_rows(
+    dataset: Any, args: GOLDConfig, *, has_chat_template: bool = False, **options: Any
+) -> Any:
+    """The dataset, or each dataset of a dict, read as Rows, with a length or without."""
+    if isinstance(dataset, dict):
+        return {
+            name: read_rows(part, args, has_chat_template=has_chat_template, **options)
+            for name, part in dataset.items()
+        }
+    if isinstance(dataset, RowStream):
+        return dataset
+    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+        return read_stream(dataset, args, **options)
+    return as_rows(dataset, has_chat_template=has_chat_template, **options)
+
+
+def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
+    """ValueError for what a stream cannot do, and for a first row that does not fit."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            "GOLDTrainer: max_steps must be set for a streaming dataset, whose length nobody "
+            f"knows, got {args.max_steps}; set it, or load the dataset without streaming."
+        )
+    if args.num_generations > 1:
+        raise ValueError(
+            "GOLDTrainer: num_generations must be 1 with a streaming dataset, got "
+            f"{args.num_generations}; rows come once: load the dataset without streaming."
+        )
+    # each process reads for itself: batches of pictures cannot be dealt out by one of them
+    accelerator_config: Any = args.accelerator_config
+    accelerator_config.dispatch_batches = False
+    stream = RowStream(dataset, **options)
+    if next(iter(stream), None) is None:
+        raise ValueError(
+            "GOLDTrainer: a streaming dataset must have at least one row, got none; check split "
+            "and filters."
+        )
+    return stream
