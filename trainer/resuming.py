@@ -24,7 +24,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if accelerator.is_main_process:
         try:
             answer[0] = function()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             answer[1] = str(error)
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)

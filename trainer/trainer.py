@@ -10,6 +10,7 @@ A step, in order, and who does it:
     student  inputs -> its hidden states, at the place of its head    loss_at_head.py
     loss     hidden states and heads of both sides -> a scalar        objectives/
     log      sums by name -> means                                    metrics.py
+    survive  lock, resume, NaN, signals, errors                       survival.py, nonfinite.py
 
 B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 """
