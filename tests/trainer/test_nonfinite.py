@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from gold_trainer import GOLDConfig
 from gold_trainer.nonfinite import NonFiniteError, is_bad
 from gold_trainer.objectives import same_vocabulary
+from support.cross_cases import cross_trainer, make_sides, rows_of
 from support.tiny_models import tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 
@@ -111,6 +112,20 @@ def test_skipped_steps_do_not_move_the_optimizer(tmp_path, monkeypatch):
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(weight, before[name]), name
     assert not trainer.optimizer.state
+
+
+def test_teacher_of_another_family_is_watched_too(tmp_path):
+    """Three micro-batches of one row: the second has NaN in one hidden state of its teacher."""
+    trainer, _ = cross_trainer(
+        tmp_path,
+        rows_of("lfm2_vl"),
+        *make_sides("lfm2_vl", "qwen3_vl"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+    )
+    spoil_teacher(trainer, call=2, value=float("nan"))
+    with pytest.raises(NonFiniteError, match=r"step 1 .*teacher's hidden states, dataset rows 1;"):
+        trainer.train()
 
 
 def test_weights_that_are_nan_already_end_a_run_that_skips(tmp_path):
