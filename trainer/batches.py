@@ -15,6 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from gold_kernels import TokenAlignment
+from gold_trainer.rendering import Frames, Piece
+
+NO_FRAMES = Frames()
 
 
 @dataclass
@@ -28,14 +31,28 @@ class Example:
     completion_ids: list[int] | None
     # Those of the tokenizer, in front of the prompt and behind it; None: unless the text has them.
     adds_special_tokens: bool | None = None
+    # With two tokenizers: what the template writes around answers, and what this one is made of.
+    frames: Frames = NO_FRAMES
+    pieces: list[Piece] | None = None
+    # Text and length, where the template writes something else before the known answer.
+    generation_prompt: tuple[str, int] | None = None
 
     @property
     def written_ids(self) -> list[int]:
         assert self.completion_ids is not None, "a completion is written before it is scored"
         return self.completion_ids
 
-    def with_completion(self, completion_ids: list[int]) -> "Example":
-        return replace(self, completion_ids=completion_ids)
+    def with_completion(
+        self, completion_ids: list[int], pieces: list[Piece] | None = None
+    ) -> "Example":
+        return replace(self, completion_ids=completion_ids, pieces=pieces)
+
+    def unanswered(self) -> "Example":
+        """As the model is prompted, whatever its template writes before a known answer."""
+        text, length = self.generation_prompt or (self.prompt_text, self.prompt_length)
+        return replace(
+            self, prompt_text=text, prompt_length=length, completion_ids=None, pieces=None
+        )
 
 
 @dataclass

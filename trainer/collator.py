@@ -8,6 +8,7 @@ a completion is a list of token ids, those that it has behind its prompt.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from gold_kernels.tokens.token_bytes import find_end_of_turn
+from gold_trainer.answer_texts import CONTENT, frame_for
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.dataset import Row
 from gold_trainer.in_context import InContext
@@ -93,7 +95,41 @@ class GOLDCollator:
                 f"row {row.index}: a completion must be text, got a picture's placeholder in "
                 f"{text[:80]!r}; remove it from the answer."
             )
-        return example.with_completion(ids)
+        return self._with_generation_prompt(row, example.with_completion(ids, pieces))
+
+    def _with_generation_prompt(self, row: Row, example: Example) -> Example:
+        if isinstance(row.prompt, str):
+            return example
+        prompt = self.renderer.prompt(row)
+        if prompt == example.prompt_text:
+            return example
+        length = self._prompt_length(row, prompt, self._adds_special_tokens(row, prompt))
+        return replace(example, generation_prompt=(prompt, length))
+
+    def with_frames(self, row: Row, example: Example) -> Example:
+        """The example with what the template writes around answers of its row."""
+        if isinstance(row.prompt, str):
+            return example
+        prompt = self.renderer.prompt(row)
+        answer = {k: v for k, v in (row.answer or {}).items() if not isinstance(v, str)}
+        return replace(example, frames=self.renderer.frames(row, prompt, answer))
+
+    def answered(self, example: Example, texts: Mapping[str, str], *, is_ended: bool) -> Example:
+        """The example with these texts as its answer, as the template writes them."""
+        frame = frame_for(example.frames, texts)
+        if frame is None:
+            text = "".join(texts.values())
+            pieces = [Piece(text, False, CONTENT), Piece("", True)]
+            prompt = example.prompt_text
+        else:
+            frame = frame.visible(self.in_context.special)
+            pieces, prompt = frame.pieces(texts), frame.prompt
+        length = example.prompt_length
+        if prompt != example.prompt_text:
+            length += self.in_context.length(prompt) - self.in_context.length(example.prompt_text)
+        example = replace(example, prompt_text=prompt, prompt_length=length)
+        ids = self.in_context.ids(prompt, pieces, is_ended=is_ended)
+        return example.with_completion(ids[: self.room(example)], pieces)
 
     def room(self, example: Example) -> int | None:
         """Tokens that max_length leaves a completion."""

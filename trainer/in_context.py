@@ -32,18 +32,23 @@ class InContext:
         ends = tokenizer.convert_ids_to_tokens(sorted(self.end_ids))
         self.ends = {str(token): i for token, i in zip(ends, sorted(self.end_ids), strict=True)}
 
-    def ids(self, prompt: str, pieces: Sequence[Piece]) -> list[int]:
+    def ids(self, prompt: str, pieces: Sequence[Piece], *, is_ended: bool = True) -> list[int]:
         """Ids of the pieces behind the prompt. The turn ends with the first end token in the last
-        mark; where a template writes none, with the one that is added.
+        mark; where a template writes none, with the one that is added. A turn that is not ended is
+        without its last mark.
         """
         *pieces, last = pieces
-        mark, has_end = self._up_to_end(last.text)
+        mark, has_end = self._up_to_end(last.text) if is_ended else ("", True)
         pieces = [*pieces, Piece(mark, True)]
         if any(self._has_special(piece.text) for piece in pieces if not piece.is_mark):
             ids = [i for piece in pieces for i in self._behind_any(piece.text, piece.is_mark)]
         else:
             ids = self._behind(prompt, "".join(piece.text for piece in pieces))
         return ids if has_end else [*ids, self.end_of_turn_id]
+
+    def length(self, text: str) -> int:
+        """Tokens of a template's text, each picture counted as it is written."""
+        return len(self._encode(text))
 
     def _up_to_end(self, mark: str) -> tuple[str, bool]:
         places = [(mark.find(end), end) for end in self.ends if end in mark]

@@ -2,8 +2,8 @@
 processor and chat template, joined by the bytes of their completions.
 
 N_s, N_t completion tokens of a side, G groups. The same functions serve data loader workers, where
-the completion is known, and the main process after a rollout. A completion's bytes are the same on
-both sides: whitespace that the student's template writes around an answer belongs to it.
+the completion is known, and the main process after a rollout. Both sides write the same texts
+(content, thoughts), each with the marks of its own template around them. Marks are in no group.
 """
 
 from dataclasses import replace
@@ -13,6 +13,9 @@ import torch
 from transformers.utils import logging
 
 from gold_kernels import CompletionAligner, TokenAlignment
+from gold_kernels.tokens.ranges import TextPair
+from gold_kernels.tokens.token_bytes import TokenBytes
+from gold_trainer.answer_texts import AnswerTexts, of_pieces, of_sample
 from gold_trainer.batches import BatchAlignment, Example, WindowBatch
 from gold_trainer.collator import GOLDCollator, tokenizer_with_template
 from gold_trainer.dataset import Row
@@ -28,8 +31,8 @@ SKIP_REASONS = ("unspelled", "no_common_end")
 class Pair(NamedTuple):
     """One completion in the tokens of both sides."""
 
-    student_ids: list[int]  # (N_s,)
-    teacher_ids: list[int]  # (N_t,)
+    student: Example  # of N_s completion tokens
+    teacher: Example  # of N_t completion tokens
     alignment: TokenAlignment
     skip_reason: str | None
 
@@ -49,37 +52,65 @@ class CompletionPairs:
             is_late=merge == "observed",  # TRL's strategy with TRL's reading of it
             has_end_of_turn=args.has_end_of_turn,
         )
-        self.reverse = CompletionAligner(self.aligner.teacher, self.aligner.student)
         self.is_warned: set[str] = set()
 
-    def from_student(self, student_ids: list[int], teacher_room: int | None, index: int) -> Pair:
-        """The student's tokens stay as they are; the teacher's are cut to its room."""
+    def from_student(self, student: Example, teacher: Example, collator: GOLDCollator) -> Pair:
+        """The student's tokens stay as they are; its texts become the teacher's answer, which is
+        cut to its room.
+        """
+        written = self._texts(self.aligner.student, student)
         try:
-            teacher_ids = self.aligner.teacher_ids(student_ids)[:teacher_room]
-            return self._pair(student_ids, teacher_ids, index)
+            for text in written.texts.values():
+                self.aligner.teacher.encode(text)  # what it cannot spell is named
+            teacher = collator.answered(teacher, written.texts, is_ended=written.is_ended)
+            read = self._texts(self.aligner.teacher, teacher)
+            return self._pair(student, teacher, written, read)
         except ValueError as error:
-            return self._unspelled(student_ids, index, error)
+            return self._unspelled(student, teacher, error)
 
-    def from_teacher(self, teacher_ids: list[int], student_room: int | None, index: int) -> Pair:
-        """The teacher's tokens stay as they are; the student's are cut to its room."""
+    def from_teacher(self, student: Example, teacher: Example, collator: GOLDCollator) -> Pair:
+        """The teacher's tokens stay as they are; its texts become the student's answer, which is
+        cut to its room.
+        """
+        written = self._texts(self.aligner.teacher, teacher)
         try:
-            student_ids = self.reverse.teacher_ids(teacher_ids)[:student_room]
-            return self._pair(student_ids, teacher_ids, index)
+            for text in written.texts.values():
+                self.aligner.student.encode(text)
+            student = collator.answered(student, written.texts, is_ended=written.is_ended)
+            read = self._texts(self.aligner.student, student)
+            return self._pair(student, teacher, read, written)
         except ValueError as error:
-            return self._unspelled([], index, error)
+            return self._unspelled(student.with_completion([]), teacher, error)
 
-    def _pair(self, student_ids: list[int], teacher_ids: list[int], index: int) -> Pair:
-        alignment = self.aligner.align(student_ids, teacher_ids)
+    def _texts(self, table: TokenBytes, example: Example) -> AnswerTexts:
+        if example.pieces is None:
+            return of_sample(table, example.written_ids, example.frames)
+        return of_pieces(table, example.written_ids, example.pieces)
+
+    def _pair(
+        self, student: Example, teacher: Example, written: AnswerTexts, read: AnswerTexts
+    ) -> Pair:
+        keys = [key for key in written.ranges if key in read.ranges]
+        last = [list(side.ranges)[-1:] for side in (written, read)]
+        alignment = self.aligner.align(
+            written.ids,
+            read.ids,
+            [TextPair(written.ranges[key], read.ranges[key]) for key in keys],
+            is_end_common=written.is_ended and read.is_ended and [keys[-1:]] * 2 == last,
+        )
         if not self.args.use_extended_uld:
-            alignment = self._by_position(alignment, student_ids, teacher_ids)
+            ids = student.written_ids, teacher.written_ids
+            alignment = self._by_position(alignment, *ids)
         if alignment.num_groups:
-            return Pair(student_ids, teacher_ids, alignment, None)
+            return Pair(student, teacher, alignment, None)
+        index = student.index
         self._warn("no_common_end", index, "no token ends where one of the other side does")
-        return Pair(student_ids, teacher_ids, alignment, "no_common_end")
+        return Pair(student, teacher, alignment, "no_common_end")
 
-    def _unspelled(self, student_ids: list[int], index: int, error: ValueError) -> Pair:
-        self._warn("unspelled", index, str(error))
-        return Pair(student_ids, [], self.aligner.align(student_ids, []), "unspelled")
+    def _unspelled(self, student: Example, teacher: Example, error: ValueError) -> Pair:
+        self._warn("unspelled", student.index, str(error))
+        alignment = self.aligner.align(student.written_ids, [])
+        return Pair(student, teacher.with_completion([]), alignment, "unspelled")
 
     def _warn(self, reason: str, index: int, detail: str) -> None:
         """The first sample of each reason; the log counts all."""
@@ -126,9 +157,9 @@ class PairCollator:
         self.student, self.teacher, self.pairs = student, teacher, pairs
 
     def __call__(self, rows: list[Row]) -> WindowBatch:
-        examples = [self.student.example(row) for row in rows]
-        # The teacher's completion follows from the student's, so that their bytes are the same.
-        teacher_examples = [self._teacher_example(replace(row, completion=None)) for row in rows]
+        examples = [self.student.with_frames(row, self.student.example(row)) for row in rows]
+        # The teacher's completion follows from the student's, so that their texts are the same.
+        teacher_examples = [self._teacher_example(row) for row in rows]
         batch = WindowBatch(examples, teacher_examples)
         if any(example.completion_ids is None for example in examples):
             return batch
@@ -136,40 +167,27 @@ class PairCollator:
 
     def _teacher_example(self, row: Row) -> Example:
         try:
-            return self.teacher.example(row)
+            example = self.teacher.example(replace(row, completion=None))
+            return self.teacher.with_frames(row, example)
         except ValueError as error:
             raise ValueError(f"on the teacher's side, {error}") from error
 
     def with_student_completions(self, batch: WindowBatch, examples: list[Example]) -> WindowBatch:
         """The batch with these examples of the student, sampled or known."""
         sides = zip(examples, batch.teacher_examples, strict=True)
-        pairs = [
-            self.pairs.from_student(e.written_ids, _room(self.teacher, t), e.index)
-            for e, t in sides
-        ]
-        return _joined(batch, pairs)
+        return _joined(batch, [self.pairs.from_student(*pair, self.teacher) for pair in sides])
 
     def with_teacher_completions(self, batch: WindowBatch, examples: list[Example]) -> WindowBatch:
         """The batch with these examples of the teacher, which it has completed."""
         sides = zip(batch.examples, examples, strict=True)
-        pairs = [
-            self.pairs.from_teacher(t.written_ids, _room(self.student, e), e.index)
-            for e, t in sides
-        ]
-        return _joined(batch, pairs)
-
-
-def _room(collator: GOLDCollator, example: Example) -> int | None:
-    return None if collator.max_length is None else collator.max_length - example.prompt_length
+        return _joined(batch, [self.pairs.from_teacher(*pair, self.student) for pair in sides])
 
 
 def _joined(batch: WindowBatch, pairs: list[Pair]) -> WindowBatch:
-    students = zip(batch.examples, pairs, strict=True)
-    teachers = zip(batch.teacher_examples, pairs, strict=True)
     return replace(
         batch,
-        examples=[e.with_completion(pair.student_ids) for e, pair in students],
-        teacher_examples=[e.with_completion(pair.teacher_ids) for e, pair in teachers],
+        examples=[pair.student for pair in pairs],
+        teacher_examples=[pair.teacher for pair in pairs],
         alignment=BatchAlignment(
             TokenAlignment.concatenate([pair.alignment for pair in pairs]),
             [pair.skip_reason for pair in pairs],

@@ -6,7 +6,7 @@ tell them apart the template is rendered once more with a private character in t
 the answer's texts. Special tokens are looked for in marks only: in an answer they are text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -40,6 +40,14 @@ class Frame(NamedTuple):
             pieces += [Piece(texts[key], False, key), Piece(mark, True)]
         return pieces
 
+    def visible(self, special: Collection[str]) -> "Frame":
+        """Without white space before the texts and behind them: a completion brings its own."""
+        first, *between, last = self.marks
+        first = first if visible_text(first, special).strip() else ""
+        if last and not visible_text(last, special).strip():
+            last = "".join(last.split())
+        return self._replace(marks=(first, *between, last))
+
     def cut(self, completion: str, texts: Mapping[str, str]) -> list[Piece] | None:
         """The pieces of a rendered completion; None where other marks are around its texts."""
         first, last = self.marks[0], self.marks[-1]
@@ -60,6 +68,13 @@ class Frame(NamedTuple):
         if rest.strip() != texts[self.keys[-1]].strip():  # the template did more than trim it
             return None
         return self.pieces({**found, self.keys[-1]: rest})
+
+
+class Frames(NamedTuple):
+    """What a template writes around answers of a row; None where it cannot be told."""
+
+    plain: Frame | None = None  # of content alone
+    thinking: Frame | None = None  # of thoughts and content, if the template writes thoughts
 
 
 class Renderer:
@@ -106,6 +121,17 @@ class Renderer:
             for begin, end in zip(ends, [*(place for place, _ in places), None], strict=True)
         ]
         return Frame(rendered[:start], tuple(probes[probe] for _, probe in places), tuple(marks))
+
+    def frames(self, row: Row, prompt: str, others: Mapping[str, Any]) -> Frames:
+        """Around an answer whose texts are not known yet; others are its calls of tools."""
+        answer = {"content": "answer", **others, "role": "assistant"}
+        if isinstance(answer["content"], list):
+            answer["content"] = "answer"
+        plain = self.frame(row, answer, prompt)
+        thinking = self.frame(row, {**answer, "reasoning_content": "thoughts"}, prompt)
+        if thinking is not None and thinking.keys != ("reasoning_content", "content"):
+            thinking = None
+        return Frames(plain, thinking)
 
     def answered(self, row: Row, answer: Mapping[str, Any]) -> tuple[str, list[Piece]]:
         """The prompt and what follows it in the answered conversation."""
@@ -169,6 +195,13 @@ class Renderer:
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             return {**message, "content": parts}
         return {**message, "content": _text(content)}
+
+
+def visible_text(mark: str, special: Collection[str]) -> str:
+    """A mark without special tokens, which spell nothing."""
+    for token in special:
+        mark = mark.replace(token, "")
+    return mark
 
 
 def _turns(row: Row) -> Messages:

@@ -134,7 +134,7 @@ class Rollouts:
         prompts = [self.objective.prompts(batch, name) for batch in batches]
         examples = iter(
             self.writers[name].complete(
-                [example for part in prompts for example in part],
+                [example.unanswered() for part in prompts for example in part],
                 random.Random(place).getrandbits(63),
             )
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.tokens.ranges import TextPair, TokenRange
 from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
 
 MERGES = ("bayesian", "observed")
@@ -288,8 +289,9 @@ class CompletionAligner:
         Bytes that are not valid UTF-8 are kept up to the first fault, and the result then has no
         end. align() leaves the rest unscored and counts it.
         """
-        text_ids, is_ended = _split_end(as_id_tensor(student_ids), self.student)
-        spelled = self.student.texts(text_ids)[0]
+        student_ids = as_id_tensor(student_ids)
+        num_text, is_ended = _split_end(student_ids, self.student)
+        spelled = self.student.texts(student_ids[:num_text])[0]
         try:
             text = spelled.decode()
         except UnicodeDecodeError as error:
@@ -299,54 +301,72 @@ class CompletionAligner:
         return [*ids, end] if is_ended and end is not None else ids
 
     def align(
-        self, student_ids: Sequence[int] | Tensor, teacher_ids: Sequence[int] | Tensor
+        self,
+        student_ids: Sequence[int] | Tensor,
+        teacher_ids: Sequence[int] | Tensor,
+        texts: Sequence[TextPair] | None = None,  # in order; None: all tokens but the end are one
+        *,
+        is_end_common: bool = True,  # both turns end behind the last of the texts
     ) -> TokenAlignment:
         """Rows of the groups of one completion; either side may have been cut.
 
-        Raises ValueError if the tokens of the two sides spell different texts.
+        Tokens outside the texts, marks of a chat template, are in no group. Raises ValueError if
+        the tokens of the two sides spell different texts.
         """
         student_ids, teacher_ids = as_id_tensor(student_ids), as_id_tensor(teacher_ids)
-        student_text_ids, student_ended = _split_end(student_ids, self.student)
-        teacher_text_ids, teacher_ended = _split_end(teacher_ids, self.teacher)
-        student_ends, teacher_ends = self._byte_ends(student_text_ids, teacher_text_ids)
-        student_bytes, teacher_bytes = _last(student_ends), _last(teacher_ends)
-
-        student_rows = self.student.is_text(student_text_ids).nonzero().squeeze(1)
-        teacher_rows = self.teacher.is_text(teacher_text_ids).nonzero().squeeze(1)
-        groups = align_byte_spans(student_ends[student_rows], teacher_ends[teacher_rows])
+        num_student, student_ended = _split_end(student_ids, self.student)
+        num_teacher, teacher_ended = _split_end(teacher_ids, self.teacher)
+        if texts is None:
+            texts = [TextPair(TokenRange(0, num_student), TokenRange(0, num_teacher))]
         student_groups = torch.full_like(student_ids, -1)
-        student_groups[student_rows] = groups.student_groups
         teacher_groups = torch.full_like(teacher_ids, -1)
-        teacher_groups[teacher_rows] = groups.teacher_groups
-        num_groups, last_bytes = groups.num_groups, groups.last_bytes
-        is_complete = student_ended and teacher_ended and student_bytes == teacher_bytes
-        if is_complete and self.has_end_of_turn:
-            student_groups[-1] = teacher_groups[-1] = num_groups
-            num_groups, last_bytes = num_groups + 1, 0
+        total = SpanGroups(student_groups, teacher_groups, 0, 0)
+        student_bytes, is_complete = 0, student_ended and teacher_ended and is_end_common
+        for text in texts:
+            ends = self._byte_ends(student_ids, teacher_ids, text)
+            rows = (
+                text.student.text_rows(self.student, student_ids),
+                text.teacher.text_rows(self.teacher, teacher_ids),
+            )
+            groups = align_byte_spans(
+                *(e[r - t.first] for e, r, t in zip(ends, rows, text, strict=True))
+            )
+            for own, side_rows, found in zip(total[:2], rows, groups[:2], strict=True):
+                own[side_rows] = torch.where(found >= 0, found + total.num_groups, -1)
+            total = total._replace(
+                num_groups=total.num_groups + groups.num_groups,
+                num_bytes=total.num_bytes + groups.num_bytes,
+                last_bytes=groups.last_bytes if groups.num_groups else total.last_bytes,
+            )
+            student_bytes += _last(ends[0])
+            is_last_whole = _last(ends[0]) == _last(ends[1])
+        if texts and is_complete and is_last_whole and self.has_end_of_turn:
+            student_groups[-1] = teacher_groups[-1] = total.num_groups
+            total = total._replace(num_groups=total.num_groups + 1, last_bytes=0)
         return TokenAlignment.from_groups(
-            SpanGroups(student_groups, teacher_groups, num_groups, groups.num_bytes, last_bytes),
-            student_ids,
-            teacher_ids,
-            student_bytes,
-            merge=self.merge,
-            is_late=self.is_late,
+            total, student_ids, teacher_ids, student_bytes, merge=self.merge, is_late=self.is_late
         )
 
     def _byte_ends(
-        self, student_ids: Tensor, teacher_ids: Tensor
+        self, student_ids: Tensor, teacher_ids: Tensor, text_pair: TextPair
     ) -> tuple[Tensor, Tensor]:  # (N_s,), (N_t,)
         """At which byte of the common text each token ends.
 
         The student's tokens say what the text is. If they do not tell where whitespace stood (a
         WordPiece tokenizer) and the teacher's do, the teacher's tokens say it.
         """
-        says_text = (self.student, student_ids)
+        leads = text_pair.student.lead, text_pair.teacher.lead
+        student_ids, teacher_ids = (
+            text_pair.student.of(student_ids),
+            text_pair.teacher.of(teacher_ids),
+        )
+        says_text = (self.student, student_ids, leads[0])
         if self.student.is_spaced and not self.teacher.is_spaced:
-            says_text = (self.teacher, teacher_ids)
-        texts = says_text[0].texts(says_text[1])
+            says_text = (self.teacher, teacher_ids, leads[1])
+        texts = says_text[0].texts(*says_text[1:])
         for text in texts:
-            student_ends = self.student.byte_ends(student_ids, text)
-            teacher_ends = self.teacher.byte_ends(teacher_ids, text)
+            student_ends = self.student.byte_ends(student_ids, text, leads[0])
+            teacher_ends = self.teacher.byte_ends(teacher_ids, text, leads[1])
             if student_ends is not None and teacher_ends is not None:
                 return student_ends, teacher_ends
         raise ValueError(
@@ -357,10 +377,10 @@ class CompletionAligner:
         )
 
 
-def _split_end(ids: Tensor, table: TokenBytes) -> tuple[Tensor, bool]:
-    """The tokens before an end token at the end, and whether there is one."""
+def _split_end(ids: Tensor, table: TokenBytes) -> tuple[int, bool]:
+    """How many tokens stand before an end token at the end, and whether there is one."""
     is_ended = ids.shape[0] > 0 and int(ids[-1]) in table.end_ids
-    return (ids[:-1] if is_ended else ids), is_ended
+    return ids.shape[0] - is_ended, is_ended
 
 
 def _last(ends: Tensor) -> int:  # (N,)

@@ -73,6 +73,7 @@ class TokenBytes:
             for token, token_id in vocab.items()
             if spelling.has_fallback and _FALLBACK.fullmatch(token)
         )
+        self.special_ids = {added[i].content: i for i in special if i in added}
         self.lengths = torch.tensor([*map(len, self.pieces)])  # (V + 1,) int64
         self.is_special = torch.ones(size + 1, dtype=torch.bool)  # (V + 1,)
         self.is_special[list(vocab.values())] = False
@@ -89,13 +90,23 @@ class TokenBytes:
     def end_of_turn_id(self) -> int | None:
         return self.roles["end_of_turn"]
 
-    def texts(self, ids: Tensor) -> list[bytes]:  # (N,) int64
+    def texts(self, ids: Tensor, lead: int = 0) -> list[bytes]:  # (N,) int64
         """What the tokens may spell, the likelier text first. Some tokenizers put a space before
         every text: then the first is without that space, as the decoder writes it, and the second
-        is with it.
+        is with it. lead: so many bytes of the first token are not of the text.
         """
         joined = self._join(ids)
+        if lead:
+            return [joined[lead:]]
         return [joined[1:], joined] if self._may_drop(joined) else [joined]
+
+    def spelled(self, ids: Tensor) -> bytes:  # (N,) int64
+        """The bytes of the tokens, those of a space before the text included."""
+        return self._join(ids)
+
+    def token_lengths(self, ids: Tensor) -> Tensor:  # (N,) int64 -> (N,) int64
+        """Bytes of each token."""
+        return self.lengths[self._rows(ids)]
 
     def encode(self, text: str) -> list[int]:
         """Tokens that spell the text exactly. The literal text of a special token is text.
@@ -120,8 +131,11 @@ class TokenBytes:
             )
         return ids
 
-    def byte_ends(self, ids: Tensor, text: bytes) -> Tensor | None:  # (N,) int64 -> (N,) int64
-        """At which byte of the text each token ends; None if the tokens spell another text.
+    def byte_ends(
+        self, ids: Tensor, text: bytes, lead: int = 0
+    ) -> Tensor | None:  # (N,) int64 -> (N,) int64
+        """At which byte of the text each token ends; None if the tokens spell another text. lead:
+        so many bytes of the first token stand before the text.
 
         One of the two may stop before the other. A token that spells nothing ends where the token
         before it ends.
@@ -130,7 +144,7 @@ class TokenBytes:
             spaced = self._spaced_ends(ids, text)
             return None if spaced is None else torch.tensor(spaced, dtype=torch.int64)
         joined = self._join(ids)
-        drops = (1, 0) if self._may_drop(joined) else (0,)
+        drops = (lead,) if lead else (1, 0) if self._may_drop(joined) else (0,)
         # With a run of spaces both may fit as a prefix: an exact fit is looked for first.
         drop = next((drop for drop in drops if joined[drop:] == text), None)
         if drop is None:

@@ -311,13 +311,16 @@ def test_plain_uld_takes_what_a_student_sampled_beyond_its_tokens(tmp_path):
     padded = student.model.get_output_embeddings().out_features - 1
     assert padded > len(student.tokenizer)
     text_ids = student.tokenizer("A red square.", add_special_tokens=False)["input_ids"]
-    pair = trainer.objective.collator.pairs.from_student([padded, *text_ids], None, 0)
-    num_pairs = min(1 + len(text_ids), len(pair.teacher_ids))
-    assert teacher.tokenizer.decode(pair.teacher_ids) == "A red square."
-    assert pair.alignment.num_groups == num_pairs
-    assert pair.alignment.student_base_ids.tolist() == [padded, *text_ids][:num_pairs]
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    sampled = batch.examples[0].with_completion([padded, *text_ids])
+    batch = trainer.objective.collator.with_student_completions(batch, [sampled])
+    teacher_ids, groups = batch.teacher_examples[0].written_ids, batch.alignment.groups
+    num_pairs = min(1 + len(text_ids), len(teacher_ids))
+    assert teacher.tokenizer.decode(teacher_ids) == "A red square."
+    assert groups.num_groups == num_pairs
+    assert groups.student_base_ids.tolist() == [padded, *text_ids][:num_pairs]
     spelled = student.tokenizer.decode(text_ids[: num_pairs - 1])
-    assert pair.alignment.scored_bytes == len(spelled)
+    assert groups.scored_bytes == len(spelled)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
