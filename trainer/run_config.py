@@ -23,6 +23,13 @@ class RunFields:
             "choices": ON_NONFINITE,
         },
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "true: go on from the newest complete checkpoint in output_dir; auto: the "
+            "same, or from the beginning where there is none; else a checkpoint's folder."
+        },
+    )
     logging_first_step: bool = field(
         default=True, metadata={"help": "Log the first step too, whatever logging_steps is."}
     )

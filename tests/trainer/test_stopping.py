@@ -68,6 +68,30 @@ def test_signal_ends_the_command_with_a_checkpoint_one_line_and_its_exit_code(
     assert not (tmp_path / ".running.json").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_to_the_workers_of_the_data_loader_too_ends_alike(number, code, flags, tmp_path):
+    """As a terminal and a cluster send it: to all processes of the run."""
+    command = [*flags, "--output_dir", str(tmp_path), "--dataloader_num_workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gold_trainer", "train", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err + out
+    assert len([line for line in err.splitlines() if "is complete" in line]) == 1
+    (folder,) = tmp_path.glob("checkpoint-*")
+    assert what_is_wrong(folder) is None
+
+
 class SignalAt:
     """Sends this process a signal within a step: in the loss of a micro-batch."""
 
