@@ -68,6 +68,11 @@ class RowDataset(torch.utils.data.Dataset):
             raise ValueError(
                 "RowDataset: at least one row is expected, got none; check split and filters."
             )
+        if isinstance(ignore_columns, str):
+            raise ValueError(
+                "RowDataset: ignore_columns must be a list of names, got the text "
+                f"{ignore_columns!r}; write [{ignore_columns!r}]."
+            )
         folder = rows.folder if isinstance(rows, MappedRows) else None
         if picture_folder is not None:
             folder = Path(picture_folder)
@@ -280,4 +285,9 @@ def _picture_values(columns: Mapping[str, Any], index: int) -> list[tuple[Any, s
 
 
 def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
-    return value if isinstance(value, list | tuple) else [] if value is None else [value]
+    """A row without a picture holds None, or an empty path, or what a table makes of them."""
+    if isinstance(value, list | tuple):
+        return value
+    is_struct = isinstance(value, Mapping) and all(part is None for part in value.values())
+    is_empty = value is None or is_struct or (isinstance(value, str) and not value)
+    return [] if is_empty else [value]

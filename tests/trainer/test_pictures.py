@@ -237,19 +237,28 @@ def test_an_address_in_a_column_of_images_is_refused_before_anything_opens_it():
         ("a\0.png", r"image must be the path of a picture, got 'a\\x00.png'"),
         ("\ud83d.png", r"image must be the path of a picture, got '\\ud83d.png'"),
         ("a" * 5000, "image must be the path of a picture, got 'aaa"),
-        ("", "image must be the path of a picture, got ''"),
         ("missing.png", "image must be the path of a picture, got 'missing.png', and there is no"),
         (b"not a picture", r"its picture cannot be read \(image: "),
         ("data:image/png;base64,???", r"image must be base64, got '\?\?\?'"),
         ("data:image/png,abc", "image must be base64 in a data address, got 'data:image/png'"),
         ({"base64": "\u00e9"}, r"image must be base64, got '\\xe9'"),
+        ([""], r"images\[0\] must be the path of a picture, got ''"),
+        ([None], r"images\[0\] must be a picture: .* got NoneType"),
         ({"size": 3}, "image must be a picture: a PIL image, a path, .* got dict; convert"),
         (3.5, "image must be a picture: a PIL image, a path, .* got float; convert"),
     ],
 )
 def test_what_is_no_picture_names_row_and_key(value, message):
+    column = "images" if isinstance(value, list) else "image"
     with pytest.raises(ValueError, match=f"^row 1: {message}"):
-        read({"image": value}, index=1)
+        read({column: value}, index=1)
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}, {"bytes": None, "path": None}])
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_a_row_among_pictures_may_have_none(value, column):
+    row = read({column: value})
+    assert row.images == [] and row.prompt == CHAT["messages"][:1]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

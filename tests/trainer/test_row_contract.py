@@ -6,6 +6,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset, as_rows
 
 USER = {"role": "user", "content": "Weather in Ulm?"}
@@ -137,6 +138,16 @@ def test_a_column_that_nothing_uses_is_refused_once_by_name(column, is_table):
     ):
         RowDataset(rows, **options)
     assert RowDataset(rows, ignore_columns=[column, "other"], **options)[1].completion == "Rain."
+
+
+def test_columns_to_ignore_are_a_list():
+    with pytest.raises(
+        ValueError, match=r"ignore_columns must be a list of names, got the text 'i"
+    ):
+        RowDataset([{}], needs_completion=True, is_text=True, ignore_columns="id")
+    for names in ("id", [3]):
+        with pytest.raises(ValueError, match="dataset_ignore_columns must be a list of names, got"):
+            GOLDConfig(output_dir="runs/none", dataset_ignore_columns=names)
 
 
 def test_a_column_that_holds_nothing_is_no_loss():
