@@ -58,6 +58,7 @@ class RowDataset(torch.utils.data.Dataset):
         ignore_columns: Sequence[str] | None = None,
         max_pixels: int | None = MAX_PIXELS,
         picture_folder: str | None = None,
+        is_table: bool | None = None,  # keys may be filled up with None; None: looked up
     ):
         if not isinstance(rows, Sized) or isinstance(rows, str):
             raise ValueError(
@@ -77,9 +78,8 @@ class RowDataset(torch.utils.data.Dataset):
         if picture_folder is not None:
             folder = Path(picture_folder)
         self.rows = undecoded(rows)
-        self.is_table = isinstance(
-            rows.rows if isinstance(rows, MappedRows) else rows, datasets.Dataset
-        )
+        raw = rows.rows if isinstance(rows, MappedRows) else rows
+        self.is_table = isinstance(raw, datasets.Dataset) if is_table is None else is_table
         self.ignore_columns = frozenset(ignore_columns or ())
         self.needs_completion = needs_completion
         self.is_text = is_text  # the student takes no pictures

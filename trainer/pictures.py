@@ -196,7 +196,7 @@ def undecoded(rows: Any) -> Any:
     With a format or a transform of its own a table is left as it is.
     """
     if isinstance(rows, datasets.IterableDataset):
-        return rows.decode(False)
+        return rows.decode(False) if rows.features else rows
     if not isinstance(rows, datasets.Dataset) or rows.format["type"] is not None:
         return rows
     view = rows.with_format(None, columns=rows.format["columns"])

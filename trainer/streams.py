@@ -4,13 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
-from PIL import Image
 from torch.utils.data import IterableDataset
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import Row, RowDataset, as_rows
-
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
+from gold_trainer.pictures import undecoded
 
 
 class RowStream(IterableDataset):
@@ -22,7 +20,9 @@ class RowStream(IterableDataset):
     """
 
     def __init__(self, stream: Any, **options: Any) -> None:
-        self.stream, self.options = stream, options
+        # only a table fills keys up with None
+        is_table = isinstance(stream, datasets.IterableDataset)
+        self.stream, self.options = undecoded(stream), options | {"is_table": is_table}
 
     def __iter__(self) -> Iterator[Row]:
         columns, index = iter(self.stream), 0
@@ -31,7 +31,7 @@ class RowStream(IterableDataset):
                 row = next(columns)
             except StopIteration:
                 return
-            except UNREADABLE as error:  # datasets decodes pictures here
+            except Exception as error:  # of the stream's own code, which may decode pictures here
                 raise ValueError(
                     f"row {index}: the stream cannot be read on ({error}); mend or filter the row."
                 ) from error

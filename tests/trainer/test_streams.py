@@ -91,3 +91,20 @@ def test_several_workers_read_a_stream_of_files_once(tmp_path):
     )
     trainer.train()
     assert trainer.state.global_step == FIELDS["max_steps"]
+
+
+def test_a_stream_of_a_table_hands_out_what_the_table_does(tmp_path):
+    """Keys that are filled up with None are left out, and pictures are checked, then decoded."""
+    function = {"name": "look", "arguments": {"at": "bar"}}
+    calls = [{"function": function}, {"function": {"name": "look", "arguments": {"for": "bar"}}}]
+    answer = {"role": "assistant", "content": None, "tool_calls": calls}
+    columns = {
+        "messages": [[{"role": "user", "content": "Who?"}, answer]],
+        "image": ["https://example.com/a.png"],
+    }
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    options = {"needs_completion": True, "is_text": False}
+    with pytest.raises(ValueError, match=r"^row 0: image must be a file, got the address"):
+        next(iter(RowStream(table.to_iterable_dataset(), **options)))
+    (row,) = RowStream(table.to_iterable_dataset(), ignore_columns=["image"], **options)
+    assert row.answer == answer
