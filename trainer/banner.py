@@ -1,5 +1,6 @@
 """What a run is going to do, in a few lines before its first step."""
 
+from collections.abc import Sized
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gold_kernels import __version__
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
+from gold_trainer.dataset import RowDataset
 
 GIB = 2**30
 ADAM_BYTES = 8  # of a trained parameter: two moments in float32
@@ -17,8 +19,9 @@ ADAM_BYTES = 8  # of a trained parameter: two moments in float32
 class Banner(TrainerCallback):
     """Printed by the main process. Sizes are taken before anything shards the weights."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, num_rows: int | None) -> None:
-        self.num_rows = num_rows
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, rows: Any) -> None:
+        self.num_rows = len(rows) if isinstance(rows, Sized) else None
+        self.rows = rows.description if isinstance(rows, RowDataset) else "as each of them is"
         self.sides = [("student", _describe(student))]
         self.sides.append(("teacher", "the student's own weights, below the adapter"))
         own = _bytes(student)
@@ -57,6 +60,7 @@ class Banner(TrainerCallback):
                 f"{rows}; {sizes[0] * sizes[1] * sizes[2]} a step: {sizes[0]} of a device x "
                 f"{sizes[1]} micro-batches x {sizes[2]} processes",
             ),
+            ("rows", self.rows),
             ("on-policy", shares),
             ("loss", "across tokenizers" if args.use_uld_loss else args.loss),
             ("steps", f"{state.global_step} of {state.max_steps} are done"),

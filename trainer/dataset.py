@@ -88,6 +88,13 @@ class RowDataset(torch.utils.data.Dataset):
             names = rows.column_names() if isinstance(rows, MappedRows) else names_of(rows)
             refuse_unused_columns(name for name in names if name not in self.ignore_columns)
 
+    @property
+    def description(self) -> str:
+        """What the first row is, and so how it reaches the model."""
+        if isinstance(self[0].prompt, str):
+            return "plain text, as it stands: no chat template is applied"
+        return "conversations: the chat template is applied"
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -136,7 +143,7 @@ def as_rows(dataset: Any, *, has_chat_template: bool = False, **options: Any) ->
     rows = RowDataset(dataset, **options)
     first = rows[0]  # columns that do not fit show before weights are read and folders made
     if not isinstance(first.prompt, str):
-        logger.info("rows are conversations: they are rendered with the chat template")
+        logger.info(f"rows are {rows.description}")
     elif has_chat_template:
         logger.warning(
             "rows are plain text: they are taken as they stand, without the tokenizer's chat "

@@ -150,9 +150,10 @@ class GOLDTrainer(Trainer):
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
         refusals.warn_of_tiny_rate(args)
-        num_rows = len(train_dataset) if isinstance(train_dataset, Sized) else None
         # before the progress bar begins its line
-        self.callback_handler.callbacks.insert(0, Banner(student, self.teacher.model, num_rows))
+        self.callback_handler.callbacks.insert(
+            0, Banner(student, self.teacher.model, train_dataset)
+        )
         self.stopper = Stopper()
         self.add_callback(self.stopper)
 

@@ -43,7 +43,14 @@ def test_short_run_shows_a_banner_and_its_first_step(tmp_path, capsys):
     trainer = make_trainer(tmp_path, ROWS, **fields)
     trainer.train()
     shown = capsys.readouterr().out
-    for text in ("8 rows; 4 a step", "25% of micro-batches", "0 of 3", "jsd", "parameters"):
+    for text in (
+        "8 rows; 4 a step",
+        "25% of micro-batches",
+        "0 of 3",
+        "jsd",
+        "parameters",
+        "conversations: ",
+    ):
         assert text in shown, text
     assert shown.index("gold-trainer ") < shown.index("'loss'")
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1]

@@ -358,4 +358,4 @@ def test_one_rule_says_who_gets_the_chat_template_and_the_log_says_it(has_chat_t
     said = [record.getMessage() for record in caplog.records]
     plain = ["rows are plain text: they are taken as they stand, without the tokenizer's chat "]
     assert [line[: len(plain[0])] for line in said[:-1]] == plain * has_chat_template
-    assert said[-1].startswith("rows are conversations: they are rendered with the chat template")
+    assert said[-1] == "rows are conversations: the chat template is applied"
