@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gold_trainer.pictures import MAX_PIXELS
-
 
 @dataclass
 class RowFields:
@@ -15,7 +13,7 @@ class RowFields:
         metadata={"help": "Columns to leave out; any other that nothing uses is an error."},
     )
     max_pixels: int | None = field(
-        default=MAX_PIXELS,
+        default=8192 * 8192,  # MAX_PIXELS of pictures.py, as the help shows it
         metadata={
             "help": "Most pixels of a picture's file; a larger one is an error before it is "
             "decoded. None: PIL's own limit of 178956970, which holds in any case."

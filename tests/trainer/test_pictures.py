@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from gold_trainer.collator import GOLDCollator
+from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset
-from gold_trainer.pictures import PictureReader
+from gold_trainer.pictures import MAX_PIXELS, PictureReader
 from support.tiny_models import VLM_FAMILIES, tiny_picture, tiny_processor
 
 CHAT = {
@@ -194,6 +195,10 @@ def test_a_large_picture_in_a_column_of_images_is_not_decoded_by_the_table(tmp_p
         with pytest.raises(ValueError, match=r"^row 0: images\[0\] must have at most max_pixels"):
             RowDataset(rows, needs_completion=True, is_text=False)[0]
         assert rows.features["images"].feature.decode, "the caller's table stays as it was"
+
+
+def test_the_limit_of_the_config_is_that_of_the_reader():
+    assert GOLDConfig(output_dir="runs/none").max_pixels == MAX_PIXELS
 
 
 def test_no_limit_leaves_large_pictures_alone():
