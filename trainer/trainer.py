@@ -263,7 +263,9 @@ class GOLDTrainer(Trainer):
 
         student = self.accelerator.unwrap_model(model)
         with head_replaced(student, self.student.head, self.student.form, loss_at_head):
-            loss = model(**inputs.student.tensors, use_cache=False).logits
+            loss = model(
+                **models.forward_inputs(student, inputs.student.tensors), use_cache=False
+            ).logits
         if model.training:
             rows = (example.index for example in inputs.student.examples)
             self.guard.add(rows, is_bad(teacher_hidden), loss)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gold_trainer import loading, loss_at_head
+from gold_trainer import loading, loss_at_head, models
 from gold_trainer.batches import SideInputs
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
@@ -51,7 +51,7 @@ class FrozenTeacher(Teacher):
             self.writing() as model,
             loss_at_head.head_replaced(model, self.side.head, self.side.form, at_head),
         ):
-            return model(**inputs.tensors, use_cache=False).logits
+            return model(**models.forward_inputs(model, inputs.tensors), use_cache=False).logits
 
     @contextmanager
     def writing(self) -> Iterator[nn.Module]:

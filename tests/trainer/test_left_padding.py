@@ -1,0 +1,60 @@
+"""Padding on the left changes neither loss nor gradients, for models with learned positions too."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from support.tiny_models import tiny, tiny_rows
+from support.trainer_cases import assert_equal_gradients, one_step
+
+ROWS = tiny_rows(4)
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS = {
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 2}),
+    "BioGpt": ("BioGptConfig", "BioGptForCausalLM", SIZES | {"intermediate_size": 128}),
+    "OPT": ("OPTConfig", "OPTForCausalLM", SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "GPTNeo": (
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]},
+    ),
+    "Llama": ("LlamaConfig", "LlamaForCausalLM", SIZES | {"intermediate_size": 128}),
+}
+
+
+def build(name: str, seed: int):
+    config_name, model_name, sizes = MODELS[name]
+    tokenizer = tiny("llama")[1]
+    ids = {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
+    config = getattr(transformers, config_name)(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, **ids, **sizes
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_name)(config).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_left_padding_gives_the_step_of_right_padding(name, tmp_path):
+    student, teacher = build(name, 0), build(name, 1)
+
+    def step(side: str):
+        tokenizer = copy.deepcopy(tiny("llama")[1])
+        tokenizer.padding_side = side
+        return one_step(
+            tmp_path / side,
+            ROWS,
+            "llama",
+            student=copy.deepcopy(student),
+            teacher=copy.deepcopy(teacher),
+            processor=tokenizer,
+            per_device_train_batch_size=4,
+        )
+
+    (left_loss, left), (right_loss, right) = step("left"), step("right")
+    assert left_loss == pytest.approx(right_loss, rel=1e-5)
+    assert_equal_gradients(left, right)
