@@ -42,6 +42,8 @@ class Frame(NamedTuple):
 
     def visible(self, special: Collection[str]) -> "Frame":
         """Without white space before the texts and behind them: a completion brings its own."""
+        if not self.keys:  # calls of tools alone
+            return self
         first, *between, last = self.marks
         first = first if visible_text(first, special).strip() else ""
         if last and not visible_text(last, special).strip():
@@ -128,7 +130,10 @@ class Renderer:
         if isinstance(answer["content"], list):
             answer["content"] = "answer"
         plain = self.frame(row, answer, prompt)
-        thinking = self.frame(row, {**answer, "reasoning_content": "thoughts"}, prompt)
+        try:
+            thinking = self.frame(row, {**answer, "reasoning_content": "thoughts"}, prompt)
+        except ValueError:  # a template may refuse thoughts beside content and calls
+            thinking = None
         if thinking is not None and thinking.keys != ("reasoning_content", "content"):
             thinking = None
         return Frames(plain, thinking)

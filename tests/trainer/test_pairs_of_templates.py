@@ -139,3 +139,11 @@ def test_a_model_writes_behind_the_generation_prompt_whatever_a_known_answer_fol
     again = example.unanswered()
     assert (again.prompt_text, again.completion_ids) == (prompt, None)
     assert again.prompt_length == len(student(prompt)["input_ids"])
+
+
+def test_a_call_of_tools_alone_is_compared_where_both_templates_write_it_alike(tmp_path):
+    calls = CHATML.replace("m.content +", "(m.content or m.tool_calls[0]) +")
+    student, teacher = chat_tokenizer("qwen", calls), chat_tokenizer("gpt2", calls)
+    answer = {"role": "assistant", "content": None, "tool_calls": ["weather(Ulm)"]}
+    batch = pair_collator(student, teacher, tmp_path)([row_of(answer)])
+    assert grouped_texts(batch, student, teacher) == ["weather(Ulm)<|im_end|>"] * 2
