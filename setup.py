@@ -87,7 +87,11 @@ setup(
         "gold_trainer.recipes": ["*.yaml"],
     },
     entry_points={"console_scripts": ["gold-trainer = gold_trainer.__main__:main"]},
-    install_requires=["torch>=2.8", 'triton>=3.3; platform_system == "Linux"'],
+    install_requires=[
+        "torch>=2.8",
+        "typing_extensions>=4.10",
+        'triton>=3.3; platform_system == "Linux"',
+    ],
     extras_require={
         "trainer": TRAINER,
         "peft": PEFT,

@@ -48,7 +48,7 @@ from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
 from gold_trainer.teachers import make_teacher
 from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
-from gold_trainer.writers import LocalWriter, Writer
+from gold_trainer.writers import Writer, make_writer
 
 
 class GOLDTrainer(Trainer):
@@ -143,7 +143,7 @@ class GOLDTrainer(Trainer):
             "teacher": self.teacher.writing,
         }
         writers: dict[str, Writer] = {
-            name: LocalWriter(writing[name], collator, args)
+            name: make_writer(writing[name], collator, args)
             for name, collator in self.objective.collators.items()
         }
         self.rollouts = Rollouts(args, self.objective, writers, tokenizer_of(processing_class))

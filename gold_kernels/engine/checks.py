@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.options import LossOptions, Options, resolve_options
-from gold_kernels.engine.row_loss import RowLoss
+from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss
 from gold_kernels.triton import launch
 
 BACKENDS = ("triton", "torch")
@@ -163,7 +163,7 @@ def check_labels(function: str, labels: Tensor | None, hidden: Tensor) -> None:
 
 
 def check_beta(function: str, beta: float) -> None:
-    if not 0 <= beta <= 1:
+    if not isinstance(beta, int | float) or not 0 <= beta <= 1:
         raise ValueError(
             f"{function}: beta must be in [0, 1] (0 forward KL, 1 reverse KL), got {beta}; "
             "0.5 is the symmetric Jensen-Shannon divergence."
@@ -179,7 +179,7 @@ def check_temperature(function: str, temperature: float | tuple[float, float]) -
             f"{len(sides)} numbers; pass two."
         )
     for side in sides:
-        if not 0 < side < math.inf:
+        if not isinstance(side, int | float) or not 0 < side < math.inf:
             raise ValueError(
                 f"{function}: temperature must be positive and finite, got {side}; "
                 "1.0 leaves the logits as they are."
@@ -205,6 +205,11 @@ def check_row_loss(function: str, row_loss: RowLoss, backend: str | None) -> Non
             f"{function}: row_loss must be a loss over one vocabulary, got {row_loss!r}; pass an "
             "object of gold_kernels.losses, for instance JSD(beta=0.5)."
         )
+    if ROW_LOSSES.get(row_loss.name) is not type(row_loss):
+        raise ValueError(
+            f"{function}: a row loss must have a name of its own, got {type(row_loss).__name__} "
+            f"with the name {row_loss.name!r}; set `name: ClassVar[str]` in the class."
+        )
     row_loss.check(function)
     if backend in BACKENDS and backend not in row_loss.backends:
         raise ValueError(
@@ -215,12 +220,20 @@ def check_row_loss(function: str, row_loss: RowLoss, backend: str | None) -> Non
 
 def check_module(function: str, options: Mapping[str, Any]) -> None:
     """Options at a module's construction."""
-    check_chosen(function, resolve_options(function, options, LossOptions))
+    chosen = resolve_options(function, options, LossOptions)
+    check_chosen(function, chosen)
+    for size in _sides(chosen.vocab_size):
+        is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        if size is not None and not is_size:
+            raise ValueError(
+                f"{function}: vocab_size must be a whole number, 1 at least, got {size}; pass "
+                "len(tokenizer)."
+            )
 
 
 def check_pairs(function: str, options: Options) -> None:
     """Options for one side or both."""
-    for name in ("logit_scale", "final_logit_softcapping"):
+    for name in ("logit_scale", "final_logit_softcapping", "vocab_size"):
         value = getattr(options, name)
         if isinstance(value, tuple | list) and len(value) != 2:
             raise ValueError(
@@ -279,12 +292,13 @@ def check_options(function: str, options: Options, hidden: Tensor) -> Options:
 def check_chosen(function: str, options: Options) -> None:
     """The options that can be judged by themselves, at a module's construction too."""
     chunk_size, budget_bytes = options.chunk_size, options.budget_bytes
-    if chunk_size is not None and (isinstance(chunk_size, float | bool) or chunk_size < 1):
+    is_count = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (is_count and chunk_size >= 1):
         raise ValueError(
             f"{function}: chunk_size must be a whole number of rows, 1 at least, got {chunk_size}; "
             "pass None to take it from the memory budget."
         )
-    if not 1 <= budget_bytes < math.inf:
+    if not isinstance(budget_bytes, int | float) or not 1 <= budget_bytes < math.inf:
         raise ValueError(
             f"{function}: budget_bytes must be at least 1, got {budget_bytes}; 1 << 30 is the "
             "default, a row of logits of both sides the least that is used."
@@ -305,6 +319,14 @@ def check_chosen(function: str, options: Options) -> None:
             "None chooses by the device of the tensors."
         )
     check_pairs(function, options)
+    for scale, cap in zip(
+        _sides(options.logit_scale), _sides(options.final_logit_softcapping), strict=True
+    ):
+        check_head_options(function, scale, cap)
+
+
+def _sides(value: Any) -> tuple[Any, Any]:
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
 
 
 def resolve_backend(function: str, backend: str | None, hidden: Tensor) -> str:

@@ -156,7 +156,8 @@ class LinearLossFunction(torch.autograd.Function):
             ctx.save_for_backward(owners, *leaves, *inputs, *tensors)
         elif is_per_row:
             ctx.num_rows = student_hidden.shape[0]
-            ctx.save_for_backward(owners, inputs.student_index, *grads)
+            is_live = (inputs.weights != 0).any(1)
+            ctx.save_for_backward(owners, inputs.student_index, is_live, *grads)
         else:
             ctx.save_for_backward(*grads)
         ctx.dtype = student_hidden.dtype
@@ -189,8 +190,9 @@ def _of_rows(grad_loss: Tensor, owners: Tensor | None) -> Tensor:  # (P,) -> (R,
 
 
 def _row_gradients(ctx: Any, grad_loss: Tensor) -> list[Tensor]:  # (P,) -> [(N_s, D_s)] or []
-    owners, student_index, *grads = ctx.saved_tensors
-    factors = _of_rows(grad_loss, owners)
+    owners, student_index, is_live, *grads = ctx.saved_tensors
+    # where: what comes from above may be anything for a row of weight 0
+    factors = torch.where(is_live, _of_rows(grad_loss, owners), 0)
     if student_index is not None:
         factors = factors.new_zeros(ctx.num_rows).index_copy(0, student_index, factors)
     return [(grad * factors.unsqueeze(1)).to(ctx.dtype) for grad in grads]

@@ -103,6 +103,7 @@ class LogitsLossFunction(torch.autograd.Function):
             )
             ctx.save_for_backward(*grads)
             ctx.logits_dtype = student_logits.dtype
+        ctx.is_live = (weights != 0).any(1, keepdim=True) if is_per_row else None
         ctx.mark_non_differentiable(values)
         terms = weights[:, : 1 if labels is None else 2]
         return reduce_rows(values, terms, student_logits.shape[0], is_per_row), values
@@ -110,7 +111,9 @@ class LogitsLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        factor = grad_loss if grad_loss.ndim == 0 else grad_loss.unsqueeze(1)
+        factor = grad_loss
+        if ctx.is_live is not None:  # what comes from above may be anything for a row of weight 0
+            factor = torch.where(ctx.is_live, grad_loss.unsqueeze(1), 0)
         others = [None] * 8
         if ctx.grad_in_place is None:
             (grad,) = ctx.saved_tensors

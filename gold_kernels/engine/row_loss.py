@@ -58,8 +58,18 @@ class RowLoss:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if cls.name:
-            ROW_LOSSES[cls.name] = cls
+        if not cls.__dict__.get("name"):  # an inherited name is the parent's: see checks
+            return
+        known = ROW_LOSSES.get(cls.name)
+        if known is not None and (known.__module__, known.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise ValueError(
+                f"{cls.__qualname__}: name must be new, got {cls.name!r}, the name of "
+                f"{known.__module__}.{known.__qualname__}; choose another."
+            )
+        ROW_LOSSES[cls.name] = cls
 
     def start(self, rows: Rows) -> RowFunction:
         """The function that run_chunks calls on every chunk; see chunking.RowFunction.

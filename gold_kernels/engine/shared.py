@@ -196,7 +196,7 @@ class FusedLinearLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_module("FusedLinearLoss", options)
-        row_loss.check("FusedLinearLoss")
+        checks.check_row_loss("FusedLinearLoss", row_loss, options.get("backend"))
         self.row_loss = row_loss
         self.return_metrics = return_metrics
         self.options = options

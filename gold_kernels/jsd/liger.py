@@ -47,6 +47,11 @@ class FusedLinearJSDLoss(nn.Module):
         super().__init__()
         self.options: LossOptions = {"chunk_size": chunk_size, **options}
         checks.check_module(FUNCTION, self.options)
+        if self.options.get("reduction", "sum") != "sum":
+            raise ValueError(
+                f"{FUNCTION}: reduction must be 'sum', got {self.options['reduction']!r}; this "
+                "module is a mean over labels: call fused_linear_jsd for losses of rows."
+            )
         self.row_loss = JSD(beta, temperature)
         self.row_loss.check(FUNCTION)
         self.weight_hard_loss = weight_hard_loss

@@ -6,6 +6,7 @@ docs/add_a_loss.md shows how to write one.
 import dataclasses
 import importlib
 import pkgutil
+from typing import Any
 
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss
 from gold_kernels.jsd.row_loss import JSD
@@ -37,7 +38,7 @@ def make_loss(name: str, **numbers: float | tuple[float, float]) -> RowLoss:
     return loss
 
 
-def __getattr__(name: str) -> type[RowLoss]:
+def __getattr__(name: str) -> Any:
     """The class of any loss in this folder: gold_kernels.losses.SkewKL."""
     for loss in LOSSES.values():
         if loss.__name__ == name:

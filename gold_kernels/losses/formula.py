@@ -11,7 +11,7 @@ within the memory budget, and, where the loss has its formula for Triton too, th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -35,12 +35,17 @@ class FormulaLoss(RowLoss):
     temperature divides the logits of both sides, or is a pair (student, teacher).
     """
 
-    temperature: PerSide = 1.0
+    temperature: PerSide = field(default=1.0, kw_only=True)
 
     number_sizes: ClassVar[dict[str, int]] = {"temperature": 2}
     # entries as a function for Triton, of (log_q, log_p, log_ratio, first number, second number);
     # None: torch on every device. Numbers are those of the subclass, at most two.
     kernel_entries: ClassVar[Any] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "entries" in cls.__dict__ and "kernel_entries" not in cls.__dict__:
+            cls.kernel_entries = None  # a parent's kernel has the parent's formula
 
     def entries(
         self,

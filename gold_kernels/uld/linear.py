@@ -80,6 +80,7 @@ class ULDSettings(NamedTuple):
 
     def row_loss(self, function: str) -> ULD:
         """Checked; without the tensors of a call."""
+        checks.check_temperature(function, self.temperature)
         temperature = per_side(self.temperature)
         given = self.student_temperature, self.teacher_temperature
         sides = [side if own is None else own for side, own in zip(temperature, given, strict=True)]

@@ -134,6 +134,21 @@ def test_rows_of_logits_take_any_upstream_gradient(is_uld, device, backend):
     assert relative_error(again, truth) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["frozen", "trained", "logits"])
+def test_a_row_of_weight_zero_has_no_gradient_whatever_comes_from_above(kind):
+    case = random_case(n=N, v=40).to(torch.float32)
+    weights = torch.ones(N)
+    weights[1] = 0
+    if kind == "logits":
+        student = torch.randn(N, 40, requires_grad=True)
+        rows, leaf = jsd_loss(student, torch.randn(N, 40), weights, reduction="none"), student
+    else:
+        leaf = leaves_of(case, kind == "frozen")[0]
+        rows = fused_linear_jsd(*case, weights, reduction="none")
+    (grad,) = torch.autograd.grad(rows.sqrt().sum(), leaf)  # the slope of the root at 0 is inf
+    assert torch.isfinite(grad).all() and not grad[1].any() and grad[0].any()
+
+
 @pytest.mark.parametrize("has_frozen_head", [False, True])
 def test_a_second_backward_gives_the_same_gradients(has_frozen_head):
     case = random_case(n=N, v=40).to(torch.float32)

@@ -205,3 +205,42 @@ def test_the_module_is_the_function():
     case = random_case(n=6, v=30).to(torch.float32)
     module = FusedLinearLoss(make_loss("jsd", beta=0.3), chunk_size=2)
     torch.testing.assert_close(module(*case), fused_linear_jsd(*case, beta=0.3, chunk_size=2))
+
+
+def test_a_subclass_leaves_its_parent_alone():
+    class Doubled(type(make_loss("skew_kl"))):
+        def entries(self, log_q, log_p, log_ratio):
+            f, s = super().entries(log_q, log_p, log_ratio)
+            return 2 * f, 2 * s
+
+    assert Doubled.kernel_entries is None, "a parent's kernel has the parent's formula"
+    case = random_case(n=3, v=9).to(torch.float64)
+    before = fused_linear_loss(make_loss("skew_kl"), *case)
+    with pytest.raises(ValueError, match="must have a name of its own, got Doubled with the name"):
+        fused_linear_loss(Doubled(), *case)
+    assert torch.equal(fused_linear_loss(make_loss("skew_kl"), *case), before)
+    with pytest.raises(ValueError, match="name must be new, got 'skew_kl', the name of gold_kern"):
+
+        class Taken(FormulaLoss):
+            name: ClassVar[str] = "skew_kl"
+
+
+def test_the_first_number_of_a_loss_is_its_own():
+    assert type(make_loss("skew_kl"))(0.3) == make_loss("skew_kl", alpha=0.3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logit_scale": 0}, "logit_scale must be finite and not 0"),
+        ({"final_logit_softcapping": -1.0}, "None or positive and finite, got -1.0"),
+        ({"vocab_size": -3}, "vocab_size must be a whole number, 1 at least, got -3"),
+        ({"budget_bytes": None}, "budget_bytes must be at least 1, got None"),
+        ({"chunk_size": "4"}, "chunk_size must be a whole number of rows"),
+    ],
+)
+def test_a_module_checks_its_options_when_it_is_built(options, message):
+    with pytest.raises(ValueError, match=f"FusedLinearLoss: .*{message}"):
+        FusedLinearLoss(make_loss("jsd"), **options)
+    with pytest.raises(ValueError, match="row_loss must be a loss over one vocabulary"):
+        FusedLinearLoss("jsd")
