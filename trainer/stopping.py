@@ -56,6 +56,11 @@ class Stopper(TrainerCallback):
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if hasattr(signal, "SIGCHLD"):
+            # Workers of the data loader may get the signal too. Torch raises an error in this
+            # process when one ends, at any line, which would break the checkpoint off.
+            self.before.setdefault(signal.SIGCHLD, signal.getsignal(signal.SIGCHLD))
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         hint = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         # not the logging module: a signal may come while it holds its lock
         text = f"GOLDTrainer: {self.signal.name}: stopping at the end of this step{hint}\n"

@@ -87,7 +87,7 @@ def test_signal_to_the_workers_of_the_data_loader_too_ends_alike(number, code, f
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err + out
-    assert len([line for line in err.splitlines() if "is complete" in line]) == 1
+    assert len([line for line in err.splitlines() if "is complete" in line]) == 1, err
     (folder,) = tmp_path.glob("checkpoint-*")
     assert what_is_wrong(folder) is None
 
