@@ -213,8 +213,8 @@ def fused_linear_uld(
     matched_weight * JSD_beta of two outcomes, the bytes of the group follow or others do.
     merge="observed" matches entries there too, as TRL. Weights None take the share of the
     student's vocabulary that is matched, and one minus it. temperature divides the logits of both
-    sides, or is a pair (student, teacher); student_temperature and teacher_temperature replace one
-    side's. The cross-entropy is taken at temperature 1 on the student's own logits.
+    sides, or is a pair (student, teacher); student_temperature, teacher_temperature replace a side's.
+    The cross-entropy is taken at temperature 1 on the student's own logits.
 
     Options are those of LinearOptions, vocab_size as a pair (student, teacher). reduction="none"
     returns row_weights[g] * loss of each group, (G,); labels, one a token, then need rows that are
@@ -247,10 +247,7 @@ def fused_linear_uld(
 
 
 class FusedLinearULDLoss(nn.Module):
-    """fused_linear_uld as a module: options once, heads and an alignment at every call.
-
-    The normaliser is the caller's: row_weights, or the mean over groups.
-    """
+    """fused_linear_uld as a module: options once, heads and an alignment at every call."""
 
     def __init__(
         self,
@@ -294,6 +291,44 @@ class FusedLinearULDLoss(nn.Module):
             Options(**self.options, **tensors),
             self.return_metrics,
         )
+
+
+@overload
+def uld_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    temperature: PerSide = 1.0,
+    student_temperature: float | None = None,
+    teacher_temperature: float | None = None,
+    overlap: VocabOverlap | None = None,
+    beta: float = 0.5,
+    matched_weight: float | None = None,
+    unmatched_weight: float | None = None,
+    in_place: bool = False,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LogitsOptions],
+) -> Tensor: ...
+
+
+@overload
+def uld_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    temperature: PerSide = 1.0,
+    student_temperature: float | None = None,
+    teacher_temperature: float | None = None,
+    overlap: VocabOverlap | None = None,
+    beta: float = 0.5,
+    matched_weight: float | None = None,
+    unmatched_weight: float | None = None,
+    in_place: bool = False,
+    return_metrics: Literal[True],
+    **options: Unpack[LogitsOptions],
+) -> tuple[Tensor, ULDMetrics]: ...
 
 
 def uld_loss(
