@@ -213,7 +213,7 @@ def fused_linear_uld(
     matched_weight * JSD_beta of two outcomes, the bytes of the group follow or others do.
     merge="observed" matches entries there too, as TRL. Weights None take the share of the
     student's vocabulary that is matched, and one minus it. temperature divides the logits of both
-    sides, or is a pair (student, teacher); student_temperature, teacher_temperature replace a side's.
+    sides, or is a pair (student, teacher); student_temperature, teacher_temperature replace one.
     The cross-entropy is taken at temperature 1 on the student's own logits.
 
     Options are those of LinearOptions, vocab_size as a pair (student, teacher). reduction="none"
