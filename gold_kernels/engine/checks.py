@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.options import LossOptions, Options, resolve_options
+from gold_kernels.engine.options import LossOptions, Options, per_side, resolve_options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss
 from gold_kernels.triton import launch
 
@@ -222,7 +222,7 @@ def check_module(function: str, options: Mapping[str, Any]) -> None:
     """Options at a module's construction."""
     chosen = resolve_options(function, options, LossOptions)
     check_chosen(function, chosen)
-    for size in _sides(chosen.vocab_size):
+    for size in per_side(chosen.vocab_size):
         is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 1
         if size is not None and not is_size:
             raise ValueError(
@@ -320,13 +320,9 @@ def check_chosen(function: str, options: Options) -> None:
         )
     check_pairs(function, options)
     for scale, cap in zip(
-        _sides(options.logit_scale), _sides(options.final_logit_softcapping), strict=True
+        per_side(options.logit_scale), per_side(options.final_logit_softcapping), strict=True
     ):
         check_head_options(function, scale, cap)
-
-
-def _sides(value: Any) -> tuple[Any, Any]:
-    return tuple(value) if isinstance(value, tuple | list) else (value, value)
 
 
 def resolve_backend(function: str, backend: str | None, hidden: Tensor) -> str:

@@ -4,19 +4,13 @@ N rows, R projected rows, T terms of the loss, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import LinearHead, float_dtype
-from gold_kernels.engine.options import Options
-
-
-def per_side(value: Any) -> tuple[Any, Any]:
-    """(student, teacher) of an option given for both at once or as a pair."""
-    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+from gold_kernels.engine.options import Options, per_side
 
 
 def _autocast_like_linear(head: LinearHead) -> LinearHead:

@@ -95,6 +95,11 @@ class Options(NamedTuple):
     reduction: Reduction = "sum"
 
 
+def per_side(value: Any) -> tuple[Any, Any]:
+    """(student, teacher) of an option given for both at once or as a pair."""
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+
+
 def resolve_options(
     function: str, given: Mapping[str, Any], known: type = LinearOptions
 ) -> Options:

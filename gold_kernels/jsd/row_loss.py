@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import RowFunction
-from gold_kernels.engine.heads import per_side
-from gold_kernels.engine.options import PerSide
+from gold_kernels.engine.options import PerSide, per_side
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
 from gold_kernels.jsd import torch_rows
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import Limits, RowFunction
-from gold_kernels.engine.heads import per_side
-from gold_kernels.engine.options import PerSide
+from gold_kernels.engine.options import PerSide, per_side
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT
 from gold_kernels.engine.row_loss import RowLoss, Rows
 from gold_kernels.engine.torch_rows import BLOCK_ELEMENTS, Divergence, divergence_rows_

@@ -15,7 +15,6 @@ from gold_kernels.engine.heads import (
     check_heads,
     first_entries,
     label_weights_of,
-    per_side,
     row_weights_of,
     unit_stride,
 )
@@ -28,6 +27,7 @@ from gold_kernels.engine.options import (
     LossOptions,
     Options,
     PerSide,
+    per_side,
     resolve_options,
 )
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
