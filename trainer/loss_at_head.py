@@ -20,6 +20,8 @@ SCALE_FIELDS = {
     "lm_head_multiplier": 1,  # Falcon H1
     "output_multiplier": 1,
 }
+# What a head returns once, to see what its model makes of it.
+PROBE = (-64.0, -8.0, -1.0, 0.0, 0.5, 2.0, 16.0, 128.0)
 
 
 @dataclass
@@ -43,14 +45,14 @@ class LogitForm:
         x = self.scale * x
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
-    def check(self, x: Tensor, actual: Tensor) -> None:
-        """Once, on what the model made of x, so that no other form goes unnoticed."""
+    def check(self, actual: Tensor) -> None:
+        """Once, on what the model made of PROBE, so that no other form goes unnoticed."""
         if self.is_checked:
             return
-        rtol = 8 * torch.finfo(x.dtype).eps
-        expected, actual = self(x.detach().float()), actual.detach().float().to(x.device)
-        if actual.shape != x.shape or not torch.allclose(
-            actual, expected, rtol=rtol, atol=0.0, equal_nan=True
+        rtol = 8 * torch.finfo(actual.dtype).eps
+        expected, actual = self(torch.tensor(PROBE)), actual.detach().float().cpu()
+        if actual.shape != expected.shape or not torch.allclose(
+            actual, expected, rtol=rtol, atol=0.0
         ):
             raise ValueError(
                 f"GOLDTrainer: the {self.side}'s logits must be softcap(scale * (hidden weight^T + "
@@ -60,37 +62,79 @@ class LogitForm:
         self.is_checked = True
 
 
+class Passage:
+    """A value made at the head, and the way by which its gradient comes back to the head.
+
+    Whatever a wrapper does to a model's output (FSDP casts it to bfloat16), the value does not pass
+    through it: it leaves beside the output. The head returns a carrier in its place, small and
+    without meaning. Backward starts at the value, and goes from the model's output over the
+    carrier through all hooks of model and head, so that DDP, FSDP and ZeRO-3 have their weights
+    in place when the gradient reaches the head; the gradient itself waits beside, exact.
+    """
+
+    def __init__(self, form: LogitForm) -> None:
+        self.form = form
+        self.value: Tensor | None = None
+        self.grad: Tensor | None = None
+
+    def depart(self, value: Tensor) -> Tensor:
+        """What the head returns instead of the value."""
+        assert self.value is None, "a model calls its head once"
+        self.value = value.detach()
+        carrier: Tensor = _Depart.apply(value, self)
+        return carrier
+
+    def arrive(self, carrier: Tensor) -> Tensor:
+        """The value, with the carrier's graph, for what came out of the model."""
+        self.form.check(carrier)
+        value: Tensor = _Arrive.apply(carrier, self)
+        return value
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, passage: Passage) -> Tensor:
+        ctx.passage = passage
+        if passage.form.is_checked:
+            return torch.zeros((), device=value.device)
+        return torch.tensor(PROBE, device=value.device)
+
+    @staticmethod
+    def backward(ctx: Any, _grad_carrier: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.passage.grad, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, passage: Passage) -> Tensor:
+        assert passage.value is not None, "the model has called its head"
+        ctx.passage, ctx.carrier = passage, (carrier.shape, carrier.dtype, carrier.device)
+        return passage.value.to(carrier.device).detach()  # a dispatched model returns it elsewhere
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None]:
+        ctx.passage.grad = grad_value.to(ctx.passage.value.device)
+        shape, dtype, device = ctx.carrier
+        return torch.zeros(shape, dtype=dtype, device=device), None
+
+
 @contextmanager
 def head_replaced(
-    model: nn.Module, head: nn.Module, form: LogitForm, function: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """Within the context the head computes function(hidden (B, L, D)), and its result comes out as
-    the model's `logits`.
+    head: nn.Module, form: LogitForm, function: Callable[[Tensor], Tensor]
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the context the head computes function(hidden (B, L, D)) and returns a carrier, which
+    comes out as the model's `logits`. Gives the function that makes the value of them. The model
+    applies its scale and softcap to the carrier: the function must contain them.
 
     The model runs through its wrapper as always and meets the head where it expects it: DDP sees
-    the weight used, FSDP and ZeRO-3 have it gathered, hooks fire. The model still applies its
-    scale and softcap to what the head returns. They are undone here: the function must contain
-    them.
+    the weight used, FSDP and ZeRO-3 have it gathered, hooks fire.
     """
-    results = []
-
-    def at_head(hidden: Tensor) -> Tensor:
-        results.append(function(hidden))
-        return results[-1]
-
-    def undo_form(_model: nn.Module, _args: Any, output: Any) -> None:
-        result = results.pop()
-        form.check(result, output.logits)
-        output.logits = result.to(output.logits.device)  # where a dispatched model returns it
-
+    passage = Passage(form)
     before = vars(head).get("forward")  # that of a hook, where accelerate put one
-    head.forward = at_head
-    # first, so that FSDP's own hook meets the tensor that backward starts from
-    hook = model.register_forward_hook(undo_form, prepend=True)
+    head.forward = lambda hidden: passage.depart(function(hidden))
     try:
-        yield
+        yield passage.arrive
     finally:
-        hook.remove()
         del head.forward
         if before is not None:
             head.forward = before

@@ -262,10 +262,9 @@ class GOLDTrainer(Trainer):
             return loss
 
         student = self.accelerator.unwrap_model(model)
-        with head_replaced(student, self.student.head, self.student.form, loss_at_head):
-            loss = model(
-                **models.forward_inputs(student, inputs.student.tensors), use_cache=False
-            ).logits
+        with head_replaced(self.student.head, self.student.form, loss_at_head) as value_of:
+            tensors = models.forward_inputs(student, inputs.student.tensors)
+            loss = value_of(model(**tensors, use_cache=False).logits)
         if model.training:
             rows = (example.index for example in inputs.student.examples)
             self.guard.add(rows, is_bad(teacher_hidden), loss)

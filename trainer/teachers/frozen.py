@@ -49,9 +49,10 @@ class FrozenTeacher(Teacher):
 
         with (
             self.writing() as model,
-            loss_at_head.head_replaced(model, self.side.head, self.side.form, at_head),
+            loss_at_head.head_replaced(self.side.head, self.side.form, at_head) as value_of,
         ):
-            return model(**models.forward_inputs(model, inputs.tensors), use_cache=False).logits
+            tensors = models.forward_inputs(model, inputs.tensors)
+            return value_of(model(**tensors, use_cache=False).logits)
 
     @contextmanager
     def writing(self) -> Iterator[nn.Module]:
