@@ -137,10 +137,10 @@ def _report_errors(command: Callable[[list[str]], None], argv: list[str]) -> int
 
 
 def _message(error: Exception) -> str:
-    """The sentence that was raised; a data loader worker wraps it in its own traceback."""
+    """What was raised, on one line; a data loader's worker wraps it in its own traceback."""
     text = str(error)
     worker = re.match(r"Caught \w+ in DataLoader worker.*?\n\w*Error: ", text, re.DOTALL)
-    return text[worker.end() :].strip() if worker else text
+    return " ".join((text[worker.end() :] if worker else text).split())
 
 
 if __name__ == "__main__":

@@ -3,20 +3,21 @@
 The YAML holds the same names as the flags; a flag wins over the YAML.
 """
 
+import argparse
 import dataclasses
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
 from rich.console import Console
 from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.config_file import read_mapping
 from gold_trainer.data_files import DataArguments, load_rows
-from gold_trainer.flags import remedy
+from gold_trainer.field_checks import check_fields
+from gold_trainer.flags import own_groups, remedy
 
 
 @dataclass
@@ -57,6 +58,7 @@ class ModelArguments:
     )
 
 
+RESUME = "resume_from_checkpoint"
 RESUME_WORDS = ("true", "false", "auto")
 
 
@@ -66,8 +68,8 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def choices_of(self, name: str) -> Iterable[Any]:
-        return self._option_string_actions[f"--{name}"].choices or ()
+    def action_of(self, name: str) -> argparse.Action:
+        return self._option_string_actions[f"--{name}"]
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOLDConfig]:
@@ -89,29 +91,31 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
         if not name.startswith("--"):
             raise ValueError(f"unexpected argument {name!r}; the YAML file comes before the flags")
         raise ValueError(f"unknown flag {name}{remedy(name.lstrip('-'), _field_names(parser))}")
+    check_fields(model_args, "gold-trainer train")
+    check_fields(data_args, "gold-trainer train")
     return model_args, data_args, config
 
 
 def _read_config(path: Path, parser: Parser) -> list[str]:
     """The YAML as flags, so that argparse converts and checks both alike."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold one `name: value` a line, got {type(config).__name__}")
-    flags = []
-    for name, value in config.items():
+    flags, own = [], {flag.name for _, group in own_groups() for flag in group}
+    for name, value in read_mapping(path).items():
         if name not in _field_names(parser):
             raise ValueError(f"{path}: unknown key {name}{remedy(str(name), _field_names(parser))}")
-        if value is False and "no" in parser.choices_of(name):
+        action = parser.action_of(name)
+        if value is False and "no" in (action.choices or ()):
             value = "no"  # eval_strategy: no, which YAML reads as false
-        if value is None:
-            parser.set_defaults(**{name: None})
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
+        if isinstance(value, bool) and action.type is str and name in own - {RESUME}:
+            raise ValueError(
+                f"{path}: {name} must be text, got {str(value).lower()}, as YAML reads yes, no, on "
+                "and off too; put it in quotes"
+            )
+        if isinstance(value, dict):
             flags.append(f"--{name}={json.dumps(value)}")
+        elif isinstance(value, list) and value and action.nargs == "+":
+            flags += [f"--{name}", *map(str, value)]
+        elif value is None or isinstance(value, list):  # which no flag can say
+            parser.set_defaults(**{name: value})
         else:
             flags.append(f"--{name}={value}")
     return flags

@@ -1,11 +1,11 @@
 """GOLDConfig: every field of transformers.TrainingArguments plus those of distillation."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from gold_trainer.field_checks import check_fields
 from gold_trainer.loss_config import LossFields
 from gold_trainer.row_config import RowFields
 from gold_trainer.run_config import (
@@ -115,18 +115,10 @@ class GOLDConfig(RunFields, LossFields, ULDFields, RowFields, TrainingArguments)
         super().__post_init__()
 
     def _check(self) -> None:
+        if isinstance(self.resume_from_checkpoint, bool):  # as train() takes it
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
+        check_fields(self, "GOLDConfig")
         self.check_rows()
-        if not 0 <= self.lmbda <= 1:
-            raise ValueError(f"GOLDConfig: lmbda must be in [0, 1], got {self.lmbda}; set lmbda.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"GOLDConfig: temperature must be positive and finite, got {self.temperature}; 1.0 "
-                "leaves the logits as they are."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"GOLDConfig: top_p must be in (0, 1], got {self.top_p}; 1.0 turns it off."
-            )
         if self.seq_kd and self.lmbda == 1:
             raise ValueError(
                 "GOLDConfig: seq_kd must be False where every micro-batch is on-policy, got True "
@@ -141,37 +133,24 @@ class GOLDConfig(RunFields, LossFields, ULDFields, RowFields, TrainingArguments)
                     "0 and lmbda=1.0; cross-entropy is for completions that the student did not "
                     "write: lower lmbda."
                 )
-        self._check_init_kwargs()
-        self._check_counts()
         self._check_generations()
-        self.check_run_fields()
+        if self.max_length is not None and self.max_completion_length >= self.max_length:
+            raise ValueError(
+                "GOLDConfig: max_completion_length must be below max_length, got "
+                f"{self.max_completion_length} and {self.max_length}; raise max_length, it holds "
+                "the prompt with its image tokens too."
+            )
         check_inherited(self)
         check_output_dir(self)
-
-    def _check_init_kwargs(self) -> None:
-        options = "from_pretrained's arguments", '{"dtype": "bfloat16"}'
-        template = "arguments of the chat template", '{"enable_thinking": false}'
-        kinds = {
-            "model_init_kwargs": options,
-            "teacher_model_init_kwargs": options,
-            "chat_template_kwargs": template,
-        }
-        for name, (what, example) in kinds.items():
-            value = getattr(self, name)
-            is_json = isinstance(value, str) and value.startswith("{")
-            if not is_json and not isinstance(value, dict | None):
-                raise ValueError(
-                    f"GOLDConfig: {name} must be a dict of {what}, got {value!r}; write {example}."
-                )
 
     def _check_generations(self) -> None:
         """TRL's rule; generation_batch_size is computed where it is None."""
         factors = self.per_device_train_batch_size, self.gradient_accumulation_steps
         rows, num_generations = factors[0] * factors[1], self.num_generations
         names = "per_device_train_batch_size * gradient_accumulation_steps"
-        if num_generations < 1 or rows % num_generations != 0:
+        if rows % num_generations != 0:
             raise ValueError(
-                f"GOLDConfig: num_generations must be at least 1 and divide {names} = {factors[0]} "
+                f"GOLDConfig: num_generations must divide {names} = {factors[0]} "
                 f"* {factors[1]}, got {num_generations}; set gradient_accumulation_steps to a "
                 "multiple of it."
             )
@@ -188,24 +167,4 @@ class GOLDConfig(RunFields, LossFields, ULDFields, RowFields, TrainingArguments)
                 "GOLDConfig: auto_find_batch_size must be False with num_generations above 1, got "
                 f"True and num_generations={num_generations}; a smaller batch would hold parts of "
                 "a prompt's completions: set per_device_train_batch_size."
-            )
-
-    def _check_counts(self) -> None:
-        if self.top_k < 0:
-            raise ValueError(f"GOLDConfig: top_k must be >= 0, got {self.top_k}; 0 turns it off.")
-        for name in ("max_completion_length", "log_completions_steps"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"GOLDConfig: {name} must be at least 1, got {value}; raise it.")
-        limit = self.num_completions_to_print
-        if limit is not None and limit < 1:
-            raise ValueError(
-                f"GOLDConfig: num_completions_to_print must be None or at least 1, got {limit}; "
-                "None prints all."
-            )
-        if self.max_length is not None and self.max_completion_length >= self.max_length:
-            raise ValueError(
-                "GOLDConfig: max_completion_length must be below max_length, got "
-                f"{self.max_completion_length} and {self.max_length}; raise max_length, it holds "
-                "the prompt with its image tokens too."
             )

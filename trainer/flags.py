@@ -8,11 +8,12 @@ import difflib
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
+from gold_trainer.config_file import read_mapping
 
 # File, class, title: ours, in the order in which they are shown.
 GROUPS = (
@@ -32,13 +33,16 @@ USUAL = (
     *("save_total_limit", "eval_strategy", "eval_steps", "report_to"),
     *("seed", "dataloader_num_workers"),
 )
-# What users of other trainers look for, and what to write here.
+# What users of other trainers look for, and what to do here.
+VLLM = "rollouts are written by the student itself, there is no vLLM here: leave it out"
+ONE_ROW = "every row is a sequence of its own: leave it out"
+COMPLETION = "the completion alone is learnt, see docs/data.md: leave it out"
+PYTHON_LORA = "a command line has the lora_ fields of --help; from Python pass peft_config="
+QUANTISED = (
+    "set --teacher_model_init_kwargs or --model_init_kwargs '{\"quantization_config\": ...}'"
+)
 HINTS = {
     "config": "the YAML file comes first, without a flag: gold-trainer train CONFIG.yaml",
-    "use_vllm": "rollouts are written by the student itself, there is no vLLM here: leave it out",
-    "load_in_4bit": (
-        "set --teacher_model_init_kwargs or --model_init_kwargs '{\"quantization_config\": ...}'"
-    ),
     "lr": "did you mean learning_rate?",
     "batch_size": "did you mean per_device_train_batch_size?",
     "epochs": "did you mean num_train_epochs?",
@@ -49,9 +53,48 @@ HINTS = {
     "torch_dtype": "did you mean dtype?",
     "use_lora": "did you mean use_peft?",
     "resume": "did you mean resume_from_checkpoint?",
+    "max_new_tokens": "did you mean max_completion_length?",
+    "max_seq_length": "did you mean max_length?",
+    "max_prompt_length": "max_length holds prompt and completion together: set that",
     "dataset_text_field": "did you mean completion_column?",
+    "dataset_num_proc": "rows are read by the data loader: did you mean dataloader_num_workers?",
+    "dataset_kwargs": "rows are rendered when they are read: leave it out",
+    "shuffle_dataset": "did you mean train_sampling_strategy? Its default shuffles",
+    "chat_template_path": "the template is the tokenizer's own: save one with the model",
+    "eos_token": "the end of a turn is the chat template's: leave it out",
+    "pad_token": "it is the tokenizer's own: leave it out",
+    "packing": ONE_ROW,
+    "padding_free": ONE_ROW,
+    "truncation_mode": "max_length cuts completions at their end: leave it out",
+    "completion_only_loss": COMPLETION,
+    "loss_type": "did you mean loss?",
+    "activation_offloading": "did you mean gradient_checkpointing?",
+    "liger": "the loss is fused already: leave it out",
+    "use_vllm": VLLM,
+    "load_in_4bit": QUANTISED,
+    "lora_modules_to_save": PYTHON_LORA,
+    "router_aux_loss_coef": "the coefficient is that of the model's config: leave it out",
+    "wandb_project": "wandb reads it from the environment: WANDB_PROJECT",
 }
-SAME = {"load_in_8bit": "load_in_4bit", "model_name": "model", "teacher_model": "teacher"}
+# Names that have the hint of another; those that end in * are the beginnings of names.
+SAME = {
+    "load_in_8bit": "load_in_4bit",
+    "bnb_*": "load_in_4bit",
+    "use_bnb*": "load_in_4bit",
+    "vllm*": "use_vllm",
+    "model_name": "model",
+    "teacher_model": "teacher",
+    "packing_strategy": "packing",
+    "eval_packing": "packing",
+    "pad_to_multiple_of": "padding_free",
+    "assistant_only_loss": "completion_only_loss",
+    "use_liger*": "liger",
+    "lora_target_parameters": "lora_modules_to_save",
+    "lora_task_type": "lora_modules_to_save",
+    "use_rslora": "lora_modules_to_save",
+    "use_dora": "lora_modules_to_save",
+    "wandb_*": "wandb_project",
+}
 WIDTH = 100
 
 
@@ -142,11 +185,8 @@ def _entry(flag: Flag) -> str:
 def remedy(name: str, names: Iterable[str]) -> str:
     """What was probably meant by a field that there is not."""
     name = name.replace("-", "_")
-    name = SAME.get(name, name)
-    if name.startswith("vllm"):
-        name = "use_vllm"
-    if name.startswith(("bnb_", "use_bnb")):
-        name = "load_in_4bit"
+    if name not in HINTS:
+        name = next((to for start, to in SAME.items() if fnmatchcase(name, start)), name)
     if name in HINTS:
         return f"; {HINTS[name]}"
     nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
@@ -164,12 +204,8 @@ def check_names(argv: Iterable[str]) -> None:
 
 
 def check_keys(path: Path) -> None:
-    """The same for the keys of a YAML file; one that is no mapping is refused when it is read."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return
+    """The same for the keys of a YAML file."""
     names = all_names()
-    for name in config if isinstance(config, dict) else ():
+    for name in read_mapping(path):
         if name not in names:
             raise ValueError(f"{path}: unknown key {name}{remedy(str(name), names)}")

@@ -29,17 +29,6 @@ class RowFields:
     )
 
     def check_rows(self) -> None:
-        names = self.dataset_ignore_columns
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
-            raise ValueError(
-                "GOLDConfig: dataset_ignore_columns must be a list of names, got "
-                f"{names!r}; write ['id']."
-            )
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise ValueError(
-                f"GOLDConfig: max_pixels must be None or at least 1, got {self.max_pixels}; None "
-                "leaves PIL's own limit."
-            )
         if self.picture_folder is not None and not Path(self.picture_folder).is_dir():
             raise ValueError(
                 "GOLDConfig: picture_folder must be a folder that exists, got "

@@ -44,20 +44,13 @@ class RunFields:
         default=False, metadata={"help": "Must stay False: the collator reads the raw columns."}
     )
 
-    def check_run_fields(self) -> None:
-        if self.on_nonfinite not in ON_NONFINITE:
-            raise ValueError(
-                "GOLDConfig: on_nonfinite must be 'error' or 'skip', got "
-                f"{self.on_nonfinite!r}; 'error' is the default."
-            )
-
 
 def check_inherited(args: TrainingArguments) -> None:
     """Fields of TrainingArguments that would be ignored, or fail deep inside a step."""
     if args.remove_unused_columns:
         raise ValueError(
             "GOLDConfig: remove_unused_columns must be False, got True; the collator reads "
-            "messages, prompt, completion and images itargs."
+            "messages, prompt, completion and images itself."
         )
     if args.label_smoothing_factor != 0:
         raise ValueError(

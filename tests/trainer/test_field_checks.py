@@ -1,0 +1,162 @@
+"""Every field with a value of another kind, or an absurd one: one sentence that names it."""
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from gold_trainer import GOLDConfig
+from gold_trainer.__main__ import main
+from gold_trainer.command_line import ModelArguments
+from gold_trainer.field_checks import RANGES, check_fields
+
+HINTS = typing.get_type_hints(GOLDConfig)
+NO_NUMBERS = ["x", "1e-4", [1], {}, b"1", 1j, object()]
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+
+def kinds_of(name):
+    hint = HINTS[name]
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def of_kind(*kinds):
+    fields = [field.name for field in dataclasses.fields(GOLDConfig) if field.init]
+    return [name for name in fields if set(kinds_of(name)) - {types.NoneType} == set(kinds)]
+
+
+def refusal(folder, **fields):
+    with pytest.raises(ValueError) as caught:
+        GOLDConfig(**({"output_dir": str(folder / "run"), "use_cpu": True} | fields))
+    assert not (folder / "run").exists()
+    return str(caught.value)
+
+
+def assert_refused(folder, name, value):
+    message = refusal(folder, **{name: value})
+    assert message.startswith(f"GOLDConfig: {name} must be "), f"{value!r}: {message}"
+    assert ", got " in message and "; " in message and "\n" not in message
+
+
+NUMBERS = of_kind(int) + of_kind(float)
+
+
+def test_the_fields_of_numbers_are_all_here():
+    assert {"beta", "chunk_size", "learning_rate", "max_steps", "seed", "top_p"} <= set(NUMBERS)
+    own = {
+        field.name for kind in (GOLDConfig, ModelArguments) for field in dataclasses.fields(kind)
+    }
+    assert set(RANGES) <= own
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_number_of_another_kind_or_not_finite_is_refused(name, tmp_path):
+    values = [*NO_NUMBERS, *NOT_FINITE, True, *([1.5] if name in of_kind(int) else [])]
+    values += [] if types.NoneType in kinds_of(name) else [None]
+    for value in values:
+        assert_refused(tmp_path, name, value)
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name in RANGES])
+def test_number_out_of_its_range_is_refused_and_its_ends_are_as_they_are_written(name, tmp_path):
+    range_, remedy = RANGES[name]
+    outside = [range_.low - 1, *([range_.low] if range_.is_open else [])]
+    outside += [range_.high + 1] if math.isfinite(range_.high) else []
+    for value in outside:
+        assert_refused(tmp_path, name, value)
+        assert remedy in refusal(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", of_kind(bool))
+def test_words_and_numbers_are_no_truth_values(name, tmp_path):
+    for value in ("false", "no", 0, 1.0, [True], {}):
+        assert_refused(tmp_path, name, value)
+
+
+@pytest.mark.parametrize("name", [*of_kind(dict, str), *of_kind(dict[str, typing.Any], str)])
+def test_dict_is_a_dict_or_its_json(name, tmp_path):
+    for value in ("x", "{x", "[1]", [1], True, 1.5, b"{}"):
+        assert_refused(tmp_path, name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("eval_strategy", "step", "steps"),
+        ("lr_scheduler_type", "cosin", "cosine"),
+        ("optim", "adamw_torc", "adamw_torch"),
+        ("on_nonfinite", "skipp", "skip"),
+    ],
+)
+def test_word_that_is_no_choice_is_refused_with_the_nearest(name, value, nearest, tmp_path):
+    assert_refused(tmp_path, name, value)
+    assert f"did you mean '{nearest}'?" in refusal(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("value", [1e-7, -1, "x", 0])
+def test_budget_that_holds_nothing_is_refused(value, tmp_path):
+    assert_refused(tmp_path, "loss_budget_mib", value)
+
+
+def test_numbers_of_other_libraries_paths_and_whole_floats_are_taken(tmp_path):
+    config = GOLDConfig(
+        output_dir=tmp_path,
+        max_steps=1e3,
+        chunk_size=np.int64(8),
+        beta=np.float32(0.25),
+        teacher_model_name_or_path=Path("x/y"),
+        learning_rate=1,
+        resume_from_checkpoint=True,
+    )
+    assert (config.max_steps, config.chunk_size, config.beta) == (1000, 8, 0.25)
+    assert type(config.max_steps) is type(config.chunk_size) is int
+    assert config.teacher_model_name_or_path == "x/y"
+    assert config.resume_from_checkpoint == "true"
+
+
+def test_a_config_that_was_made_can_be_made_again(tmp_path):
+    config = GOLDConfig(output_dir=str(tmp_path), save_steps=7, accelerator_config={})
+    assert dataclasses.replace(config, beta=0.1).save_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"lora_r": 0}, "lora_r"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"dtype": "f4"}, "dtype"),
+    ],
+)
+def test_fields_of_the_student_are_checked_alike(fields, name):
+    with pytest.raises(ValueError, match=f"^gold-trainer train: {name} must be "):
+        check_fields(ModelArguments(**fields), "gold-trainer train")
+
+
+VALUES = {
+    int: ["x", "1.5", "nan", "[1]"],
+    float: ["x", "nan", "inf", "-inf", "[0.1]"],
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_command_line_refuses_a_bad_number_with_exit_code_2(name, tmp_path, capsys):
+    kind = int if int in kinds_of(name) else float
+    for value in VALUES[kind]:
+        assert main(["train", "--output_dir", str(tmp_path), f"--{name}={value}"]) == 2
+        assert_one_sentence(capsys.readouterr(), name)
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({name: yaml.safe_load(value)}))
+        assert main(["train", str(tmp_path / "c.yaml")]) == 2
+        assert_one_sentence(capsys.readouterr(), name)
+
+
+def assert_one_sentence(shown, name):
+    assert re.search(rf"\b{name}\b", shown.err), shown.err
+    assert shown.err.count("\n") == shown.err.count("error: ") == 1, shown.err
+    assert "Traceback" not in shown.out + shown.err

@@ -1,0 +1,57 @@
+"""A YAML file of fields: read as its author means it, refused in one line."""
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 with two mistakes of its mended: 1e-5 is a number, and a key may stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if isinstance(key, str) and key != "<<" and lines.setdefault(key, line) != line:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"{key} stands twice, first in line {lines[key]}",
+                    key_node.start_mark,
+                )
+        return super().construct_mapping(node, deep)
+
+
+# As YAML 1.2 and JSON have it; YAML 1.1 wants a dot and a sign: 1.0e+5.
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Its fields by name; ValueError says which line is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: a text in UTF-8 is expected, got byte {error.object[error.start]:#04x} at "
+            f"{error.start}; save it as UTF-8"
+        ) from error
+    try:
+        config = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f"line {mark.line + 1}, "
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is not valid YAML: {where}{problem}; write one `name: value` a line, indented "
+            "by spaces"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one `name: value` a line, got {type(config).__name__}")
+    return config
