@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gold_kernels import TokenAlignment
 from gold_trainer.rendering import Frames, Piece
+from gold_trainer.rows import name_of
 
 NO_FRAMES = Frames()
 
@@ -36,6 +37,11 @@ class Example:
     pieces: list[Piece] | None = None
     # Text and length, where the template writes something else before the known answer.
     generation_prompt: tuple[str, int] | None = None
+    turn: int | None = None  # of the row, where every turn is an example of its own
+
+    @property
+    def where(self) -> str:
+        return name_of(self.index, self.turn)
 
     @property
     def written_ids(self) -> list[int]:

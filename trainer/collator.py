@@ -20,9 +20,9 @@ from transformers.utils import logging
 from gold_kernels.tokens.token_bytes import find_end_of_turn
 from gold_trainer.answer_texts import CONTENT, frame_for
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
-from gold_trainer.dataset import Row
 from gold_trainer.in_context import InContext
 from gold_trainer.rendering import Piece, Processor, Renderer
+from gold_trainer.rows import Row
 
 IGNORE_INDEX = -100
 
@@ -85,14 +85,14 @@ class GOLDCollator:
         has_special = self._adds_special_tokens(row, prompt)
         length = self._prompt_length(row, prompt, has_special)
         self._refuse_placeholders(row)
-        example = Example(row.index, prompt, length, row.images, None, has_special)
+        example = Example(row.index, prompt, length, row.images, None, has_special, turn=row.turn)
         if pieces is None:
             return example
         ids = self.in_context.ids(prompt, pieces)[: self.room(example)]
         text = "".join(piece.text for piece in pieces)
         if not self.placeholder_ids.isdisjoint(ids) or any(p in text for p in self.placeholders):
             raise ValueError(
-                f"row {row.index}: a completion must be text, got a picture's placeholder in "
+                f"{row.where}: a completion must be text, got a picture's placeholder in "
                 f"{text[:80]!r}; remove it from the answer."
             )
         return self._with_generation_prompt(row, example.with_completion(ids, pieces))
@@ -148,18 +148,18 @@ class GOLDCollator:
             length = prompt_length(self.processor, prompt, row.images, adds_special_tokens)
         except Exception as error:  # a strip makes LFM2-VL's raise torch's RuntimeError
             raise ValueError(
-                f"row {row.index}: the processor refuses the prompt {prompt[:80]!r} with "
+                f"{row.where}: the processor refuses the prompt {prompt[:80]!r} with "
                 f"{len(row.images)} pictures of {[image.size for image in row.images]} ({error}); "
                 "look for a picture's placeholder written into the text, and for odd shapes."
             ) from error
         if length == 0:
             raise ValueError(
-                f"row {row.index}: a prompt must have at least one token, got {prompt!r}, "
+                f"{row.where}: a prompt must have at least one token, got {prompt!r}, "
                 "after which nothing predicts the completion; drop the row or give it a prompt."
             )
         if self.max_length is not None and length >= self.max_length:
             raise ValueError(
-                f"row {row.index}: the prompt has {length} tokens with {len(row.images)} pictures, "
+                f"{row.where}: the prompt has {length} tokens with {len(row.images)} pictures, "
                 f"max_length={self.max_length} leaves no room for a completion; raise max_length "
                 "or make the pictures smaller."
             )
@@ -178,7 +178,7 @@ class GOLDCollator:
             found = [name for name in self.placeholders if any(name in text for text in texts)]
             if found:
                 raise ValueError(
-                    f"row {row.index}: a turn's text must not hold a picture's placeholder, got "
+                    f"{row.where}: a turn's text must not hold a picture's placeholder, got "
                     f"{found[0]!r} in the {message['role']}'s turn; write the picture's place as "
                     'the part {"type": "image"}, or remove it from the text.'
                 )

@@ -7,6 +7,8 @@ from typing import Any
 
 import datasets
 
+from gold_trainer.messages import parsed_json, parsed_messages
+
 BESIDE_ALL = ("image", "images", "tools", "chat_template_kwargs")
 # The column that tells how a row holds its conversation -> the columns that go with it.
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -15,7 +17,8 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "conversations": ("system",),  # sharegpt
     "instruction": ("input", "output", "system", "history"),  # alpaca
 }
-KNOWN = (*BESIDE_ALL, *dict.fromkeys(c for shape in SHAPES.items() for c in (shape[0], *shape[1])))
+SHAPE_COLUMNS = tuple(dict.fromkeys(c for shape in SHAPES.items() for c in (shape[0], *shape[1])))
+KNOWN = (*BESIDE_ALL, *SHAPE_COLUMNS)
 
 
 def refuse_unused_columns(names: Iterable[str]) -> None:
@@ -68,7 +71,8 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
         )
     row = {name: columns[name] for name in BESIDE_ALL if columns.get(name) is not None}
     if shape == "conversations":
-        return row | {"messages": _system(columns, index) + _listed(columns, shape, index)}
+        messages = _listed(parsed_messages(columns[shape]), shape, index)
+        return row | {"messages": _system(columns, index) + messages}
     if shape == "instruction":
         return row | _from_alpaca(columns, index)
     return row | {name: columns.get(name) for name in (shape, *SHAPES[shape])}
@@ -80,7 +84,7 @@ def _holds(value: Any) -> bool:
 
 def _from_alpaca(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     prompt = _system(columns, index)
-    for turns in _listed(columns, "history", index):
+    for turns in _listed(parsed_json(columns.get("history") or None), "history", index):
         if not isinstance(turns, list | tuple) or len(turns) != 2:
             raise ValueError(
                 f"row {index}: history must be a list of [question, answer], got {turns!a}; mend "
@@ -90,7 +94,10 @@ def _from_alpaca(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
         prompt += [{"role": role, "content": text} for role, text in roles]
     texts = [_text(columns, name, index) for name in ("instruction", "input")]
     prompt.append({"role": "user", "content": "\n".join(text for text in texts if text)})
-    return {"prompt": prompt, "completion": columns.get("output")}
+    output = columns.get("output")
+    if output is not None:
+        prompt.append({"role": "assistant", "content": _text(columns, "output", index)})
+    return {"messages": prompt}
 
 
 def _system(columns: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
@@ -108,8 +115,7 @@ def _text(columns: Mapping[str, Any], name: str, index: int) -> str:
     return value or ""
 
 
-def _listed(columns: Mapping[str, Any], name: str, index: int) -> list[Any]:
-    value = columns.get(name)
+def _listed(value: Any, name: str, index: int) -> list[Any]:
     if not isinstance(value, list | tuple | None):
         raise ValueError(
             f"row {index}: {name} must be a list, got {type(value).__name__}; mend the column."

@@ -27,7 +27,7 @@ def print_completions(
         table.add_column(column, overflow="fold")
     for example in examples[:limit]:
         table.add_row(
-            str(example.index),
+            example.where.removeprefix("row "),
             str(len(example.images)),
             Text(example.prompt_text[-PROMPT_CHARACTERS:]),
             Text(str(tokenizer.decode(example.written_ids))),

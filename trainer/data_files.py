@@ -9,14 +9,15 @@ ahead.
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
 
-from gold_trainer.columns import names_of
+from gold_trainer.columns import SHAPE_COLUMNS, names_of
+from gold_trainer.messages import parsed_messages
 from gold_trainer.pictures import undecoded
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -100,6 +101,14 @@ class MappedRows(torch.utils.data.Dataset):
             names = ["prompt", *(name for name in names if name != "messages")]
         return names
 
+    def conversations(self) -> "MappedRows":
+        """The same rows without a table's other columns, pictures above all."""
+        rows, args = self.rows, self.data_args
+        if isinstance(rows, datasets.Dataset):
+            kept = {*SHAPE_COLUMNS, args.prompt_column, args.completion_column}
+            rows = rows.select_columns([name for name in rows.column_names if name in kept])
+        return MappedRows(rows, self.folder, replace(args, image_column=None))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = dict(self.rows[index])
         args = self.data_args
@@ -129,19 +138,20 @@ def _take(row: dict[str, Any], column: str, index: int) -> Any:
 
 def _text_as_messages(row: dict[str, Any]) -> None:
     for name, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row.get(name), str):
+        if isinstance(parsed_messages(row.get(name)), str):
             row[name] = [{"role": role, "content": row[name]}]
 
 
 def _prepend_system(row: dict[str, Any], text: str) -> None:
     """A row's own system message wins."""
     for name in ("messages", "conversations", "prompt"):
-        messages = row.get(name)
+        messages = parsed_messages(row.get(name))
         if isinstance(messages, list) and messages:
             first = messages[0]
             is_own = isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
             if not is_own and not row.get("system"):
-                row[name] = [{"role": "system", "content": text}, *messages]
+                messages = [{"role": "system", "content": text}, *messages]
+                row[name] = json.dumps(messages) if isinstance(row[name], str) else messages
             return
     if row.get("instruction") is not None and not row.get("system"):
         row["system"] = text

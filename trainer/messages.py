@@ -21,7 +21,11 @@ SHAREGPT_ROLES = {
 
 
 def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
-    """Copies of the messages with every key that holds something."""
+    """Copies of the messages, or of those that JSON text holds, with every key that holds
+    something.
+    """
+    if isinstance(messages, str):  # which holds a null only where its author wrote one
+        messages, is_table = parsed_messages(messages), False
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(
             f"row {index}: a conversation must be a list of messages, got {messages!a}; drop the "
@@ -115,6 +119,18 @@ def parsed_json(value: Any) -> Any:
         return value  # refused by the caller
 
 
+def parsed_messages(value: Any) -> Any:
+    """A conversation that is kept as JSON text; anything else, plain text too, as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    messages = parsed_json(value)
+    is_conversation = isinstance(messages, list) and all(
+        isinstance(message, Mapping) and ("role" in message or "from" in message)
+        for message in messages
+    )
+    return messages if is_conversation and messages else value
+
+
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -126,6 +142,18 @@ def text_of(answer: Message, index: int) -> str:
     if any(part["type"] != "text" for part in content):
         raise ValueError(f"row {index}: an answer must be text, got {content!a}; drop other parts.")
     return "".join(part["text"] for part in content)
+
+
+def continued(last: Mapping[str, Any], answer: Mapping[str, Any]) -> Message:
+    """The turn that a prompt leaves open, with the answer at its end."""
+    content, end = last.get("content"), answer.get("content")
+    if not isinstance(end, str | None):
+        end = "".join(part["text"] for part in end)
+    if isinstance(content, str | None):
+        return {**last, **answer, "content": (content or "") + (end or "")}
+    *parts, open_part = content
+    text = {**open_part, "text": open_part["text"] + (end or "")}
+    return {**last, **answer, "content": [*parts, text]}
 
 
 def take_pictures(prompt: Messages, index: int) -> tuple[Messages, list[tuple[Any, str]]]:
@@ -159,12 +187,7 @@ def place_pictures(prompt: Messages, num_pictures: int, index: int, is_text: boo
     """The prompt with an image part for every picture: where it has such parts, else at
     placeholders in a user's text, else in front of the first user turn.
     """
-    num_parts = sum(
-        part["type"] in IMAGE_TYPES
-        for message in prompt
-        if isinstance(message["content"], list)
-        for part in message["content"]
-    )
+    num_parts = num_picture_parts(prompt)
     num_marks = 0 if is_text else sum(map(_num_placeholders, prompt))  # there it is only text
     if num_parts and num_marks:
         raise ValueError(
@@ -191,6 +214,15 @@ def place_pictures(prompt: Messages, num_pictures: int, index: int, is_text: boo
     places = [{"type": "image"} for _ in range(num_pictures)]
     user = {**prompt[first], "content": places + _parts(prompt[first]["content"])}
     return [*prompt[:first], user, *prompt[first + 1 :]]
+
+
+def num_picture_parts(messages: Messages) -> int:
+    return sum(
+        part["type"] in IMAGE_TYPES
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    )
 
 
 def _num_placeholders(message: Message) -> int:

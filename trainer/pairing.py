@@ -18,7 +18,7 @@ from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_trainer.answer_texts import AnswerTexts, of_pieces, of_sample
 from gold_trainer.batches import BatchAlignment, Example, WindowBatch
 from gold_trainer.collator import GOLDCollator, tokenizer_with_template
-from gold_trainer.dataset import Row
+from gold_trainer.rows import Row
 from gold_trainer.uld_config import ULDFields
 
 logger = logging.get_logger(__name__)
@@ -103,20 +103,20 @@ class CompletionPairs:
             alignment = self._by_position(alignment, *ids)
         if alignment.num_groups:
             return Pair(student, teacher, alignment, None)
-        index = student.index
-        self._warn("no_common_end", index, "no token ends where one of the other side does")
+        where = student.where
+        self._warn("no_common_end", where, "no token ends where one of the other side does")
         return Pair(student, teacher, alignment, "no_common_end")
 
     def _unspelled(self, student: Example, teacher: Example, error: ValueError) -> Pair:
-        self._warn("unspelled", student.index, str(error))
+        self._warn("unspelled", student.where, str(error))
         alignment = self.aligner.align(student.written_ids, [])
         return Pair(student, teacher.with_completion([]), alignment, "unspelled")
 
-    def _warn(self, reason: str, index: int, detail: str) -> None:
+    def _warn(self, reason: str, where: str, detail: str) -> None:
         """The first sample of each reason; the log counts all."""
         if reason not in self.is_warned:
             self.is_warned.add(reason)
-            logger.warning("row %d is not distilled (skipped_%s): %s", index, reason, detail)
+            logger.warning("%s is not distilled (skipped_%s): %s", where, reason, detail)
 
     def _by_position(
         self, alignment: TokenAlignment, student_ids: list[int], teacher_ids: list[int]

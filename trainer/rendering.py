@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from gold_trainer.dataset import Messages, Row
+from gold_trainer.messages import Messages, continued
+from gold_trainer.rows import Row
 
 Processor = ProcessorMixin | PreTrainedTokenizerBase
 FIRST_PROBE = 0xE000  # of the private use area: no template looks for it, none trims it
@@ -141,6 +142,12 @@ class Renderer:
     def answered(self, row: Row, answer: Mapping[str, Any]) -> tuple[str, list[Piece]]:
         """The prompt and what follows it in the answered conversation."""
         prompt, rendered = self.prompt(row), self._answered(row, answer)
+        if answer.get("content") is None and self._says_nothing(row, rendered):
+            raise ValueError(
+                f"{row.where}: an answer must have a content, or what the chat template writes, "
+                f"got None and {sorted(answer.keys() - {'role', 'content'})}, of which it writes "
+                "nothing; write the answer as its content, or drop the row."
+            )
         frame = self.frame(row, answer, prompt)
         if frame is not None and rendered.startswith(frame.prompt):
             pieces = frame.cut(rendered[len(frame.prompt) :], texts_of(answer))
@@ -157,8 +164,18 @@ class Renderer:
     def _answered(self, row: Row, answer: Mapping[str, Any]) -> str:
         if row.is_prefill:
             *turns, last = _turns(row)
-            return self._template(row, [*turns, _continued(last, answer)])
+            return self._template(row, [*turns, continued(last, answer)])
         return self._template(row, [*_turns(row), dict(answer)])
+
+    def _says_nothing(self, row: Row, rendered: str) -> bool:
+        """Whether an answer with nothing in it is rendered alike."""
+        for content in ("", None):
+            try:
+                if rendered == self._answered(row, {"role": "assistant", "content": content}):
+                    return True
+            except ValueError:  # a template may refuse such a message
+                pass
+        return False
 
     def _length_before_answer(self, row: Row, prompt: str) -> int:
         """How much of the prompt is written whether or not an answer is to follow."""
@@ -169,7 +186,7 @@ class Renderer:
     def _template(self, row: Row, messages: Messages, **options: Any) -> str:
         if self.processor.chat_template is None:
             raise ValueError(
-                f"row {row.index}: a conversation needs a chat template, "
+                f"{row.where}: a conversation needs a chat template, "
                 f"{type(self.processor).__name__} has none; set its chat_template, or pass prompt "
                 "and completion as plain text."
             )
@@ -182,7 +199,7 @@ class Renderer:
             )
         except Exception as error:  # templates raise errors of jinja2, which is not a dependency
             raise ValueError(
-                f"row {row.index}: the chat template must take the conversation, got an error for "
+                f"{row.where}: the chat template must take the conversation, got an error for "
                 f"the turns {[message['role'] for message in messages]} ({error}); change the row, "
                 "or pass a processor with another template."
             ) from error
@@ -234,19 +251,9 @@ def _common_length(a: str, b: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def _continued(last: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
-    """The turn that a prompt leaves open, with the answer at its end."""
-    content = last["content"]
-    if not isinstance(content, str):
-        *parts, open_part = content
-        text = {**open_part, "text": open_part["text"] + _text(answer["content"])}
-        return {**last, **answer, "content": [*parts, text]}
-    return {**last, **answer, "content": content + _text(answer["content"])}
-
-
 def _rewritten(row: Row, prompt: str, rendered: str) -> ValueError:
     return ValueError(
-        f"row {row.index}: the chat template must render an answered conversation as the prompt "
+        f"{row.where}: the chat template must render an answered conversation as the prompt "
         f"plus the answer, got {rendered[-80:]!r} after {prompt[-40:]!r}; pass prompt and "
         "completion as plain text, or a processor with another template."
     )

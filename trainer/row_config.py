@@ -1,7 +1,27 @@
 """Fields of GOLDConfig for rows: columns that are left out, and pictures that are let in."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+TRAIN_ON = ("last", "all")
+# Arguments of apply_chat_template that are the trainer's own, and what says the same here.
+RESERVED = {
+    "tools": "the column `tools`",
+    "add_generation_prompt": "where the prompt ends",
+    "continue_final_message": "a prompt that ends with an assistant's message",
+    **dict.fromkeys(("conversation", "messages"), "the row's messages"),
+    **dict.fromkeys(("max_length", "truncation"), "the config field `max_length`"),
+    **dict.fromkeys(
+        (
+            *("tokenize", "padding", "return_tensors", "return_dict", "tokenizer_kwargs"),
+            *("processor_kwargs", "return_assistant_tokens_mask"),
+        ),
+        "nothing",
+    ),
+}
 
 
 @dataclass
@@ -11,6 +31,14 @@ class RowFields:
     dataset_ignore_columns: list[str] | None = field(
         default=None,
         metadata={"help": "Columns to leave out; any other that nothing uses is an error."},
+    )
+    train_on: str = field(
+        default="last",
+        metadata={
+            "help": "Which of an assistant's messages are learnt: the last of a row, or all, each "
+            "as an example of its own behind the messages before it.",
+            "choices": TRAIN_ON,
+        },
     )
     max_pixels: int | None = field(
         default=8192 * 8192,  # MAX_PIXELS of pictures.py, as the help shows it
@@ -29,8 +57,22 @@ class RowFields:
     )
 
     def check_rows(self) -> None:
+        kwargs: Any = getattr(self, "chat_template_kwargs", None)
+        # a command line's text: TrainingArguments parses it later
+        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+        refuse_reserved(kwargs or {}, "GOLDConfig")
         if self.picture_folder is not None and not Path(self.picture_folder).is_dir():
             raise ValueError(
                 "GOLDConfig: picture_folder must be a folder that exists, got "
                 f"{self.picture_folder!r}; None lets paths start from the dataset's folder."
             )
+
+
+def refuse_reserved(template_kwargs: Mapping[str, Any], where: str) -> None:
+    """ValueError for arguments of the chat template that would undo what the trainer does."""
+    taken = next((name for name in template_kwargs if name in RESERVED), None)
+    if taken is not None:
+        raise ValueError(
+            f"{where}: chat_template_kwargs must hold what only the chat template reads, got "
+            f"{taken!r}, which is the trainer's own; drop it: {RESERVED[taken]} stands for it."
+        )

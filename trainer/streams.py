@@ -1,14 +1,15 @@
 """Streaming datasets: rows without a length, read one after the other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
 from torch.utils.data import IterableDataset
 
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import Row, RowDataset, as_rows
+from gold_trainer.dataset import as_rows
 from gold_trainer.pictures import undecoded
+from gold_trainer.rows import Row, RowReader
 
 
 class RowStream(IterableDataset):
@@ -16,13 +17,13 @@ class RowStream(IterableDataset):
 
     It has to give the same rows whenever it is iterated over: the first row is looked at before
     models are loaded, a resumed run skips what the first one has read, and every process reads all
-    rows and keeps its own. Rows are counted from 0 in each pass, and in each data loader worker.
+    rows and keeps its own. A row of several turns that are learnt is read as so many Rows, one
+    after the other: processes share those. Rows are counted from 0
+    in each pass, and in each data loader worker.
     """
 
     def __init__(self, stream: Any, **options: Any) -> None:
-        # only a table fills keys up with None
-        is_table = isinstance(stream, datasets.IterableDataset)
-        self.stream, self.options = undecoded(stream), options | {"is_table": is_table}
+        self.stream, self.reader = undecoded(stream), RowReader.of(stream, **options)
 
     def __iter__(self) -> Iterator[Row]:
         columns, index = iter(self.stream), 0
@@ -35,26 +36,13 @@ class RowStream(IterableDataset):
                 raise ValueError(
                     f"row {index}: the stream cannot be read on ({error}); mend or filter the row."
                 ) from error
-            yield RowDataset(_OneRow(row, index), **self.options)[index]
+            yield from self.reader.rows(row, index)
             index += 1
 
     def set_epoch(self, epoch: int) -> None:
         """Another order of datasets' shuffle buffer in every epoch."""
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(epoch)
-
-
-class _OneRow(Sequence):
-    """One row at its place in a dataset of which nothing else is known."""
-
-    def __init__(self, columns: Any, index: int) -> None:
-        self.columns, self.place = columns, index
-
-    def __len__(self) -> int:
-        return self.place + 1
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.columns  # whichever is looked at
 
 
 def read_rows(

@@ -36,12 +36,12 @@ from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import Row
 from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective, choose_objective
+from gold_trainer.rows import Row
 from gold_trainer.sides import Side
 from gold_trainer.stopping import Stopper
 from gold_trainer.streams import read_rows
@@ -109,6 +109,7 @@ class GOLDTrainer(Trainer):
             "ignore_columns": args.dataset_ignore_columns,
             "max_pixels": args.max_pixels,
             "picture_folder": args.picture_folder,
+            "train_on": args.train_on,
         }
         self.args = args  # the Trainer sets it later
         refusals.refuse_splits(train_dataset)

@@ -20,6 +20,8 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
 from gold_trainer.writers import Writer
 
+Pictures = dict[tuple[int, int | None], list[Image.Image]]  # by row of the dataset and turn
+
 
 class RepeatSampler(torch.utils.data.Sampler[int]):
     """Every row num_generations times an epoch, one repetition beside the other.
@@ -79,13 +81,13 @@ def fetch_window(batches: Iterator[WindowBatch], num_batches: int) -> list[Windo
     """The next micro-batches. Pictures of a row that comes again are those of the first time:
     datasets decode a row at each access, and workers send copies.
     """
-    pictures: dict[int, list[Image.Image]] = {}  # of a row of the dataset
+    pictures: Pictures = {}
     return [_share_pictures(batch, pictures) for batch in islice(batches, num_batches)]
 
 
-def _share_pictures(batch: WindowBatch, pictures: dict[int, list[Image.Image]]) -> WindowBatch:
+def _share_pictures(batch: WindowBatch, pictures: Pictures) -> WindowBatch:
     examples, teacher_examples = (
-        [replace(e, images=pictures.setdefault(e.index, e.images)) for e in side]
+        [replace(e, images=pictures.setdefault((e.index, e.turn), e.images)) for e in side]
         for side in (batch.examples, batch.teacher_examples)
     )
     return replace(batch, examples=examples, teacher_examples=teacher_examples)

@@ -199,9 +199,9 @@ def test_picture_that_datasets_cannot_decode_names_the_row(tmp_path):
             "prompt is plain text, so completion must be too, got list",
         ),
         (
-            {"prompt": [USER], "completion": [ANSWER, USER, ANSWER]},
+            {"prompt": [USER], "completion": [ANSWER, USER]},
             {},
-            r"completion must be one assistant message, got \['assistant', 'user', 'assistant'\]",
+            r"a completion must end with an assistant's message, got \['assistant', 'user'\]; put",
         ),
         (
             {"prompt": [USER], "completion": [{"role": "assistant", "content": [IMAGE]}]},

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from gold_trainer.batches import Example, MicroBatch, WindowBatch
 from gold_trainer.collator import GOLDCollator, Processor
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import Row
+from gold_trainer.rows import Row
 from gold_trainer.sides import Side
 
 CROSS_ENTROPY = "cross_entropy"  # name of its sum, as the fused losses return it

@@ -1,0 +1,278 @@
+"""One row of a dataset -> Rows: prompt, completion and raw pictures of each example.
+
+Errors name the row, and the turn where each is an example of its own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+from transformers.utils import logging
+
+from gold_trainer.columns import as_conversation
+from gold_trainer.data_files import MappedRows
+from gold_trainer.messages import (
+    Message,
+    Messages,
+    check_unicode,
+    drop_none,
+    num_picture_parts,
+    parsed_json,
+    place_pictures,
+    take_pictures,
+    text_of,
+)
+from gold_trainer.pictures import MAX_PIXELS, PictureReader
+from gold_trainer.row_config import refuse_reserved
+from gold_trainer.turns import Conversation, read_conversation
+
+logger = logging.get_logger(__name__)
+
+
+def name_of(index: int, turn: int | None) -> str:
+    """As errors begin."""
+    return f"row {index}" if turn is None else f"row {index}, turn {turn}"
+
+
+@dataclass
+class Row:
+    """One example; pictures stay as they came until a micro-batch needs them."""
+
+    index: int
+    prompt: Messages | str  # a conversation, or plain text
+    completion: str | None  # what the assistant says; None where it has to be generated
+    images: list[Image.Image]
+    answer: Message | None = None  # the whole message that says it; None for text and generation
+    tools: list[Any] | None = None  # JSON schemas or functions, for the chat template
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    is_prefill: bool = False  # the completion goes on where the prompt's last message stops
+    turn: int | None = None  # which of the row's; None where a row is one example
+
+    @property
+    def where(self) -> str:
+        return name_of(self.index, self.turn)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads what a dataset gives as Rows.
+
+    A column that nothing uses is an error unless it is one of ignore_columns. With train_on="all"
+    every assistant's turn of a conversation is a Row, behind the turns before it.
+    """
+
+    needs_completion: bool
+    is_text: bool  # the student takes no pictures
+    pictures: PictureReader
+    ignore_columns: frozenset[str]
+    is_table: bool  # keys may be filled up with None
+    train_on: str  # "last" or "all"
+
+    @classmethod
+    def of(
+        cls,
+        rows: Any,
+        *,
+        needs_completion: bool,
+        is_text: bool,
+        ignore_columns: Sequence[str] | None = None,
+        max_pixels: int | None = MAX_PIXELS,
+        picture_folder: str | None = None,  # that paths of pictures start from and stay in
+        is_table: bool | None = None,  # None: looked up
+        train_on: str = "last",
+    ) -> "RowReader":
+        if isinstance(ignore_columns, str):
+            raise ValueError(
+                "RowDataset: ignore_columns must be a list of names, got the text "
+                f"{ignore_columns!r}; write [{ignore_columns!r}]."
+            )
+        folder = rows.folder if isinstance(rows, MappedRows) else None
+        if picture_folder is not None:
+            folder = Path(picture_folder)
+        if is_table is None:
+            raw = rows.rows if isinstance(rows, MappedRows) else rows
+            is_table = isinstance(raw, datasets.Dataset | datasets.IterableDataset)
+        return cls(
+            needs_completion,
+            is_text,
+            PictureReader(folder, max_pixels, picture_folder is not None),
+            frozenset(ignore_columns or ()),
+            is_table,
+            train_on,
+        )
+
+    def columns(self, columns: Any) -> Any:
+        """Without those to ignore."""
+        if not isinstance(columns, Mapping):
+            return columns
+        return {k: v for k, v in columns.items() if k not in self.ignore_columns}
+
+    def rows(self, columns: Any, index: int) -> Iterator[Row]:
+        """Of every turn that is learnt."""
+        columns = self.columns(columns)
+        for turn in range(self.num_turns(columns, index)):
+            yield self.row(columns, index, turn)
+
+    def num_turns(self, columns: Any, index: int) -> int:
+        """How many examples a row is; 1 of a row that cannot be read, which then says why."""
+        if self.train_on == "last" or not isinstance(columns, Mapping):
+            return 1
+        try:
+            conversation = self._conversation(as_conversation(columns, index), index)
+        except ValueError:
+            return 1
+        return 1 if conversation is None else len(conversation.learnt(self.train_on))
+
+    def row(self, columns: Any, index: int, turn: int = 0) -> Row:
+        """ValueError names the row, and the turn where each is an example."""
+        if not isinstance(columns, Mapping):
+            raise ValueError(
+                f"row {index}: a row must be a dict of columns, got {type(columns).__name__}; pass "
+                "a datasets.Dataset or a list of dicts."
+            )
+        try:
+            row = self._parse(as_conversation(columns, index), index, turn)
+            if self.needs_completion and row.completion is None:
+                raise ValueError(
+                    f"row {index}: an assistant's answer is expected as `completion` or as the "
+                    "last of `messages`, got none; add it, or set seq_kd=True with lmbda below 1, "
+                    "so that the teacher writes it (with lmbda=1.0 rows of training need none, of "
+                    "evaluation do)."
+                )
+            return row
+        except ValueError as error:
+            own, named = name_of(index, None), name_of(index, turn)
+            if self.train_on == "last" or not str(error).startswith(f"{own}:"):
+                raise
+            raise ValueError(named + str(error).removeprefix(own)) from error
+
+    def _conversation(self, columns: Mapping[str, Any], index: int) -> Conversation | None:
+        return read_conversation(columns, index, self.is_text, self.is_table)
+
+    def _parse(self, columns: Mapping[str, Any], index: int, turn: int) -> Row:
+        """Messages, or prompt and completion, with image or images, tools and
+        chat_template_kwargs.
+
+        For a vision-language student a plain prompt becomes a user's turn, with or without
+        pictures: all rows of a dataset are prompted alike.
+        """
+        values = _picture_values(columns, index)
+        conversation = self._conversation(columns, index)
+        if conversation is None:
+            _refuse_beside_text(columns, index)
+            prompt: Messages | str = columns["prompt"]
+            completion, answer, is_prefill = columns.get("completion"), None, False
+        else:
+            self._warn_of_left_out(conversation, index)
+            place = conversation.learnt(self.train_on)[turn]
+            answer, is_prefill = conversation.answer(place), conversation.goes_on(place)
+            completion = None if answer is None else text_of(answer, index)
+            conversation, values = self._placed(conversation, values, index)
+            prompt = conversation.prompt(place)
+        self._refuse_pictures(values, index)
+        if not isinstance(prompt, str):
+            values = values[: num_picture_parts(prompt)]  # later turns bring their own
+        row = Row(
+            index,
+            prompt,
+            completion,
+            [self.pictures.read(value, index, key) for value, key in values],
+            answer,
+            _tools(columns, index, self.is_table),
+            _template_kwargs(columns, index, self.is_table),
+            is_prefill,
+            turn if self.train_on == "all" and conversation is not None else None,
+        )
+        for name in ("prompt", "completion", "answer", "tools", "chat_template_kwargs"):
+            check_unicode(getattr(row, name), f"row {index}: {name}")
+        return row
+
+    def _warn_of_left_out(self, conversation: Conversation, index: int) -> None:
+        """Whoever knows TRL expects all of a completion to be learnt."""
+        num_answers = len(conversation.learnt("all"))
+        if self.train_on == "last" and conversation.num_given and num_answers > 1:
+            logger.warning_once(
+                f"row {index}: of the {num_answers} answers in its completion the last is learnt, "
+                "the others belong to the prompt, in this row and in others like it; set "
+                "train_on='all' to learn each."
+            )
+
+    def _placed(
+        self, conversation: Conversation, values: list[tuple[Any, str]], index: int
+    ) -> tuple[Conversation, list[tuple[Any, str]]]:
+        """The conversation with a place for each of the row's pictures, and the pictures."""
+        messages = conversation.messages
+        if not values:
+            messages, values = take_pictures(messages, index)
+        self._refuse_pictures(values, index)
+        messages = place_pictures(messages, len(values), index, self.is_text)
+        return conversation._replace(messages=messages), values
+
+    def _refuse_pictures(self, values: Sequence[Any], index: int) -> None:
+        if self.is_text and values:
+            raise ValueError(
+                f"row {index}: a text-only student takes no pictures, got {len(values)}; drop the "
+                "picture column or choose a vision-language student."
+            )
+
+
+def _refuse_beside_text(columns: Mapping[str, Any], index: int) -> None:
+    for name in ("tools", "chat_template_kwargs"):
+        if columns.get(name):
+            raise ValueError(
+                f"row {index}: {name} must stand beside a conversation, got plain text, which has "
+                "no chat template; write prompt and completion as messages."
+            )
+
+
+def _tools(columns: Mapping[str, Any], index: int, is_table: bool) -> list[Any] | None:
+    tools = parsed_json(columns.get("tools"))
+    if not isinstance(tools, list | tuple | None) or not all(
+        isinstance(tool, Mapping) or callable(tool) for tool in tools or ()
+    ):
+        raise ValueError(
+            f"row {index}: tools must be a list of JSON schemas or functions, got {tools!r}; write "
+            '[{"type": "function", "function": {"name": ..., "parameters": ...}}].'
+        )
+    if not tools:
+        return None
+    # JSON text holds a null only where its author wrote one
+    is_filled = is_table and not isinstance(columns["tools"], str)
+    return drop_none(tools) if is_filled else list(tools)
+
+
+def _template_kwargs(columns: Mapping[str, Any], index: int, is_table: bool) -> dict[str, Any]:
+    kwargs = parsed_json(columns.get("chat_template_kwargs"))
+    if not isinstance(kwargs, Mapping | None):
+        raise ValueError(
+            f"row {index}: chat_template_kwargs must be a dict of arguments of the chat template, "
+            f'got {kwargs!r}; write {{"enable_thinking": false}}.'
+        )
+    refuse_reserved(kwargs or {}, f"row {index}")
+    is_filled = is_table and not isinstance(columns.get("chat_template_kwargs"), str)
+    return drop_none(kwargs or {}) if is_filled else dict(kwargs or {})
+
+
+def _picture_values(columns: Mapping[str, Any], index: int) -> list[tuple[Any, str]]:
+    """What the picture columns hold, with the keys it stands under."""
+    image, images = (_as_list(columns.get(name)) for name in ("image", "images"))
+    if image and images:
+        raise ValueError(
+            f"row {index}: pictures must be in one column, got image and images; drop one of them."
+        )
+    name = "image" if image else "images"
+    is_list = isinstance(columns.get(name), list | tuple)
+    values = enumerate(image or images)
+    return [(value, f"{name}[{i}]" if is_list else name) for i, value in values]
+
+
+def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
+    """A row without a picture holds None, or an empty path, or what a table makes of them."""
+    if isinstance(value, list | tuple):
+        return value
+    is_struct = isinstance(value, Mapping) and all(part is None for part in value.values())
+    is_empty = value is None or is_struct or (isinstance(value, str) and not value)
+    return [] if is_empty else [value]
