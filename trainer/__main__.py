@@ -120,7 +120,7 @@ def _report_errors(command: Callable[[list[str]], None], argv: list[str]) -> int
         return EXIT_INTERRUPTED
     except (ValueError, OSError, ImportError) as error:  # ImportError: flash_attention_2 and such
         logger.debug("traceback of the message below", exc_info=True)
-        sys.stderr.write(f"error: {_message(error)}\n")
+        sys.stderr.write(f"error: {' '.join(_message(error).split())}\n")
         return EXIT_USER_ERROR
     except FloatingPointError as error:  # NaN and inf: the message has all there is to say
         sys.stderr.write(f"error: {error}\n")
@@ -137,10 +137,10 @@ def _report_errors(command: Callable[[list[str]], None], argv: list[str]) -> int
 
 
 def _message(error: Exception) -> str:
-    """What was raised, on one line; a data loader's worker wraps it in its own traceback."""
+    """The sentence that was raised; a data loader worker wraps it in its own traceback."""
     text = str(error)
     worker = re.match(r"Caught \w+ in DataLoader worker.*?\n\w*Error: ", text, re.DOTALL)
-    return " ".join((text[worker.end() :] if worker else text).split())
+    return text[worker.end() :].strip() if worker else text
 
 
 if __name__ == "__main__":

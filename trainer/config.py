@@ -7,6 +7,11 @@ from transformers import TrainingArguments
 
 from gold_trainer.field_checks import check_fields
 from gold_trainer.loss_config import LossFields
+from gold_trainer.precision import (
+    choose_checkpointing,
+    choose_precision,
+    is_checkpointing_open,
+)
 from gold_trainer.row_config import RowFields
 from gold_trainer.run_config import (
     RunFields,
@@ -111,8 +116,12 @@ class GOLDConfig(RunFields, LossFields, ULDFields, RowFields, TrainingArguments)
 
     def __post_init__(self) -> None:
         self._check()  # before TrainingArguments touches devices or folders
+        self.is_checkpointing_chosen = is_checkpointing_open(self)  # here, and not by the user
         rename_checkpointing(self)
+        choose_precision(self)
         super().__post_init__()
+        if self.is_checkpointing_chosen:
+            choose_checkpointing(self)
 
     def _check(self) -> None:
         if isinstance(self.resume_from_checkpoint, bool):  # as train() takes it

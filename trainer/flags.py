@@ -29,7 +29,7 @@ GROUPS = (
 USUAL = (
     *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim"),
-    *("max_grad_norm", "bf16", "gradient_checkpointing", "save_strategy", "save_steps"),
+    *("max_grad_norm", "save_strategy", "save_steps"),
     *("save_total_limit", "eval_strategy", "eval_steps", "report_to"),
     *("seed", "dataloader_num_workers"),
 )

@@ -23,11 +23,36 @@ class RunFields:
             "choices": ON_NONFINITE,
         },
     )
+    bf16: bool | None = field(  # type: ignore[assignment]  # a bool once __post_init__ has run
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16, beside weights of any dtype (mixed precision). None: on a "
+            "GPU that has it, unless fp16 is set.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute activations again in the backward pass, in place of keeping them: less "
+            "memory, about a fifth more time. None: on, where the model can.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
             "help": "true: go on from the newest complete checkpoint in output_dir; auto: the "
             "same, or from the beginning where there is none; else a checkpoint's folder."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "A new run deletes the checkpoints of an earlier one in output_dir; without "
+            "this it is refused among them. Runs that are resumed delete none."
         },
     )
     logging_first_step: bool = field(

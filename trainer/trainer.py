@@ -41,6 +41,7 @@ from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective, choose_objective
+from gold_trainer.precision import fit_to_model
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
 from gold_trainer.stopping import Stopper
@@ -123,6 +124,7 @@ class GOLDTrainer(Trainer):
         self.objective: Objective = objective_kind(args, self.student, self.teacher.side)
         own_collator: Callable[[list[Row]], Any] = self.objective.collator
         refusals.adapt_to_devices(args, is_vlm=not self.is_text)
+        fit_to_model(args, models.base_model(student))
 
         super().__init__(
             model=student,

@@ -31,6 +31,7 @@ FIELDS = {
     "save_strategy": "no",
     "report_to": "none",
     "use_cpu": True,
+    "gradient_checkpointing": False,  # costs time, changes nothing
     "disable_tqdm": True,
 }
 

@@ -150,6 +150,8 @@ def train_student(
         temperature=1.0,
         max_completion_length=32 if is_cross else 16,
         max_length=MAX_LENGTH,
+        bf16=False,
+        gradient_checkpointing=False,  # models this small have the memory
         chunk_size=CHUNK_SIZE,
         use_uld_loss=is_cross,
         uld_use_hybrid_loss=is_cross,

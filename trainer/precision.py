@@ -1,0 +1,61 @@
+"""Precision and checkpointing of a run that sets neither: as TRL has them."""
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.utils import is_torch_bf16_gpu_available
+
+if TYPE_CHECKING:
+    from gold_trainer.config import GOLDConfig
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("gradient_checkpointing", "activation_checkpointing")  # newer transformers have both
+
+
+def is_checkpointing_open(args: Any) -> bool:
+    """Whether nothing says if activations are kept."""
+    return all(getattr(args, name, None) is None for name in NAMES)
+
+
+def choose_precision(args: "GOLDConfig") -> None:
+    """bfloat16 where the device has it, unless fp16 or a launcher's mixed precision is asked for."""
+    if args.bf16 is None:
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        is_open = not args.fp16 and launcher == "no"
+        args.bf16 = is_open and not args.use_cpu and is_torch_bf16_gpu_available()
+
+
+def choose_checkpointing(args: "GOLDConfig") -> None:
+    """On, unless FSDP has its own: both would compute activations a third time."""
+    own = args.fsdp_config.get("activation_checkpointing") if args.fsdp_config else None
+    own = own or os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "")
+    _set_checkpointing(args, str(own).lower() not in ("1", "true"))
+
+
+def fit_to_model(args: "GOLDConfig", student: nn.Module) -> None:
+    """A model that cannot compute activations again trains without, unless it was asked for."""
+    can = getattr(student, "supports_gradient_checkpointing", False)
+    if args.is_checkpointing_chosen and not can and getattr(args, NAMES[0]):
+        _set_checkpointing(args, False)
+        logger.info(
+            "GOLDTrainer: %s has no gradient checkpointing: it is off.",
+            type(student).__name__,
+        )
+
+
+def describe(args: "GOLDConfig", dtypes: str) -> str:
+    """dtypes: of the student's weights."""
+    mixed = next((name for name in ("bf16", "fp16") if getattr(args, name)), None)
+    weights = f"weights in {dtypes}"
+    precision = f"{weights}, computed in {mixed}" if mixed else weights
+    checkpointing = "on" if getattr(args, NAMES[0]) else "off"
+    return f"{precision}; gradient_checkpointing is {checkpointing}"
+
+
+def _set_checkpointing(args: "GOLDConfig", is_on: bool) -> None:
+    for name in NAMES:
+        if hasattr(args, name):
+            setattr(args, name, is_on)
