@@ -13,11 +13,13 @@ from typing import Any, Literal, NoReturn
 from rich.console import Console
 from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 
+from gold_trainer import checkpoints
 from gold_trainer.config import GOLDConfig
 from gold_trainer.config_file import read_mapping
 from gold_trainer.data_files import DataArguments, load_rows
 from gold_trainer.field_checks import check_fields
 from gold_trainer.flags import own_groups, remedy
+from gold_trainer.resuming import as_wanted, earlier_run
 
 
 @dataclass
@@ -164,6 +166,11 @@ def train(argv: list[str]) -> None:
 def _check_checkpoint(config: GOLDConfig) -> None:
     """Before models are loaded; whether it is complete is seen when the student is known."""
     checkpoint = config.resume_from_checkpoint
+    output_dir = config.output_dir or ""
+    earlier = checkpoints.checkpoints_in(Path(output_dir))
+    is_new = as_wanted(checkpoint) in (None, False) and not config.overwrite_output_dir
+    if earlier and is_new and config.save_strategy != "no":
+        raise earlier_run(output_dir, earlier[-1])
     if checkpoint is None or str(checkpoint).lower() in RESUME_WORDS or Path(checkpoint).is_dir():
         return
     raise ValueError(

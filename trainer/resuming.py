@@ -34,14 +34,26 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def find_checkpoint(
-    wanted: str | bool | None, output_dir: str, student: nn.Module, **kind: Any
+    wanted: str | bool | None,
+    output_dir: str,
+    student: nn.Module,
+    *,
+    keeps_earlier: bool = False,
+    **kind: Any,
 ) -> str | None:
     """wanted: True, the newest complete checkpoint of output_dir; "auto", the same, or None where
-    there is none; or a folder. ValueError where it cannot be gone on from.
+    there is none; a folder; or nothing, which is refused among checkpoints of an earlier run unless
+    keeps_earlier. ValueError where it cannot be gone on from.
     """
-    wanted = WORDS.get(wanted.lower(), wanted) if isinstance(wanted, str) else wanted
+    wanted = as_wanted(wanted)
     if wanted in (None, False):
-        _warn_of_earlier(output_dir, student)
+        earlier = checkpoints.checkpoints_in(Path(output_dir))
+        for folder in earlier:
+            check_same_student(folder, student)
+        if earlier and not keeps_earlier:
+            raise earlier_run(output_dir, earlier[-1])
+        if earlier:
+            logger.warning("%s", earlier_run(output_dir, earlier[-1]))
         return None
     if isinstance(wanted, str) and wanted != "auto":
         return _given(Path(wanted), output_dir, student, kind)
@@ -84,18 +96,24 @@ def _given(folder: Path, output_dir: str, student: nn.Module, kind: dict[str, An
     return str(folder)
 
 
-def _warn_of_earlier(output_dir: str, student: nn.Module) -> None:
-    """A new run among the checkpoints of an earlier one; refused if they are another model's."""
-    earlier = checkpoints.checkpoints_in(Path(output_dir))
-    for folder in earlier:
-        check_same_student(folder, student)
-    if earlier:
-        logger.warning(
-            "GOLDTrainer: %s holds %s of an earlier run, and this one starts from the beginning; "
-            "resume_from_checkpoint=True goes on from there, another output_dir keeps them apart.",
-            output_dir,
-            earlier[-1].name,
-        )
+def as_wanted(wanted: str | bool | None) -> str | bool | None:
+    """The words of a command line as what they mean."""
+    return WORDS.get(wanted.lower(), wanted) if isinstance(wanted, str) else wanted
+
+
+def earlier_run(output_dir: str, folder: Path) -> ValueError:
+    """A new run among the checkpoints of an earlier one: which is resumed, which is deleted?"""
+    return ValueError(
+        "GOLDTrainer: output_dir must hold no checkpoints of an earlier run where a new one "
+        f"begins, got {output_dir} with {folder.name}; resume_from_checkpoint=True goes on from "
+        "there, overwrite_output_dir=True deletes them, another output_dir keeps both."
+    )
+
+
+def delete_earlier(output_dir: str) -> None:
+    for folder in checkpoints.checkpoints_in(Path(output_dir)):
+        logger.warning("GOLDTrainer: deleting %s, as overwrite_output_dir says.", folder)
+        checkpoints.clear(folder)
 
 
 def check_same_student(folder: Path, student: nn.Module) -> None:

@@ -10,7 +10,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from gold_trainer import checkpoints
 from gold_trainer.config import GOLDConfig
-from gold_trainer.resuming import find_checkpoint, on_main_process
+from gold_trainer.resuming import as_wanted, delete_earlier, find_checkpoint, on_main_process
 from gold_trainer.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -31,12 +31,18 @@ def survive(
     lock = RunLock(output_dir)
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
+    # a run that saves none mixes none; one that trains on has made them
+    keeps_earlier = args.save_strategy == "no" or trainer.state.global_step > 0
+
     def start() -> str | None:
         lock.acquire()
+        if args.overwrite_output_dir and as_wanted(wanted) in (None, False):
+            delete_earlier(output_dir)
         return find_checkpoint(
             wanted,
             output_dir,
             trainer.accelerator.unwrap_model(trainer.model),
+            keeps_earlier=keeps_earlier,
             is_sharded=is_sharded,
             num_ranks=args.world_size,
         )
@@ -68,10 +74,13 @@ def _leave(trainer: "GOLDTrainer", error: BaseException) -> None:
     model: Any = trainer.model
     if can_save and state.global_step and not (folder / checkpoints.MARK).is_file():
         trainer.stopper.save_after(lambda: trainer._save_checkpoint(model, None))
-    if trainer.is_world_process_zero():
-        came = trainer.stopper.signal
+    came = trainer.stopper.signal
+    if trainer.is_world_process_zero() or came is None:
+        # of several ranks the one with the error says so: the others are ended, wherever they are
         name = type(error).__name__ if came is None else came.name
-        logger.warning("GOLDTrainer: %s in step %d; %s.", name, state.global_step + 1, _where(args))
+        rank = f", rank {args.process_index}" if args.world_size > 1 else ""
+        step = state.global_step + 1
+        logger.warning("GOLDTrainer: %s in step %d%s; %s.", name, step, rank, _where(args))
     if trainer.stopper.signal == signal.SIGTERM and isinstance(error, Exception):
         # processes that were ended beside this one, a data loader's worker for instance
         raise SystemExit(128 + signal.SIGTERM) from error

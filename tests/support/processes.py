@@ -20,10 +20,17 @@ def run_step(
 ) -> dict[str, Any]:
     """What the script's first process left in state.pt."""
     output_dir.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), "-m", f"support.{script}"]
-    command += [str(output_dir), str(batch_size), str(accumulation)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS)
+    done = start_ranks(script, processes, str(output_dir), str(batch_size), str(accumulation))
     assert done.returncode == 0, done.stderr
     return torch.load(output_dir / "state.pt")
+
+
+def start_ranks(
+    script: str, processes: int, *args: str, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), "-m", f"support.{script}", *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=TESTS, timeout=timeout
+    )

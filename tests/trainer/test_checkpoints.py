@@ -167,10 +167,38 @@ def test_adapter_does_not_go_on_from_whole_weights(stopped):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_new_run_among_earlier_checkpoints_says_so(stopped, caplog):
-    with caplog.at_level(logging.WARNING):
-        run(stopped, max_steps=1, save_strategy="no")
-    assert "holds checkpoint-3 of an earlier run" in caplog.text
+@pytest.mark.parametrize("resume", [None, False, "false"])
+def test_new_run_among_checkpoints_of_an_earlier_one_is_refused_with_the_ways_on(resume, stopped):
+    trainer = make_trainer(stopped, ROWS, **SAVING)
+    message = "with checkpoint-3; resume_from_checkpoint=True .* overwrite_output_dir=True deletes"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=resume)
+    assert len(checkpoints.checkpoints_in(stopped)) == 3
+    assert not (stopped / run_lock.NAME).exists()
+
+
+def test_new_run_deletes_the_checkpoints_of_an_earlier_one_where_it_is_told_to(stopped, caplog):
+    (stopped / "notes.txt").write_text("mine")
+    run(stopped, overwrite_output_dir=True, max_steps=1)
+    assert [path.name for path in checkpoints.checkpoints_in(stopped)] == ["checkpoint-1"]
+    assert f"deleting {stopped / 'checkpoint-3'}" in caplog.text
+    assert (stopped / "notes.txt").exists()
+
+
+def test_resumed_run_deletes_nothing(stopped, whole):
+    assert_same_run(run(stopped, resume=True, overwrite_output_dir=True), whole[0])
+    assert (stopped / "checkpoint-1").is_dir()
+
+
+def test_new_run_that_saves_no_checkpoint_says_whose_are_there(stopped, caplog):
+    run(stopped, max_steps=1, save_strategy="no")
+    assert "no checkpoints of an earlier run" in caplog.text and "checkpoint-3" in caplog.text
+
+
+def test_trainer_that_trains_on_is_not_refused_its_own_checkpoints(tmp_path):
+    trainer = run(tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_second_run_in_a_folder_is_refused_with_the_first_ones_process(tmp_path):
