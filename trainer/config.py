@@ -23,7 +23,9 @@ from gold_trainer.uld_config import ULDFields
 
 
 @dataclass
-class GOLDConfig(RunFields, LossFields, ULDFields, RowFields, TrainingArguments):
+class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has run
+    RunFields, LossFields, ULDFields, RowFields, TrainingArguments
+):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
     The default loss is the generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is

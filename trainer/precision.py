@@ -21,7 +21,7 @@ def is_checkpointing_open(args: Any) -> bool:
 
 
 def choose_precision(args: "GOLDConfig") -> None:
-    """bfloat16 where the device has it, unless fp16 or a launcher's mixed precision is asked for."""
+    """bfloat16 where the device has it, unless fp16 or a launcher's precision is asked for."""
     if args.bf16 is None:
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         is_open = not args.fp16 and launcher == "no"
@@ -30,8 +30,10 @@ def choose_precision(args: "GOLDConfig") -> None:
 
 def choose_checkpointing(args: "GOLDConfig") -> None:
     """On, unless FSDP has its own: both would compute activations a third time."""
-    own = args.fsdp_config.get("activation_checkpointing") if args.fsdp_config else None
-    own = own or os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "")
+    config: Any = args.fsdp_config or {}
+    own = config.get("activation_checkpointing") or os.environ.get(
+        "FSDP_ACTIVATION_CHECKPOINTING", ""
+    )
     _set_checkpointing(args, str(own).lower() not in ("1", "true"))
 
 

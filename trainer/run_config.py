@@ -23,11 +23,11 @@ class RunFields:
             "choices": ON_NONFINITE,
         },
     )
-    bf16: bool | None = field(  # type: ignore[assignment]  # a bool once __post_init__ has run
+    bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute in bfloat16, beside weights of any dtype (mixed precision). None: on a "
-            "GPU that has it, unless fp16 is set.",
+            "help": "Compute in bfloat16, beside weights of any dtype (mixed precision). None: on "
+            "where the device has it, unless fp16 is set; never on a CPU.",
             "nargs": "?",
             "const": True,
         },
@@ -35,8 +35,8 @@ class RunFields:
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute activations again in the backward pass, in place of keeping them: less "
-            "memory, about a fifth more time. None: on, where the model can.",
+            "help": "Compute activations again in the backward pass, in place of keeping them: "
+            "less memory, about a fifth more time. None: on, where the model can.",
             "nargs": "?",
             "const": True,
         },

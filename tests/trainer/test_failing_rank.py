@@ -1,4 +1,4 @@
-"""An error that one of two processes meets ends both, and each says which checkpoint is the last."""
+"""An error that one of two processes meets ends both, and names the last checkpoint."""
 
 from gold_trainer import checkpoints
 from support.processes import start_ranks

@@ -78,7 +78,7 @@ def test_model_that_has_no_checkpointing_trains_without(tmp_path, monkeypatch, c
         trainer = make(tmp_path, **options)
     assert not trainer.args.gradient_checkpointing
     assert "LlamaForCausalLM has no gradient checkpointing" in caplog.text
-    with pytest.raises(ValueError, match="does not support .* checkpointing"):
+    with pytest.raises(ValueError, match=r"does not support .* checkpointing"):
         make(tmp_path, gradient_checkpointing=True, **options)
 
 
