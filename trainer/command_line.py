@@ -18,6 +18,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.config_file import read_mapping
 from gold_trainer.data_files import DataArguments, load_rows
 from gold_trainer.field_checks import check_fields
+from gold_trainer.file_streams import load_stream
 from gold_trainer.flags import own_groups, remedy
 from gold_trainer.resuming import as_wanted, earlier_run
 
@@ -138,8 +139,9 @@ def train(argv: list[str]) -> None:
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
     config.model_init_kwargs = _student_options(model_args) | given
     needs_eval = config.eval_strategy != "no"
-    train_rows = load_rows(data_args, "train")
-    eval_rows = load_rows(data_args, "eval") if needs_eval else None
+    load = load_stream if data_args.dataset_streaming else load_rows
+    train_rows = load(data_args, "train")
+    eval_rows = load(data_args, "eval") if needs_eval else None
 
     from gold_trainer.trainer import GOLDTrainer  # slow to import: after the checks
 

@@ -48,6 +48,13 @@ class DataArguments:
         default=None,
         metadata={"help": "Dataset to evaluate on, with eval_strategy; default: dataset_name."},
     )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read rows one after the other, in the order of the files, in place of loading "
+            "them first. Needs max_steps."
+        },
+    )
     prompt_column: str | None = field(
         default=None,
         metadata={
@@ -110,22 +117,26 @@ class MappedRows(torch.utils.data.Dataset):
         return MappedRows(rows, self.folder, replace(args, image_column=None))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.rows[index])
-        args = self.data_args
-        named = {"prompt": args.prompt_column, "completion": args.completion_column}
-        if args.image_column is not None:
-            named["images"] = args.image_column
-        taken = {
-            name: _take(row, column, index) for name, column in named.items() if column is not None
-        }
-        if args.prompt_column is not None:
-            row.pop("messages", None)  # which would win over the column that was asked for
-        row |= taken
-        if args.text_as_messages or args.system_prompt is not None:
-            _text_as_messages(row)
-        if args.system_prompt is not None:
-            _prepend_system(row, args.system_prompt)
-        return row
+        return named_columns(self.rows[index], self.data_args, index)
+
+
+def named_columns(columns: Mapping[str, Any], args: DataArguments, index: int) -> dict[str, Any]:
+    """A row under the names that the trainer knows; the dataset's own stays as it is."""
+    row = dict(columns)
+    named = {"prompt": args.prompt_column, "completion": args.completion_column}
+    if args.image_column is not None:
+        named["images"] = args.image_column
+    taken = {
+        name: _take(row, column, index) for name, column in named.items() if column is not None
+    }
+    if args.prompt_column is not None:
+        row.pop("messages", None)  # which would win over the column that was asked for
+    row |= taken
+    if args.text_as_messages or args.system_prompt is not None:
+        _text_as_messages(row)
+    if args.system_prompt is not None:
+        _prepend_system(row, args.system_prompt)
+    return row
 
 
 def _take(row: dict[str, Any], column: str, index: int) -> Any:
@@ -157,8 +168,10 @@ def _prepend_system(row: dict[str, Any], text: str) -> None:
         row["system"] = text
 
 
-def load_rows(data_args: DataArguments, purpose: Literal["train", "eval"]) -> MappedRows:
-    """Rows of the dataset and split that data_args name for this purpose."""
+def source_of(
+    data_args: DataArguments, purpose: Literal["train", "eval"]
+) -> tuple[str, str, Path | None]:
+    """Name and split of the dataset for this purpose, and its path unless it is a hub id."""
     name, split = data_args.dataset_name, data_args.dataset_train_split
     if purpose == "eval":
         name, split = data_args.eval_dataset_name or name, data_args.dataset_test_split
@@ -167,44 +180,57 @@ def load_rows(data_args: DataArguments, purpose: Literal["train", "eval"]) -> Ma
             "load_rows: dataset_name must be a hub id or a path, got None; set dataset_name."
         )
     path = Path(name).expanduser()
-    if path.is_dir():
-        rows, folder = _load_folder(path, split), path
-    elif path.is_file():
+    if path.is_file():
         # a file of its own for evaluation may go by the default name of that split
         is_own = purpose == "eval" and data_args.eval_dataset_name is not None
-        rows, folder = _load_file(path, split, is_own), path.parent
-    elif path.suffix in (*JSON_SUFFIXES, *BUILDERS) or name.startswith((".", "/", "~")):
-        raise ValueError(f"dataset {name}: no such file or folder")
+        _check_file(path, split, is_own)
+    elif not path.is_dir():
+        if path.suffix in (*JSON_SUFFIXES, *BUILDERS) or name.startswith((".", "/", "~")):
+            raise ValueError(f"dataset {name}: no such file or folder")
+        return name, split, None
+    return name, split, path
+
+
+def load_rows(data_args: DataArguments, purpose: Literal["train", "eval"]) -> MappedRows:
+    """Rows of the dataset and split that data_args name for this purpose."""
+    name, split, path = source_of(data_args, purpose)
+    if path is None:
+        rows, folder = load_split(name, split, name=data_args.dataset_config), None
+    elif path.is_dir():
+        rows, folder = _load_folder(path, split), path
     else:
-        rows, folder = _load_split(name, split, name=data_args.dataset_config), None
+        rows, folder = _load_file(path, split), path.parent
     if len(rows) == 0:
         raise ValueError(f"dataset {name}: split {split!r} has no rows")
     return MappedRows(rows, folder, data_args)
 
 
-def _load_file(path: Path, split: str, is_own: bool) -> Sequence[dict[str, Any]]:
-    """Of a file whose rows are the split train, and test as well where it is its own."""
+def _check_file(path: Path, split: str, is_own: bool) -> None:
+    """The rows of a file are the split train, and test as well where it is its own."""
     if path.suffix not in (*JSON_SUFFIXES, *BUILDERS):
         raise ValueError(
             f"dataset {path}: unknown format {path.suffix!r}; expected a folder or a file "
             f"ending in {', '.join((*JSON_SUFFIXES, *BUILDERS))}"
         )
     names = ["train", *(["test", "validation"] if is_own else []), path.stem]
-    bases = _split_names(split)
-    if not set(bases) <= set(names):
+    if not set(split_names(split)) <= set(names):
         raise ValueError(
             f"dataset {path}: a single file has the split 'train', got {split!r}; take a slice, as "
             "'train[:90%]', and to evaluate set eval_dataset_name or dataset_test_split to "
             "another one, or eval_strategy to 'no'"
         )
+
+
+def _load_file(path: Path, split: str) -> Sequence[dict[str, Any]]:
+    bases = split_names(split)
     if path.suffix in JSON_SUFFIXES:
-        return _sliced(dict.fromkeys(bases, _read_json(path)), split, path)
+        return _sliced(dict.fromkeys(bases, read_json(path)), split, path)
     files = dict.fromkeys(bases, str(path))
-    options = _csv_options(path) if path.suffix == ".csv" else {}
-    return _load_split(BUILDERS[path.suffix], split, data_files=files, **options)
+    options = csv_options(path) if path.suffix == ".csv" else {}
+    return load_split(BUILDERS[path.suffix], split, data_files=files, **options)
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
+def csv_options(path: Path) -> dict[str, Any]:
     """Cells as they are written: else 007 becomes the number 7, and the answer None nothing."""
     with path.open(encoding="utf-8", newline="") as file:
         header = next(csv.reader(file), [])
@@ -222,22 +248,22 @@ def _load_folder(path: Path, split: str) -> Sequence[dict[str, Any]]:
             return _sliced({"train": saved}, split, path)
         return _sliced(saved, split, path)
     files = {file.stem: file for suffix in JSON_SUFFIXES for file in path.glob(f"*{suffix}")}
-    bases = _split_names(split)
+    bases = split_names(split)
     if bases and set(bases) <= set(files):
-        return _sliced({base: _read_json(files[base]) for base in bases}, split, path)
+        return _sliced({base: read_json(files[base]) for base in bases}, split, path)
     if any((path / f"metadata{suffix}").exists() for suffix in (".jsonl", ".csv", ".parquet")):
-        return _load_split("imagefolder", split, data_dir=str(path))
-    return _load_split(str(path), split)
+        return load_split("imagefolder", split, data_dir=str(path))
+    return load_split(str(path), split)
 
 
-def _split_names(split: str) -> list[str]:
+def split_names(split: str) -> list[str]:
     """Of a split's text, as train[:5%] or train+test: the names in it."""
     return list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
 
 
 def _sliced(splits: Mapping[str, Any], split: str, path: Path) -> Sequence[dict[str, Any]]:
     """The rows that a split's text names, as datasets reads it."""
-    if not set(_split_names(split)) <= set(splits):
+    if not set(split_names(split)) <= set(splits):
         raise ValueError(f"dataset {path}: no split {split!r}; it has {', '.join(splits)}")
     lengths = {name: len(rows) for name, rows in splits.items()}
     try:
@@ -254,14 +280,15 @@ def _sliced(splits: Mapping[str, Any], split: str, path: Path) -> Sequence[dict[
     return [rows[i] for rows, span in parts for i in span]
 
 
-def _load_split(builder: str, split: str, **options: Any) -> datasets.Dataset:
+def load_split(builder: str, split: str, **options: Any) -> Any:
+    """A datasets.Dataset, or with streaming=True an IterableDataset."""
     try:
         return datasets.load_dataset(builder, split=split, **options)
     except (datasets.exceptions.DatasetsError, ValueError, AssertionError) as error:
         raise ValueError(f"dataset {builder}: {error}") from error
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
+def read_json(path: Path) -> list[dict[str, Any]]:
     """A list of rows, or one row a line; in memory, pictures by path."""
     text = path.read_text(encoding="utf-8")
     try:

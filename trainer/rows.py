@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from gold_trainer.columns import as_conversation
 from gold_trainer.data_files import MappedRows
+from gold_trainer.file_streams import MappedStream
 from gold_trainer.messages import (
     Message,
     Messages,
@@ -89,11 +90,12 @@ class RowReader:
                 "RowDataset: ignore_columns must be a list of names, got the text "
                 f"{ignore_columns!r}; write [{ignore_columns!r}]."
             )
-        folder = rows.folder if isinstance(rows, MappedRows) else None
+        is_mapped = isinstance(rows, MappedRows | MappedStream)
+        folder = rows.folder if is_mapped else None
         if picture_folder is not None:
             folder = Path(picture_folder)
         if is_table is None:
-            raw = rows.rows if isinstance(rows, MappedRows) else rows
+            raw = rows.rows if is_mapped else rows
             is_table = isinstance(raw, datasets.Dataset | datasets.IterableDataset)
         return cls(
             needs_completion,

@@ -33,6 +33,8 @@ class RowStream(IterableDataset):
             except StopIteration:
                 return
             except Exception as error:  # of the stream's own code, which may decode pictures here
+                if isinstance(error, ValueError) and str(error).startswith("row "):
+                    raise
                 raise ValueError(
                     f"row {index}: the stream cannot be read on ({error}); mend or filter the row."
                 ) from error
@@ -66,7 +68,7 @@ def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
     if args.max_steps <= 0:
         raise ValueError(
             "GOLDTrainer: max_steps must be set for a streaming dataset, whose length nobody "
-            f"knows, got {args.max_steps}; set it, or load the dataset without streaming."
+            f"knows, got {args.max_steps}; set it, or load the dataset without dataset_streaming."
         )
     if args.num_generations > 1:
         raise ValueError(
