@@ -8,7 +8,7 @@ B sequences, L positions (L_s, L_t), N scored rows of a side (N_s, N_t), G align
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gold_kernels import TokenAlignment
 from gold_trainer.rendering import Frames, Piece
+from gold_trainer.row_errors import BadRow
 from gold_trainer.rows import name_of
 
 NO_FRAMES = Frames()
@@ -27,7 +28,7 @@ class Example:
 
     index: int  # row of the dataset
     prompt_text: str
-    prompt_length: int  # tokens, image tokens included
+    prompt_length: int  # tokens, image tokens included; of a prompt that is cut, its last ones
     images: list[Image.Image]
     completion_ids: list[int] | None
     # Those of the tokenizer, in front of the prompt and behind it; None: unless the text has them.
@@ -38,6 +39,8 @@ class Example:
     # Text and length, where the template writes something else before the known answer.
     generation_prompt: tuple[str, int] | None = None
     turn: int | None = None  # of the row, where every turn is an example of its own
+    is_cut: bool = False  # of the prompt the last prompt_length tokens are seen
+    is_blank: bool = False  # no row: in the place of a micro-batch of which none is left
 
     @property
     def where(self) -> str:
@@ -85,10 +88,15 @@ class WindowBatch:
     teacher_examples: list[Example]  # the same list where one tokenizer serves both sides
     alignment: BatchAlignment | None = None  # with two tokenizers, once completions are known
     source: str = "dataset"  # who wrote the completions: "student", "teacher" or "dataset"
+    skipped: list[BadRow] = field(default_factory=list)  # rows that were left out of it
 
     @property
     def is_on_policy(self) -> bool:
         return self.source == "student"
+
+    @property
+    def is_blank(self) -> bool:
+        return all(example.is_blank for example in self.examples)
 
 
 class ModelInputs(NamedTuple):
@@ -120,4 +128,4 @@ class MicroBatch:
 
     @property
     def num_completions(self) -> int:
-        return len(self.student.examples)
+        return sum(not example.is_blank for example in self.student.examples)

@@ -22,6 +22,7 @@ from gold_trainer.answer_texts import CONTENT, frame_for
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.in_context import InContext
 from gold_trainer.rendering import Piece, Processor, Renderer
+from gold_trainer.row_errors import BadPicture, LongPrompt
 from gold_trainer.rows import Row
 
 IGNORE_INDEX = -100
@@ -46,6 +47,7 @@ class GOLDCollator:
         max_length: int | None,
         placeholder_ids: Sequence[int] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,  # a row's own win
+        cut_to: int | None = None,  # last tokens that are kept of a prompt without room; None: none
     ):
         self.processor = processor
         self.tokenizer = tokenizer_of(processor)
@@ -56,7 +58,7 @@ class GOLDCollator:
         # is not what a template ends a turn with.
         self.end_ids = frozenset((*end_ids, end_of_turn_id))
         self.in_context = InContext(self.tokenizer, self.end_ids, end_of_turn_id)
-        self.max_length = max_length
+        self.max_length, self.cut_to = max_length, cut_to
         self.placeholder_ids = frozenset(placeholder_ids)  # of pictures: not in a text
         names = self.tokenizer.convert_ids_to_tokens(sorted(self.placeholder_ids))
         self.placeholders = [name for name in names if name is not None]
@@ -73,6 +75,15 @@ class GOLDCollator:
         examples = [self.example(row) for row in rows]
         return WindowBatch(examples, examples)
 
+    def blank(self, index: int) -> WindowBatch:
+        """A micro-batch of which no row is left: nothing in it is scored."""
+        examples = [self.blank_example(index)]
+        return WindowBatch(examples, examples)
+
+    def blank_example(self, index: int) -> Example:
+        text = str(self.tokenizer.eos_token)
+        return Example(index, text, 1, [], [], adds_special_tokens=False, is_blank=True)
+
     def example(self, row: Row) -> Example:
         if isinstance(row.prompt, str):
             prompt = row.prompt
@@ -83,9 +94,13 @@ class GOLDCollator:
             answer = row.answer or {"role": "assistant", "content": row.completion}
             prompt, pieces = self.renderer.answered(row, answer)
         has_special = self._adds_special_tokens(row, prompt)
-        length = self._prompt_length(row, prompt, has_special)
+        length, is_cut = self._prompt_length(row, prompt, has_special)
         self._refuse_placeholders(row)
-        example = Example(row.index, prompt, length, row.images, None, has_special, turn=row.turn)
+        example = Example(
+            *(row.index, prompt, length, row.images, None, has_special),
+            turn=row.turn,
+            is_cut=is_cut,
+        )
         if pieces is None:
             return example
         ids = self.in_context.ids(prompt, pieces)[: self.room(example)]
@@ -103,8 +118,9 @@ class GOLDCollator:
         prompt = self.renderer.prompt(row)
         if prompt == example.prompt_text:
             return example
-        length = self._prompt_length(row, prompt, self._adds_special_tokens(row, prompt))
-        return replace(example, generation_prompt=(prompt, length))
+        length, is_cut = self._prompt_length(row, prompt, self._adds_special_tokens(row, prompt))
+        is_cut |= example.is_cut
+        return replace(example, generation_prompt=(prompt, length), is_cut=is_cut)
 
     def with_frames(self, row: Row, example: Example) -> Example:
         """The example with what the template writes around answers of its row."""
@@ -125,7 +141,7 @@ class GOLDCollator:
             frame = frame.visible(self.in_context.special)
             pieces, prompt = frame.pieces(texts), frame.prompt
         length = example.prompt_length
-        if prompt != example.prompt_text:
+        if prompt != example.prompt_text and not example.is_cut:
             length += self.in_context.length(prompt) - self.in_context.length(example.prompt_text)
         example = replace(example, prompt_text=prompt, prompt_length=length)
         ids = self.in_context.ids(prompt, pieces, is_ended=is_ended)
@@ -133,7 +149,7 @@ class GOLDCollator:
 
     def room(self, example: Example) -> int | None:
         """Tokens that max_length leaves a completion."""
-        return None if self.max_length is None else self.max_length - example.prompt_length
+        return None if self.max_length is None else max(0, self.max_length - example.prompt_length)
 
     def _adds_special_tokens(self, row: Row, prompt: str) -> bool:
         """As apply_chat_template(tokenize=True) has it: tokenizers take a template's text as it is,
@@ -143,11 +159,14 @@ class GOLDCollator:
             return False
         return not _has_bos(self.tokenizer, prompt)
 
-    def _prompt_length(self, row: Row, prompt: str, adds_special_tokens: bool) -> int:
+    def _prompt_length(
+        self, row: Row, prompt: str, adds_special_tokens: bool
+    ) -> tuple[int, bool]:  # and whether the prompt is cut to it
         try:
             length = prompt_length(self.processor, prompt, row.images, adds_special_tokens)
         except Exception as error:  # a strip makes LFM2-VL's raise torch's RuntimeError
-            raise ValueError(
+            kind = BadPicture if row.images else ValueError
+            raise kind(
                 f"{row.where}: the processor refuses the prompt {prompt[:80]!r} with "
                 f"{len(row.images)} pictures of {[image.size for image in row.images]} ({error}); "
                 "look for a picture's placeholder written into the text, and for odd shapes."
@@ -158,12 +177,14 @@ class GOLDCollator:
                 "after which nothing predicts the completion; drop the row or give it a prompt."
             )
         if self.max_length is not None and length >= self.max_length:
-            raise ValueError(
+            if self.cut_to is not None:
+                return self.cut_to, True
+            raise LongPrompt(
                 f"{row.where}: the prompt has {length} tokens with {len(row.images)} pictures, "
                 f"max_length={self.max_length} leaves no room for a completion; raise max_length "
-                "or make the pictures smaller."
+                "or make the pictures smaller, or set on_long_prompt."
             )
-        return length
+        return length, False
 
     def _refuse_placeholders(self, row: Row) -> None:
         """Text of a turn that a processor would take for a picture, or a model would look for one
@@ -248,6 +269,24 @@ def process_prompts(
     )
 
 
+def cut_prompts(
+    processor: Processor, inputs: dict[str, Tensor], examples: Sequence[Example]
+) -> dict[str, Tensor]:
+    """The left-padded inputs with the last tokens alone of prompts that are cut."""
+    if not any(example.is_cut for example in examples):
+        return inputs
+    shape = inputs["input_ids"].shape
+    texts = {name for name, tensor in inputs.items() if tensor.shape == shape}
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    for b, example in enumerate(examples):
+        if example.is_cut:
+            lengths[b] = min(lengths[b], example.prompt_length)
+            for name in texts:
+                fill = tokenizer_of(processor).pad_token_id if name == "input_ids" else 0
+                inputs[name][b, : shape[1] - lengths[b]] = fill
+    return {n: t[:, shape[1] - max(lengths) :] if n in texts else t for n, t in inputs.items()}
+
+
 def _has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
 
@@ -276,6 +315,7 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
         [e.images for e in examples],
         [e.adds_special_tokens for e in examples],
     )
+    prompts = cut_prompts(processor, prompts, examples)
     shape = prompts["input_ids"].shape
     prompt_lengths = prompts["attention_mask"].sum(1).tolist()
     lengths = [p + len(e.written_ids) for p, e in zip(prompt_lengths, examples, strict=True)]

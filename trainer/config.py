@@ -116,6 +116,13 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         default=None, metadata={"help": "Rows of that table; None: the whole micro-batch."}
     )
 
+    @property
+    def cut_to(self) -> int | None:
+        """How many last tokens are kept of a prompt that leaves no room; None: none are."""
+        if self.on_long_prompt != "truncate_left" or self.max_length is None:
+            return None
+        return self.max_length - self.max_completion_length
+
     def __post_init__(self) -> None:
         self._check()  # before TrainingArguments touches devices or folders
         self.is_checkpointing_chosen = is_checkpointing_open(self)  # here, and not by the user

@@ -30,15 +30,31 @@ class RowDataset(torch.utils.data.Dataset):
             )
         self.reader = RowReader.of(rows, **options)
         self.rows = undecoded(rows)
+        self.first_index = 0  # of those that can be read
         if has_shape(self.reader.columns(_columns(self.rows, 0))):
             names = rows.column_names() if isinstance(rows, MappedRows) else names_of(rows)
             refuse_unused_columns(n for n in names if n not in self.reader.ignore_columns)
         self.turns = self._turns() if self.reader.train_on == "all" else None
 
+    def first(self, *, skips_bad: bool) -> Row:
+        """The first row, or the first that can be read; ValueError where there is none."""
+        refused: ValueError | None = None
+        for index in range(len(self)):
+            try:
+                row = self[index]
+            except ValueError as error:
+                refused = refused or error
+                if not skips_bad:
+                    raise
+            else:
+                self.first_index = index
+                return row
+        raise ValueError(f"no row can be used; the first: {refused}") from refused
+
     @property
     def description(self) -> str:
         """What the first row is, and so how it reaches the model."""
-        if isinstance(self[0].prompt, str):
+        if isinstance(self[self.first_index].prompt, str):
             return "plain text, as it stands: no chat template is applied"
         if self.turns is not None:
             return (
@@ -57,6 +73,10 @@ class RowDataset(torch.utils.data.Dataset):
         if self.turns is not None:
             index, turn = self.turns[index].tolist()
         return self.reader.row(self.reader.columns(_columns(self.rows, index)), index, turn)
+
+    def row_of(self, index: int) -> int:
+        """The dataset's row that an example is of."""
+        return index if self.turns is None else int(self.turns[index, 0])
 
     def _turns(self) -> torch.Tensor:  # (examples, 2): row, turn
         """Counted from the conversations alone: a table's pictures are not read."""
@@ -95,17 +115,20 @@ def _columns(rows: Any, index: int) -> Any:
         ) from error
 
 
-def as_rows(dataset: Any, *, has_chat_template: bool = False, **options: Any) -> Any:
+def as_rows(
+    dataset: Any, *, has_chat_template: bool = False, skips_bad: bool = False, **options: Any
+) -> Any:
     """The dataset, or each dataset of a dict, read as Rows with these options of RowReader."""
     if isinstance(dataset, dict):
         return {
-            name: as_rows(part, has_chat_template=has_chat_template, **options)
+            name: as_rows(part, has_chat_template=has_chat_template, skips_bad=skips_bad, **options)
             for name, part in dataset.items()
         }
     if dataset is None or isinstance(dataset, RowDataset):
         return dataset
     rows = RowDataset(dataset, **options)
-    first = rows[0]  # columns that do not fit show before weights are read and folders made
+    # columns that do not fit show before weights are read and folders made
+    first = rows.first(skips_bad=skips_bad)
     if not isinstance(first.prompt, str):
         logger.info(f"rows are {rows.description}")
     elif has_chat_template:

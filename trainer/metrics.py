@@ -1,5 +1,6 @@
 """Metrics of a logging window, summed on the device and read once per log."""
 
+import math
 import time
 
 import torch
@@ -75,6 +76,8 @@ class MetricWindow:
             dict(zip(names, row, strict=True)) for row in (rows.sum(0).tolist(), *rows.tolist())
         )
         result = self.objective.means(total)
+        if not total["tokens"]:  # a mean over nothing is no loss to choose a checkpoint by
+            result["loss"] = math.nan
         for policy, row in zip(POLICIES, policies, strict=True):
             if row["tokens"]:
                 result[f"{policy}_loss"] = self.objective.means(row)["loss"]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from gold_trainer.config import GOLDConfig
 
-TEACHER, LOSS, GRADIENT, STOP = range(4)  # places of the flags
+TEACHER, LOSS, GRADIENT, STOP, EMPTY = range(5)  # places of the flags
 SIDES = {
     TEACHER: "the teacher's hidden states",
     LOSS: "the student's loss",
@@ -37,7 +37,7 @@ class NonFiniteError(FloatingPointError):
 class Verdict:
     """What all ranks do with the step."""
 
-    is_skipped: bool = False
+    is_skipped: bool = False  # of NaN or inf, or because all its rows were left out
     must_stop: bool = False  # one of the ranks was asked to end
 
 
@@ -47,6 +47,8 @@ class NonFiniteGuard:
     def __init__(self, args: GOLDConfig, accelerator: Accelerator) -> None:
         self.args, self.accelerator = args, accelerator
         self.can_skip = args.on_nonfinite == "skip"
+        self.can_be_empty = bool(args.skipped_reasons)
+        self.num_items: Tensor | None = None  # (2,) of the window, what its loss is a mean over
         self.start()
         self.start_log()
 
@@ -57,7 +59,7 @@ class NonFiniteGuard:
         self.losses: list[Tensor] = []
 
     def start_log(self) -> None:
-        self.skipped = self.accepted = 0
+        self.skipped = self.empty = self.accepted = 0
         self.accepted_loss = torch.zeros((), device=self.args.device)
 
     def add(self, rows: Iterable[int], teacher_is_bad: Tensor, loss: Tensor) -> None:
@@ -74,13 +76,15 @@ class NonFiniteGuard:
         taken and may not be left out.
         """
         device = self.args.device
-        bad = torch.zeros(4, device=device)
+        bad = torch.zeros(5, device=device)
         if self.flags:
             bad[:2] = torch.stack([flags.to(device) for flags in self.flags]).any(0)
         # a scaler of float16 gradients meets inf as a matter of course, and skips the step itself
         if grad_norm is not None and self.accelerator.scaler is None:
             bad[GRADIENT] = ~torch.isfinite(_whole(torch.as_tensor(grad_norm))).to(device)
         bad[STOP] = float(wants_stop)
+        if self.can_be_empty and self.num_items is not None:
+            bad[EMPTY] = self.num_items.sum() == 0
         counts = self.accelerator.reduce(bad, reduction="sum").tolist()
         verdict = Verdict(any(counts[:STOP]), must_stop=counts[STOP] > 0)
         if verdict.is_skipped:
@@ -88,7 +92,10 @@ class NonFiniteGuard:
             if weights_are_bad or not self.can_skip:
                 raise self._error(step, counts, weights_are_bad)
             self.skipped += 1
-        elif self.can_skip and self.losses:
+        elif counts[EMPTY]:  # nothing was learnt: momentum and decay move no weight either
+            self.empty += 1
+            verdict.is_skipped = True
+        elif (self.can_skip or self.can_be_empty) and self.losses:
             self.accepted += 1
             self.accepted_loss = self.accepted_loss + torch.stack(self.losses).sum()
         return verdict
@@ -118,10 +125,8 @@ class NonFiniteGuard:
 
     def logs(self) -> dict[str, float]:
         """What a log says of steps left out; the mean loss is that of the others."""
-        if not self.can_skip:
-            return {}
-        logs = {"nonfinite_steps": float(self.skipped)}
-        if self.skipped:
+        logs = {"nonfinite_steps": float(self.skipped)} if self.can_skip else {}
+        if self.skipped or self.empty:
             loss = self.accelerator.reduce(self.accepted_loss, reduction="mean").item()
             logs["loss"] = loss / self.accepted if self.accepted else float("nan")
         self.start_log()

@@ -18,6 +18,7 @@ from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_trainer.answer_texts import AnswerTexts, of_pieces, of_sample
 from gold_trainer.batches import BatchAlignment, Example, WindowBatch
 from gold_trainer.collator import GOLDCollator, tokenizer_with_template
+from gold_trainer.row_errors import renamed
 from gold_trainer.rows import Row
 from gold_trainer.uld_config import ULDFields
 
@@ -165,12 +166,18 @@ class PairCollator:
             return batch
         return self.with_student_completions(batch, examples)
 
+    def blank(self, index: int) -> WindowBatch:
+        """See GOLDCollator.blank."""
+        sides = self.student.blank_example(index), self.teacher.blank_example(index)
+        alignment = BatchAlignment(self.pairs.aligner.align([], []), [None])
+        return WindowBatch([sides[0]], [sides[1]], alignment)
+
     def _teacher_example(self, row: Row) -> Example:
         try:
             example = self.teacher.example(replace(row, completion=None))
             return self.teacher.with_frames(row, example)
         except ValueError as error:
-            raise ValueError(f"on the teacher's side, {error}") from error
+            raise renamed(error, f"on the teacher's side, {error}") from error
 
     def with_student_completions(self, batch: WindowBatch, examples: list[Example]) -> WindowBatch:
         """The batch with these examples of the student, sampled or known."""

@@ -80,6 +80,15 @@ def refuse_unusable(
         )
 
 
+def refuse_cut_pictures(args: GOLDConfig, is_text: bool) -> None:
+    if args.on_long_prompt == "truncate_left" and not is_text:
+        raise ValueError(
+            "GOLDTrainer: on_long_prompt must be 'error' or 'skip' for a vision-language student, "
+            "got 'truncate_left', which would cut prompts through their pictures; set 'skip', or "
+            "raise max_length."
+        )
+
+
 def refuse_reports(args: GOLDConfig) -> None:
     """A package that is missing shows before models are loaded."""
     available = get_available_reporting_integrations()

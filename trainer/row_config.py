@@ -1,10 +1,12 @@
-"""Fields of GOLDConfig for rows: columns that are left out, and pictures that are let in."""
+"""Fields of GOLDConfig for rows: columns to leave out, pictures to let in, rows that are bad."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gold_trainer.row_errors import REASONS
 
 TRAIN_ON = ("last", "all")
 # Arguments of apply_chat_template that are the trainer's own, and what says the same here.
@@ -22,6 +24,9 @@ RESERVED = {
         "nothing",
     ),
 }
+
+ON_BAD_ROW = ("error", "skip")
+ON_LONG_PROMPT = ("error", "skip", "truncate_left")
 
 
 @dataclass
@@ -55,6 +60,30 @@ class RowFields:
             "anywhere."
         },
     )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "A row that cannot be used: error stops; skip leaves it out and counts it in "
+            "the log by its reason.",
+            "choices": ON_BAD_ROW,
+        },
+    )
+    on_long_prompt: str = field(
+        default="error",
+        metadata={
+            "help": "A prompt of max_length tokens or more: error makes its row one that cannot be "
+            "used; skip leaves the row out and counts it; truncate_left keeps the last max_length "
+            "- max_completion_length tokens, of text only.",
+            "choices": ON_LONG_PROMPT,
+        },
+    )
+
+    @property
+    def skipped_reasons(self) -> tuple[str, ...]:
+        """Why a row may be left out."""
+        if self.on_bad_row == "skip":
+            return REASONS
+        return ("long_prompt",) if self.on_long_prompt == "skip" else ()
 
     def check_rows(self) -> None:
         kwargs: Any = getattr(self, "chat_template_kwargs", None)

@@ -28,6 +28,7 @@ from gold_trainer.messages import (
 )
 from gold_trainer.pictures import MAX_PIXELS, PictureReader
 from gold_trainer.row_config import refuse_reserved
+from gold_trainer.row_errors import BadRow, NoAnswer, renamed
 from gold_trainer.turns import Conversation, read_conversation
 
 logger = logging.get_logger(__name__)
@@ -112,11 +113,18 @@ class RowReader:
             return columns
         return {k: v for k, v in columns.items() if k not in self.ignore_columns}
 
-    def rows(self, columns: Any, index: int) -> Iterator[Row]:
+    def rows(
+        self, columns: Any, index: int, *, is_tolerant: bool = False
+    ) -> Iterator[Row | BadRow]:
         """Of every turn that is learnt."""
         columns = self.columns(columns)
         for turn in range(self.num_turns(columns, index)):
-            yield self.row(columns, index, turn)
+            try:
+                yield self.row(columns, index, turn)
+            except ValueError as error:
+                if not is_tolerant:
+                    raise
+                yield BadRow.of(index, error)
 
     def num_turns(self, columns: Any, index: int) -> int:
         """How many examples a row is; 1 of a row that cannot be read, which then says why."""
@@ -138,7 +146,7 @@ class RowReader:
         try:
             row = self._parse(as_conversation(columns, index), index, turn)
             if self.needs_completion and row.completion is None:
-                raise ValueError(
+                raise NoAnswer(
                     f"row {index}: an assistant's answer is expected as `completion` or as the "
                     "last of `messages`, got none; add it, or set seq_kd=True with lmbda below 1, "
                     "so that the teacher writes it (with lmbda=1.0 rows of training need none, of "
@@ -149,7 +157,7 @@ class RowReader:
             own, named = name_of(index, None), name_of(index, turn)
             if self.train_on == "last" or not str(error).startswith(f"{own}:"):
                 raise
-            raise ValueError(named + str(error).removeprefix(own)) from error
+            raise renamed(error, named + str(error).removeprefix(own)) from error
 
     def _conversation(self, columns: Mapping[str, Any], index: int) -> Conversation | None:
         return read_conversation(columns, index, self.is_text, self.is_table)

@@ -38,5 +38,6 @@ class Side:
                 args.max_length,
                 models.placeholder_ids_of(config),
                 template_kwargs,
+                args.cut_to,
             ),
         )

@@ -9,6 +9,7 @@ from torch.utils.data import IterableDataset
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import as_rows
 from gold_trainer.pictures import undecoded
+from gold_trainer.row_errors import BadRow
 from gold_trainer.rows import Row, RowReader
 
 
@@ -24,8 +25,9 @@ class RowStream(IterableDataset):
 
     def __init__(self, stream: Any, **options: Any) -> None:
         self.stream, self.reader = undecoded(stream), RowReader.of(stream, **options)
+        self.is_tolerant = False  # a BadRow in the place of one that cannot be read
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Row | BadRow]:
         columns, index = iter(self.stream), 0
         while True:
             try:
@@ -38,7 +40,7 @@ class RowStream(IterableDataset):
                 raise ValueError(
                     f"row {index}: the stream cannot be read on ({error}); mend or filter the row."
                 ) from error
-            yield from self.reader.rows(row, index)
+            yield from self.reader.rows(row, index, is_tolerant=self.is_tolerant)
             index += 1
 
     def set_epoch(self, epoch: int) -> None:
@@ -60,7 +62,8 @@ def read_rows(
         return dataset
     if isinstance(dataset, IterableDataset | datasets.IterableDataset):
         return read_stream(dataset, args, **options)
-    return as_rows(dataset, has_chat_template=has_chat_template, **options)
+    skips_bad = args.on_bad_row == "skip"
+    return as_rows(dataset, has_chat_template=has_chat_template, skips_bad=skips_bad, **options)
 
 
 def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
@@ -79,9 +82,10 @@ def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
     accelerator_config: Any = args.accelerator_config
     accelerator_config.dispatch_batches = False
     stream = RowStream(dataset, **options)
-    if next(iter(stream), None) is None:
+    stream.is_tolerant = args.on_bad_row == "skip"
+    if next((row for row in stream if not isinstance(row, BadRow)), None) is None:
         raise ValueError(
-            "GOLDTrainer: a streaming dataset must have at least one row, got none; check split "
-            "and filters."
+            "GOLDTrainer: a streaming dataset must have at least one row that can be used, got "
+            "none; check split and filters."
         )
     return stream

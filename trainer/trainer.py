@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from gold_trainer import checkpoints, loading, models, refusals
+from gold_trainer.bad_rows import SkippedRows, tolerant, tolerant_collator
 from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
@@ -40,8 +41,9 @@ from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
-from gold_trainer.objectives import Objective, choose_objective
+from gold_trainer.objectives import Objective
 from gold_trainer.precision import fit_to_model
+from gold_trainer.preparing import prepare
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
 from gold_trainer.stopping import Stopper
@@ -93,43 +95,31 @@ class GOLDTrainer(Trainer):
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         hooks = data_collator, compute_metrics, preprocess_logits_for_metrics
         refusals.refuse_unusable(model, teacher_model, args, *hooks, peft_config)
-        objective_kind = choose_objective(args)
-        student_config, processing_class = loading.check_configs(
-            model, teacher_model, args, processing_class, objective_kind.check_pair
+        self.prepared = prepare(
+            model, teacher_model, args, processing_class, teacher_processing_class
         )
-        if teacher_model is None:
-            teacher_processing_class = processing_class
-        else:
-            teacher_processing_class = objective_kind.teacher_processor(
-                teacher_model, args, teacher_processing_class, processing_class
-            )
-        self.is_text = not models.is_vision_language(student_config)
-        self.row_options: dict[str, Any] = {
-            "is_text": self.is_text,
-            "has_chat_template": processing_class.chat_template is not None,
-            "ignore_columns": args.dataset_ignore_columns,
-            "max_pixels": args.max_pixels,
-            "picture_folder": args.picture_folder,
-            "train_on": args.train_on,
-        }
+        processing_class = self.prepared.student_processor
         self.args = args  # the Trainer sets it later
         refusals.refuse_splits(train_dataset)
-        train_dataset = self._as_rows(train_dataset, not args.seq_kd and args.lmbda < 1)
-        eval_dataset = self._as_rows(eval_dataset, not args.seq_kd)
+        train_dataset = read_rows(train_dataset, args, **self.prepared.row_options)
+        eval_dataset = self._eval_rows(eval_dataset)
 
         set_seed(args.seed)  # of a new adapter
         student = loading.load_student(model, args, peft_config)
         self.student = Side.of(student, "student", processing_class, args)
-        self.teacher = make_teacher(teacher_model, student, teacher_processing_class, args)
-        self.objective: Objective = objective_kind(args, self.student, self.teacher.side)
-        own_collator: Callable[[list[Row]], Any] = self.objective.collator
-        refusals.adapt_to_devices(args, is_vlm=not self.is_text)
+        self.teacher = make_teacher(teacher_model, student, self.prepared.teacher_processor, args)
+        self.objective: Objective = self.prepared.objective(args, self.student, self.teacher.side)
+        own_collator = self.objective.collator
+        self.skipped = SkippedRows(args)
+        refusals.adapt_to_devices(args, is_vlm=not self.prepared.is_text)
         fit_to_model(args, models.base_model(student))
 
         super().__init__(
             model=student,
             args=args,
-            data_collator=data_collator or own_collator,
+            data_collator=tolerant_collator(
+                data_collator or own_collator, own_collator.blank, args.skipped_reasons
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -159,6 +149,7 @@ class GOLDTrainer(Trainer):
         )
         self.stopper = Stopper()
         self.add_callback(self.stopper)
+        self.add_callback(self.skipped)
 
     def train(
         self,
@@ -180,17 +171,20 @@ class GOLDTrainer(Trainer):
     def teacher_model(self) -> nn.Module | None:
         return self.teacher.model
 
-    def _as_rows(self, dataset: Any, needs_completion: bool) -> Any:
-        options = self.row_options | {"needs_completion": needs_completion}
-        return read_rows(dataset, self.args, **options)
+    def _eval_rows(self, dataset: Any) -> Any:
+        return read_rows(dataset, self.args, **self.prepared.eval_row_options)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        rows = tolerant(dataset) if self.args.on_bad_row == "skip" else dataset
+        return super()._get_dataloader(rows, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if not isinstance(eval_dataset, str):  # a key of the evaluation datasets
-            eval_dataset = self._as_rows(eval_dataset, not self.args.seq_kd)
+            eval_dataset = self._eval_rows(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return super().get_test_dataloader(self._as_rows(test_dataset, not self.args.seq_kd))
+        return super().get_test_dataloader(self._eval_rows(test_dataset))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """With num_generations > 1 rows come as RepeatSampler has them."""
@@ -219,9 +213,11 @@ class GOLDTrainer(Trainer):
         with self.accelerator.autocast():
             batches = self.rollouts.complete(batches, self.state.global_step)
         # full, not tensor: a fill on the device where a copy would wait for it
-        counts = self.objective.num_items(batches)
+        counts = [*self.objective.num_items(batches), *self.skipped.count(batches)]
         num_items = [torch.full((), count, device=device) for count in counts]
-        return batches, self.accelerator.reduce(torch.stack(num_items).float(), reduction="sum")
+        totals = self.accelerator.reduce(torch.stack(num_items).float(), reduction="sum")
+        self.guard.num_items = self.skipped.add(totals)
+        return batches, self.guard.num_items
 
     # The Trainer takes a batch for a dict of tensors, hands it from method to method, and looks
     # into it in the methods below only.
@@ -298,6 +294,7 @@ class GOLDTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with checkpoints.saving(folder, self.accelerator):
             self.stopper.is_saving = True
+            self.skipped.keep(self.state)
             super()._save_checkpoint(model, trial)
             self.stopper.is_saving = False
 
@@ -346,6 +343,7 @@ class GOLDTrainer(Trainer):
             place = f"{self.args.seed} eval {[example.index for example in inputs.examples]}"
             with self.accelerator.autocast():
                 (inputs,) = self.rollouts.write("teacher", [inputs], place)
+        self.skipped.count_evaluated(inputs)
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         assert isinstance(loss, Tensor), "outputs were not asked for"
@@ -364,6 +362,7 @@ class GOLDTrainer(Trainer):
         """
         window, train_window = self.windows["eval"], self.windows["train"]
         window.reset()
+        self.skipped.start_evaluation()
         started = time.perf_counter()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -375,7 +374,8 @@ class GOLDTrainer(Trainer):
             model._is_accelerate_prepared = False
         totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
         assert output.metrics is not None, "evaluation_loop makes a dict"
-        for name, value in window.means(totals).items():
+        skipped = self.skipped.evaluation_logs(self.accelerator)
+        for name, value in (window.means(totals) | skipped).items():
             if name not in ("off_policy_loss", "tokens_per_second"):
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         train_window.skip(time.perf_counter() - started)
@@ -388,7 +388,7 @@ class GOLDTrainer(Trainer):
             totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
             means = window.means(totals)
             del means["loss"]  # the Trainer's is the mean over steps
-            logs = {**logs, **means, **self.guard.logs()}
+            logs = {**logs, **means, **self.guard.logs(), **self.skipped.logs()}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: WindowBatch) -> int:  # type: ignore[override]

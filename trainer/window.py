@@ -120,7 +120,9 @@ class Rollouts:
             replace(batch, source=source) for batch, source in zip(batches, sources, strict=True)
         ]
         for name, writer in self.writers.items():
-            own = [i for i, source in enumerate(sources) if source == name]
+            own = [
+                i for i, source in enumerate(sources) if source == name and not batches[i].is_blank
+            ]
             if not own:
                 continue
             writer.sync_weights(step)
@@ -128,7 +130,9 @@ class Rollouts:
             written = self.write(name, [completed[i] for i in own], place)
             for i, batch in zip(own, written, strict=True):
                 completed[i] = batch
-        self._print(completed[0].examples, sources[0], step)
+        shown = next((batch for batch in completed if not batch.is_blank), None)
+        if shown is not None:
+            self._print(shown.examples, shown.source, step)
         return completed
 
     def write(self, name: str, batches: list[WindowBatch], place: str) -> list[WindowBatch]:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from gold_trainer.batches import Example, MicroBatch, WindowBatch
 from gold_trainer.collator import GOLDCollator, Processor
 from gold_trainer.config import GOLDConfig
-from gold_trainer.rows import Row
+from gold_trainer.pairing import PairCollator
 from gold_trainer.sides import Side
 
 CROSS_ENTROPY = "cross_entropy"  # name of its sum, as the fused losses return it
@@ -33,7 +33,7 @@ class Objective(ABC):
 
     counts: ClassVar[tuple[str, ...]]  # what batch_counts counts, beside tokens and completions
     sums: tuple[str, ...]  # names of the sums that loss returns; one may be absent in a batch
-    collator: Callable[[list[Row]], WindowBatch]
+    collator: GOLDCollator | PairCollator
     collators: dict[str, GOLDCollator]  # with which "student" and "teacher" write
     distillation_weight: float
     crossentropy_weight: float

@@ -12,6 +12,7 @@ from gold_trainer.batches import Example
 from gold_trainer.collator import (
     GOLDCollator,
     Processor,
+    cut_prompts,
     process_prompts,
     token_ids_of,
     tokenizer_of,
@@ -131,6 +132,7 @@ def generate_completions(
         [e.images for e in examples],
         [e.adds_special_tokens for e in examples],
     )
+    inputs = cut_prompts(processor, inputs, examples)
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
     with generation_mode(base), own_settings_hidden(base), seeded(seed, args.device):
         output = base.generate(**inputs, generation_config=config)

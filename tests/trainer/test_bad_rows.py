@@ -1,0 +1,185 @@
+"""Rows that cannot be used are left out exactly, and counted, wherever they come from."""
+
+import math
+
+import datasets
+import pytest
+import torch
+
+from support.bad_rows import BAD, BAD_TEXT, REFUSING, skips_of, text_rows, with_bad
+from support.processes import run_step
+from support.resumed_runs import FIELDS, assert_same_run
+from support.tiny_models import tiny, tiny_rows
+from support.trainer_cases import assert_equal_gradients, losses_of, make_trainer, one_step
+
+SKIP = {"on_bad_row": "skip"}
+RUN = FIELDS | SKIP | {"lmbda": 0.5}
+TEXT = text_rows(10)
+# 13 rows; those at 4 and 5 are a micro-batch of two, in order
+BAD_ROWS = with_bad(TEXT, dict(zip((1, 4, 5), BAD_TEXT.values(), strict=True)))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_batch_without_its_bad_row_is_a_batch_of_the_others(reason, tmp_path):
+    processor = tiny("qwen3_vl")[1]
+    processor.chat_template = REFUSING + processor.chat_template
+    good = tiny_rows(3, images="mixed")
+    options = {"processor": processor, "max_length": 128}
+    loss, gradients = one_step(tmp_path / "good", good, per_device_train_batch_size=3, **options)
+    trainer_options = options | SKIP | {"per_device_train_batch_size": 4}
+    actual, actual_gradients = one_step(
+        tmp_path / "bad", with_bad(good, {1: BAD[reason]}), **trainer_options
+    )
+    assert actual == pytest.approx(loss, rel=1e-6)
+    assert_equal_gradients(actual_gradients, gradients)
+    trainer = make_trainer(tmp_path / "log", with_bad(good, {1: BAD[reason]}), **trainer_options)
+    trainer.train()
+    assert skips_of(trainer)[0] == {"": 1.0, f"/{reason}": 1.0}
+
+
+def test_without_the_option_the_row_ends_the_run_with_its_message(tmp_path):
+    trainer = make_trainer(tmp_path, with_bad(TEXT, {2: BAD["no_answer"]}), "qwen3")
+    with pytest.raises(ValueError, match=r"row 2: an assistant's answer is expected"):
+        trainer.train()
+    assert not skips_of(trainer)
+
+
+def test_on_long_prompt_skips_long_prompts_alone(tmp_path):
+    rows = with_bad(TEXT, {1: BAD["long_prompt"]})
+    trainer = make_trainer(tmp_path, rows, "qwen3", on_long_prompt="skip")
+    trainer.train()
+    assert skips_of(trainer)[0] == {"": 1.0, "/long_prompt": 1.0}
+    rows = with_bad(TEXT, {1: BAD["other"]})
+    with pytest.raises(ValueError, match="row 1: "):
+        make_trainer(tmp_path, rows, "qwen3", on_long_prompt="skip").train()
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_micro_batch_of_bad_rows_adds_nothing(lmbda, tmp_path):
+    options = {"per_device_train_batch_size": 2, "lmbda": lmbda, "max_length": 128}
+    loss, gradients = one_step(tmp_path / "good", TEXT[:2], "qwen3", **options)
+    rows = [*TEXT[:2], BAD["other"], BAD["long_prompt"]]
+    options |= SKIP | {"gradient_accumulation_steps": 2}
+    actual, actual_gradients = one_step(tmp_path / "bad", rows, "qwen3", **options)
+    if not lmbda:  # what is sampled depends on the rows that are written for together
+        assert actual == pytest.approx(loss, rel=1e-6)
+        assert_equal_gradients(actual_gradients, gradients)
+    assert actual > 0
+
+
+def test_a_step_of_bad_rows_changes_nothing_and_is_in_no_mean(tmp_path):
+    options = {"per_device_train_batch_size": 2, "optim": "adamw_torch", "weight_decay": 0.1}
+    rows = [*TEXT[:2], BAD["other"], BAD["no_answer"]]
+    one = make_trainer(tmp_path / "one", TEXT[:2], "qwen3", **options)
+    one.train()
+    two = make_trainer(tmp_path / "two", rows, "qwen3", **options, **SKIP, max_steps=2)
+    two.args.logging_steps = two.state.logging_steps = 2
+    two.train()
+    assert losses_of(two)[0] == pytest.approx(losses_of(one)[0], rel=1e-4)
+    for name, weight in two.model.state_dict().items():
+        assert torch.equal(weight, one.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_generations": 2}, {"seq_kd": True, "lmbda": 0.0}])
+def test_workers_and_a_resume_change_nothing(fields, tmp_path):
+    options = RUN | fields
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    # with this seed each step has a good row: its loss can be compared
+    rows = with_bad(TEXT, dict(zip((1, 4, 8), BAD_TEXT.values(), strict=True)))
+    whole = make_trainer(tmp_path, rows, "qwen3", **options, **saving)
+    whole.train()
+    resumed = make_trainer(tmp_path, rows, "qwen3", **options, dataloader_num_workers=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_run(resumed, whole)
+    counts = skips_of(whole)
+    assert skips_of(resumed) == counts
+    assert counts[-1][""] > counts[0][""] and counts[-1]["/long_prompt"] > 0
+
+
+def test_a_stream_leaves_out_what_a_dataset_does_and_goes_on_behind_it(tmp_path):
+    options = RUN | {"train_sampling_strategy": "sequential"}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    rows = [BAD["no_answer"], *BAD_ROWS, *text_rows(8)]
+    whole = make_trainer(tmp_path / "map", rows, "qwen3", **options)
+    whole.train()
+    streamed = make_trainer(tmp_path, Stream(rows), "qwen3", **options, **saving)
+    streamed.train()
+    assert_same_run(streamed, whole)
+    resumed = make_trainer(tmp_path, Stream(rows), "qwen3", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_run(resumed, whole)
+    assert skips_of(streamed) == skips_of(resumed) == skips_of(whole)
+
+
+def test_evaluation_is_a_mean_over_the_other_rows(tmp_path):
+    trainer = make_trainer(tmp_path, TEXT, "qwen3", eval_rows=TEXT[:5], **SKIP)
+    expected = trainer.evaluate()
+    assert expected["eval_skipped_rows"] == 0
+    rows = with_bad(TEXT[:5], {0: BAD["no_answer"], 3: BAD["other"], 4: BAD["other"]})
+    for evaluated in (rows, Stream(rows), rows[:1] + TEXT[:5] + [BAD["other"]] * 6):
+        trainer = make_trainer(tmp_path, TEXT, "qwen3", eval_rows=evaluated, **SKIP)
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+        assert metrics["eval_completion_length"] == expected["eval_completion_length"]
+        assert metrics["eval_skipped_rows/no_answer"] == 1
+        assert metrics["eval_skipped_rows/other"] in (2, 6)
+
+
+def test_a_dataset_whose_rows_are_all_bad_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no row can be used; the first: row 0: an assistant's"):
+        make_trainer(tmp_path, [BAD["no_answer"]] * 3, "qwen3", **SKIP)
+    with pytest.raises(ValueError, match="must have at least one row that can be used, got none"):
+        make_trainer(tmp_path, Stream([BAD["no_answer"]] * 3), "qwen3", **SKIP)
+    trainer = make_trainer(tmp_path, [BAD["long_prompt"]] * 8, "qwen3", **SKIP)
+    with pytest.raises(ValueError, match="at least one row must be usable, got none: 4 long_prom"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, TEXT, "qwen3", **SKIP)
+    metrics = trainer.evaluate([BAD["long_prompt"]] * 3)
+    assert metrics["eval_skipped_rows"] == 3
+    assert math.isnan(metrics["eval_loss"])
+
+
+def test_the_first_rows_of_each_reason_are_warned_of(tmp_path, caplog):
+    rows = [TEXT[0], BAD["no_answer"], *[BAD["other"]] * 6]
+    make_trainer(tmp_path, rows, "qwen3", **SKIP, max_steps=2).train()
+    warnings = [m for m in caplog.messages if "left out" in m]
+    assert len(warnings) == 1 + 3
+    assert warnings[0].startswith("GOLDTrainer: left out (skipped_rows/no_answer): row 1: an ")
+
+
+def test_two_ranks_leave_out_what_one_does(tmp_path):
+    """A rank without a row left runs as many micro-batches as the other."""
+    one = run_step("bad_rows_step", tmp_path / "one", 1, batch_size=4, accumulation=1)
+    two = run_step("bad_rows_step", tmp_path / "two", 2, batch_size=2, accumulation=1)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["skips"] == one["skips"]
+    assert two["written"] == one["written"]  # such rows need no answer
+    assert two["written"][-1] == {"": 2.0, "/long_prompt": 1.0, "/other": 1.0}
+    assert two["streamed_losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["skips"][-1] == {"": 3.0, "/long_prompt": 1.0, "/no_answer": 1.0, "/other": 1.0}
+    assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_table_with_a_broken_picture_is_trained_on(tmp_path):
+    rows = with_bad(tiny_rows(5, images=1), {2: {**tiny_rows(1, images=1)[0]}})
+    table = datasets.Dataset.from_list(rows).cast_column(
+        "images", datasets.List(datasets.Image(decode=False))
+    )
+    broken = table.map(
+        lambda row, i: {"images": [{"bytes": b"none", "path": None}]} if i == 2 else row,
+        with_indices=True,
+    ).cast_column("images", datasets.List(datasets.Image()))
+    trainer = make_trainer(tmp_path, broken, **SKIP, dataloader_num_workers=2)
+    trainer.train()
+    assert skips_of(trainer)[0] == {"": 1.0, "/picture": 1.0}

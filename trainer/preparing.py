@@ -1,0 +1,57 @@
+"""What is known of a run before weights are read: training and `gold-trainer check` begin here."""
+
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from gold_trainer import loading, models, refusals
+from gold_trainer.collator import Processor
+from gold_trainer.config import GOLDConfig
+from gold_trainer.objectives import Objective, choose_objective
+
+
+class Prepared(NamedTuple):
+    objective: type[Objective]
+    student_processor: Processor
+    teacher_processor: Processor
+    is_text: bool
+    row_options: dict[str, Any]  # of read_rows, for training
+    eval_row_options: dict[str, Any]
+
+
+def prepare(
+    model: PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str | None,
+    args: GOLDConfig,
+    processor: Processor | None = None,
+    teacher_processor: Processor | None = None,
+) -> Prepared:
+    """ValueError for a pair of models, or for fields, that do not fit."""
+    objective = choose_objective(args)
+    student_config, processor = loading.check_configs(
+        model, teacher_model, args, processor, objective.check_pair
+    )
+    is_text = not models.is_vision_language(student_config)
+    refusals.refuse_cut_pictures(args, is_text)
+    if teacher_model is None:
+        teacher_processor = processor
+    else:
+        teacher_processor = objective.teacher_processor(
+            teacher_model, args, teacher_processor, processor
+        )
+    options = {
+        "is_text": is_text,
+        "has_chat_template": processor.chat_template is not None,
+        "ignore_columns": args.dataset_ignore_columns,
+        "max_pixels": args.max_pixels,
+        "picture_folder": args.picture_folder,
+        "train_on": args.train_on,
+    }
+    return Prepared(
+        objective,
+        processor,
+        teacher_processor,
+        is_text,
+        options | {"needs_completion": not args.seq_kd and args.lmbda < 1},
+        options | {"needs_completion": not args.seq_kd},
+    )
