@@ -1,5 +1,6 @@
 """What a run is going to do, in a few lines before its first step."""
 
+import logging
 from collections.abc import Sized
 from typing import Any
 
@@ -9,8 +10,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gold_kernels import __version__
 from gold_trainer import models
+from gold_trainer.activations import activation_bytes
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset
+from gold_trainer.precision import describe
+from gold_trainer.row_sample import RowSample, sample_rows
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 ADAM_BYTES = 8  # of a trained parameter: two moments in float32
@@ -19,9 +25,15 @@ ADAM_BYTES = 8  # of a trained parameter: two moments in float32
 class Banner(TrainerCallback):
     """Printed by the main process. Sizes are taken before anything shards the weights."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, rows: Any) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, rows: Any, tokenizer: Any
+    ) -> None:
         self.num_rows = len(rows) if isinstance(rows, Sized) else None
-        self.rows = rows.description if isinstance(rows, RowDataset) else "as each of them is"
+        self.rows, self.tokenizer = rows, tokenizer
+        self.config = models.base_model(student).config.get_text_config()
+        self.dtypes = " and ".join(
+            sorted({str(p.dtype).removeprefix("torch.") for p in student.parameters()})
+        )
         self.sides = [("student", _describe(student))]
         self.sides.append(("teacher", "the student's own weights, below the adapter"))
         own = _bytes(student)
@@ -30,10 +42,7 @@ class Banner(TrainerCallback):
         if teacher is not None and teacher is not student:
             self.sides[1] = ("teacher", _describe(teacher))
             own += _bytes(teacher)
-        self.memory = (
-            f"weights {own / GIB:.1f} GiB; gradients and moments of Adam {changing / GIB:.1f} GiB; "
-            "activations, and for the loss "
-        )
+        self.memory = f"weights {_gib(own)}; gradients and moments of Adam {_gib(changing)}; "
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,26 +56,53 @@ class Banner(TrainerCallback):
             console.print(f"  {name:10} {text}", markup=False, soft_wrap=True)
 
     def lines(self, args: GOLDConfig, state: TrainerState) -> list[tuple[str, str]]:
-        sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-        rows = "a stream of rows" if self.num_rows is None else f"{self.num_rows} rows"
+        sample, kind = RowSample(0, 0, []), "as each of them is"
+        if isinstance(self.rows, RowDataset):
+            sample, kind = sample_rows(self.rows, self.tokenizer), self.rows.description
+        if sample.is_mixed:
+            logger.warning("GOLDTrainer: rows are %s.", sample.mixture)
         writer = "the teacher writes" if args.seq_kd else "the rows have"
         shares = f"{args.lmbda:.0%} of micro-batches: the student writes the completions"
         if args.lmbda < 1:
             shares += f"; else {writer} them"
-        budget = args.loss_budget_mib or 1024
         return [
-            (
-                "data",
-                f"{rows}; {sizes[0] * sizes[1] * sizes[2]} a step: {sizes[0]} of a device x "
-                f"{sizes[1]} micro-batches x {sizes[2]} processes",
-            ),
-            ("rows", self.rows),
+            ("data", self._data(args, sample)),
+            ("rows", sample.mixture if sample.is_mixed else kind),
             ("on-policy", shares),
             ("loss", "across tokenizers" if args.use_uld_loss else args.loss),
             ("steps", f"{state.global_step} of {state.max_steps} are done"),
-            ("memory", f"{self.memory}{budget:.0f} MiB"),
+            ("precision", describe(args, self.dtypes)),
+            ("memory", self._memory(args, sample)),
             ("output_dir", f"{args.output_dir}"),
         ]
+
+    def _data(self, args: GOLDConfig, sample: RowSample) -> str:
+        sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+        rows = "a stream of rows" if self.num_rows is None else f"{self.num_rows} rows"
+        step = (
+            f"{sizes[0] * sizes[1] * sizes[2]} a step: {sizes[0]} of a device x "
+            f"{sizes[1]} micro-batches x {sizes[2]} processes"
+        )
+        if not sample.lengths or self.num_rows is None:
+            return f"{rows}; {step}"
+        total = _count(sample.tokens * self.num_rows)
+        return f"{rows}; {step}; about {sample.tokens} tokens of text a row, {total} in all"
+
+    def _memory(self, args: GOLDConfig, sample: RowSample) -> str:
+        """Of the longest micro-batch that the sample lets expect."""
+        written = args.max_completion_length if args.lmbda > 0 or args.seq_kd else 0
+        limit = args.max_length or sample.longest + written
+        length = min(limit, sample.longest + written) if sample.lengths else limit
+        size = activation_bytes(
+            self.config,
+            args.per_device_train_batch_size * length,
+            is_checkpointed=bool(args.gradient_checkpointing),
+            is_16_bit=args.bf16 or args.fp16 or "float32" not in self.dtypes,
+        )
+        batch = f"{args.per_device_train_batch_size} x {length} tokens of text"
+        activations = "" if size is None else f" roughly {_gib(size)} for {batch}"
+        budget = args.loss_budget_mib or 1024
+        return f"{self.memory}activations{activations}; the loss up to {_gib(budget * 2**20)}"
 
 
 def _describe(model: nn.Module) -> str:
@@ -82,6 +118,10 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _bytes(model: nn.Module) -> int:

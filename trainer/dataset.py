@@ -80,7 +80,7 @@ class RowDataset(torch.utils.data.Dataset):
 
     def _turns(self) -> torch.Tensor:  # (examples, 2): row, turn
         """Counted from the conversations alone: a table's pictures are not read."""
-        rows = _conversations(self.rows)
+        rows = conversations(self.rows)
         counts = []
         for index in range(len(rows)):
             try:
@@ -94,7 +94,7 @@ class RowDataset(torch.utils.data.Dataset):
         return torch.stack([of_row, torch.arange(len(of_row)) - first], 1)
 
 
-def _conversations(rows: Any) -> Any:
+def conversations(rows: Any) -> Any:
     """The rows, without a table's other columns where they can be left out."""
     if isinstance(rows, MappedRows):
         return rows.conversations()

@@ -145,7 +145,8 @@ class GOLDTrainer(Trainer):
         refusals.warn_of_tiny_rate(args)
         # before the progress bar begins its line
         self.callback_handler.callbacks.insert(
-            0, Banner(student, self.teacher.model, train_dataset)
+            0,
+            Banner(student, self.teacher.model, train_dataset, tokenizer_of(processing_class)),
         )
         self.stopper = Stopper()
         self.add_callback(self.stopper)
