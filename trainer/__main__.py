@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from gold_trainer import flags
@@ -26,6 +26,8 @@ EXIT_INTERRUPTED = 130  # as a shell has it of Ctrl-C; SIGTERM is 143
 USAGE = """\
 usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
                                                    distil a teacher into a student
+       gold-trainer check [RECIPE | CONFIG.yaml] [--field value ...]
+                                                   read all rows first, train nothing
        gold-trainer train --help                   the fields, with their defaults
        gold-trainer train --help-all               those of transformers too
        gold-trainer recipes                        names and files of the recipes
@@ -33,10 +35,27 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
        gold-trainer --version
 """
 
+CHECK_USAGE = """\
+usage: gold-trainer check [RECIPE | CONFIG.yaml] [--field value ...]
+
+Reads every row that `gold-trainer train` would read with the same arguments, and makes both models
+of their configs alone. Prints what is refused, lengths in tokens, pictures, what is cut, and
+examples. Exit code 0, 1 where a row is refused, 2 where a field or the pair of models is.
+check-data is another name of it. Fields are those of `gold-trainer train --help`, and:
+
+  --num_examples
+      Rows to show as both sides see them, with the scored tokens marked. [2]
+  --output
+      A file for the report as JSON.
+  --dataloader_num_workers
+      Processes that read; 0: as many as there are cores. A stream is read by one, as far as
+      max_steps goes. [0]
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 where the user's input has to change, 1 for another
-    error, 130 and 143 after SIGINT and SIGTERM.
+    """Run one command; the exit code is 0, 1 where check finds rows that are refused, 2 where the
+    user's input has to change, 1 for another error, 130 and 143 after SIGINT and SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else (None, [])
@@ -56,21 +75,40 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_USER_ERROR
 
 
-def _train(argv: list[str]) -> None:
-    """Help, and names that there are not, come before anything slow is imported."""
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(flags.help_text())
-        raise SystemExit(0)
+def _known(argv: list[str], own: Collection[str] = ()) -> list[str]:
+    """The arguments with the path of a recipe; ValueError for names that there are not, before
+    anything slow is imported. own: names of the command itself.
+    """
     if argv and not argv[0].startswith("-"):
         argv = [str(find_config(argv[0])), *argv[1:]]
         flags.check_keys(Path(argv[0]))
-    flags.check_names(argv)
+    flags.check_names(name for name in argv if name.partition("=")[0] not in own)
+    return argv
+
+
+def _train(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(flags.help_text())
+        raise SystemExit(0)
+    argv = _known(argv)
     argv = ["--help" if flag in ("--help-all", "--help_all") else flag for flag in argv]
     try:
         from gold_trainer.command_line import train
     except ImportError as error:
         raise _missing("trainer", error) from error
     train(argv)
+
+
+def _check(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(CHECK_USAGE)
+        return 0
+    argv = _known(argv, ("--num_examples", "--output"))
+    try:
+        from gold_trainer.check import check
+    except ImportError as error:
+        raise _missing("trainer", error) from error
+    return check(argv)
 
 
 def _demo(argv: list[str]) -> None:
@@ -98,8 +136,10 @@ def _recipes(argv: list[str]) -> None:
         sys.stdout.write(f"{name:16} {FOLDER / name}.yaml\n")
 
 
-COMMANDS: dict[str | None, Callable[[list[str]], None]] = {
+COMMANDS: dict[str | None, Callable[[list[str]], int | None]] = {
     "train": _train,
+    "check": _check,
+    "check-data": _check,
     "demo": _demo,
     "recipes": _recipes,
 }
@@ -111,9 +151,9 @@ def _missing(extra: str, error: ImportError) -> ValueError:
     )
 
 
-def _report_errors(command: Callable[[list[str]], None], argv: list[str]) -> int:
+def _report_errors(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
     try:
-        command(argv)
+        return command(argv) or 0
     except KeyboardInterrupt as stop:
         if not stop.args:  # the trainer says what it has saved
             sys.stderr.write("error: interrupted\n")
@@ -133,13 +173,13 @@ def _report_errors(command: Callable[[list[str]], None], argv: list[str]) -> int
         text = _message(error).strip().partition("\n")[0]
         sys.stderr.write(f"error: {type(error).__name__}: {text} (traceback: {file.name})\n")
         return EXIT_ERROR
-    return 0
 
 
 def _message(error: Exception) -> str:
     """The sentence that was raised; a data loader worker wraps it in its own traceback."""
     text = str(error)
-    worker = re.match(r"Caught \w+ in DataLoader worker.*?\n\w*Error: ", text, re.DOTALL)
+    # the last error of those that led to one another
+    worker = re.match(r"Caught \w+ in DataLoader worker.*\n[\w.]*Error: ", text, re.DOTALL)
     return text[worker.end() :].strip() if worker else text
 
 

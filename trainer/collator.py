@@ -22,7 +22,7 @@ from gold_trainer.answer_texts import CONTENT, frame_for
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.in_context import InContext
 from gold_trainer.rendering import Piece, Processor, Renderer
-from gold_trainer.row_errors import BadPicture, LongPrompt
+from gold_trainer.row_errors import LongPromptError, PictureError
 from gold_trainer.rows import Row
 
 IGNORE_INDEX = -100
@@ -165,7 +165,7 @@ class GOLDCollator:
         try:
             length = prompt_length(self.processor, prompt, row.images, adds_special_tokens)
         except Exception as error:  # a strip makes LFM2-VL's raise torch's RuntimeError
-            kind = BadPicture if row.images else ValueError
+            kind = PictureError if row.images else ValueError
             raise kind(
                 f"{row.where}: the processor refuses the prompt {prompt[:80]!r} with "
                 f"{len(row.images)} pictures of {[image.size for image in row.images]} ({error}); "
@@ -179,7 +179,7 @@ class GOLDCollator:
         if self.max_length is not None and length >= self.max_length:
             if self.cut_to is not None:
                 return self.cut_to, True
-            raise LongPrompt(
+            raise LongPromptError(
                 f"{row.where}: the prompt has {length} tokens with {len(row.images)} pictures, "
                 f"max_length={self.max_length} leaves no room for a completion; raise max_length "
                 "or make the pictures smaller, or set on_long_prompt."

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from rich.console import Console
 from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
@@ -128,11 +128,22 @@ def _field_names(parser: Parser) -> list[str]:
     return [f.name for kind in parser.dataclass_types for f in dataclasses.fields(kind) if f.init]
 
 
-def train(argv: list[str]) -> None:
-    """Run the command; ValueError, OSError and ImportError say what the user can mend."""
+class Run(NamedTuple):
+    """What a command line asks for; nothing of a model is read yet."""
+
+    student: str
+    teacher: str
+    config: GOLDConfig
+    train_rows: Any
+    eval_rows: Any  # None: no evaluation
+    peft_config: Any
+    data_name: str
+
+
+def read_run(argv: list[str]) -> Run:
     model_args, data_args, config = parse_arguments(argv)
     student = _given(model_args.model_name_or_path, "model_name_or_path")
-    _given(data_args.dataset_name, "dataset_name")
+    data_name = _given(data_args.dataset_name, "dataset_name")
     teacher = _given(config.teacher_model_name_or_path, "teacher_model_name_or_path")
     _check_checkpoint(config)
     given = config.model_init_kwargs or {}
@@ -142,23 +153,31 @@ def train(argv: list[str]) -> None:
     load = load_stream if data_args.dataset_streaming else load_rows
     train_rows = load(data_args, "train")
     eval_rows = load(data_args, "eval") if needs_eval else None
+    peft_config = _lora_config(model_args)
+    return Run(student, teacher, config, train_rows, eval_rows, peft_config, data_name)
+
+
+def train(argv: list[str]) -> None:
+    """Run the command; ValueError, OSError and ImportError say what the user can mend."""
+    run = read_run(argv)
+    config = run.config
 
     from gold_trainer.trainer import GOLDTrainer  # slow to import: after the checks
 
     trainer = GOLDTrainer(
-        model=student,
-        teacher_model=teacher,
+        model=run.student,
+        teacher_model=run.teacher,
         args=config,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        peft_config=_lora_config(model_args),
+        train_dataset=run.train_rows,
+        eval_dataset=run.eval_rows,
+        peft_config=run.peft_config,
     )
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     finally:
         _end_progress_bars(trainer.callback_handler.callbacks)
     trainer.save_model(config.output_dir)
-    trainer.create_model_card(dataset=data_args.dataset_name)
+    trainer.create_model_card(dataset=run.data_name)
     if trainer.is_world_process_zero():
         _console().print(f"student saved in {config.output_dir}", markup=False, soft_wrap=True)
     # a process that exits with its group open may abort: threads of gloo outlive the interpreter

@@ -6,6 +6,7 @@ Everything that a config can tell is checked before weights are read.
 import difflib
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -151,6 +153,23 @@ def load_model(
             "GOLDTrainer: model_init_kwargs and teacher_model_init_kwargs must be arguments of "
             f"from_pretrained, got {options} for {name_or_path!r} ({error}); check their spelling."
         ) from error
+
+
+def empty_model(
+    name_or_path: str, init_kwargs: InitKwargs, revision: str | None = None
+) -> PreTrainedModel:
+    """The model that load_model loads without its weights: tensors are on the meta device."""
+    options = hub_options(init_kwargs, revision)
+    config = load_config(name_or_path, init_kwargs, revision)
+    is_vlm = models.is_vision_language(config)
+    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    trust = {key: value for key, value in options.items() if key == "trust_remote_code"}
+    with torch.device("meta"):
+        model = auto_class.from_config(config, **trust)
+    with suppress(OSError):  # a folder without one: that of the config stays
+        options.pop("trust_remote_code", None)
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **options)
+    return model
 
 
 def teacher_source(

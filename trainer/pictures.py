@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps
 
-from gold_trainer.row_errors import BadPicture
+from gold_trainer.row_errors import PictureError
 
 MAX_PIXELS = 8192 * 8192  # 192 MiB once decoded
 MAX_RATIO = 200  # of the sides; what Qwen's processors take
@@ -77,7 +77,7 @@ class PictureReader:
             for key in PLACE_KEYS:
                 if value.get(key) is not None:
                     return self._source(value[key], where)
-        raise BadPicture(
+        raise PictureError(
             f"{where} must be a picture: a PIL image, a path, the bytes of a file, base64 text, or "
             f"a dict with bytes or path, got {type(value).__name__}; convert the column."
         )
@@ -86,13 +86,13 @@ class PictureReader:
         if text.startswith("data:"):
             head, _, data = text.partition(",")
             if not head.endswith(";base64"):
-                raise BadPicture(
+                raise PictureError(
                     f"{where} must be base64 in a data address, got {head[:40]!a}; write "
                     "data:image/png;base64,..."
                 )
             return _decoded(data, where)
         if "://" in text:
-            raise BadPicture(
+            raise PictureError(
                 f"{where} must be a file, got the address {text[:80]!a}; nothing is fetched: "
                 "download the pictures first."
             )
@@ -109,17 +109,17 @@ class PictureReader:
         try:
             is_file = path.is_file()  # no folder, and no pipe that would wait for a writer
         except (OSError, ValueError) as error:  # too long; a NUL or a lone surrogate
-            raise BadPicture(
+            raise PictureError(
                 f"{where} must be the path of a picture, got {text[:80]!a} ({error}); mend or drop "
                 "the row."
             ) from error
         if "\0" in text or not is_file:
-            raise BadPicture(
+            raise PictureError(
                 f"{where} must be the path of a picture, got {text[:200]!a}, and there is no file "
                 f"{str(path)[:300]!a}; paths start from {str(folder.absolute())!a}."
             )
         if self.is_confined and not path.resolve().is_relative_to(folder.resolve()):
-            raise BadPicture(
+            raise PictureError(
                 f"{where} must lie in {str(folder)!a}, got {text[:200]!a}; copy the picture into "
                 "that folder, or choose another picture_folder."
             )
@@ -128,19 +128,19 @@ class PictureReader:
     def _check_size(self, picture: Image.Image, where: str) -> None:
         width, height = picture.size
         if min(width, height) < 1 or max(width, height) > MAX_RATIO * min(width, height):
-            raise BadPicture(
+            raise PictureError(
                 f"{where} must have sides of at least 1 pixel and at most {MAX_RATIO} to 1, got "
                 f"{width} x {height}; cut it or drop the row."
             )
         if self.max_pixels is not None and width * height > self.max_pixels:
-            raise BadPicture(
+            raise PictureError(
                 f"{where} must have at most max_pixels={self.max_pixels} pixels, got {width} x "
                 f"{height} = {width * height}; make it smaller, or raise max_pixels."
             )
 
 
-def unreadable(index: int, key: str, error: Exception) -> BadPicture:
-    return BadPicture(
+def unreadable(index: int, key: str, error: Exception) -> PictureError:
+    return PictureError(
         f"row {index}: its picture cannot be read ({key}: {error or type(error).__name__}); mend "
         "or drop the row."
     )
@@ -150,7 +150,7 @@ def _decoded(text: str, where: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:  # binascii's, and of characters that are no ASCII
-        raise BadPicture(
+        raise PictureError(
             f"{where} must be base64, got {text[:40]!a} ({error}); encode the file again."
         ) from error
 

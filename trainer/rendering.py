@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from gold_trainer.messages import Messages, continued
-from gold_trainer.row_errors import TemplateRefusal
+from gold_trainer.row_errors import TemplateError
 from gold_trainer.rows import Row
 
 Processor = ProcessorMixin | PreTrainedTokenizerBase
@@ -186,7 +186,7 @@ class Renderer:
 
     def _template(self, row: Row, messages: Messages, **options: Any) -> str:
         if self.processor.chat_template is None:
-            raise TemplateRefusal(
+            raise TemplateError(
                 f"{row.where}: a conversation needs a chat template, "
                 f"{type(self.processor).__name__} has none; set its chat_template, or pass prompt "
                 "and completion as plain text."
@@ -199,7 +199,7 @@ class Renderer:
                 **{**self.template_kwargs, **row.chat_template_kwargs, **options},
             )
         except Exception as error:  # templates raise errors of jinja2, which is not a dependency
-            raise TemplateRefusal(
+            raise TemplateError(
                 f"{row.where}: the chat template must take the conversation, got an error for "
                 f"the turns {[message['role'] for message in messages]} ({error}); change the row, "
                 "or pass a processor with another template."
@@ -252,8 +252,8 @@ def _common_length(a: str, b: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def _rewritten(row: Row, prompt: str, rendered: str) -> TemplateRefusal:
-    return TemplateRefusal(
+def _rewritten(row: Row, prompt: str, rendered: str) -> TemplateError:
+    return TemplateError(
         f"{row.where}: the chat template must render an answered conversation as the prompt "
         f"plus the answer, got {rendered[-80:]!r} after {prompt[-40:]!r}; pass prompt and "
         "completion as plain text, or a processor with another template."

@@ -10,19 +10,19 @@ class RowError(ValueError):
     reason: ClassVar[str] = "other"
 
 
-class LongPrompt(RowError):
+class LongPromptError(RowError):
     reason = "long_prompt"
 
 
-class BadPicture(RowError):
+class PictureError(RowError):
     reason = "picture"
 
 
-class TemplateRefusal(RowError):
+class TemplateError(RowError):
     reason = "template"
 
 
-class NoAnswer(RowError):
+class NoAnswerError(RowError):
     reason = "no_answer"
 
 

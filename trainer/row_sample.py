@@ -64,7 +64,8 @@ def sample_rows(rows: RowDataset, tokenizer: Any) -> RowSample:
         if isinstance(says, str | list | tuple):
             # a model with pictures makes messages of plain text
             num_plain += isinstance(says, str) and rows.reader.is_text
-            texts.append(" ".join(_texts(row)))
+            # no tokenizer takes a lone surrogate; the row is refused when it is read
+            texts.append(" ".join(_texts(row)).encode("utf-8", "replace").decode())
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
     return RowSample(num_plain, len(texts) - num_plain, lengths)
 

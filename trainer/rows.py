@@ -28,7 +28,7 @@ from gold_trainer.messages import (
 )
 from gold_trainer.pictures import MAX_PIXELS, PictureReader
 from gold_trainer.row_config import refuse_reserved
-from gold_trainer.row_errors import BadRow, NoAnswer, renamed
+from gold_trainer.row_errors import BadRow, NoAnswerError, renamed
 from gold_trainer.turns import Conversation, read_conversation
 
 logger = logging.get_logger(__name__)
@@ -146,7 +146,7 @@ class RowReader:
         try:
             row = self._parse(as_conversation(columns, index), index, turn)
             if self.needs_completion and row.completion is None:
-                raise NoAnswer(
+                raise NoAnswerError(
                     f"row {index}: an assistant's answer is expected as `completion` or as the "
                     "last of `messages`, got none; add it, or set seq_kd=True with lmbda below 1, "
                     "so that the teacher writes it (with lmbda=1.0 rows of training need none, of "

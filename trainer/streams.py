@@ -7,7 +7,7 @@ import datasets
 from torch.utils.data import IterableDataset
 
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import as_rows
+from gold_trainer.dataset import RowDataset, as_rows
 from gold_trainer.pictures import undecoded
 from gold_trainer.row_errors import BadRow
 from gold_trainer.rows import Row, RowReader
@@ -66,8 +66,17 @@ def read_rows(
     return as_rows(dataset, has_chat_template=has_chat_template, skips_bad=skips_bad, **options)
 
 
-def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
-    """ValueError for what a stream cannot do, and for a first row that does not fit."""
+def open_rows(
+    dataset: Any, args: GOLDConfig, *, has_chat_template: bool = False, **options: Any
+) -> RowDataset | RowStream:
+    """One dataset read as Rows; no row is looked at."""
+    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+        return _open_stream(dataset, args, **options)
+    return RowDataset(dataset, **options)
+
+
+def _open_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
+    """ValueError for what a stream cannot do."""
     if args.max_steps <= 0:
         raise ValueError(
             "GOLDTrainer: max_steps must be set for a streaming dataset, whose length nobody "
@@ -81,7 +90,12 @@ def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
     # each process reads for itself: batches of pictures cannot be dealt out by one of them
     accelerator_config: Any = args.accelerator_config
     accelerator_config.dispatch_batches = False
-    stream = RowStream(dataset, **options)
+    return RowStream(dataset, **options)
+
+
+def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
+    """ValueError for what a stream cannot do, and for a first row that does not fit."""
+    stream = _open_stream(dataset, args, **options)
     stream.is_tolerant = args.on_bad_row == "skip"
     if next((row for row in stream if not isinstance(row, BadRow)), None) is None:
         raise ValueError(

@@ -1,0 +1,165 @@
+"""`gold-trainer check`: reads what a run would read, and says what it would refuse.
+
+Rows go the way that they go in training, from the reader to the collator, in data loader workers.
+Models are made of their configs, without weights.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sized
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+
+from gold_trainer import loading, models, refusals
+from gold_trainer.bad_rows import TolerantCollator, tolerant
+from gold_trainer.batches import WindowBatch
+from gold_trainer.check_counts import Part, PartCollator, SplitReport
+from gold_trainer.check_tables import make_console, print_examples, print_split
+from gold_trainer.collator import token_ids_of
+from gold_trainer.command_line import Run, read_run
+from gold_trainer.config import GOLDConfig
+from gold_trainer.objectives import CrossTokenizer, Objective
+from gold_trainer.preparing import Prepared, prepare
+from gold_trainer.row_errors import REASONS, BadRow
+from gold_trainer.sides import Side
+from gold_trainer.streams import RowStream, open_rows
+from gold_trainer.teachers.frozen import FrozenTeacher
+
+BATCH_SIZE = 16
+
+
+def check(argv: list[str]) -> int:
+    """The exit code: 0, or 1 where a row is refused; ValueError for everything else."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--num_examples", type=int, default=2)
+    parser.add_argument("--output")
+    own, argv = parser.parse_known_args(argv)
+    run = read_run(argv)
+    args = run.config
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+    refusals.refuse_unusable(run.student, run.teacher, args, None, None, None, run.peft_config)
+    prepared = prepare(run.student, run.teacher, args)
+    objective, facts = _objective(run, prepared)
+    collator = TolerantCollator(objective.collator, objective.collator.blank, REASONS)
+    console = make_console()
+    for line in facts:
+        console.print(line, markup=False, soft_wrap=True)
+    splits = {"train": (run.train_rows, prepared.row_options, _num_rows_of_a_run(args))}
+    if run.eval_rows is not None:
+        splits["eval"] = (run.eval_rows, prepared.eval_row_options, None)
+    reports = []
+    for name, (dataset, options, limit) in splits.items():
+        rows = open_rows(dataset, args, **options)
+        report = _read(name, rows, PartCollator(collator, objective.collators), args, limit)
+        if report.num_rows == 0:
+            raise ValueError(f"gold-trainer check: {name} must have rows, got none; check splits.")
+        print_split(console, report, args)
+        reports.append(report)
+        if name == "train":
+            tokenizers = {side: c.tokenizer for side, c in objective.collators.items()}
+            print_examples(console, list(_examples(rows, collator, own.num_examples)), tokenizers)
+    num_refused = sum(report.num_refused for report in reports)
+    if own.output is not None:
+        result = {report.name: report.as_dict(args) for report in reports}
+        Path(own.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(_verdict(num_refused, args), markup=False, soft_wrap=True)
+    return 1 if num_refused else 0
+
+
+def _objective(run: Run, prepared: Prepared) -> tuple[Objective, list[str]]:
+    """The loss of the pair without its weights, and what is known of the pair."""
+    args = run.config
+    empty = loading.empty_model(run.student, args.model_init_kwargs)
+    has_adapter = run.peft_config is not None
+    student = loading.add_adapter(empty, run.peft_config) if has_adapter else empty
+    teacher = loading.empty_model(
+        run.teacher, args.teacher_model_init_kwargs, args.teacher_model_revision
+    )
+    processors = prepared.student_processor, prepared.teacher_processor
+    sides = (
+        Side.of(student, "student", processors[0], args),
+        FrozenTeacher(teacher, processors[1], args).side,
+    )
+    objective = prepared.objective(args, *sides)
+    facts = []
+    named = (("student", run.student, student), ("teacher", run.teacher, teacher))
+    for (name, source, model), side, processor in zip(named, sides, processors, strict=True):
+        kind = "text only" if prepared.is_text else "vision and language"
+        facts.append(
+            f"{name}: {source}, {type(models.base_model(model)).__name__}, {kind}, a head of "
+            f"{side.head.out_features} rows, {len(token_ids_of(processor))} tokens"
+        )
+    if not isinstance(objective, CrossTokenizer):
+        return objective, [*facts, "tokenizers: one for both"]
+    shared = objective.overlap
+    text = "" if shared is None else f", {len(shared.student_ids)} entries in common"
+    return objective, [*facts, f"tokenizers: two{text}"]
+
+
+def _num_rows_of_a_run(args: GOLDConfig) -> int | None:
+    """Of a stream, which a run reads no further."""
+    if args.max_steps <= 0:
+        return None
+    sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    return args.max_steps * sizes[0] * sizes[1] * sizes[2]
+
+
+def _read(
+    name: str, rows: Any, collator: PartCollator, args: GOLDConfig, limit: int | None
+) -> SplitReport:
+    """All rows, in workers; of a stream, which one worker reads, as many as a run does."""
+    is_stream = isinstance(rows, RowStream)
+    workers = 1 if is_stream else args.dataloader_num_workers or os.cpu_count() or 1
+    loader: DataLoader = DataLoader(
+        tolerant(rows), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=collator
+    )
+    report = SplitReport(name)
+    total = limit if is_stream else len(rows)
+    batches: Iterator[Part] = iter(loader)
+    if is_stream and limit is not None:
+        batches = islice(batches, -(-limit // BATCH_SIZE))  # to the end of a batch
+    with _progress() as progress:
+        task = progress.add_task(name, total=total)
+        for part in batches:
+            progress.advance(task, report.add(part))
+    return report
+
+
+def _progress() -> Progress:
+    """On stderr, where it is a terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _examples(rows: Any, collator: TolerantCollator, count: int) -> Iterator[WindowBatch]:
+    """The first rows that can be used, one a batch."""
+    readable = tolerant(rows)
+    places = range(len(readable)) if isinstance(readable, Sized) else None
+    items = iter(readable) if places is None else (readable[i] for i in places)
+    batches = (collator([row]) for row in items if not isinstance(row, BadRow))
+    return islice((batch for batch in batches if not batch.is_blank), max(count, 0))
+
+
+def _verdict(num_refused: int, args: GOLDConfig) -> str:
+    if not num_refused:
+        return "\nall rows can be used"
+    if args.on_bad_row == "skip":
+        return f"\n{num_refused} rows are refused; on_bad_row=skip leaves them out"
+    return (
+        f"\n{num_refused} rows are refused: mend or drop them, or set on_bad_row=skip to leave "
+        "them out"
+    )
