@@ -232,8 +232,11 @@ def _load_file(path: Path, split: str) -> Sequence[dict[str, Any]]:
 
 def csv_options(path: Path) -> dict[str, Any]:
     """Cells as they are written: else 007 becomes the number 7, and the answer None nothing."""
-    with path.open(encoding="utf-8", newline="") as file:
-        header = next(csv.reader(file), [])
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = next(csv.reader(file), [])
+    except UnicodeDecodeError as error:
+        raise no_utf8(path, error) from error
     if not header or len(set(header)) < len(header):
         raise ValueError(f"dataset {path}: the first line must name the columns, got {header}")
     features = datasets.Features({name: datasets.Value("string") for name in header})
@@ -285,12 +288,18 @@ def load_split(builder: str, split: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(builder, split=split, **options)
     except (datasets.exceptions.DatasetsError, ValueError, AssertionError) as error:
-        raise ValueError(f"dataset {builder}: {error}") from error
+        files = set((options.get("data_files") or {}).values())
+        name = ", ".join(files) or options.get("data_dir") or builder
+        reason = f" ({error.__cause__})" if error.__cause__ is not None else ""
+        raise ValueError(f"dataset {name}: {error}{reason}") from error
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
     """A list of rows, or one row a line; in memory, pictures by path."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise no_utf8(path, error) from error
     try:
         if path.suffix == ".json":
             rows = json.loads(text)
@@ -302,3 +311,10 @@ def read_json(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"dataset {path}: expected a list of objects, one for each row")
     return rows
+
+
+def no_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
+    byte = error.object[error.start]
+    return ValueError(
+        f"dataset {path}: text in UTF-8 is expected, got byte {byte:#04x}; convert it"
+    )

@@ -20,6 +20,7 @@ from gold_trainer.data_files import (
     csv_options,
     load_split,
     named_columns,
+    no_utf8,
     read_json,
     source_of,
     split_names,
@@ -66,12 +67,14 @@ class JsonRows(IterableDataset):
         if self.path.suffix == ".json":
             yield from read_json(self.path)  # a list, which has no lines
             return
-        with self.path.open(encoding="utf-8", newline="\n") as lines:
+        with self.path.open("rb") as lines:  # which end at line feeds only
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    raise no_utf8(self.path, error) from error
                 except json.JSONDecodeError as error:
                     raise ValueError(
                         f"{self.path}, line {number}: not valid JSON: {error}"

@@ -207,3 +207,27 @@ def test_a_system_prompt_comes_first_in_every_shape_and_a_rows_own_wins(tmp_path
     ):
         path = write(tmp_path / "rows.jsonl", [shape])
         assert parsed(path, system_prompt="Brief.").prompt[0] == own
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_file_that_is_not_utf8_is_named_and_a_byte_order_mark_is_no_part_of_it(tmp_path, suffix):
+    path = write(tmp_path / f"rows{suffix}", ROWS)
+    content = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert prompts(load(path)) == prompts(ROWS)
+    path.write_bytes(b"\xe9" + content)
+    with pytest.raises(ValueError, match=rf"rows\{suffix}: text in UTF-8 is expected, got byte 0x"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("rows.parquet", "notes", "Parquet file size"),
+        ("rows.csv", 'prompt,completion\na,b\n"c,d\n', "EOF inside string"),
+    ],
+)
+def test_file_that_breaks_off_is_named_with_the_reason(name, text, reason, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: .*{reason}"):
+        load(tmp_path / name)
