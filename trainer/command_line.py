@@ -145,7 +145,6 @@ def read_run(argv: list[str]) -> Run:
     student = _given(model_args.model_name_or_path, "model_name_or_path")
     data_name = _given(data_args.dataset_name, "dataset_name")
     teacher = _given(config.teacher_model_name_or_path, "teacher_model_name_or_path")
-    _check_checkpoint(config)
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
     config.model_init_kwargs = _student_options(model_args) | given
@@ -161,6 +160,7 @@ def train(argv: list[str]) -> None:
     """Run the command; ValueError, OSError and ImportError say what the user can mend."""
     run = read_run(argv)
     config = run.config
+    _check_checkpoint(config)
 
     from gold_trainer.trainer import GOLDTrainer  # slow to import: after the checks
 

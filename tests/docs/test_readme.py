@@ -38,7 +38,7 @@ def table() -> list[list[str]]:
 
 def test_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 130
+    assert len(lines) <= 120
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 

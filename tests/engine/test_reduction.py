@@ -185,6 +185,22 @@ def test_the_peak_stays_within_the_budget(has_frozen_head):
     assert 2 * 4 * n * v > budget, "full logits must not fit the budget"
 
 
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_backward_of_16_bit_inputs_makes_one_copy_in_float32(from_logits):
+    n, v, d = 256, 1024, 32
+    case = random_case(n, v, d, d).to(torch.bfloat16)
+    if from_logits:
+        (leaf, teacher), width = torch.randn(2, n, v, dtype=torch.bfloat16).unbind(), v
+        rows = jsd_loss(leaf.requires_grad_(), teacher, reduction="none")
+    else:
+        (leaf,), width = leaves_of(case, has_frozen_head=True), d
+        rows = fused_linear_jsd(*case, reduction="none")
+    upstream = torch.rand(n)
+    peak = peak_extra_bytes(lambda: torch.autograd.grad(rows, leaf, upstream))
+    returned = 2 * n * width
+    assert 4 * n * width <= peak <= 4 * n * width + returned + 64 * n, "as docs/memory.md has it"
+
+
 def test_a_trained_head_costs_one_more_pass_of_the_logits_and_a_frozen_one_nothing(monkeypatch):
     from gold_kernels.engine import chunking
 

@@ -15,6 +15,16 @@ LONGER: dict[str, str] = {}
 # from the bottom up: a package may import those before it
 LAYERS = ("gold_kernels", "gold_trainer", "benchmarks")
 
+# the same within gold_kernels, as docs/architecture.md has it
+FOLDERS = {
+    "triton": (),
+    "tokens": (),
+    "engine": ("triton",),
+    "jsd": ("engine", "triton"),
+    "losses": ("jsd", "engine", "triton"),
+    "uld": ("jsd", "engine", "triton", "tokens"),
+}
+
 
 def python_files(*folders):
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -70,3 +80,13 @@ def test_imports_point_one_way(folder, layer):
     for path in python_files(folder):
         for name in imported_modules(path):
             assert name.partition(".")[0] not in above, f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_of_the_library_import_those_below_them(folder):
+    for path in python_files(f"gold_kernels/{folder}"):
+        for name in imported_modules(path):
+            first, _, rest = name.partition(".")
+            imported = rest.partition(".")[0]
+            if first == "gold_kernels" and imported in FOLDERS:
+                assert imported in (folder, *FOLDERS[folder]), f"{relative(path)} imports {name}"
