@@ -24,6 +24,7 @@ from gold_trainer.check_tables import make_console, print_examples, print_split
 from gold_trainer.collator import token_ids_of
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.config import GOLDConfig
+from gold_trainer.dataset import RowDataset
 from gold_trainer.objectives import CrossTokenizer, Objective
 from gold_trainer.preparing import Prepared, prepare
 from gold_trainer.row_errors import REASONS, BadRow
@@ -32,14 +33,12 @@ from gold_trainer.streams import RowStream, open_rows
 from gold_trainer.teachers.frozen import FrozenTeacher
 
 BATCH_SIZE = 16
+MAX_WORKERS = 16  # unless dataloader_num_workers says more: a container shows all cores of its host
 
 
 def check(argv: list[str]) -> int:
     """The exit code: 0, or 1 where a row is refused; ValueError for everything else."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--num_examples", type=int, default=2)
-    parser.add_argument("--output")
-    own, argv = parser.parse_known_args(argv)
+    own, argv = _own_arguments(argv)
     run = read_run(argv)
     args = run.config
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
@@ -60,6 +59,9 @@ def check(argv: list[str]) -> int:
         if report.num_rows == 0:
             raise ValueError(f"gold-trainer check: {name} must have rows, got none; check splits.")
         print_split(console, report, args)
+        if report.tokens and isinstance(rows, RowDataset):
+            rows.first(skips_bad=True)
+            console.print(f"rows: {rows.description}", markup=False, soft_wrap=True)
         reports.append(report)
         if name == "train":
             tokenizers = {side: c.tokenizer for side, c in objective.collators.items()}
@@ -70,6 +72,26 @@ def check(argv: list[str]) -> int:
         Path(own.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(_verdict(num_refused, args), markup=False, soft_wrap=True)
     return 1 if num_refused else 0
+
+
+def _own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Those of the command itself, and the rest, which is a run's."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--num_examples", default="2")
+    parser.add_argument("--output")
+    own, argv = parser.parse_known_args(argv)
+    if not own.num_examples.isdecimal():
+        raise ValueError(
+            "gold-trainer check: num_examples must be a whole number, got "
+            f"{own.num_examples!r}; 0 shows none."
+        )
+    own.num_examples = int(own.num_examples)
+    if own.output is not None and not Path(own.output).absolute().parent.is_dir():
+        raise ValueError(
+            f"gold-trainer check: output must be a file in a folder that exists, got "
+            f"{own.output!r}; make the folder first."
+        )
+    return own, argv
 
 
 def _objective(run: Run, prepared: Prepared) -> tuple[Objective, list[str]]:
@@ -115,7 +137,7 @@ def _read(
 ) -> SplitReport:
     """All rows, in workers; of a stream, which one worker reads, as many as a run does."""
     is_stream = isinstance(rows, RowStream)
-    workers = 1 if is_stream else args.dataloader_num_workers or os.cpu_count() or 1
+    workers = 1 if is_stream else args.dataloader_num_workers or _num_cores()
     loader: DataLoader = DataLoader(
         tolerant(rows), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=collator
     )
@@ -129,6 +151,13 @@ def _read(
         for part in batches:
             progress.advance(task, report.add(part))
     return report
+
+
+def _num_cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    return min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def _progress() -> Progress:
@@ -151,7 +180,7 @@ def _examples(rows: Any, collator: TolerantCollator, count: int) -> Iterator[Win
     places = range(len(readable)) if isinstance(readable, Sized) else None
     items = iter(readable) if places is None else (readable[i] for i in places)
     batches = (collator([row]) for row in items if not isinstance(row, BadRow))
-    return islice((batch for batch in batches if not batch.is_blank), max(count, 0))
+    return islice((batch for batch in batches if not batch.is_blank), count)
 
 
 def _verdict(num_refused: int, args: GOLDConfig) -> str:

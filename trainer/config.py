@@ -88,7 +88,8 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         default=2048,
         metadata={
             "help": "Most tokens of prompt, image tokens and completion together, on either side; "
-            "a longer completion is cut at its end, a longer prompt is an error. None: no limit."
+            "a longer completion is cut at its end, for a longer prompt see on_long_prompt. None: "
+            "no limit."
         },
     )
     seq_kd: bool = field(

@@ -83,7 +83,9 @@ class NonFiniteGuard:
         if grad_norm is not None and self.accelerator.scaler is None:
             bad[GRADIENT] = ~torch.isfinite(_whole(torch.as_tensor(grad_norm))).to(device)
         bad[STOP] = float(wants_stop)
-        if self.can_be_empty and self.num_items is not None:
+        # the scaler of float16 gradients takes no step without gradients
+        can_be_empty = self.can_be_empty and self.accelerator.scaler is None
+        if can_be_empty and self.num_items is not None:
             bad[EMPTY] = self.num_items.sum() == 0
         counts = self.accelerator.reduce(bad, reduction="sum").tolist()
         verdict = Verdict(any(counts[:STOP]), must_stop=counts[STOP] > 0)

@@ -120,13 +120,15 @@ class Rollouts:
             replace(batch, source=source) for batch, source in zip(batches, sources, strict=True)
         ]
         for name, writer in self.writers.items():
-            own = [
-                i for i, source in enumerate(sources) if source == name and not batches[i].is_blank
-            ]
-            if not own:
+            due = [i for i, source in enumerate(sources) if source == name]
+            if not due:
                 continue
             writer.sync_weights(step)
             place = f"{self.args.seed} {step} {name} {self.args.process_index}"
+            own = [i for i in due if not batches[i].is_blank]
+            if not own:
+                self._take_part(name, batches[due[0]])
+                continue
             written = self.write(name, [completed[i] for i in own], place)
             for i, batch in zip(own, written, strict=True):
                 completed[i] = batch
@@ -134,6 +136,12 @@ class Rollouts:
         if shown is not None:
             self._print(shown.examples, shown.source, step)
         return completed
+
+    def _take_part(self, name: str, blank: WindowBatch) -> None:
+        """Of a window without rows: sharded weights write where all ranks do."""
+        if self.args.world_size > 1:
+            prompts = self.objective.prompts(blank, name)
+            self.writers[name].complete([example.unanswered() for example in prompts], 0)
 
     def write(self, name: str, batches: list[WindowBatch], place: str) -> list[WindowBatch]:
         """The batches with completions of one writer's call; place, where in the run, seeds it."""

@@ -38,6 +38,8 @@ def models(tmp_path_factory):
         for size in ("student", "teacher"):
             for part in tiny(family, size):
                 part.save_pretrained(folder / family / size)
+    for part in tiny("qwen3", "teacher", num_merges=20):
+        part.save_pretrained(folder / "qwen3_more" / "teacher")
     return folder
 
 
@@ -213,6 +215,15 @@ def test_of_a_stream_as_many_rows_are_read_as_a_run_takes(limit, check, tmp_path
         ([], ["--dataset_streaming", "--max_steps=1"], ("qwen3", "qwen3"), "must have rows, got n"),
         ([{"messages": CHAT, "id": 7}], [], ("qwen3", "qwen3"), "got id, which nothing uses"),
         (text_rows(2), ["--beta", "2"], ("qwen3", "qwen3"), "beta must be in [0, 1], got 2"),
+        (
+            text_rows(2),
+            ["--use_peft", "--lora_target_modules", "lm_head"],
+            ("qwen3", "qwen3"),
+            "lm_head must be a plain torch.nn.Linear",
+        ),
+        (text_rows(2), [], ("qwen3", "qwen3_more"), "must have one vocabulary, got token"),
+        (text_rows(2), ["--num_examples=x"], ("qwen3", "qwen3"), "a whole number, got 'x'; 0 sho"),
+        (text_rows(2), ["--output=/none/r.json"], ("qwen3", "qwen3"), "a folder that exists, got"),
         (text_rows(2), ["--lrate", "2"], ("qwen3", "qwen3"), "unknown flag --lrate"),
         (
             text_rows(2),
@@ -233,7 +244,10 @@ def test_what_is_wrong_with_fields_or_the_pair_ends_with_code_2(
 def test_an_adapter_and_the_other_name_of_the_command(check):
     code, shown = check(text_rows(3), "--use_peft", command="check-data")
     assert code == 0
-    assert "all rows can be used" in shown
+    assert "all rows can be used" in shown and "rows: conversations: the chat template" in shown
+    code, shown = check([BAD["no_answer"], *text_rows(3)], "--on_bad_row", "skip")
+    assert code == 1
+    assert "1 rows are refused; on_bad_row=skip leaves them out" in shown
 
 
 def test_scored_tokens_are_in_colour_on_a_terminal():
