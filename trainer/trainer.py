@@ -389,7 +389,9 @@ class GOLDTrainer(Trainer):
             totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
             means = window.means(totals)
             del means["loss"]  # the Trainer's is the mean over steps
-            logs = {**logs, **means, **self.guard.logs(), **self.skipped.logs()}
+            logs = {**logs, **means, **self.guard.logs()}
+        if "loss" in logs or "train_loss" in logs:  # at the end too: steps since the last log
+            logs = {**logs, **self.skipped.logs()}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: WindowBatch) -> int:  # type: ignore[override]

@@ -148,6 +148,14 @@ def test_a_dataset_whose_rows_are_all_bad_is_refused(tmp_path):
     assert math.isnan(metrics["eval_loss"])
 
 
+def test_rows_left_out_after_the_last_log_are_counted_at_the_end(tmp_path):
+    rows = with_bad(text_rows(6), {5: BAD["other"]})
+    options = {"max_steps": 2, "logging_steps": 10, "logging_first_step": True}
+    trainer = make_trainer(tmp_path, rows, "qwen3", **SKIP | options)
+    trainer.train()
+    assert skips_of(trainer) == [{"": 0.0}, {"": 1.0, "/other": 1.0}]
+
+
 def test_the_first_rows_of_each_reason_are_warned_of(tmp_path, caplog):
     rows = [TEXT[0], BAD["no_answer"], *[BAD["other"]] * 6]
     make_trainer(tmp_path, rows, "qwen3", **SKIP, max_steps=2).train()
