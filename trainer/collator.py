@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from gold_kernels.tokens.token_bytes import find_end_of_turn
+from gold_trainer import text_tensors
 from gold_trainer.answer_texts import CONTENT, frame_for
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.in_context import InContext
@@ -257,16 +258,27 @@ def process_prompts(
         batch = {"input_ids": ids}
         return dict(processor.pad(batch, padding_side="left", return_tensors="pt"))
     options: dict[str, Any] = {"images": images} if any(images) else {}
-    return dict(
-        processor(
-            text=texts,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=adds[0],
-            return_tensors="pt",
-            **options,
+    order = text_tensors.pictures_first(processor, images)
+    if order != sorted(order):
+        pictures: Any = images
+        ordered = process_prompts(
+            processor,
+            [texts[i] for i in order],
+            [pictures[i] for i in order],
+            [flags[i] for i in order],
         )
+        places = [order.index(i) for i in range(len(order))]
+        return {name: tensor[places] for name, tensor in ordered.items()}
+    inputs = processor(
+        text=texts,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=adds[0],
+        return_tensors="pt",
+        **options,
     )
+    tensors = {name: t for name, t in inputs.items() if name not in text_tensors.NOT_INPUTS}
+    return text_tensors.with_all_rows(tensors, [bool(row) for row in images])
 
 
 def cut_prompts(
@@ -276,7 +288,7 @@ def cut_prompts(
     if not any(example.is_cut for example in examples):
         return inputs
     shape = inputs["input_ids"].shape
-    texts = {name for name, tensor in inputs.items() if tensor.shape == shape}
+    texts = {name for name in inputs if text_tensors.places_of(processor, name) is not None}
     lengths = inputs["attention_mask"].sum(1).tolist()
     for b, example in enumerate(examples):
         if example.is_cut:
@@ -303,10 +315,12 @@ def tokenizer_with_template(processor: Processor) -> PreTrainedTokenizerBase:
 
 
 def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInputs:
-    """Prompts, pictures and completions of a micro-batch, padded to the tokenizer's side.
+    """Prompts, pictures and completions of a micro-batch, padded on the right whatever side the
+    tokenizer pads for generation: what stands behind a text changes nothing in a causal model, also
+    in one that takes no positions, or no mask.
 
-    Every tensor of the shape of input_ids is extended over the completion (0 for type ids); others
-    (pixel values and their sizes) pass through.
+    Tensors of the text are extended over the completion; others (pixel values and their sizes) pass
+    through.
     """
     tokenizer = tokenizer_of(processor)
     prompts = process_prompts(
@@ -316,29 +330,24 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
         [e.adds_special_tokens for e in examples],
     )
     prompts = cut_prompts(processor, prompts, examples)
-    shape = prompts["input_ids"].shape
     prompt_lengths = prompts["attention_mask"].sum(1).tolist()
     lengths = [p + len(e.written_ids) for p, e in zip(prompt_lengths, examples, strict=True)]
-    width, is_left = max(lengths), tokenizer.padding_side == "left"
-    starts = [width - length if is_left else 0 for length in lengths]
-
     tensors: dict[str, Tensor] = {}
-    labels = torch.full((len(examples), width), IGNORE_INDEX)
     for name, tensor in prompts.items():
-        if tensor.shape != shape:
+        if name == "input_ids":
+            pad = tokenizer.pad_token_id
+            tensors[name] = text_tensors.extended(tensor, prompt_lengths, lengths, pad, pad)
+        elif (places := text_tensors.places_of(processor, name)) is not None:
+            tensors[name] = text_tensors.extended(tensor, prompt_lengths, lengths, 0, places.answer)
+        else:
             tensors[name] = tensor
-            continue
-        fill = tokenizer.pad_token_id if name == "input_ids" else 0
-        tensors[name] = tensor.new_full((len(examples), width), fill)
-        for b, length in enumerate(prompt_lengths):
-            tensors[name][b, starts[b] : starts[b] + length] = tensor[b, shape[1] - length :]
+    width = max(lengths)
+    labels = torch.full((len(examples), width), IGNORE_INDEX)
     scored = []
     for b, example in enumerate(examples):
-        first = starts[b] + prompt_lengths[b]
-        completion = slice(first, first + len(example.written_ids))
+        completion = slice(prompt_lengths[b], lengths[b])
         labels[b, completion] = torch.tensor(example.written_ids, dtype=torch.int64)
         tensors["input_ids"][b, completion] = labels[b, completion]
-        tensors["attention_mask"][b, completion] = 1
         # The causal shift, the only one: position l - 1 predicts the token at l.
         scored.append(torch.arange(completion.start, completion.stop) + (b * width - 1))
     return ModelInputs(tensors, labels, torch.cat(scored))

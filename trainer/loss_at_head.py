@@ -1,65 +1,35 @@
 """The loss in the place of a model's head: the head receives hidden states and returns a loss, or
 the hidden states of the scored rows, and never logits.
 
-B sequences, L positions, N scored rows, D hidden size.
+B sequences, L positions, N scored rows, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-# Config field -> exponent of its value in the factor that logits are multiplied with.
-SCALE_FIELDS = {
-    "logit_scale": 1,  # Cohere
-    "logits_scaling": -1,  # Granite divides
-    "lm_head_multiplier": 1,  # Falcon H1
-    "output_multiplier": 1,
-}
-# What a head returns once, to see what its model makes of it.
-PROBE = (-64.0, -8.0, -1.0, 0.0, 0.5, 2.0, 16.0, 128.0)
+from gold_trainer.logit_form import LogitForm, probe_of
 
 
-@dataclass
-class LogitForm:
-    """What a model makes of its head's output x: softcap(scale x), softcap(x) = c tanh(x / c)."""
-
-    side: str
-    scale: float = 1.0
-    softcap: float | None = None  # c
-    is_checked: bool = False
-
-    @classmethod
-    def from_config(cls, config: PretrainedConfig, side: str) -> "LogitForm":
-        config = config.get_text_config()
-        scale = 1.0
-        for name, exponent in SCALE_FIELDS.items():
-            scale *= (getattr(config, name, None) or 1.0) ** exponent
-        return cls(side, scale, getattr(config, "final_logit_softcapping", None))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = self.scale * x
-        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
-
-    def check(self, actual: Tensor) -> None:
-        """Once, on what the model made of PROBE, so that no other form goes unnoticed."""
-        if self.is_checked:
-            return
-        rtol = 8 * torch.finfo(actual.dtype).eps
-        expected, actual = self(torch.tensor(PROBE)), actual.detach().float().cpu()
-        if actual.shape != expected.shape or not torch.allclose(
-            actual, expected, rtol=rtol, atol=0.0
-        ):
-            raise ValueError(
-                f"GOLDTrainer: the {self.side}'s logits must be softcap(scale * (hidden weight^T + "
-                f"bias)) with scale={self.scale} and softcap={self.softcap} from its config, got "
-                "something else from its forward; choose a model whose logits are."
-            )
-        self.is_checked = True
+def run_to_head(
+    model: nn.Module,  # without its wrapper
+    wrapper: nn.Module,  # that is called: DDP, or the model itself
+    place: nn.Module,  # the head, where the model calls it
+    form: LogitForm,
+    inputs: dict[str, Any],
+    function: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Any]:
+    """function(hidden (B, L, D)) of the hidden states that the head receives, and the model's
+    output.
+    """
+    if not form.is_measured:
+        measure(model, wrapper, place, form, inputs)
+    with head_replaced(place, function) as value_of:
+        output = wrapper(**inputs)
+        return value_of(output.logits), output
 
 
 class Passage:
@@ -72,8 +42,7 @@ class Passage:
     in place when the gradient reaches the head; the gradient itself waits beside, exact.
     """
 
-    def __init__(self, form: LogitForm) -> None:
-        self.form = form
+    def __init__(self) -> None:
         self.value: Tensor | None = None
         self.grad: Tensor | None = None
 
@@ -86,7 +55,6 @@ class Passage:
 
     def arrive(self, carrier: Tensor) -> Tensor:
         """The value, with the carrier's graph, for what came out of the model."""
-        self.form.check(carrier)
         value: Tensor = _Arrive.apply(carrier, self)
         return value
 
@@ -95,9 +63,7 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, passage: Passage) -> Tensor:
         ctx.passage = passage
-        if passage.form.is_checked:
-            return torch.zeros((), device=value.device)
-        return torch.tensor(PROBE, device=value.device)
+        return torch.zeros(1, 1, 1, device=value.device)  # what comes next expects (B, L, V)
 
     @staticmethod
     def backward(ctx: Any, _grad_carrier: Tensor) -> tuple[Tensor | None, None]:
@@ -120,7 +86,8 @@ class _Arrive(torch.autograd.Function):
 
 @contextmanager
 def head_replaced(
-    head: nn.Module, form: LogitForm, function: Callable[[Tensor], Tensor]
+    place: nn.Module,  # the head, where the model calls it
+    function: Callable[[Tensor], Tensor],
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within the context the head computes function(hidden (B, L, D)) and returns a carrier, which
     comes out as the model's `logits`. Gives the function that makes the value of them. The model
@@ -129,15 +96,60 @@ def head_replaced(
     The model runs through its wrapper as always and meets the head where it expects it: DDP sees
     the weight used, FSDP and ZeRO-3 have it gathered, hooks fire.
     """
-    passage = Passage(form)
-    before = vars(head).get("forward")  # that of a hook, where accelerate put one
-    head.forward = lambda hidden: passage.depart(function(hidden))
-    try:
+    passage = Passage()
+    with _forward_is(place, lambda hidden: passage.depart(function(hidden))):
         yield passage.arrive
+
+
+@contextmanager
+def _forward_is(place: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    before = vars(place).get("forward")  # that of a hook, where accelerate put one
+    place.forward = function
+    try:
+        yield
     finally:
-        del head.forward
+        del place.forward
         if before is not None:
-            head.forward = before
+            place.forward = before
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, wrapper: nn.Module, place: nn.Module, form: LogitForm, inputs: dict[str, Any]
+) -> None:
+    """Find the form of a model's logits: one pass more before the first step, in which the head
+    returns known numbers. ValueError for a model that does something else with its head.
+    """
+    seen: list[Tensor] = []
+    made: list[Any] = []
+    probe = None
+
+    def at_head(hidden: Tensor) -> Tensor:
+        nonlocal probe
+        seen.append(hidden)
+        form.check_hidden(model, hidden, inputs["input_ids"])
+        probe = probe_of(model, hidden)
+        return probe.clone()
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # no dropout, which would take random numbers; no gradient checkpointing
+    # first, before FSDP's own, which casts what the model returns
+    hook = model.register_forward_hook(lambda *call: made.append(call[-1]), prepend=True)
+    try:
+        with _forward_is(place, at_head):
+            wrapper(**inputs)
+    except (IndexError, RuntimeError, TypeError) as error:
+        if probe is None or isinstance(error, torch.OutOfMemoryError):
+            raise  # the model's own
+        raise form.refusal(model, f"a forward that cannot go on from it ({error})") from error
+    finally:
+        hook.remove()
+        for module, was_training in modes:
+            module.training = was_training
+    if len(seen) != 1:
+        raise form.refusal(model, f"a forward that calls it {len(seen)} times")
+    assert probe is not None, "the head was called"
+    form.solve(model, probe, getattr(made[-1], "logits", None))
 
 
 def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:

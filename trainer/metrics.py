@@ -9,6 +9,7 @@ from torch import Tensor
 from gold_trainer.objectives import Objective
 
 POLICIES = ("off_policy", "on_policy")
+AUX_LOSS, AUX_BATCHES = "aux_loss", "aux_batches"  # of routers: its sum over micro-batches
 
 
 class MetricWindow:
@@ -20,7 +21,9 @@ class MetricWindow:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self.count_names = ("tokens", "completions", *objective.counts)
+        self.count_names = ("tokens", "completions", AUX_BATCHES, *objective.counts)
+        self.sum_names = (*objective.sums, AUX_LOSS)
+        self.aux_coefficient = 0.0
         self.started: float | None = None
         self.reset()
 
@@ -53,13 +56,22 @@ class MetricWindow:
         for name, count in counts.items():
             self.counts[policy][name] += count
         zero = torch.zeros_like(next(iter(sums.values())))  # of a sum that this batch has not
-        values = torch.stack([sums.get(name, zero) for name in self.objective.sums])
+        values = torch.stack([sums.get(name, zero) for name in self.sum_names])
         before = self.values[policy]
         self.values[policy] = values if before is None else before + values
 
+    def add_auxiliary(self, loss: Tensor, coefficient: float, is_on_policy: bool) -> None:
+        """The routers' loss () of the micro-batch that was added last."""
+        policy = int(is_on_policy)
+        values = self.values[policy]
+        assert values is not None, "a micro-batch was added"
+        self.values[policy] = torch.cat([values[:-1], values[-1:] + loss.detach().to(values)])
+        self.counts[policy][AUX_BATCHES] += 1
+        self.aux_coefficient = coefficient
+
     def totals(self, device: torch.device) -> Tensor:
         """(len(POLICIES), number of counts and sums) of this rank, on the device."""
-        zeros = torch.zeros(len(self.objective.sums), device=device)
+        zeros = torch.zeros(len(self.sum_names), device=device)
         values = torch.stack([zeros if part is None else part for part in self.values])
         counts = torch.tensor([list(part.values()) for part in self.counts]).float()
         return torch.cat([counts.to(device), values], dim=1)
@@ -71,7 +83,7 @@ class MetricWindow:
         self.reset()
         self.started = now
         rows = totals.cpu().double()
-        names = (*self.count_names, *self.objective.sums)
+        names = (*self.count_names, *self.sum_names)
         total, *policies = (
             dict(zip(names, row, strict=True)) for row in (rows.sum(0).tolist(), *rows.tolist())
         )
@@ -81,6 +93,9 @@ class MetricWindow:
         for policy, row in zip(POLICIES, policies, strict=True):
             if row["tokens"]:
                 result[f"{policy}_loss"] = self.objective.means(row)["loss"]
+        if total[AUX_BATCHES]:
+            result[AUX_LOSS] = total[AUX_LOSS] / total[AUX_BATCHES]
+            result["loss"] += self.aux_coefficient * result[AUX_LOSS]
         result["completion_length"] = total["tokens"] / max(total["completions"], 1)
         if seconds > 0:
             result["tokens_per_second"] = total["tokens"] / seconds

@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import (
@@ -16,6 +17,10 @@ from gold_trainer.collator import Processor, tokenizer_of
 
 # Config fields of tokens that stand for picture, video or sound features.
 PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|boi|eoi).*token_(id|index)$")
+
+# Their forward takes positions and mask, and padding on the left changes the next token all the
+# same: DeepSeek-V4 compresses blocks of positions counted from the padding's start.
+MOVED_BY_PADDING = ("deepseek_v4",)
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -40,19 +45,42 @@ def base_model(model: nn.Module) -> Any:  # a PreTrainedModel, once check_decode
     return model
 
 
-def forward_inputs(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the forward of a model, without its wrapper, gets: the tensors of a side, and for a text
-    model the positions that the attention mask says.
-
-    A model with learned positions (GPT-2) counts padding too where nobody tells it: with padding on
-    the left its gradient was 14 to 61 % off. Models with pictures make their own positions.
+def forward_inputs(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the forward of a model, without its wrapper, gets: of the tensors of a side those that
+    it takes, and no cache. Processors make more, for other uses.
     """
     base = base_model(model)
-    takes_positions = "position_ids" in inspect.signature(base.forward).parameters
-    if is_vision_language(base.config) or not takes_positions:
-        return tensors
-    positions = tensors["attention_mask"].long().cumsum(1).sub_(1).clamp_min_(0)
-    return {**tensors, "position_ids": positions}
+    taken = inspect.signature(type(base).forward).parameters
+    names = set(taken)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+        # handed on to the model below the head
+        below = getattr(base, base.base_model_prefix, base)
+        names |= set(inspect.signature(type(below).forward).parameters)
+    inputs: dict[str, Any] = {name: t for name, t in tensors.items() if name in names}
+    empty = inspect.Parameter.empty
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    missing = [
+        name
+        for name, parameter in list(taken.items())[1:]  # behind self
+        if parameter.default is empty and parameter.kind not in variadic and name not in inputs
+    ]
+    if missing:
+        raise ValueError(
+            f"GOLDTrainer: every micro-batch of {type(base).__name__} must have what its forward "
+            f"takes, got none of {', '.join(missing)}; put a picture into every row, or choose "
+            "another model."
+        )
+    return {**inputs, "use_cache": False} if "use_cache" in names else inputs
+
+
+def may_pad_left(model: nn.Module) -> bool:
+    """Whether prompts of different lengths can be written together. generate() pads on the left,
+    which a model cannot see that is told neither positions nor mask.
+    """
+    base = base_model(model)
+    taken = inspect.signature(type(base).forward).parameters
+    is_told = "position_ids" in taken and "attention_mask" in taken
+    return is_told and base.config.model_type not in MOVED_BY_PADDING
 
 
 def check_decoder(model: nn.Module, side: str) -> None:
@@ -95,27 +123,74 @@ def check_trained(student: nn.Module) -> None:
         )
 
 
-def lm_head(model: nn.Module, side: str, *, is_below_adapter: bool = False) -> nn.Linear:
-    """The head whose place the loss takes; refuses what the loss would silently ignore.
+class Head(Protocol):
+    """What the loss reads of a head."""
+
+    @property
+    def weight(self) -> Tensor: ...  # (V, D)
+
+    @property
+    def bias(self) -> Tensor | None: ...  # (V,)
+
+    @property
+    def out_features(self) -> int: ...  # V, also where ZeRO-3 has the weight elsewhere
+
+
+@dataclass(frozen=True)
+class TokenRowsHead:
+    """A head tied to embeddings of which LoRA's trainable_token_indices trains some rows: peft puts
+    them into a copy of the weight at every use, and leaves a bias out.
+    """
+
+    wrapper: Any  # peft's TrainableTokensWrapper
+    bias: None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.wrapper.weight
+
+    @property
+    def out_features(self) -> int:
+        return self.wrapper.original_module.out_features
+
+
+def lm_head(
+    model: nn.Module, side: str, *, is_below_adapter: bool = False
+) -> tuple[Head, nn.Module]:
+    """The head whose place the loss takes, and the module that the model calls for it; refuses what
+    the loss would silently ignore.
 
     peft keeps two of a head in modules_to_save, the original and the copy that is trained. The
     copy is the head, or, for the weights below the adapter, the original.
     """
     head = base_model(model).get_output_embeddings()
     if is_peft_available():
-        from peft.utils import ModulesToSaveWrapper
+        from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
+        if isinstance(head, TrainableTokensWrapper):
+            original = plain_head(head.original_module, side)
+            return (original, original) if is_below_adapter else (TokenRowsHead(head), head)
         if isinstance(head, ModulesToSaveWrapper):
             original, trained = head.original_module, head.modules_to_save[head.active_adapters[0]]
             # peft makes the copy of a tied head with the two exchanged, its weight as it should be
             trained.in_features, trained.out_features = original.in_features, original.out_features
             head = original if is_below_adapter else trained
+    return plain_head(head, side), head
+
+
+def plain_head(head: Any, side: str) -> nn.Linear:
+    kind = f"{type(head).__module__}.{type(head).__name__}"
+    if kind.startswith(("transformers.models.", "transformers_modules.")) or head is None:
+        raise ValueError(
+            f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, whose place the "
+            f"loss takes, got {'none' if head is None else kind}; choose another model, "
+            "docs/models.md lists them."
+        )
     if type(head) is not nn.Linear:
         raise ValueError(
-            f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, got "
-            f"{type(head).__module__}.{type(head).__name__}; leave lm_head out of LoRA's "
-            "target_modules (modules_to_save trains it whole) and out of quantisation "
-            "(llm_int8_skip_modules=['lm_head'])."
+            f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, got {kind}; leave "
+            "lm_head out of LoRA's target_modules (modules_to_save trains it whole) and out of "
+            "quantisation (llm_int8_skip_modules=['lm_head'])."
         )
     if not head.weight.is_floating_point() or type(head.weight) is not nn.Parameter:
         raise ValueError(

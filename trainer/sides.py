@@ -7,12 +7,13 @@ from torch import nn
 from gold_trainer import models
 from gold_trainer.collator import GOLDCollator, Processor
 from gold_trainer.config import GOLDConfig
-from gold_trainer.loss_at_head import LogitForm
+from gold_trainer.logit_form import LogitForm
 
 
 @dataclass(frozen=True)
 class Side:
-    head: nn.Linear  # weight (V, D)
+    head: models.Head  # weight (V, D)
+    place: nn.Module  # where the model calls it
     form: LogitForm
     collator: GOLDCollator
 
@@ -30,8 +31,8 @@ class Side:
         template_kwargs = args.chat_template_kwargs
         assert not isinstance(template_kwargs, str), "TrainingArguments reads the JSON"
         return cls(
-            models.lm_head(model, name, is_below_adapter=is_below_adapter),
-            LogitForm.from_config(config, name),
+            *models.lm_head(model, name, is_below_adapter=is_below_adapter),
+            LogitForm(name),
             GOLDCollator(
                 processor,
                 models.end_ids_of(model, processor),

@@ -37,13 +37,14 @@ from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
-from gold_trainer.loss_at_head import gather_rows, head_replaced
+from gold_trainer.loss_at_head import gather_rows, run_to_head
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
+from gold_trainer.router_loss import with_router_loss
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
 from gold_trainer.stopping import Stopper
@@ -247,6 +248,7 @@ class GOLDTrainer(Trainer):
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks, num_items_in_batch counts all of them
             item_weights = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
+        window = self.windows["train" if model.training else "eval"]
 
         def loss_at_head(hidden: Tensor) -> Tensor:  # (B, L, D) -> ()
             loss, sums = self.objective.loss(
@@ -257,14 +259,15 @@ class GOLDTrainer(Trainer):
                 inputs,
                 item_weights,
             )
-            window = self.windows["train" if model.training else "eval"]
             window.add(self.objective.batch_counts(inputs), sums, inputs.is_on_policy)
             return loss
 
         student = self.accelerator.unwrap_model(model)
-        with head_replaced(self.student.head, self.student.form, loss_at_head) as value_of:
-            tensors = models.forward_inputs(student, inputs.student.tensors)
-            loss = value_of(model(**tensors, use_cache=False).logits)
+        tensors = models.forward_inputs(student, inputs.student.tensors)
+        place, form = self.student.place, self.student.form
+        loss, output = run_to_head(student, model, place, form, tensors, loss_at_head)
+        steps = 1 if item_weights is None else self.current_gradient_accumulation_steps
+        loss = with_router_loss(loss, output, student, window, steps, inputs.is_on_policy)
         if model.training:
             rows = (example.index for example in inputs.student.examples)
             self.guard.add(rows, is_bad(teacher_hidden), loss)

@@ -46,11 +46,6 @@ def check_side(
             f"{function}: {side}_weight must have at least one vocabulary row, got shape "
             f"{tuple(weight.shape)}; under ZeRO-3 gather the head before the loss."
         )
-    if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"{function}: {side}_hidden and {side}_weight must share a dtype, got {hidden.dtype} "
-            f"and {weight.dtype}; cast one of them, or call the loss inside torch.autocast."
-        )
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(
             f"{function}: {side}_bias must be (V,) = ({weight.shape[0]},), got "

@@ -21,6 +21,17 @@ def _autocast_like_linear(head: LinearHead) -> LinearHead:
     return _map_tensors(head, lambda t: t if t.dtype == torch.float64 else t.to(dtype))
 
 
+def _in_one_dtype(head: LinearHead) -> LinearHead:
+    """Hidden states and weight in the wider of their dtypes: a float32 head over bfloat16 weights
+    (peft keeps the copies of modules_to_save so) has float32 logits of exact hidden states. What is
+    cast gets its gradient in its own dtype.
+    """
+    if head.hidden.dtype == head.weight.dtype:
+        return head
+    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
+    return head._replace(hidden=head.hidden.to(dtype), weight=head.weight.to(dtype))
+
+
 def _map_tensors(head: LinearHead, change: Callable[[Tensor], Tensor]) -> LinearHead:
     bias = None if head.bias is None else change(head.bias)
     return head._replace(hidden=change(head.hidden), weight=change(head.weight), bias=bias)
@@ -51,6 +62,9 @@ def check_heads(
     for side, head in (("student", student), ("teacher", teacher)):
         checks.check_side(function, side, head.hidden, head.weight, head.bias)
         checks.check_head_options(function, head.logit_scale, head.softcap)
+    student = _in_one_dtype(student)
+    with torch.no_grad():
+        teacher = _in_one_dtype(teacher)
     checks.check_same_kind(function, student.hidden, teacher.hidden)
     options = checks.check_options(function, options, student.hidden)
     if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad

@@ -49,6 +49,35 @@ def test_the_teacher_may_have_another_dtype(dtype, device, backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize(
+    ("hidden_dtype", "weight_dtype"),
+    [
+        (torch.bfloat16, torch.float32),  # what peft's modules_to_save makes of a 16-bit model
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_hidden_states_and_head_of_two_dtypes_are_computed_in_the_wider(
+    hidden_dtype, weight_dtype, device, backend
+):
+    case = random_case(n=20)
+    dtypes = [hidden_dtype, weight_dtype] * 2
+    double = case.to(torch.float64)
+    mixed = Case(*[t.detach().to(device, d) for t, d in zip(double, dtypes, strict=True)])
+    for tensor in mixed[:2]:
+        tensor.requires_grad_()
+    oracle = run_oracle(Case(*[t.detach().float().cpu() for t in mixed]))
+    bias = torch.linspace(-1, 1, case.student_weight.shape[0], device=device)
+    for options in ({}, {"chunk_size": 6}):
+        actual = run_fused(mixed, backend=backend, **options)
+        assert [t.dtype for t in actual] == [torch.float32, hidden_dtype, weight_dtype]
+        for ours, truth, dtype in zip(actual, oracle, (torch.float32, *dtypes[:2]), strict=True):
+            assert relative_error(ours.cpu(), truth) < max(1e-5, torch.finfo(dtype).eps)
+    assert run_fused(mixed, backend=backend, student_bias=bias)[0].isfinite()
+
+
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 1.0])
 def test_soft_capped_and_scaled_heads(beta, dtype, device, backend):

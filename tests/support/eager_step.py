@@ -23,8 +23,12 @@ COMPLETIONS = {
     "llava": " {} </s>",
     "qwen3": "{}<|im_end|>",
     "llama": "{}<|eot_id|>",
+    "mllama": "{}<|eot_id|>",
+    "paligemma": "{}<|eot_id|>",
+    "granite_vision": "{}<|eot_id|>",
 }
 EXTENDED_WITH_ZEROS = ("token_type_ids", "mm_token_type_ids")
+EXTENDED_BY_THE_LAST = ("cross_attention_mask", "image_attention_mask")
 
 
 def completion_of(family: str, processor: Any, row: dict[str, Any]) -> list[int]:
@@ -63,7 +67,14 @@ def scored_logits(model, inputs: dict[str, Tensor], completion_ids: list[int]) -
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for name in EXTENDED_WITH_ZEROS:
         if name in inputs:
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)
+            is_suffix = "labels" in inputs  # PaliGemma's causal tokens have type 1
+            types = torch.full_like(ids, int(is_suffix))
+            inputs[name] = torch.cat([inputs[name], types], dim=1)
+    for name in EXTENDED_BY_THE_LAST:
+        if name in inputs:
+            last = inputs[name][:, -1:].expand(-1, ids.shape[1], *inputs[name].shape[2:])
+            inputs[name] = torch.cat([inputs[name], last], dim=1)
+    inputs.pop("labels", None)
     return model(**inputs).logits[0, length - 1 : -1]
 
 

@@ -245,3 +245,44 @@ def test_a_model_with_virtual_tokens_is_refused(side, kind, tmp_path):
     message = f"^GOLDTrainer: the {side}'s adapter must change weights, got the prompt .* {kind}"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, tiny_rows(4), "llama", **{side: prompted})
+
+
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_trained_token_rows_of_a_tied_head_learn_as_in_an_eager_step(has_teacher, tmp_path):
+    """peft gives the head the same rows as the embeddings."""
+    torch.manual_seed(0)
+    base, processor = tiny("qwen3_vl")
+    assert base.config.tie_word_embeddings
+    student = peft.get_peft_model(deepcopy(base), adapter(trainable_token_indices=[5, 70, 300]))
+    wrappers = [m for m in student.modules() if type(m).__name__ == "TrainableTokensWrapper"]
+    assert len(wrappers) == 2, "embeddings and head"
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    teacher = tiny("qwen3_vl", "teacher")[0] if has_teacher else None
+    completions = [completion_of("qwen3_vl", processor, row) for row in ROWS]
+    truth = teacher if has_teacher else base
+    expected_loss, expected = eager_step(student, truth, processor, ROWS, completions)
+    trainer, recorder = trainer_with(tmp_path, teacher, None, student=student)
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(expected_loss, rel=1e-5)
+    assert_equal_gradients(recorder.gradients, expected)
+    assert any("trainable_tokens" in name and g.any() for name, g in expected.items())
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_float32_head_over_bfloat16_weights_trains(lmbda, tmp_path):
+    """As peft keeps the copies of modules_to_save; the stock model alone refuses to run."""
+    config = adapter(modules_to_save=["lm_head"])
+    student = peft.get_peft_model(tiny("qwen3_vl")[0].bfloat16(), config)
+    for name, parameter in student.named_parameters():
+        if "lm_head.modules_to_save" in name:
+            parameter.data = parameter.data.float()
+    with pytest.raises(RuntimeError, match="dtype"):
+        student(input_ids=torch.tensor([[1, 2]]))
+    teacher = tiny("qwen3_vl", "teacher")[0].bfloat16()
+    trainer, recorder = trainer_with(tmp_path, teacher, None, student=student, lmbda=lmbda)
+    trainer.train()
+    (head,) = (g for name, g in recorder.gradients.items() if "lm_head" in name)
+    assert head.dtype == torch.float32 and head.any()

@@ -35,7 +35,7 @@ def call(**changes):
     [
         ({"teacher_hidden": torch.randn(5, 6)}, "got N_s=4 and N_t=5", "CompletionAligner"),
         ({"student_hidden": torch.randn(4, 7)}, "got D=7 and D=8", "lm_head.weight"),
-        ({"teacher_hidden": torch.randn(4, 6).double()}, "share a dtype", "autocast"),
+        ({"teacher_hidden": torch.randn(4, 6).double()}, "float64 needs both sides", "cast the"),
         ({"row_weights": torch.ones(3)}, r"\(G,\) = \(4,\).*got \(3,\)", "student_base_rows"),
         ({"row_weights": torch.ones(4, dtype=torch.int64)}, "float tensor", "one weight"),
         ({"student_temperature": 0.0}, "temperature must be positive.*got 0.0", "1.0 leaves"),

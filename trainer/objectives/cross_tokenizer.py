@@ -6,7 +6,7 @@ group: a minimal run of student tokens and one of teacher tokens that end at a c
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from gold_kernels import ULDMetrics, VocabOverlap, fused_linear_uld
@@ -14,7 +14,8 @@ from gold_trainer import loading, models
 from gold_trainer.batches import BatchAlignment, Example, MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, build_side
 from gold_trainer.config import GOLDConfig
-from gold_trainer.objectives.objective import Objective, common_options
+from gold_trainer.models import Head
+from gold_trainer.objectives.objective import Objective, form_options, memory_options
 from gold_trainer.pairing import SKIP_REASONS, CompletionPairs, PairCollator
 from gold_trainer.sides import Side
 
@@ -35,12 +36,13 @@ class CrossTokenizer(Objective):
         self.collators = {"student": student.collator, "teacher": teacher.collator}
         self.distillation_weight = args.uld_distillation_weight
         self.crossentropy_weight = args.uld_crossentropy_weight
+        self.forms = student.form, teacher.form
         self.overlap = None
         if args.uld_use_hybrid_loss:
             aligner = pairs.aligner
             self.overlap = VocabOverlap.from_token_bytes(aligner.student, aligner.teacher)
         self.options = {
-            **common_options(args, student, teacher),
+            **memory_options(args),
             "beta": args.beta,
             "student_temperature": args.uld_student_temperature,
             "teacher_temperature": args.uld_teacher_temperature,
@@ -98,26 +100,32 @@ class CrossTokenizer(Objective):
     def loss(
         self,
         student_hidden: Tensor,  # (N_s, D_s)
-        student_head: nn.Linear,
+        student_head: Head,
         teacher_hidden: Tensor,  # (N_t, D_t)
-        teacher_head: nn.Linear,
+        teacher_head: Head,
         batch: MicroBatch,
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         alignment = alignment_of(batch).groups
         sizes = alignment.num_groups, student_hidden.shape[0]
         weights = self.term_weights(item_weights, *sizes, student_hidden.device)
+        student_weight, teacher_weight = student_head.weight, teacher_head.weight
         loss, metrics = fused_linear_uld(
             student_hidden,
-            student_head.weight,
+            student_weight,
             teacher_hidden,
-            teacher_head.weight,
+            teacher_weight,
             weights[0],
             alignment=alignment,
             student_bias=student_head.bias,
             teacher_bias=teacher_head.bias,
             return_metrics=True,
             **self.label_options(batch, weights[1]),
+            vocab_size=(
+                self.forms[0].num_entries or student_weight.shape[0],
+                self.forms[1].num_entries or teacher_weight.shape[0],
+            ),
+            **form_options(*self.forms),
             **self.options,
         )
         values = metrics._asdict().items()

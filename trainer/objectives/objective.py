@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gold_trainer.batches import Example, MicroBatch, WindowBatch
 from gold_trainer.collator import GOLDCollator, Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.logit_form import LogitForm
+from gold_trainer.models import Head
 from gold_trainer.pairing import PairCollator
 from gold_trainer.sides import Side
 
@@ -77,9 +79,9 @@ class Objective(ABC):
     def loss(
         self,
         student_hidden: Tensor,  # (N_s, D_s)
-        student_head: nn.Linear,
+        student_head: Head,
         teacher_hidden: Tensor,  # (N_t, D_t)
-        teacher_head: nn.Linear,
+        teacher_head: Head,
         batch: MicroBatch,
         item_weights: Tensor | None,  # (2,) of a unit and of a label; None: means of the batch
     ) -> tuple[Tensor, dict[str, Tensor]]:  # (), and () sums by name for the log
@@ -143,15 +145,17 @@ def count_tokens(batches: list[WindowBatch]) -> int:
     return sum(len(example.written_ids) for batch in batches for example in batch.examples)
 
 
-def common_options(args: GOLDConfig, student: Side, teacher: Side) -> dict[str, Any]:
-    """Options of every fused loss: how its logits are made and what memory they take."""
-    forms = student.form, teacher.form
-    options: dict[str, Any] = {
+def form_options(*forms: LogitForm) -> dict[str, Any]:  # of student and teacher, measured
+    """Options of every fused loss: what is made of its heads' outputs."""
+    return {
         "logit_scale": tuple(form.scale for form in forms),
         "final_logit_softcapping": tuple(form.softcap for form in forms),
-        "chunk_size": args.chunk_size,
-        "backend": args.loss_backend,
     }
+
+
+def memory_options(args: GOLDConfig) -> dict[str, Any]:
+    """Options of every fused loss: where it runs and what memory it takes."""
+    options: dict[str, Any] = {"chunk_size": args.chunk_size, "backend": args.loss_backend}
     if args.loss_budget_mib is not None:
         options["budget_bytes"] = int(args.loss_budget_mib * 2**20)
     if args.logits_dtype == "bfloat16":  # None keeps float32, and float64 for float64 models

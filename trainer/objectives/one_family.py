@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
 from transformers import PretrainedConfig
 
 from gold_trainer import models
@@ -52,8 +51,8 @@ def _given(values: list[Any]) -> Any:
 
 
 def shared_vocab_size(
-    student: nn.Linear,
-    teacher: nn.Linear,
+    student: models.Head,
+    teacher: models.Head,
     processor: Processor,
     placeholder_ids: Collection[int] = (),  # of pictures, in no completion
 ) -> int | None:

@@ -6,7 +6,7 @@ N scored rows, D hidden size (D_s, D_t). A unit of the loss is a token.
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gold_kernels import fused_linear_loss
@@ -15,12 +15,14 @@ from gold_trainer import loading, models
 from gold_trainer.batches import Example, MicroBatch, WindowBatch
 from gold_trainer.collator import GOLDCollator, Processor, build_side
 from gold_trainer.config import GOLDConfig
+from gold_trainer.models import Head
 from gold_trainer.objectives import one_family
 from gold_trainer.objectives.objective import (
     CROSS_ENTROPY,
     Objective,
-    common_options,
     count_tokens,
+    form_options,
+    memory_options,
 )
 from gold_trainer.sides import Side
 
@@ -36,17 +38,13 @@ class SameVocabulary(Objective):
         self.collators = {"student": self.collator, "teacher": self.collator}
         self.distillation_weight = args.distillation_weight
         self.crossentropy_weight = args.crossentropy_weight
+        self.forms = student.form, teacher.form
         self.row_loss = make_loss(args.loss, **args.loss_numbers)
         self.sums = self.row_loss.value_names
-        self.options = {
-            **common_options(args, student, teacher),
-            "vocab_size": one_family.shared_vocab_size(
-                student.head,
-                teacher.head,
-                self.collator.processor,
-                self.collator.placeholder_ids,
-            ),
-        }
+        self.vocab_size = one_family.shared_vocab_size(
+            student.head, teacher.head, self.collator.processor, self.collator.placeholder_ids
+        )
+        self.options = memory_options(args)
 
     @staticmethod
     def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
@@ -85,14 +83,18 @@ class SameVocabulary(Objective):
     def loss(
         self,
         student_hidden: Tensor,  # (N, D_s)
-        student_head: nn.Linear,
+        student_head: Head,
         teacher_hidden: Tensor,  # (N, D_t)
-        teacher_head: nn.Linear,
+        teacher_head: Head,
         batch: MicroBatch,
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        sizes = student_hidden.shape[0], student_hidden.shape[0]
-        row_weights, label_weights = self.term_weights(item_weights, *sizes, student_hidden.device)
+        num_rows = student_hidden.shape[0]
+        row_weights, label_weights = self.term_weights(
+            item_weights, num_rows, num_rows, student_hidden.device
+        )
+        limits = (self.vocab_size, *(form.num_entries for form in self.forms))
+        sizes = [size for size in limits if size is not None]
         loss, values = fused_linear_loss(
             self.row_loss,
             student_hidden,
@@ -104,6 +106,8 @@ class SameVocabulary(Objective):
             teacher_bias=teacher_head.bias,
             return_metrics=True,
             **self.label_options(batch, label_weights),
+            vocab_size=min(sizes, default=None),
+            **form_options(*self.forms),
             **self.options,
         )
         return loss, {name: value.sum() for name, value in values.items()}

@@ -47,12 +47,11 @@ class FrozenTeacher(Teacher):
         def at_head(hidden: Tensor) -> Tensor:
             return loss_at_head.gather_rows(hidden, inputs.scored_rows)
 
-        with (
-            self.writing() as model,
-            loss_at_head.head_replaced(self.side.head, self.side.form, at_head) as value_of,
-        ):
+        side = self.side
+        with self.writing() as model:
             tensors = models.forward_inputs(model, inputs.tensors)
-            return value_of(model(**tensors, use_cache=False).logits)
+            call = (model, model, side.place, side.form, tensors, at_head)
+            return loss_at_head.run_to_head(*call)[0]
 
     @contextmanager
     def writing(self) -> Iterator[nn.Module]:

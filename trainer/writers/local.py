@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gold_trainer.batches import Example
@@ -19,7 +19,7 @@ from gold_trainer.collator import (
     until_end,
 )
 from gold_trainer.config import GOLDConfig
-from gold_trainer.models import base_model
+from gold_trainer.models import base_model, may_pad_left
 from gold_trainer.writers.writer import Writer
 
 
@@ -45,16 +45,27 @@ class LocalWriter(Writer):
         pass
 
     def complete(self, examples: Sequence[Example], seed: int) -> list[Example]:
+        completed: dict[int, Example] = {}
         with self.writing() as model:
-            return generate_completions(
-                model,
-                self.collator.processor,
-                examples,
-                sorted(self.collator.end_ids),
-                self.token_ids,
-                self.args,
-                seed,
-            )
+            groups = [list(range(len(examples)))]
+            if not may_pad_left(model):
+                lengths = [example.prompt_length for example in examples]
+                groups = [
+                    [i for i, other in enumerate(lengths) if other == length]
+                    for length in dict.fromkeys(lengths)
+                ]
+            for number, group in enumerate(groups):
+                written = generate_completions(
+                    model,
+                    self.collator.processor,
+                    [examples[i] for i in group],
+                    sorted(self.collator.end_ids),
+                    self.token_ids,
+                    self.args,
+                    seed + number,
+                )
+                completed.update(zip(group, written, strict=True))
+        return [completed[i] for i in range(len(examples))]
 
 
 @contextmanager
@@ -68,6 +79,22 @@ def generation_mode(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def head_in_its_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """A float32 head over 16-bit weights takes their hidden states, as the loss has it."""
+    head = model.get_output_embeddings()
+
+    def cast(_head: nn.Module, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        dtype = torch.promote_types(hidden[0].dtype, head.weight.dtype)
+        return (hidden[0].to(dtype), *hidden[1:])
+
+    hook = head.register_forward_pre_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -134,7 +161,12 @@ def generate_completions(
     )
     inputs = cut_prompts(processor, inputs, examples)
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-    with generation_mode(base), own_settings_hidden(base), seeded(seed, args.device):
+    with (
+        generation_mode(base),
+        own_settings_hidden(base),
+        head_in_its_dtype(base),
+        seeded(seed, args.device),
+    ):
         output = base.generate(**inputs, generation_config=config)
     sampled = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [

@@ -1,0 +1,313 @@
+"""Every architecture that transformers can build tiny, through the trainer's path, against eager
+float64 steps: `make sweep` writes benchmarks/results/model_sweep.csv and docs/models.md.
+
+An architecture is tried in a process of its own, so that a crash or a hang ends itself alone.
+"""
+
+import multiprocessing
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+from gold_trainer import GOLDConfig, models
+from gold_trainer.collator import process_prompts
+from gold_trainer.dataset import RowDataset
+from gold_trainer.loading import disable_dropout
+from gold_trainer.loss_at_head import gather_rows, run_to_head
+from gold_trainer.objectives import SameVocabulary
+from gold_trainer.router_loss import coefficient_of
+from gold_trainer.sides import Side
+from gold_trainer.teachers import FrozenTeacher
+from support.eager_step import completion_of, eager_step
+from support.tiny_configs import tiny_models
+from support.tiny_models import tiny_processor, tiny_rows
+
+TIMEOUT_SECONDS = 120
+WORKERS = 2
+BETA = 0.5
+# float64, but for what models compute in float32 whatever their dtype: positions, norms, routers
+MAX_LOSS_ERROR, MAX_GRAD_ERROR, MAX_ROLLOUT_ERROR = 1e-5, 1e-4, 1e-4
+# model type -> family of support.tiny_models, whose processor makes pictures
+WITH_PICTURES = {
+    family: family
+    for family in ("qwen3_vl", "qwen2_5_vl", "lfm2_vl", "smolvlm", "idefics3", "gemma3", "llava")
+}
+MAPPINGS = {
+    "text": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "pictures": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+EXACT, REFUSED, OBSCURE, UNBUILT = "exact", "refused", "failed", "not built"
+
+
+@dataclass
+class Outcome:
+    model_type: str
+    architecture: str
+    kind: str  # text or pictures
+    outcome: str = UNBUILT
+    tried: str = ""  # text, or pictures
+    loss_error: float | None = None  # relative, the larger of both padding sides
+    grad_error: float | None = None
+    rollouts: str = ""
+    causality: str = ""
+    router_loss: str = ""
+    reason: str = ""
+
+
+def architectures() -> list[tuple[str, str, str]]:
+    """(model type, class, kind); one that stands in both lists counts as one of pictures."""
+    found = {}
+    for kind, names in MAPPINGS.items():
+        for model_type, architecture in names.items():
+            found[model_type, architecture] = kind
+    return sorted((*key, kind) for key, kind in found.items())
+
+
+@dataclass
+class Pair:
+    """Student and teacher in float64, and what they read."""
+
+    student: nn.Module
+    teacher: nn.Module
+    processor: Any
+    rows: list[dict[str, Any]]
+    family: str  # whose template and tokenizer these are
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+def trainer_step(pair: Pair, padding_side: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one micro-batch, as GOLDTrainer.compute_loss makes them."""
+    pair.tokenizer.padding_side = padding_side
+    pair.student.zero_grad()
+    args = GOLDConfig(output_dir="runs/sweep", beta=BETA, use_cpu=True, report_to="none")
+    for side, model in (("student", pair.student), ("teacher", pair.teacher)):
+        models.check_decoder(model, side)
+    student = Side.of(pair.student, "student", pair.processor, args)
+    teacher = FrozenTeacher(pair.teacher, pair.processor, args)
+    objective = SameVocabulary(args, student, teacher.side)
+    is_text = pair.processor is pair.tokenizer
+    rows = RowDataset(pair.rows, needs_completion=True, is_text=is_text)
+    batch = objective.prepare(
+        objective.collator([rows[i] for i in range(len(rows))]),
+        lambda tensor: tensor.double() if tensor.is_floating_point() else tensor,
+    )
+    teacher_hidden = teacher.hidden_rows(batch.teacher)
+
+    def loss_at_head(hidden: Tensor) -> Tensor:
+        scored = gather_rows(hidden, batch.student.scored_rows)
+        heads = student.head, teacher.side.head
+        return objective.loss(scored, heads[0], teacher_hidden, heads[1], batch, None)[0]
+
+    inputs = models.forward_inputs(pair.student, batch.student.tensors)
+    model, form = pair.student, student.form
+    loss = run_to_head(model, model, student.place, form, inputs, loss_at_head).logits
+    loss.backward()
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return loss.item(), gradients
+
+
+def error_of(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest distance of a parameter's gradient, relative to its norm, or to a hundredth of
+    the norm of all: a bias in front of a softmax has a gradient of 0 but for rounding.
+    """
+    scale = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    errors = [torch.zeros((), dtype=scale.dtype)]
+    for name in actual.keys() | expected.keys():
+        one = expected.get(name, torch.zeros(()))
+        distance = (actual.get(name, torch.zeros(())) - one).norm()
+        errors.append(distance / max(one.norm(), 1e-2 * scale))
+    return torch.stack([error.double() for error in errors]).max().item()
+
+
+def first_logits(pair: Pair, prompts: list[str]) -> Tensor:  # (B, V)
+    """Of what generate() writes first, with padding on the left."""
+    inputs = process_prompts(pair.processor, prompts, [[]] * len(prompts))
+    output = pair.student.generate(
+        **inputs,
+        max_new_tokens=1,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=pair.tokenizer.pad_token_id,
+    )
+    return output.logits[0]
+
+
+def causality(pair: Pair) -> str:
+    """How far a later token moves the logits of those before it."""
+    ids = torch.arange(4, 44).view(2, 20)
+    other = ids.clone()
+    other[:, 12:] += 60
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        one, two = (pair.student(input_ids=i, attention_mask=mask).logits for i in (ids, other))
+    moved = (one - two)[:, :12].abs().max() / one.std()
+    return "" if moved < MAX_ROLLOUT_ERROR else f"moved by {moved.item():.1e}"
+
+
+def rollout_error(pair: Pair) -> float:
+    """How far padding moves the student's first logits of a prompt; float32, as stock masks of
+    float64 make NaN of padding.
+    """
+    if not models.may_pad_left(pair.student):
+        return 0.0
+    pair.student.float()
+    prompts = ["A", "A picture of a cat on a mat, and much more text than that.", "Two words"]
+    together = first_logits(pair, prompts)
+    alone = torch.cat([first_logits(pair, [prompt]) for prompt in prompts])
+    is_finite = torch.isfinite(alone)
+    return ((together - alone)[is_finite].abs().max() / alone[is_finite].std()).item()
+
+
+def router_outcome(pair: Pair) -> str:
+    """Whether the stock loss is cross-entropy plus our coefficient times aux_loss."""
+    config = pair.student.config
+    text_config = config.get_text_config()
+    if not hasattr(text_config, "output_router_logits"):
+        return ""
+    config.output_router_logits = text_config.output_router_logits = True
+    ids = torch.arange(4, 40).view(2, 18)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        output = pair.student(**inputs, labels=ids)
+    logits, targets = output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    extra = output.loss - nn.functional.cross_entropy(logits, targets)
+    auxiliary = getattr(output, "aux_loss", None)
+    if auxiliary is None:
+        return "none" if abs(extra) < 1e-5 else f"unknown: {extra.item():.1e}"
+    expected = coefficient_of(pair.student) * auxiliary
+    return "added" if abs(extra - expected) < 1e-5 + 1e-4 * expected else "wrong coefficient"
+
+
+def pairs_of(model_type: str, architecture: str) -> Iterator[Pair]:
+    """As many as there are ways to build them; the first that runs is taken."""
+    processor = tiny_processor("llama")
+    ids = {key: getattr(processor, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for student, teacher in tiny_models(model_type, architecture, (0, 1), **ids):
+        for model in (student, teacher):
+            model.generation_config.eos_token_id = processor.eos_token_id
+        disable_dropout(student)
+        student.train()  # RWKV changes its weights in place in eval mode
+        yield Pair(student.double(), teacher.double(), processor, tiny_rows(3), "llama")
+
+
+def eager(pair: Pair) -> tuple[float, dict[str, Tensor]]:
+    completions = [completion_of(pair.family, pair.processor, row) for row in pair.rows]
+    return eager_step(pair.student, pair.teacher, pair.processor, pair.rows, completions, beta=BETA)
+
+
+def compare(result: Outcome, pair: Pair) -> None:
+    """Fill in what the trainer makes of a pair that can be built."""
+    try:
+        steps = [trainer_step(pair, side) for side in ("left", "right")]
+    except ValueError as error:
+        is_named = str(error).startswith(("GOLDTrainer:", "row "))
+        result.outcome = REFUSED if is_named else OBSCURE
+        result.reason = one_line(error)
+        return
+    except Exception as error:
+        result.outcome, result.reason = OBSCURE, one_line(error)
+        return
+    expected_loss, expected = eager(pair)
+    result.loss_error = max(abs(loss / expected_loss - 1) for loss, _ in steps)
+    result.grad_error = max(error_of(gradients, expected) for _, gradients in steps)
+    is_exact = result.loss_error < MAX_LOSS_ERROR and result.grad_error < MAX_GRAD_ERROR
+    result.outcome = EXACT if is_exact else OBSCURE
+    if not is_exact:
+        result.reason = "another loss or gradient than the eager step"
+    checks = {"causality": causality, "rollouts": rollout_error, "router_loss": router_outcome}
+    for name, check in checks.items():
+        try:
+            value = check(pair)
+        except Exception as error:
+            value = one_line(error)
+        if name == "rollouts" and isinstance(value, float):
+            value = "exact" if value < MAX_ROLLOUT_ERROR else f"off by {value:.1e}"
+        setattr(result, name, value)
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def try_architecture(model_type: str, architecture: str, kind: str) -> Outcome:
+    """In this process."""
+    result, reasons = Outcome(model_type, architecture, kind, tried="text"), []
+    pairs = pairs_of(model_type, architecture)
+    while True:
+        try:
+            pair = next(pairs)
+        except StopIteration:
+            break
+        except Exception as error:
+            reasons.append(one_line(error))
+            break
+        try:
+            models.check_decoder(pair.student, "student")
+        except ValueError as error:
+            result.outcome, result.reason = REFUSED, one_line(error)
+            return result
+        try:
+            eager(pair)
+        except Exception as error:  # the stock model alone, without anything of the trainer
+            reasons.append(one_line(error))
+            continue
+        compare(result, pair)
+        return result
+    result.reason = reasons[0]
+    return result
+
+
+def _child(connection: Any, case: tuple[str, str, str]) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    connection.send(try_architecture(*case))
+
+
+def try_apart(case: tuple[str, str, str]) -> Outcome:
+    """In a process of its own."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(there, case))
+    process.start()
+    there.close()
+    try:
+        if here.poll(TIMEOUT_SECONDS):
+            return here.recv()
+        reason = f"no answer within {TIMEOUT_SECONDS} s"
+    except EOFError:
+        reason = "the process died"
+    finally:
+        process.kill()
+        process.join()
+    return Outcome(*case, outcome=UNBUILT, reason=reason)
+
+
+def sweep(cases: list[tuple[str, str, str]]) -> list[Outcome]:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(try_apart, cases))
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:]
+    cases = [case for case in architectures() if not wanted or case[0] in wanted]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for outcome in pool.map(try_apart, cases):
+            print("|".join(str(v) for v in vars(outcome).values()), flush=True)  # noqa: T201
