@@ -90,6 +90,7 @@ def config_of(
         ) from error
     if config.is_encoder_decoder:
         raise models.not_a_decoder(config.model_type, side)
+    models.check_causal(config, side)
     return config
 
 

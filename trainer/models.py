@@ -19,8 +19,20 @@ from gold_trainer.collator import Processor, tokenizer_of
 PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|boi|eoi).*token_(id|index)$")
 
 # Their forward takes positions and mask, and padding on the left changes the next token all the
-# same: DeepSeek-V4 compresses blocks of positions counted from the padding's start.
-MOVED_BY_PADDING = ("deepseek_v4",)
+# same: they cut a sequence into blocks or patches from the padding on, or leave positions out.
+MOVED_BY_PADDING = ("blt", "deepseek_v4", "reformer", "xlm")
+
+# Model types whose tokens see those behind them, and the config field that makes them causal.
+_ENCODERS = (
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert "
+    "roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
+)
+CAUSAL_IF: dict[str, str | None] = {
+    **dict.fromkeys(_ENCODERS.split(), "is_decoder"),
+    "xlm": "causal",
+    "cpmant": None,
+    "xlnet": None,
+}
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -52,7 +64,8 @@ def forward_inputs(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, An
     base = base_model(model)
     taken = inspect.signature(type(base).forward).parameters
     names = set(taken)
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+    if hands_on:
         # handed on to the model below the head
         below = getattr(base, base.base_model_prefix, base)
         names |= set(inspect.signature(type(below).forward).parameters)
@@ -70,7 +83,7 @@ def forward_inputs(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, An
             f"takes, got none of {', '.join(missing)}; put a picture into every row, or choose "
             "another model."
         )
-    return {**inputs, "use_cache": False} if "use_cache" in names else inputs
+    return {**inputs, "use_cache": False} if hands_on or "use_cache" in names else inputs
 
 
 def may_pad_left(model: nn.Module) -> bool:
@@ -92,9 +105,23 @@ def check_decoder(model: nn.Module, side: str) -> None:
             "use LoraConfig."
         )
     base = base_model(model)
+    if isinstance(base, PreTrainedModel):
+        check_causal(base.config, side)
     can_generate = isinstance(base, PreTrainedModel) and base.can_generate()
     if not can_generate or base.config.is_encoder_decoder:
         raise not_a_decoder(type(base).__name__, side)
+
+
+def check_causal(config: PretrainedConfig, side: str) -> None:
+    if config.model_type not in CAUSAL_IF:
+        return
+    field = CAUSAL_IF[config.model_type]
+    if field is None or not getattr(config, field, False):
+        remedy = "choose another model" if field is None else f"set {field}=True in its config"
+        raise ValueError(
+            f"GOLDTrainer: the {side} must be causal, got the model type {config.model_type!r}, "
+            f"whose tokens see those behind them; {remedy}."
+        )
 
 
 def not_a_decoder(kind: str, side: str) -> ValueError:
@@ -180,7 +207,8 @@ def lm_head(
 
 def plain_head(head: Any, side: str) -> nn.Linear:
     kind = f"{type(head).__module__}.{type(head).__name__}"
-    if kind.startswith(("transformers.models.", "transformers_modules.")) or head is None:
+    own_kinds = ("transformers.models.", "transformers_modules.", "torch.nn.")
+    if type(head) is not nn.Linear and (head is None or kind.startswith(own_kinds)):
         raise ValueError(
             f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, whose place the "
             f"loss takes, got {'none' if head is None else kind}; choose another model, "

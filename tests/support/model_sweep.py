@@ -1,11 +1,10 @@
 """Every architecture that transformers can build tiny, through the trainer's path, against eager
-float64 steps: `make sweep` writes benchmarks/results/model_sweep.csv and docs/models.md.
+float64 steps. `make sweep` runs it (benchmarks/sweep_models.py).
 
 An architecture is tried in a process of its own, so that a crash or a hang ends itself alone.
 """
 
 import multiprocessing
-import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,24 +26,36 @@ from gold_trainer.router_loss import coefficient_of
 from gold_trainer.sides import Side
 from gold_trainer.teachers import FrozenTeacher
 from support.eager_step import completion_of, eager_step
+from support.tiny_configs import architecture as architecture_of
 from support.tiny_configs import tiny_models
-from support.tiny_models import tiny_processor, tiny_rows
+from support.tiny_models import tiny, tiny_processor, tiny_rows
+from support.tiny_more import tiny_more
 
 TIMEOUT_SECONDS = 120
 WORKERS = 2
 BETA = 0.5
 # float64, but for what models compute in float32 whatever their dtype: positions, norms, routers
 MAX_LOSS_ERROR, MAX_GRAD_ERROR, MAX_ROLLOUT_ERROR = 1e-5, 1e-4, 1e-4
-# model type -> family of support.tiny_models, whose processor makes pictures
+# class -> how a tiny one with its processor is made, and the name of that
 WITH_PICTURES = {
-    family: family
-    for family in ("qwen3_vl", "qwen2_5_vl", "lfm2_vl", "smolvlm", "idefics3", "gemma3", "llava")
+    "Qwen3VLForConditionalGeneration": (tiny, "qwen3_vl"),
+    "Qwen2_5_VLForConditionalGeneration": (tiny, "qwen2_5_vl"),
+    "Lfm2VlForConditionalGeneration": (tiny, "lfm2_vl"),
+    "SmolVLMForConditionalGeneration": (tiny, "smolvlm"),
+    "Idefics3ForConditionalGeneration": (tiny, "idefics3"),
+    "Gemma3ForConditionalGeneration": (tiny, "gemma3"),
+    "LlavaForConditionalGeneration": (tiny, "llava"),
+    "MllamaForConditionalGeneration": (tiny_more, "mllama"),
+    "PaliGemmaForConditionalGeneration": (tiny_more, "paligemma"),
+    "LlavaNextForConditionalGeneration": (tiny_more, "granite_vision"),
 }
+# whose processor takes no row without a picture, or whose text sees other rows' padding
+ONE_PICTURE_EACH = ("paligemma", "mllama")
 MAPPINGS = {
     "text": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "pictures": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
-EXACT, REFUSED, OBSCURE, UNBUILT = "exact", "refused", "failed", "not built"
+EXACT, REFUSED, FAILED, NOT_TRIED = "exact", "refused", "failed", "not tried"
 
 
 @dataclass
@@ -52,13 +63,12 @@ class Outcome:
     model_type: str
     architecture: str
     kind: str  # text or pictures
-    outcome: str = UNBUILT
-    tried: str = ""  # text, or pictures
+    outcome: str = NOT_TRIED
+    tried: str = "text"  # text, or pictures
     loss_error: float | None = None  # relative, the larger of both padding sides
     grad_error: float | None = None
-    rollouts: str = ""
-    causality: str = ""
-    router_loss: str = ""
+    rollouts: str = ""  # together, or by length
+    routers: str = ""
     reason: str = ""
 
 
@@ -111,7 +121,7 @@ def trainer_step(pair: Pair, padding_side: str) -> tuple[float, dict[str, Tensor
 
     inputs = models.forward_inputs(pair.student, batch.student.tensors)
     model, form = pair.student, student.form
-    loss = run_to_head(model, model, student.place, form, inputs, loss_at_head).logits
+    loss, _ = run_to_head(model, model, student.place, form, inputs, loss_at_head)
     loss.backward()
     gradients = {
         name: parameter.grad.clone()
@@ -148,7 +158,7 @@ def first_logits(pair: Pair, prompts: list[str]) -> Tensor:  # (B, V)
     return output.logits[0]
 
 
-def causality(pair: Pair) -> str:
+def causality_error(pair: Pair) -> float:
     """How far a later token moves the logits of those before it."""
     ids = torch.arange(4, 44).view(2, 20)
     other = ids.clone()
@@ -157,15 +167,13 @@ def causality(pair: Pair) -> str:
     with torch.no_grad():
         one, two = (pair.student(input_ids=i, attention_mask=mask).logits for i in (ids, other))
     moved = (one - two)[:, :12].abs().max() / one.std()
-    return "" if moved < MAX_ROLLOUT_ERROR else f"moved by {moved.item():.1e}"
+    return moved.item()
 
 
 def rollout_error(pair: Pair) -> float:
     """How far padding moves the student's first logits of a prompt; float32, as stock masks of
     float64 make NaN of padding.
     """
-    if not models.may_pad_left(pair.student):
-        return 0.0
     pair.student.float()
     prompts = ["A", "A picture of a cat on a mat, and much more text than that.", "Two words"]
     together = first_logits(pair, prompts)
@@ -189,20 +197,28 @@ def router_outcome(pair: Pair) -> str:
     extra = output.loss - nn.functional.cross_entropy(logits, targets)
     auxiliary = getattr(output, "aux_loss", None)
     if auxiliary is None:
-        return "none" if abs(extra) < 1e-5 else f"unknown: {extra.item():.1e}"
+        return "" if abs(extra) < 1e-5 else f"wrong: the stock loss has {extra.item():.1e} more"
     expected = coefficient_of(pair.student) * auxiliary
-    return "added" if abs(extra - expected) < 1e-5 + 1e-4 * expected else "wrong coefficient"
+    is_equal = abs(extra - expected) < 1e-5 + 1e-4 * expected
+    return "added" if is_equal else f"wrong: {expected.item():.1e} for {extra.item():.1e}"
 
 
 def pairs_of(model_type: str, architecture: str) -> Iterator[Pair]:
     """As many as there are ways to build them; the first that runs is taken."""
+    if architecture in WITH_PICTURES:
+        make, name = WITH_PICTURES[architecture]
+        (student, processor), (teacher, _) = make(name), make(name, "teacher")
+        rows = tiny_rows(3, images=1 if name in ONE_PICTURE_EACH else "mixed")
+        yield Pair(student.double(), teacher.double(), processor, rows, name)
+        return
     processor = tiny_processor("llama")
     ids = {key: getattr(processor, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for student, teacher in tiny_models(model_type, architecture, (0, 1), **ids):
         for model in (student, teacher):
             model.generation_config.eos_token_id = processor.eos_token_id
         disable_dropout(student)
-        student.train()  # RWKV changes its weights in place in eval mode
+        # RWKV changes weights in place in eval mode, Reformer wants to be told
+        student.train(model_type in ("rwkv", "reformer"))
         yield Pair(student.double(), teacher.double(), processor, tiny_rows(3), "llama")
 
 
@@ -217,28 +233,38 @@ def compare(result: Outcome, pair: Pair) -> None:
         steps = [trainer_step(pair, side) for side in ("left", "right")]
     except ValueError as error:
         is_named = str(error).startswith(("GOLDTrainer:", "row "))
-        result.outcome = REFUSED if is_named else OBSCURE
+        result.outcome = REFUSED if is_named else FAILED
         result.reason = one_line(error)
         return
     except Exception as error:
-        result.outcome, result.reason = OBSCURE, one_line(error)
+        result.outcome, result.reason = FAILED, one_line(error)
         return
     expected_loss, expected = eager(pair)
     result.loss_error = max(abs(loss / expected_loss - 1) for loss, _ in steps)
     result.grad_error = max(error_of(gradients, expected) for _, gradients in steps)
     is_exact = result.loss_error < MAX_LOSS_ERROR and result.grad_error < MAX_GRAD_ERROR
-    result.outcome = EXACT if is_exact else OBSCURE
+    result.outcome = EXACT if is_exact else FAILED
     if not is_exact:
         result.reason = "another loss or gradient than the eager step"
-    checks = {"causality": causality, "rollouts": rollout_error, "router_loss": router_outcome}
-    for name, check in checks.items():
-        try:
-            value = check(pair)
-        except Exception as error:
-            value = one_line(error)
-        if name == "rollouts" and isinstance(value, float):
-            value = "exact" if value < MAX_ROLLOUT_ERROR else f"off by {value:.1e}"
-        setattr(result, name, value)
+        return
+    try:
+        finish(result, pair)
+    except Exception as error:
+        result.outcome, result.reason = FAILED, one_line(error)
+
+
+def finish(result: Outcome, pair: Pair) -> None:
+    """What an exact step does not show."""
+    if pair.family == "llama" and (moved := causality_error(pair)) > MAX_ROLLOUT_ERROR:
+        result.outcome, result.reason = FAILED, f"a later token moves logits by {moved:.1e}"
+    result.routers = router_outcome(pair)
+    if "wrong" in result.routers:
+        result.outcome, result.reason = FAILED, result.routers
+    if pair.family in ONE_PICTURE_EACH:
+        return  # whose prompts here are text
+    result.rollouts = "together" if models.may_pad_left(pair.student) else "by length"
+    if result.rollouts == "together" and (error := rollout_error(pair)) > MAX_ROLLOUT_ERROR:
+        result.outcome, result.reason = FAILED, f"padding moves a rollout by {error:.1e}"
 
 
 def one_line(error: BaseException) -> str:
@@ -246,9 +272,23 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
+def is_encoder_decoder(name: str) -> bool:
+    """As a config alone says it."""
+    try:
+        return architecture_of(name).config_class().is_encoder_decoder
+    except Exception:  # a default config that is none
+        return False
+
+
 def try_architecture(model_type: str, architecture: str, kind: str) -> Outcome:
     """In this process."""
-    result, reasons = Outcome(model_type, architecture, kind, tried="text"), []
+    failures: list[str] = []
+    tried = "pictures" if architecture in WITH_PICTURES else "text"
+    result, reasons = Outcome(model_type, architecture, kind, tried=tried), []
+    if kind == "pictures" and is_encoder_decoder(architecture):
+        result.outcome = REFUSED
+        result.reason = one_line(models.not_a_decoder(architecture, "student"))
+        return result
     pairs = pairs_of(model_type, architecture)
     while True:
         try:
@@ -263,14 +303,19 @@ def try_architecture(model_type: str, architecture: str, kind: str) -> Outcome:
         except ValueError as error:
             result.outcome, result.reason = REFUSED, one_line(error)
             return result
+        compare(result, pair)
+        if result.outcome != FAILED or result.loss_error is not None:
+            return result
         try:
             eager(pair)
         except Exception as error:  # the stock model alone, without anything of the trainer
             reasons.append(one_line(error))
-            continue
-        compare(result, pair)
-        return result
-    result.reason = reasons[0]
+        else:
+            failures.append(result.reason)
+        result.outcome = NOT_TRIED
+    if failures:
+        result.outcome = FAILED
+    result.reason = (failures or reasons)[0]
     return result
 
 
@@ -297,17 +342,9 @@ def try_apart(case: tuple[str, str, str]) -> Outcome:
     finally:
         process.kill()
         process.join()
-    return Outcome(*case, outcome=UNBUILT, reason=reason)
+    return Outcome(*case, outcome=NOT_TRIED, reason=reason)
 
 
 def sweep(cases: list[tuple[str, str, str]]) -> list[Outcome]:
     with ThreadPoolExecutor(WORKERS) as pool:
         return list(pool.map(try_apart, cases))
-
-
-if __name__ == "__main__":
-    wanted = sys.argv[1:]
-    cases = [case for case in architectures() if not wanted or case[0] in wanted]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for outcome in pool.map(try_apart, cases):
-            print("|".join(str(v) for v in vars(outcome).values()), flush=True)  # noqa: T201

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from support.tiny_config_overrides import OVERRIDES
 
 VOCAB_SIZE = 448  # of tiny tokenizers, padded
-MAX_PARAMETERS = 8_000_000
+MAX_PARAMETERS = 20_000_000
 # On all weights: a default of 0.02 makes predictions uniform, and zeros hide what they gate.
 NOISE = 0.05
 
@@ -55,6 +55,15 @@ NAMES: list[tuple[Any, str]] = [
     (1, "n_group topk_group n_shared_experts first_k_dense_replace num_dense_layers"),
     (16, "hidden_size_per_layer_input num_position_embeddings"),
     (4, "index_n_heads"),
+    (8, "mamba_n_heads mamba_d_state n_mamba_heads state_size"),
+    (16, "mamba_chunk_size chunk_size_mamba adapter_rank"),
+    (440, "image_token_id image_token_index"),
+    (441, "video_token_id video_token_index"),
+    (442, "vision_start_token_id boi_token_id boi_token_index"),
+    (443, "vision_end_token_id eoi_token_id eoi_token_index"),
+    (444, "audio_token_id audio_token_index"),
+    (1, "num_nextn_predict_layers"),
+    (False, "use_cache"),
     (16, "index_head_dim"),
 ]
 SIZES = {name: value for value, names in NAMES for name in names.split()}
@@ -79,6 +88,18 @@ def kinds_of_layers(config_class: type[PretrainedConfig]) -> list[str]:
     return kinds * 2 if len(kinds) == 1 else kinds
 
 
+def shrunk_rope(config_class: type[PretrainedConfig]) -> dict[str, Any] | None:
+    """Sections of a head of 16 where the default config has them, of a larger one."""
+    try:
+        rope = deepcopy(getattr(config_class(), "rope_parameters", None))
+    except Exception:
+        return None
+    if not isinstance(rope, dict) or len(rope.get("mrope_section") or ()) != 3:
+        return None
+    half = int(8 * rope.get("partial_rotary_factor", 1.0))
+    return rope | {"mrope_section": {8: [2, 3, 3], 4: [1, 1, 2], 2: [0, 1, 1]}[half]}
+
+
 def tiny_config(
     config_class: type[PretrainedConfig], overrides: dict[str, Any], **common: Any
 ) -> PretrainedConfig:
@@ -87,6 +108,10 @@ def tiny_config(
         if name in fields and name not in config_class.attribute_map:
             is_list = str(fields[name]).startswith(("list", "tuple"))
             own[name] = [value, value] if is_list else value
+    if "kv_lora_rank" in fields:
+        own["num_key_value_heads"] = own.get("num_attention_heads", 4)
+    if (rope := shrunk_rope(config_class)) is not None:
+        own["rope_parameters"] = rope
     kinds = kinds_of_layers(config_class)
     if "layer_types" in fields and kinds:
         own |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
