@@ -105,11 +105,10 @@ def check_decoder(model: nn.Module, side: str) -> None:
             "use LoraConfig."
         )
     base = base_model(model)
-    if isinstance(base, PreTrainedModel):
-        check_causal(base.config, side)
     can_generate = isinstance(base, PreTrainedModel) and base.can_generate()
     if not can_generate or base.config.is_encoder_decoder:
         raise not_a_decoder(type(base).__name__, side)
+    check_causal(base.config, side)
 
 
 def check_causal(config: PretrainedConfig, side: str) -> None:

@@ -236,24 +236,43 @@ def test_student_object_without_a_processor_asks_for_it(output_dir):
         )
 
 
-@pytest.mark.parametrize(
-    ("options", "kind"),
-    [
-        ({"target_modules": ["q_proj", "lm_head"]}, r"peft.tuners.lora.layer.Linear"),
-        (
-            {"trainable_token_indices": [1], "target_modules": ["q_proj"]},
-            "TrainableTokensWrapper",
-        ),
-    ],
-)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_adapter_of_the_head_is_refused(options, kind, output_dir):
+def test_adapter_of_the_head_is_refused(output_dir):
     peft = pytest.importorskip("peft")
     message = (
         "^GOLDTrainer: the student's lm_head must be a plain torch.nn.Linear, got "
-        rf".*{kind}; leave lm_head out of LoRA"
+        "peft.tuners.lora.layer.Linear; leave lm_head out of LoRA"
     )
-    refused(message, output_dir, peft_config=peft.LoraConfig(**options))
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    refused(message, output_dir, peft_config=config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "remedy"),
+    [
+        ("roberta", "RobertaForCausalLM", "set is_decoder=True in its config"),
+        ("xlm", "XLMWithLMHeadModel", "set causal=True in its config"),
+        ("xlnet", "XLNetLMHeadModel", "choose another model"),
+    ],
+)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_model_whose_tokens_see_those_behind_them_is_refused(
+    model_type, architecture, remedy, is_folder, output_dir, tmp_path
+):
+    config = getattr(transformers, architecture).config_class()
+    assert config.model_type == model_type
+    tiny_sizes = {"n_layers": 1, "num_hidden_layers": 1, "n_layer": 1}
+    for name in tiny_sizes.keys() & set(vars(config)):
+        setattr(config, name, 1)
+    model = getattr(transformers, architecture)(config)
+    if is_folder:
+        config.save_pretrained(tmp_path / "folder")
+        model = str(tmp_path / "folder")
+    message = (
+        f"^GOLDTrainer: the student must be causal, got the model type '{model_type}', whose tokens "
+        f"see those behind them; {remedy}"
+    )
+    refused(message, output_dir, TEXT_ROWS, "llama", student=model)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
