@@ -287,6 +287,11 @@ def load_split(builder: str, split: str, **options: Any) -> Any:
     """A datasets.Dataset, or with streaming=True an IterableDataset."""
     try:
         return datasets.load_dataset(builder, split=split, **options)
+    except ConnectionError as error:  # or no such name, as far as can be told without the hub
+        raise ValueError(
+            f"dataset {builder}: no such file or folder, and {error}; write the path of one that "
+            "is here, or a hub id that can be reached"
+        ) from error
     except (datasets.exceptions.DatasetsError, ValueError, AssertionError) as error:
         files = set((options.get("data_files") or {}).values())
         name = ", ".join(files) or options.get("data_dir") or builder

@@ -186,6 +186,22 @@ def teacher_source(
     return name, hub_options(args.teacher_model_init_kwargs, args.teacher_model_revision)
 
 
+def load_teacher_processor(name: str, options: dict[str, Any], is_vlm: bool) -> Processor:
+    if is_missing_folder(name):
+        raise ValueError(
+            "GOLDTrainer: teacher_tokenizer_name_or_path must be a folder or hub id of the "
+            f"teacher's processor, got {name!r}: there is no such folder{_beside(Path(name))}; "
+            "check its spelling."
+        )
+    try:
+        return (AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"GOLDTrainer: the teacher's processor cannot be read from {name!r} ({error}); set "
+            "teacher_tokenizer_name_or_path to where it is."
+        ) from error
+
+
 def find_tokenizer(name: str, options: dict[str, Any]) -> Processor | None:
     """None for a folder of weights alone: heads and model types are compared all the same."""
     try:

@@ -27,6 +27,11 @@ class MetricWindow:
         self.started: float | None = None
         self.reset()
 
+    def names(self) -> list[str]:
+        """Of the means that an evaluation has."""
+        sums = (*self.count_names, *self.objective.sums)
+        return list(self.objective.means(dict.fromkeys(sums, 1.0)))
+
     def start(self) -> None:
         """Start the clock unless it runs."""
         if self.started is None:

@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import (
 
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
+from gold_trainer.library_options import check_library_options
 
 SMALL_RATE = 1e-6
 # Names of report_to whose package has another name on the registry.
@@ -38,6 +39,7 @@ def refuse_unusable(
             "field of TrainingArguments."
         )
     refuse_reports(args)
+    check_library_options(args)
     has_adapter = peft_config is not None or (
         not isinstance(model, str) and models.has_adapter(model)
     )

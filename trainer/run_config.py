@@ -2,11 +2,12 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 ON_NONFINITE = ("error", "skip")
 
@@ -124,6 +125,13 @@ def _check_accelerator(config: Any) -> None:
     elif isinstance(config, str) and Path(config).is_file():
         config = json.loads(Path(config).read_text(encoding="utf-8"))
     values = config if isinstance(config, dict) else {} if isinstance(config, str) else vars(config)
+    known = [field.name for field in fields(AcceleratorConfig)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(
+            f"GOLDConfig: accelerator_config must hold {', '.join(known)}, got {unknown[0]!r}; "
+            "check its spelling."
+        )
     if values.get("dispatch_batches"):
         raise ValueError(
             "GOLDConfig: accelerator_config must not set dispatch_batches, got True; batches hold "
@@ -135,6 +143,8 @@ def check_output_dir(args: TrainingArguments) -> None:
     """Here, not after minutes of loading models."""
     if args.output_dir is None:
         return
+    if not args.output_dir:
+        raise ValueError("GOLDConfig: output_dir must be a folder, got ''; write . for this one.")
     path = Path(args.output_dir).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

@@ -37,6 +37,7 @@ from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
+from gold_trainer.library_options import check_best_metric
 from gold_trainer.loss_at_head import gather_rows, run_to_head
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import write_card
@@ -140,15 +141,14 @@ class GOLDTrainer(Trainer):
             name: make_writer(writing[name], collator, args)
             for name, collator in self.objective.collators.items()
         }
-        self.rollouts = Rollouts(args, self.objective, writers, tokenizer_of(processing_class))
+        tokenizer = tokenizer_of(processing_class)
+        self.rollouts = Rollouts(args, self.objective, writers, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
+        check_best_metric(args, self.windows["eval"].names(), eval_dataset)
         refusals.warn_of_tiny_rate(args)
-        # before the progress bar begins its line
-        self.callback_handler.callbacks.insert(
-            0,
-            Banner(student, self.teacher.model, train_dataset, tokenizer_of(processing_class)),
-        )
+        banner = Banner(student, self.teacher.model, train_dataset, tokenizer)
+        self.callback_handler.callbacks.insert(0, banner)  # before the progress bar's line
         self.stopper = Stopper()
         self.add_callback(self.stopper)
         self.add_callback(self.skipped)

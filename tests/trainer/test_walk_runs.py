@@ -79,6 +79,41 @@ RUNS = [
         "--learning_rate 1e38 --max_steps 2 --on_nonfinite skip --optim sgd",
     ),
     refused(
+        "an argument that no schedule has",
+        "lr_scheduler_kwargs must hold arguments of the schedule 'cosine', got 'num_cycle'",
+        "--lr_scheduler_type cosine --lr_scheduler_kwargs '{\"num_cycle\": 1}'",
+    ),
+    refused(
+        "an argument that checkpointing does not have",
+        "gradient_checkpointing_kwargs must hold .* did you mean use_reentrant?",
+        "--gradient_checkpointing_kwargs '{\"use_reentrants\": false}'",
+    ),
+    refused(
+        "a best model by a metric that there is not",
+        "metric_for_best_model must be one of loss, .* did you mean forward_kl",
+        "--metric_for_best_model forward_ckl --eval_strategy steps --dataset_test_split train",
+    ),
+    done(
+        "a best model by one that there is",
+        "--metric_for_best_model forward_kl --eval_strategy steps --dataset_test_split train",
+    ),
+    refused(
+        "a field of accelerate that there is not",
+        "accelerator_config must hold split_batches, .* got 'foo'",
+        "--accelerator_config '{\"foo\": 1}'",
+    ),
+    refused(
+        "a tokenizer of the teacher that is not there",
+        "teacher_tokenizer_name_or_path must be a folder",
+        "--use_uld_loss --teacher_tokenizer_name_or_path {}/none",
+    ),
+    refused("an empty folder's name", "output_dir must be a folder, got ''", "--output_dir ''"),
+    refused(
+        "a dataset of a hub that cannot be reached",
+        "dataset nobody/none: no such file or folder",
+        "--dataset_name nobody/none",
+    ),
+    refused(
         "dispatched batches",
         "must not set dispatch_batches",
         "--accelerator_config '{\"dispatch_batches\": true}'",

@@ -7,7 +7,7 @@ group: a minimal run of student tokens and one of teacher tokens that end at a c
 from collections.abc import Callable
 
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gold_kernels import ULDMetrics, VocabOverlap, fused_linear_uld
 from gold_trainer import loading, models
@@ -71,7 +71,7 @@ class CrossTokenizer(Objective):
                     "was not loaded from a folder or the hub; pass teacher_processing_class=, or "
                     "set teacher_tokenizer_name_or_path."
                 )
-            given = (AutoProcessor if is_vlm else AutoTokenizer).from_pretrained(name, **options)
+            given = loading.load_teacher_processor(name, options, is_vlm)
         models.check_processor(given, is_vlm, "teacher", "teacher_processing_class")
         return given
 

@@ -1,0 +1,60 @@
+"""Names that reach a library in a dict, or as text: looked at before models are loaded."""
+
+import difflib
+import inspect
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
+
+from gold_trainer.config import GOLDConfig
+
+SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+CHECKPOINTING = (
+    *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"),
+    *("early_stop", "every_n_layers", "offload"),
+)
+# What an evaluation says beside the means of the objective.
+BESIDE = ("completion_length", "runtime", "samples_per_second", "steps_per_second")
+
+
+def check_library_options(args: GOLDConfig) -> None:
+    schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(args.lr_scheduler_type)]
+    parameters = inspect.signature(schedule).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_any:
+        known = [name for name in parameters if name not in SET_BY_TRAINER]
+        owner = f"the schedule {SchedulerType(args.lr_scheduler_type).value!r}"
+        _check("lr_scheduler_kwargs", args.lr_scheduler_kwargs, known, owner)
+    name = "gradient_checkpointing_kwargs"
+    _check(name, getattr(args, name), CHECKPOINTING, "torch.utils.checkpoint.checkpoint")
+
+
+def check_best_metric(args: GOLDConfig, names: Collection[str], eval_dataset: Any) -> None:
+    """names: of the objective's means. The first evaluation would end in a KeyError."""
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no":
+        return
+    parts = list(eval_dataset) if isinstance(eval_dataset, dict) else []
+    known = [*names, *BESIDE]
+    known += [f"{part}_{name}" for part in parts for name in known]
+    if metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"GOLDTrainer: metric_for_best_model must be one of {', '.join(known)}, got "
+            f"{metric!r}{_meant(metric.removeprefix('eval_'), known) or '; choose one'}."
+        )
+
+
+def _check(field: str, given: Any, known: Collection[str], owner: str) -> None:
+    for name in given if isinstance(given, dict) else ():
+        if name not in known:
+            raise ValueError(
+                f"GOLDTrainer: {field} must hold arguments of {owner}, got {name!r}; they are "
+                f"{', '.join(known) or 'none'}{_meant(name, known)}."
+            )
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
