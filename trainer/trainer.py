@@ -24,11 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from gold_trainer import checkpoints, loading, models, refusals

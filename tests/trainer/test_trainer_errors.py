@@ -269,8 +269,8 @@ def test_model_whose_tokens_see_those_behind_them_is_refused(
         config.save_pretrained(tmp_path / "folder")
         model = str(tmp_path / "folder")
     message = (
-        f"^GOLDTrainer: the student must be causal, got the model type '{model_type}', whose tokens "
-        f"see those behind them; {remedy}"
+        f"^GOLDTrainer: the student must be causal, got the model type '{model_type}', whose "
+        f"tokens see those behind them; {remedy}"
     )
     refused(message, output_dir, TEXT_ROWS, "llama", student=model)
 
