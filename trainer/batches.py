@@ -18,6 +18,7 @@ from gold_kernels import TokenAlignment
 from gold_trainer.rendering import Frames, Piece
 from gold_trainer.row_errors import BadRow
 from gold_trainer.rows import name_of
+from gold_trainer.videos import Video
 
 NO_FRAMES = Frames()
 
@@ -38,6 +39,7 @@ class Example:
     pieces: list[Piece] | None = None
     # Text and length, where the template writes something else before the known answer.
     generation_prompt: tuple[str, int] | None = None
+    videos: list[Video] = field(default_factory=list)
     turn: int | None = None  # of the row, where every turn is an example of its own
     is_cut: bool = False  # of the prompt the last prompt_length tokens are seen
     is_blank: bool = False  # no row: in the place of a micro-batch of which none is left

@@ -25,6 +25,7 @@ from gold_trainer.in_context import InContext
 from gold_trainer.rendering import Piece, Processor, Renderer
 from gold_trainer.row_errors import LongPromptError, PictureError
 from gold_trainer.rows import Row
+from gold_trainer.videos import Video, describe_videos, processor_videos, refuse_videos
 
 IGNORE_INDEX = -100
 
@@ -94,11 +95,13 @@ class GOLDCollator:
         else:
             answer = row.answer or {"role": "assistant", "content": row.completion}
             prompt, pieces = self.renderer.answered(row, answer)
+        refuse_videos(self.processor, len(row.videos), row.where)
         has_special = self._adds_special_tokens(row, prompt)
         length, is_cut = self._prompt_length(row, prompt, has_special)
         self._refuse_placeholders(row)
         example = Example(
             *(row.index, prompt, length, row.images, None, has_special),
+            videos=row.videos,
             turn=row.turn,
             is_cut=is_cut,
         )
@@ -164,13 +167,16 @@ class GOLDCollator:
         self, row: Row, prompt: str, adds_special_tokens: bool
     ) -> tuple[int, bool]:  # and whether the prompt is cut to it
         try:
-            length = prompt_length(self.processor, prompt, row.images, adds_special_tokens)
+            length = prompt_length(
+                self.processor, prompt, row.images, adds_special_tokens, row.videos
+            )
         except Exception as error:  # a strip makes LFM2-VL's raise torch's RuntimeError
-            kind = PictureError if row.images else ValueError
+            kind = PictureError if row.images or row.videos else ValueError
             raise kind(
                 f"{row.where}: the processor refuses the prompt {prompt[:80]!r} with "
-                f"{len(row.images)} pictures of {[image.size for image in row.images]} ({error}); "
-                "look for a picture's placeholder written into the text, and for odd shapes."
+                f"{len(row.images)} pictures of {[image.size for image in row.images]}"
+                f"{describe_videos(row.videos)} ({error}); look for a picture's placeholder "
+                "written into the text, and for odd shapes."
             ) from error
         if length == 0:
             raise ValueError(
@@ -217,8 +223,9 @@ def prompt_length(
     text: str,
     images: list[Image.Image],
     adds_special_tokens: bool | None = None,  # see process_prompts
+    videos: Sequence[Video] = (),
 ) -> int:
-    """Tokens of a prompt, image tokens included.
+    """Tokens of a prompt, those of pictures and videos included.
 
     Pictures without pixels stand in: processors count image tokens from sizes alone, which takes
     2 ms instead of 90 for a 448x448 picture of Qwen3-VL. Where one reads pixels (LLaVA's does), it
@@ -228,9 +235,11 @@ def prompt_length(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # some warn that a device other than the CPU resizes differently
     try:
-        inputs = process_prompts(processor, [text], [shapes], [adds_special_tokens])
+        options = processor_videos(processor, [videos], is_for_length=True)
+        inputs = process_prompts(processor, [text], [shapes], [adds_special_tokens], options)
     except (RuntimeError, TypeError):  # torch's answers to reading a meta tensor
-        inputs = process_prompts(processor, [text], [images], [adds_special_tokens])
+        options = processor_videos(processor, [videos])
+        inputs = process_prompts(processor, [text], [images], [adds_special_tokens], options)
     finally:
         logging.set_verbosity(verbosity)
     return inputs["input_ids"].shape[1]
@@ -241,6 +250,7 @@ def process_prompts(
     texts: list[str],
     images: list[list[Image.Image]] | list[list[Tensor]],
     adds_special_tokens: Sequence[bool | None] | None = None,  # of each text; None: unless it has
+    video_options: Mapping[str, Any] | None = None,  # see processor_videos
 ) -> dict[str, Tensor]:
     """Left-padded inputs of prompts with their pictures, as generation needs them."""
     tokenizer = tokenizer_of(processor)
@@ -276,6 +286,7 @@ def process_prompts(
         add_special_tokens=adds[0],
         return_tensors="pt",
         **options,
+        **(video_options or {}),
     )
     tensors = {name: t for name, t in inputs.items() if name not in text_tensors.NOT_INPUTS}
     return text_tensors.with_all_rows(tensors, [bool(row) for row in images])
@@ -297,6 +308,18 @@ def cut_prompts(
                 fill = tokenizer_of(processor).pad_token_id if name == "input_ids" else 0
                 inputs[name][b, : shape[1] - lengths[b]] = fill
     return {n: t[:, shape[1] - max(lengths) :] if n in texts else t for n, t in inputs.items()}
+
+
+def process_examples(processor: Processor, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """process_prompts of examples with their pictures and videos; those that are cut are."""
+    inputs = process_prompts(
+        processor,
+        [e.prompt_text for e in examples],
+        [e.images for e in examples],
+        [e.adds_special_tokens for e in examples],
+        processor_videos(processor, [e.videos for e in examples]),
+    )
+    return cut_prompts(processor, inputs, examples)
 
 
 def _has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -323,13 +346,7 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
     through.
     """
     tokenizer = tokenizer_of(processor)
-    prompts = process_prompts(
-        processor,
-        [e.prompt_text for e in examples],
-        [e.images for e in examples],
-        [e.adds_special_tokens for e in examples],
-    )
-    prompts = cut_prompts(processor, prompts, examples)
+    prompts = process_examples(processor, examples)
     prompt_lengths = prompts["attention_mask"].sum(1).tolist()
     lengths = [p + len(e.written_ids) for p, e in zip(prompt_lengths, examples, strict=True)]
     tensors: dict[str, Tensor] = {}

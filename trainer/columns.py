@@ -9,7 +9,7 @@ import datasets
 
 from gold_trainer.messages import parsed_json, parsed_messages
 
-BESIDE_ALL = ("image", "images", "tools", "chat_template_kwargs")
+BESIDE_ALL = ("image", "images", "video", "videos", "tools", "chat_template_kwargs")
 # The column that tells how a row holds its conversation -> the columns that go with it.
 SHAPES: dict[str, tuple[str, ...]] = {
     "messages": (),

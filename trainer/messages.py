@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gold_trainer.pictures import PLACE_KEYS
-
 Message = dict[str, Any]  # role, content, and every other key that its author wrote
 Messages = list[Message]
 
-PLACEHOLDER = "<image>"  # where a picture stands in a user's text, as LLaVA's data have it
 IMAGE_TYPES = ("image", "image_url")
+VIDEO_TYPES = ("video", "video_url")
+# Types of parts in requests of other projects that are those of chat templates.
+OTHER_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image"}
 # Who speaks in {"from": ..., "value": ...}, as sharegpt's data have it.
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -38,6 +38,8 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
                 f"row {index}: a message must have a role and a content, got {message!a}; write "
                 '{"role": "user", "content": "..."}.'
             )
+    checked = [_with_own_types(message) for message in checked]
+    for message in checked:
         _check_content(message, index)
     return [_without_none(message, is_table) for message in checked]
 
@@ -68,6 +70,19 @@ def _from_sharegpt(message: Any, index: int) -> Any:
     return others | {"role": SHAREGPT_ROLES[speaker], "content": value}
 
 
+def _with_own_types(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return message
+    parts = [
+        {**part, "type": OTHER_TYPES[part["type"]]}
+        if isinstance(part, Mapping) and part.get("type") in OTHER_TYPES
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
 def _check_content(message: Mapping[str, Any], index: int) -> None:
     content = message.get("content")
     others = (v for k, v in message.items() if k not in ("role", "content", "name"))
@@ -83,10 +98,11 @@ def _check_content(message: Mapping[str, Any], index: int) -> None:
         )
     for part in parts:
         is_text = part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not is_text and part.get("type") not in IMAGE_TYPES:
+        if not is_text and part.get("type") not in (*IMAGE_TYPES, *VIDEO_TYPES):
             raise ValueError(
-                f"row {index}: a part of a message must be text or the place of a picture, got "
-                f'{part!a}; write {{"type": "text", "text": "..."}} or {{"type": "image"}}.'
+                f"row {index}: a part of a message must be text, or the place of a picture or a "
+                f'video, got {part!a}; write {{"type": "text", "text": "..."}} or '
+                '{"type": "image"}; no model here takes sound.'
             )
 
 
@@ -154,98 +170,6 @@ def continued(last: Mapping[str, Any], answer: Mapping[str, Any]) -> Message:
     *parts, open_part = content
     text = {**open_part, "text": open_part["text"] + (end or "")}
     return {**last, **answer, "content": [*parts, text]}
-
-
-def take_pictures(prompt: Messages, index: int) -> tuple[Messages, list[tuple[Any, str]]]:
-    """The prompt with bare image parts, and what its parts held, with the keys it stood under."""
-    taken: list[tuple[Any, str]] = []
-    bare = []
-    num_places = 0
-    for i, message in enumerate(prompt):
-        content = message["content"]
-        if isinstance(content, list):
-            content = list(content)
-            for j, part in enumerate(content):
-                if part["type"] not in IMAGE_TYPES:
-                    continue
-                num_places += 1
-                key = next((key for key in PLACE_KEYS if part.get(key) is not None), None)
-                if key is not None:
-                    taken.append((part[key], f"message {i}, part {j}, {key}"))
-                    content[j] = {"type": "image"}
-            message = {**message, "content": content}
-        bare.append(message)
-    if taken and len(taken) != num_places:
-        raise ValueError(
-            f"row {index}: image parts must all hold their picture or none, got {len(taken)} of "
-            f'{num_places}; write {{"type": "image", "image": "a.png"}}.'
-        )
-    return bare, taken
-
-
-def place_pictures(prompt: Messages, num_pictures: int, index: int, is_text: bool) -> Messages:
-    """The prompt with an image part for every picture: where it has such parts, else at
-    placeholders in a user's text, else in front of the first user turn.
-    """
-    num_parts = num_picture_parts(prompt)
-    num_marks = 0 if is_text else sum(map(_num_placeholders, prompt))  # there it is only text
-    if num_parts and num_marks:
-        raise ValueError(
-            f"row {index}: a picture's place must be an image part or {PLACEHOLDER}, got "
-            f"{num_parts} of the one and {num_marks} of the other; write all alike."
-        )
-    if num_marks and num_marks != num_pictures:
-        raise ValueError(
-            f"row {index}: the prompt has {PLACEHOLDER} {num_marks} times but the row has "
-            f"{num_pictures} pictures; make them equal, or leave the placeholders out."
-        )
-    if num_marks:
-        return [_at_placeholders(message) for message in prompt]
-    if num_parts == num_pictures:
-        return prompt
-    if num_parts:
-        raise ValueError(
-            f"row {index}: the prompt has {num_parts} image parts but the row has {num_pictures} "
-            "pictures; make them equal, or leave all image parts out."
-        )
-    first = next((i for i, message in enumerate(prompt) if message["role"] == "user"), None)
-    if first is None:
-        raise ValueError(f"row {index}: pictures need a user turn to belong to; add one.")
-    places = [{"type": "image"} for _ in range(num_pictures)]
-    user = {**prompt[first], "content": places + _parts(prompt[first]["content"])}
-    return [*prompt[:first], user, *prompt[first + 1 :]]
-
-
-def num_picture_parts(messages: Messages) -> int:
-    return sum(
-        part["type"] in IMAGE_TYPES
-        for message in messages
-        if isinstance(message["content"], list)
-        for part in message["content"]
-    )
-
-
-def _num_placeholders(message: Message) -> int:
-    if message["role"] != "user":
-        return 0
-    return sum(part.get("text", "").count(PLACEHOLDER) for part in _parts(message["content"]))
-
-
-def _at_placeholders(message: Message) -> Message:
-    if not _num_placeholders(message):
-        return message
-    content: list[dict[str, Any]] = []
-    for part in _parts(message["content"]):
-        for i, text in enumerate(part["text"].split(PLACEHOLDER)):
-            content += [{"type": "image"}] if i else []
-            content += [{**part, "text": text}] if text else []
-    return {**message, "content": content}
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return list(content or ())
 
 
 def check_unicode(value: Any, where: str) -> None:

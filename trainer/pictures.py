@@ -66,7 +66,7 @@ class PictureReader:
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
         if isinstance(value, os.PathLike):
-            value = os.fsdecode(value)
+            return self.path(os.fsdecode(value), where)
         if isinstance(value, str):
             return self._source_of_text(value, where)
         if isinstance(value, Mapping):
@@ -91,36 +91,37 @@ class PictureReader:
                     "data:image/png;base64,..."
                 )
             return _decoded(data, where)
-        if "://" in text:
-            raise PictureError(
-                f"{where} must be a file, got the address {text[:80]!a}; nothing is fetched: "
-                "download the pictures first."
-            )
         if len(text) > 60 and text.startswith(BASE64_STARTS):
             try:
                 return base64.b64decode(text, validate=True)
             except binascii.Error:
                 pass  # a path that only starts alike
-        return self._path(text, where)
+        return self.path(text, where)
 
-    def _path(self, text: str, where: str) -> Path:
+    def path(self, text: str, where: str, what: str = "a picture") -> Path:
+        """Of a file that is there, in the folder if paths are confined to it."""
+        if "://" in text:
+            raise PictureError(
+                f"{where} must be a file, got the address {text[:80]!a}; nothing is fetched: "
+                "download the files first."
+            )
         folder = self.folder or Path()
         path = folder / text
         try:
             is_file = path.is_file()  # no folder, and no pipe that would wait for a writer
         except (OSError, ValueError) as error:  # too long; a NUL or a lone surrogate
             raise PictureError(
-                f"{where} must be the path of a picture, got {text[:80]!a} ({error}); mend or drop "
+                f"{where} must be the path of {what}, got {text[:80]!a} ({error}); mend or drop "
                 "the row."
             ) from error
         if "\0" in text or not is_file:
             raise PictureError(
-                f"{where} must be the path of a picture, got {text[:200]!a}, and there is no file "
+                f"{where} must be the path of {what}, got {text[:200]!a}, and there is no file "
                 f"{str(path)[:300]!a}; paths start from {str(folder.absolute())!a}."
             )
         if self.is_confined and not path.resolve().is_relative_to(folder.resolve()):
             raise PictureError(
-                f"{where} must lie in {str(folder)!a}, got {text[:200]!a}; copy the picture into "
+                f"{where} must lie in {str(folder)!a}, got {text[:200]!a}; copy the file into "
                 "that folder, or choose another picture_folder."
             )
         return path

@@ -8,6 +8,7 @@ from gold_trainer import loading, models, refusals
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective, choose_objective
+from gold_trainer.videos import takes_videos
 
 
 class Prepared(NamedTuple):
@@ -46,6 +47,7 @@ def prepare(
         "max_pixels": args.max_pixels,
         "picture_folder": args.picture_folder,
         "train_on": args.train_on,
+        "takes_videos": takes_videos(processor),
     }
     return Prepared(
         objective,

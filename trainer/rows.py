@@ -20,18 +20,19 @@ from gold_trainer.messages import (
     Messages,
     check_unicode,
     drop_none,
-    num_picture_parts,
     parsed_json,
-    place_pictures,
-    take_pictures,
     text_of,
 )
 from gold_trainer.pictures import MAX_PIXELS, PictureReader
+from gold_trainer.placing import PICTURE, VIDEO, Medium, num_parts_of, place, take
 from gold_trainer.row_config import refuse_reserved
 from gold_trainer.row_errors import BadRow, NoAnswerError, renamed
 from gold_trainer.turns import Conversation, read_conversation
+from gold_trainer.videos import Video, VideoReader
 
 logger = logging.get_logger(__name__)
+
+MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
 
 
 def name_of(index: int, turn: int | None) -> str:
@@ -51,6 +52,7 @@ class Row:
     tools: list[Any] | None = None  # JSON schemas or functions, for the chat template
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     is_prefill: bool = False  # the completion goes on where the prompt's last message stops
+    videos: list[Video] = field(default_factory=list)
     turn: int | None = None  # which of the row's; None where a row is one example
 
     @property
@@ -72,6 +74,7 @@ class RowReader:
     ignore_columns: frozenset[str]
     is_table: bool  # keys may be filled up with None
     train_on: str  # "last" or "all"
+    takes_videos: bool  # the student's processor does
 
     @classmethod
     def of(
@@ -85,6 +88,7 @@ class RowReader:
         picture_folder: str | None = None,  # that paths of pictures start from and stay in
         is_table: bool | None = None,  # None: looked up
         train_on: str = "last",
+        takes_videos: bool = False,
     ) -> "RowReader":
         if isinstance(ignore_columns, str):
             raise ValueError(
@@ -105,6 +109,7 @@ class RowReader:
             frozenset(ignore_columns or ()),
             is_table,
             train_on,
+            takes_videos,
         )
 
     def columns(self, columns: Any) -> Any:
@@ -169,31 +174,36 @@ class RowReader:
         For a vision-language student a plain prompt becomes a user's turn, with or without
         pictures: all rows of a dataset are prompted alike.
         """
-        values = _picture_values(columns, index)
+        pictures, videos = (_values(columns, names, index) for names in MEDIA)
         conversation = self._conversation(columns, index)
         if conversation is None:
             _refuse_beside_text(columns, index)
+            self._refuse_media(pictures, videos, index)
             prompt: Messages | str = columns["prompt"]
             completion, answer, is_prefill = columns.get("completion"), None, False
         else:
             self._warn_of_left_out(conversation, index)
-            place = conversation.learnt(self.train_on)[turn]
-            answer, is_prefill = conversation.answer(place), conversation.goes_on(place)
+            at = conversation.learnt(self.train_on)[turn]
+            answer, is_prefill = conversation.answer(at), conversation.goes_on(at)
             completion = None if answer is None else text_of(answer, index)
-            conversation, values = self._placed(conversation, values, index)
-            prompt = conversation.prompt(place)
-        self._refuse_pictures(values, index)
-        if not isinstance(prompt, str):
-            values = values[: num_picture_parts(prompt)]  # later turns bring their own
+            messages, pictures = self._placed(conversation.messages, pictures, PICTURE, index)
+            messages, videos = self._placed(messages, videos, VIDEO, index)
+            self._refuse_media(pictures, videos, index)
+            prompt = conversation._replace(messages=messages).prompt(at)
+            # later turns bring their own
+            pictures = pictures[: num_parts_of(prompt, PICTURE)]
+            videos = videos[: num_parts_of(prompt, VIDEO)]
+        video_reader = VideoReader(self.pictures)
         row = Row(
             index,
             prompt,
             completion,
-            [self.pictures.read(value, index, key) for value, key in values],
+            [self.pictures.read(value, index, key) for value, key in pictures],
             answer,
             _tools(columns, index, self.is_table),
             _template_kwargs(columns, index, self.is_table),
             is_prefill,
+            [video_reader.read(value, index, key) for value, key in videos],
             turn if self.train_on == "all" and conversation is not None else None,
         )
         for name in ("prompt", "completion", "answer", "tools", "chat_template_kwargs"):
@@ -211,21 +221,26 @@ class RowReader:
             )
 
     def _placed(
-        self, conversation: Conversation, values: list[tuple[Any, str]], index: int
-    ) -> tuple[Conversation, list[tuple[Any, str]]]:
-        """The conversation with a place for each of the row's pictures, and the pictures."""
-        messages = conversation.messages
+        self, messages: Messages, values: list[tuple[Any, str]], medium: Medium, index: int
+    ) -> tuple[Messages, list[tuple[Any, str]]]:
+        """The messages with a place for each of the row's pictures or videos, and those."""
         if not values:
-            messages, values = take_pictures(messages, index)
-        self._refuse_pictures(values, index)
-        messages = place_pictures(messages, len(values), index, self.is_text)
-        return conversation._replace(messages=messages), values
+            messages, values = take(messages, index, medium)
+        has_marks = not self.is_text if medium is PICTURE else self.takes_videos
+        if values and not has_marks:
+            return messages, values  # refused below
+        return place(messages, len(values), index, medium, has_marks), values
 
-    def _refuse_pictures(self, values: Sequence[Any], index: int) -> None:
-        if self.is_text and values:
+    def _refuse_media(self, pictures: Sequence[Any], videos: Sequence[Any], index: int) -> None:
+        if self.is_text and pictures:
             raise ValueError(
-                f"row {index}: a text-only student takes no pictures, got {len(values)}; drop the "
-                "picture column or choose a vision-language student."
+                f"row {index}: a text-only student takes no pictures, got {len(pictures)}; drop "
+                "the picture column or choose a vision-language student."
+            )
+        if videos and not self.takes_videos:
+            raise ValueError(
+                f"row {index}: this student takes no videos, got {len(videos)}; drop them, give "
+                "some frames as images, or choose a student whose processor takes videos."
             )
 
 
@@ -266,17 +281,22 @@ def _template_kwargs(columns: Mapping[str, Any], index: int, is_table: bool) -> 
     return drop_none(kwargs or {}) if is_filled else dict(kwargs or {})
 
 
-def _picture_values(columns: Mapping[str, Any], index: int) -> list[tuple[Any, str]]:
-    """What the picture columns hold, with the keys it stands under."""
-    image, images = (_as_list(columns.get(name)) for name in ("image", "images"))
-    if image and images:
+def _values(
+    columns: Mapping[str, Any], names: tuple[str, str], index: int
+) -> list[tuple[Any, str]]:
+    """What the columns of pictures or videos hold, with the keys it stands under."""
+    one, several = (_as_list(columns.get(name)) for name in names)
+    if one and several:
+        kind = "pictures" if names == MEDIA[0] else "videos"
         raise ValueError(
-            f"row {index}: pictures must be in one column, got image and images; drop one of them."
+            f"row {index}: {kind} must be in one column, got {names[0]} and {names[1]}; drop one "
+            "of them."
         )
-    name = "image" if image else "images"
+    if one and names == MEDIA[1]:
+        return [(columns[names[0]], names[0])]  # a list is of its frames
+    name = names[0] if one else names[1]
     is_list = isinstance(columns.get(name), list | tuple)
-    values = enumerate(image or images)
-    return [(value, f"{name}[{i}]" if is_list else name) for i, value in values]
+    return [(value, f"{name}[{i}]" if is_list else name) for i, value in enumerate(one or several)]
 
 
 def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:

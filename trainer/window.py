@@ -18,9 +18,11 @@ from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.completions import print_completions
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
+from gold_trainer.videos import Video
 from gold_trainer.writers import Writer
 
-Pictures = dict[tuple[int, int | None], list[Image.Image]]  # by row of the dataset and turn
+# Pictures and videos by row of the dataset and turn.
+Pictures = dict[tuple[int, int | None], tuple[list[Image.Image], list[Video]]]
 
 
 class RepeatSampler(torch.utils.data.Sampler[int]):
@@ -87,10 +89,17 @@ def fetch_window(batches: Iterator[WindowBatch], num_batches: int) -> list[Windo
 
 def _share_pictures(batch: WindowBatch, pictures: Pictures) -> WindowBatch:
     examples, teacher_examples = (
-        [replace(e, images=pictures.setdefault((e.index, e.turn), e.images)) for e in side]
+        [
+            _with_shared(e, *pictures.setdefault((e.index, e.turn), (e.images, e.videos)))
+            for e in side
+        ]
         for side in (batch.examples, batch.teacher_examples)
     )
     return replace(batch, examples=examples, teacher_examples=teacher_examples)
+
+
+def _with_shared(example: Example, images: list[Image.Image], videos: list[Video]) -> Example:
+    return replace(example, images=images, videos=videos)
 
 
 class Rollouts:

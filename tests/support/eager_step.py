@@ -39,10 +39,23 @@ def completion_of(family: str, processor: Any, row: dict[str, Any]) -> list[int]
 
 
 def prompt_inputs(processor: Any, row: dict[str, Any]) -> dict[str, Tensor]:
-    """A row's prompt with its pictures as the processor makes it, without a second bos token."""
+    """A row's prompt, pictures and videos as the processor makes it, without a second bos token."""
     tokenizer = getattr(processor, "tokenizer", processor)
     prompt = row["messages"][:-1]
     pictures = row.get("images") or None
+    if row.get("videos"):
+        parts = [{"type": "video", "video": video} for video in row["videos"]]
+        parts += [{"type": "image", "image": picture} for picture in pictures or ()]
+        parts.append({"type": "text", "text": prompt[0]["content"]})
+        return dict(
+            processor.apply_chat_template(
+                [{"role": "user", "content": parts}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        )
     if tokenizer is not processor:
         parts = [{"type": "image"} for _ in pictures or ()]
         parts.append({"type": "text", "text": prompt[0]["content"]})

@@ -5,22 +5,23 @@ the others both; so do the templates of the real models.
 """
 
 
-def _parts(picture: str) -> str:
-    """Renders one message's content, a string or a list of picture and text parts."""
+def _parts(picture: str, video: str = "") -> str:
+    """Renders one message's content, a string or a list of parts."""
     return (
         "{%- if message.content is string -%}{{ message.content }}{%- else -%}"
         "{%- for part in message.content -%}"
         "{%- if part.type == 'image' -%}{{ '" + picture + "' }}"
+        "{%- elif part.type == 'video' -%}{{ '" + video + "' }}"
         "{%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}"
     )
 
 
-def _chatml(picture: str, bos: str = "") -> str:
+def _chatml(picture: str, bos: str = "", video: str = "") -> str:
     return (
         bos
         + "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' }}"
-        + _parts(picture)
+        + _parts(picture, video)
         + "{{ '<|im_end|>\n' }}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
     )
@@ -69,9 +70,10 @@ _QWEN3 = (
 )
 
 _QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 TEMPLATES = {
-    "qwen3_vl": _chatml(_QWEN_PICTURE),
-    "qwen2_5_vl": _chatml(_QWEN_PICTURE),
+    "qwen3_vl": _chatml(_QWEN_PICTURE, video=_QWEN_VIDEO),
+    "qwen2_5_vl": _chatml(_QWEN_PICTURE, video=_QWEN_VIDEO),
     "lfm2_vl": _chatml("<image>", bos="{{ bos_token }}"),
     "smolvlm": _idefics("<|im_start|>"),
     "idefics3": _idefics("<|begin_of_text|>"),

@@ -211,12 +211,12 @@ def test_picture_that_datasets_cannot_decode_names_the_row(tmp_path):
         (
             {"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]},
             {},
-            "a part of a message must be text or the place of a picture, got {'type': 'text'}",
+            "a part of a message must be text, or the place of a picture or a video, got {'ty",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "video"}, TEXT]}, ANSWER]},
             {},
-            "a part of a message must be text or the place of a picture, got {'type': 'video'}",
+            "the prompt has 1 video parts but the row has 0 videos; make them equal",
         ),
         (
             {"messages": [USER, ANSWER], "image": tiny_picture(1), "images": [tiny_picture(2)]},

@@ -125,7 +125,7 @@ def test_what_a_table_fills_up_with_none_is_left_out_of_calls_and_tools():
     ]
 
 
-@pytest.mark.parametrize("column", ["id", "image_path", "videos", "chosen"])
+@pytest.mark.parametrize("column", ["id", "image_path", "audio", "chosen"])
 @pytest.mark.parametrize("is_table", [True, False])
 def test_a_column_that_nothing_uses_is_refused_once_by_name(column, is_table):
     rows = [{"messages": [USER, ANSWER], column: value} for value in (None, "7")]

@@ -12,8 +12,7 @@ from gold_trainer.batches import Example
 from gold_trainer.collator import (
     GOLDCollator,
     Processor,
-    cut_prompts,
-    process_prompts,
+    process_examples,
     token_ids_of,
     tokenizer_of,
     until_end,
@@ -153,13 +152,7 @@ def generate_completions(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    inputs = process_prompts(
-        processor,
-        [e.prompt_text for e in examples],
-        [e.images for e in examples],
-        [e.adds_special_tokens for e in examples],
-    )
-    inputs = cut_prompts(processor, inputs, examples)
+    inputs = process_examples(processor, examples)
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
     with (
         generation_mode(base),

@@ -1,0 +1,121 @@
+"""Pictures and videos of a row, and the parts of its messages that say where they stand."""
+
+from typing import Any, NamedTuple
+
+from gold_trainer.messages import IMAGE_TYPES, VIDEO_TYPES, Message, Messages
+from gold_trainer.pictures import PLACE_KEYS
+from gold_trainer.videos import FRAME_KEYS
+
+
+class Medium(NamedTuple):
+    kind: str  # type of a part that is its place
+    name: str  # in what errors say
+    part: str
+    types: tuple[str, ...]  # of parts that hold one or say where it stands
+    keys: tuple[str, ...]  # of a part, under which one may stand
+    placeholder: str  # where one stands in a user's text, as LLaVA's data have it
+
+
+PICTURE = Medium("image", "picture", "an image part", IMAGE_TYPES, PLACE_KEYS, "<image>")
+VIDEO = Medium("video", "video", "a video part", VIDEO_TYPES, FRAME_KEYS, "<video>")
+
+
+def take(messages: Messages, index: int, medium: Medium) -> tuple[Messages, list[tuple[Any, str]]]:
+    """The messages with bare parts, and what the parts held, with the keys it stood under."""
+    taken: list[tuple[Any, str]] = []
+    bare = []
+    num_places = 0
+    for i, message in enumerate(messages):
+        content = message["content"]
+        if isinstance(content, list):
+            content = list(content)
+            for j, part in enumerate(content):
+                if part["type"] not in medium.types:
+                    continue
+                num_places += 1
+                key = next((key for key in medium.keys if part.get(key) is not None), None)
+                if key is not None:
+                    value = part[key]
+                    if part.get("fps") is not None:
+                        value = {key: value, "fps": part["fps"]}
+                    taken.append((value, f"message {i}, part {j}, {key}"))
+                    content[j] = {"type": medium.kind}
+            message = {**message, "content": content}
+        bare.append(message)
+    if taken and len(taken) != num_places:
+        raise ValueError(
+            f"row {index}: {medium.kind} parts must all hold their {medium.name} or none, got "
+            f"{len(taken)} of {num_places}; write "
+            f'{{"type": "{medium.kind}", "{medium.kind}": ...}} everywhere.'
+        )
+    return bare, taken
+
+
+def place(messages: Messages, number: int, index: int, medium: Medium, has_marks: bool) -> Messages:
+    """The messages with a part for every picture or video: where they have such parts, else at
+    placeholders in a user's text, else in front of the first user turn. Without has_marks a
+    placeholder is text.
+    """
+    name, mark = medium.name, medium.placeholder
+    num_parts = num_parts_of(messages, medium)
+    num_marks = sum(_num_marks(message, mark) for message in messages) if has_marks else 0
+    if num_parts and num_marks:
+        raise ValueError(
+            f"row {index}: a {name}'s place must be {medium.part} or {mark}, got {num_parts} of "
+            f"the one and {num_marks} of the other; write all alike."
+        )
+    if num_marks and num_marks != number:
+        raise ValueError(
+            f"row {index}: the prompt has {mark} {num_marks} times but the row has {number} "
+            f"{name}s; make them equal, or leave the placeholders out."
+        )
+    if num_marks:
+        return [_at_marks(message, medium) for message in messages]
+    if num_parts == number:
+        return messages
+    if num_parts:
+        raise ValueError(
+            f"row {index}: the prompt has {num_parts} {medium.kind} parts but the row has {number} "
+            f"{name}s; make them equal, or leave all {medium.kind} parts out."
+        )
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise ValueError(f"row {index}: {name}s need a user turn to belong to; add one.")
+    places = [{"type": medium.kind} for _ in range(number)]
+    user = {**messages[first], "content": places + _parts(messages[first]["content"])}
+    return [*messages[:first], user, *messages[first + 1 :]]
+
+
+def num_parts_of(messages: Messages, medium: Medium) -> int:
+    return sum(
+        part["type"] in medium.types
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    )
+
+
+def _num_marks(message: Message, mark: str) -> int:
+    if message["role"] != "user":
+        return 0
+    return sum((part.get("text") or "").count(mark) for part in _parts(message["content"]))
+
+
+def _at_marks(message: Message, medium: Medium) -> Message:
+    if not _num_marks(message, medium.placeholder):
+        return message
+    content: list[dict[str, Any]] = []
+    for part in _parts(message["content"]):
+        if "text" not in part:
+            content.append(part)
+            continue
+        for i, text in enumerate(part["text"].split(medium.placeholder)):
+            content += [{"type": medium.kind}] if i else []
+            content += [{**part, "text": text}] if text else []
+    return {**message, "content": content}
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content or ())
