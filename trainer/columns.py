@@ -23,7 +23,7 @@ KNOWN = (*BESIDE_ALL, *SHAPE_COLUMNS)
 
 def refuse_unused_columns(names: Iterable[str]) -> None:
     """ValueError for columns that nobody reads: what they hold would be lost without a word."""
-    unused = sorted(str(name) for name in names if name not in KNOWN)
+    unused = sorted(printable(name) for name in names if name not in KNOWN)
     if unused:
         raise ValueError(
             f"RowDataset: columns must be among {', '.join(KNOWN)}, got {', '.join(unused)}, which "
@@ -56,14 +56,15 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     """The row's columns with messages, or prompt and completion; ValueError for any column that is
     neither part of that nor goes with it.
     """
-    shape = next((name for name in SHAPES if columns.get(name) is not None), None)
+    given = [name for name in SHAPES if columns.get(name) is not None]
+    shape = next((name for name in given if _holds(columns[name])), given[0] if given else None)
     if shape is None:
         raise ValueError(
             f"row {index}: `messages`, or `prompt` and `completion`, are expected, got "
-            f"{sorted(map(str, columns))}; rename the columns."
+            f"{sorted(map(printable, columns))}; rename the columns."
         )
     used = (shape, *SHAPES[shape], *BESIDE_ALL)
-    unused = sorted(str(k) for k, v in columns.items() if k not in used and _holds(v))
+    unused = sorted(printable(k) for k, v in columns.items() if k not in used and _holds(v))
     if unused:
         raise ValueError(
             f"row {index}: columns must go with {shape!r}, got {', '.join(unused)}, which nothing "
@@ -76,6 +77,11 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     if shape == "instruction":
         return row | _from_alpaca(columns, index)
     return row | {name: columns.get(name) for name in (shape, *SHAPES[shape])}
+
+
+def printable(name: Any) -> str:
+    """A name that any terminal shows."""
+    return str(name).encode("ascii", "backslashreplace").decode()
 
 
 def _holds(value: Any) -> bool:

@@ -33,7 +33,7 @@ class RowDataset(torch.utils.data.Dataset):
         self.first_index = 0  # of those that can be read
         if has_shape(self.reader.columns(_columns(self.rows, 0))):
             names = rows.column_names() if isinstance(rows, MappedRows) else names_of(rows)
-            refuse_unused_columns(n for n in names if n not in self.reader.ignore_columns)
+            refuse_unused_columns(n for n in names if str(n) not in self.reader.ignore_columns)
         self.turns = self._turns() if self.reader.train_on == "all" else None
 
     def first(self, *, skips_bad: bool) -> Row:

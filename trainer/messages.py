@@ -7,10 +7,15 @@ from typing import Any
 Message = dict[str, Any]  # role, content, and every other key that its author wrote
 Messages = list[Message]
 
-IMAGE_TYPES = ("image", "image_url")
-VIDEO_TYPES = ("video", "video_url")
-# Types of parts in requests of other projects that are those of chat templates.
-OTHER_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image"}
+MEDIA_TYPES = ("image", "video")
+# Types of parts in requests to servers, and what chat templates call them.
+OTHER_TYPES = {
+    "input_text": "text",
+    "output_text": "text",
+    "input_image": "image",
+    "image_url": "image",
+    "video_url": "video",
+}
 # Who speaks in {"from": ..., "value": ...}, as sharegpt's data have it.
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -38,7 +43,7 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
                 f"row {index}: a message must have a role and a content, got {message!a}; write "
                 '{"role": "user", "content": "..."}.'
             )
-    checked = [_with_own_types(message) for message in checked]
+    checked = [_with_own_types(_with_calls(message, index)) for message in checked]
     for message in checked:
         _check_content(message, index)
     return [_without_none(message, is_table) for message in checked]
@@ -51,6 +56,7 @@ def _from_sharegpt(message: Any, index: int) -> Any:
     if message.get("role") is not None:
         return message  # "from" is a key like any other
     speaker, value = message["from"], message.get("value")
+    value = message.get("content") if value is None else value
     others = {k: v for k, v in message.items() if k not in ("from", "value", "role")}
     if speaker == "function_call":
         calls = [
@@ -68,6 +74,21 @@ def _from_sharegpt(message: Any, index: int) -> Any:
             f"{speaker!a}; rename it, or write the message with role and content."
         )
     return others | {"role": SHAREGPT_ROLES[speaker], "content": value}
+
+
+def _with_calls(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """Calls of tools may be JSON text: a table has one shape for the arguments of all."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return message
+    calls = parsed_json(calls or [])
+    calls = [parsed_json(call) for call in calls] if isinstance(calls, list | tuple) else None
+    if calls is None or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError(
+            f"row {index}: tool_calls must be a list of calls, got {message['tool_calls']!a}; "
+            'write [{"type": "function", "function": {"name": ..., "arguments": ...}}].'
+        )
+    return {**message, "tool_calls": calls}
 
 
 def _with_own_types(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -98,7 +119,7 @@ def _check_content(message: Mapping[str, Any], index: int) -> None:
         )
     for part in parts:
         is_text = part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not is_text and part.get("type") not in (*IMAGE_TYPES, *VIDEO_TYPES):
+        if not is_text and part.get("type") not in MEDIA_TYPES:
             raise ValueError(
                 f"row {index}: a part of a message must be text, or the place of a picture or a "
                 f'video, got {part!a}; write {{"type": "text", "text": "..."}} or '
@@ -184,6 +205,7 @@ def check_unicode(value: Any, where: str) -> None:
             ) from error
     elif isinstance(value, Mapping):
         for key, part in value.items():
+            check_unicode(key, f"{where}, a key")
             check_unicode(part, f"{where}, {key}")
     elif isinstance(value, list | tuple):
         for i, part in enumerate(value):

@@ -1,8 +1,8 @@
 """One way in for pictures: whatever holds one -> an upright picture in RGB.
 
-A picture is a PIL image, a path, the bytes of a file, base64 text, or a dict with one of these as
-datasets and chat messages have it. Size and path are checked before anything is decoded. Nothing is
-ever fetched: an address is an error.
+A picture is a PIL image, an array, a path, the bytes of a file, base64 text, or a dict with one of
+these as datasets and chat messages have it. Size and path are checked before anything is decoded.
+Nothing is ever fetched: an address is an error.
 """
 
 import base64
@@ -17,7 +17,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gold_trainer.row_errors import PictureError
 
@@ -25,8 +26,9 @@ MAX_PIXELS = 8192 * 8192  # 192 MiB once decoded
 MAX_RATIO = 200  # of the sides; what Qwen's processors take
 ORIENTATION = 0x0112  # a tag of EXIF: phones write pictures turned, with a note
 PLACE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")  # of a part or a dict
-# What base64 of a PNG, JPEG, GIF, WebP and BMP file starts with.
-BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk")
+# What base64 of a PNG, JPEG, GIF, WebP, TIFF and BMP file starts with.
+BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk")
+DRAWINGS = ("EPS", "WMF", "EMF")  # other programs draw them
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,21 @@ class PictureReader:
         key = where.partition(": ")[2]
         if isinstance(value, Image.Image):
             return value
+        if isinstance(value, np.ndarray | torch.Tensor):
+            return picture_of_array(value, where)
         source = self._source(value, where)
+        if not isinstance(source, Path) and not source:
+            raise unreadable(index, key, ValueError("it has no bytes"))
         try:
-            return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+            picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+        except UnidentifiedImageError as error:
+            reason = ValueError("it is in no format that PIL knows")
+            raise unreadable(index, key, reason) from error
         except Exception as error:
             raise unreadable(index, key, error) from error
+        if picture.format in DRAWINGS:
+            raise unreadable(index, key, ValueError(f"a drawing in the format {picture.format}"))
+        return picture
 
     def _source(self, value: Any, where: str) -> Path | bytes:
         """The path or the bytes of a picture's file."""
@@ -93,7 +105,7 @@ class PictureReader:
             return _decoded(data, where)
         if len(text) > 60 and text.startswith(BASE64_STARTS):
             try:
-                return base64.b64decode(text, validate=True)
+                return base64.b64decode("".join(text.split()), validate=True)
             except binascii.Error:
                 pass  # a path that only starts alike
         return self.path(text, where)
@@ -156,6 +168,29 @@ def _decoded(text: str, where: str) -> bytes:
         ) from error
 
 
+def picture_of_array(value: Any, where: str) -> Image.Image:
+    """(H, W), or (H, W, C) or (C, H, W) with C of 1, 3 or 4: levels of 8 bits or floats in [0, 1];
+    without C also of 16 bits.
+    """
+    levels = value.numpy(force=True) if isinstance(value, torch.Tensor) else value
+    channels = (1, 3, 4)
+    if levels.ndim == 3 and levels.shape[-1] not in channels and levels.shape[0] in channels:
+        levels = levels.transpose(1, 2, 0)
+    if levels.ndim == 3 and levels.shape[-1] == 1:
+        levels = levels[..., 0]
+    is_float = np.issubdtype(levels.dtype, np.floating)
+    if levels.size and is_float and levels.min() >= 0 and levels.max() <= 1:
+        levels = np.round(levels * 255).astype(np.uint8)
+    is_deep = levels.ndim == 2 and levels.dtype == np.uint16
+    has_shape = levels.ndim == 2 or (levels.ndim == 3 and levels.shape[-1] in channels)
+    if not has_shape or not levels.size or not (levels.dtype in (np.uint8, bool) or is_deep):
+        raise PictureError(
+            f"{where} must be an array (H, W), (H, W, C) or (C, H, W) of 8 bits (uint8) or of "
+            f"floats in [0, 1], got {levels.dtype} {levels.shape}; convert the column."
+        )
+    return Image.fromarray(np.ascontiguousarray(levels))
+
+
 def as_rgb(picture: Image.Image) -> Image.Image:
     """Not every processor takes grey, palette or transparent pictures."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
@@ -196,11 +231,12 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 def undecoded(rows: Any) -> Any:
     """A table or a stream whose pictures come as bytes and paths, to be checked before decoding.
 
-    With a format or a transform of its own a table is left as it is.
+    With a transform of its own a table is left as it is; formats (torch, numpy, ...) change nothing
+    but the kind of its lists.
     """
     if isinstance(rows, datasets.IterableDataset):
         return rows.decode(False) if rows.features else rows
-    if not isinstance(rows, datasets.Dataset) or rows.format["type"] is not None:
+    if not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom":
         return rows
     view = rows.with_format(None, columns=rows.format["columns"])
     view.info.features = datasets.Features(_without_decoding(dict(rows.features)))

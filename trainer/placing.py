@@ -2,22 +2,21 @@
 
 from typing import Any, NamedTuple
 
-from gold_trainer.messages import IMAGE_TYPES, VIDEO_TYPES, Message, Messages
+from gold_trainer.messages import Message, Messages
 from gold_trainer.pictures import PLACE_KEYS
 from gold_trainer.videos import FRAME_KEYS
 
 
 class Medium(NamedTuple):
-    kind: str  # type of a part that is its place
+    kind: str  # type of a part that holds one or says where it stands
     name: str  # in what errors say
     part: str
-    types: tuple[str, ...]  # of parts that hold one or say where it stands
     keys: tuple[str, ...]  # of a part, under which one may stand
     placeholder: str  # where one stands in a user's text, as LLaVA's data have it
 
 
-PICTURE = Medium("image", "picture", "an image part", IMAGE_TYPES, PLACE_KEYS, "<image>")
-VIDEO = Medium("video", "video", "a video part", VIDEO_TYPES, FRAME_KEYS, "<video>")
+PICTURE = Medium("image", "picture", "an image part", PLACE_KEYS, "<image>")
+VIDEO = Medium("video", "video", "a video part", FRAME_KEYS, "<video>")
 
 
 def take(messages: Messages, index: int, medium: Medium) -> tuple[Messages, list[tuple[Any, str]]]:
@@ -30,7 +29,7 @@ def take(messages: Messages, index: int, medium: Medium) -> tuple[Messages, list
         if isinstance(content, list):
             content = list(content)
             for j, part in enumerate(content):
-                if part["type"] not in medium.types:
+                if part["type"] != medium.kind:
                     continue
                 num_places += 1
                 key = next((key for key in medium.keys if part.get(key) is not None), None)
@@ -88,7 +87,7 @@ def place(messages: Messages, number: int, index: int, medium: Medium, has_marks
 
 def num_parts_of(messages: Messages, medium: Medium) -> int:
     return sum(
-        part["type"] in medium.types
+        part["type"] == medium.kind
         for message in messages
         if isinstance(message["content"], list)
         for part in message["content"]

@@ -1,6 +1,6 @@
 """What rows are, from a sample of them: conversations or plain text, and how many tokens.
 
-Pictures are neither read nor counted.
+Pictures and videos are neither read nor counted.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from gold_trainer.messages import parsed_messages
 
 NUM_ROWS = 64
 SECONDS = 2.0  # a dataset that reads slowly is looked at less
-PICTURES = ("image", "images")
+PICTURES = ("image", "images", "video", "videos")
 NAMES = ("role", "from", "type")  # keys whose values are no text of their own
 
 

@@ -116,7 +116,7 @@ class RowReader:
         """Without those to ignore."""
         if not isinstance(columns, Mapping):
             return columns
-        return {k: v for k, v in columns.items() if k not in self.ignore_columns}
+        return {k: v for k, v in columns.items() if str(k) not in self.ignore_columns}
 
     def rows(
         self, columns: Any, index: int, *, is_tolerant: bool = False
@@ -254,7 +254,9 @@ def _refuse_beside_text(columns: Mapping[str, Any], index: int) -> None:
 
 
 def _tools(columns: Mapping[str, Any], index: int, is_table: bool) -> list[Any] | None:
-    tools = parsed_json(columns.get("tools"))
+    tools = parsed_json(columns.get("tools") or None)
+    if isinstance(tools, list | tuple):  # a list of JSON texts: each tool has a shape of its own
+        tools = [parsed_json(tool) for tool in tools]
     if not isinstance(tools, list | tuple | None) or not all(
         isinstance(tool, Mapping) or callable(tool) for tool in tools or ()
     ):
@@ -265,12 +267,13 @@ def _tools(columns: Mapping[str, Any], index: int, is_table: bool) -> list[Any] 
     if not tools:
         return None
     # JSON text holds a null only where its author wrote one
-    is_filled = is_table and not isinstance(columns["tools"], str)
+    is_json = isinstance(columns["tools"], str) or isinstance(columns["tools"][0], str)
+    is_filled = is_table and not is_json
     return drop_none(tools) if is_filled else list(tools)
 
 
 def _template_kwargs(columns: Mapping[str, Any], index: int, is_table: bool) -> dict[str, Any]:
-    kwargs = parsed_json(columns.get("chat_template_kwargs"))
+    kwargs = parsed_json(columns.get("chat_template_kwargs") or None)
     if not isinstance(kwargs, Mapping | None):
         raise ValueError(
             f"row {index}: chat_template_kwargs must be a dict of arguments of the chat template, "
@@ -301,6 +304,9 @@ def _values(
 
 def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
     """A row without a picture holds None, or an empty path, or what a table makes of them."""
+    if isinstance(value, str) and value.startswith("["):  # as a csv file has a list of paths
+        parsed = parsed_json(value)
+        value = parsed if isinstance(parsed, list) else value
     if isinstance(value, list | tuple):
         return value
     is_struct = isinstance(value, Mapping) and all(part is None for part in value.values())
