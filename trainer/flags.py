@@ -187,6 +187,8 @@ def remedy(name: str, names: Iterable[str]) -> str:
     name = name.replace("-", "_")
     if name not in HINTS:
         name = next((to for start, to in SAME.items() if fnmatchcase(name, start)), name)
+    if name.startswith("no_") and name[3:] in names:
+        return f"; write --{name[3:]} false"
     if name in HINTS:
         return f"; {HINTS[name]}"
     nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

@@ -114,3 +114,9 @@ def test_flag_that_there_is_not_says_what_was_meant(flag, remedy, capsys, tmp_pa
 @pytest.mark.parametrize("flag", ["--lora-r", "--no_disable_dropout", "--output_dir=x"])
 def test_flags_that_argparse_knows_pass(flag):
     flags.check_names([flag])
+
+
+@pytest.mark.parametrize("name", ["bf16", "gradient_checkpointing"])
+def test_flag_that_would_turn_off_what_is_not_on_says_how_to_write_it(name, tmp_path, capsys):
+    assert main(["train", f"--no_{name}", "--output_dir", str(tmp_path)]) == 2
+    assert f"unknown flag --no_{name}; write --{name} false" in capsys.readouterr().err
