@@ -1,13 +1,16 @@
 """Student or teacher, as the loss and the data see it: head, form of its logits, collator."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gold_trainer import models
 from gold_trainer.collator import GOLDCollator, Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
+from gold_trainer.loss_at_head import run_to_head
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,17 @@ class Side:
     place: nn.Module  # where the model calls it
     form: LogitForm
     collator: GOLDCollator
+
+    def run(
+        self,
+        model: nn.Module,
+        wrapper: nn.Module,  # that is called: DDP, or the model itself
+        tensors: dict[str, Tensor],
+        function: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Any]:
+        """function(hidden (B, L, D)) in the place of the head, and the model's output."""
+        inputs = models.forward_inputs(model, tensors)
+        return run_to_head(model, wrapper, self.place, self.form, inputs, function)
 
     @classmethod
     def of(

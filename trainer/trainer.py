@@ -34,7 +34,7 @@ from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.library_options import check_best_metric
-from gold_trainer.loss_at_head import gather_rows, run_to_head
+from gold_trainer.loss_at_head import gather_rows
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
@@ -259,9 +259,7 @@ class GOLDTrainer(Trainer):
             return loss
 
         student = self.accelerator.unwrap_model(model)
-        tensors = models.forward_inputs(student, inputs.student.tensors)
-        place, form = self.student.place, self.student.form
-        loss, output = run_to_head(student, model, place, form, tensors, loss_at_head)
+        loss, output = self.student.run(student, model, inputs.student.tensors, loss_at_head)
         steps = 1 if item_weights is None else self.current_gradient_accumulation_steps
         loss = with_router_loss(loss, output, student, window, steps, inputs.is_on_policy)
         if model.training:

@@ -20,7 +20,7 @@ from gold_trainer import GOLDConfig, models
 from gold_trainer.collator import process_prompts
 from gold_trainer.dataset import RowDataset
 from gold_trainer.loading import disable_dropout
-from gold_trainer.loss_at_head import gather_rows, run_to_head
+from gold_trainer.loss_at_head import gather_rows
 from gold_trainer.objectives import SameVocabulary
 from gold_trainer.router_loss import coefficient_of
 from gold_trainer.sides import Side
@@ -119,9 +119,8 @@ def trainer_step(pair: Pair, padding_side: str) -> tuple[float, dict[str, Tensor
         heads = student.head, teacher.side.head
         return objective.loss(scored, heads[0], teacher_hidden, heads[1], batch, None)[0]
 
-    inputs = models.forward_inputs(pair.student, batch.student.tensors)
-    model, form = pair.student, student.form
-    loss, _ = run_to_head(model, model, student.place, form, inputs, loss_at_head)
+    model = pair.student
+    loss, _ = student.run(model, model, batch.student.tensors, loss_at_head)
     loss.backward()
     gradients = {
         name: parameter.grad.clone()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gold_trainer import loading, loss_at_head, models
+from gold_trainer import loading, loss_at_head
 from gold_trainer.batches import SideInputs
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
@@ -47,11 +47,8 @@ class FrozenTeacher(Teacher):
         def at_head(hidden: Tensor) -> Tensor:
             return loss_at_head.gather_rows(hidden, inputs.scored_rows)
 
-        side = self.side
         with self.writing() as model:
-            tensors = models.forward_inputs(model, inputs.tensors)
-            call = (model, model, side.place, side.form, tensors, at_head)
-            return loss_at_head.run_to_head(*call)[0]
+            return self.side.run(model, model, inputs.tensors, at_head)[0]
 
     @contextmanager
     def writing(self) -> Iterator[nn.Module]:
