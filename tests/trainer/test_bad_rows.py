@@ -58,9 +58,13 @@ def test_on_long_prompt_skips_long_prompts_alone(tmp_path):
     trainer = make_trainer(tmp_path, rows, "qwen3", on_long_prompt="skip")
     trainer.train()
     assert skips_of(trainer)[0] == {"": 1.0, "/long_prompt": 1.0}
-    rows = with_bad(TEXT, {1: BAD["other"]})
-    with pytest.raises(ValueError, match="row 1: "):
-        make_trainer(tmp_path, rows, "qwen3", on_long_prompt="skip").train()
+    tokenizer = tiny("qwen3")[1]
+    tokenizer.chat_template = REFUSING + tokenizer.chat_template
+    for reason, message in (("other", "lone surrogate"), ("template", "no such turns")):
+        rows = with_bad(TEXT, {1: BAD[reason]})
+        options = {"processor": tokenizer, "on_long_prompt": "skip"}
+        with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+            make_trainer(tmp_path, rows, "qwen3", **options).train()
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
@@ -74,6 +78,17 @@ def test_a_micro_batch_of_bad_rows_adds_nothing(lmbda, tmp_path):
         assert actual == pytest.approx(loss, rel=1e-6)
         assert_equal_gradients(actual_gradients, gradients)
     assert actual > 0
+
+
+def test_nothing_is_written_for_a_micro_batch_of_bad_rows(tmp_path):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lmbda": 1.0}
+    rows = [*TEXT[:2], BAD["other"], BAD["long_prompt"]]
+    trainer = make_trainer(tmp_path, rows, "qwen3", **options, **SKIP)
+    writer, written = trainer.rollouts.writers["student"], []
+    complete = writer.complete
+    writer.complete = lambda examples, seed: written.append(examples) or complete(examples, seed)
+    trainer.train()
+    assert [[example.index for example in examples] for examples in written] == [[0, 1]]
 
 
 def test_a_step_of_bad_rows_changes_nothing_and_is_in_no_mean(tmp_path):

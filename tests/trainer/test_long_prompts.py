@@ -1,5 +1,7 @@
 """on_long_prompt: a prompt that leaves no room is refused, left out, or cut at its left."""
 
+from dataclasses import replace
+
 import pytest
 
 from gold_trainer import GOLDConfig
@@ -43,11 +45,31 @@ def test_the_last_tokens_of_a_long_prompt_are_kept_before_the_whole_answer(
     assert len(actual.scored_rows) == len(expected.scored_rows)
 
 
+def test_a_cut_prompt_stays_cut_where_the_template_writes_more_before_an_answer():
+    _, cut = collators()
+    row = replace(RowDataset(ROWS, needs_completion=True, is_text=True)[1], completion=None)
+    example = cut.with_frames(row, cut.example(row))
+    assert example.is_cut
+    plain = example.frames.plain._replace(prompt=example.frames.plain.prompt + "<think>\n" * 5)
+    example = replace(example, frames=example.frames._replace(plain=plain))
+    answered = cut.answered(example, {"content": "A bar. " * 40}, is_ended=True)
+    assert answered.prompt_text == plain.prompt
+    assert (answered.prompt_length, len(answered.written_ids)) == (70, 30)
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_a_run_learns_from_a_prompt_that_is_cut(lmbda, tmp_path):
     options = CUT | {"lmbda": lmbda, "per_device_train_batch_size": 5}
     trainer = make_trainer(tmp_path, ROWS, "qwen3", **options)
+    generate, widths = trainer.model.generate, []
+
+    def recorded(**inputs):
+        widths.append(inputs["attention_mask"].sum(1).tolist())
+        return generate(**inputs)
+
+    trainer.model.generate = recorded
     trainer.train()
+    assert [width[1] for width in widths] == ([70] if lmbda else [])
     assert losses_of(trainer)[0] > 0 and not skips_of(trainer)
 
 
