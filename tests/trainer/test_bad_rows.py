@@ -6,11 +6,12 @@ import datasets
 import pytest
 import torch
 
+from gold_trainer.collator import GOLDCollator, build_inputs
 from support import bad_rows_step
 from support.bad_rows import BAD, BAD_TEXT, REFUSING, skips_of, text_rows, with_bad
 from support.processes import run_step
 from support.resumed_runs import FIELDS, assert_same_run
-from support.tiny_models import tiny, tiny_rows
+from support.tiny_models import FAMILIES, tiny, tiny_processor, tiny_rows
 from support.trainer_cases import assert_equal_gradients, losses_of, make_trainer, one_step
 
 SKIP = {"on_bad_row": "skip"}
@@ -78,6 +79,15 @@ def test_a_micro_batch_of_bad_rows_adds_nothing(lmbda, tmp_path):
         assert actual == pytest.approx(loss, rel=1e-6)
         assert_equal_gradients(actual_gradients, gradients)
     assert actual > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_blank_micro_batch_is_an_input_of_every_family_without_a_scored_token(family):
+    processor = tiny_processor(family)
+    ends = [getattr(processor, "tokenizer", processor).eos_token_id]
+    inputs = build_inputs(processor, GOLDCollator(processor, ends, 64).blank(0).examples)
+    assert inputs.tensors["attention_mask"].sum() == 1
+    assert len(inputs.scored_rows) == 0
 
 
 def test_nothing_is_written_for_a_micro_batch_of_bad_rows(tmp_path):

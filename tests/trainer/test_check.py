@@ -250,6 +250,24 @@ def test_an_adapter_and_the_other_name_of_the_command(check):
     assert "1 rows are refused; on_bad_row=skip leaves them out" in shown
 
 
+def test_a_file_of_fields_is_read_as_train_reads_it(models, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(BAD["no_answer"]))
+    fields = {
+        "model_name_or_path": models / "qwen3" / "student",
+        "teacher_model_name_or_path": models / "qwen3" / "teacher",
+        "dataset_name": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "run",
+        "dataloader_num_workers": 1,
+        "use_cpu": "true",
+    }
+    config = tmp_path / "run.yaml"
+    config.write_text("".join(f"{name}: {value}\n" for name, value in fields.items()))
+    assert main(["check", str(config)]) == 1
+    assert "no_answer: row 0: an assistant's answer is expected" in capsys.readouterr().out
+    assert main(["check-data", str(config), "--seq_kd", "true"]) == 0
+    assert "the completion is written in training" in capsys.readouterr().out
+
+
 def test_scored_tokens_are_in_colour_on_a_terminal():
     tokenizer = tiny("qwen3")[1]
     collator = GOLDCollator(tokenizer, [tokenizer.eos_token_id], None)
