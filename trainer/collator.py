@@ -371,10 +371,13 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
 
 
 def build_side(
-    processor: Processor, examples: list[Example], to_device: Callable[[Tensor], Tensor]
+    processor: Processor,
+    examples: list[Example],
+    to_device: Callable[[Tensor], Tensor],
+    unscored: Sequence[Example] = (),  # without completions; they only run through the model
 ) -> SideInputs:
     """build_inputs on the device, with the labels of the scored rows only."""
-    inputs = build_inputs(processor, examples)
+    inputs = build_inputs(processor, [*examples, *unscored])
     return SideInputs(
         examples,
         {name: to_device(tensor) for name, tensor in inputs.tensors.items()},

@@ -1,16 +1,20 @@
 """The card of a saved student: who taught it, by which loss, on what, and how well."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 import gold_kernels
+from gold_trainer import models
 from gold_trainer.config import GOLDConfig
+
+if TYPE_CHECKING:
+    from gold_trainer.trainer import GOLDTrainer
 
 MARK = "<!-- written by gold-trainer; a card without this line is left alone -->"
 OTHERS = ("library_name: peft", "generated_from_trainer")  # cards of libraries, of no one's hand
@@ -24,13 +28,28 @@ METRICS = (
 )
 
 
+def card_facts(trainer: "GOLDTrainer") -> dict[str, Any]:
+    """What write_card says of a trainer's run."""
+    student: Any = trainer.accelerator.unwrap_model(trainer.model)
+    teacher, rows = trainer.teacher.model, trainer.train_dataset
+    return {
+        "student": models.base_model(student).config.name_or_path,
+        "teacher": "" if teacher is None else models.base_model(teacher).config.name_or_path,
+        "has_adapter": models.has_adapter(student),
+        "num_rows": len(rows) if isinstance(rows, Sized) else None,
+        "step": trainer.state.global_step,
+        "history": trainer.state.log_history,
+    }
+
+
 def write_card(
     args: GOLDConfig,
     *,
     student: str,
     teacher: str,
     has_adapter: bool,
-    data: str,
+    num_rows: int | None,  # of the training data; None: a stream
+    dataset: str | None,  # its name
     step: int,
     history: list[dict[str, Any]],
 ) -> Path | None:
@@ -46,6 +65,8 @@ def write_card(
         library_name="peft" if has_adapter else "transformers",
         tags=["knowledge-distillation", "gold"],
     )
+    rows = None if num_rows is None else f"{num_rows} rows"
+    data = ", ".join(part for part in (dataset, rows) if part) or "unknown"
     loss = "uld (two tokenizers)" if args.use_uld_loss else args.loss
     numbers = {} if args.use_uld_loss else args.loss_numbers
     parts = [

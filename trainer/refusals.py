@@ -49,11 +49,6 @@ def refuse_unusable(
             "teacher_model_name_or_path, or give the student an adapter (peft_config=): its own "
             "weights then are the teacher."
         )
-    if teacher_model is None and (args.fsdp or args.deepspeed):
-        raise ValueError(
-            "GOLDTrainer: a teacher is expected with FSDP and DeepSpeed, got None; sharded weights "
-            "are gathered for the student's own forward only: pass teacher_model=."
-        )
     if teacher_model is model and not isinstance(model, str):
         raise ValueError(
             "GOLDTrainer: student and teacher must be two objects, got one: the teacher is frozen; "

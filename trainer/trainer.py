@@ -16,7 +16,7 @@ B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from gold_trainer import checkpoints, loading, models, refusals
+from gold_trainer import checkpoints, loading, models, refusals, sharding
 from gold_trainer.bad_rows import SkippedRows, tolerant, tolerant_collator
 from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
@@ -36,7 +36,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.library_options import check_best_metric
 from gold_trainer.loss_at_head import gather_rows
 from gold_trainer.metrics import MetricWindow
-from gold_trainer.model_card import write_card
+from gold_trainer.model_card import card_facts, write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective
 from gold_trainer.precision import fit_to_model
@@ -142,6 +142,8 @@ class GOLDTrainer(Trainer):
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
         check_best_metric(args, self.windows["eval"].names(), eval_dataset)
+        sharding.prepare(self.accelerator, student)
+        self.pictures_for_all = sharding.PicturesForAll(self.accelerator, self.student.collator)
         refusals.warn_of_tiny_rate(args)
         banner = Banner(student, self.teacher.model, train_dataset, tokenizer)
         self.callback_handler.callbacks.insert(0, banner)  # before the progress bar's line
@@ -205,7 +207,7 @@ class GOLDTrainer(Trainer):
         self.windows["train"].start()
         self.windows["train"].keep()
         self.guard.start()
-        batches = fetch_window(epoch_iterator, num_batches)
+        batches = self.pictures_for_all.add(fetch_window(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         with self.accelerator.autocast():
@@ -305,6 +307,8 @@ class GOLDTrainer(Trainer):
         model: Any = self.model
         self.guard.check_weights(model, output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            sharding.save_whole(self, output_dir or self.args.output_dir)
         if not _internal_call and output_dir in (None, self.args.output_dir):
             self.create_model_card()
 
@@ -312,20 +316,8 @@ class GOLDTrainer(Trainer):
         self, *args: Any, dataset: str | None = None, **kwargs: Any
     ) -> None:
         """README.md beside the weights, of what this class knows; dataset names the data."""
-        if not self.is_world_process_zero():
-            return
-        student: Any = self.accelerator.unwrap_model(self.model)
-        teacher: Any = self.teacher.model
-        rows = f"{len(self.train_dataset)} rows" if isinstance(self.train_dataset, Sized) else None
-        write_card(
-            self.args,
-            student=models.base_model(student).config.name_or_path,
-            teacher="" if teacher is None else models.base_model(teacher).config.name_or_path,
-            has_adapter=models.has_adapter(student),
-            data=", ".join(part for part in (dataset, rows) if part) or "unknown",
-            step=self.state.global_step,
-            history=self.state.log_history,
-        )
+        if self.is_world_process_zero():
+            write_card(self.args, dataset=dataset, **card_facts(self))
 
     def prediction_step(  # type: ignore[override]
         self,
@@ -337,6 +329,7 @@ class GOLDTrainer(Trainer):
         """Mean loss of an evaluation batch; where seq_kd rows have no completion, the teacher's,
         the same at every evaluation.
         """
+        (inputs,) = self.pictures_for_all.add([inputs])
         if any(example.completion_ids is None for example in inputs.examples):
             place = f"{self.args.seed} eval {[example.index for example in inputs.examples]}"
             with self.accelerator.autocast():
@@ -361,6 +354,7 @@ class GOLDTrainer(Trainer):
         window, train_window = self.windows["eval"], self.windows["train"]
         window.reset()
         self.skipped.start_evaluation()
+        sharding.refuse_early_evaluation(self)
         started = time.perf_counter()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

@@ -155,12 +155,11 @@ class Rollouts:
     def write(self, name: str, batches: list[WindowBatch], place: str) -> list[WindowBatch]:
         """The batches with completions of one writer's call; place, where in the run, seeds it."""
         prompts = [self.objective.prompts(batch, name) for batch in batches]
-        examples = iter(
-            self.writers[name].complete(
-                [example.unanswered() for part in prompts for example in part],
-                random.Random(place).getrandbits(63),
-            )
-        )
+        rows = [example.unanswered() for part in prompts for example in part]
+        if name == "student" and not any(example.images for example in rows):
+            rows += [example for batch in batches for example in batch.unscored[:1]][:1]
+        seed = random.Random(place).getrandbits(63)
+        examples = iter(self.writers[name].complete(rows, seed))
         return [
             self.objective.with_completions(batch, name, list(islice(examples, len(part))))
             for batch, part in zip(batches, prompts, strict=True)

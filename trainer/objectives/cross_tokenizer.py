@@ -88,7 +88,7 @@ class CrossTokenizer(Objective):
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
         student, teacher = self.collator.student.processor, self.collator.teacher.processor
         return MicroBatch(
-            build_side(student, batch.examples, to_device),
+            build_side(student, batch.examples, to_device, batch.unscored),
             build_side(teacher, batch.teacher_examples, to_device),
             batch.is_on_policy,
             alignment_of(batch).to(to_device),

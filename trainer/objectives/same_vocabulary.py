@@ -74,7 +74,7 @@ class SameVocabulary(Objective):
         return replace(batch, examples=examples, teacher_examples=examples)
 
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
-        side = build_side(self.collator.processor, batch.examples, to_device)
+        side = build_side(self.collator.processor, batch.examples, to_device, batch.unscored)
         return MicroBatch(side, side, batch.is_on_policy)
 
     def num_units(self, batches: list[WindowBatch]) -> int:

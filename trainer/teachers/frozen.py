@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gold_trainer import loading, loss_at_head
+from gold_trainer import loading, loss_at_head, sharding
 from gold_trainer.batches import SideInputs
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
@@ -29,7 +29,8 @@ class FrozenTeacher(Teacher):
     ) -> "FrozenTeacher":
         if isinstance(model, str):
             source = args.teacher_model_init_kwargs, args.teacher_model_revision
-            model = loading.load_model(model, *source)
+            with sharding.whole_weights(args):
+                model = loading.load_model(model, *source)
         return cls(model, processor, args)
 
     def place(self, device: torch.device) -> None:

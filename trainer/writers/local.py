@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from gold_trainer import sharding
 from gold_trainer.batches import Example
 from gold_trainer.collator import (
     GOLDCollator,
@@ -133,7 +134,7 @@ def generate_completions(
 ) -> list[Example]:
     """See Writer.complete."""
     tokenizer, base = tokenizer_of(processor), base_model(model)
-    num_entries = base.get_output_embeddings().weight.shape[0]
+    num_entries = base.get_output_embeddings().out_features
     never = [i for i in range(num_entries) if i not in token_ids]
     rooms = [
         args.max_completion_length
@@ -160,7 +161,7 @@ def generate_completions(
         head_in_its_dtype(base),
         seeded(seed, args.device),
     ):
-        output = base.generate(**inputs, generation_config=config)
+        output = sharding.generate(model, base, **inputs, generation_config=config)
     sampled = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [
         example.with_completion(until_end(ids[:room], end_ids))

@@ -1,0 +1,47 @@
+"""Runs of engine_step, and what they must have in common."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support.engine_step import CASES, save_models
+from support.processes import TESTS
+
+SECONDS = 400
+
+
+def run_engine(folder: Path, engine: str, names: Sequence[str]) -> dict[str, Any]:
+    """What the cases came to on two processes, by name."""
+    folder.mkdir()
+    if any(CASES[name].get("is_by_name") for name in names):
+        save_models(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "support.engine_step", str(folder), engine, *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=TESTS, timeout=SECONDS
+    )
+    state = folder / "state.pt"
+    assert state.exists(), done.stderr[-8000:]
+    results = torch.load(state)
+    assert results.keys() == set(names), done.stderr[-8000:]
+    return results
+
+
+def assert_same_run(actual: dict[str, Any], expected: dict[str, Any], relative: float) -> None:
+    """Losses, gradient norms, the evaluation, and every weight of the saved student."""
+    assert "error" not in actual, actual["error"]
+    for name in ("losses", "norms"):
+        assert len(actual[name]) == len(expected[name]) > 0
+        for ours, theirs in zip(actual[name], expected[name], strict=True):
+            assert abs(ours - theirs) <= relative * abs(theirs), name
+    assert abs(actual["eval_loss"] - expected["eval_loss"]) <= relative * expected["eval_loss"]
+    weights, expected_weights = actual["weights"], expected["weights"]
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        assert (weights[name] - weight).norm() <= relative * weight.norm(), name

@@ -1,0 +1,182 @@
+"""One process of the tests of engines: short runs under an engine, one after the other.
+
+torchrun --nproc_per_node 2 -m support.engine_step OUT_DIR ENGINE CASE [CASE ...]
+"""
+
+import faulthandler
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from gold_trainer import GOLDConfig, GOLDTrainer
+from support.cross_cases import TEACHER_MERGES
+from support.engines import (
+    ENGINES,
+    leave_shared_memory_alone,
+    needs_gpus,
+    num_processes,
+    take_processes_for_gpus,
+)
+from support.tiny_models import VLM_FAMILIES, tiny, tiny_rows
+from support.trainer_cases import FIELDS, losses_of
+
+SECONDS = 120  # of a case; a hang then prints all stacks and ends
+NUM_ROWS, BATCH = 8, 4
+RUN = {"max_steps": 2, "learning_rate": 0.1, "max_grad_norm": 1.0, "max_completion_length": 16}
+ULD = {"use_uld_loss": True, "uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.5}
+MIXED = {"family": "qwen3_vl", "images": "mixed"}  # ranks differ in whether they have a picture
+
+
+def lora(**options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options
+    )
+
+
+# family of the student, is_tied, images, teacher_family or has_teacher, and fields of GOLDConfig
+CASES: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"is_tied": False},
+    "bf16": {"is_tied": False, "bf16": True},
+    "frozen_head": {"is_tied": False, "is_head_frozen": True},
+    "lora": {"peft_config": lora()},
+    "saved_head": {"is_tied": False, "peft_config": lora(modules_to_save=["lm_head"])},
+    "saved_tied_head": {"peft_config": lora(modules_to_save=["lm_head"])},
+    "own_teacher": {"peft_config": lora(), "has_teacher": False},
+    "mixed_pictures": MIXED,
+    "uld": {"is_tied": False, "teacher_family": "llama", **ULD},
+    "uld_pictures": {**MIXED, "teacher_family": "idefics3", **ULD},
+    "evaluated_first": {"eval_on_start": True},
+    "early_evaluation": {"evaluates_early": True},
+    "on_policy": {"lmbda": 1.0},
+    # samples would differ: a rank that has a row more draws more numbers
+    "on_policy_pictures": {**MIXED, "lmbda": 1.0, "top_k": 1},
+    "on_policy_lora": {"peft_config": lora(), "lmbda": 1.0},
+    "seq_kd": {"seq_kd": True},
+    "by_name": {"family": "qwen3_vl", "images": 1, "lmbda": 0.5, "is_by_name": True},
+    "resumed": {
+        "is_resumed": True,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    },
+}
+
+
+def save_models(folder: Path) -> None:
+    """For the cases by name; of a group of processes one alone would save."""
+    for case in CASES.values():
+        if case.get("is_by_name"):
+            for size in ("student", "teacher"):
+                model, processor = tiny(case["family"], size)
+                model.save_pretrained(folder / size)
+                processor.save_pretrained(folder / size)
+
+
+def untie(model: Any) -> None:
+    model.config.get_text_config().tie_word_embeddings = False
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach() + 0.1)
+
+
+def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
+    unset_hf_deepspeed_config()  # of the case before: models would be built in parts
+    case = {"family": "qwen3", "images": 0, "is_tied": True} | case
+    family, teacher_family = case.pop("family"), case.pop("teacher_family", None)
+    options: dict[str, Any] = {"teacher_model": None, "peft_config": case.pop("peft_config", None)}
+    if case.pop("is_by_name", False):
+        student, options["teacher_model"] = (str(folder.parent / n) for n in ("student", "teacher"))
+        processor = None
+    else:
+        student, processor = tiny(family)
+        if not case.pop("is_tied"):
+            untie(student)
+        if case.pop("is_head_frozen", False):
+            student.get_output_embeddings().requires_grad_(False)
+        if teacher_family:
+            teacher = tiny(teacher_family, "teacher", num_merges=TEACHER_MERGES)
+            options["teacher_model"], options["teacher_processing_class"] = teacher
+        elif case.pop("has_teacher", True):
+            options["teacher_model"] = tiny(family, "teacher")[0]
+    case.pop("is_tied", None)
+    rows = tiny_rows(NUM_ROWS, images=case.pop("images"))
+    sizes = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": BATCH // num_processes(),
+        "use_cpu": not (needs_gpus(engine) or torch.cuda.is_available()),
+    }
+    return GOLDTrainer(
+        model=student,
+        args=GOLDConfig(output_dir=str(folder), **(FIELDS | RUN | sizes | ENGINES[engine] | case)),
+        train_dataset=rows,
+        eval_dataset=rows[:BATCH],
+        processing_class=processor,
+        **options,
+    )
+
+
+def run(folder: Path, engine: str, case: dict[str, Any]) -> dict[str, Any]:
+    case = dict(case)
+    is_resumed, is_early = case.pop("is_resumed", False), case.pop("evaluates_early", False)
+    trainer = make(folder, engine, case)
+    if is_early:
+        trainer.evaluate()
+    trainer.train()
+    if is_resumed:
+        trainer = make(folder, engine, case)
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    result = {
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "losses": losses_of(trainer),
+        "norms": [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e],
+    }
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    unset_hf_deepspeed_config()
+    result["weights"] = load(folder, trainer, case)
+    return result
+
+
+def load(folder: Path, trainer: GOLDTrainer, case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The saved student, as anybody loads it."""
+    if case.get("peft_config") is not None:
+        return peft.utils.load_peft_weights(str(folder), device="cpu")
+    is_vlm = case.get("family") in VLM_FAMILIES
+    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    return auto_class.from_pretrained(folder).float().state_dict()
+
+
+def main(output_dir: str, engine: str, *names: str) -> None:
+    results: dict[str, Any] = {}
+    if needs_gpus(engine):
+        take_processes_for_gpus()
+    if engine.startswith("zero"):
+        leave_shared_memory_alone()
+    for name in names:
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        try:
+            results[name] = run(Path(output_dir) / name, engine, CASES[name])
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+            if not isinstance(error, ValueError):
+                sys.stderr.flush()
+                os._exit(1)  # the other rank waits somewhere, and is ended
+        if int(os.environ.get("RANK", "0")) == 0:
+            torch.save(results, Path(output_dir) / "state.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,47 @@
+"""DeepSpeed's ZeRO on two processes gives the losses, norms and weights of DDP."""
+
+import pytest
+
+from support.engine_runs import assert_same_run, run_engine
+from support.engine_step import CASES
+
+EXACT = sorted(CASES.keys() - {"bf16", "early_evaluation"})
+# What ZeRO-2 does not do in another way than ZeRO-3 is left out.
+OF_ZERO_2 = ["untied", "lora", "mixed_pictures", "on_policy", "resumed"]
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    return run_engine(tmp_path_factory.mktemp("ddp") / "runs", "ddp", EXACT)
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory):
+    return run_engine(tmp_path_factory.mktemp("zero3") / "runs", "zero3", [*EXACT, "bf16"])
+
+
+@pytest.fixture(scope="module")
+def zero2(tmp_path_factory):
+    return run_engine(tmp_path_factory.mktemp("zero2") / "runs", "zero2", OF_ZERO_2)
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_zero_3_gives_the_run_of_ddp(ddp, zero3, case):
+    assert_same_run(zero3[case], ddp[case], relative=1e-5)
+
+
+@pytest.mark.parametrize("case", OF_ZERO_2)
+def test_zero_2_gives_the_run_of_ddp(ddp, zero2, case):
+    assert_same_run(zero2[case], ddp[case], relative=1e-5)
+
+
+def test_what_deepspeed_cannot_do_is_refused_with_a_remedy(tmp_path):
+    runs = run_engine(tmp_path / "runs", "zero3", ["early_evaluation"])
+    assert "set eval_on_start=True" in runs["early_evaluation"]["error"]
+
+
+def test_zero_3_trains_in_bfloat16(ddp, zero3):
+    """Its copies of the weights are float32, what the model computes with is bfloat16."""
+    losses, expected = zero3["bf16"]["losses"], ddp["untied"]["losses"]
+    assert losses == pytest.approx(expected, rel=2e-2)
+    assert losses != expected

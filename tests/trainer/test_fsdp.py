@@ -1,0 +1,42 @@
+"""FSDP2 on two processes gives the losses, norms and weights of DDP, which are those of one."""
+
+import pytest
+
+from support.engine_runs import assert_same_run, run_engine
+from support.engine_step import CASES
+
+REFUSED = ("early_evaluation", "saved_tied_head")
+EXACT = sorted(CASES.keys() - {"bf16", *REFUSED})
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    return run_engine(tmp_path_factory.mktemp("ddp") / "runs", "ddp", [*EXACT, "bf16"])
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    return run_engine(tmp_path_factory.mktemp("fsdp") / "runs", "fsdp2", [*EXACT, "bf16"])
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_fsdp_gives_the_run_of_ddp(ddp, fsdp, case):
+    assert_same_run(fsdp[case], ddp[case], relative=1e-5)
+
+
+def test_a_loss_under_bfloat16_is_not_rounded_to_it(ddp, fsdp):
+    """FSDP casts what a model returns. Its weights are bfloat16 in more places than autocast's."""
+    assert_same_run(fsdp["bf16"], ddp["bf16"], relative=5e-3)
+    for loss in fsdp["bf16"]["losses"]:
+        assert loss != pytest.approx(round(loss * 2**11) / 2**11, abs=1e-9)  # 8 bits near 0.2
+
+
+def test_checkpoints_of_parts_resume_and_end_in_a_whole_model(ddp, tmp_path):
+    runs = run_engine(tmp_path / "runs", "fsdp2_sharded", ["resumed"])
+    assert_same_run(runs["resumed"], ddp["resumed"], relative=1e-5)
+
+
+def test_what_fsdp_cannot_do_is_refused_with_a_remedy(tmp_path):
+    runs = run_engine(tmp_path / "runs", "fsdp2", REFUSED)
+    assert "set eval_on_start=True" in runs["early_evaluation"]["error"]
+    assert "tie_word_embeddings" in runs["saved_tied_head"]["error"]

@@ -1,0 +1,163 @@
+"""Weights in parts: what FSDP and DeepSpeed need of a run beyond DDP.
+
+All ranks gather a layer's weights and reduce its gradients together, so all must run the same
+layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from PIL import Image
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from gold_trainer.batches import Example, WindowBatch
+from gold_trainer.collator import GOLDCollator
+from gold_trainer.config import GOLDConfig
+from gold_trainer.models import base_model
+from gold_trainer.rows import Row
+
+if TYPE_CHECKING:
+    from gold_trainer.trainer import GOLDTrainer
+
+SIDE = 64  # pixels of the picture that nothing is learnt from
+
+
+def runs_layers_together(accelerator: Accelerator) -> bool:
+    """Whether a layer's weights are gathered from all ranks when it runs (FSDP, ZeRO-3), or its
+    gradient is reduced as soon as it is known (ZeRO-2).
+    """
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+@contextmanager
+def whole_weights(args: GOLDConfig) -> Iterator[None]:
+    """Models that are loaded here are whole on every rank: under ZeRO-3 from_pretrained leaves each
+    rank a part, which DeepSpeed gathers for the one model that it trains and for no other.
+    """
+    config = getattr(args, "hf_deepspeed_config", None)  # TrainingArguments sets it with deepspeed
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)
+
+
+def generate(model: nn.Module, base: Any, **options: Any) -> Any:
+    """base.generate(); base is the transformers model below an adapter.
+
+    FSDP2 prepares its weights when the outermost module runs, which is the adapter: there its
+    generate() counts as a forward pass.
+    """
+    if not isinstance(model, FSDPModule) or model is base:
+        return base.generate(**options)
+    outer: Any = model
+    if "generate" not in vars(outer):
+        register_fsdp_forward_method(outer, "generate")
+    return outer.generate(**options)
+
+
+def prepare(accelerator: Accelerator, model: nn.Module) -> None:
+    """Before weights are sharded: what cannot be is refused, and FSDP is told the layers there are.
+
+    The names of layers that come with a model may be those of its whole family, some of which this
+    one does not have (LFM2-VL); accelerate stops at the first of them.
+    """
+    state = accelerator.state
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _refuse_tied_copy(model)
+        plugin = state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:
+            there = {type(module).__name__ for module in model.modules()}
+            names = getattr(model, "_no_split_modules", None) or ()
+            plugin.transformer_cls_names_to_wrap = [name for name in names if name in there] or None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        options = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        is_whole = options.get("stage3_gather_16bit_weights_on_model_save")
+        if options.get("stage") == 3 and not is_whole:
+            raise ValueError(
+                "GOLDTrainer: under ZeRO-3 the student must be saved whole, got "
+                "stage3_gather_16bit_weights_on_model_save=false; set it to true in the config of "
+                "DeepSpeed, or zero3_save_16bit_model in accelerate's."
+            )
+
+
+def _refuse_tied_copy(model: nn.Module) -> None:
+    base = base_model(model)
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    original = getattr(head, "original_module", None)  # of peft's modules_to_save
+    if original is not None and original.weight is embeddings.weight:
+        raise ValueError(
+            "GOLDTrainer: under FSDP a head in modules_to_save must not be tied to the embeddings, "
+            "got one that is; save the model with tie_word_embeddings=False in its config and "
+            "load it again, or train with DDP or DeepSpeed."
+        )
+
+
+class PicturesForAll:
+    """A rank whose micro-batch has no picture, while another's has, gets a row with one: the vision
+    tower runs on all ranks or on none. No token of that row is scored, so its gradient is zero.
+    """
+
+    def __init__(self, accelerator: Accelerator, collator: GOLDCollator) -> None:
+        self.accelerator, self.collator = accelerator, collator
+        self.is_needed = collator.is_vlm and runs_layers_together(accelerator)
+
+    @cached_property
+    def example(self) -> Example:
+        content = [{"type": "image"}, {"type": "text", "text": "."}]
+        picture = Image.new("RGB", (SIDE, SIDE))
+        row = Row(-1, [{"role": "user", "content": content}], None, [picture])
+        return self.collator.example(row).with_completion([])
+
+    def add(self, batches: list[WindowBatch]) -> list[WindowBatch]:
+        """Called on all ranks, with as many batches. Waits for the device, once a window."""
+        if not self.is_needed:
+            return batches
+        own = [has_pictures(batch.examples) for batch in batches]
+        flags = torch.tensor(own, dtype=torch.float32, device=self.accelerator.device)
+        counts = self.accelerator.reduce(flags, reduction="sum").tolist()
+        return [
+            replace(batch, unscored=[self.example]) if count and not has else batch
+            for batch, count, has in zip(batches, counts, own, strict=True)
+        ]
+
+
+def has_pictures(examples: Sequence[Example]) -> bool:
+    return any(example.images for example in examples)
+
+
+def save_whole(trainer: "GOLDTrainer", output_dir: str) -> None:
+    """The final model as from_pretrained reads it, where checkpoints keep each rank's part and the
+    Trainer would save nothing.
+    """
+    if trainer.is_fsdp_enabled:
+        kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+        if "FULL_STATE_DICT" not in kind:
+            state_dict = trainer.accelerator.get_state_dict(trainer.model)
+            trainer._save(output_dir, state_dict=state_dict)
+
+
+def refuse_early_evaluation(trainer: "GOLDTrainer") -> None:
+    """FSDP and DeepSpeed prepare the weights together with the optimizer, which train() makes."""
+    accelerator, model = trainer.accelerator, trainer.model
+    is_fsdp = accelerator.is_fsdp2 and not any(isinstance(m, FSDPModule) for m in model.modules())
+    # DeepSpeed can evaluate without an optimizer, but not train after that
+    is_deepspeed = trainer.is_deepspeed_enabled and trainer.deepspeed is None
+    if is_fsdp or (is_deepspeed and trainer.train_dataset is not None):
+        raise ValueError(
+            "GOLDTrainer: under FSDP and DeepSpeed evaluate() is expected after train(), got a "
+            "model that is not prepared yet; set eval_on_start=True, which evaluates before the "
+            "first step, or evaluate without them (DeepSpeed: with train_dataset=None)."
+        )
