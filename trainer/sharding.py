@@ -138,7 +138,7 @@ def has_pictures(examples: Sequence[Example]) -> bool:
     return any(example.images for example in examples)
 
 
-def save_whole(trainer: "GOLDTrainer", output_dir: str) -> None:
+def save_whole(trainer: "GOLDTrainer", output_dir: str | None) -> None:
     """The final model as from_pretrained reads it, where checkpoints keep each rank's part and the
     Trainer would save nothing.
     """
@@ -151,7 +151,8 @@ def save_whole(trainer: "GOLDTrainer", output_dir: str) -> None:
 
 def refuse_early_evaluation(trainer: "GOLDTrainer") -> None:
     """FSDP and DeepSpeed prepare the weights together with the optimizer, which train() makes."""
-    accelerator, model = trainer.accelerator, trainer.model
+    accelerator = trainer.accelerator
+    model: Any = trainer.model
     is_fsdp = accelerator.is_fsdp2 and not any(isinstance(m, FSDPModule) for m in model.modules())
     # DeepSpeed can evaluate without an optimizer, but not train after that
     is_deepspeed = trainer.is_deepspeed_enabled and trainer.deepspeed is None

@@ -193,14 +193,6 @@ def test_a_trained_head_is_saved_with_the_adapter(tmp_path):
     assert torch.equal(embeddings, base.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-def test_sharded_weights_need_a_teacher_of_their_own(name, tmp_path):
-    args = GOLDConfig(output_dir=str(tmp_path), **FIELDS)
-    setattr(args, name, "full_shard")
-    with pytest.raises(ValueError, match=r"^GOLDTrainer: a teacher is expected with FSDP"):
-        GOLDTrainer(model=tiny("qwen3_vl")[0], args=args, peft_config=adapter())
-
-
 @pytest.mark.parametrize(
     ("options", "got"),
     [

@@ -1,0 +1,59 @@
+"""What is decided before weights are sharded; runs under each engine are in test_fsdp and
+test_deepspeed.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+)
+
+from gold_trainer import sharding
+from support.tiny_models import tiny
+
+
+def accelerator_of(kind, **plugins):
+    return SimpleNamespace(distributed_type=kind, state=SimpleNamespace(**plugins))
+
+
+def zero(**options):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": options})
+    return accelerator_of(DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
+
+
+@pytest.mark.parametrize("options", [{}, {"stage3_gather_16bit_weights_on_model_save": False}])
+def test_zero_3_that_could_not_save_a_student_is_refused_before_training(options):
+    with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save=false; set it"):
+        sharding.prepare(zero(stage=3, **options), tiny("qwen3")[0])
+    sharding.prepare(zero(stage=2, **options), tiny("qwen3")[0])
+    whole = {"stage3_gather_16bit_weights_on_model_save": True}
+    sharding.prepare(zero(stage=3, **whole), tiny("qwen3")[0])
+
+
+def test_fsdp_is_told_the_layers_that_a_model_has():
+    """The names that come with a model may be those of its whole family."""
+    model = tiny("lfm2_vl")[0]
+    names = {type(module).__name__ for module in model.modules()}
+    assert not set(model._no_split_modules) <= names
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    sharding.prepare(accelerator_of(DistributedType.FSDP, fsdp_plugin=plugin), model)
+    assert set(plugin.transformer_cls_names_to_wrap) <= names
+    assert any("DecoderLayer" in name for name in plugin.transformer_cls_names_to_wrap)
+
+
+def test_layers_that_the_user_names_are_left_alone():
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=["Mine"])
+    accelerator = accelerator_of(DistributedType.FSDP, fsdp_plugin=plugin)
+    sharding.prepare(accelerator, tiny("qwen3")[0])
+    assert plugin.transformer_cls_names_to_wrap == ["Mine"]
+
+
+def test_a_teacher_is_loaded_whole_under_zero_3():
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    with sharding.whole_weights(SimpleNamespace(hf_deepspeed_config=config)):
+        assert not is_deepspeed_zero3_enabled()
+    assert is_deepspeed_zero3_enabled()
