@@ -92,6 +92,8 @@ def test_help_and_usage_errors_import_nothing_slow(argv):
         ("--use_dora", "from Python pass peft_config="),
         ("--wandb_entity", "WANDB_PROJECT"),
         ("--loss_type", "did you mean loss?"),
+        ("--no_cuda", "did you mean use_cpu?"),
+        ("--save_safetensors", "always saved that way"),
         ("--lr", "did you mean learning_rate?"),
         ("--batch_size", "did you mean per_device_train_batch_size?"),
         ("--torch_dtype", "did you mean dtype?"),
