@@ -20,11 +20,10 @@ class RunLock:
         self.path = Path(output_dir) / NAME
 
     def acquire(self) -> None:
-        """The folder is this process' now; ValueError if it is another's."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """The folder is this process' now; ValueError if it is another's, or cannot be written."""
         for _ in range(2):
             try:
-                file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                self._write()
             except FileExistsError:
                 owner = self._owner()
                 if not _is_gone(owner):
@@ -37,10 +36,23 @@ class RunLock:
                 )
                 self.path.unlink(missing_ok=True)
                 continue
-            with os.fdopen(file, "w", encoding="utf-8") as writer:
-                json.dump(_identity() | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}, writer)
+            except OSError as error:
+                raise ValueError(
+                    "GOLDTrainer: output_dir must be a folder that can be written, got "
+                    f"{self.path.parent} ({error.strerror}); free some space, or choose another."
+                ) from error
             return
         raise self._refusal(self._owner())
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        try:
+            with os.fdopen(file, "w", encoding="utf-8") as writer:
+                json.dump(_identity() | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}, writer)
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
 
     def release(self) -> None:
         """Only what this process holds."""

@@ -248,3 +248,13 @@ def test_lock_of_another_host_is_respected(tmp_path):
     (tmp_path / run_lock.NAME).write_text(json.dumps({"pid": 5, "host": "far", "since": "then"}))
     with pytest.raises(ValueError, match=r"process 5 on far has trained into since then.*delete"):
         run_lock.RunLock(str(tmp_path)).acquire()
+
+
+def test_full_disk_at_the_start_is_said_with_the_folder_and_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(ValueError, match=rf"got {tmp_path} \(No space left on device\); free some"):
+        run_lock.RunLock(str(tmp_path)).acquire()
+    assert not list(tmp_path.iterdir())
