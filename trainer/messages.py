@@ -82,13 +82,13 @@ def _with_calls(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
     if calls is None:
         return message
     calls = parsed_json(calls or [])
-    calls = [parsed_json(call) for call in calls] if isinstance(calls, list | tuple) else None
-    if calls is None or not all(isinstance(call, Mapping) for call in calls):
+    if not isinstance(calls, list | tuple):
         raise ValueError(
             f"row {index}: tool_calls must be a list of calls, got {message['tool_calls']!a}; "
             'write [{"type": "function", "function": {"name": ..., "arguments": ...}}].'
         )
-    return {**message, "tool_calls": calls}
+    # text that is no JSON is as its template wants it
+    return {**message, "tool_calls": [parsed_json(call) for call in calls]}
 
 
 def _with_own_types(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,0 +1,76 @@
+"""What a chat template would leave out of a row in silence is refused, or said, by name."""
+
+import pytest
+from transformers.utils.logging import warning_once
+
+from gold_trainer.collator import GOLDCollator
+from gold_trainer.dataset import RowDataset
+from support.chat_templates import template_names, templated
+from support.tiny_models import tiny_processor
+
+pytestmark = pytest.mark.skipif(not template_names(), reason="templates come with trl")
+USER = {"role": "user", "content": ' "What" <is>\n\tthat & caf\u00e9? '}
+ANSWER = {"role": "assistant", "content": "A bar."}
+SYSTEM = {"role": "system", "content": "Be brief.\n- 'please'"}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": {"a": 1}}}
+ASKED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+TOLD = {"role": "tool", "content": '{"seen": "caf\u00e9 bars"}', "tool_call_id": "abcdefghi"}
+TOOL = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
+
+
+def example_of(name, messages, **columns):
+    tokenizer = templated(name, "qwen") if name in template_names() else tiny_processor(name)
+    collator = GOLDCollator(tokenizer, [tokenizer.eos_token_id], None)
+    rows = [{"messages": messages} | columns]
+    return collator.example(RowDataset(rows, needs_completion=True, is_text=True)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "lost"),
+    [
+        (
+            "qwen3",
+            [{"role": "developer", "content": "Be brief."}, USER, ANSWER],
+            "0, .* 'developer'",
+        ),
+        ("phi3", [USER, ASKED, TOLD, ANSWER], "2, of the role 'tool'"),
+        (
+            "deepseek_r1_distill",
+            [SYSTEM, SYSTEM | {"content": "Now."}, USER, ANSWER],
+            "0, .* 'system'",
+        ),
+        ("gptoss", [SYSTEM, SYSTEM | {"content": "Now."}, USER, ANSWER], "1, of the role 'system'"),
+    ],
+)
+def test_a_turn_that_the_template_leaves_out_names_row_and_message(name, messages, lost):
+    with pytest.raises(
+        ValueError, match=rf"^row 0: the chat template leaves out message {lost}.*; give it a role"
+    ):
+        example_of(name, messages)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma4", "glm4moe", "nemotron_3_nano"])
+def test_turns_that_the_template_trims_or_writes_as_json_are_not_lost(name):
+    messages = [SYSTEM, USER, ASKED, TOLD, ANSWER, USER, ANSWER]
+    assert example_of(name, messages, tools=[TOOL]).written_ids
+
+
+def test_tools_that_the_template_does_not_know_are_refused():
+    with pytest.raises(
+        ValueError,
+        match=r"^row 0: tools must be read by the chat template, got 1, .* dataset_ignore_columns",
+    ):
+        example_of("llama", [USER, ANSWER], tools=[TOOL])
+    assert "look" in example_of("qwen3", [USER, ANSWER], tools=[TOOL]).prompt_text
+
+
+def test_keys_that_the_template_does_not_read_are_said_once(caplog):
+    warning_once.cache_clear()
+    answer = ANSWER | {"mood": "calm", "reasoning_content": "Hm."}
+    for _ in range(2):
+        example_of("llama3_1", [USER | {"name": "Ann"}, answer], chat_template_kwargs={"deep": 1})
+    (record,) = caplog.records
+    assert "reads nothing of deep, mood, reasoning_content, keys of" in record.getMessage()
+    warning_once.cache_clear()
+    example_of("qwen3", [USER, ANSWER | {"reasoning_content": "Hm."}])
+    assert len(caplog.records) == 1
