@@ -48,7 +48,7 @@ check-data is another name of it. Fields are those of `gold-trainer train --help
   --output
       A file for the report as JSON.
   --dataloader_num_workers
-      Processes that read; 0: as many as there are cores. A stream is read by one, as far as
+      Processes that read; 0: as many as there are cores, up to 16. A stream is read by one, as far as
       max_steps goes. [0]
 """
 
