@@ -48,8 +48,8 @@ check-data is another name of it. Fields are those of `gold-trainer train --help
   --output
       A file for the report as JSON.
   --dataloader_num_workers
-      Processes that read; 0: as many as there are cores, up to 16. A stream is read by one, as far as
-      max_steps goes. [0]
+      Processes that read; 0: as many as there are cores, up to 16. A stream is read by one, as
+      far as max_steps goes. [0]
 """
 
 
