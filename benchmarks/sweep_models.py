@@ -1,5 +1,6 @@
 """Every architecture of transformers that can be built tiny, against eager float64 steps: writes
-results/model_sweep.csv and docs/models.md. With model types as arguments it prints those alone.
+results/model_sweep.csv and docs/models.md. With model types as arguments it prints those and
+renews their rows.
 """
 
 import sys
@@ -10,7 +11,7 @@ from record import environment
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support.model_sweep import MAX_GRAD_ERROR, MAX_LOSS_ERROR, Outcome, architectures, sweep
-from support.models_page import PAGE, page, write_rows
+from support.models_page import PAGE, page, read_rows, write_rows
 
 
 def as_rows(outcomes: list[Outcome]) -> list[dict[str, str]]:
@@ -32,8 +33,11 @@ def main(wanted: list[str]) -> None:
     if wanted:
         for outcome in outcomes:
             sys.stdout.write(f"{outcome}\n")
-        return
-    rows = as_rows(outcomes)
+    fresh = {(row["model_type"], row["architecture"]): row for row in as_rows(outcomes)}
+    if wanted:
+        old = {(row["model_type"], row["architecture"]): row for row in read_rows()}
+        fresh = dict(sorted({**old, **fresh}.items()))
+    rows = list(fresh.values())
     write_rows(rows)
     PAGE.write_text(page(rows), encoding="utf-8")
 

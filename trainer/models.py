@@ -19,8 +19,8 @@ from gold_trainer.collator import Processor, tokenizer_of
 PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|boi|eoi).*token_(id|index)$")
 
 # Their forward takes positions and mask, and padding on the left changes the next token all the
-# same: they cut a sequence into blocks or patches from the padding on, or leave positions out.
-MOVED_BY_PADDING = ("blt", "deepseek_v4", "reformer", "xlm")
+# same: they cut a sequence into blocks from the padding on, or let it into their states.
+MOVED_BY_PADDING = ("blt", "deepseek_v4", "recurrent_gemma", "reformer", "xlm")
 
 # Model types whose tokens see those behind them, and the config field that makes them causal.
 _ENCODERS = (

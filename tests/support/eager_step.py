@@ -71,7 +71,7 @@ def prompt_inputs(processor: Any, row: dict[str, Any]) -> dict[str, Tensor]:
 def scored_logits(model, inputs: dict[str, Tensor], completion_ids: list[int]) -> Tensor:
     """Logits (N, V) that predict the completion."""
     inputs = {
-        name: value.double() if value.is_floating_point() else value
+        name: value.to(model.dtype) if value.is_floating_point() else value
         for name, value in inputs.items()
     }
     ids = torch.tensor([completion_ids], dtype=torch.int64)
@@ -102,13 +102,14 @@ def eager_step(
     row_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     weights: tuple[float, float] = (1.0, 0.0),
     vocab_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean loss over all completion tokens of the batch, and its gradient by parameter name.
 
     The loss is row_loss of student's and teacher's logits, else the JSD; weights are those of the
     loss and of the cross-entropy.
     """
-    student, teacher = deepcopy(student).double(), deepcopy(teacher).double()
+    student, teacher = deepcopy(student).to(dtype), deepcopy(teacher).to(dtype)
     num_items = sum(map(len, completions))
     total = 0.0
     for row, completion_ids in zip(rows, completions, strict=True):

@@ -16,8 +16,10 @@ with transformers {transformers} and torch {torch}, at {git_sha}.
 
 Every architecture of `AutoModelForCausalLM` and `AutoModelForImageTextToText` is built tiny from
 its config, with random weights. A micro-batch of three rows of different lengths goes the trainer's
-way, as the student, with another such model as the teacher. Loss and every gradient are compared
-with an eager float64 step, which runs row by row, without padding and with full logits.
+way, as the student, with another such model as the teacher, tokenizers padding on either side. Loss
+and every gradient are compared with an eager step, which runs row by row, without padding and with
+full logits. Both are computed in float64, or in float32 where a model has no float64. That later
+tokens change nothing before them, and that padding changes no rollout, is checked too.
 
 | outcome | architectures |
 |---|---|

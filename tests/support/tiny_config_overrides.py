@@ -46,11 +46,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hy_v4_vl": {"text_config": {"rope_parameters": MROPE_OF_4}},
     "glm4v_moe": {"text_config": {"rope_parameters": MROPE_OF_4}},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 442},
-    "qwen2_5_omni_thinker": {"vision_start_token_id": 442},
+    "qwen2_5_omni_thinker": {
+        "vision_start_token_id": 442,
+        "text_config": {"rope_parameters": MROPE},
+    },
+    "step3p7": {"text_config": {"sliding_window": 16}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
-    "inkling_mm_model": {},
 }
