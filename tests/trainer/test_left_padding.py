@@ -1,11 +1,17 @@
 """Padding on the left changes neither loss nor gradients, for models with learned positions too."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
 
+from gold_trainer import GOLDConfig
+from gold_trainer.collator import GOLDCollator
+from gold_trainer.rows import Row
+from gold_trainer.writers import make_writer
+from support.tiny_configs import tiny_models
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import assert_equal_gradients, one_step
 
@@ -58,3 +64,42 @@ def test_left_padding_gives_the_step_of_right_padding(name, tmp_path):
     (left_loss, left), (right_loss, right) = step("left"), step("right")
     assert left_loss == pytest.approx(right_loss, rel=1e-5)
     assert_equal_gradients(left, right)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "is_together"),
+    [
+        ("bart", "BartForCausalLM", False),  # takes no positions
+        ("rwkv", "RwkvForCausalLM", False),  # takes no mask
+        ("recurrent_gemma", "RecurrentGemmaForCausalLM", False),  # padding enters its states
+        ("gpt2", "GPT2LMHeadModel", True),
+        ("llama", "LlamaForCausalLM", True),
+    ],
+)
+def test_prompts_that_padding_would_change_are_written_by_length(
+    model_type, architecture, is_together
+):
+    tokenizer = tiny("llama")[1]
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (model,) = next(tiny_models(model_type, architecture, [0], **ids))
+    masks, generate = [], model.generate
+
+    def record(**inputs):
+        masks.append(inputs["attention_mask"])
+        return generate(**inputs)
+
+    model.generate = record
+    options = {"use_cpu": True, "report_to": "none", "max_completion_length": 3}
+    args = GOLDConfig(output_dir="runs/none", **options)
+    collator = GOLDCollator(tokenizer, [tokenizer.eos_token_id], None)
+    writer = make_writer(lambda: nullcontext(model), collator, args)
+    texts = ["A", "A picture of a cat on a mat, and more text.", "Two words", "A"]
+    rows = [Row(i, [{"role": "user", "content": text}], None, []) for i, text in enumerate(texts)]
+    written = writer.complete([collator.example(row) for row in rows], seed=0)
+    assert [len(mask) for mask in masks] == ([4] if is_together else [2, 1, 1])
+    assert is_together or all(mask.all() for mask in masks)
+    assert [e.index for e in written] == [0, 1, 2, 3]
+    assert all(e.completion_ids for e in written)
+    again = writer.complete([collator.example(row) for row in rows], seed=0)
+    if model_type != "recurrent_gemma":  # whose module keeps the states of its last call
+        assert [e.completion_ids for e in written] == [e.completion_ids for e in again]
