@@ -22,7 +22,7 @@ from gold_trainer import text_tensors
 from gold_trainer.answer_texts import CONTENT, frame_for
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.in_context import InContext
-from gold_trainer.lost_parts import refuse_lost_tools, refuse_lost_turns, warn_of_unread_keys
+from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
 from gold_trainer.rendering import Piece, Processor, Renderer
 from gold_trainer.row_errors import LongPromptError, PictureError
 from gold_trainer.rows import Row
@@ -98,7 +98,6 @@ class GOLDCollator:
             prompt, pieces = self.renderer.answered(row, answer)
         if not isinstance(row.prompt, str):
             refuse_lost_turns(row, prompt)
-            refuse_lost_tools(row, self.processor.chat_template)
             warn_of_unread_keys(row, self.processor.chat_template)
         refuse_videos(self.processor, len(row.videos), row.where)
         has_special = self._adds_special_tokens(row, prompt)

@@ -41,23 +41,15 @@ def _mark_of(text: str, role: str) -> str:
     return text.strip()
 
 
-def refuse_lost_tools(row: Row, template: Any) -> None:
-    if row.tools and "tools" not in str(template):
-        raise TemplateError(
-            f"{row.where}: tools must be read by the chat template, got {len(row.tools)}, and it "
-            "does not know them; pass a processor with a template that does, or set "
-            "dataset_ignore_columns=['tools']."
-        )
-
-
 def warn_of_unread_keys(row: Row, template: Any) -> None:
     """Once for each set of keys, in each process."""
     source = str(template)
     messages = [*(row.prompt if not isinstance(row.prompt, str) else ()), row.answer or {}]
     names = {str(key) for message in messages for key in message if key not in LABELS}
-    keys = sorted(key for key in {*names, *row.chat_template_kwargs} if key not in source)
+    names |= {*row.chat_template_kwargs, *(["tools"] if row.tools else [])}
+    keys = sorted(key for key in names if key not in source)
     if keys:
         logger.warning_once(
-            f"the chat template reads nothing of {', '.join(keys)}, keys of messages or of "
+            f"the chat template reads nothing of {', '.join(keys)}, keys of rows, messages or "
             "chat_template_kwargs: what they hold is left out"
         )

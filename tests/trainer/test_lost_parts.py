@@ -55,13 +55,14 @@ def test_turns_that_the_template_trims_or_writes_as_json_are_not_lost(name):
     assert example_of(name, messages, tools=[TOOL]).written_ids
 
 
-def test_tools_that_the_template_does_not_know_are_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"^row 0: tools must be read by the chat template, got 1, .* dataset_ignore_columns",
-    ):
+def test_tools_that_the_template_does_not_know_are_said_once(caplog):
+    warning_once.cache_clear()
+    for _ in range(2):
         example_of("llama", [USER, ANSWER], tools=[TOOL])
+    (record,) = caplog.records
+    assert "the chat template reads nothing of tools, keys of rows" in record.getMessage()
     assert "look" in example_of("qwen3", [USER, ANSWER], tools=[TOOL]).prompt_text
+    assert len(caplog.records) == 1
 
 
 def test_keys_that_the_template_does_not_read_are_said_once(caplog):
