@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from gold_kernels import TokenAlignment
-from gold_trainer.rendering import Frames, Piece
+from gold_trainer.frames import Frames, Piece
 from gold_trainer.row_errors import BadRow
 from gold_trainer.rows import name_of
 from gold_trainer.videos import Video

@@ -19,11 +19,11 @@ from transformers.utils import logging
 
 from gold_kernels.tokens.token_bytes import find_end_of_turn
 from gold_trainer import text_tensors
-from gold_trainer.answer_texts import CONTENT, frame_for
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
+from gold_trainer.frames import CONTENT, Piece
 from gold_trainer.in_context import InContext
 from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
-from gold_trainer.rendering import Piece, Processor, Renderer
+from gold_trainer.rendering import Processor, Renderer
 from gold_trainer.row_errors import LongPromptError, PictureError
 from gold_trainer.rows import Row
 from gold_trainer.videos import Video, describe_videos, processor_videos, refuse_videos
@@ -90,7 +90,7 @@ class GOLDCollator:
     def example(self, row: Row) -> Example:
         if isinstance(row.prompt, str):
             prompt = row.prompt
-            pieces = None if row.completion is None else [Piece(row.completion, True)]
+            pieces = None if row.completion is None else [Piece(row.completion, True, CONTENT)]
         elif row.completion is None:
             prompt, pieces = self.renderer.prompt(row), None
         else:
@@ -134,20 +134,18 @@ class GOLDCollator:
         """The example with what the template writes around answers of its row."""
         if isinstance(row.prompt, str):
             return example
-        prompt = self.renderer.prompt(row)
-        answer = {k: v for k, v in (row.answer or {}).items() if not isinstance(v, str)}
-        return replace(example, frames=self.renderer.frames(row, prompt, answer))
+        return replace(example, frames=self.renderer.frames(row, self.renderer.prompt(row)))
 
     def answered(self, example: Example, texts: Mapping[str, str], *, is_ended: bool) -> Example:
         """The example with these texts as its answer, as the template writes them."""
-        frame = frame_for(example.frames, texts)
-        if frame is None:
-            text = "".join(texts.values())
-            pieces = [Piece(text, False, CONTENT), Piece("", True)]
+        frame = example.frames.around(texts)
+        if frame is not None:
+            pieces, prompt = frame.pieces(texts), frame.prompt
+        elif CONTENT in texts:  # plain text
+            pieces = [Piece(texts[CONTENT], False, CONTENT), Piece("", True)]
             prompt = example.prompt_text
         else:
-            frame = frame.visible(self.in_context.special)
-            pieces, prompt = frame.pieces(texts), frame.prompt
+            raise ValueError("the chat template has no place for thoughts, and there is no more")
         length = example.prompt_length
         if prompt != example.prompt_text and not example.is_cut:
             length += self.in_context.length(prompt) - self.in_context.length(example.prompt_text)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from gold_trainer.rendering import Piece
+from gold_trainer.frames import Piece
 
 # What a text is put behind where its own beginning matters: a tokenizer that marks the beginning of
 # every text with a space marks the anchor's. One of them does not grow together with the text.

@@ -13,9 +13,8 @@ import torch
 from transformers.utils import logging
 
 from gold_kernels import CompletionAligner, TokenAlignment
-from gold_kernels.tokens.ranges import TextPair
 from gold_kernels.tokens.token_bytes import TokenBytes
-from gold_trainer.answer_texts import AnswerTexts, of_pieces, of_sample
+from gold_trainer.answer_texts import AnswerTexts, common_texts, of_pieces, of_sample
 from gold_trainer.batches import BatchAlignment, Example, WindowBatch
 from gold_trainer.collator import GOLDCollator, tokenizer_with_template
 from gold_trainer.row_errors import renamed
@@ -56,14 +55,17 @@ class CompletionPairs:
         self.is_warned: set[str] = set()
 
     def from_student(self, student: Example, teacher: Example, collator: GOLDCollator) -> Pair:
-        """The student's tokens stay as they are; its texts become the teacher's answer, which is
-        cut to its room.
+        """The student's tokens stay as they are. A known answer of a conversation is on the
+        teacher's side what its own template makes of it; else the student's texts become the
+        teacher's answer, which is cut to its room.
         """
-        written = self._texts(self.aligner.student, student)
+        is_known = student.pieces is not None and teacher.pieces is not None
         try:
+            written = self._texts(self.aligner.student, student)
             for text in written.texts.values():
                 self.aligner.teacher.encode(text)  # what it cannot spell is named
-            teacher = collator.answered(teacher, written.texts, is_ended=written.is_ended)
+            if not is_known:
+                teacher = collator.answered(teacher, written.texts, is_ended=written.is_ended)
             read = self._texts(self.aligner.teacher, teacher)
             return self._pair(student, teacher, written, read)
         except ValueError as error:
@@ -73,8 +75,8 @@ class CompletionPairs:
         """The teacher's tokens stay as they are; its texts become the student's answer, which is
         cut to its room.
         """
-        written = self._texts(self.aligner.teacher, teacher)
         try:
+            written = self._texts(self.aligner.teacher, teacher)
             for text in written.texts.values():
                 self.aligner.student.encode(text)
             student = collator.answered(student, written.texts, is_ended=written.is_ended)
@@ -91,14 +93,17 @@ class CompletionPairs:
     def _pair(
         self, student: Example, teacher: Example, written: AnswerTexts, read: AnswerTexts
     ) -> Pair:
-        keys = [key for key in written.ranges if key in read.ranges]
-        last = [list(side.ranges)[-1:] for side in (written, read)]
+        """written is the student's side, read the teacher's."""
+        texts = common_texts(written, read)
+        last = {(*side.texts,)[-1:] for side in (written, read)}
         alignment = self.aligner.align(
             written.ids,
             read.ids,
-            [TextPair(written.ranges[key], read.ranges[key]) for key in keys],
-            is_end_common=written.is_ended and read.is_ended and [keys[-1:]] * 2 == last,
+            texts,
+            is_end_common=bool(texts) and written.is_ended and read.is_ended and len(last) == 1,
         )
+        num_bytes = alignment.completion_bytes + written.broken_bytes
+        alignment = alignment._replace(completion_bytes=num_bytes)
         if not self.args.use_extended_uld:
             ids = student.written_ids, teacher.written_ids
             alignment = self._by_position(alignment, *ids)
@@ -159,7 +164,6 @@ class PairCollator:
 
     def __call__(self, rows: list[Row]) -> WindowBatch:
         examples = [self.student.with_frames(row, self.student.example(row)) for row in rows]
-        # The teacher's completion follows from the student's, so that their texts are the same.
         teacher_examples = [self._teacher_example(row) for row in rows]
         batch = WindowBatch(examples, teacher_examples)
         if any(example.completion_ids is None for example in examples):
@@ -173,8 +177,10 @@ class PairCollator:
         return WindowBatch([sides[0]], [sides[1]], alignment)
 
     def _teacher_example(self, row: Row) -> Example:
+        # Plain text may end with the student's end of turn: the teacher gets what stands before.
+        is_text = isinstance(row.prompt, str)
         try:
-            example = self.teacher.example(replace(row, completion=None))
+            example = self.teacher.example(replace(row, completion=None) if is_text else row)
             return self.teacher.with_frames(row, example)
         except ValueError as error:
             raise renamed(error, f"on the teacher's side, {error}") from error

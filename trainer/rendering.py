@@ -8,77 +8,35 @@ the answer's texts. Special tokens are looked for in marks only: in an answer th
 
 from collections.abc import Collection, Mapping
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
 
+from gold_trainer.frames import (
+    CLOSE,
+    CONTENT,
+    OPENED,
+    THOUGHT_KEYS,
+    THOUGHTS,
+    Frame,
+    Frames,
+    Piece,
+    joined_text,
+    of_one_kind,
+    texts_of,
+    with_inline_thoughts,
+    without_inline_thoughts,
+)
 from gold_trainer.messages import Messages, continued
 from gold_trainer.row_errors import TemplateError
 from gold_trainer.rows import Row
 
+logger = logging.get_logger(__name__)
+
 Processor = ProcessorMixin | PreTrainedTokenizerBase
+CALLS = "tool_calls"
 FIRST_PROBE = 0xE000  # of the private use area: no template looks for it, none trims it
-
-
-class Piece(NamedTuple):
-    """Part of what follows a prompt."""
-
-    text: str
-    is_mark: bool  # the template's, not the answer's
-    key: str = ""  # of the message that holds the text
-
-
-class Frame(NamedTuple):
-    """What a template writes around the texts of an answer."""
-
-    prompt: str
-    keys: tuple[str, ...]  # of the answer's texts, in the order in which they are written
-    marks: tuple[str, ...]  # before, between and after them: one more than keys
-
-    def pieces(self, texts: Mapping[str, str]) -> list[Piece]:
-        """The marks with these texts between them."""
-        pieces = [Piece(self.marks[0], True)]
-        for key, mark in zip(self.keys, self.marks[1:], strict=True):
-            pieces += [Piece(texts[key], False, key), Piece(mark, True)]
-        return pieces
-
-    def visible(self, special: Collection[str]) -> "Frame":
-        """Without white space before the texts and behind them: a completion brings its own."""
-        if not self.keys:  # calls of tools alone
-            return self
-        first, *between, last = self.marks
-        first = first if visible_text(first, special).strip() else ""
-        if last and not visible_text(last, special).strip():
-            last = "".join(last.split())
-        return self._replace(marks=(first, *between, last))
-
-    def cut(self, completion: str, texts: Mapping[str, str]) -> list[Piece] | None:
-        """The pieces of a rendered completion; None where other marks are around its texts."""
-        first, last = self.marks[0], self.marks[-1]
-        if not (completion.startswith(first) and completion.endswith(last)):
-            return None
-        rest = completion[len(first) : len(completion) - len(last)]
-        if len(completion) < len(first) + len(last):
-            return None
-        found: dict[str, str] = {}
-        for key, mark in zip(self.keys[:-1], self.marks[1:-1], strict=True):
-            forms = (texts[key], texts[key].strip(), texts[key].strip("\n"), texts[key].rstrip())
-            form = next((form for form in forms if rest.startswith(form + mark)), None)
-            if form is None:
-                return None
-            found[key], rest = form, rest[len(form) + len(mark) :]
-        if not self.keys:
-            return None if rest else [Piece(completion, True)]
-        if rest.strip() != texts[self.keys[-1]].strip():  # the template did more than trim it
-            return None
-        return self.pieces({**found, self.keys[-1]: rest})
-
-
-class Frames(NamedTuple):
-    """What a template writes around answers of a row; None where it cannot be told."""
-
-    plain: Frame | None = None  # of content alone
-    thinking: Frame | None = None  # of thoughts and content, if the template writes thoughts
 
 
 class Renderer:
@@ -91,6 +49,7 @@ class Renderer:
     ):
         self.processor, self.template_kwargs = processor, template_kwargs
         self.is_vlm = isinstance(processor, ProcessorMixin)
+        self.warned: set[str] = set()  # keys that the template does not write
 
     def prompt(self, row: Row) -> str:
         """As the model is prompted."""
@@ -98,18 +57,18 @@ class Renderer:
             return self._template(row, _turns(row), continue_final_message=True)
         return self._template(row, _turns(row), add_generation_prompt=True)
 
-    def frame(self, row: Row, answer: Mapping[str, Any], prompt: str) -> Frame | None:
-        """What is written around an answer with these texts; None where the template writes one of
-        them twice.
+    def frame(
+        self, row: Row, answer: Mapping[str, Any], prompt: str, kinds: Collection[str]
+    ) -> Frame | None:
+        """What is written around the texts of these kinds of an answer; None where the template
+        writes one of them twice.
 
         The prompt of a frame is the generation prompt, unless the template opens there what it does
         not write around such an answer (thoughts, of which it has none): then it is what the
         template writes before the answer.
         """
-        texts = texts_of(answer)
-        probes = {chr(FIRST_PROBE + i): key for i, key in enumerate(texts)}
-        probed = {**answer, **{key: probe for probe, key in probes.items()}}
-        rendered = self._answered(row, probed)
+        probes = {chr(FIRST_PROBE + i): kind for i, kind in enumerate(kinds)}
+        rendered = self._answered(row, _probed(answer, probes))
         places = sorted((rendered.find(probe), probe) for probe in probes if probe in rendered)
         if any(rendered.count(probe) != 1 for _, probe in places):
             return None
@@ -126,41 +85,91 @@ class Renderer:
         ]
         return Frame(rendered[:start], tuple(probes[probe] for _, probe in places), tuple(marks))
 
-    def frames(self, row: Row, prompt: str, others: Mapping[str, Any]) -> Frames:
-        """Around an answer whose texts are not known yet; others are its calls of tools."""
-        answer = {"content": "answer", **others, "role": "assistant"}
-        if isinstance(answer["content"], list):
-            answer["content"] = "answer"
-        plain = self.frame(row, answer, prompt)
+    def frames(self, row: Row, prompt: str) -> Frames:
+        """Around an answer that is not known yet."""
+        answer = {"role": "assistant", CONTENT: "answer"}
+        plain = self.frame(row, answer, prompt, [CONTENT])
+        both = self._readable(row, {**answer, THOUGHTS: "thoughts"})
         try:
-            thinking = self.frame(row, {**answer, "reasoning_content": "thoughts"}, prompt)
-        except ValueError:  # a template may refuse thoughts beside content and calls
+            thinking = self.frame(row, both, prompt, [THOUGHTS, CONTENT])
+        except ValueError:  # a template may refuse thoughts
             thinking = None
-        if thinking is not None and thinking.keys != ("reasoning_content", "content"):
-            thinking = None
-        return Frames(plain, thinking)
+        if thinking is None or thinking.keys != (THOUGHTS, CONTENT):
+            # The model writes thoughts that its template shows to nobody, as R1-Distill does.
+            is_opened = OPENED.search(prompt) is not None and plain is not None
+            marks = ("", CLOSE, plain.marks[-1]) if is_opened else ()
+            thinking = Frame(prompt, (THOUGHTS, CONTENT), marks) if is_opened else None
+        return Frames(prompt, plain, thinking)
 
     def answered(self, row: Row, answer: Mapping[str, Any]) -> tuple[str, list[Piece]]:
         """The prompt and what follows it in the answered conversation."""
-        prompt, rendered = self.prompt(row), self._answered(row, answer)
-        if answer.get("content") is None and self._says_nothing(row, rendered):
+        prompt, answer = self.prompt(row), self._readable(row, of_one_kind(answer))
+        rendered = self._answered(row, answer)
+        has_content = answer.get(CONTENT) or (answer.get(CONTENT) == "" and not answer.get(CALLS))
+        if not has_content and self._says_nothing(row, rendered):
             raise ValueError(
                 f"{row.where}: an answer must have a content, or what the chat template writes, "
                 f"got None and {sorted(answer.keys() - {'role', 'content'})}, of which it writes "
                 "nothing; write the answer as its content, or drop the row."
             )
-        frame = self.frame(row, answer, prompt)
-        if frame is not None and rendered.startswith(frame.prompt):
-            pieces = frame.cut(rendered[len(frame.prompt) :], texts_of(answer))
-            if pieces is not None:
-                return frame.prompt, pieces
+        end = ""
+        for form in (answer, without_inline_thoughts(answer)):
+            if form is None or (form is not answer and self._answered(row, form) != rendered):
+                continue
+            texts = texts_of(form)
+            # A template may write no marks around an empty content, beside calls of tools.
+            for kinds in {tuple(texts): None, tuple(k for k in texts if texts[k]): None}:
+                frame = self.frame(row, form, prompt, kinds)
+                if frame is None or not rendered.startswith(frame.prompt):
+                    continue
+                end = frame.marks[-1]
+                pieces = frame.cut(rendered[len(frame.prompt) :], texts)
+                if pieces is not None:
+                    self._warn_of_losses(row, form, rendered, frame)
+                    return frame.prompt, with_inline_thoughts(pieces)
         if not rendered.startswith(prompt):
             raise _rewritten(row, prompt, rendered)
         completion = rendered[len(prompt) :]
-        end = frame.marks[-1] if frame is not None else ""
         if end and completion.endswith(end):
             return prompt, [Piece(completion[: -len(end)], True), Piece(end, True)]
         return prompt, [Piece(completion, True)]
+
+    def _readable(self, row: Row, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer with its thoughts under the key that the template reads."""
+        if THOUGHTS not in answer:
+            return answer
+        probe = chr(FIRST_PROBE)
+        try:
+            for key in THOUGHT_KEYS:
+                if probe in self._answered(row, {**answer, THOUGHTS: "", key: probe}):
+                    return {**answer, key: answer[THOUGHTS]}
+        except ValueError:  # the answer itself is refused by name
+            pass
+        return answer
+
+    def _warn_of_losses(
+        self, row: Row, answer: Mapping[str, Any], rendered: str, frame: Frame
+    ) -> None:
+        """What an answer has and its template does not write is not learnt: that is said once."""
+        lost = [kind for kind, text in texts_of(answer).items() if text and kind not in frame.keys]
+        if answer.get(CALLS) and self._writes_no_calls(row, answer, rendered):
+            lost.append(CALLS)
+        for key in lost:
+            if key not in self.warned:
+                self.warned.add(key)
+                logger.warning(
+                    "%s: the chat template does not write the answer's %s, so it is not learnt (of "
+                    "all rows the first is told)",
+                    row.where,
+                    key,
+                )
+
+    def _writes_no_calls(self, row: Row, answer: Mapping[str, Any], rendered: str) -> bool:
+        others = {key: value for key, value in answer.items() if key != CALLS}
+        try:
+            return self._answered(row, {**others, CONTENT: others.get(CONTENT) or ""}) == rendered
+        except ValueError:  # without calls the template refuses the turn
+            return False
 
     def _answered(self, row: Row, answer: Mapping[str, Any]) -> str:
         if row.is_prefill:
@@ -217,14 +226,7 @@ class Renderer:
         if self.is_vlm:
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             return {**message, "content": parts}
-        return {**message, "content": _text(content)}
-
-
-def visible_text(mark: str, special: Collection[str]) -> str:
-    """A mark without special tokens, which spell nothing."""
-    for token in special:
-        mark = mark.replace(token, "")
-    return mark
+        return {**message, CONTENT: joined_text(content)}
 
 
 def _turns(row: Row) -> Messages:
@@ -232,20 +234,11 @@ def _turns(row: Row) -> Messages:
     return row.prompt
 
 
-def texts_of(answer: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of an answer by key: its content, thoughts, whatever a template may write."""
-    texts = {key: _text(value) if key == "content" else value for key, value in answer.items()}
-    return {
-        key: text
-        for key, text in texts.items()
-        if key != "role" and isinstance(text, str) and (text or key == "content")
-    }
-
-
-def _text(content: Any) -> Any:
-    if content is None or isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
+def _probed(answer: Mapping[str, Any], probes: Mapping[str, str]) -> dict[str, Any]:
+    """The answer with a probe as each of its texts, thoughts under every key that they have."""
+    keys = {CONTENT: (CONTENT,), THOUGHTS: THOUGHT_KEYS}
+    probed = {key: probe for probe, kind in probes.items() for key in keys[kind] if key in answer}
+    return {**answer, **probed}
 
 
 def _common_length(a: str, b: str) -> int:

@@ -14,63 +14,10 @@ import torch
 from torch import Tensor
 
 from gold_kernels.tokens.ranges import TextPair, TokenRange
+from gold_kernels.tokens.spans import SpanGroups, align_byte_spans, without_first
 from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
 
 MERGES = ("bayesian", "observed")
-
-
-class SpanGroups(NamedTuple):
-    """The group of every token; -1 for tokens in none."""
-
-    student_groups: Tensor  # (N_s,) int64 in [-1, G), not decreasing where scored
-    teacher_groups: Tensor  # (N_t,) int64
-    num_groups: int  # G
-    num_bytes: int  # bytes of the completion that belong to groups, from its first byte on
-    last_bytes: int = 0  # bytes of the last group; 0 if that is the end of turn
-
-
-def align_byte_spans(
-    student_ends: Tensor,  # (N_s,) int64, byte at which each token ends, not decreasing
-    teacher_ends: Tensor,  # (N_t,) int64
-) -> SpanGroups:
-    """Groups of the tokens of one text: minimal runs on both sides that end at a common byte.
-
-    Every byte up to the last common end belongs to exactly one group on each side. Tokens after it
-    are in no group: one side was cut there, or the cut goes through a token. A token that spells
-    nothing belongs to the group of the byte after it. If both sides begin with such tokens, these
-    are a group. Takes N log N steps for N tokens, without a Python loop.
-    """
-    for side, ends in (("student", student_ends), ("teacher", teacher_ends)):
-        if ends.ndim != 1 or ends.dtype != torch.int64:
-            raise ValueError(
-                f"align_byte_spans: {side}_ends must be (N,) int64, got {tuple(ends.shape)} "
-                f"{ends.dtype}; pass TokenBytes.byte_ends of one completion."
-            )
-    num_student, num_teacher = student_ends.shape[0], teacher_ends.shape[0]
-    if num_student == 0 or num_teacher == 0:
-        return SpanGroups(
-            torch.full_like(student_ends, -1), torch.full_like(teacher_ends, -1), 0, 0
-        )
-    # A run ends with the first token that reaches its last byte. Tokens that spell nothing and
-    # stand there belong to the next run.
-    is_first = torch.ones_like(student_ends, dtype=torch.bool)
-    is_first[1:] = student_ends[1:] > student_ends[:-1]
-    match = torch.searchsorted(teacher_ends, student_ends).clamp_max(num_teacher - 1)
-    student_last = (is_first & (teacher_ends[match] == student_ends)).nonzero().squeeze(1)  # (G,)
-    teacher_last = match[student_last]  # (G,)
-    before_last, num_bytes = [0, 0, *student_ends[student_last[-2:]].tolist()][-2:]
-    return SpanGroups(
-        _groups_from_last(student_last, num_student),
-        _groups_from_last(teacher_last, num_teacher),
-        student_last.shape[0],
-        num_bytes,
-        num_bytes - before_last,
-    )
-
-
-def _groups_from_last(last: Tensor, num_tokens: int) -> Tensor:  # (G,) -> (N,)
-    groups = torch.searchsorted(last, torch.arange(num_tokens, device=last.device))
-    return groups.masked_fill_(groups == last.shape[0], -1)
 
 
 class TokenAlignment(NamedTuple):
@@ -328,9 +275,10 @@ class CompletionAligner:
                 text.student.text_rows(self.student, student_ids),
                 text.teacher.text_rows(self.teacher, teacher_ids),
             )
-            groups = align_byte_spans(
-                *(e[r - t.first] for e, r, t in zip(ends, rows, text, strict=True))
-            )
+            ends = tuple(e[r - t.first] for e, r, t in zip(ends, rows, text[:2], strict=True))
+            groups = align_byte_spans(*ends)
+            if text.student.lead or text.teacher.lead:
+                groups = without_first(groups, ends[0], is_merged=self.merge == "bayesian")
             for own, side_rows, found in zip(total[:2], rows, groups[:2], strict=True):
                 own[side_rows] = torch.where(found >= 0, found + total.num_groups, -1)
             total = total._replace(
@@ -339,7 +287,7 @@ class CompletionAligner:
                 last_bytes=groups.last_bytes if groups.num_groups else total.last_bytes,
             )
             student_bytes += _last(ends[0])
-            is_last_whole = _last(ends[0]) == _last(ends[1])
+            is_last_whole = text.text is not None or _last(ends[0]) == _last(ends[1])
         if texts and is_complete and is_last_whole and self.has_end_of_turn:
             student_groups[-1] = teacher_groups[-1] = total.num_groups
             total = total._replace(num_groups=total.num_groups + 1, last_bytes=0)
@@ -352,7 +300,7 @@ class CompletionAligner:
     ) -> tuple[Tensor, Tensor]:  # (N_s,), (N_t,)
         """At which byte of the common text each token ends.
 
-        The student's tokens say what the text is. If they do not tell where whitespace stood (a
+        Where the text is not told, the student's tokens say what the text is. If they do not tell where whitespace stood (a
         WordPiece tokenizer) and the teacher's do, the teacher's tokens say it.
         """
         leads = text_pair.student.lead, text_pair.teacher.lead
@@ -360,6 +308,10 @@ class CompletionAligner:
             text_pair.student.of(student_ids),
             text_pair.teacher.of(teacher_ids),
         )
+        if text_pair.text is not None:
+            return self.student.ends(student_ids, leads[0]), self.teacher.ends(
+                teacher_ids, leads[1]
+            )
         says_text = (self.student, student_ids, leads[0])
         if self.student.is_spaced and not self.teacher.is_spaced:
             says_text = (self.teacher, teacher_ids, leads[1])

@@ -30,3 +30,4 @@ class TextPair(NamedTuple):
 
     student: TokenRange
     teacher: TokenRange
+    text: bytes | None = None  # None: what the tokens of the ranges spell

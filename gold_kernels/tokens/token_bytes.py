@@ -154,6 +154,10 @@ class TokenBytes:
         ends = self.lengths[self._rows(ids)].cumsum(0)
         return torch.where(ends > 0, ends - drop, ends) if drop else ends
 
+    def ends(self, ids: Tensor, lead: int = 0) -> Tensor:  # (N,) int64 -> (N,) int64
+        """At which byte each token ends, counted from the lead, which is not of the text."""
+        return self.token_lengths(ids).cumsum(0) - lead
+
     def is_text(self, ids: Tensor) -> Tensor:  # (N,) int64 -> (N,) bool
         return ~self.is_special[self._rows(ids)]
 
