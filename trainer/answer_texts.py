@@ -3,7 +3,6 @@
 N tokens of a completion. Across tokenizers only texts are compared: each side has its own marks.
 """
 
-import os
 import re
 from bisect import bisect_right
 from itertools import accumulate
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from gold_kernels.tokens.ranges import TextPair, TokenRange
 from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
-from gold_trainer.frames import CONTENT, THOUGHTS, Frames, Piece
+from gold_trainer.frames import CONTENT, THOUGHTS, Frames, Piece, common_length
 
 MARKS = ""  # kind of a completion that is nothing but marks, a call of tools
 # In the place of a special token, which spells nothing: no text has this byte.
@@ -35,6 +34,11 @@ class AnswerTexts(NamedTuple):
     def whole_range(self) -> TokenRange:
         return TokenRange(0, self._num_before_end())
 
+    def range_of_text(self, kind: str) -> TokenRange:
+        start = self.starts[kind]
+        stop = start + len(self.texts[kind].encode())
+        return self.whole_range() if self.is_whole else self.range_of(start, stop)
+
     def range_of(self, start: int, stop: int) -> TokenRange:  # bytes of the completion
         """The tokens that end in a text. The first may begin before it, a token that ends behind
         it is not its own.
@@ -50,29 +54,36 @@ class AnswerTexts(NamedTuple):
         return num - (num > 0 and int(self.ids[-1]) in self.table.end_ids)
 
 
-def common_texts(student: AnswerTexts, teacher: AnswerTexts) -> list[TextPair]:
-    """The texts that both sides have, in order. Of white space around a text as much as both have:
-    templates trim it, or write their own.
+def common_texts(student: AnswerTexts, teacher: AnswerTexts) -> tuple[list[TextPair], bool]:
+    """The texts that both sides have, in order, and whether both end their turn behind them. Of
+    white space around a text as much as both have: templates trim it, or write their own.
     """
     kinds = [kind for kind in student.texts if kind in teacher.texts]
     if kinds != [kind for kind in teacher.texts if kind in student.texts]:
-        kinds = kinds[-1:]  # each side has its own order
-    pairs = []
-    for kind in kinds:
-        texts = student.texts[kind], teacher.texts[kind]
-        if student.is_whole or teacher.is_whole:
-            pairs.append(TextPair(student.whole_range(), teacher.whole_range()))
-            continue
-        extent = _common_extent(*texts)
-        if extent is None:
-            continue
-        *starts, text = extent
-        ranges = []
-        for side, own, skipped in zip((student, teacher), texts, starts, strict=True):
-            start = side.starts[kind] + len(own[:skipped].encode())
-            ranges.append(side.range_of(start, start + len(text.encode())))
-        pairs.append(TextPair(*ranges, text.encode()))
-    return pairs
+        kinds = [CONTENT]  # each side has its own order
+    pairs = {kind: _text_pair(student, teacher, kind) for kind in kinds}
+    found = [pair for pair in pairs.values() if pair is not None]
+    last = {(*side.texts,)[-1] for side in (student, teacher) if side.texts}
+    is_end_common = len(last) == 1 and pairs.get(*last) is not None
+    if not found and MARKS in last:  # calls that templates write in their own ways: the end remains
+        ends = (side.whole_range().stop for side in (student, teacher))
+        found, is_end_common = [TextPair(*(TokenRange(end, end) for end in ends), b"")], True
+    return found, is_end_common and student.is_ended and teacher.is_ended
+
+
+def _text_pair(student: AnswerTexts, teacher: AnswerTexts, kind: str) -> TextPair | None:
+    texts = student.texts[kind], teacher.texts[kind]
+    if student.is_whole or teacher.is_whole:
+        return TextPair(student.range_of_text(kind), teacher.range_of_text(kind))
+    extent = _common_extent(*texts)
+    if extent is None:
+        return None
+    *skipped, text = extent
+    ranges = []
+    for side, own, num_skipped in zip((student, teacher), texts, skipped, strict=True):
+        start = side.starts[kind] + len(own[:num_skipped].encode())
+        ranges.append(side.range_of(start, start + len(text.encode())))
+    return TextPair(*ranges, text.encode())
 
 
 def of_pieces(table: TokenBytes, ids: list[int], pieces: list[Piece]) -> AnswerTexts:
@@ -200,7 +211,7 @@ class _Sample:
 def _before_end(table: TokenBytes, mark: str) -> str:
     """What a template writes behind an answer before the token that ends the turn."""
     names = table.tokenizer.convert_ids_to_tokens(sorted(table.end_ids))
-    return mark[: min(mark.find(name) for name in (*names, mark[-1:]) if name in mark)]
+    return mark[: min((mark.find(name) for name in names if name in mark), default=len(mark))]
 
 
 def _fence(name: str) -> bytes:
@@ -235,8 +246,8 @@ def _common_extent(own: str, other: str) -> tuple[int, int, str] | None:
     if core != other.strip():
         return None
     if not core:
-        return 0, 0, os.path.commonprefix([own, other])
+        return 0, 0, own[: common_length(own, other)]
     (lead, _, trail), (other_lead, _, other_trail) = own.partition(core), other.partition(core)
-    common = os.path.commonprefix([lead[::-1], other_lead[::-1]])[::-1]
-    text = common + core + os.path.commonprefix([trail, other_trail])
-    return len(lead) - len(common), len(other_lead) - len(common), text
+    num_lead = common_length(lead[::-1], other_lead[::-1])
+    text = lead[len(lead) - num_lead :] + core + trail[: common_length(trail, other_trail)]
+    return len(lead) - num_lead, len(other_lead) - num_lead, text

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from gold_kernels.tokens.token_bytes import find_end_of_turn
+from gold_kernels.tokens.token_bytes import template_end_of_turn
 from gold_trainer import text_tensors
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.frames import CONTENT, Piece
-from gold_trainer.in_context import InContext
+from gold_trainer.in_context import InContext, end_ids_of_calls
 from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
+from gold_trainer.placeholders import placeholder_names, refuse_placeholders
 from gold_trainer.rendering import Processor, Renderer
 from gold_trainer.row_errors import LongPromptError, PictureError
 from gold_trainer.rows import Row
@@ -56,23 +57,29 @@ class GOLDCollator:
         self.tokenizer = tokenizer_of(processor)
         self.is_vlm = isinstance(processor, ProcessorMixin)
         self.renderer = Renderer(processor, chat_template_kwargs or {})
-        end_of_turn_id = self._end_of_turn_id()
+        tokenizer = tokenizer_with_template(processor)
+        end_of_turn_id, writes_end = self._end_of_turn(tokenizer)
         # End of turn and end of text: any of them ends an answer. A base model's own end of text
         # is not what a template ends a turn with.
-        self.end_ids = frozenset((*end_ids, end_of_turn_id))
-        self.in_context = InContext(self.tokenizer, self.end_ids, end_of_turn_id)
+        of_calls = end_ids_of_calls(tokenizer) if writes_end else ()
+        self.end_ids = frozenset((*end_ids, end_of_turn_id, *of_calls))
+        self.in_context = InContext(
+            self.tokenizer, self.end_ids, end_of_turn_id, writes_end=writes_end
+        )
         self.max_length, self.cut_to = max_length, cut_to
         self.placeholder_ids = frozenset(placeholder_ids)  # of pictures: not in a text
-        names = self.tokenizer.convert_ids_to_tokens(sorted(self.placeholder_ids))
-        self.placeholders = [name for name in names if name is not None]
+        self.placeholders = placeholder_names(processor, placeholder_ids)
 
-    def _end_of_turn_id(self) -> int:
+    def _end_of_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
+        """And whether the template writes it."""
         try:
-            end_of_turn_id = find_end_of_turn(tokenizer_with_template(self.processor))
+            end_of_turn_id = template_end_of_turn(tokenizer)
         except ValueError:  # a template that refuses a question and its answer refuses rows by name
-            end_of_turn_id = self.tokenizer.eos_token_id
-        assert end_of_turn_id is not None, "a processor without eos was refused"
-        return end_of_turn_id
+            end_of_turn_id = None
+        if end_of_turn_id is not None:
+            return end_of_turn_id, True
+        assert tokenizer.eos_token_id is not None, "a processor without eos was refused"
+        return tokenizer.eos_token_id, False
 
     def __call__(self, rows: list[Row]) -> WindowBatch:
         examples = [self.example(row) for row in rows]
@@ -102,7 +109,7 @@ class GOLDCollator:
         refuse_videos(self.processor, len(row.videos), row.where)
         has_special = self._adds_special_tokens(row, prompt)
         length, is_cut = self._prompt_length(row, prompt, has_special)
-        self._refuse_placeholders(row)
+        refuse_placeholders(row, self.placeholders)
         example = Example(
             *(row.index, prompt, length, row.images, None, has_special),
             videos=row.videos,
@@ -151,6 +158,8 @@ class GOLDCollator:
             length += self.in_context.length(prompt) - self.in_context.length(example.prompt_text)
         example = replace(example, prompt_text=prompt, prompt_length=length)
         ids = self.in_context.ids(prompt, pieces, is_ended=is_ended)
+        if not self.placeholder_ids.isdisjoint(ids):
+            raise ValueError(f"the text holds a picture's placeholder, got {texts}")
         return example.with_completion(ids[: self.room(example)], pieces)
 
     def room(self, example: Example) -> int | None:
@@ -194,24 +203,6 @@ class GOLDCollator:
                 "or make the pictures smaller, or set on_long_prompt."
             )
         return length, False
-
-    def _refuse_placeholders(self, row: Row) -> None:
-        """Text of a turn that a processor would take for a picture, or a model would look for one
-        in the place of.
-        """
-        if isinstance(row.prompt, str) or not self.placeholders:
-            return
-        for message in row.prompt:
-            content = message.get("content")
-            parts = [{"text": content}] if isinstance(content, str) else content or ()
-            texts = [part.get("text") or "" for part in parts]
-            found = [name for name in self.placeholders if any(name in text for text in texts)]
-            if found:
-                raise ValueError(
-                    f"{row.where}: a turn's text must not hold a picture's placeholder, got "
-                    f"{found[0]!r} in the {message['role']}'s turn; write the picture's place as "
-                    'the part {"type": "image"}, or remove it from the text.'
-                )
 
 
 def until_end(ids: list[int], end_ids: Collection[int]) -> list[int]:

@@ -6,14 +6,15 @@ of pieces: these texts, and the marks of the template around them.
 
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 # Kinds of texts, named as most templates name their keys.
 CONTENT, THOUGHTS = "content", "reasoning_content"
 # Keys under which data sets and templates keep thoughts. The first that holds something counts.
 THOUGHT_KEYS = (THOUGHTS, "thinking", "reasoning")
-# Thoughts in the text of an answer, and a prompt that opens them.
-INLINE = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+# Thoughts in the text of an answer, which the prompt may have opened, and a prompt that opens them.
+INLINE = re.compile(r"(\s*(?:<think>\s*)?)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 OPENED = re.compile(r"<think>\s*$")
 CLOSE = "\n</think>\n\n"
 
@@ -47,6 +48,8 @@ class Frame(NamedTuple):
     def cut(self, completion: str, texts: Mapping[str, str]) -> list[Piece] | None:
         """The pieces of a rendered completion; None where other marks are around its texts."""
         first, last = self.marks[0], self.marks[-1]
+        if not self.keys:
+            return [Piece(completion, True)] if completion == first else None
         if not (completion.startswith(first) and completion.endswith(last)):
             return None
         rest = completion[len(first) : len(completion) - len(last)]
@@ -59,8 +62,6 @@ class Frame(NamedTuple):
             if form is None:
                 return None
             found[key], rest = form, rest[len(form) + len(mark) :]
-        if not self.keys:
-            return None if rest else [Piece(completion, True)]
         if rest.strip() != texts[self.keys[-1]].strip():  # the template did more than trim it
             return None
         return self.pieces({**found, self.keys[-1]: rest})
@@ -108,13 +109,17 @@ def joined_text(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-def without_inline_thoughts(answer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The answer with the thoughts that its content begins with under their own key; None where
-    there are none.
+def without_inline_thoughts(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answer with the thoughts that its content begins with under their own key, as templates
+    that look for them read it.
     """
     content = joined_text(answer.get(CONTENT))
     match = INLINE.fullmatch(content) if content and not answer.get(THOUGHTS) else None
-    return None if match is None else {**answer, THOUGHTS: match[2], CONTENT: match[4]}
+    if match is None:
+        return []
+    _, thoughts, tag, rest = match.groups()
+    blank = tag[len(tag.rstrip()) :]  # not every template takes it away
+    return [{**answer, THOUGHTS: thoughts, CONTENT: text} for text in (rest, blank + rest)]
 
 
 def with_inline_thoughts(pieces: list[Piece]) -> list[Piece]:
@@ -131,6 +136,23 @@ def with_inline_thoughts(pieces: list[Piece]) -> list[Piece]:
         split += [Piece(before, False), Piece(thoughts, False, THOUGHTS)]
         split += [Piece(between, False), Piece(content, False, CONTENT)]
     return split
+
+
+def read_as_thoughts(completion: str, end: str, forms: list[dict[str, Any]]) -> list[Piece] | None:
+    """The pieces of a completion that begins with thoughts between tags; None for other thoughts
+    than those of a form of the answer.
+    """
+    if not (end and completion.endswith(end)):
+        return None
+    pieces = with_inline_thoughts([Piece(completion[: -len(end)], False, CONTENT)])
+    texts = {piece.key: piece.text.strip() for piece in pieces if piece.key}
+    expected = ({kind: text.strip() for kind, text in texts_of(form).items()} for form in forms)
+    return [*pieces, Piece(end, True)] if texts in expected else None
+
+
+def common_length(a: str, b: str) -> int:
+    """Characters with which both begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _trimmed_forms(text: str) -> list[str]:

@@ -1,10 +1,13 @@
 """Token ids of what follows a prompt: those that it has there, not those that it has alone."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gold_trainer.frames import Piece
+
+CALL: dict[str, Any] = {"id": "callcall1", "type": "function"}
 
 # What a text is put behind where its own beginning matters: a tokenizer that marks the beginning of
 # every text with a space marks the anchor's. One of them does not grow together with the text.
@@ -19,13 +22,38 @@ def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {**special, **dict(named)}
 
 
+def end_ids_of_calls(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Special tokens with which the template ends a turn that calls a tool; some have one of their
+    own there (<|call|>, <|tool_response>).
+    """
+    special, found = special_tokens_of(tokenizer), set()
+    for arguments in ({"name": "value"}, "{}"):  # a few templates take them as text
+        call = {**CALL, "function": {"name": "tool", "arguments": arguments}}
+        turns = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+        except Exception:  # errors of jinja2: the template takes no calls, or other ones
+            continue
+        ends = [name for name in special if name and text.endswith(name)]
+        found |= {special[max(ends, key=len)]} if ends else set()
+    return found
+
+
 class InContext:
     """Tokenises what follows a prompt, up to and with the token that ends the turn."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], end_of_turn_id: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Collection[int],
+        end_of_turn_id: int,
+        *,
+        writes_end: bool = True,  # the template itself ends a turn
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.writes_end = tokenizer, writes_end
         self.end_ids, self.end_of_turn_id = frozenset(end_ids), end_of_turn_id
         self.special = special_tokens_of(tokenizer)
         self.first_characters = {token[0] for token in self.special if token}
@@ -53,7 +81,10 @@ class InContext:
     def _up_to_end(self, mark: str) -> tuple[str, bool]:
         places = [(mark.find(end), end) for end in self.ends if end in mark]
         if not places:
-            return mark, False
+            # Some turns end with a token of their own: <|eom_id|> in the place of <|eot_id|>.
+            whole = mark.rstrip()
+            has_own = self.writes_end and any(whole.endswith(name) for name in self.special if name)
+            return (whole, True) if has_own else (mark, False)
         place, end = min(places, key=lambda found: (found[0], -len(found[1])))
         return mark[: place + len(end)], True
 

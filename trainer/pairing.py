@@ -94,13 +94,12 @@ class CompletionPairs:
         self, student: Example, teacher: Example, written: AnswerTexts, read: AnswerTexts
     ) -> Pair:
         """written is the student's side, read the teacher's."""
-        texts = common_texts(written, read)
-        last = {(*side.texts,)[-1:] for side in (written, read)}
+        texts, is_end_common = common_texts(written, read)
         alignment = self.aligner.align(
             written.ids,
             read.ids,
             texts,
-            is_end_common=bool(texts) and written.is_ended and read.is_ended and len(last) == 1,
+            is_end_common=is_end_common,
         )
         num_bytes = alignment.completion_bytes + written.broken_bytes
         alignment = alignment._replace(completion_bytes=num_bytes)

@@ -7,7 +7,6 @@ the answer's texts. Special tokens are looked for in marks only: in an answer th
 """
 
 from collections.abc import Collection, Mapping
-from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -22,8 +21,10 @@ from gold_trainer.frames import (
     Frame,
     Frames,
     Piece,
+    common_length,
     joined_text,
     of_one_kind,
+    read_as_thoughts,
     texts_of,
     with_inline_thoughts,
     without_inline_thoughts,
@@ -74,7 +75,7 @@ class Renderer:
             return None
         start = len(prompt)
         if not rendered.startswith(prompt):
-            common = _common_length(prompt, rendered)
+            common = common_length(prompt, rendered)
             if not places or common < self._length_before_answer(row, prompt):
                 raise _rewritten(row, prompt, rendered)
             start = places[0][0]
@@ -113,23 +114,29 @@ class Renderer:
                 "nothing; write the answer as its content, or drop the row."
             )
         end = ""
-        for form in (answer, without_inline_thoughts(answer)):
-            if form is None or (form is not answer and self._answered(row, form) != rendered):
+        inline = without_inline_thoughts(answer)
+        for form in (answer, *inline):
+            if form is not answer and self._answered(row, form) != rendered:
                 continue
             texts = texts_of(form)
             # A template may write no marks around an empty content, beside calls of tools.
             for kinds in {tuple(texts): None, tuple(k for k in texts if texts[k]): None}:
                 frame = self.frame(row, form, prompt, kinds)
+                end = end or (frame.marks[-1] if frame is not None else "")
                 if frame is None or not rendered.startswith(frame.prompt):
                     continue
-                end = frame.marks[-1]
                 pieces = frame.cut(rendered[len(frame.prompt) :], texts)
+                if pieces is not None and not frame.keys and texts and not answer.get(CALLS):
+                    pieces = _around_nothing(rendered[len(frame.prompt) :], end)
                 if pieces is not None:
                     self._warn_of_losses(row, form, rendered, frame)
                     return frame.prompt, with_inline_thoughts(pieces)
         if not rendered.startswith(prompt):
             raise _rewritten(row, prompt, rendered)
         completion = rendered[len(prompt) :]
+        pieces = read_as_thoughts(completion, end, inline)
+        if pieces is not None:
+            return prompt, pieces
         if end and completion.endswith(end):
             return prompt, [Piece(completion[: -len(end)], True), Piece(end, True)]
         return prompt, [Piece(completion, True)]
@@ -191,7 +198,7 @@ class Renderer:
         """How much of the prompt is written whether or not an answer is to follow."""
         if row.is_prefill:
             return len(prompt)
-        return _common_length(prompt, self._template(row, _turns(row)))
+        return common_length(prompt, self._template(row, _turns(row)))
 
     def _template(self, row: Row, messages: Messages, **options: Any) -> str:
         if self.processor.chat_template is None:
@@ -234,15 +241,21 @@ def _turns(row: Row) -> Messages:
     return row.prompt
 
 
+def _around_nothing(completion: str, end: str) -> list[Piece]:
+    """The marks around an empty content, where they are others than around a text."""
+    num = len(completion) - len(end) * completion.endswith(end)
+    return [
+        Piece(completion[:num], True),
+        Piece("", False, CONTENT),
+        Piece(completion[num:], True),
+    ]
+
+
 def _probed(answer: Mapping[str, Any], probes: Mapping[str, str]) -> dict[str, Any]:
     """The answer with a probe as each of its texts, thoughts under every key that they have."""
     keys = {CONTENT: (CONTENT,), THOUGHTS: THOUGHT_KEYS}
     probed = {key: probe for probe, kind in probes.items() for key in keys[kind] if key in answer}
     return {**answer, **probed}
-
-
-def _common_length(a: str, b: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _rewritten(row: Row, prompt: str, rendered: str) -> TemplateError:

@@ -300,8 +300,8 @@ class CompletionAligner:
     ) -> tuple[Tensor, Tensor]:  # (N_s,), (N_t,)
         """At which byte of the common text each token ends.
 
-        Where the text is not told, the student's tokens say what the text is. If they do not tell where whitespace stood (a
-        WordPiece tokenizer) and the teacher's do, the teacher's tokens say it.
+        Where the text is not told, the student's tokens say what it is. If they do not tell where
+        whitespace stood (a WordPiece tokenizer) and the teacher's do, the teacher's tokens say it.
         """
         leads = text_pair.student.lead, text_pair.teacher.lead
         student_ids, teacher_ids = (

@@ -12,6 +12,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -326,29 +327,45 @@ def _word_piece(prefix: str) -> Callable[[str], bytes]:
 
 
 def find_end_of_turn(tokenizer: Any) -> int | None:
-    """The first added token that the chat template writes after an answer, else eos. It need not be
-    special: some base models know <|im_end|> as text of their vocabulary.
+    """The token with which the chat template ends a turn, else eos."""
+    found = template_end_of_turn(tokenizer)
+    return tokenizer.eos_token_id if found is None else found
+
+
+def template_end_of_turn(tokenizer: Any) -> int | None:
+    """The first added token that the chat template writes after an answer, or, where several stand
+    there, the one that also ends the question; None where it writes none. It need not be special:
+    some base models know <|im_end|> as text of their vocabulary.
     """
     if tokenizer.chat_template is None:
-        return tokenizer.eos_token_id
-    answer, failure = "answer", None
+        return None
+    question, answer, failure = "\ue000", "\ue001", None  # for private use: nothing changes them
     # Some templates take contents as text, some as lists of parts, and drop the other kind.
     for wrap in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
-        turns = [("user", "question"), ("assistant", answer)]
+        turns = [("user", question), ("assistant", answer)]
         messages = [{"role": role, "content": wrap(text)} for role, text in turns]
         try:
             rendered = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # templates raise errors of jinja2, which is not a dependency
             failure = error
             continue
-        _, found, tail = rendered.rpartition(answer)
+        before, found, tail = rendered.rpartition(answer)
         if found:
-            added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-            added |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-            ids = tokenizer(tail, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-            ends = (i for i in ids if added.get(i, "").strip())
-            return next(ends, tokenizer.eos_token_id)
+            ends = _added_tokens(tokenizer, tail)
+            of_question = _added_tokens(tokenizer, before.rpartition(question)[2])[:1]
+            return next((i for i in ends if [i] == of_question), next(iter(ends), None))
     raise ValueError(
         f"TokenBytes: the chat template of {_name(tokenizer)} must render a question and its "
         f"answer, got {failure or 'no answer in the text'}; pass end_of_turn_id."
     ) from failure
+
+
+def _added_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The first added tokens of a text, up to one that is none."""
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    added |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    is_end = [bool(added.get(i, "").strip()) for i in ids]
+    first = is_end.index(True) if True in is_end else len(ids)
+    run = takewhile(lambda pair: pair[1], zip(ids[first:], is_end[first:], strict=True))
+    return [i for i, _ in run]

@@ -3,8 +3,9 @@ their marks.
 """
 
 import importlib.util
+import os
 import re
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,10 +15,23 @@ from support.tokenizers_cases import table
 
 # What templates write that their tokenizers know as special tokens.
 MARKS = re.compile(
-    r"<\|[\w.]+\|>|<\uff5c[^<>\uff5c]+\uff5c>|</?(?:start|end)_of_\w+>|<\|?turn\|?>|<end_of_text>"
+    r"<\|[\w.]+\|>|<\uff5c[^<>\uff5c]+\uff5c>|</?(?:start|end)_of_\w+>|<\|\w+>|<\w+\|>|<end_of_text>"
 )
 TEXT_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # known, but not special
 END_OF_TEXT = "<|base_end|>"  # a base model's eos: no template writes it
+LITERALS = ("<|im_end|>", "<|eot_id|>", END_OF_TEXT, "<end_of_turn>", "<|return|>", "</s>")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells it.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+# Templates of processors, and those that need a bos that these tokenizers do not have.
+OTHERS = ("idefics3", "smolvlm", "llava_next", "llama3")
+# Conversations that a property is tried on; `make fuzz` sets more.
+NUM_EXAMPLES = int(os.environ.get("GOLD_TEMPLATE_EXAMPLES", "0"))
 
 
 def template_folder() -> Path | None:
@@ -31,6 +45,10 @@ def template_names() -> list[str]:
     if folder is None:
         return []
     return sorted(p.stem for p in folder.glob("*.jinja") if not p.stem.endswith("_training"))
+
+
+def text_template_names() -> list[str]:
+    return [name for name in template_names() if name not in OTHERS]
 
 
 def _source(name: str) -> str:
@@ -54,7 +72,7 @@ def _tokenizer(tokenizer_name: str):
 
 
 def templated(name: str, tokenizer_name: str):
-    """One tokenizer for all templates, with this one: it takes half a second to make another."""
-    tokenizer = _tokenizer(tokenizer_name)
+    """The tokenizer with a template of its own; the rest is one for all, it takes half a second."""
+    tokenizer = copy(_tokenizer(tokenizer_name))
     tokenizer.chat_template = _source(name)
     return tokenizer

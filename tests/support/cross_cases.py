@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from gold_kernels import CompletionAligner, TokenAlignment, VocabOverlap
+from gold_kernels.tokens.ranges import TextPair, TokenRange
+from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_kernels.uld import reference as reference_uld
 from gold_trainer import GOLDConfig, GOLDTrainer
-from support.eager_step import completion_of, prompt_inputs, scored_logits
+from support.eager_step import COMPLETIONS, completion_of, prompt_inputs, scored_logits
 from support.tiny_models import TEXT_FAMILIES, tiny, tiny_rows
 from support.trainer_cases import FIELDS, GradientRecorder
 
@@ -73,22 +75,74 @@ def completions_of(side: Side, rows: list[dict[str, Any]]) -> list[list[int]]:
     return [completion_of(side.family, side.processor, row) for row in rows]
 
 
+def written_text(side: Side, ids: list[int], table: TokenBytes) -> tuple[str, bool]:
+    """What stands between the blanks that the template writes, up to a broken byte, and whether the
+    turn is ended behind it.
+    """
+    before, behind = COMPLETIONS[side.family].partition("<")[0].split("{}")
+    is_ended = ids[-1:] == [side.tokenizer.eos_token_id]
+    spelled = b"".join(table.pieces[i] for i in ids)
+    try:
+        text = spelled.decode()
+    except UnicodeDecodeError as error:
+        text, is_ended = spelled[: error.start].decode(), False
+    text = text.removeprefix(before)
+    return text.removesuffix(behind) if is_ended else text, is_ended
+
+
 def teacher_completion(student: Side, teacher: Side, student_ids: list[int]) -> list[int]:
-    """The student's answer, end of turn included, in the teacher's tokens."""
+    """The student's answer, end of turn included, in the teacher's tokens, of families without
+    blanks around an answer.
+    """
     assert student_ids[-1] == student.tokenizer.eos_token_id
-    text = student.tokenizer.decode(student_ids[:-1])
-    ids = teacher.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*ids, teacher.tokenizer.eos_token_id]
+    return completion_ids(teacher, student.tokenizer.decode(student_ids[:-1]))
+
+
+def completion_ids(side: Side, text: str, *, is_ended: bool = True) -> list[int]:
+    """A text between the marks of a template."""
+    whole = COMPLETIONS[side.family].format(text)
+    ids = side.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    if is_ended:
+        return ids
+    before = COMPLETIONS[side.family].partition("{}")[0]
+    return side.tokenizer(before + text, add_special_tokens=False)["input_ids"]
+
+
+def aligned(
+    aligner: CompletionAligner, pair: tuple[list[int], list[int]], text: bytes
+) -> TokenAlignment:
+    """Groups of the text that both completions have between the blanks of their templates."""
+    ranges = []
+    for table, ids in zip((aligner.student, aligner.teacher), pair, strict=True):
+        start = b"".join(table.pieces[i] for i in ids).index(text)
+        stop, position, rows, lead = start + len(text), 0, [], 0
+        for row, token_id in enumerate(ids):
+            before, position = position, position + len(table.pieces[token_id])
+            if start < position <= stop:
+                lead = lead if rows else max(0, start - before)
+                rows.append(row)
+        first = rows[0] if rows else 0
+        ranges.append(TokenRange(first, rows[-1] + 1 if rows else 0, lead))
+    return aligner.align(*pair, [TextPair(*ranges, text)])
+
+
+def parts_of(
+    student: Side, teacher: Side, completions: list[list[int]], aligner: CompletionAligner
+) -> tuple[list[tuple[list[int], list[int]]], list[TokenAlignment]]:
+    """The student's completions, the teacher's with the same texts, and their alignments."""
+    pairs, alignments = [], []
+    for ids in completions:
+        text, is_ended = written_text(student, ids, aligner.student)
+        pairs.append((ids, completion_ids(teacher, text, is_ended=is_ended)))
+        alignments.append(aligned(aligner, pairs[-1], text.encode()))
+    return pairs, alignments
 
 
 def off_policy_parts(
     student: Side, teacher: Side, rows: list[dict[str, Any]], aligner: CompletionAligner
 ) -> tuple[list[tuple[list[int], list[int]]], list[TokenAlignment]]:
     """Completions of both sides and their alignments, for the eager step."""
-    completions = [
-        (ids, teacher_completion(student, teacher, ids)) for ids in completions_of(student, rows)
-    ]
-    alignments = [aligner.align(*pair) for pair in completions]
+    completions, alignments = parts_of(student, teacher, completions_of(student, rows), aligner)
     num_groups = sum(alignment.num_groups for alignment in alignments)
     assert num_groups < sum(len(teacher_ids) for _, teacher_ids in completions)
     return completions, alignments

@@ -290,6 +290,6 @@ def test_both_sides_hold_the_same_pictures_and_all_turns(tmp_path):
         f"{start}And this?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert "im_end" not in example.prompt_text
-    assert teacher.tokenizer.decode(other.completion_ids) == " A green circle.<|im_end|>"
+    assert teacher.tokenizer.decode(other.completion_ids) == "A green circle.<|im_end|>"
     trainer.train()
     assert trainer.state.log_history[0]["loss"] > 0

@@ -10,6 +10,7 @@ import torch
 
 from support.cross_cases import (
     Side,
+    aligned,
     aligner_of,
     assert_equals,
     by_position,
@@ -18,7 +19,9 @@ from support.cross_cases import (
     eager_cross_step,
     make_sides,
     off_policy_parts,
+    parts_of,
     rows_of,
+    written_text,
 )
 from support.trainer_cases import losses_of, recorded_warnings
 
@@ -99,8 +102,7 @@ def test_on_policy_step_equals_the_eager_step_on_what_was_sampled(
     assert all(math.isfinite(loss) for loss in losses_of(trainer))
     aligner = aligner_of(before, teacher)
     sampled = [until(ids, student.tokenizer.eos_token_id) for ids in generated[: len(rows)]]
-    completions = [(ids, aligner.teacher_ids(ids)) for ids in sampled]
-    alignments = [aligner.align(*pair) for pair in completions]
+    completions, alignments = parts_of(before, teacher, sampled, aligner)
     assert sum(alignment.num_groups for alignment in alignments) > 0
     # no cross-entropy on what the student wrote itself
     expected = eager_cross_step(before, teacher, rows, completions, alignments, is_hybrid=is_hybrid)
@@ -153,8 +155,10 @@ def test_teacher_writes_and_the_student_learns_its_text_in_own_tokens(student, t
     trainer.train()
     aligner, reverse = aligner_of(student, teacher), aligner_of(teacher, student)
     sampled = [until(ids, teacher.tokenizer.eos_token_id) for ids in generated]
-    completions = [(reverse.teacher_ids(ids), ids) for ids in sampled]
-    alignments = [aligner.align(*pair) for pair in completions]
+    reversed_pairs, _ = parts_of(teacher, student, sampled, reverse)
+    completions = [(own, ids) for ids, own in reversed_pairs]
+    texts = [written_text(teacher, ids, aligner.teacher)[0].encode() for ids in sampled]
+    alignments = [aligned(aligner, *pair) for pair in zip(completions, texts, strict=True)]
     assert sum(alignment.num_groups for alignment in alignments) > 0
     for row in rows:
         row["messages"] = [*row["messages"], {"role": "assistant", "content": ""}]

@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 
 from gold_trainer.collator import GOLDCollator, process_prompts
 from gold_trainer.dataset import RowDataset
-from support.chat_templates import END_OF_TEXT, template_names, templated
+from support.chat_templates import (
+    LITERALS,
+    NUM_EXAMPLES,
+    TOOL,
+    templated,
+    text_template_names,
+)
 
-# Templates of processors, and those that need a bos that these tokenizers do not have.
-OTHERS = ("idefics3", "smolvlm", "llava_next", "llama3")
-NAMES = [name for name in template_names() if name not in OTHERS]
+NAMES = text_template_names()
 # What these write around an answer is not what their generation prompts open.
 OPEN_THOUGHTS = ("deepseek", "nemotron", "qwen3_5_nothink")
-LITERALS = ("<|im_end|>", "<|eot_id|>", END_OF_TEXT, "<end_of_turn>", "<|return|>", "</s>")
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(LITERALS),
@@ -27,20 +30,12 @@ TEXTS = st.lists(
     max_size=5,
 ).map(lambda parts: unicodedata.normalize("NFC", "".join(parts)))
 THOUGHTS = st.one_of(st.none(), TEXTS.filter(str.strip))
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Tells it.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
 pytestmark = pytest.mark.skipif(not NAMES, reason="templates come with trl, of the extra dev")
 
 
 @pytest.mark.parametrize("tokenizer_name", ["qwen", "gpt2", "tekken"])
 @settings(
-    max_examples=40,
+    max_examples=NUM_EXAMPLES or 40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
