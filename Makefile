@@ -39,9 +39,11 @@ test: lint types  ## linter, types and all tests: what CI runs
 fast: .venv/installed-dev  ## the tests to run after every change
 	$(BIN)/python -m pytest -q $(FAST)
 
-fuzz: .venv/installed-dev  ## random calls of the losses against the oracle, a minute on each backend
+fuzz: .venv/installed-dev  ## random calls of the losses against the oracle, chat templates against inference
 	cd tests && ../$(BIN)/python -m support.fuzz --backend torch --seconds 60
 	cd tests && ../$(BIN)/python -m support.fuzz --backend triton --seconds 60
+	GOLD_TEMPLATE_EXAMPLES=1000 $(BIN)/python -m pytest -q tests/trainer/test_real_templates.py \
+		tests/trainer/test_pairs_of_real_templates.py
 
 lint: .venv/installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

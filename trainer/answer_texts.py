@@ -66,8 +66,9 @@ def common_texts(student: AnswerTexts, teacher: AnswerTexts) -> tuple[list[TextP
     last = {(*side.texts,)[-1] for side in (student, teacher) if side.texts}
     is_end_common = len(last) == 1 and pairs.get(*last) is not None
     if not found and MARKS in last:  # calls that templates write in their own ways: the end remains
-        ends = (side.whole_range().stop for side in (student, teacher))
-        found, is_end_common = [TextPair(*(TokenRange(end, end) for end in ends), b"")], True
+        own, other = student.whole_range().stop, teacher.whole_range().stop
+        found = [TextPair(TokenRange(own, own), TokenRange(other, other), b"")]
+        is_end_common = True
     return found, is_end_common and student.is_ended and teacher.is_ended
 
 
@@ -79,11 +80,16 @@ def _text_pair(student: AnswerTexts, teacher: AnswerTexts, kind: str) -> TextPai
     if extent is None:
         return None
     *skipped, text = extent
-    ranges = []
-    for side, own, num_skipped in zip((student, teacher), texts, skipped, strict=True):
-        start = side.starts[kind] + len(own[:num_skipped].encode())
-        ranges.append(side.range_of(start, start + len(text.encode())))
-    return TextPair(*ranges, text.encode())
+    num_bytes = len(text.encode())
+    starts = (
+        side.starts[kind] + len(own[:num_skipped].encode())
+        for side, own, num_skipped in zip((student, teacher), texts, skipped, strict=True)
+    )
+    own, other = (
+        side.range_of(start, start + num_bytes)
+        for side, start in zip((student, teacher), starts, strict=True)
+    )
+    return TextPair(own, other, text.encode())
 
 
 def of_pieces(table: TokenBytes, ids: list[int], pieces: list[Piece]) -> AnswerTexts:

@@ -29,12 +29,12 @@ def end_ids_of_calls(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     special, found = special_tokens_of(tokenizer), set()
     for arguments in ({"name": "value"}, "{}"):  # a few templates take them as text
         call = {**CALL, "function": {"name": "tool", "arguments": arguments}}
-        turns = [
+        turns: list[dict[str, Any]] = [
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
         ]
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False)).rstrip()
         except Exception:  # errors of jinja2: the template takes no calls, or other ones
             continue
         ends = [name for name in special if name and text.endswith(name)]

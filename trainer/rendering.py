@@ -97,9 +97,9 @@ class Renderer:
             thinking = None
         if thinking is None or thinking.keys != (THOUGHTS, CONTENT):
             # The model writes thoughts that its template shows to nobody, as R1-Distill does.
-            is_opened = OPENED.search(prompt) is not None and plain is not None
-            marks = ("", CLOSE, plain.marks[-1]) if is_opened else ()
-            thinking = Frame(prompt, (THOUGHTS, CONTENT), marks) if is_opened else None
+            thinking = None
+            if plain is not None and OPENED.search(prompt):
+                thinking = Frame(prompt, (THOUGHTS, CONTENT), ("", CLOSE, plain.marks[-1]))
         return Frames(prompt, plain, thinking)
 
     def answered(self, row: Row, answer: Mapping[str, Any]) -> tuple[str, list[Piece]]:

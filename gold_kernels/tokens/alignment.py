@@ -275,12 +275,12 @@ class CompletionAligner:
                 text.student.text_rows(self.student, student_ids),
                 text.teacher.text_rows(self.teacher, teacher_ids),
             )
-            ends = tuple(e[r - t.first] for e, r, t in zip(ends, rows, text[:2], strict=True))
-            groups = align_byte_spans(*ends)
+            own, other = (e[r - t.first] for e, r, t in zip(ends, rows, text[:2], strict=True))
+            groups = align_byte_spans(own, other)
             if text.student.lead or text.teacher.lead:
-                groups = without_first(groups, ends[0], is_merged=self.merge == "bayesian")
-            for own, side_rows, found in zip(total[:2], rows, groups[:2], strict=True):
-                own[side_rows] = torch.where(found >= 0, found + total.num_groups, -1)
+                groups = without_first(groups, own, is_merged=self.merge == "bayesian")
+            for side, side_rows, found in zip(total[:2], rows, groups[:2], strict=True):
+                side[side_rows] = torch.where(found >= 0, found + total.num_groups, -1)
             total = total._replace(
                 num_groups=total.num_groups + groups.num_groups,
                 num_bytes=total.num_bytes + groups.num_bytes,

@@ -80,10 +80,9 @@ def without_first(
     if groups.num_groups == 1:
         num_bytes = groups.num_bytes
     least = 0 if is_merged and groups.num_groups > 1 else -1
-    sides = (
+    student, teacher = (
         torch.where(side >= 0, (side - 1).clamp_min(least), -1)
         for side in (groups.student_groups, groups.teacher_groups)
     )
-    return SpanGroups(
-        *sides, groups.num_groups - 1, groups.num_bytes - num_bytes, groups.last_bytes
-    )
+    num_left = groups.num_bytes - num_bytes
+    return SpanGroups(student, teacher, groups.num_groups - 1, num_left, groups.last_bytes)

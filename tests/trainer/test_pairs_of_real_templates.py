@@ -3,19 +3,15 @@ its own template around an answer, texts are compared with texts, and marks with
 """
 
 import unicodedata
-from copy import copy
 from functools import lru_cache
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from gold_kernels import CompletionAligner
 from gold_trainer.collator import GOLDCollator
-from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset
 from gold_trainer.frames import CONTENT, THOUGHT_KEYS, THOUGHTS
-from gold_trainer.pairing import CompletionPairs, PairCollator
 from support.chat_templates import (
     END_OF_TEXT,
     LITERALS,
@@ -23,6 +19,7 @@ from support.chat_templates import (
     templated,
     text_template_names,
 )
+from support.template_pairs import paired
 
 NAMES = text_template_names()
 # Around each text stands a pair of quotes that no template writes: it is found among the marks.
@@ -55,21 +52,8 @@ def collator_of(name, tokenizer_name):
     return GOLDCollator(tokenizer, [tokenizer.eos_token_id], None)
 
 
-@lru_cache
-def pairs_of(*tokenizer_names):
-    args = GOLDConfig(output_dir="unused", use_uld_loss=True)
-    return CompletionPairs(args, *(collator_of("qwen2_5", name) for name in tokenizer_names))
-
-
 def pair_collator(names, tokenizer_names):
-    """Without new tables of bytes for every pair of templates: they take a second."""
-    sides = [collator_of(*side) for side in zip(names, tokenizer_names, strict=True)]
-    pairs = copy(pairs_of(*tokenizer_names))
-    tables = [copy(pairs.aligner.student), copy(pairs.aligner.teacher)]
-    for table, side in zip(tables, sides, strict=True):
-        table.end_ids = side.end_ids
-    pairs.aligner = CompletionAligner(*tables)
-    return PairCollator(*sides, pairs)
+    return paired(*(collator_of(*side) for side in zip(names, tokenizer_names, strict=True)))
 
 
 def spelled(table, example):

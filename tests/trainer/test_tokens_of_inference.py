@@ -2,6 +2,7 @@
 they stand behind it in the answered conversation, up to the template's own end of turn.
 """
 
+from ast import literal_eval
 from copy import deepcopy
 from functools import lru_cache
 
@@ -254,3 +255,33 @@ def test_a_pictures_placeholder_in_a_users_text_names_the_row(family):
     row = read({"messages": [user, ANSWER], "images": [tiny_picture(1)]}, is_text=False)
     with pytest.raises(ValueError, match=r"^row 0: .*placeholder"):
         collator.example(row)
+
+
+@pytest.mark.parametrize(
+    ("columns", "where"),
+    [
+        ({"messages": [{"role": "system", "content": "A {}."}, USER, ANSWER]}, "the system's turn"),
+        ({"messages": [{**USER, "reasoning_content": "{}"}, ANSWER]}, "turn, reasoning_content"),
+        ({"messages": [USER, ANSWER], "tools": [{**TOOL, "description": "{}"}]}, "tools"),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"note": "{}"}}, "template_kwargs"),
+        ({"prompt": "Is {} this?", "completion": "A bar."}, "the user's turn"),
+    ],
+)
+def test_a_pictures_placeholder_anywhere_in_a_prompt_names_the_row_and_the_key(columns, where):
+    model, processor = tiny("qwen3_vl")
+    collator = collator_of(processor, placeholder_ids=placeholder_ids_of(model.config))
+    text = repr(columns).replace("'{}'", "'<|vision_start|>'").replace("{}", "<|vision_start|>")
+    row = RowDataset([literal_eval(text)], needs_completion=True, is_text=False)[0]
+    with pytest.raises(
+        ValueError, match=rf"^row 0: .*placeholder, got '<\|vision_start\|>' in .*{where}"
+    ):
+        collator.example(row)
+
+
+def test_a_placeholder_in_plain_text_names_the_row_for_a_model_that_takes_pictures():
+    tokenizer = chat_tokenizer()
+    placeholder = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    row = read({"prompt": "Is <|im_start|> this?", "completion": "No."})
+    assert collator_of(tokenizer).example(row).completion_ids, "text elsewhere"
+    with pytest.raises(ValueError, match=r"^row 0: a prompt's text .* in prompt; .* remove it"):
+        collator_of(tokenizer, placeholder_ids=[placeholder]).example(row)
