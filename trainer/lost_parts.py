@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from gold_trainer.frames import THOUGHT_KEYS
 from gold_trainer.row_errors import TemplateError
 from gold_trainer.rows import Row
 
@@ -46,6 +47,8 @@ def warn_of_unread_keys(row: Row, template: Any) -> None:
     source = str(template)
     messages = [*(row.prompt if not isinstance(row.prompt, str) else ()), row.answer or {}]
     names = {str(key) for message in messages for key in message if key not in LABELS}
+    if any(key in source for key in THOUGHT_KEYS):  # the template gets thoughts under its own key
+        names -= {*THOUGHT_KEYS}
     names |= {*row.chat_template_kwargs, *(["tools"] if row.tools else [])}
     keys = sorted(key for key in names if key not in source)
     if keys:

@@ -161,8 +161,11 @@ class Renderer:
         lost = [kind for kind, text in texts_of(answer).items() if text and kind not in frame.keys]
         if answer.get(CALLS) and self._writes_no_calls(row, answer, rendered):
             lost.append(CALLS)
+        source = str(self.processor.chat_template)
+        names = {THOUGHTS: THOUGHT_KEYS, CALLS: (CALLS,), CONTENT: (CONTENT,)}
         for key in lost:
-            if key not in self.warned:
+            is_read = any(name in source for name in names[key])  # others are told by name anyway
+            if is_read and key not in self.warned:
                 self.warned.add(key)
                 logger.warning(
                     "%s: the chat template does not write the answer's %s, so it is not learnt (of "
