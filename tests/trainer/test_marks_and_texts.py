@@ -191,7 +191,7 @@ def test_of_several_end_tokens_the_one_that_ends_every_turn_counts(eos):
     [(THINKING, "reasoning_content"), ({**ANSWER, "tool_calls": CALL}, "tool_calls")],
 )
 def test_what_a_template_leaves_out_of_an_answer_is_told_once(answer, key, caplog):
-    seldom = "{{ m.content + (m.%s | string if never else '') +" % key
+    seldom = "{{ m.content + (m." + key + " | string if never else '') +"
     tokenizer = chat_tokenizer("qwen", CHATML.replace("{{ m.content +", seldom))
     collator = GOLDCollator(tokenizer, [tokenizer.eos_token_id], None)
     for _ in range(2):
