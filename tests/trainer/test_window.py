@@ -227,7 +227,7 @@ def test_window_holds_each_picture_once_and_the_pixels_of_one_micro_batch(
     """
     rows = DecodedRows(tiny_rows(6, images=1))
     pixels, events = weakref.WeakSet(), []
-    makers = [(local, "process_prompts"), (collator, "build_inputs")]
+    makers = [(local, "process_examples"), (collator, "build_inputs")]
     for module, name in makers:
         monkeypatch.setattr(module, name, counted(getattr(module, name), name, pixels, events))
     compute_loss = GOLDTrainer.compute_loss
@@ -241,7 +241,7 @@ def test_window_holds_each_picture_once_and_the_pixels_of_one_micro_batch(
     run = make_trainer(tmp_path, rows, num_generations=4, lmbda=lmbda, **options)
     run.train()
     micro_batch = [("build_inputs", 0), ("pictures", 2 + 2, "pixels", 1)]
-    rollouts = [("process_prompts", 0)] if lmbda else []
+    rollouts = [("process_examples", 0)] if lmbda else []
     assert events == rollouts + micro_batch * 8
 
 
