@@ -29,7 +29,13 @@ from support.trainer_cases import FIELDS, losses_of
 
 SECONDS = 120  # of a case; a hang then prints all stacks and ends
 NUM_ROWS, BATCH = 8, 4
-RUN = {"max_steps": 2, "learning_rate": 0.1, "max_grad_norm": 1.0, "max_completion_length": 16}
+RUN = {
+    "bf16": False,
+    "max_steps": 2,
+    "learning_rate": 0.1,
+    "max_grad_norm": 1.0,
+    "max_completion_length": 16,
+}
 ULD = {"use_uld_loss": True, "uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.5}
 MIXED = {"family": "qwen3_vl", "images": "mixed"}  # ranks differ in whether they have a picture
 
@@ -45,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"is_tied": False},
     "bf16": {"is_tied": False, "bf16": True},
+    "bf16_own_teacher": {"peft_config": lora(), "has_teacher": False, "bf16": True},
     "frozen_head": {"is_tied": False, "is_head_frozen": True},
     "lora": {"peft_config": lora()},
     "saved_head": {"is_tied": False, "peft_config": lora(modules_to_save=["lm_head"])},

@@ -39,11 +39,18 @@ class OwnWeights(FrozenTeacher):
         student.eval()
         try:
             with student.disable_adapter():
+                # peft freezes the adapter, and FSDP looks once, at the first forward pass, for the
+                # type of what is trained
+                _restore(needed_grad)
                 yield student
         finally:
             student.train(was_training)
-            for parameter, needs_grad in needed_grad:  # peft thaws what was frozen of an adapter
-                parameter.requires_grad_(needs_grad)
+            _restore(needed_grad)  # peft thaws what was frozen of an adapter
+
+
+def _restore(needed_grad: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, needs_grad in needed_grad:
+        parameter.requires_grad_(needs_grad)
 
 
 def check_only_adapter_is_trained(student: Any) -> None:  # a PeftModel
