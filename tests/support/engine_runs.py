@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from support.engine_step import CASES, save_models
 from support.processes import TESTS
@@ -31,6 +32,26 @@ def run_engine(folder: Path, engine: str, names: Sequence[str]) -> dict[str, Any
     results = torch.load(state)
     assert results.keys() == set(names), done.stderr[-8000:]
     return results
+
+
+def differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """The last loss, and the largest relative differences of losses, gradient norms, and weights
+    of the saved student; or the error.
+    """
+    if "error" in actual:
+        return {"error": actual["error"]}
+    result: dict[str, Any] = {"loss": f"{actual['losses'][-1]:.7g}"}
+    for name in ("losses", "norms"):
+        pairs = zip(actual[name], expected[name], strict=True)
+        result[name] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    ours, theirs = actual["weights"], expected["weights"]
+    assert ours.keys() == theirs.keys()
+    result["weights"] = max(_distance(ours[key], theirs[key]) for key in theirs)
+    return {key: f"{value:.1e}" if key != "loss" else value for key, value in result.items()}
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-6))
 
 
 def assert_same_run(actual: dict[str, Any], expected: dict[str, Any], relative: float) -> None:
