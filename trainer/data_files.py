@@ -8,7 +8,7 @@ ahead.
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +17,11 @@ import datasets
 import torch
 
 from gold_trainer.columns import SHAPE_COLUMNS, names_of
+from gold_trainer.json_files import JSON_SUFFIXES, json_rows, no_utf8
 from gold_trainer.messages import parsed_messages
 from gold_trainer.pictures import undecoded
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-JSON_SUFFIXES = (".json", ".jsonl")
 
 
 @dataclass
@@ -224,7 +224,8 @@ def _check_file(path: Path, split: str, is_own: bool) -> None:
 def _load_file(path: Path, split: str) -> Sequence[dict[str, Any]]:
     bases = split_names(split)
     if path.suffix in JSON_SUFFIXES:
-        return _sliced(dict.fromkeys(bases, read_json(path)), split, path)
+        rows = list(json_rows(path))
+        return _sliced(dict.fromkeys(bases, rows), split, path)
     files = dict.fromkeys(bases, str(path))
     options = csv_options(path) if path.suffix == ".csv" else {}
     return load_split(BUILDERS[path.suffix], split, data_files=files, **options)
@@ -245,18 +246,34 @@ def csv_options(path: Path) -> dict[str, Any]:
 
 def _load_folder(path: Path, split: str) -> Sequence[dict[str, Any]]:
     """A save_to_disk folder, SPLIT.jsonl or SPLIT.json in it, pictures with metadata, or files."""
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.Dataset):
-            return _sliced({"train": saved}, split, path)
+    saved = saved_splits(path)
+    if saved is not None:
         return _sliced(saved, split, path)
     files = {file.stem: file for suffix in JSON_SUFFIXES for file in path.glob(f"*{suffix}")}
     bases = split_names(split)
     if bases and set(bases) <= set(files):
-        return _sliced({base: read_json(files[base]) for base in bases}, split, path)
+        return _sliced({base: list(json_rows(files[base])) for base in bases}, split, path)
+    return load_files_of(path, split)
+
+
+def saved_splits(path: Path) -> dict[str, datasets.Dataset] | None:
+    """Of a save_to_disk folder; None for another."""
+    if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
+        return None
+    saved = datasets.load_from_disk(str(path))
+    return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+
+
+def load_files_of(path: Path, split: str, **options: Any) -> Any:
+    """Of a folder: pictures with metadata, or files."""
     if any((path / f"metadata{suffix}").exists() for suffix in (".jsonl", ".csv", ".parquet")):
-        return load_split("imagefolder", split, data_dir=str(path))
-    return load_split(str(path), split)
+        return load_split("imagefolder", split, data_dir=str(path), **options)
+    return load_split(str(path), split, **options)
+
+
+def refuse_missing_split(split: str, splits: Collection[str], path: Path) -> None:
+    if not set(split_names(split)) <= set(splits):
+        raise ValueError(f"dataset {path}: no split {split!r}; it has {', '.join(splits)}")
 
 
 def split_names(split: str) -> list[str]:
@@ -266,8 +283,7 @@ def split_names(split: str) -> list[str]:
 
 def _sliced(splits: Mapping[str, Any], split: str, path: Path) -> Sequence[dict[str, Any]]:
     """The rows that a split's text names, as datasets reads it."""
-    if not set(split_names(split)) <= set(splits):
-        raise ValueError(f"dataset {path}: no split {split!r}; it has {', '.join(splits)}")
+    refuse_missing_split(split, splits, path)
     lengths = {name: len(rows) for name, rows in splits.items()}
     try:
         spans = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
@@ -297,29 +313,3 @@ def load_split(builder: str, split: str, **options: Any) -> Any:
         name = ", ".join(files) or options.get("data_dir") or builder
         reason = f" ({error.__cause__})" if error.__cause__ is not None else ""
         raise ValueError(f"dataset {name}: {error}{reason}") from error
-
-
-def read_json(path: Path) -> list[dict[str, Any]]:
-    """A list of rows, or one row a line; in memory, pictures by path."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise no_utf8(path, error) from error
-    try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-        else:
-            # not splitlines: JSON strings may hold U+2028 and other separators as they are
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"dataset {path}: not valid JSON: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"dataset {path}: expected a list of objects, one for each row")
-    return rows
-
-
-def no_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
-    byte = error.object[error.start]
-    return ValueError(
-        f"dataset {path}: text in UTF-8 is expected, got byte {byte:#04x}; convert it"
-    )

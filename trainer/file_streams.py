@@ -4,9 +4,9 @@ The same files, folders and hub ids as data_files.py knows; whole splits, or sli
 in rows from the beginning.
 """
 
-import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +15,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gold_trainer.data_files import (
     BUILDERS,
-    JSON_SUFFIXES,
     DataArguments,
     csv_options,
+    load_files_of,
     load_split,
     named_columns,
-    no_utf8,
-    read_json,
+    refuse_missing_split,
+    saved_splits,
     source_of,
     split_names,
 )
+from gold_trainer.json_files import JSON_SUFFIXES, json_rows
 from gold_trainer.pictures import undecoded
 
 SLICE = re.compile(r"(?P<name>[^\[\]+%]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
@@ -57,31 +58,7 @@ class JsonRows(IterableDataset):
         worker = get_worker_info()
         if worker is not None and worker.id > 0:
             return  # a file is read by one
-        for index, row in enumerate(self._rows()):
-            if self.stop is not None and index >= self.stop:
-                return
-            if index >= self.start:
-                yield row
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        if self.path.suffix == ".json":
-            yield from read_json(self.path)  # a list, which has no lines
-            return
-        with self.path.open("rb") as lines:  # which end at line feeds only
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except UnicodeDecodeError as error:
-                    raise no_utf8(self.path, error) from error
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{self.path}, line {number}: not valid JSON: {error}"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{self.path}, line {number}: an object is expected")
-                yield row
+        yield from islice(json_rows(self.path), self.start, self.stop)
 
 
 def load_stream(data_args: DataArguments, purpose: Literal["train", "eval"]) -> MappedStream:
@@ -121,12 +98,8 @@ def _open(name: str, path: Path | None, split: str, data_args: DataArguments) ->
         options = csv_options(path) if path.suffix == ".csv" else {}
         files = {base: str(path) for base in split_names(split)}
         return load_split(BUILDERS[path.suffix], split, data_files=files, streaming=True, **options)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        saved = datasets.load_from_disk(str(path))
-        splits = {"train": saved} if isinstance(saved, datasets.Dataset) else saved
-        if split not in splits:
-            raise ValueError(f"dataset {path}: no split {split!r}; it has {', '.join(splits)}")
-        return splits[split].to_iterable_dataset()
-    if any((path / f"metadata{suffix}").exists() for suffix in (".jsonl", ".csv", ".parquet")):
-        return load_split("imagefolder", split, data_dir=str(path), streaming=True)
-    return load_split(str(path), split, streaming=True)
+    saved = saved_splits(path)
+    if saved is not None:
+        refuse_missing_split(split, saved, path)
+        return saved[split].to_iterable_dataset()
+    return load_files_of(path, split, streaming=True)

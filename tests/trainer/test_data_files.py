@@ -220,6 +220,14 @@ def test_file_that_is_not_utf8_is_named_and_a_byte_order_mark_is_no_part_of_it(t
         load(path)
 
 
+@pytest.mark.parametrize("line", ["{broken", "[1]"])
+def test_line_that_is_no_row_is_named(tmp_path, line):
+    path = write(tmp_path / "rows.jsonl", ROWS[:1])
+    path.write_text(path.read_text() + f"\n{line}\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: (not valid JSON|an object)"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [

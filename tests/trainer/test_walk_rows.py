@@ -79,8 +79,8 @@ CASES: list[Case] = [
     ),
     refused("messages that are no list", "row 0", [{"messages": 3}]),
     refused("a message without a role", "row 0", [{"messages": [{"content": "a"}, ANSWER]}]),
-    refused("a row that is no object", "expected a list of objects", "[1]\n"),
-    refused("a line that is no json", "not valid JSON", "{broken\n"),
+    refused("a row that is no object", "line 1: an object is expected", "[1]\n"),
+    refused("a line that is no json", "line 1: not valid JSON", "{broken\n"),
     refused("an empty file", "has no rows", ""),
     refused("no known column", "are expected, got", [{"question": "a", "answer": "b"}]),
     used(
