@@ -65,7 +65,8 @@ class PictureReader:
         try:
             picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
         except UnidentifiedImageError as error:
-            reason = ValueError("it is in no format that PIL knows")
+            name = f"{str(source)!a}" if isinstance(source, Path) else "it"
+            reason = ValueError(f"{name} is in no format that PIL knows")
             raise unreadable(index, key, reason) from error
         except Exception as error:
             raise unreadable(index, key, error) from error
