@@ -65,8 +65,8 @@ class PictureReader:
         try:
             picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
         except UnidentifiedImageError as error:
-            name = f"{str(source)!a}" if isinstance(source, Path) else "it"
-            reason = ValueError(f"{name} is in no format that PIL knows")
+            name = f": {str(source)!a}" if isinstance(source, Path) else ""
+            reason = ValueError(f"it is in no format that PIL knows{name}")
             raise unreadable(index, key, reason) from error
         except Exception as error:
             raise unreadable(index, key, error) from error
