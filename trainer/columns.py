@@ -9,7 +9,8 @@ import datasets
 
 from gold_trainer.messages import parsed_json, parsed_messages
 
-BESIDE_ALL = ("image", "images", "video", "videos", "tools", "chat_template_kwargs")
+MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
+BESIDE_ALL = (*MEDIA[0], *MEDIA[1], "tools", "chat_template_kwargs")
 # The column that tells how a row holds its conversation -> the columns that go with it.
 SHAPES: dict[str, tuple[str, ...]] = {
     "messages": (),

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from gold_trainer.messages import joined_text
+
 # Kinds of texts, named as most templates name their keys.
 CONTENT, THOUGHTS = "content", "reasoning_content"
 # Keys under which data sets and templates keep thoughts. The first that holds something counts.
@@ -100,13 +102,6 @@ def texts_of(answer: Mapping[str, Any]) -> dict[str, str]:
         for key, text in texts.items()
         if isinstance(text, str) and (text or key == CONTENT)
     }
-
-
-def joined_text(content: Any) -> Any:
-    """A content as one text, whatever its parts."""
-    if content is None or isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
 
 
 def without_inline_thoughts(answer: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Messages of a row as its author wrote them: checked, every key kept, pictures in their places."""
+"""Messages of a row as its author wrote them: checked, with every key that holds something."""
 
 import json
 from collections.abc import Mapping
@@ -174,18 +174,21 @@ def _as_list(value: Any) -> list[Any]:
 
 def text_of(answer: Message, index: int) -> str:
     content = answer["content"]
-    if isinstance(content, str | None):
-        return content or ""
-    if any(part["type"] != "text" for part in content):
+    if isinstance(content, list) and any(part["type"] != "text" for part in content):
         raise ValueError(f"row {index}: an answer must be text, got {content!a}; drop other parts.")
+    return joined_text(content) or ""
+
+
+def joined_text(content: Any) -> str | None:
+    """A content of text as one text, whatever its parts."""
+    if content is None or isinstance(content, str):
+        return content
     return "".join(part["text"] for part in content)
 
 
 def continued(last: Mapping[str, Any], answer: Mapping[str, Any]) -> Message:
     """The turn that a prompt leaves open, with the answer at its end."""
-    content, end = last.get("content"), answer.get("content")
-    if not isinstance(end, str | None):
-        end = "".join(part["text"] for part in end)
+    content, end = last.get("content"), joined_text(answer.get("content"))
     if isinstance(content, str | None):
         return {**last, **answer, "content": (content or "") + (end or "")}
     *parts, open_part = content

@@ -50,26 +50,30 @@ def take(messages: Messages, index: int, medium: Medium) -> tuple[Messages, list
     return bare, taken
 
 
-def place(messages: Messages, number: int, index: int, medium: Medium, has_marks: bool) -> Messages:
+def place(
+    messages: Messages, number: int, index: int, medium: Medium, has_placeholders: bool
+) -> Messages:
     """The messages with a part for every picture or video: where they have such parts, else at
-    placeholders in a user's text, else in front of the first user turn. Without has_marks a
+    placeholders in a user's text, else in front of the first user turn. Without has_placeholders a
     placeholder is text.
     """
-    name, mark = medium.name, medium.placeholder
+    name, placeholder = medium.name, medium.placeholder
     num_parts = num_parts_of(messages, medium)
-    num_marks = sum(_num_marks(message, mark) for message in messages) if has_marks else 0
-    if num_parts and num_marks:
+    num_placeholders = 0
+    if has_placeholders:
+        num_placeholders = sum(_num_placeholders(message, placeholder) for message in messages)
+    if num_parts and num_placeholders:
         raise ValueError(
-            f"row {index}: a {name}'s place must be {medium.part} or {mark}, got {num_parts} of "
-            f"the one and {num_marks} of the other; write all alike."
+            f"row {index}: a {name}'s place must be {medium.part} or {placeholder}, got "
+            f"{num_parts} of the one and {num_placeholders} of the other; write all alike."
         )
-    if num_marks and num_marks != number:
+    if num_placeholders and num_placeholders != number:
         raise ValueError(
-            f"row {index}: the prompt has {mark} {num_marks} times but the row has {number} "
-            f"{name}s; make them equal, or leave the placeholders out."
+            f"row {index}: the prompt has {placeholder} {num_placeholders} times but the row has "
+            f"{number} {name}s; make them equal, or leave the placeholders out."
         )
-    if num_marks:
-        return [_at_marks(message, medium) for message in messages]
+    if num_placeholders:
+        return [_at_placeholders(message, medium) for message in messages]
     if num_parts == number:
         return messages
     if num_parts:
@@ -94,14 +98,14 @@ def num_parts_of(messages: Messages, medium: Medium) -> int:
     )
 
 
-def _num_marks(message: Message, mark: str) -> int:
+def _num_placeholders(message: Message, placeholder: str) -> int:
     if message["role"] != "user":
         return 0
-    return sum((part.get("text") or "").count(mark) for part in _parts(message["content"]))
+    return sum((part.get("text") or "").count(placeholder) for part in _parts(message["content"]))
 
 
-def _at_marks(message: Message, medium: Medium) -> Message:
-    if not _num_marks(message, medium.placeholder):
+def _at_placeholders(message: Message, medium: Medium) -> Message:
+    if not _num_placeholders(message, medium.placeholder):
         return message
     content: list[dict[str, Any]] = []
     for part in _parts(message["content"]):

@@ -22,14 +22,13 @@ from gold_trainer.frames import (
     Frames,
     Piece,
     common_length,
-    joined_text,
     of_one_kind,
     read_as_thoughts,
     texts_of,
     with_inline_thoughts,
     without_inline_thoughts,
 )
-from gold_trainer.messages import Messages, continued
+from gold_trainer.messages import Messages, continued, joined_text
 from gold_trainer.row_errors import TemplateError
 from gold_trainer.rows import Row
 

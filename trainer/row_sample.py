@@ -8,13 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gold_trainer.columns import as_conversation
+from gold_trainer.columns import MEDIA, as_conversation
 from gold_trainer.dataset import RowDataset, conversations
 from gold_trainer.messages import parsed_messages
 
 NUM_ROWS = 64
 SECONDS = 2.0  # a dataset that reads slowly is looked at less
-PICTURES = ("image", "images", "video", "videos")
 NAMES = ("role", "from", "type")  # keys whose values are no text of their own
 
 
@@ -57,7 +56,8 @@ def sample_rows(rows: RowDataset, tokenizer: Any) -> RowSample:
             break
         try:
             columns = rows.reader.columns(columns_of[index])
-            row = as_conversation({k: v for k, v in columns.items() if k not in PICTURES}, index)
+            texts_alone = {k: v for k, v in columns.items() if k not in (*MEDIA[0], *MEDIA[1])}
+            row = as_conversation(texts_alone, index)
         except Exception:  # of the dataset's own code too; the row says so when it is read
             continue
         says = parsed_messages(row.get("messages", row.get("prompt")))

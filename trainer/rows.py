@@ -12,7 +12,7 @@ import datasets
 from PIL import Image
 from transformers.utils import logging
 
-from gold_trainer.columns import as_conversation
+from gold_trainer.columns import MEDIA, as_conversation
 from gold_trainer.data_files import MappedRows
 from gold_trainer.file_streams import MappedStream
 from gold_trainer.messages import (
@@ -31,8 +31,6 @@ from gold_trainer.turns import Conversation, read_conversation
 from gold_trainer.videos import Video, VideoReader
 
 logger = logging.get_logger(__name__)
-
-MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
 
 
 def name_of(index: int, turn: int | None) -> str:
@@ -226,10 +224,10 @@ class RowReader:
         """The messages with a place for each of the row's pictures or videos, and those."""
         if not values:
             messages, values = take(messages, index, medium)
-        has_marks = not self.is_text if medium is PICTURE else self.takes_videos
-        if values and not has_marks:
+        has_placeholders = not self.is_text if medium is PICTURE else self.takes_videos
+        if values and not has_placeholders:
             return messages, values  # refused below
-        return place(messages, len(values), index, medium, has_marks), values
+        return place(messages, len(values), index, medium, has_placeholders), values
 
     def _refuse_media(self, pictures: Sequence[Any], videos: Sequence[Any], index: int) -> None:
         if self.is_text and pictures:
