@@ -144,8 +144,7 @@ def load_model(
     name_or_path: str, init_kwargs: InitKwargs, revision: str | None = None
 ) -> PreTrainedModel:
     """A vision-language or text model by folder or hub id, as its config says."""
-    is_vlm = models.is_vision_language(load_config(name_or_path, init_kwargs, revision))
-    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    auto_class = _auto_class(load_config(name_or_path, init_kwargs, revision))
     options = {**_as_dict(init_kwargs), **hub_options(init_kwargs, revision)}
     try:
         return auto_class.from_pretrained(name_or_path, **options)
@@ -156,17 +155,20 @@ def load_model(
         ) from error
 
 
+def _auto_class(config: PretrainedConfig) -> Any:
+    is_vlm = models.is_vision_language(config)
+    return AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+
+
 def empty_model(
     name_or_path: str, init_kwargs: InitKwargs, revision: str | None = None
 ) -> PreTrainedModel:
     """The model that load_model loads without its weights: tensors are on the meta device."""
     options = hub_options(init_kwargs, revision)
     config = load_config(name_or_path, init_kwargs, revision)
-    is_vlm = models.is_vision_language(config)
-    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     trust = {key: value for key, value in options.items() if key == "trust_remote_code"}
     with torch.device("meta"):
-        model = auto_class.from_config(config, **trust)
+        model = _auto_class(config).from_config(config, **trust)
     with suppress(OSError):  # a folder without one: that of the config stays
         options.pop("trust_remote_code", None)
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **options)
