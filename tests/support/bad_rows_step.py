@@ -9,15 +9,8 @@ from pathlib import Path
 import torch
 
 from support.bad_rows import BAD, skips_of, text_rows, with_bad
+from support.streams import Stream
 from support.trainer_cases import losses_of, make_trainer
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 def main(output_dir: str, batch_size: int, accumulation: int) -> None:

@@ -11,6 +11,7 @@ from support import bad_rows_step
 from support.bad_rows import BAD, BAD_TEXT, REFUSING, skips_of, text_rows, with_bad
 from support.processes import run_step
 from support.resumed_runs import FIELDS, assert_same_run
+from support.streams import Stream
 from support.tiny_models import FAMILIES, tiny, tiny_processor, tiny_rows
 from support.trainer_cases import assert_equal_gradients, losses_of, make_trainer, one_step
 
@@ -19,14 +20,6 @@ RUN = FIELDS | SKIP | {"lmbda": 0.5}
 TEXT = text_rows(10)
 # 13 rows; those at 4 and 5 are a micro-batch of two, in order
 BAD_ROWS = with_bad(TEXT, dict(zip((1, 4, 5), BAD_TEXT.values(), strict=True)))
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 @pytest.mark.parametrize("reason", BAD)

@@ -2,24 +2,16 @@
 
 import datasets
 import pytest
-import torch
 
 from gold_trainer.dataset import RowDataset
 from gold_trainer.streams import RowStream
 from support.resumed_runs import FIELDS, assert_same_run
+from support.streams import Stream
 from support.tiny_models import tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 
 ROWS = tiny_rows(40, images="mixed")
 STREAMING = FIELDS | {"train_sampling_strategy": "sequential", "lmbda": 0.5}
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 def of_datasets(rows):

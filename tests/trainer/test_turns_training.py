@@ -5,6 +5,7 @@ import torch
 
 from gold_trainer.window import fetch_window
 from support.cross_cases import cross_trainer, make_sides
+from support.streams import Stream
 from support.tiny_models import tiny_picture
 from support.trainer_cases import assert_equal_gradients, losses_of, make_trainer
 
@@ -35,14 +36,6 @@ def one_turn_each(rows):
             pictures = {"images": row["images"][:count]} if "images" in row else {}
             expanded.append({"messages": messages} | pictures)
     return expanded
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 def weights_of(trainer):
