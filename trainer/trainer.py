@@ -2,7 +2,7 @@
 
 A step, in order, and who does it:
 
-    row      dataset row -> messages, pictures, completion            dataset.py
+    row      dataset row -> messages, pictures, completion            rows.py
     batch    rows -> examples of both sides, in data loader workers   objective.collator
     window   examples -> completions, by a writer where it is due     window.py, writers/
     tensors  examples -> inputs on the device, their scored rows      objective.prepare
