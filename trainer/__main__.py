@@ -81,7 +81,7 @@ def _known(argv: list[str], own: Collection[str] = ()) -> list[str]:
     """
     if argv and not argv[0].startswith("-"):
         argv = [str(find_config(argv[0])), *argv[1:]]
-        flags.check_keys(Path(argv[0]))
+        flags.read_fields(Path(argv[0]))
     flags.check_names(name for name in argv if name.partition("=")[0] not in own)
     return argv
 

@@ -4,7 +4,6 @@ The YAML holds the same names as the flags; a flag wins over the YAML.
 """
 
 import argparse
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,10 @@ from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 
 from gold_trainer import checkpoints
 from gold_trainer.config import GOLDConfig
-from gold_trainer.config_file import read_mapping
 from gold_trainer.data_files import DataArguments, load_rows
 from gold_trainer.field_checks import check_fields
 from gold_trainer.file_streams import load_stream
-from gold_trainer.flags import own_groups, remedy
+from gold_trainer.flags import all_names, own_groups, read_fields, remedy
 from gold_trainer.resuming import as_wanted, earlier_run
 
 
@@ -93,7 +91,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
         name = unknown[0].split("=")[0]
         if not name.startswith("--"):
             raise ValueError(f"unexpected argument {name!r}; the YAML file comes before the flags")
-        raise ValueError(f"unknown flag {name}{remedy(name.lstrip('-'), _field_names(parser))}")
+        raise ValueError(f"unknown flag {name}{remedy(name.lstrip('-'), all_names())}")
     check_fields(model_args, "gold-trainer train")
     check_fields(data_args, "gold-trainer train")
     return model_args, data_args, config
@@ -102,9 +100,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
 def _read_config(path: Path, parser: Parser) -> list[str]:
     """The YAML as flags, so that argparse converts and checks both alike."""
     flags, own = [], {flag.name for _, group in own_groups() for flag in group}
-    for name, value in read_mapping(path).items():
-        if name not in _field_names(parser):
-            raise ValueError(f"{path}: unknown key {name}{remedy(str(name), _field_names(parser))}")
+    for name, value in read_fields(path).items():
         action = parser.action_of(name)
         if value is False and "no" in (action.choices or ()):
             value = "no"  # eval_strategy: no, which YAML reads as false
@@ -122,10 +118,6 @@ def _read_config(path: Path, parser: Parser) -> list[str]:
         else:
             flags.append(f"--{name}={value}")
     return flags
-
-
-def _field_names(parser: Parser) -> list[str]:
-    return [f.name for kind in parser.dataclass_types for f in dataclasses.fields(kind) if f.init]
 
 
 class Run(NamedTuple):

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from gold_trainer.config_file import read_mapping
 
@@ -208,9 +209,10 @@ def check_names(argv: Iterable[str]) -> None:
             raise ValueError(f"unknown flag {name}{remedy(name[2:], names)}")
 
 
-def check_keys(path: Path) -> None:
-    """The same for the keys of a YAML file."""
-    names = all_names()
-    for name in read_mapping(path):
+def read_fields(path: Path) -> dict[str, Any]:
+    """Those of a YAML file; ValueError for a key that there is not."""
+    fields, names = read_mapping(path), all_names()
+    for name in fields:
         if name not in names:
             raise ValueError(f"{path}: unknown key {name}{remedy(str(name), names)}")
+    return fields
