@@ -17,7 +17,6 @@ B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
 from gold_trainer.teachers import make_teacher
 from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
-from gold_trainer.writers import Writer, make_writer
+from gold_trainer.writers import make_writers
 
 
 class GOLDTrainer(Trainer):
@@ -128,15 +127,7 @@ class GOLDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
         self.teacher.place(self.accelerator.device)
-        # The module itself, not the trainer: a cycle would keep DDP alive until the process exits.
-        writing: dict[str, Callable[[], AbstractContextManager[nn.Module]]] = {
-            "student": lambda: nullcontext(student),
-            "teacher": self.teacher.writing,
-        }
-        writers: dict[str, Writer] = {
-            name: make_writer(writing[name], collator, args)
-            for name, collator in self.objective.collators.items()
-        }
+        writers = make_writers(student, self.teacher, self.objective.collators, args)
         tokenizer = tokenizer_of(processing_class)
         self.rollouts = Rollouts(args, self.objective, writers, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}

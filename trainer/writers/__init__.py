@@ -1,16 +1,17 @@
 """Who completes prompts: one file a kind, chosen here."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
 from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
+from gold_trainer.teachers import Teacher
 from gold_trainer.writers.local import LocalWriter
 from gold_trainer.writers.writer import Writer
 
-__all__ = ["LocalWriter", "Writer", "make_writer"]
+__all__ = ["LocalWriter", "Writer", "make_writer", "make_writers"]
 
 
 def make_writer(
@@ -19,3 +20,16 @@ def make_writer(
     args: GOLDConfig,
 ) -> Writer:
     return LocalWriter(writing, collator, args)
+
+
+def make_writers(
+    student: nn.Module,  # itself: a trainer would be a cycle, which keeps DDP alive until the end
+    teacher: Teacher,
+    collators: Mapping[str, GOLDCollator],  # of "student" and "teacher"
+    args: GOLDConfig,
+) -> dict[str, Writer]:
+    writing: dict[str, Callable[[], AbstractContextManager[nn.Module]]] = {
+        "student": lambda: nullcontext(student),
+        "teacher": teacher.writing,
+    }
+    return {name: make_writer(writing[name], collators[name], args) for name in collators}
