@@ -86,6 +86,7 @@ setup(
         "gold_kernels": ["py.typed"],
         "gold_trainer": ["py.typed"],
         "gold_trainer.recipes": ["*.yaml"],
+        "gold_trainer.configs": ["*.yaml"],
     },
     entry_points={"console_scripts": ["gold-trainer = gold_trainer.__main__:main"]},
     install_requires=[

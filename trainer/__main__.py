@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from gold_trainer import flags
+from gold_trainer import configs, flags
 from gold_trainer.recipes import FOLDER, find_config, recipe_names
 
 logger = logging.getLogger("gold_trainer")
@@ -30,7 +30,7 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
                                                    read all rows first, train nothing
        gold-trainer train --help                   the fields, with their defaults
        gold-trainer train --help-all               those of transformers too
-       gold-trainer recipes                        names and files of the recipes
+       gold-trainer recipes                        files of recipes, and of engines for several GPUs
        gold-trainer demo [--output_dir runs/demo]  handwritten digits, no download
        gold-trainer --version
 """
@@ -134,6 +134,9 @@ def _recipes(argv: list[str]) -> None:
         raise ValueError(f"gold-trainer recipes: no arguments are expected, got {argv[0]!r}")
     for name in recipe_names():
         sys.stdout.write(f"{name:16} {FOLDER / name}.yaml\n")
+    sys.stdout.write("for accelerate launch --config_file:\n")
+    for name in configs.ENGINES:
+        sys.stdout.write(f"{name:16} {configs.FOLDER / name}.yaml\n")
 
 
 COMMANDS: dict[str | None, Callable[[list[str]], int | None]] = {

@@ -112,8 +112,11 @@ def test_the_wheel_holds_both_packages_with_types_and_recipes(wheel):
             for path in (ROOT / folder).rglob("*.py")
         }
         assert modules <= names, "a module that setup.py does not list"
-    for path in (ROOT / "trainer/recipes").glob("*.yaml"):
-        assert f"gold_trainer/recipes/{path.name}" in names
+    for folder in ("recipes", "configs"):
+        files = list((ROOT / "trainer" / folder).glob("*.yaml"))
+        assert files
+        for path in files:
+            assert f"gold_trainer/{folder}/{path.name}" in names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "gold_kernels",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gold_trainer import configs
 from support.engine_step import CASES, save_models
 from support.processes import TESTS
 
@@ -17,12 +18,20 @@ SECONDS = 400
 
 
 def run_engine(folder: Path, engine: str, names: Sequence[str]) -> dict[str, Any]:
-    """What the cases came to on two processes, by name."""
+    """What the cases came to on two processes, by name. An engine that ends in .yaml is one of the
+    files for accelerate launch.
+    """
     folder.mkdir()
     if any(CASES[name].get("is_by_name") for name in names):
         save_models(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "support.engine_step", str(folder), engine, *names]
+    if engine.endswith(".yaml"):
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", str(configs.FOLDER / engine), "--num_processes", "2"]
+        engine = "launched"
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", "2"]
+    command += ["-m", "support.engine_step", str(folder), engine, *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=TESTS, timeout=SECONDS

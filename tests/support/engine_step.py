@@ -166,7 +166,7 @@ def main(output_dir: str, engine: str, *names: str) -> None:
     results: dict[str, Any] = {}
     if needs_gpus(engine):
         take_processes_for_gpus()
-    if engine.startswith("zero"):
+    if engine.startswith("zero") or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         leave_shared_memory_alone()
     for name in names:
         faulthandler.dump_traceback_later(SECONDS, exit=True)

@@ -42,6 +42,7 @@ def zero(stage: int) -> dict[str, Any]:
 
 ENGINES: dict[str, dict[str, Any]] = {  # fields of TrainingArguments
     "ddp": {},
+    "launched": {},  # accelerate launch says which one
     "fsdp1": fsdp(1),
     "fsdp2": fsdp(2),
     "fsdp2_sharded": fsdp(2, "SHARDED_STATE_DICT"),

@@ -35,6 +35,12 @@ def test_zero_2_gives_the_run_of_ddp(ddp, zero2, case):
     assert_same_run(zero2[case], ddp[case], relative=1e-5)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_shipped_file_for_accelerate_launch_trains_and_resumes(ddp, stage, tmp_path):
+    runs = run_engine(tmp_path / "runs", f"zero{stage}.yaml", ["resumed"])
+    assert_same_run(runs["resumed"], ddp["resumed"], relative=1e-5)
+
+
 def test_what_deepspeed_cannot_do_is_refused_with_a_remedy(tmp_path):
     runs = run_engine(tmp_path / "runs", "zero3", ["early_evaluation"])
     assert "set eval_on_start=True" in runs["early_evaluation"]["error"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gold_trainer import configs
 from support.engine_runs import assert_same_run, run_engine
 from support.engine_step import CASES
 
@@ -35,7 +36,9 @@ def test_a_loss_under_bfloat16_is_not_rounded_to_it(ddp, fsdp, case):
 
 
 def test_checkpoints_of_parts_resume_and_end_in_a_whole_model(ddp, tmp_path):
-    runs = run_engine(tmp_path / "runs", "fsdp2_sharded", ["resumed"])
+    """With the file that is shipped for accelerate launch, as it stands."""
+    assert "SHARDED_STATE_DICT" in (configs.FOLDER / "fsdp2.yaml").read_text()
+    runs = run_engine(tmp_path / "runs", "fsdp2.yaml", ["resumed"])
     assert_same_run(runs["resumed"], ddp["resumed"], relative=1e-5)
 
 
