@@ -141,7 +141,18 @@ def end_ids_of(model: nn.Module, processor: Processor) -> list[int]:
     return sorted({*ids, tokenizer_of(processor).eos_token_id})
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps weights elsewhere and brings them for each forward pass."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
 def check_trained(student: nn.Module) -> None:
+    if is_offloaded(student):
+        raise ValueError(
+            "GOLDTrainer: the student's weights must be in memory, got some that accelerate has "
+            "offloaded; load it without device_map and cpu_offload: LoRA, gradient_checkpointing "
+            "or FSDP save memory."
+        )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             "GOLDTrainer: the student must have parameters that require gradients, got none; load "

@@ -75,6 +75,13 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> None:
     one does not have (LFM2-VL); accelerate stops at the first of them.
     """
     state = accelerator.state
+    parallel = accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            "GOLDTrainer: sequences must be whole on each process, got a parallelism_config with "
+            f"cp_size={parallel.cp_size} and sp_size={parallel.sp_size}; set both to 1: the loss "
+            "needs no memory for long sequences, gradient_checkpointing little."
+        )
     if accelerator.distributed_type == DistributedType.FSDP:
         _refuse_tied_copy(model)
         plugin = state.fsdp_plugin

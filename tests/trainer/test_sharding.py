@@ -5,6 +5,7 @@ test_deepspeed.
 from types import SimpleNamespace
 
 import pytest
+from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from transformers.integrations.deepspeed import (
     HfDeepSpeedConfig,
@@ -16,7 +17,8 @@ from support.tiny_models import tiny
 
 
 def accelerator_of(kind, **plugins):
-    return SimpleNamespace(distributed_type=kind, state=SimpleNamespace(**plugins))
+    state = SimpleNamespace(**plugins)
+    return SimpleNamespace(distributed_type=kind, state=state, parallelism_config=None)
 
 
 def zero(**options):
@@ -31,6 +33,14 @@ def test_zero_3_that_could_not_save_a_student_is_refused_before_training(options
     sharding.prepare(zero(stage=2, **options), tiny("qwen3")[0])
     whole = {"stage3_gather_16bit_weights_on_model_save": True}
     sharding.prepare(zero(stage=3, **whole), tiny("qwen3")[0])
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"sp_size": 2}])
+def test_sequences_that_would_be_cut_apart_are_refused(sizes):
+    accelerator = accelerator_of(DistributedType.FSDP)
+    accelerator.parallelism_config = ParallelismConfig(**sizes)
+    with pytest.raises(ValueError, match=f"{next(iter(sizes))}=2.*set both to 1"):
+        sharding.prepare(accelerator, tiny("qwen3")[0])
 
 
 def test_fsdp_is_told_the_layers_that_a_model_has():
