@@ -25,7 +25,7 @@ from gold_trainer.in_context import InContext, end_ids_of_calls
 from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
 from gold_trainer.placeholders import placeholder_names, refuse_placeholders
 from gold_trainer.rendering import Processor, Renderer
-from gold_trainer.row_errors import LongPromptError, PictureError
+from gold_trainer.row_errors import LongPromptError, PictureError, told
 from gold_trainer.rows import Row
 from gold_trainer.videos import Video, describe_videos, processor_videos, refuse_videos
 
@@ -186,7 +186,7 @@ class GOLDCollator:
             raise kind(
                 f"{row.where}: the processor refuses the prompt {prompt[:80]!r} with "
                 f"{len(row.images)} pictures of {[image.size for image in row.images]}"
-                f"{describe_videos(row.videos)} ({error}); look for a picture's placeholder "
+                f"{describe_videos(row.videos)} ({told(error)}); look for a picture's placeholder "
                 "written into the text, and for odd shapes."
             ) from error
         if length == 0:

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 
 from gold_trainer.messages import parsed_json, parsed_messages
+from gold_trainer.row_errors import shown
 
 MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
 BESIDE_ALL = (*MEDIA[0], *MEDIA[1], "tools", "chat_template_kwargs")
@@ -94,8 +95,8 @@ def _from_alpaca(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     for turns in _listed(parsed_json(columns.get("history") or None), "history", index):
         if not isinstance(turns, list | tuple) or len(turns) != 2:
             raise ValueError(
-                f"row {index}: history must be a list of [question, answer], got {turns!a}; mend "
-                "the column."
+                f"row {index}: history must be a list of [question, answer], got {shown(turns)}; "
+                "mend the column."
             )
         roles = zip(("user", "assistant"), turns, strict=True)
         prompt += [{"role": role, "content": text} for role, text in roles]

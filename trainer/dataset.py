@@ -1,6 +1,6 @@
 """Datasets with a length, read as Rows."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import datasets
@@ -10,6 +10,7 @@ from transformers.utils import logging
 from gold_trainer.columns import SHAPE_COLUMNS, has_shape, names_of, refuse_unused_columns
 from gold_trainer.data_files import MappedRows
 from gold_trainer.pictures import undecoded
+from gold_trainer.row_errors import shown, told
 from gold_trainer.rows import Row, RowReader
 
 logger = logging.get_logger(__name__)
@@ -19,6 +20,11 @@ class RowDataset(torch.utils.data.Dataset):
     """A map-style dataset read as Rows, with the options of RowReader."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], **options: Any):
+        if isinstance(rows, Mapping):
+            raise ValueError(
+                f"RowDataset: one dataset is expected, got {type(rows).__name__} with "
+                f"{shown(list(rows))}; pass one of its splits."
+            )
         if not isinstance(rows, Sized) or isinstance(rows, str):
             raise ValueError(
                 "RowDataset: a map-style dataset with a length is expected, got "
@@ -110,8 +116,8 @@ def _columns(rows: Any, index: int) -> Any:
         if isinstance(error, ValueError) and str(error).startswith("row "):
             raise
         raise ValueError(
-            f"row {index}: the dataset cannot give it ({type(error).__name__}: {error}); mend "
-            "or drop the row."
+            f"row {index}: the dataset cannot give it ({type(error).__name__}: {told(error)}); "
+            "mend or drop the row."
         ) from error
 
 

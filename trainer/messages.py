@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gold_trainer.row_errors import shown
+
 Message = dict[str, Any]  # role, content, and every other key that its author wrote
 Messages = list[Message]
 
@@ -33,15 +35,21 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
         messages, is_table = parsed_messages(messages), False
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(
-            f"row {index}: a conversation must be a list of messages, got {messages!a}; drop the "
-            "row or mend the column."
+            f"row {index}: a conversation must be a list of messages, got {shown(messages)}; drop "
+            "the row or mend the column."
         )
     checked = [_from_sharegpt(message, index) for message in messages]
     for message in checked:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f"row {index}: a message must have a role and a content, got {message!a}; write "
+                f"row {index}: a message must have a role and a content, got {shown(message)}; "
+                "write "
                 '{"role": "user", "content": "..."}.'
+            )
+        odd = next((key for key in message if not isinstance(key, str)), None)
+        if odd is not None:
+            raise ValueError(
+                f"row {index}: the keys of a message must be text, got {shown(odd)}; rename it."
             )
     checked = [_with_own_types(_with_calls(message, index)) for message in checked]
     for message in checked:
@@ -65,13 +73,13 @@ def _from_sharegpt(message: Any, index: int) -> Any:
         if not all(isinstance(call["function"], Mapping) for call in calls):
             raise ValueError(
                 f"row {index}: a function_call must be JSON with name and arguments, got "
-                f"{value!a}; write it as a message with tool_calls."
+                f"{shown(value)}; write it as a message with tool_calls."
             )
         return others | {"role": "assistant", "content": None, "tool_calls": calls}
     if speaker not in SHAREGPT_ROLES:
         raise ValueError(
             f"row {index}: `from` must be one of {', '.join(SHAREGPT_ROLES)} or function_call, got "
-            f"{speaker!a}; rename it, or write the message with role and content."
+            f"{shown(speaker)}; rename it, or write the message with role and content."
         )
     return others | {"role": SHAREGPT_ROLES[speaker], "content": value}
 
@@ -84,7 +92,7 @@ def _with_calls(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
     calls = parsed_json(calls or [])
     if not isinstance(calls, list | tuple):
         raise ValueError(
-            f"row {index}: tool_calls must be a list of calls, got {message['tool_calls']!a}; "
+            f"row {index}: tool_calls must be a list of calls, got {shown(message['tool_calls'])}; "
             'write [{"type": "function", "function": {"name": ..., "arguments": ...}}].'
         )
     # text that is no JSON is as its template wants it
@@ -114,7 +122,7 @@ def _check_content(message: Mapping[str, Any], index: int) -> None:
     if not isinstance(content, str) and not is_parts:
         raise ValueError(
             f"row {index}: the content of a message must be text or a list of parts, got "
-            f"{content!a}; write it as text, or as "
+            f"{shown(content)}; write it as text, or as "
             '[{"type": "image"}, {"type": "text", "text": "..."}].'
         )
     for part in parts:
@@ -122,7 +130,7 @@ def _check_content(message: Mapping[str, Any], index: int) -> None:
         if not is_text and part.get("type") not in MEDIA_TYPES:
             raise ValueError(
                 f"row {index}: a part of a message must be text, or the place of a picture or a "
-                f'video, got {part!a}; write {{"type": "text", "text": "..."}} or '
+                f'video, got {shown(part)}; write {{"type": "text", "text": "..."}} or '
                 '{"type": "image"}; no model here takes sound.'
             )
 
@@ -175,7 +183,9 @@ def _as_list(value: Any) -> list[Any]:
 def text_of(answer: Message, index: int) -> str:
     content = answer["content"]
     if isinstance(content, list) and any(part["type"] != "text" for part in content):
-        raise ValueError(f"row {index}: an answer must be text, got {content!a}; drop other parts.")
+        raise ValueError(
+            f"row {index}: an answer must be text, got {shown(content)}; drop other parts."
+        )
     return joined_text(content) or ""
 
 

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gold_trainer.row_errors import PictureError
+from gold_trainer.row_errors import PictureError, told
 
 MAX_PIXELS = 8192 * 8192  # 192 MiB once decoded
 MAX_RATIO = 200  # of the sides; what Qwen's processors take
 ORIENTATION = 0x0112  # a tag of EXIF: phones write pictures turned, with a note
 PLACE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")  # of a part or a dict
-# What base64 of a PNG, JPEG, GIF, WebP, TIFF and BMP file starts with.
-BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk")
+# What base64 of a PNG, JPEG, GIF, WebP, TIFF, BMP and AVIF file starts with; _9j_ in addresses.
+BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk", "AAAA", "_9j_")
 DRAWINGS = ("EPS", "WMF", "EMF")  # other programs draw them
 
 
@@ -85,7 +85,7 @@ class PictureReader:
         if isinstance(value, Mapping):
             if value.get("bytes") is not None:  # the path beside them is a name only
                 return self._source(value["bytes"], where)
-            if isinstance(value.get("base64"), str):
+            if isinstance(value.get("base64"), str | bytes):
                 return _decoded(value["base64"], where)
             for key in PLACE_KEYS:
                 if value.get(key) is not None:
@@ -96,17 +96,17 @@ class PictureReader:
         )
 
     def _source_of_text(self, text: str, where: str) -> Path | bytes:
-        if text.startswith("data:"):
+        if text[:5].lower() == "data:":
             head, _, data = text.partition(",")
-            if not head.endswith(";base64"):
+            if not head.lower().endswith(";base64"):
                 raise PictureError(
                     f"{where} must be base64 in a data address, got {head[:40]!a}; write "
                     "data:image/png;base64,..."
                 )
             return _decoded(data, where)
-        if len(text) > 60 and text.startswith(BASE64_STARTS):
+        if len(text) > 60 and text.lstrip().startswith(BASE64_STARTS):
             try:
-                return base64.b64decode("".join(text.split()), validate=True)
+                return _from_base64(text)
             except binascii.Error:
                 pass  # a path that only starts alike
         return self.path(text, where)
@@ -124,8 +124,8 @@ class PictureReader:
             is_file = path.is_file()  # no folder, and no pipe that would wait for a writer
         except (OSError, ValueError) as error:  # too long; a NUL or a lone surrogate
             raise PictureError(
-                f"{where} must be the path of {what}, got {text[:80]!a} ({error}); mend or drop "
-                "the row."
+                f"{where} must be the path of {what}, got {text[:80]!a} ({told(error)}); mend or "
+                "drop the row."
             ) from error
         if "\0" in text or not is_file:
             raise PictureError(
@@ -155,25 +155,45 @@ class PictureReader:
 
 def unreadable(index: int, key: str, error: Exception) -> PictureError:
     return PictureError(
-        f"row {index}: its picture cannot be read ({key}: {error or type(error).__name__}); mend "
-        "or drop the row."
+        f"row {index}: its picture cannot be read ({key}: {told(error)}); mend or drop the row."
     )
 
 
-def _decoded(text: str, where: str) -> bytes:
+def _from_base64(text: str | bytes) -> bytes:
+    """Of either alphabet, with padding or without."""
+    text = text.decode("ascii") if isinstance(text, bytes) else text
+    data = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+
+
+def _decoded(text: str | bytes, where: str) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return _from_base64(text)
     except ValueError as error:  # binascii's, and of characters that are no ASCII
         raise PictureError(
-            f"{where} must be base64, got {text[:40]!a} ({error}); encode the file again."
+            f"{where} must be base64, got {text[:40]!a} ({told(error)}); encode the file again."
         ) from error
+
+
+def levels_of(value: Any, where: str) -> np.ndarray:
+    """An array or a tensor as an array; bits as levels of 8 bits."""
+    if isinstance(value, torch.Tensor):
+        try:
+            value = value.float() if value.dtype == torch.bfloat16 else value
+            value = value.numpy(force=True)
+        except (TypeError, RuntimeError) as error:  # sparse, without data, of odd numbers
+            raise PictureError(
+                f"{where} must be a tensor with numbers that numpy has, got {value.dtype} on "
+                f"{value.device} ({told(error)}); convert the column."
+            ) from error
+    return value.astype(np.uint8) * 255 if value.dtype == bool else value
 
 
 def picture_of_array(value: Any, where: str) -> Image.Image:
     """(H, W), or (H, W, C) or (C, H, W) with C of 1, 3 or 4: levels of 8 bits or floats in [0, 1];
     without C also of 16 bits.
     """
-    levels = value.numpy(force=True) if isinstance(value, torch.Tensor) else value
+    levels = levels_of(value, where)
     channels = (1, 3, 4)
     if levels.ndim == 3 and levels.shape[-1] not in channels and levels.shape[0] in channels:
         levels = levels.transpose(1, 2, 0)
@@ -184,7 +204,7 @@ def picture_of_array(value: Any, where: str) -> Image.Image:
         levels = np.round(levels * 255).astype(np.uint8)
     is_deep = levels.ndim == 2 and levels.dtype == np.uint16
     has_shape = levels.ndim == 2 or (levels.ndim == 3 and levels.shape[-1] in channels)
-    if not has_shape or not levels.size or not (levels.dtype in (np.uint8, bool) or is_deep):
+    if not has_shape or not levels.size or not (levels.dtype == np.uint8 or is_deep):
         raise PictureError(
             f"{where} must be an array (H, W), (H, W, C) or (C, H, W) of 8 bits (uint8) or of "
             f"floats in [0, 1], got {levels.dtype} {levels.shape}; convert the column."
@@ -236,6 +256,7 @@ def undecoded(rows: Any) -> Any:
     but the kind of its lists.
     """
     if isinstance(rows, datasets.IterableDataset):
+        rows = rows.with_format(None)
         return rows.decode(False) if rows.features else rows
     if not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom":
         return rows

@@ -1,7 +1,9 @@
 """Why a row cannot be used: ValueErrors that know their reason, and what takes a row's place."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+MAX_SHOWN = 300  # characters
 
 
 class RowError(ValueError):
@@ -24,6 +26,21 @@ class TemplateError(RowError):
 
 class NoAnswerError(RowError):
     reason = "no_answer"
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: in one line, in ASCII, and not all of a long one."""
+    return _cut(ascii(value))
+
+
+def told(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return _cut(str(error)) or type(error).__name__
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 3]}..."
 
 
 def renamed(error: ValueError, message: str) -> ValueError:

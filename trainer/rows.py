@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
@@ -26,7 +27,7 @@ from gold_trainer.messages import (
 from gold_trainer.pictures import MAX_PIXELS, PictureReader
 from gold_trainer.placing import PICTURE, VIDEO, Medium, num_parts_of, place, take
 from gold_trainer.row_config import refuse_reserved
-from gold_trainer.row_errors import BadRow, NoAnswerError, renamed
+from gold_trainer.row_errors import BadRow, NoAnswerError, renamed, shown
 from gold_trainer.turns import Conversation, read_conversation
 from gold_trainer.videos import Video, VideoReader
 
@@ -111,10 +112,14 @@ class RowReader:
         )
 
     def columns(self, columns: Any) -> Any:
-        """Without those to ignore."""
+        """Without those to ignore; lists are lists, which pandas makes arrays of."""
         if not isinstance(columns, Mapping):
             return columns
-        return {k: v for k, v in columns.items() if str(k) not in self.ignore_columns}
+        return {
+            name: _as_lists(value) if isinstance(value, np.ndarray) else value
+            for name, value in columns.items()
+            if str(name) not in self.ignore_columns
+        }
 
     def rows(
         self, columns: Any, index: int, *, is_tolerant: bool = False
@@ -242,6 +247,15 @@ class RowReader:
             )
 
 
+def _as_lists(value: Any) -> Any:
+    """Arrays of objects as lists, at any depth; an array of numbers is a picture."""
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return [_as_lists(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _as_lists(part) for key, part in value.items()}
+    return value
+
+
 def _refuse_beside_text(columns: Mapping[str, Any], index: int) -> None:
     for name in ("tools", "chat_template_kwargs"):
         if columns.get(name):
@@ -259,7 +273,8 @@ def _tools(columns: Mapping[str, Any], index: int, is_table: bool) -> list[Any] 
         isinstance(tool, Mapping) or callable(tool) for tool in tools or ()
     ):
         raise ValueError(
-            f"row {index}: tools must be a list of JSON schemas or functions, got {tools!r}; write "
+            f"row {index}: tools must be a list of JSON schemas or functions, got {shown(tools)}; "
+            "write "
             '[{"type": "function", "function": {"name": ..., "parameters": ...}}].'
         )
     if not tools:
@@ -275,7 +290,7 @@ def _template_kwargs(columns: Mapping[str, Any], index: int, is_table: bool) -> 
     if not isinstance(kwargs, Mapping | None):
         raise ValueError(
             f"row {index}: chat_template_kwargs must be a dict of arguments of the chat template, "
-            f'got {kwargs!r}; write {{"enable_thinking": false}}.'
+            f'got {shown(kwargs)}; write {{"enable_thinking": false}}.'
         )
     refuse_reserved(kwargs or {}, f"row {index}")
     is_filled = is_table and not isinstance(columns.get("chat_template_kwargs"), str)

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset, as_rows
 from gold_trainer.pictures import undecoded
-from gold_trainer.row_errors import BadRow
+from gold_trainer.row_errors import BadRow, told
 from gold_trainer.rows import Row, RowReader
 
 
@@ -38,7 +38,8 @@ class RowStream(IterableDataset):
                 if isinstance(error, ValueError) and str(error).startswith("row "):
                     raise
                 raise ValueError(
-                    f"row {index}: the stream cannot be read on ({error}); mend or filter the row."
+                    f"row {index}: the stream cannot be read on ({told(error)}); mend or filter "
+                    "the row."
                 ) from error
             yield from self.reader.rows(row, index, is_tolerant=self.is_tolerant)
             index += 1

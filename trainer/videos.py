@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.video_utils import VideoMetadata, load_video
 
-from gold_trainer.pictures import PictureReader
+from gold_trainer.pictures import PictureReader, levels_of
 from gold_trainer.row_errors import PictureError
 
 FRAME_KEYS = ("video", "frames", "video_url", "url", "path")  # of a part or a dict
@@ -79,10 +79,8 @@ class VideoReader:
                     "frames as a list of pictures."
                 )
             return Video(None, str(path), fps)
-        if isinstance(value, torch.Tensor):
-            value = value.numpy(force=True)
-        if isinstance(value, np.ndarray):
-            return Video(_frames_of_array(value, where), None, fps)
+        if isinstance(value, np.ndarray | torch.Tensor):
+            return Video(_frames_of_array(levels_of(value, where), where), None, fps)
         if not isinstance(value, list | tuple) or not value:
             raise _no_video(value, where)
         frames = [

@@ -160,7 +160,7 @@ def test_cells_of_a_csv_file_hold_conversations_tools_and_lists_of_pictures(tmp_
         ),
         ({"messages": "[oops"}, r"a conversation must be a list of messages, got '\[oops'"),
         ({"messages": {"role": ["user"], "content": ["a"]}}, "a conversation must be a list of me"),
-        ({"messages": np.array([USER, ANSWER])}, "a conversation must be a list of messages"),
+        ({"messages": np.arange(4)}, "a conversation must be a list of messages"),
         ({"messages": [USER | {"content": {"a": 1}}, ANSWER]}, "the content of a message must be"),
         ({"messages": [USER | {"content": b"a"}, ANSWER]}, "the content of a message must be text"),
         ({"messages": [USER | {"content": ["a"]}, ANSWER]}, "the content of a message must be tex"),
