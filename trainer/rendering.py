@@ -29,7 +29,7 @@ from gold_trainer.frames import (
     without_inline_thoughts,
 )
 from gold_trainer.messages import Messages, continued, joined_text
-from gold_trainer.row_errors import TemplateError
+from gold_trainer.row_errors import TemplateError, told
 from gold_trainer.rows import Row
 
 logger = logging.get_logger(__name__)
@@ -112,6 +112,9 @@ class Renderer:
                 f"got None and {sorted(answer.keys() - {'role', 'content'})}, of which it writes "
                 "nothing; write the answer as its content, or drop the row."
             )
+        if answer.get(CONTENT) is None and not rendered.startswith(prompt):
+            blank = {**answer, CONTENT: ""}  # whose place says where the marks around it end
+            answer = blank if self._answered(row, blank) == rendered else answer
         end = ""
         inline = without_inline_thoughts(answer)
         for form in (answer, *inline):
@@ -120,7 +123,12 @@ class Renderer:
             texts = texts_of(form)
             # A template may write no marks around an empty content, beside calls of tools.
             for kinds in {tuple(texts): None, tuple(k for k in texts if texts[k]): None}:
-                frame = self.frame(row, form, prompt, kinds)
+                try:
+                    frame = self.frame(row, form, prompt, kinds)
+                except TemplateError:  # it takes no text where there is none, beside calls
+                    if all(texts[kind] for kind in kinds):
+                        raise
+                    continue
                 end = end or (frame.marks[-1] if frame is not None else "")
                 if frame is None or not rendered.startswith(frame.prompt):
                     continue
@@ -219,8 +227,8 @@ class Renderer:
         except Exception as error:  # templates raise errors of jinja2, which is not a dependency
             raise TemplateError(
                 f"{row.where}: the chat template must take the conversation, got an error for "
-                f"the turns {[message['role'] for message in messages]} ({error}); change the row, "
-                "or pass a processor with another template."
+                f"the turns {[message['role'] for message in messages]} ({told(error)}); change "
+                "the row, or pass a processor with another template."
             ) from error
         assert isinstance(text, str), "apply_chat_template tokenizes only where it is asked to"
         return text

@@ -30,6 +30,7 @@ TEXTS = st.lists(
     max_size=5,
 ).map(lambda parts: unicodedata.normalize("NFC", "".join(parts)))
 THOUGHTS = st.one_of(st.none(), TEXTS.filter(str.strip))
+CALL = {"name": "weather", "arguments": {"city": "Ulm"}}
 pytestmark = pytest.mark.skipif(not NAMES, reason="templates come with trl, of the extra dev")
 
 
@@ -85,3 +86,29 @@ def test_prompt_and_answer_are_the_rendered_conversation(
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [i for i in example.written_ids if i in collator.end_ids]
     assert ends == [last] and last in special
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("others", [{"content": None}, {"content": ""}, {"content": "Wait."}])
+@pytest.mark.parametrize("thoughts", [{}, {"reasoning_content": "hm"}])
+def test_a_call_of_tools_is_learnt_wherever_the_template_writes_it(name, others, thoughts):
+    tokenizer = templated(name, "gpt2")
+    call = {"id": "callcall1", "type": "function", "function": CALL}
+    messages = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", **others, **thoughts, "tool_calls": [call]},
+    ]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tools=[TOOL], tokenize=False)
+    except Exception as error:  # of the template: it takes no such turn
+        pytest.skip(str(error))
+    if "Ulm" not in rendered:
+        pytest.skip("the template does not write calls of such a turn")
+    columns = {"messages": messages, "tools": [TOOL]}
+    row = RowDataset([columns], needs_completion=True, is_text=True)[0]
+    collator = GOLDCollator(tokenizer, [tokenizer.eos_token_id], None)
+    example = collator.example(row)
+    completion = tokenizer.decode(example.written_ids)
+    assert "Ulm" in completion and example.written_ids[-1] in collator.end_ids
+    end = tokenizer.decode(example.written_ids[-1:])
+    assert rendered.startswith(example.prompt_text + completion.removesuffix(end))
