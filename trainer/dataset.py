@@ -124,12 +124,7 @@ def _columns(rows: Any, index: int) -> Any:
 def as_rows(
     dataset: Any, *, has_chat_template: bool = False, skips_bad: bool = False, **options: Any
 ) -> Any:
-    """The dataset, or each dataset of a dict, read as Rows with these options of RowReader."""
-    if isinstance(dataset, dict):
-        return {
-            name: as_rows(part, has_chat_template=has_chat_template, skips_bad=skips_bad, **options)
-            for name, part in dataset.items()
-        }
+    """The dataset read as Rows with these options of RowReader; None stays None."""
     if dataset is None or isinstance(dataset, RowDataset):
         return dataset
     rows = RowDataset(dataset, **options)

@@ -227,12 +227,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
             f"{type(model).__name__}; merge it first (model.merge_and_unload()) or leave "
             "peft_config out."
         )
-    if peft_config.is_prompt_learning:
-        raise ValueError(
-            "GOLDTrainer: peft_config must change weights, got the prompt learning "
-            f"{type(peft_config).__name__}, whose virtual tokens shift all positions; use "
-            "LoraConfig."
-        )
+    models.refuse_prompt_learning(peft_config, "peft_config")
     with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return get_peft_model(model, peft_config)

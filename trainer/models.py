@@ -98,17 +98,21 @@ def may_pad_left(model: nn.Module) -> bool:
 
 def check_decoder(model: nn.Module, side: str) -> None:
     adapter: Any = model.active_peft_config if has_adapter(model) else None
-    if adapter is not None and adapter.is_prompt_learning:
-        raise ValueError(
-            f"GOLDTrainer: the {side}'s adapter must change weights, got the prompt learning "
-            f"{type(adapter).__name__}, whose virtual tokens shift all positions; "
-            "use LoraConfig."
-        )
+    if adapter is not None:
+        refuse_prompt_learning(adapter, f"the {side}'s adapter")
     base = base_model(model)
     can_generate = isinstance(base, PreTrainedModel) and base.can_generate()
     if not can_generate or base.config.is_encoder_decoder:
         raise not_a_decoder(type(base).__name__, side)
     check_causal(base.config, side)
+
+
+def refuse_prompt_learning(adapter: Any, whose: str) -> None:  # a PeftConfig
+    if adapter.is_prompt_learning:
+        raise ValueError(
+            f"GOLDTrainer: {whose} must change weights, got the prompt learning "
+            f"{type(adapter).__name__}, whose virtual tokens shift all positions; use LoraConfig."
+        )
 
 
 def check_causal(config: PretrainedConfig, side: str) -> None:

@@ -176,7 +176,7 @@ def _decoded(text: str | bytes, where: str) -> bytes:
 
 
 def levels_of(value: Any, where: str) -> np.ndarray:
-    """An array or a tensor as an array; bits as levels of 8 bits."""
+    """An array or a tensor as an array; bits, and floats in [0, 1], as levels of 8 bits."""
     if isinstance(value, torch.Tensor):
         try:
             value = value.float() if value.dtype == torch.bfloat16 else value
@@ -186,6 +186,9 @@ def levels_of(value: Any, where: str) -> np.ndarray:
                 f"{where} must be a tensor with numbers that numpy has, got {value.dtype} on "
                 f"{value.device} ({told(error)}); convert the column."
             ) from error
+    is_float = np.issubdtype(value.dtype, np.floating)
+    if value.size and is_float and value.min() >= 0 and value.max() <= 1:
+        return np.round(value * 255).astype(np.uint8)
     return value.astype(np.uint8) * 255 if value.dtype == bool else value
 
 
@@ -199,9 +202,6 @@ def picture_of_array(value: Any, where: str) -> Image.Image:
         levels = levels.transpose(1, 2, 0)
     if levels.ndim == 3 and levels.shape[-1] == 1:
         levels = levels[..., 0]
-    is_float = np.issubdtype(levels.dtype, np.floating)
-    if levels.size and is_float and levels.min() >= 0 and levels.max() <= 1:
-        levels = np.round(levels * 255).astype(np.uint8)
     is_deep = levels.ndim == 2 and levels.dtype == np.uint16
     has_shape = levels.ndim == 2 or (levels.ndim == 3 and levels.shape[-1] in channels)
     if not has_shape or not levels.size or not (levels.dtype == np.uint8 or is_deep):

@@ -14,7 +14,7 @@ from gold_trainer.messages import parsed_messages
 
 NUM_ROWS = 64
 SECONDS = 2.0  # a dataset that reads slowly is looked at less
-NAMES = ("role", "from", "type")  # keys whose values are no text of their own
+NO_TEXTS = ("role", "from", "type")  # keys whose values are no text of their own
 
 
 class RowSample(NamedTuple):
@@ -75,7 +75,7 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return [text for k, part in value.items() if k not in NAMES for text in _texts(part)]
+        return [text for k, part in value.items() if k not in NO_TEXTS for text in _texts(part)]
     if isinstance(value, list | tuple):
         return [text for part in value for text in _texts(part)]
     return []

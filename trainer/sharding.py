@@ -30,7 +30,7 @@ from gold_trainer.rows import Row
 if TYPE_CHECKING:
     from gold_trainer.trainer import GOLDTrainer
 
-SIDE = 64  # pixels of the picture that nothing is learnt from
+PICTURE_SIZE = 64  # pixels of either side of the picture that nothing is learnt from
 
 
 def runs_layers_together(accelerator: Accelerator) -> bool:
@@ -124,7 +124,7 @@ class PicturesForAll:
     @cached_property
     def example(self) -> Example:
         content = [{"type": "image"}, {"type": "text", "text": "."}]
-        picture = Image.new("RGB", (SIDE, SIDE))
+        picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE))
         row = Row(-1, [{"role": "user", "content": content}], None, [picture])
         return self.collator.example(row).with_completion([])
 

@@ -163,14 +163,11 @@ def _frames_of_array(frames: np.ndarray, where: str) -> np.ndarray:
     """(T, H, W, 3) or (T, 3, H, W), levels of 8 bits or floats in [0, 1] -> (T, H, W, 3) uint8."""
     if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:
         frames = frames.transpose(0, 2, 3, 1)
-    is_float = np.issubdtype(frames.dtype, np.floating)
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise PictureError(
             f"{where} must be an array of frames, (T, H, W, 3) or (T, 3, H, W), got "
             f"{frames.shape}; convert it."
         )
-    if is_float and frames.min() >= 0 and frames.max() <= 1:
-        frames = np.round(frames * 255).astype(np.uint8)
     if frames.dtype != np.uint8:
         raise PictureError(
             f"{where} must hold levels of 8 bits (uint8) or floats in [0, 1], got {frames.dtype}; "
