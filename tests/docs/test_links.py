@@ -1,4 +1,6 @@
-"""Links, anchors, paths and quoted messages of README, docs/ and the notes lead somewhere."""
+"""Links, anchors, paths and quoted messages of README, docs/ and the notes lead somewhere; their
+lines fit a page.
+"""
 
 import ast
 import re
@@ -49,6 +51,16 @@ def test_links_lead_to_files_and_headings(page):
 def test_paths_of_the_repository_exist(page):
     for path in PATH.findall(prose(page)):
         assert list(ROOT.glob(path.rstrip("/"))), f"{path} of {name_of(page)}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "NOTES"], ids=name_of)
+def test_prose_is_at_most_120_columns_wide_and_a_table_ends_with_an_empty_line(page):
+    lines = prose(page).splitlines()
+    rows = [line.lstrip().startswith("|") for line in lines]
+    wide = [i for i, line in enumerate(lines) if len(line) > 120 and not rows[i]]
+    assert [lines[i] for i in wide] == []
+    behind = [lines[i + 1] for i in range(len(lines) - 1) if rows[i] and not rows[i + 1]]
+    assert [line for line in behind if line] == [], "GitHub makes a row of it"
 
 
 def test_every_page_is_in_the_navigation_of_the_site():
