@@ -67,6 +67,12 @@ class Stopper(TrainerCallback):
         with suppress(OSError):
             os.write(2, text.encode())
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """transformers looks at max_steps behind a step: a run that has them would take one more"""
+        control.should_training_stop |= state.global_step >= state.max_steps
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

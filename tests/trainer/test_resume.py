@@ -3,6 +3,7 @@ changes nothing.
 """
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from gold_trainer.objectives import same_vocabulary
@@ -153,3 +154,15 @@ def test_run_that_was_stopped_in_an_epoch_goes_on_where_it_was(tmp_path):
     run(tmp_path, lmbda=0.5, callbacks=[StopAfter(4)], save_strategy="steps", save_steps=100)
     assert (tmp_path / "checkpoint-4").is_dir()
     assert_same_run(run(tmp_path, resume=True, lmbda=0.5), whole)
+
+
+@pytest.mark.parametrize("steps", [2, 3])  # within an epoch, and at its end
+def test_a_run_that_had_ended_takes_no_step_more(steps, tmp_path):
+    whole = run(tmp_path, max_steps=steps, **SAVING)
+    whole._save_checkpoint(whole.model, None)
+    resumed = run(tmp_path, resume=True, max_steps=steps, **SAVING)
+    assert resumed.state.global_step == steps
+    assert not (tmp_path / f"checkpoint-{steps + 1}").exists()
+    weights = whole.model.state_dict()
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
