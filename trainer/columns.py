@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from gold_trainer.messages import parsed_json, parsed_messages
-from gold_trainer.row_errors import shown
+from gold_trainer.row_errors import ColumnsError, shown
 
 MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
 BESIDE_ALL = (*MEDIA[0], *MEDIA[1], "tools", "chat_template_kwargs")
@@ -68,7 +68,8 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     used = (shape, *SHAPES[shape], *BESIDE_ALL)
     unused = sorted(printable(k) for k, v in columns.items() if k not in used and _holds(v))
     if unused:
-        raise ValueError(
+        kind = ValueError if set(unused) <= set(KNOWN) else ColumnsError
+        raise kind(
             f"row {index}: columns must go with {shape!r}, got {', '.join(unused)}, which nothing "
             f"uses beside it; rename them, or set dataset_ignore_columns={unused}."
         )

@@ -8,7 +8,7 @@ ahead.
 
 import csv
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -235,13 +235,29 @@ def csv_options(path: Path) -> dict[str, Any]:
     """Cells as they are written: else 007 becomes the number 7, and the answer None nothing."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file), [])
+            lines = csv.reader(file)
+            header, first = next(lines, []), _next_row(lines)
     except UnicodeDecodeError as error:
         raise no_utf8(path, error) from error
     if not header or len(set(header)) < len(header):
         raise ValueError(f"dataset {path}: the first line must name the columns, got {header}")
+    if first is None:
+        raise ValueError(f"dataset {path}: a line for each row is expected, got none; add rows")
+    if len(first) > len(header):  # else pandas takes the cells in front for names of rows
+        raise ValueError(
+            f"dataset {path}: a row must have at most {len(header)} cells, as the first line has, "
+            f"got {len(first)} in the next; put text with commas into quotes"
+        )
     features = datasets.Features({name: datasets.Value("string") for name in header})
     return {"features": features, "keep_default_na": False, "na_values": [""]}
+
+
+def _next_row(lines: Iterator[list[str]]) -> list[str] | None:
+    """None where there is none; empty if a cell is too long for csv, which pandas does not mind."""
+    try:
+        return next((cells for cells in lines if cells), None)
+    except csv.Error:
+        return []
 
 
 def _load_folder(path: Path, split: str) -> Sequence[dict[str, Any]]:

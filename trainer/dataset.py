@@ -10,7 +10,7 @@ from transformers.utils import logging
 from gold_trainer.columns import SHAPE_COLUMNS, has_shape, names_of, refuse_unused_columns
 from gold_trainer.data_files import MappedRows
 from gold_trainer.pictures import undecoded
-from gold_trainer.row_errors import shown, told
+from gold_trainer.row_errors import ColumnsError, shown, told
 from gold_trainer.rows import Row, RowReader
 
 logger = logging.get_logger(__name__)
@@ -50,7 +50,7 @@ class RowDataset(torch.utils.data.Dataset):
                 row = self[index]
             except ValueError as error:
                 refused = refused or error
-                if not skips_bad:
+                if not skips_bad or isinstance(error, ColumnsError):
                     raise
             else:
                 self.first_index = index

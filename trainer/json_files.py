@@ -26,7 +26,7 @@ def _in_list(path: Path) -> Iterator[tuple[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise no_utf8(path, error) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"dataset {path}: not valid JSON: {error}; mend it there") from error
     if not isinstance(rows, list):
         raise ValueError(
@@ -50,6 +50,11 @@ def _in_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(
                     f"dataset {path}, {where}: not valid JSON: {error.msg} at character "
                     f"{error.pos}; write one row a line"
+                ) from error
+            except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+                raise ValueError(
+                    f"dataset {path}, {where}: JSON that Python reads is expected: {error}; mend "
+                    "the row"
                 ) from error
             yield where, row
 

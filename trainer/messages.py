@@ -160,7 +160,7 @@ def parsed_json(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # of a number of 5000 digits; of brackets without end
         return value  # refused by the caller
 
 

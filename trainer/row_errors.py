@@ -28,6 +28,10 @@ class NoAnswerError(RowError):
     reason = "no_answer"
 
 
+class ColumnsError(ValueError):
+    """A column that nobody knows: no row is left out for it, whatever on_bad_row says."""
+
+
 def shown(value: Any) -> str:
     """A value as an error shows it: in one line, in ASCII, and not all of a long one."""
     return _cut(ascii(value))
@@ -45,7 +49,8 @@ def _cut(text: str) -> str:
 
 def renamed(error: ValueError, message: str) -> ValueError:
     """An error of the same reason."""
-    return type(error)(message) if isinstance(error, RowError) else ValueError(message)
+    kind = type(error) if isinstance(error, RowError | ColumnsError) else ValueError
+    return kind(message)
 
 
 # As the log names them.
@@ -62,4 +67,7 @@ class BadRow:
 
     @classmethod
     def of(cls, index: int, error: ValueError) -> "BadRow":
+        """Raises what is no row's own fault."""
+        if isinstance(error, ColumnsError):
+            raise error
         return cls(index, error.reason if isinstance(error, RowError) else "other", str(error))

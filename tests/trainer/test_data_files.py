@@ -9,6 +9,8 @@ import pytest
 
 from gold_trainer.data_files import DataArguments, load_rows
 from gold_trainer.dataset import RowDataset
+from gold_trainer.file_streams import load_stream
+from gold_trainer.messages import parsed_messages
 from support.tiny_models import tiny_picture
 
 ROWS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(10)]
@@ -239,3 +241,35 @@ def test_file_that_breaks_off_is_named_with_the_reason(name, text, reason, tmp_p
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=rf"{name}: .*{reason}"):
         load(tmp_path / name)
+
+
+@pytest.mark.parametrize("load", [load_rows, load_stream])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,completion\na,b,c\n", "at most 2 cells, as the first line has, got 3 in the next"),
+        ("prompt,completion\n\na,b,\nc,d,\n", "at most 2 cells"),
+        ("prompt,completion\n", "a line for each row is expected, got none; add rows"),
+    ],
+)
+def test_no_cell_of_a_csv_gets_lost(tmp_path, text, message, load):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(DataArguments(dataset_name=str(path)), "train")
+
+
+def test_a_cell_of_a_csv_may_be_long(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\n" + "a" * 200_000 + ",b\n")
+    assert load_rows(DataArguments(dataset_name=str(path)), "train")[0]["completion"] == "b"
+
+
+@pytest.mark.parametrize("cell", ["[" * 100_000, "[" + "1" * 5000 + "]"])
+def test_json_that_python_does_not_read_names_the_file_or_is_text(tmp_path, cell):
+    for name, load in (("a.json", load_rows), ("a.jsonl", load_rows), ("b.jsonl", load_stream)):
+        path = tmp_path / name
+        path.write_text(cell)
+        with pytest.raises(ValueError, match=f"dataset .*{name}"):
+            list(load(DataArguments(dataset_name=str(path)), "train"))
+    assert parsed_messages(cell) == cell

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gold_trainer.bad_rows import tolerant
 from gold_trainer.dataset import RowDataset
 from gold_trainer.pictures import PictureReader
 from gold_trainer.streams import RowStream
@@ -124,3 +125,22 @@ def test_an_error_of_a_streams_own_code_is_told_in_one_line():
     with pytest.raises(ValueError, match=r"row 1: .*first line second line") as caught:
         list(RowStream(stream, needs_completion=True, is_text=True))
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+class Late(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {"messages": [USER, ANSWER]} | ({"id": 7} if index else {})
+
+
+def test_a_column_that_nobody_knows_is_an_error_wherever_it_turns_up():
+    options = {"needs_completion": True, "is_text": True}
+    rows = RowDataset(Late(), **options)
+    assert rows.first(skips_bad=True).answer == ANSWER
+    with pytest.raises(ValueError, match="row 1: columns must go with 'messages', got id"):
+        tolerant(rows)[1]
+    stream = RowStream([Late()[i] for i in range(2)], **options)
+    with pytest.raises(ValueError, match="row 1: columns must go with 'messages', got id"):
+        list(tolerant(stream))
