@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ def clear(folder: Path) -> None:
 
 
 @contextmanager
-def saving(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Within the context the ranks write a checkpoint; after it, it is there or it is not."""
+def saving(folder: Path, accelerator: Accelerator, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Within the context the ranks write a checkpoint; after it, it is there or it is not. Its mark
+    has the run's settings.
+    """
     if accelerator.is_main_process:
         clear(folder)
     accelerator.wait_for_everyone()
@@ -51,10 +53,10 @@ def saving(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        mark_complete(folder)
+        mark_complete(folder, settings)
 
 
-def mark_complete(folder: Path) -> None:
+def mark_complete(folder: Path, settings: Mapping[str, Any]) -> None:
     """The files are on the disk, then the mark is, in one piece."""
     sizes = {}
     for path in _files(folder):
@@ -63,10 +65,19 @@ def mark_complete(folder: Path) -> None:
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     unfinished = folder / f"{MARK}.part"
     with unfinished.open("w", encoding="utf-8") as file:
-        json.dump({"saved": time.time(), "files": sizes}, file, indent=1)
+        mark = {"saved": time.time(), "settings": dict(settings), "files": sizes}
+        json.dump(mark, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / MARK)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Of the run that wrote a checkpoint; empty where nothing says them."""
+    try:
+        return json.loads((folder / MARK).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def what_is_wrong(folder: Path, *, is_sharded: bool = False, num_ranks: int = 1) -> str | None:

@@ -9,12 +9,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.training_args import OptimizerNames
 
 from gold_trainer import checkpoints, models
+from gold_trainer.config import GOLDConfig
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# What a run learns, and from which rows in which order; kept with each checkpoint.
+SETTINGS = (
+    *("loss", "beta", "use_uld_loss", "lmbda", "seq_kd", "train_on", "seed", "max_length"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"),
+)
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -114,6 +121,27 @@ def delete_earlier(output_dir: str) -> None:
     for folder in checkpoints.checkpoints_in(Path(output_dir)):
         logger.warning("GOLDTrainer: deleting %s, as overwrite_output_dir says.", folder)
         checkpoints.clear(folder)
+
+
+def settings_of_run(args: GOLDConfig) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in SETTINGS} | {
+        "optim": OptimizerNames(args.optim).value
+    }
+
+
+def check_settings(folder: Path, args: GOLDConfig) -> None:
+    """Another optimizer cannot use a checkpoint's state. Other settings may change: a warning."""
+    there, here = checkpoints.settings_of(folder), settings_of_run(args)
+    changed = {name: value for name, value in there.items() if here.get(name, value) != value}
+    if "optim" in changed:
+        raise ValueError(
+            f"GOLDTrainer: a resumed run must have its checkpoint's optimizer, got "
+            f"optim={here['optim']!r} and {folder} of {there['optim']!r}; set "
+            f"optim={there['optim']!r}, or start a new run with that folder as the student."
+        )
+    if changed:
+        changes = ", ".join(f"{name} {old} -> {here[name]}" for name, old in changed.items())
+        logger.warning("GOLDTrainer: going on from %s with other settings: %s.", folder, changes)
 
 
 def check_same_student(folder: Path, student: nn.Module) -> None:

@@ -97,6 +97,12 @@ def check_inherited(args: TrainingArguments) -> None:
         )
     if args.accelerator_config is not None:
         _check_accelerator(args.accelerator_config)
+    if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
+        raise ValueError(
+            "GOLDConfig: torch_compile must be False, got True; the loss takes the head's place "
+            "within the forward pass, which cannot be compiled as a whole: call layer.compile() "
+            "on the model's layers before GOLDTrainer."
+        )
     if args.include_for_metrics:
         raise ValueError(
             f"GOLDConfig: include_for_metrics must be empty, got {args.include_for_metrics}; "

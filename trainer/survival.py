@@ -10,7 +10,13 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from gold_trainer import checkpoints
 from gold_trainer.config import GOLDConfig
-from gold_trainer.resuming import as_wanted, delete_earlier, find_checkpoint, on_main_process
+from gold_trainer.resuming import (
+    as_wanted,
+    check_settings,
+    delete_earlier,
+    find_checkpoint,
+    on_main_process,
+)
 from gold_trainer.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -38,7 +44,7 @@ def survive(
         lock.acquire()
         if args.overwrite_output_dir and as_wanted(wanted) in (None, False):
             delete_earlier(output_dir)
-        return find_checkpoint(
+        checkpoint = find_checkpoint(
             wanted,
             output_dir,
             trainer.accelerator.unwrap_model(trainer.model),
@@ -46,6 +52,9 @@ def survive(
             is_sharded=is_sharded,
             num_ranks=args.world_size,
         )
+        if checkpoint is not None:
+            check_settings(Path(checkpoint), args)
+        return checkpoint
 
     try:
         checkpoint = on_main_process(accelerator, start)

@@ -40,6 +40,7 @@ from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives import Objective
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
+from gold_trainer.resuming import settings_of_run
 from gold_trainer.router_loss import with_router_loss
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
@@ -285,7 +286,8 @@ class GOLDTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Complete, with its mark, or absent."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with checkpoints.saving(folder, self.accelerator):
+        settings = settings_of_run(self.args)
+        with checkpoints.saving(folder, self.accelerator, settings):
             self.stopper.is_saving = True
             self.skipped.keep(self.state)
             super()._save_checkpoint(model, trial)

@@ -162,6 +162,8 @@ def test_one_bad_value_is_found_and_large_ones_are_not_bad(dtype):
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics must be empty"),
         ({"include_for_metrics": ["loss"]}, "include_for_metrics must be empty"),
         ({"enable_jit_checkpoint": True}, "SIGTERM already ends a run"),
+        ({"torch_compile": True}, "torch_compile must be False.*call layer.compile"),
+        ({"torch_compile_backend": "inductor"}, "torch_compile must be False"),
     ],
 )
 def test_fields_that_would_fail_deep_inside_a_run_are_refused(fields, message):

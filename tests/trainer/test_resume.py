@@ -41,6 +41,20 @@ def test_resumed_run_is_the_uninterrupted_one(lmbda, tmp_path):
     assert_same_run(resumed, whole)
 
 
+def test_a_resumed_run_keeps_its_optimizer_and_says_what_else_has_changed(tmp_path, caplog):
+    run(tmp_path, lmbda=0.0, max_steps=2, **SAVING)
+    options = {"resume": True, "lmbda": 0.0, "max_steps": 3}
+    name = FIELDS.get("optim", "sgd")
+    other = "adafactor"
+    with pytest.raises(ValueError, match=f"optim='{other}'.*set optim='{name}', or start a new"):
+        run(tmp_path, optim=other, **options)
+    caplog.clear()
+    run(tmp_path, beta=0.25, **options)
+    changes = [record.getMessage() for record in caplog.records if "settings" in record.message]
+    assert len(changes) == 1
+    assert changes[0].endswith("with other settings: beta 0.5 -> 0.25.")
+
+
 def test_resumed_adapter_with_dropout_is_the_uninterrupted_one(tmp_path):
     options = {"lmbda": 0.5, "disable_dropout": False, "peft_config": adapter()}
     whole = run(tmp_path, **options, **SAVING)
