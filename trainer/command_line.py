@@ -140,7 +140,12 @@ def read_run(argv: list[str]) -> Run:
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
     config.model_init_kwargs = _student_options(model_args) | given
-    needs_eval = config.eval_strategy != "no"
+    needs_eval = config.eval_strategy != "no" or config.eval_on_start
+    if data_args.eval_dataset_name is not None and not needs_eval:
+        raise ValueError(
+            f"eval_dataset_name is {data_args.eval_dataset_name}, and nothing evaluates on it: set "
+            "eval_strategy to steps or epoch, or leave it out"
+        )
     load = load_stream if data_args.dataset_streaming else load_rows
     train_rows = load(data_args, "train")
     eval_rows = load(data_args, "eval") if needs_eval else None

@@ -71,6 +71,13 @@ class RunFields:
     )
 
 
+# Fields of TrainingArguments that nothing would read here: their defaults, and why.
+WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "label_names": (None, "labels are the completions' tokens"),
+    "batch_eval_metrics": (False, "there are no logits that compute_metrics could read"),
+}
+
+
 def check_inherited(args: TrainingArguments) -> None:
     """Fields of TrainingArguments that would be ignored, or fail deep inside a step."""
     if args.remove_unused_columns:
@@ -107,6 +114,17 @@ def check_inherited(args: TrainingArguments) -> None:
         raise ValueError(
             f"GOLDConfig: include_for_metrics must be empty, got {args.include_for_metrics}; "
             "compute_metrics would read it, and has no logits here: leave it out."
+        )
+    for name, (default, why) in WITHOUT_EFFECT.items():
+        value = getattr(args, name)
+        if value != default:
+            raise ValueError(
+                f"GOLDConfig: {name} must be {default}, got {value}; {why}: leave it out."
+            )
+    if args.load_best_model_at_end and args.eval_strategy in (None, "no"):
+        raise ValueError(
+            "GOLDConfig: load_best_model_at_end must be False without evaluation, got True and "
+            "eval_strategy='no'; set eval_strategy and save_strategy to 'steps' or 'epoch'."
         )
     if args.enable_jit_checkpoint:
         raise ValueError(

@@ -160,6 +160,16 @@ RUNS = [
         "--eval_strategy steps --eval_steps 1 --dataset_test_split 'train[2:]'",
         says="eval_loss",
     ),
+    done(
+        "an evaluation before the first step",
+        "--eval_on_start --eval_dataset_name {}/rows.jsonl",
+        says="eval_loss",
+    ),
+    refused(
+        "rows to evaluate on and no evaluation",
+        "nothing evaluates on it: set eval_strategy",
+        "--eval_dataset_name {}/rows.jsonl",
+    ),
     refused(
         "the best model without evaluation",
         "load_best_model_at_end",
