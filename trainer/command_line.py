@@ -178,6 +178,7 @@ def train(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         _console().print(f"student saved in {config.output_dir}", markup=False, soft_wrap=True)
     # a process that exits with its group open may abort: threads of gloo outlive the interpreter
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

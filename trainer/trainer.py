@@ -196,7 +196,7 @@ class GOLDTrainer(Trainer):
         """The window's micro-batches with their completions, and what the loss is a mean over:
         units and labels of the objective, on all ranks.
         """
-        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed where it had ended
             return [], None
         self.windows["train"].start()
         self.windows["train"].keep()

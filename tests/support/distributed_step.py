@@ -54,6 +54,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
             "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
         }
         torch.save(state, Path(output_dir) / "state.pt")
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # or threads of gloo may abort the exit
 
 

@@ -45,6 +45,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     ranks = gather_object([steps])
     if trainer.is_world_process_zero():
         torch.save({"ranks": ranks}, Path(output_dir) / "state.pt")
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # or threads of gloo may abort the exit
 
 

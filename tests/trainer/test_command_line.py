@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from gold_trainer import loading
+from gold_trainer import configs, loading
 from gold_trainer.__main__ import main
 from gold_trainer.command_line import parse_arguments
 from gold_trainer.data_files import DataArguments, load_rows
@@ -158,8 +158,11 @@ def test_what_is_no_file_and_no_recipe_is_refused_with_the_recipes(capsys):
 
 def test_recipes_are_listed_with_their_files(capsys):
     assert main(["recipes"]) == 0
-    for line, name in zip(capsys.readouterr().out.splitlines(), recipe_names(), strict=True):
-        assert line.split() == [name, str(find_config(name))]
+    files = {name: find_config(name) for name in recipe_names()}
+    engines = {name: configs.FOLDER / f"{name}.yaml" for name in configs.ENGINES}
+    assert all(path.is_file() for path in engines.values())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if ".yaml" in line]
+    assert lines == [[name, str(path)] for name, path in (files | engines).items()]
 
 
 def test_a_recipe_on_the_command_line_reaches_the_checks_of_its_run(capsys, tmp_path):
