@@ -142,7 +142,8 @@ class PicturesForAll:
 
 
 def has_pictures(examples: Sequence[Example]) -> bool:
-    return any(example.images for example in examples)
+    """Or videos: both run through the vision tower."""
+    return any(example.images or example.videos for example in examples)
 
 
 def save_whole(trainer: "GOLDTrainer", output_dir: str | None) -> None:

@@ -18,6 +18,7 @@ from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.completions import print_completions
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
+from gold_trainer.sharding import has_pictures
 from gold_trainer.videos import Video
 from gold_trainer.writers import Writer
 
@@ -156,7 +157,7 @@ class Rollouts:
         """The batches with completions of one writer's call; place, where in the run, seeds it."""
         prompts = [self.objective.prompts(batch, name) for batch in batches]
         rows = [example.unanswered() for part in prompts for example in part]
-        if name == "student" and not any(example.images for example in rows):
+        if name == "student" and not has_pictures(rows):
             rows += [example for batch in batches for example in batch.unscored[:1]][:1]
         seed = random.Random(place).getrandbits(63)
         examples = iter(self.writers[name].complete(rows, seed))

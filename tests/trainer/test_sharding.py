@@ -2,6 +2,7 @@
 test_deepspeed.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from gold_trainer import sharding
+from gold_trainer.batches import Example
 from support.tiny_models import tiny
 
 
@@ -52,6 +54,13 @@ def test_fsdp_is_told_the_layers_that_a_model_has():
     sharding.prepare(accelerator_of(DistributedType.FSDP, fsdp_plugin=plugin), model)
     assert set(plugin.transformer_cls_names_to_wrap) <= names
     assert any("DecoderLayer" in name for name in plugin.transformer_cls_names_to_wrap)
+
+
+@pytest.mark.parametrize(("media", "runs"), [("images", True), ("videos", True), (None, False)])
+def test_a_video_runs_the_vision_tower_as_a_picture_does(media, runs):
+    text = Example(0, "prompt", 1, [], None)
+    other = replace(text, **{media: [object()]}) if media else text
+    assert sharding.has_pictures([text, other]) is runs
 
 
 def test_layers_that_the_user_names_are_left_alone():
