@@ -19,20 +19,21 @@ from gold_trainer.run_config import (
     check_output_dir,
     rename_checkpointing,
 )
+from gold_trainer.teacher_config import TeacherFields
 from gold_trainer.uld_config import ULDFields
 
 
 @dataclass
 class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has run
-    RunFields, LossFields, ULDFields, RowFields, TrainingArguments
+    RunFields, TeacherFields, LossFields, ULDFields, RowFields, TrainingArguments
 ):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
     The default loss is the generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is
     forward KL(P || Q), beta = 1 reverse KL(Q || P) of teacher P and student Q. LossFields has the
-    fields of the loss. With use_uld_loss teacher and student may have different tokenizers, and
-    ULDFields has its fields. lmbda is the share of on-policy micro-batches, whose completions the
-    student writes.
+    fields of the loss, TeacherFields those of the teacher. With use_uld_loss teacher and student
+    may have different tokenizers, and ULDFields has its fields. lmbda is the share of on-policy
+    micro-batches, whose completions the student writes.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  # a field of the dataclass if it were annotated
@@ -51,15 +52,6 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a student given by name."}
-    )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher: folder or hub id."}
-    )
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a teacher from the hub."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of from_pretrained for the teacher."}
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,

@@ -20,7 +20,8 @@ from gold_trainer.config_file import read_mapping
 GROUPS = (
     ("command_line.py", "ModelArguments", "student"),
     ("data_files.py", "DataArguments", "data"),
-    ("config.py", "GOLDConfig", "teacher, completions"),
+    ("teacher_config.py", "TeacherFields", "teacher"),
+    ("config.py", "GOLDConfig", "completions"),
     ("loss_config.py", "LossFields", "loss"),
     ("uld_config.py", "ULDFields", "two tokenizers"),
     ("row_config.py", "RowFields", "rows"),
