@@ -15,7 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    register_fsdp_forward_method,
+)
 from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
@@ -54,12 +58,36 @@ def whole_weights(args: GOLDConfig) -> Iterator[None]:
             set_hf_deepspeed_config(config)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the ranks of a group must run its forward passes together: each holds a part of the
+    weights.
+    """
+    return torch.distributed.is_initialized() and (
+        any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
+        or any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # of ZeRO-3
+    )
+
+
+def num_calls(model: nn.Module, own: int, device: torch.device) -> int:
+    """How often this rank must call a model that it would call `own` times: where the ranks run
+    together, as often as the one with most to do.
+    """
+    if not is_sharded(model):
+        return own
+    most = torch.tensor(own, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 def generate(model: nn.Module, base: Any, **options: Any) -> Any:
     """base.generate(); base is the transformers model below an adapter.
 
     FSDP2 prepares its weights when the outermost module runs, which is the adapter: there its
-    generate() counts as a forward pass.
+    generate() counts as a forward pass. transformers does not see FSDP2, and takes every model for
+    sharded under ZeRO-3, so it is told whether ranks that have written all go on with the others.
     """
+    if torch.distributed.is_initialized():
+        options["synced_gpus"] = is_sharded(base)
     if not isinstance(model, FSDPModule) or model is base:
         return base.generate(**options)
     outer: Any = model

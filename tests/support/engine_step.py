@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from gold_trainer import GOLDConfig, GOLDTrainer
+from gold_trainer import GOLDConfig, GOLDTrainer, models
 from support.cross_cases import TEACHER_MERGES
 from support.engines import (
     ENGINES,
@@ -27,6 +27,7 @@ from support.engines import (
 from support.tiny_models import VLM_FAMILIES, tiny, tiny_rows
 from support.trainer_cases import FIELDS, losses_of
 
+MOVED_BY_PADDING = models.MOVED_BY_PADDING
 SECONDS = 120  # of a case; a hang then prints all stacks and ends
 NUM_ROWS, BATCH = 8, 4
 RUN = {
@@ -66,6 +67,10 @@ CASES: dict[str, dict[str, Any]] = {
     # samples would differ: a rank that has a row more draws more numbers
     "on_policy_pictures": {**MIXED, "lmbda": 1.0, "top_k": 1},
     "on_policy_lora": {"peft_config": lora(), "lmbda": 1.0},
+    # the ranks' prompts leave 4 and 9 tokens
+    "on_policy_rooms": {"lmbda": 1.0, "max_length": 30},
+    # the first rank's prompts have two lengths, the second's one
+    "on_policy_lengths": {"lmbda": 1.0, "writes_by_length": True},
     "seq_kd": {"seq_kd": True},
     "by_name": {"family": "qwen3_vl", "images": 1, "lmbda": 0.5, "is_by_name": True},
     "resumed": {
@@ -115,6 +120,10 @@ def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
             options["teacher_model"] = tiny(family, "teacher")[0]
     case.pop("is_tied", None)
     rows = tiny_rows(NUM_ROWS, images=case.pop("images"))
+    models.MOVED_BY_PADDING = MOVED_BY_PADDING
+    if case.pop("writes_by_length", False):
+        models.MOVED_BY_PADDING = (student.config.model_type,)
+        rows[0]["messages"][0]["content"] += " What is it?"
     sizes = {
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,

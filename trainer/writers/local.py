@@ -54,7 +54,9 @@ class LocalWriter(Writer):
                     [i for i, other in enumerate(lengths) if other == length]
                     for length in dict.fromkeys(lengths)
                 ]
-            for number, group in enumerate(groups):
+            for number in range(sharding.num_calls(model, len(groups), self.args.device)):
+                # a rank that has written all writes again, and drops it
+                group = groups[number % len(groups)]
                 written = generate_completions(
                     model,
                     self.collator.processor,
@@ -64,7 +66,7 @@ class LocalWriter(Writer):
                     self.args,
                     seed + number,
                 )
-                completed.update(zip(group, written, strict=True))
+                completed = dict(zip(group, written, strict=True)) | completed
         return [completed[i] for i in range(len(examples))]
 
 
