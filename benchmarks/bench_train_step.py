@@ -11,7 +11,8 @@ with that of full logits in float64 softmax; a failed comparison, or a gradient 
 gives a row without numbers, whose status says why. So does a case that is out of memory, or that
 --seconds leave no time for; ours come first. Each row is written as soon as it is measured.
 `--tiny` runs the same code on models of a few hundred thousand parameters anywhere, with a record
-only where --output says.
+only where --output says. --engine and --teacher measure ours alone, on one GPU or several:
+train_step_engines.py says how.
 """
 
 import argparse
@@ -42,6 +43,8 @@ BATCH_SIZE = 4
 # The same bf16 hidden states on both sides: only the loss differs.
 MAX_LOSS_ERRORS = {"jsd": 1e-4, "uld": 5e-4}
 IMPLEMENTATIONS = ("gold_kernels", "trl")
+ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
+TEACHERS = ("resident", "int8", "nf4", "offload", "cache", "fsdp")
 # TRL's JSD is out of memory at 2060 tokens in 80 GB, its ULD then takes 15 s and 66 GiB.
 COMPLETION_TOKENS = {"gold_kernels": (518, 1037, 2060, 8192), "trl": (518, 1037, 2060)}
 FIELDS = (
@@ -199,12 +202,30 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--output", type=Path, help="default: the record, none with --tiny")
     parser.add_argument("--one-case", action="store_true", help=argparse.SUPPRESS)
+    add_engine_options(parser)
     options = parser.parse_args(arguments)
     if not (options.tiny or torch.cuda.is_available()):
         sys.exit("bench_train_step: a CUDA GPU is expected, got none; --tiny runs anywhere")
     if options.output is None and not options.tiny:
-        options.output = RESULTS / "train_step.csv"
+        options.output = RESULTS / f"train_step{'_engines' * measures_engines(options)}.csv"
     return options
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Those of train_step_engines.py."""
+    group = parser.add_argument_group("engines and teachers, instead of implementations")
+    group.add_argument("--engine", nargs="+", choices=ENGINES)
+    group.add_argument("--teacher", nargs="+", choices=TEACHERS)
+    group.add_argument("--training", nargs="+", default=["lora"], choices=("lora", "full"))
+    group.add_argument("--checkpointing", nargs="+", default=["on"], choices=("on", "off"))
+    group.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="of a GPU")
+    group.add_argument("--log", type=Path, help="what the processes say")
+    group.add_argument("--num-gpus", type=int, default=0, help="0: all there are")
+    group.add_argument("--set", nargs="+", default=[], help="fields of GOLDConfig, name=value")
+
+
+def measures_engines(options: argparse.Namespace) -> bool:
+    return options.engine is not None or options.teacher is not None
 
 
 def run_in_own_process(
@@ -243,6 +264,12 @@ def is_as_expected(row: dict[str, Any]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
+    if measures_engines(options):
+        import train_step_engines
+
+        options.engine = options.engine or ["single"]
+        options.teacher = options.teacher or ["resident"]
+        return train_step_engines.main(options)
     cases = cases_of(options)
     if options.one_case:
         row = measure(cases[0], options.memory_gib, options.tiny)

@@ -30,8 +30,10 @@ TINY_STUDENT = Shape(256, 256, 2, 2, 2, 64, 64, True)
 TINY_TEACHER = Shape(512, 512, 2, 4, 2, 64, 64, False)
 
 
-def build_model(shape: Shape, processor: Qwen3VLProcessor, is_tiny: bool) -> Any:
-    """Random weights made on the device, in bf16 (tiny: float32)."""
+def build_model(
+    shape: Shape, processor: Qwen3VLProcessor, is_tiny: bool, dtype: torch.dtype | None = None
+) -> Any:
+    """Random weights made on the device, by default in bf16 (tiny: float32)."""
     token_id = processor.tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config={
@@ -68,7 +70,8 @@ def build_model(shape: Shape, processor: Qwen3VLProcessor, is_tiny: bool) -> Any
         tie_word_embeddings=shape.is_tied,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if is_tiny else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if is_tiny else torch.bfloat16
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -90,7 +93,9 @@ def rows(
     answer = "a" * (num_bytes % 2) + " a" * (num_bytes // 2)
     num_tokens = len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
     assert num_tokens == num_bytes, "the tokenizer must have a token for each byte of the answer"
-    picture = Image.effect_noise((448, 448), 64).convert("RGB")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (448, 448, 3), dtype=torch.uint8, generator=generator)
+    picture = Image.fromarray(pixels.numpy())
     question = {"role": "user", "content": "Describe the picture."}
     row = {
         "prompt": [question],
@@ -107,9 +112,19 @@ def processor_of_448_pixels() -> Qwen3VLProcessor:
     return processor
 
 
+def build_student(
+    processor: Qwen3VLProcessor, is_tiny: bool, dtype: torch.dtype | None = None
+) -> Any:
+    """The same in each process."""
+    torch.manual_seed(0)
+    return build_model(TINY_STUDENT if is_tiny else STUDENT_2B, processor, is_tiny, dtype)
+
+
+def build_teacher(processor: Qwen3VLProcessor, is_tiny: bool) -> Any:
+    torch.manual_seed(1)
+    return build_model(TINY_TEACHER if is_tiny else TEACHER_8B, processor, is_tiny)
+
+
 def build_pair(processor: Qwen3VLProcessor, is_tiny: bool) -> tuple[Any, Any]:
     """Student and teacher."""
-    torch.manual_seed(0)
-    shapes = (TINY_STUDENT, TINY_TEACHER) if is_tiny else (STUDENT_2B, TEACHER_8B)
-    student, teacher = (build_model(shape, processor, is_tiny) for shape in shapes)
-    return student, teacher
+    return build_student(processor, is_tiny), build_teacher(processor, is_tiny)

@@ -55,16 +55,21 @@ def package_versions(names: Sequence[str]) -> dict[str, str]:
 
 class RowLog:
     """A CSV file that has each row as soon as it is measured; path None keeps rows in memory
-    only.
+    only. appends: to the rows that are there, of the same fields.
     """
 
-    def __init__(self, path: Path | None, fields: Sequence[str]) -> None:
+    def __init__(self, path: Path | None, fields: Sequence[str], *, appends: bool = False) -> None:
         self.path = path
         self.fields = list(fields)
         self.rows: list[dict[str, Any]] = []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._write("w", dict(zip(self.fields, self.fields, strict=True)))
+            header = ",".join(self.fields)
+            if appends and path.exists():
+                found = path.read_text(encoding="utf-8").partition("\n")[0]
+                assert found == header, f"{path} has other columns: {found}"
+            else:
+                self._write("w", dict(zip(self.fields, self.fields, strict=True)))
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
