@@ -43,6 +43,8 @@ class Example:
     turn: int | None = None  # of the row, where every turn is an example of its own
     is_cut: bool = False  # of the prompt the last prompt_length tokens are seen
     is_blank: bool = False  # no row: in the place of a micro-batch of which none is left
+    # Of a completion that was sampled: what the tokens had in its writer's distribution.
+    logprobs: list[float] | None = None
 
     @property
     def where(self) -> str:
@@ -56,7 +58,10 @@ class Example:
     def with_completion(
         self, completion_ids: list[int], pieces: list[Piece] | None = None
     ) -> "Example":
-        return replace(self, completion_ids=completion_ids, pieces=pieces)
+        return replace(self, completion_ids=completion_ids, pieces=pieces, logprobs=None)
+
+    def with_sample(self, completion_ids: list[int], logprobs: list[float]) -> "Example":
+        return replace(self, completion_ids=completion_ids, pieces=None, logprobs=logprobs)
 
     def unanswered(self) -> "Example":
         """As the model is prompted, whatever its template writes before a known answer."""

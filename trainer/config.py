@@ -12,6 +12,7 @@ from gold_trainer.precision import (
     choose_precision,
     is_checkpointing_open,
 )
+from gold_trainer.rollout_config import RolloutFields
 from gold_trainer.row_config import RowFields
 from gold_trainer.run_config import (
     RunFields,
@@ -25,7 +26,7 @@ from gold_trainer.uld_config import ULDFields
 
 @dataclass
 class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has run
-    RunFields, TeacherFields, LossFields, ULDFields, RowFields, TrainingArguments
+    RunFields, TeacherFields, LossFields, ULDFields, RowFields, RolloutFields, TrainingArguments
 ):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
@@ -42,6 +43,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         "teacher_model_init_kwargs",
         "loss_kwargs",
         "chat_template_kwargs",
+        "generation_kwargs",
     ]
 
     learning_rate: float = field(
@@ -65,13 +67,6 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     )
     lmbda: float = field(
         default=0.5, metadata={"help": "Probability of a micro-batch to be on-policy, in [0, 1]."}
-    )
-    temperature: float = field(
-        default=0.9, metadata={"help": "Sampling temperature of generated completions."}
-    )
-    top_p: float = field(default=0.95, metadata={"help": "Nucleus of the sampling, in (0, 1]."})
-    top_k: int = field(
-        default=0, metadata={"help": "Sample from the k likeliest tokens; 0 is off."}
     )
     max_completion_length: int = field(
         default=128, metadata={"help": "Most tokens of a generated completion."}
@@ -130,6 +125,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
         check_fields(self, "GOLDConfig")
         self.check_rows()
+        self.check_rollouts()
         if self.seq_kd and self.lmbda == 1:
             raise ValueError(
                 "GOLDConfig: seq_kd must be False where every micro-batch is on-policy, got True "

@@ -59,6 +59,8 @@ RANGES: dict[str, tuple[Range, str]] = {
     "temperature": (POSITIVE, AS_THEY_ARE),
     "top_p": (Range("in (0, 1]", 0, 1, is_open=True), "1.0 turns it off"),
     "top_k": (Range("at least 0", 0), "0 turns it off"),
+    "min_p": (SHARE, "None turns it off"),
+    "repetition_penalty": (POSITIVE, "1.0 turns it off"),
     "max_completion_length": (AT_LEAST_1, RAISE),
     "max_length": (Range("at least 2", 2), "None sets no limit"),
     "num_generations": (AT_LEAST_1, "1 is one completion of a prompt"),
@@ -105,6 +107,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     "chat_template_kwargs": (
         "a dict of arguments of the chat template",
         'write {"enable_thinking": false}',
+    ),
+    "stop_strings": ("a list of texts", r"write ['\n\n']"),
+    "generation_kwargs": (
+        "a dict of arguments of who writes completions",
+        'write {"no_repeat_ngram_size": 4}',
     ),
     "dataset_ignore_columns": ("a list of names", "write ['id']"),
     "logits_dtype": ("", "'float32' is the precise one"),

@@ -129,8 +129,9 @@ class GOLDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
         self.teacher.place(self.accelerator.device)
         writers = make_writers(student, self.teacher, self.objective.collators, args)
+        sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(processing_class)
-        self.rollouts = Rollouts(args, self.objective, writers, tokenizer)
+        self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
         check_best_metric(args, self.windows["eval"].names(), eval_dataset)
@@ -326,9 +327,8 @@ class GOLDTrainer(Trainer):
         """
         (inputs,) = self.pictures_for_all.add([inputs])
         if any(example.completion_ids is None for example in inputs.examples):
-            place = f"{self.args.seed} eval {[example.index for example in inputs.examples]}"
             with self.accelerator.autocast():
-                (inputs,) = self.rollouts.write("teacher", [inputs], place)
+                (inputs,) = self.rollouts.write("teacher", [inputs], "eval")
         self.skipped.count_evaluated(inputs)
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))

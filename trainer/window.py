@@ -6,12 +6,15 @@ for it is written before its first forward: one writer's call for what the stude
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from functools import cached_property
+from itertools import groupby, islice
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gold_trainer.batches import Example, WindowBatch
@@ -20,10 +23,11 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
 from gold_trainer.sharding import has_pictures
 from gold_trainer.videos import Video
-from gold_trainer.writers import Writer
+from gold_trainer.writers import Prompt, Sampling, Writer
 
 # Pictures and videos by row of the dataset and turn.
 Pictures = dict[tuple[int, int | None], tuple[list[Image.Image], list[Video]]]
+SEED_BITS = 62  # of a prompt: what its number of completions adds stays a number of 64 bits
 
 
 class RepeatSampler(torch.utils.data.Sampler[int]):
@@ -110,11 +114,18 @@ class Rollouts:
         self,
         args: GOLDConfig,
         objective: Objective,
-        writers: dict[str, Writer],  # of "student" and "teacher"
+        writers: Mapping[str, Writer],  # of "student" and "teacher"
+        models: Mapping[str, nn.Module | None],  # the same; None where no module is here
         tokenizer: PreTrainedTokenizerBase,  # the student's
     ) -> None:
-        self.args, self.objective, self.writers = args, objective, writers
+        self.args, self.objective, self.writers, self.models = args, objective, writers, models
         self.tokenizer = tokenizer
+
+    @cached_property
+    def sampling(self) -> dict[str, Sampling]:
+        """Of each writer."""
+        collators = self.objective.collators
+        return {name: Sampling.of(self.args, collators[name]) for name in self.writers}
 
     def source(self, step: int, micro_step: int) -> str:
         """Student (on-policy), teacher or dataset; the same on every rank and after a resume."""
@@ -133,38 +144,67 @@ class Rollouts:
             due = [i for i, source in enumerate(sources) if source == name]
             if not due:
                 continue
-            writer.sync_weights(step)
-            place = f"{self.args.seed} {step} {name} {self.args.process_index}"
+            writer.sync_weights(self.models[name], step)
             own = [i for i in due if not batches[i].is_blank]
-            if not own:
-                self._take_part(name, batches[due[0]])
-                continue
-            written = self.write(name, [completed[i] for i in own], place)
-            for i, batch in zip(own, written, strict=True):
-                completed[i] = batch
+            if own:
+                written = self.write(name, [completed[i] for i in own], step)
+                for i, batch in zip(own, written, strict=True):
+                    completed[i] = batch
+            elif self.args.world_size > 1:  # without rows: sharded weights write where all ranks do
+                self._completed(name, [completed[due[0]]], step)
         shown = next((batch for batch in completed if not batch.is_blank), None)
         if shown is not None:
             self._print(shown.examples, shown.source, step)
         return completed
 
-    def _take_part(self, name: str, blank: WindowBatch) -> None:
-        """Of a window without rows: sharded weights write where all ranks do."""
-        if self.args.world_size > 1:
-            prompts = self.objective.prompts(blank, name)
-            self.writers[name].complete([example.unanswered() for example in prompts], 0)
+    def write(
+        self,
+        name: str,
+        batches: list[WindowBatch],
+        step: int | str,  # or what else makes the seeds of this call different
+    ) -> list[WindowBatch]:
+        """The batches with completions of one writer's call."""
+        examples = self._completed(name, batches, step)
+        return [
+            self.objective.with_completions(
+                batch, name, list(islice(examples, len(self.objective.prompts(batch, name))))
+            )
+            for batch in batches
+        ]
 
-    def write(self, name: str, batches: list[WindowBatch], place: str) -> list[WindowBatch]:
-        """The batches with completions of one writer's call; place, where in the run, seeds it."""
-        prompts = [self.objective.prompts(batch, name) for batch in batches]
-        rows = [example.unanswered() for part in prompts for example in part]
+    def _completed(
+        self, name: str, batches: list[WindowBatch], step: int | str
+    ) -> Iterator[Example]:
+        """The batches' rows and, behind them, one that is written for the sake of other ranks."""
+        rows = [e.unanswered() for batch in batches for e in self.objective.prompts(batch, name)]
         if name == "student" and not has_pictures(rows):
             rows += [example for batch in batches for example in batch.unscored[:1]][:1]
-        seed = random.Random(place).getrandbits(63)
-        examples = iter(self.writers[name].complete(rows, seed))
-        return [
-            self.objective.with_completions(batch, name, list(islice(examples, len(part))))
-            for batch, part in zip(batches, prompts, strict=True)
-        ]
+        prompts = self._prompts(rows, name, step)
+        written = self.writers[name].complete(prompts, self.sampling[name])
+        return (
+            prompt.example.with_sample(completion.token_ids, completion.logprobs)
+            for prompt, completions in zip(prompts, written, strict=True)
+            for completion in completions
+        )
+
+    def _prompts(self, rows: list[Example], name: str, step: int | str) -> list[Prompt]:
+        """Runs of one row are one prompt. Its seed follows from the run's, the step, the side and
+        the row; a row that comes again goes on where its last run ended.
+        """
+        prompts: list[Prompt] = []
+        repetitions: Counter[tuple[int, int | None]] = Counter()
+        for (index, turn), run in groupby(rows, lambda example: (example.index, example.turn)):
+            examples = list(run)
+            place = f"{self.args.seed} {step} {name} {index} {turn}"
+            seed = random.Random(place).getrandbits(SEED_BITS) + repetitions[index, turn]
+            repetitions[index, turn] += len(examples)
+            room = self._room(examples[0])
+            prompts.append(Prompt(examples[0], room, seed, len(examples)))
+        return prompts
+
+    def _room(self, example: Example) -> int:
+        room, max_length = self.args.max_completion_length, self.args.max_length
+        return room if max_length is None else min(room, max_length - example.prompt_length)
 
     def _print(self, examples: list[Example], source: str, step: int) -> None:
         """A table of the window's first micro-batch, where one is due."""

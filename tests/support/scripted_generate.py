@@ -1,29 +1,27 @@
-"""A stand-in for generate that writes what a test says."""
-
-import torch
+"""A stand-in for what samples a model's completions, which writes what a test says."""
 
 from gold_trainer.collator import tokenizer_of
+from gold_trainer.writers import Completion, LocalWriter
 
 
 class Script:
-    """Stands in for generate: rows of token ids, padded on the right as generate pads them; keeps
-    what it was called with and how the model was then.
+    """Writes for one model rows of token ids, padded behind their ends as a batch has them; keeps
+    what it was asked for. Other models write as ever.
     """
 
-    def __init__(self, model, completions, pad):
-        self.completions = completions
-        self.pad = pad
-        self.model = model
-        self.calls = []
-        self.states = []
-        model.generate = self
+    def __init__(self, monkeypatch, model, completions, pad):
+        self.calls = []  # prompts and sampling
+        write = LocalWriter.write_rows
 
-    def __call__(self, **inputs):
-        self.calls.append(inputs)
-        self.states.append((self.model.generation_config.repetition_penalty, self.model.training))
-        width = max(map(len, self.completions))
-        rows = [ids + [self.pad] * (width - len(ids)) for ids in self.completions]
-        return torch.cat([inputs["input_ids"], torch.tensor(rows)], dim=1)
+        def write_rows(writer, module, rows, sampling):
+            if module is not model:
+                return write(writer, module, rows, sampling)
+            self.calls.append((rows, sampling))
+            width = max(map(len, completions))
+            padded = [ids + [pad] * (width - len(ids)) for ids in completions]
+            return [Completion(ids, [0.0] * width, 0) for ids in padded]
+
+        monkeypatch.setattr(LocalWriter, "write_rows", write_rows)
 
 
 def ids_of(processor):

@@ -89,9 +89,9 @@ def test_nothing_is_written_for_a_micro_batch_of_bad_rows(tmp_path):
     trainer = make_trainer(tmp_path, rows, "qwen3", **options, **SKIP)
     writer, written = trainer.rollouts.writers["student"], []
     complete = writer.complete
-    writer.complete = lambda examples, seed: written.append(examples) or complete(examples, seed)
+    writer.complete = lambda prompts, *rest: written.append(prompts) or complete(prompts, *rest)
     trainer.train()
-    assert [[example.index for example in examples] for examples in written] == [[0, 1]]
+    assert [[prompt.example.index for prompt in prompts] for prompts in written] == [[0, 1]]
 
 
 def test_a_step_of_bad_rows_changes_nothing_and_is_in_no_mean(tmp_path):

@@ -10,7 +10,7 @@ import transformers
 from gold_trainer import GOLDConfig
 from gold_trainer.collator import GOLDCollator
 from gold_trainer.rows import Row
-from gold_trainer.writers import make_writer
+from gold_trainer.writers import Prompt, Sampling, make_writer
 from support.tiny_configs import tiny_models
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import assert_equal_gradients, one_step
@@ -95,11 +95,13 @@ def test_prompts_that_padding_would_change_are_written_by_length(
     writer = make_writer(lambda: nullcontext(model), collator, args)
     texts = ["A", "A picture of a cat on a mat, and more text.", "Two words", "A"]
     rows = [Row(i, [{"role": "user", "content": text}], None, []) for i, text in enumerate(texts)]
-    written = writer.complete([collator.example(row) for row in rows], seed=0)
+    prompts = [Prompt(collator.example(row), 3, seed=100 * row.index) for row in rows]
+    sampling = Sampling.of(args, collator)
+    written = writer.complete(prompts, sampling)
     assert [len(mask) for mask in masks] == ([4] if is_together else [2, 1, 1])
     assert is_together or all(mask.all() for mask in masks)
-    assert [e.index for e in written] == [0, 1, 2, 3]
-    assert all(e.completion_ids for e in written)
-    again = writer.complete([collator.example(row) for row in rows], seed=0)
+    assert len(written) == 4 and all(completion.token_ids for (completion,) in written)
     if model_type != "recurrent_gemma":  # whose module keeps the states of its last call
-        assert [e.completion_ids for e in written] == [e.completion_ids for e in again]
+        assert writer.complete(prompts, sampling) == written
+        ((alone,),) = writer.complete(prompts[1:2], sampling)
+        assert alone.token_ids == written[1][0].token_ids, "alone as in company"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from gold_trainer.writers import Completion
 from support.cross_cases import cross_trainer, make_sides, rows_of
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import (
@@ -64,27 +65,28 @@ def test_teacher_that_is_no_module_gives_the_same_step(across, tmp_path):
 
 
 class StoredWriter:
-    """Completions of a server, say: it gets prompts and a seed, and is told of new weights."""
+    """Completions of a server, say: it gets prompts, and is told of new weights."""
 
     def __init__(self, completion_ids):
         self.completion_ids, self.events = completion_ids, []
 
-    def sync_weights(self, step):
-        self.events.append(("sync", step))
+    def sync_weights(self, model, step):
+        self.events.append(("sync", step, model))
 
-    def complete(self, examples, seed):
-        self.events.append(("complete", [example.index for example in examples]))
-        return [example.with_completion(self.completion_ids) for example in examples]
+    def complete(self, prompts, sampling):
+        self.events.append(("complete", [prompt.example.index for prompt in prompts]))
+        ids = self.completion_ids
+        return [[Completion(ids, [0.0] * len(ids), 0)] * p.num_completions for p in prompts]
 
 
 def test_writer_that_is_no_module_is_asked_once_a_window_after_its_weights_are_new(tmp_path):
     student, processor = tiny("qwen3_vl")
-    student.generate = None  # would raise
     fields = {"lmbda": 1.0, "max_steps": 2, "per_device_train_batch_size": 2}
     trainer = make_trainer(tmp_path, ROWS, student=student, gradient_accumulation_steps=1, **fields)
     writer = StoredWriter([5, 6, processor.tokenizer.eos_token_id])
     trainer.rollouts.writers["student"] = writer
     trainer.train()
-    expected = [("sync", 0), ("complete", [0, 1]), ("sync", 1), ("complete", [2, 3])]
+    expected = [("sync", 0, student), ("complete", [0, 1])]
+    expected += [("sync", 1, student), ("complete", [2, 3])]
     assert writer.events == expected
     assert all(entry["completion_length"] == 3 for entry in trainer.state.log_history[:2])

@@ -5,6 +5,7 @@ That an on-policy step equals the eager step on what was generated is held in te
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,11 @@ from tokenizers import Tokenizer
 
 from gold_kernels import fused_linear_loss
 from gold_trainer import GOLDTrainer, collator
-from gold_trainer.batches import Example
-from gold_trainer.collator import process_prompts, token_ids_of, tokenizer_of
-from gold_trainer.models import end_ids_of, placeholder_ids_of
+from gold_trainer.collator import process_prompts, tokenizer_of
+from gold_trainer.models import placeholder_ids_of
 from gold_trainer.objectives import same_vocabulary
 from gold_trainer.objectives.one_family import shared_vocab_size
-from gold_trainer.writers import local
+from gold_trainer.writers import Prompt
 from support.scripted_generate import Script, ids_of
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import losses_of, make_trainer
@@ -64,13 +64,16 @@ def rows_of(run):
     return [run.train_dataset[i] for i in range(len(run.train_dataset))]
 
 
-def generated(run, examples, seed):
-    """Completions of the trainer's student, with its own settings."""
-    end_ids = end_ids_of(run.model, run.processing_class)
-    token_ids = token_ids_of(run.processing_class) - set(placeholder_ids_of(run.model.config))
-    return local.generate_completions(
-        run.model, run.processing_class, examples, end_ids, token_ids, run.args, seed
-    )
+def written_ids(run, examples, seed=0, **changes):
+    """Completions of the trainer's student, with its own settings but for the changes."""
+    rollouts = run.rollouts
+    sampling = replace(rollouts.sampling["student"], **changes)
+    prompts = [
+        Prompt(e.unanswered(), rollouts._room(e), seed + 100 * i) for i, e in enumerate(examples)
+    ]
+    written = rollouts.writers["student"].complete(prompts, sampling)
+    assert all(len(c.token_ids) == len(c.logprobs) for (c,) in written)
+    return [completion.token_ids for (completion,) in written]
 
 
 def test_end_token_is_scored_and_nothing_after_it(scored, tmp_path, monkeypatch):
@@ -78,7 +81,7 @@ def test_end_token_is_scored_and_nothing_after_it(scored, tmp_path, monkeypatch)
     student, processor = tiny("qwen3_vl")
     end, pad = ids_of(processor)
     sampled = [[5, 6, end], [end], [7, 8, 9, 10, 11, 12], [5, end, end, 6, end]]
-    Script(student, sampled, pad)
+    Script(monkeypatch, student, sampled, pad)
     make_trainer(
         tmp_path, PROMPTS, student=student, lmbda=1.0, max_completion_length=MAX_NEW
     ).train()
@@ -87,17 +90,19 @@ def test_end_token_is_scored_and_nothing_after_it(scored, tmp_path, monkeypatch)
     assert counts == [sum(map(len, kept))]
 
 
-def test_every_end_token_of_the_model_ends_a_completion(scored, tmp_path):
+def test_every_end_token_of_the_model_ends_a_completion(scored, tmp_path, monkeypatch):
     """Qwen's models end with <|im_end|> or <|endoftext|>; the second one is the padding too."""
     student, processor = tiny("qwen3_vl")
     end, pad = ids_of(processor)
     assert end != pad
     student.generation_config.eos_token_id = [end, pad]
-    script = Script(student, [[5, pad, pad, pad], [5, 6, end, pad], [5, 6, 7, 8], [pad, 5]], pad)
+    script = Script(
+        monkeypatch, student, [[5, pad, pad, pad], [5, 6, end, pad], [5, 6, 7, 8], [pad, 5]], pad
+    )
     make_trainer(tmp_path, PROMPTS, student=student, lmbda=1.0).train()
     assert [kept for _, kept in scored] == [[[5, pad], [5, 6, end], [5, 6, 7, 8], [pad]]]
-    config = script.calls[0]["generation_config"]
-    assert sorted(config.eos_token_id) == sorted([end, pad])
+    _, sampling = script.calls[0]
+    assert sampling.end_ids == tuple(sorted([end, pad]))
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
@@ -112,36 +117,52 @@ def test_completions_keep_to_their_length(max_length, scored, tmp_path):
     assert max_length is None or len(set(rooms)) > 1, "rows must differ in room"
     end, _ = ids_of(run.processing_class)
     lengths = []
-    for example, room in zip(generated(run, examples, seed=0), rooms, strict=True):
-        lengths.append(len(example.completion_ids))
-        assert lengths[-1] == room or example.completion_ids[-1] == end
+    for ids, room in zip(written_ids(run, examples), rooms, strict=True):
+        lengths.append(len(ids))
+        assert lengths[-1] == room or ids[-1] == end
         assert lengths[-1] <= room
     assert any(length == room for length, room in zip(lengths, rooms, strict=True))
 
 
-def test_sampling_settings_reach_generate_and_the_models_own_do_not(tmp_path):
+def test_sampling_settings_are_the_runs_and_not_the_models_own(tmp_path, monkeypatch):
     student, processor = tiny("qwen3_vl")
     end, pad = ids_of(processor)
     student.generation_config.repetition_penalty = 5.0
-    student.generation_config.do_sample = False
-    script = Script(student, [[5]] * 4, pad)
-    fields = {"temperature": 0.7, "top_p": 0.8, "top_k": 11, "max_completion_length": 9}
-    fields |= {"lmbda": 1.0, "gradient_checkpointing": True, "max_steps": 2}
+    script = Script(monkeypatch, student, [[5]] * 4, pad)
+    fields = {"temperature": 0.7, "top_p": 0.8, "top_k": 11, "min_p": 0.1, "max_steps": 2}
+    fields |= {"repetition_penalty": 1.2, "stop_strings": ["."], "lmbda": 1.0}
+    fields |= {"generation_kwargs": '{"no_repeat_ngram_size": 2}', "max_completion_length": 9}
     make_trainer(tmp_path, PROMPTS, student=student, **fields).train()
-    config = script.calls[0]["generation_config"]
-    assert config.do_sample and config.use_cache
-    assert (config.temperature, config.top_p, config.top_k) == (0.7, 0.8, 11)
-    assert (config.max_new_tokens, config.eos_token_id, config.pad_token_id) == (9, [end], pad)
+    rows, sampling = script.calls[0]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 11)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.2)
+    assert sampling.stop_strings == (".",) and sampling.end_ids == (end,)
+    assert sampling.generation_kwargs == {"no_repeat_ngram_size": 2}
+    assert {row.room for row in rows} == {9}
     vision = [student.config.image_token_id, student.config.vision_start_token_id]
     padding = padding_rows(student, processor)
-    assert padding and set(vision) | set(padding) <= set(config.suppress_tokens)
-    assert script.states == [(None, False)] * 2, (
-        "eval mode after a step too, the model's own settings hidden"
-    )
-    assert student.generation_config.repetition_penalty == 5.0 and student.training
+    num_entries = student.get_output_embeddings().out_features
+    assert padding and set(vision) | set(padding) <= set(sampling.banned_ids(num_entries))
 
 
-def test_end_token_beyond_a_hole_in_the_ids_can_be_sampled(tmp_path):
+def test_a_model_writes_in_eval_mode_and_its_own_settings_are_hidden(tmp_path):
+    """Sampled from two tokens, a penalty of the model's own would show."""
+    student, _ = tiny("qwen3_vl")
+    fields = {"lmbda": 1.0, "top_k": 1, "gradient_checkpointing": True}
+    run = make_trainer(tmp_path, PROMPTS, student=student, **fields)
+    examples = run.data_collator(rows_of(run)).examples
+    expected = written_ids(run, examples)
+    student.generation_config.repetition_penalty = 5.0
+    student.generation_config.max_length = 3
+    modes = []
+    student.register_forward_hook(lambda module, *_: modes.append(module.training))
+    student.train()
+    assert written_ids(run, examples) == expected
+    assert modes and not any(modes) and student.training
+    assert student.generation_config.repetition_penalty == 5.0
+
+
+def test_end_token_beyond_a_hole_in_the_ids_can_be_sampled(tmp_path, monkeypatch):
     student, processor = tiny("llama")
     definition = json.loads(processor.backend_tokenizer.to_str())
     end = processor.eos_token_id + 10
@@ -150,21 +171,21 @@ def test_end_token_beyond_a_hole_in_the_ids_can_be_sampled(tmp_path):
         token["id"] = end if token["content"] == processor.eos_token else token["id"]
     processor._tokenizer = Tokenizer.from_str(json.dumps(definition))
     assert processor.eos_token_id == end >= len(processor)
-    script = Script(student, [[5, end]] * 4, processor.pad_token_id)
+    script = Script(monkeypatch, student, [[5, end]] * 4, processor.pad_token_id)
     run = make_trainer(
         tmp_path, tiny_rows(4), "llama", student=student, processor=processor, lmbda=1.0
     )
     run.train()
     num_rows = student.lm_head.out_features
     unknown = sorted(set(range(num_rows)) - set(processor.get_vocab().values()))
-    assert script.calls[0]["generation_config"].suppress_tokens == unknown
+    assert script.calls[0][1].banned_ids(num_rows) == unknown
     assert end not in unknown and min(unknown) < end < max(unknown)
     head = torch.nn.Linear(1, num_rows + 64)
     assert shared_vocab_size(student.lm_head, head, processor) == end + 1
 
 
 def test_peaked_sampling_is_greedy_decoding(scored, tmp_path):
-    """top_k = 1 through the real generate: the completions are those of do_sample=False."""
+    """top_k = 1: the completions are those of do_sample=False."""
     student, processor = tiny("qwen3_vl")
     run = make_trainer(tmp_path, PROMPTS, student=student, lmbda=1.0, top_k=1)
     inputs = process_prompts(
@@ -214,15 +235,9 @@ def test_generating_leaves_the_random_state_alone(tmp_path):
     run = make_trainer(tmp_path, PROMPTS, lmbda=1.0)
     examples = run.data_collator(rows_of(run)).examples
     state = torch.get_rng_state()
-    first, again, other = (generated(run, examples, seed) for seed in (3, 3, 4))
+    first, again, other = (written_ids(run, examples, seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
-    ids = [[e.completion_ids for e in completed] for completed in (first, again, other)]
-    assert ids[0] == ids[1] != ids[2]
-    assert all(
-        isinstance(e, Example) and e.images == before.images
-        for e, before in zip(first, examples, strict=True)
-    )
-    assert all(example.completion_ids is None for example in examples)
+    assert first == again != other
 
 
 @pytest.mark.parametrize(("lmbda", "expected"), [(0.0, "dataset"), (1.0, "student"), (0.5, "both")])
@@ -247,7 +262,7 @@ def test_table_of_on_policy_completions_shows_what_the_student_said(
     end, pad = ids_of(processor)
     tokenizer = tokenizer_of(processor)
     said = ["red bar", "a circle", "blue", "[bold]cross"]
-    Script(student, [[*tokenizer(text)["input_ids"], end] for text in said], pad)
+    Script(monkeypatch, student, [[*tokenizer(text)["input_ids"], end] for text in said], pad)
     options = {"log_completions": True, "log_completions_steps": 2, "num_completions_to_print": 3}
     fields = {"lmbda": 1.0, "max_completion_length": 32, "max_steps": 2}
     make_trainer(tmp_path, PROMPTS, student=student, **fields, **options).train()
@@ -261,14 +276,13 @@ def test_table_of_on_policy_completions_shows_what_the_student_said(
             assert cells == [str(row), str(len(PROMPTS[row]["images"]))]
 
 
-def test_seq_kd_learns_from_what_the_teacher_says(scored, tmp_path):
+def test_seq_kd_learns_from_what_the_teacher_says(scored, tmp_path, monkeypatch):
     """Rows without an answer; the log calls them off-policy."""
     teacher, processor = tiny("qwen3_vl", "teacher")
     end, pad = ids_of(processor)
     said = [[20, 21, end], [22, end], [23, 24, 25, 26], [24, 25, 26, end]]
-    script = Script(teacher, said, pad)
+    script = Script(monkeypatch, teacher, said, pad)
     student, _ = tiny("qwen3_vl")
-    student.generate = None  # would raise
     run = make_trainer(
         tmp_path, PROMPTS, student=student, teacher=teacher, seq_kd=True, lmbda=0.0, max_steps=2
     )
@@ -281,11 +295,11 @@ def test_seq_kd_learns_from_what_the_teacher_says(scored, tmp_path):
     assert entry["completion_length"] == sum(map(len, said)) / 4
 
 
-def test_seq_kd_ignores_answers_that_are_there(scored, tmp_path):
+def test_seq_kd_ignores_answers_that_are_there(scored, tmp_path, monkeypatch):
     teacher, processor = tiny("qwen3_vl", "teacher")
     end, pad = ids_of(processor)
     said = [[20, 21, end]] * 4
-    Script(teacher, said, pad)
+    Script(monkeypatch, teacher, said, pad)
     make_trainer(tmp_path, ROWS, teacher=teacher, seq_kd=True, lmbda=0.0).train()
     assert scored[0][1] == said
 

@@ -15,7 +15,7 @@ import gold_trainer.trainer
 from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_trainer import GOLDConfig, GOLDTrainer, collator, window
 from gold_trainer.window import RepeatSampler
-from gold_trainer.writers import local
+from gold_trainer.writers import LocalWriter, local
 from support.cross_cases import (
     aligner_of,
     assert_equals,
@@ -37,16 +37,22 @@ TWICE = {"num_generations": 2, "per_device_train_batch_size": 1, "gradient_accum
 
 @pytest.fixture
 def generated(monkeypatch):
-    """For every generate call: rows and sampled completions."""
+    """For every call of a writer: rows and completions."""
     calls = []
-    generate = local.generate_completions
+    complete = LocalWriter.complete
 
-    def record(model, processor, examples, *args):
-        completed = generate(model, processor, examples, *args)
-        calls.append([(e.index, tuple(e.completion_ids)) for e in completed])
-        return completed
+    def record(self, prompts, sampling):
+        written = complete(self, prompts, sampling)
+        calls.append(
+            [
+                (prompt.example.index, tuple(completion.token_ids))
+                for prompt, completions in zip(prompts, written, strict=True)
+                for completion in completions
+            ]
+        )
+        return written
 
-    monkeypatch.setattr(local, "generate_completions", record)
+    monkeypatch.setattr(LocalWriter, "complete", record)
     return calls
 
 
@@ -165,8 +171,8 @@ def test_student_and_teacher_are_called_once_a_window(tmp_path, monkeypatch):
     place = next(s for s in range(99) if len(set(decisions(tmp_path, s))) == 2)
     by_student = sum(source == "student" for source in decisions(tmp_path, place))
     scripts = [
-        Script(student, [[5 + i, end] for i in range(by_student)], pad),
-        Script(teacher, [[15 + i, end] for i in range(4 - by_student)], pad),
+        Script(monkeypatch, student, [[5 + i, end] for i in range(by_student)], pad),
+        Script(monkeypatch, teacher, [[15 + i, end] for i in range(4 - by_student)], pad),
     ]
     seen = []
     build = collator.build_inputs
@@ -185,7 +191,7 @@ def test_student_and_teacher_are_called_once_a_window(tmp_path, monkeypatch):
 
 def decisions(tmp_path, seed, step=0):
     args = GOLDConfig(output_dir=str(tmp_path), use_cpu=True, seed=seed, lmbda=0.5, seq_kd=True)
-    rollouts = window.Rollouts(args, None, {}, None)
+    rollouts = window.Rollouts(args, None, {}, {}, None)
     return [rollouts.source(step, micro_step) for micro_step in range(4)]
 
 
@@ -312,7 +318,9 @@ HALF = b"\xc3"  # the first byte of many accented letters
 
 
 @pytest.mark.parametrize("writer", ["student", "teacher"])
-def test_bytes_that_are_no_text_are_left_out_and_counted_across_families(writer, tmp_path, caplog):
+def test_bytes_that_are_no_text_are_left_out_and_counted_across_families(
+    writer, tmp_path, caplog, monkeypatch
+):
     """Of a completion the text before them is scored; one that begins with them is skipped, with a
     warning. The third is whole.
     """
@@ -327,7 +335,7 @@ def test_bytes_that_are_no_text_are_left_out_and_counted_across_families(writer,
         [half, *table.encode("red"), end],
         [*table.encode("blue"), end],
     ]
-    Script(side.model, sampled, pad)
+    Script(monkeypatch, side.model, sampled, pad)
     if writer == "student":
         completions = [(ids, aligner.teacher_ids(ids)) for ids in sampled]
     else:
@@ -347,11 +355,11 @@ def test_bytes_that_are_no_text_are_left_out_and_counted_across_families(writer,
     assert warned.startswith("row 1 is not distilled (skipped_no_common_end)")
 
 
-def test_bytes_that_are_no_text_are_scored_as_sampled_in_one_family(scored, tmp_path):
+def test_bytes_that_are_no_text_are_scored_as_sampled_in_one_family(scored, tmp_path, monkeypatch):
     student, processor = tiny("qwen3_vl")
     half = TokenBytes(processor.tokenizer).pieces.index(HALF)
     end, pad = ids_of(processor)
     sampled = [(5, half, 6, end), (half, end), (half, half, half, half), (7, end)]
-    Script(student, [list(ids) for ids in sampled], pad)
+    Script(monkeypatch, student, [list(ids) for ids in sampled], pad)
     make_trainer(tmp_path, PROMPTS, student=student, lmbda=1.0).train()
     assert [ids for batch in scored for _, ids in batch] == sampled

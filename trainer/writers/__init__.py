@@ -9,9 +9,17 @@ from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers import Teacher
 from gold_trainer.writers.local import LocalWriter
-from gold_trainer.writers.writer import Writer
+from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
 
-__all__ = ["LocalWriter", "Writer", "make_writer", "make_writers"]
+__all__ = [
+    "Completion",
+    "LocalWriter",
+    "Prompt",
+    "Sampling",
+    "Writer",
+    "make_writer",
+    "make_writers",
+]
 
 
 def make_writer(

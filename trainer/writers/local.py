@@ -1,26 +1,27 @@
 """Completions of a model in this process, sampled with transformers' generate()."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gold_trainer import sharding
-from gold_trainer.batches import Example
-from gold_trainer.collator import (
-    GOLDCollator,
-    Processor,
-    process_examples,
-    token_ids_of,
-    tokenizer_of,
-    until_end,
-)
+from gold_trainer.collator import GOLDCollator, process_examples
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, may_pad_left
-from gold_trainer.writers.writer import Writer
+from gold_trainer.writers.sampling import NEVER, Sampler
+from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
 
 
 class LocalWriter(Writer):
@@ -33,23 +34,18 @@ class LocalWriter(Writer):
         args: GOLDConfig,
     ) -> None:
         self.writing, self.collator, self.args = writing, collator, args
+        self.version = 0
 
-    @cached_property
-    def token_ids(self) -> frozenset[int]:
-        """What may be written: no placeholders of pictures, and no rows of a head that are no
-        token.
-        """
-        return frozenset(token_ids_of(self.collator.processor) - self.collator.placeholder_ids)
+    def sync_weights(self, model: nn.Module | None, step: int) -> None:
+        self.version = step
 
-    def sync_weights(self, step: int) -> None:
-        pass
-
-    def complete(self, examples: Sequence[Example], seed: int) -> list[Example]:
-        completed: dict[int, Example] = {}
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        rows = [replace(p, seed=seed, num_completions=1) for p in prompts for seed in p.seeds]
+        completed: dict[int, Completion] = {}
         with self.writing() as model:
-            groups = [list(range(len(examples)))]
+            groups = [list(range(len(rows)))]
             if not may_pad_left(model):
-                lengths = [example.prompt_length for example in examples]
+                lengths = [row.example.prompt_length for row in rows]
                 groups = [
                     [i for i, other in enumerate(lengths) if other == length]
                     for length in dict.fromkeys(lengths)
@@ -57,17 +53,25 @@ class LocalWriter(Writer):
             for number in range(sharding.num_calls(model, len(groups), self.args.device)):
                 # a rank that has written all writes again, and drops it
                 group = groups[number % len(groups)]
-                written = generate_completions(
-                    model,
-                    self.collator.processor,
-                    [examples[i] for i in group],
-                    sorted(self.collator.end_ids),
-                    self.token_ids,
-                    self.args,
-                    seed + number,
-                )
+                written = self.write_rows(model, [rows[i] for i in group], sampling)
                 completed = dict(zip(group, written, strict=True)) | completed
-        return [completed[i] for i in range(len(examples))]
+        tokenizer = self.collator.tokenizer
+        in_order = (completed[i].kept(row, sampling, tokenizer) for i, row in enumerate(rows))
+        return [list(islice(in_order, prompt.num_completions)) for prompt in prompts]
+
+    def write_rows(
+        self,
+        model: nn.Module,
+        rows: Sequence[Prompt],  # of one completion each, with prompts that may be padded together
+        sampling: Sampling,
+    ) -> list[Completion]:
+        """With whatever the batch has behind a row's end."""
+        processor = self.collator.processor
+        inputs = process_examples(processor, [row.example for row in rows])
+        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+        ids, logprobs = generate(model, inputs, rows, sampling, self.collator.tokenizer)
+        pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
+        return [Completion(*pair, self.version) for pair in pairs]
 
 
 @contextmanager
@@ -111,61 +115,48 @@ def own_settings_hidden(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = settings
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from this seed, the state before restored after.
+class RowSampler(LogitsProcessor):
+    """Leaves of each row's scores the token that it has drawn, and keeps its log-probability."""
 
-    Rollouts must not depend on what was drawn before them: the Trainer restores the random state
-    of a checkpoint only after the resumed window's batches were fetched.
-    """
-    is_forked = device.type not in ("cpu", "mps")  # those have one generator, or none by device
-    options = {"devices": [device], "device_type": device.type} if is_forked else {"devices": []}
-    with torch.random.fork_rng(**options):
-        torch.manual_seed(seed)
-        yield
+    def __init__(self, sampler: Sampler, width: int) -> None:
+        self.sampler, self.width = sampler, width
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        draws = self.sampler.draws[:, input_ids.shape[1] - self.width]
+        ids, logprobs = self.sampler(scores, draws)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, NEVER).scatter_(1, ids[:, None], 0.0)
 
 
-def generate_completions(
+def generate(
     model: nn.Module,
-    processor: Processor,
-    examples: Sequence[Example],
-    end_ids: Sequence[int],
-    token_ids: Collection[int],  # that may be sampled
-    args: GOLDConfig,
-    seed: int,
-) -> list[Example]:
-    """See Writer.complete."""
-    tokenizer, base = tokenizer_of(processor), base_model(model)
+    inputs: dict[str, Tensor],  # of rows, padded on the left
+    rows: Sequence[Prompt],
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Tensor, Tensor]:  # (B, R) ids with whatever stands behind an end, (B, R)
+    """generate() of the model, with a sampler of ours."""
+    base = base_model(model)
+    ids, room = inputs["input_ids"], max(row.room for row in rows)
     num_entries = base.get_output_embeddings().out_features
-    never = [i for i in range(num_entries) if i not in token_ids]
-    rooms = [
-        args.max_completion_length
-        if args.max_length is None
-        else min(args.max_completion_length, args.max_length - example.prompt_length)
-        for example in examples
-    ]
+    sampler = Sampler(sampling, [row.seed for row in rows], room, num_entries, ids.device)
+    sampler.see(ids, inputs["attention_mask"])
+    processor = RowSampler(sampler, ids.shape[1])
+    stops = {"stop_strings": list(sampling.stop_strings)} if sampling.stop_strings else {}
     config = GenerationConfig(
-        do_sample=True,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_new_tokens=max(rooms),
-        eos_token_id=list(end_ids),
-        suppress_tokens=never or None,
+        do_sample=False,
+        max_new_tokens=room,
+        eos_token_id=list(sampling.end_ids),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        **stops,
+        **sampling.generation_kwargs,
     )
-    inputs = process_examples(processor, examples)
-    inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-    with (
-        generation_mode(base),
-        own_settings_hidden(base),
-        head_in_its_dtype(base),
-        seeded(seed, args.device),
-    ):
-        output = sharding.generate(model, base, **inputs, generation_config=config)
-    sampled = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [
-        example.with_completion(until_end(ids[:room], end_ids))
-        for example, ids, room in zip(examples, sampled, rooms, strict=True)
-    ]
+    with generation_mode(base), own_settings_hidden(base), head_in_its_dtype(base):
+        options: dict[str, Any] = {**inputs, "tokenizer": tokenizer} if stops else {**inputs}
+        options |= {"generation_config": config}
+        options |= {"logits_processor": LogitsProcessorList([processor])}
+        output = sharding.generate(model, base, **options)
+    sampled = output[:, ids.shape[1] :]
+    return sampled, torch.stack(processor.logprobs, dim=1)[:, : sampled.shape[1]]

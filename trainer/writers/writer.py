@@ -1,26 +1,115 @@
 """What the trainer asks of a writer. A module here or a server may answer."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from gold_trainer.batches import Example
+from gold_trainer.collator import GOLDCollator, token_ids_of, until_end
+from gold_trainer.config import GOLDConfig
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row to be completed. Nothing in it depends on the other prompts of a call, nor on the
+    number of ranks.
+    """
+
+    example: Example  # its text with one placeholder a picture; pictures and videos raw
+    room: int  # most new tokens of each completion
+    seed: int  # below 2**62; completion i is sampled with seed + i
+    num_completions: int = 1
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.seed + i for i in range(self.num_completions)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """From which distribution of the next token completions are drawn, and what ends them."""
+
+    end_ids: tuple[int, ...]  # any of them ends a completion, and stays in it
+    # What may be written: no placeholders of pictures, and no rows of a head that are no token.
+    token_ids: frozenset[int]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()  # end a completion too, and stay in it
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of the kind of writer
+
+    @classmethod
+    def of(cls, args: GOLDConfig, collator: GOLDCollator) -> "Sampling":
+        """The run's, for the side whose collator this is."""
+        kwargs = args.generation_kwargs or {}
+        assert not isinstance(kwargs, str), "TrainingArguments reads the JSON"
+        return cls(
+            tuple(sorted(collator.end_ids)),
+            frozenset(token_ids_of(collator.processor) - collator.placeholder_ids),
+            args.temperature,
+            args.top_p,
+            args.top_k,
+            args.min_p,
+            args.repetition_penalty,
+            tuple(args.stop_strings or ()),
+            kwargs,
+        )
+
+    def banned_ids(self, num_entries: int) -> list[int]:
+        """Of a head with so many rows, those that may never be written."""
+        return [i for i in range(num_entries) if i not in self.token_ids]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sample, as it was drawn: the end token kept, nothing behind it."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # of each token, under the distribution that it was drawn from
+    version: int  # the optimizer step whose weights wrote it
+
+    def kept(
+        self, prompt: Prompt, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
+    ) -> "Completion":
+        """Without what a batch wrote behind its end, or beyond its room."""
+        ids = until_end(self.token_ids[: prompt.room], sampling.end_ids)
+        ids = until_stop(ids, tokenizer, sampling.stop_strings)
+        return Completion(ids, self.logprobs[: len(ids)], self.version)
+
+
+def until_stop(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]
+) -> list[int]:
+    """Ids up to and with the first whose text completes one of the strings."""
+
+    def has_stop(length: int) -> bool:
+        text = str(tokenizer.decode(ids[:length]))
+        return any(string in text for string in stop_strings)
+
+    if not stop_strings or not has_stop(len(ids)):
+        return ids
+    return ids[: bisect_left(range(len(ids)), True, key=has_stop)]
 
 
 class Writer(Protocol):
     """Completes prompts with samples of one model, student or teacher."""
 
-    def sync_weights(self, step: int) -> None:
+    def sync_weights(self, model: nn.Module | None, step: int) -> None:
         """From here on the completions are those of the model as it is at this optimizer step.
 
         Called on all ranks before a window's prompts. A writer that keeps a copy of the weights
-        renews it here.
+        renews it here. None: no module is here.
         """
         ...
 
-    def complete(self, examples: Sequence[Example], seed: int) -> list[Example]:
-        """The examples with completions as they were sampled: the end token kept, padding dropped.
-
-        A completion that reaches max_completion_length, or what max_length leaves its row, has no
-        end token. The same seed gives the same completions. Called on each rank for its own rows.
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """num_completions of each prompt. One that reaches its room has no end token. The same seed
+        gives the same completion. Called on each rank for its own prompts.
         """
         ...
