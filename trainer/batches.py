@@ -96,8 +96,10 @@ class WindowBatch:
     alignment: BatchAlignment | None = None  # with two tokenizers, once completions are known
     source: str = "dataset"  # who wrote the completions: "student", "teacher" or "dataset"
     skipped: list[BadRow] = field(default_factory=list)  # rows that were left out of it
-    # The student's rows that run through the model only, so that all ranks run its same parts.
+    # Rows that run through the model only, so that all ranks run its same parts; the teacher's are
+    # for one that is sharded.
     unscored: list[Example] = field(default_factory=list)
+    teacher_unscored: list[Example] = field(default_factory=list)
 
     @property
     def is_on_policy(self) -> bool:

@@ -4,12 +4,13 @@ All ranks gather a layer's weights and reduce its gradients together, so all mus
 layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -30,10 +31,12 @@ from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
 from gold_trainer.rows import Row
+from gold_trainer.videos import Video, takes_videos
 
 if TYPE_CHECKING:
     from gold_trainer.trainer import GOLDTrainer
 
+MEDIA = {"images": "image", "videos": "video"}  # of an Example, and their parts of a message
 PICTURE_SIZE = 64  # pixels of either side of the picture that nothing is learnt from
 
 
@@ -58,17 +61,19 @@ def whole_weights(args: GOLDConfig) -> Iterator[None]:
             set_hf_deepspeed_config(config)
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module | None) -> bool:
     """Whether the ranks of a group must run its forward passes together: each holds a part of the
     weights.
     """
-    return torch.distributed.is_initialized() and (
+    if model is None or not torch.distributed.is_initialized():
+        return False
+    return (
         any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
         or any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # of ZeRO-3
     )
 
 
-def num_calls(model: nn.Module, own: int, device: torch.device) -> int:
+def num_calls(model: nn.Module | None, own: int, device: torch.device) -> int:
     """How often this rank must call a model that it would call `own` times: where the ranks run
     together, as often as the one with most to do.
     """
@@ -141,37 +146,71 @@ def _refuse_tied_copy(model: nn.Module) -> None:
 
 
 class PicturesForAll:
-    """A rank whose micro-batch has no picture, while another's has, gets a row with one: the vision
-    tower runs on all ranks or on none. No token of that row is scored, so its gradient is zero.
+    """A forward pass runs the vision tower once for its pictures and once for its videos. A rank
+    whose micro-batch has none, while another's has, gets a row with one: the tower runs as often on
+    all ranks. No token of that row is scored, so its gradient is zero.
     """
 
-    def __init__(self, accelerator: Accelerator, collator: GOLDCollator) -> None:
-        self.accelerator, self.collator = accelerator, collator
-        self.is_needed = collator.is_vlm and runs_layers_together(accelerator)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        teacher: nn.Module | None,
+        collators: Mapping[str, GOLDCollator],  # of "student" and "teacher"
+    ) -> None:
+        self.accelerator, self.teacher, self.collators = accelerator, teacher, collators
 
     @cached_property
-    def example(self) -> Example:
-        content = [{"type": "image"}, {"type": "text", "text": "."}]
-        picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE))
-        row = Row(-1, [{"role": "user", "content": content}], None, [picture])
-        return self.collator.example(row).with_completion([])
+    def is_needed(self) -> bool:
+        """Asked when weights are where they will be."""
+        is_vlm = self.collators["student"].is_vlm
+        return is_vlm and (runs_layers_together(self.accelerator) or is_sharded(self.teacher))
+
+    @cached_property
+    def examples(self) -> dict[str, dict[str, Example]]:
+        """By side and kind."""
+        size = (PICTURE_SIZE, PICTURE_SIZE)
+        rows = {}
+        for number, (kind, part) in enumerate(MEDIA.items()):
+            content = [{"type": part}, {"type": "text", "text": "."}]
+            rows[kind] = Row(-1 - number, [{"role": "user", "content": content}], None, [])
+        rows["images"].images.append(Image.new("RGB", size))
+        rows["videos"].videos.append(Video(np.zeros((4, *size, 3), np.uint8), fps=2.0))
+        return {
+            side: {
+                kind: collator.example(row).with_completion([])
+                for kind, row in rows.items()
+                if kind == "images" or takes_videos(collator.processor)
+            }
+            for side, collator in self.collators.items()
+        }
 
     def add(self, batches: list[WindowBatch]) -> list[WindowBatch]:
         """Called on all ranks, with as many batches. Waits for the device, once a window."""
         if not self.is_needed:
             return batches
-        own = [has_pictures(batch.examples) for batch in batches]
+        own = [[has_media(batch.examples, kind) for kind in MEDIA] for batch in batches]
         flags = torch.tensor(own, dtype=torch.float32, device=self.accelerator.device)
         counts = self.accelerator.reduce(flags, reduction="sum").tolist()
-        return [
-            replace(batch, unscored=[self.example]) if count and not has else batch
-            for batch, count, has in zip(batches, counts, own, strict=True)
-        ]
+        result = []
+        for batch, has, of_all in zip(batches, own, counts, strict=True):
+            due = [
+                k for k, here, count in zip(MEDIA, has, of_all, strict=True) if count and not here
+            ]
+            sides = {side: [of[kind] for kind in due] for side, of in self.examples.items()}
+            teachers = sides["teacher"] if is_sharded(self.teacher) else []
+            result.append(replace(batch, unscored=sides["student"], teacher_unscored=teachers))
+        return result
 
 
-def has_pictures(examples: Sequence[Example]) -> bool:
-    """Or videos: both run through the vision tower."""
-    return any(example.images or example.videos for example in examples)
+def has_media(examples: Sequence[Example], kind: str) -> bool:
+    return any(getattr(example, kind) for example in examples)
+
+
+def missing_media(examples: Sequence[Example], unscored: Sequence[Example]) -> list[Example]:
+    """Of the unscored examples one of each kind that the others have not."""
+    kinds = [kind for kind in MEDIA if not has_media(examples, kind)]
+    found = (next((e for e in unscored if getattr(e, kind)), None) for kind in kinds)
+    return [example for example in found if example is not None]
 
 
 def save_whole(trainer: "GOLDTrainer", output_dir: str | None) -> None:

@@ -136,7 +136,9 @@ class GOLDTrainer(Trainer):
         self.guard = NonFiniteGuard(args, self.accelerator)
         check_best_metric(args, self.windows["eval"].names(), eval_dataset)
         sharding.prepare(self.accelerator, student)
-        self.pictures_for_all = sharding.PicturesForAll(self.accelerator, self.student.collator)
+        self.pictures_for_all = sharding.PicturesForAll(
+            self.accelerator, self.teacher.model, self.objective.collators
+        )
         refusals.warn_of_tiny_rate(args)
         banner = Banner(student, self.teacher.model, train_dataset, tokenizer)
         self.callback_handler.callbacks.insert(0, banner)  # before the progress bar's line
@@ -322,13 +324,10 @@ class GOLDTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """Mean loss of an evaluation batch; where seq_kd rows have no completion, the teacher's,
-        the same at every evaluation.
-        """
+        """Mean loss of an evaluation batch."""
         (inputs,) = self.pictures_for_all.add([inputs])
-        if any(example.completion_ids is None for example in inputs.examples):
-            with self.accelerator.autocast():
-                (inputs,) = self.rollouts.write("teacher", [inputs], "eval")
+        with self.accelerator.autocast():
+            inputs = self.rollouts.evaluated(inputs)
         self.skipped.count_evaluated(inputs)
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))

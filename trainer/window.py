@@ -21,7 +21,7 @@ from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.completions import print_completions
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
-from gold_trainer.sharding import has_pictures
+from gold_trainer.sharding import missing_media, num_calls
 from gold_trainer.videos import Video
 from gold_trainer.writers import Prompt, Sampling, Writer
 
@@ -175,10 +175,10 @@ class Rollouts:
     def _completed(
         self, name: str, batches: list[WindowBatch], step: int | str
     ) -> Iterator[Example]:
-        """The batches' rows and, behind them, one that is written for the sake of other ranks."""
+        """The batches' rows and, behind them, those that run the vision tower as other ranks do."""
         rows = [e.unanswered() for batch in batches for e in self.objective.prompts(batch, name)]
-        if name == "student" and not has_pictures(rows):
-            rows += [example for batch in batches for example in batch.unscored[:1]][:1]
+        side = {"student": "unscored", "teacher": "teacher_unscored"}[name]
+        rows += missing_media(rows, [e for batch in batches for e in getattr(batch, side)])
         prompts = self._prompts(rows, name, step)
         written = self.writers[name].complete(prompts, self.sampling[name])
         return (
@@ -205,6 +205,16 @@ class Rollouts:
     def _room(self, example: Example) -> int:
         room, max_length = self.args.max_completion_length, self.args.max_length
         return room if max_length is None else min(room, max_length - example.prompt_length)
+
+    def evaluated(self, batch: WindowBatch) -> WindowBatch:
+        """The batch of an evaluation; where seq_kd rows have no completion, the teacher's."""
+        is_due = any(example.completion_ids is None for example in batch.examples)
+        is_written = num_calls(self.models["teacher"], int(is_due), self.args.device) > 0
+        if is_due:
+            (batch,) = self.write("teacher", [batch], "eval")
+        elif is_written:  # on another rank, by a teacher that is in parts
+            self._completed("teacher", [batch], "eval")
+        return batch
 
     def _print(self, examples: list[Example], source: str, step: int) -> None:
         """A table of the window's first micro-batch, where one is due."""

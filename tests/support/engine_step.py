@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -38,6 +39,8 @@ RUN = {
     "max_completion_length": 16,
 }
 ULD = {"use_uld_loss": True, "uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.5}
+# in the first three micro-batches ranks differ in whether they have pictures, videos, or both
+MEDIA = {"family": "qwen3_vl", "images": "mixed", "has_videos": True}
 MIXED = {"family": "qwen3_vl", "images": "mixed"}  # ranks differ in whether they have a picture
 
 
@@ -59,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "saved_tied_head": {"peft_config": lora(modules_to_save=["lm_head"])},
     "own_teacher": {"peft_config": lora(), "has_teacher": False},
     "mixed_pictures": MIXED,
+    "mixed_media": MEDIA,
     "uld": {"is_tied": False, "teacher_family": "llama", **ULD},
     "uld_pictures": {**MIXED, "teacher_family": "idefics3", **ULD},
     "evaluated_first": {"eval_on_start": True},
@@ -66,6 +70,13 @@ CASES: dict[str, dict[str, Any]] = {
     "on_policy": {"lmbda": 1.0},
     # samples would differ: a rank that has a row more draws more numbers
     "on_policy_pictures": {**MIXED, "lmbda": 1.0, "top_k": 1},
+    "on_policy_media": {**MEDIA, "lmbda": 1.0, "top_k": 1},
+    # whose teacher is in parts too, and writes; of the first rank's rows one has an answer
+    "seq_kd_media": {
+        **MEDIA,
+        **{"peft_config": lora(), "has_teacher": False, "seq_kd": True, "top_k": 1},
+        "is_partly_answered": True,
+    },
     "on_policy_lora": {"peft_config": lora(), "lmbda": 1.0},
     # the ranks' prompts leave 4 and 9 tokens
     "on_policy_rooms": {"lmbda": 1.0, "max_length": 30},
@@ -120,6 +131,12 @@ def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
             options["teacher_model"] = tiny(family, "teacher")[0]
     case.pop("is_tied", None)
     rows = tiny_rows(NUM_ROWS, images=case.pop("images"))
+    if case.pop("has_videos", False):
+        for index, row in enumerate(rows):
+            row["videos"] = [np.full((4, 32, 32, 3), 9 * index, np.uint8)] * (index in (0, 3, 5))
+    if case.pop("is_partly_answered", False):
+        for row in rows[1:]:
+            del row["messages"][1]
     models.MOVED_BY_PADDING = MOVED_BY_PADDING
     if case.pop("writes_by_length", False):
         models.MOVED_BY_PADDING = (student.config.model_type,)

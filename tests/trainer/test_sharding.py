@@ -56,11 +56,16 @@ def test_fsdp_is_told_the_layers_that_a_model_has():
     assert any("DecoderLayer" in name for name in plugin.transformer_cls_names_to_wrap)
 
 
-@pytest.mark.parametrize(("media", "runs"), [("images", True), ("videos", True), (None, False)])
-def test_a_video_runs_the_vision_tower_as_a_picture_does(media, runs):
+def test_each_kind_that_only_other_ranks_have_is_run_once():
+    """The vision tower runs once for pictures, and once for videos."""
     text = Example(0, "prompt", 1, [], None)
-    other = replace(text, **{media: [object()]}) if media else text
-    assert sharding.has_pictures([text, other]) is runs
+    picture, video = replace(text, images=[object()]), replace(text, videos=[object()])
+    both = replace(picture, videos=[object()])
+    missing = sharding.missing_media
+    assert missing([text, text], [picture, video, picture]) == [picture, video]
+    assert missing([text, picture], [picture, video]) == [video]
+    assert missing([video], [picture, video]) == [picture]
+    assert missing([both], [picture, video]) == missing([text], []) == []
 
 
 def test_layers_that_the_user_names_are_left_alone():

@@ -89,7 +89,7 @@ class CrossTokenizer(Objective):
         student, teacher = self.collator.student.processor, self.collator.teacher.processor
         return MicroBatch(
             build_side(student, batch.examples, to_device, batch.unscored),
-            build_side(teacher, batch.teacher_examples, to_device),
+            build_side(teacher, batch.teacher_examples, to_device, batch.teacher_unscored),
             batch.is_on_policy,
             alignment_of(batch).to(to_device),
         )
