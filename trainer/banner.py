@@ -125,4 +125,5 @@ def _gib(size: float) -> str:
 
 
 def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Without what is offloaded."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)

@@ -133,6 +133,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
             )
         self.check_loss(is_across=self.use_uld_loss)
         self.check_uld()
+        self.check_teacher()
         for name in ("distillation_weight", "uld_distillation_weight"):
             if getattr(self, name) == 0 and self.lmbda == 1:
                 raise ValueError(

@@ -141,11 +141,11 @@ def hub_options(init_kwargs: InitKwargs, revision: str | None = None) -> dict[st
 
 
 def load_model(
-    name_or_path: str, init_kwargs: InitKwargs, revision: str | None = None
+    name_or_path: str, init_kwargs: InitKwargs, revision: str | None = None, **more: Any
 ) -> PreTrainedModel:
     """A vision-language or text model by folder or hub id, as its config says."""
     auto_class = _auto_class(load_config(name_or_path, init_kwargs, revision))
-    options = {**_as_dict(init_kwargs), **hub_options(init_kwargs, revision)}
+    options = {**_as_dict(init_kwargs), **hub_options(init_kwargs, revision), **more}
     try:
         return auto_class.from_pretrained(name_or_path, **options)
     except TypeError as error:  # an argument that neither from_pretrained nor the model knows

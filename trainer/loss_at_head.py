@@ -153,5 +153,5 @@ def measure(
 
 
 def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
-    """(B, L, D) hidden states at flat positions (N,) -> (N, D)."""
-    return hidden.flatten(0, 1).index_select(0, rows)
+    """(B, L, D) hidden states at flat positions (N,) -> (N, D), where the hidden states are."""
+    return hidden.flatten(0, 1).index_select(0, rows.to(hidden.device))

@@ -150,6 +150,11 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """By transformers, in from_pretrained."""
+    return getattr(base_model(model), "quantization_method", None) is not None
+
+
 def check_trained(student: nn.Module) -> None:
     if is_offloaded(student):
         raise ValueError(

@@ -49,6 +49,7 @@ def refuse_unusable(
             "teacher_model_name_or_path, or give the student an adapter (peft_config=): its own "
             "weights then are the teacher."
         )
+    refuse_places(teacher_model, args)
     if teacher_model is model and not isinstance(model, str):
         raise ValueError(
             "GOLDTrainer: student and teacher must be two objects, got one: the teacher is frozen; "
@@ -74,6 +75,33 @@ def refuse_unusable(
             "GOLDTrainer: data_collator must be None with use_uld_loss, got "
             f"{type(data_collator).__name__}; rows are rendered for two processors: change the "
             "dataset instead."
+        )
+
+
+def refuse_places(teacher_model: Any, args: GOLDConfig) -> None:
+    """Of the teacher's weights."""
+    places = {
+        name: getattr(args, name)
+        for name in ("teacher_sharding", "teacher_device", "teacher_offload")
+        if getattr(args, name) is not None
+    }
+    for name, value in places.items():
+        if teacher_model is None:
+            raise ValueError(
+                f"GOLDTrainer: {name} must be None for a student that is its own teacher, got "
+                f"{value!r}: its weights are where the student's are; pass teacher_model=."
+            )
+    device, sharding = args.teacher_device, args.teacher_sharding
+    if device is not None and device != "cpu" and args.world_size > 1:
+        raise ValueError(
+            f"GOLDTrainer: teacher_device must be None with {args.world_size} processes, got "
+            f"{device!r}, which all of them would fill; set teacher_sharding='fsdp', or start one "
+            "process."
+        )
+    if sharding is not None and args.world_size == 1:
+        raise ValueError(
+            f"GOLDTrainer: teacher_sharding must be None with one process, got {sharding!r}; start "
+            "several with accelerate launch, or set teacher_offload='cpu'."
         )
 
 

@@ -6,10 +6,11 @@ from transformers import PreTrainedModel
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers.frozen import FrozenTeacher
+from gold_trainer.teachers.offloaded import OffloadedTeacher
 from gold_trainer.teachers.own_weights import OwnWeights
 from gold_trainer.teachers.teacher import Teacher
 
-__all__ = ["FrozenTeacher", "OwnWeights", "Teacher", "make_teacher"]
+__all__ = ["FrozenTeacher", "OffloadedTeacher", "OwnWeights", "Teacher", "make_teacher"]
 
 
 def make_teacher(
@@ -20,4 +21,5 @@ def make_teacher(
 ) -> Teacher:
     if teacher_model is None:
         return OwnWeights(student, processor, args)
-    return FrozenTeacher.load(teacher_model, processor, args)
+    kind = OffloadedTeacher if args.teacher_offload is not None else FrozenTeacher
+    return kind.load(teacher_model, processor, args)

@@ -5,10 +5,11 @@ N_t scored rows, D_t hidden size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,18 +33,28 @@ def _bring_back(head: Any) -> None:
 
 class FrozenTeacher(Teacher):
     def __init__(self, model: nn.Module, processor: Processor, args: GOLDConfig) -> None:
-        self.model = model
+        self.model, self.args = model, args
         self.side = Side.of(model, "teacher", processor, args)
 
     @classmethod
     def load(
         cls, model: PreTrainedModel | str, processor: Processor, args: GOLDConfig
     ) -> "FrozenTeacher":
-        if isinstance(model, str):
-            source = args.teacher_model_init_kwargs, args.teacher_model_revision
-            with sharding.whole_weights(args):
-                model = loading.load_model(model, *source)
-        return cls(model, processor, args)
+        return cls(cls.load_model(model, args), processor, args)
+
+    @staticmethod
+    def load_model(model: PreTrainedModel | str, args: GOLDConfig) -> PreTrainedModel:
+        if not isinstance(model, str):
+            return model
+        source = args.teacher_model_init_kwargs, args.teacher_model_revision
+        with sharding.whole_weights(args):
+            return loading.load_model(model, *source)
+
+    @property
+    def own_device(self) -> torch.device | None:
+        """None: the student's."""
+        name = self.args.teacher_device
+        return None if name is None else torch.device(name)
 
     def place(self, device: torch.device) -> None:
         """A quantised, dispatched or offloaded model stays where it is.
@@ -51,12 +62,29 @@ class FrozenTeacher(Teacher):
         Not accelerate's prepare_model: its list of models decides how the student is evaluated.
         """
         self.model.requires_grad_(False).eval()
+        marks = ("hf_device_map", "quantization_method")
         if models.is_offloaded(self.model):
             _bring_back(self.side.head)
+        elif all(getattr(self.model, name, None) is None for name in marks):
+            self.model = self.model.to(self.own_device or device)
+        self.meet(device)
+
+    def meet(self, device: torch.device) -> None:
+        """On another device than the student the teacher takes what comes from there, and answers
+        there; the loss gets a copy of its head.
+        """
+        head: Any = self.side.head
+        if head.weight.device == device:
             return
-        marks = ("hf_device_map", "quantization_method")
-        if all(getattr(self.model, name, None) is None for name in marks):
-            self.model = self.model.to(device)
+        copy = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+        copy.weight = nn.Parameter(head.weight.detach().to(device), False)
+        if head.bias is not None:
+            copy.bias = nn.Parameter(head.bias.detach().to(device), False)
+        self.side = replace(self.side, head=copy)
+        if not hasattr(self.model, "_hf_hook"):  # of a model that accelerate has spread
+            skipped = getattr(self.model, "_skip_keys_device_placement", None)
+            hook = AlignDevicesHook(head.weight.device, io_same_device=True, skip_keys=skipped)
+            add_hook_to_module(self.model, hook)
 
     @torch.no_grad()
     def hidden_rows(self, inputs: SideInputs) -> Tensor:  # (N_t, D_t)
