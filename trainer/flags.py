@@ -22,6 +22,7 @@ GROUPS = (
     ("data_files.py", "DataArguments", "data"),
     ("teacher_config.py", "TeacherFields", "teacher"),
     ("config.py", "GOLDConfig", "completions"),
+    ("rollout_config.py", "RolloutFields", "sampling"),
     ("loss_config.py", "LossFields", "loss"),
     ("uld_config.py", "ULDFields", "two tokenizers"),
     ("row_config.py", "RowFields", "rows"),
