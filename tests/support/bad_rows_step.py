@@ -1,6 +1,7 @@
 """One process of test_bad_rows: two steps, in the first of which a rank has no row left.
 
-torchrun --nproc_per_node 2 -m support.bad_rows_step OUT_DIR BATCH_SIZE ACCUMULATION
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.bad_rows_step OUT_DIR BATCH_SIZE ACCUMULATION
 """
 
 import sys

@@ -1,7 +1,8 @@
 """One process of test_cross_distributed: two steps across families, one log of both, weights and
 log from rank 0. With two processes each has samples that cannot be distilled.
 
-torchrun --nproc_per_node 2 cross_distributed_step.py OUT_DIR BATCH_SIZE ACCUMULATION
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.cross_distributed_step OUT_DIR BATCH_SIZE ACCUMULATION
 """
 
 import sys

@@ -1,7 +1,8 @@
 """One process of test_distributed: two steps on fixed rows between two evaluations, weights and
 losses from rank 0.
 
-torchrun --nproc_per_node 2 distributed_step.py OUT_DIR BATCH_SIZE ACCUMULATION
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.distributed_step OUT_DIR BATCH_SIZE ACCUMULATION
 """
 
 import sys

@@ -1,8 +1,5 @@
 """Runs of engine_step, and what they must have in common."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +9,7 @@ from torch import Tensor
 
 from gold_trainer import configs
 from support.engine_step import CASES, save_models
-from support.processes import TESTS
-
-SECONDS = 400
+from support.processes import start_ranks
 
 
 def run_engine(folder: Path, engine: str, names: Sequence[str]) -> dict[str, Any]:
@@ -24,18 +19,10 @@ def run_engine(folder: Path, engine: str, names: Sequence[str]) -> dict[str, Any
     folder.mkdir()
     if any(CASES[name].get("is_by_name") for name in names):
         save_models(folder)
+    config = None
     if engine.endswith(".yaml"):
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(configs.FOLDER / engine), "--num_processes", "2"]
-        engine = "launched"
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", "2"]
-    command += ["-m", "support.engine_step", str(folder), engine, *names]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=TESTS, timeout=SECONDS
-    )
+        config, engine = configs.FOLDER / engine, "launched"
+    done = start_ranks("engine_step", 2, str(folder), engine, *names, config=config)
     state = folder / "state.pt"
     assert state.exists(), done.stderr[-8000:]
     results = torch.load(state)

@@ -1,9 +1,9 @@
 """One process of the tests of engines: short runs under an engine, one after the other.
 
-torchrun --nproc_per_node 2 -m support.engine_step OUT_DIR ENGINE CASE [CASE ...]
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.engine_step OUT_DIR ENGINE CASE ...
 """
 
-import faulthandler
 import os
 import sys
 import traceback
@@ -25,11 +25,12 @@ from support.engines import (
     num_processes,
     take_processes_for_gpus,
 )
+from support.rank import limit
 from support.tiny_models import VLM_FAMILIES, tiny, tiny_rows
 from support.trainer_cases import FIELDS, losses_of
 
 MOVED_BY_PADDING = models.MOVED_BY_PADDING
-SECONDS = 120  # of a case; a hang then prints all stacks and ends
+SECONDS = 120  # of a case
 NUM_ROWS, BATCH = 8, 4
 RUN = {
     "bf16": False,
@@ -195,7 +196,7 @@ def main(output_dir: str, engine: str, *names: str) -> None:
     if engine.startswith("zero") or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         leave_shared_memory_alone()
     for name in names:
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        limit(SECONDS)
         try:
             results[name] = run(Path(output_dir) / name, engine, CASES[name])
         except Exception as error:

@@ -1,6 +1,7 @@
 """One process of test_failing_rank: the second step fails on rank 1 alone.
 
-torchrun --nproc_per_node 2 -m support.failing_step OUT_DIR
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.failing_step OUT_DIR
 """
 
 import os

@@ -1,7 +1,8 @@
 """One process of test_peft_distributed: three steps of a student that is its own teacher, between
 two evaluations; weights and losses from rank 0.
 
-torchrun --nproc_per_node 2 peft_distributed_step.py OUT_DIR BATCH_SIZE ACCUMULATION
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.peft_distributed_step OUT_DIR BATCH_SIZE ACCUMULATION
 """
 
 import sys

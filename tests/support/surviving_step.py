@@ -1,6 +1,7 @@
 """One process of test_surviving_ranks: what one rank alone meets is decided by all of them.
 
-torchrun --nproc_per_node 2 -m support.surviving_step OUT_DIR BATCH_SIZE ACCUMULATION
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.surviving_step OUT_DIR BATCH_SIZE ACCUMULATION
 """
 
 import json

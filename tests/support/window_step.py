@@ -1,6 +1,7 @@
 """One process of test_window: what its windows held in four steps; collected by rank 0.
 
-torchrun --nproc_per_node 2 window_step.py OUT_DIR BATCH_SIZE ACCUMULATION
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.window_step OUT_DIR BATCH_SIZE ACCUMULATION
 """
 
 import sys

@@ -1,0 +1,24 @@
+"""One process of several: runs a script of this folder, for so many seconds at most.
+
+torchrun --nproc_per_node 2 -m support.rank SECONDS support.SCRIPT [ARGUMENT ...]
+"""
+
+import faulthandler
+import runpy
+import signal
+import sys
+
+GRACE = 5  # seconds in which all ranks print before the first one ends, and with it the others
+
+
+def limit(seconds: int) -> None:
+    """From now. Then this process prints all stacks and dies, whatever it waits for."""
+    faulthandler.dump_traceback_later(seconds)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds + GRACE)
+
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    limit(int(sys.argv.pop(0)))
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
