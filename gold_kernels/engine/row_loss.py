@@ -31,8 +31,9 @@ class Rows(NamedTuple):
 
     @property
     def has_masks(self) -> bool:
-        """Student logits may be -inf: only a bias, or the caller, makes such logits."""
-        return self.student is None or self.student.bias is not None
+        """Logits may be -inf: only a bias, or the caller, makes such logits."""
+        sides = (self.student, self.teacher)
+        return any(side is None or side.bias is not None for side in sides)
 
     @property
     def softcap(self) -> float | None:

@@ -45,10 +45,21 @@ class _Rows:
             grad = self.q * (1 - masked) - self.p
             return self.forward_kl(), torch.where(is_floored, 0, grad)
         if beta == 1:
-            loss, pull = self.reverse_kl(), -self.ratio
-        else:
-            loss, pull = self._mixture(beta)
+            return self.reverse_kl(), self._reverse_grad()
+        loss, pull = self._mixture(beta)
         return loss, self.q * (pull - (self.q * pull).sum(-1, keepdim=True))
+
+    def _reverse_grad(self) -> Tensor:  # (c, V)
+        """q (pull - sum q pull) with pull = log(q / p), columns that only the teacher masks apart:
+        their pull of 1e6 in one sum with the others would cost float32 all the others.
+        """
+        is_floored = self.ratio <= LOG_ZERO
+        floored = torch.where(is_floored, self.q, 0).sum(-1, keepdim=True) * -LOG_ZERO
+        rest = torch.where(is_floored, 0, self.q)
+        pull = torch.where(
+            is_floored, -LOG_ZERO * rest.sum(-1, keepdim=True), -self.ratio - floored
+        )
+        return self.q * (pull + (rest * self.ratio).sum(-1, keepdim=True))
 
     def _mixture(self, beta: float) -> tuple[Tensor, Tensor]:
         """(c,) loss and (c, V) (1 - beta) log(q / m), from the side with the larger weight in m, so
@@ -91,7 +102,7 @@ def jsd_rows_(
     temperatures: tuple[float, float],  # student, teacher
     softcap: float | None,
     has_metrics: bool,
-    has_masks: bool,  # for the kernel, which saves a sum
+    has_masks: bool,  # for the kernel, which saves sums
 ) -> None:
     """Loss, metrics and gradient of every row of a chunk; see divergence_rows_."""
 

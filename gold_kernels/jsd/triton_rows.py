@@ -5,7 +5,7 @@ C rows of a chunk, V vocabulary. With r = log p - log q (temperature applied):
     loss = sum_v beta p (log p - log m) + (1 - beta) q (log q - log m)
     grad = q (g - sum q g) / temperature,  g = (1 - beta) (log q - log m)
     beta 0: loss = sum p r + (q - p), grad = (q - p) / T
-    beta 1: loss = sum -q r + (p - q), g = -r
+    beta 1: loss = sum -q r + (p - q), g = -r; columns at the floor of log p are summed apart
 
 beta 1/2 is written from the larger of p and q, so that the only exponential of r is E = exp(-|r|)
 in (0, 1] and u = log m - log max(p, q) = log1p((E - 1) / 2), its argument in [-1/2, 0], is a short
@@ -178,6 +178,7 @@ def jsd_rows_kernel(
     betas = (beta, one_minus_beta)
     lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     loss, mean_pull = lines, lines
+    floored, rest = lines, lines  # q of columns at the floor of log p, and of the others
     student_entropy, teacher_entropy, forward_kl, reverse_kl = lines, lines, lines, lines
     top_sum = lines - 1e30
     for start in range(0, vocab_size, BLOCK_V):
@@ -188,6 +189,12 @@ def jsd_rows_kernel(
             student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
         )
         loss += tl.sum(entry_loss, axis=1)
+        if MODE == _REVERSE_KL and HAS_MASKS:
+            # 1e6 in one sum with the other pulls would cost float32 all the others
+            is_floored = ratio <= LOG_ZERO
+            floored += tl.sum(tl.where(is_floored, q, 0.0), axis=1)
+            rest += tl.sum(tl.where(is_floored, 0.0, q), axis=1)
+            pull = tl.where(is_floored, 0.0, pull)
         if MODE != _FORWARD_KL:
             mean_pull += tl.sum(q * pull, axis=1)
         elif HAS_MASKS:
@@ -216,6 +223,7 @@ def jsd_rows_kernel(
     if NEEDS_GRAD:
         grad_ptr += row * grad_row_stride
         mean_pull = tl.sum(mean_pull, 0)
+        floored, rest = -LOG_ZERO * tl.sum(floored, 0), -LOG_ZERO * tl.sum(rest, 0)
         soft_scale = row_weight * inverse_temperature
         if MODE != _FORWARD_KL:
             soft_scale *= NATS
@@ -228,6 +236,8 @@ def jsd_rows_kernel(
             q, p, ratio, entry_loss, pull = _entries(
                 student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
             )
+            if MODE == _REVERSE_KL and HAS_MASKS:
+                pull = tl.where(ratio <= LOG_ZERO, rest, pull - floored)
             if MODE != _FORWARD_KL:
                 grad = q * (pull - mean_pull)
             elif HAS_MASKS:
@@ -265,7 +275,7 @@ def jsd_rows_(
     temperatures: tuple[float, float],  # student, teacher
     softcap: float | None,
     has_metrics: bool,
-    has_masks: bool,  # student logits may be -inf
+    has_masks: bool,  # logits may be -inf
 ) -> None:
     """Launch jsd_rows_kernel on every row of a chunk. softcap: the student's logits went through
     softcap tanh(x / softcap), the gradient is that of x.

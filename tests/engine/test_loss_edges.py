@@ -69,6 +69,27 @@ def test_a_column_masked_on_one_side_has_the_gradient_of_the_reference(side, bet
 
 
 @on_every_backend
+@pytest.mark.parametrize("offset", [-20.0, 0.0, 10.0, 30.0])
+def test_reverse_kl_keeps_what_is_left_beside_a_column_that_the_teacher_masks(
+    offset, device, backend
+):
+    """The masked column pulls with 1e6: in one sum with it, float32 lost all other entries."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(6, 33, generator=generator) for _ in range(2))
+    student[:, 5] = offset  # from 1e-9 of the student's mass to all but 1e-12
+    teacher[:, 5] = -torch.inf
+    leaf = student.double().requires_grad_()
+    (truth,) = torch.autograd.grad(reference.jsd_rows(leaf, teacher.double(), beta=1.0).sum(), leaf)
+    leaf = student.to(device).requires_grad_()
+    ones = torch.ones(6, device=device)
+    loss = jsd_loss(leaf, teacher.to(device), ones, beta=1.0, backend=backend)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    for column in (slice(5), slice(5, 6), slice(6, 33)):
+        # the pull is 1e6, that of the reference 1e6 + log q
+        assert relative_error(grad[:, column].cpu(), truth[:, column]) < 4e-5
+
+
+@on_every_backend
 @pytest.mark.parametrize("is_uld", [False, True])
 def test_a_label_on_a_masked_column_has_the_floor_and_no_gradient(is_uld, device, backend):
     case = random_case(n=4, v=20).to(torch.float32, device)
