@@ -28,6 +28,9 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
                                                    distil a teacher into a student
        gold-trainer check [RECIPE | CONFIG.yaml] [--field value ...]
                                                    read all rows first, train nothing
+       gold-trainer cache-teacher [RECIPE | CONFIG.yaml] [--field value ...]
+                                                   run the teacher once, keep what it says in
+                                                   teacher_cache, which training reads
        gold-trainer train --help                   the fields, with their defaults
        gold-trainer train --help-all               those of transformers too
        gold-trainer recipes                        files of recipes, and of engines for several GPUs
@@ -50,6 +53,25 @@ check-data is another name of it. Fields are those of `gold-trainer train --help
   --dataloader_num_workers
       Processes that read; 0: as many as there are cores, up to 16. A stream is read by one, as
       far as max_steps goes. [0]
+"""
+
+CACHE_USAGE = """\
+usage: gold-trainer cache-teacher [RECIPE | CONFIG.yaml] [--field value ...]
+
+Runs the teacher once over all rows that `gold-trainer train` would score with the same arguments,
+and writes its last hidden states there, and its head, into the folder teacher_cache. Training with
+that field gives the same loss without the teacher's weights. Disk need is printed first. A run that
+was stopped goes on where it was; rows that are new are added. `accelerate launch -m gold_trainer
+cache-teacher` shares the rows among processes. Fields are those of `gold-trainer train --help`,
+and:
+
+  --cache_dtype
+      Type of the hidden states: auto, bfloat16, float16 or float32. auto is the teacher's own, or
+      bf16's or fp16's; bfloat16 where that is float32. [auto]
+  --cache_batch_size
+      Rows that the teacher sees at a time. [per_device_train_batch_size]
+  --cache_shard_mib
+      Size of a file; what is lost where a run is killed is the file at work. [256]
 """
 
 
@@ -111,6 +133,18 @@ def _check(argv: list[str]) -> int:
     return check(argv)
 
 
+def _cache_teacher(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(CACHE_USAGE)
+        return 0
+    argv = _known(argv, ("--cache_dtype", "--cache_batch_size", "--cache_shard_mib"))
+    try:
+        from gold_trainer.cache_teacher import cache_teacher
+    except ImportError as error:
+        raise _missing("trainer", error) from error
+    return cache_teacher(argv)
+
+
 def _demo(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="gold-trainer demo")
     parser.add_argument(
@@ -143,6 +177,7 @@ COMMANDS: dict[str | None, Callable[[list[str]], int | None]] = {
     "train": _train,
     "check": _check,
     "check-data": _check,
+    "cache-teacher": _cache_teacher,
     "demo": _demo,
     "recipes": _recipes,
 }

@@ -50,6 +50,8 @@ class Banner(TrainerCallback):
         if not state.is_world_process_zero:
             return
         assert isinstance(args, GOLDConfig), "the trainer has checked it"
+        if args.teacher_cache is not None:
+            self.sides[1] = ("teacher", f"cached in {args.teacher_cache}")
         console = Console(highlight=False)
         console.print(f"gold-trainer {__version__}", markup=False)
         for name, text in [*self.sides, *self.lines(args, state)]:

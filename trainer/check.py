@@ -30,6 +30,7 @@ from gold_trainer.preparing import Prepared, prepare
 from gold_trainer.row_errors import REASONS, BadRow
 from gold_trainer.sides import Side
 from gold_trainer.streams import RowStream, open_rows
+from gold_trainer.teachers import source_of
 from gold_trainer.teachers.frozen import FrozenTeacher
 
 BATCH_SIZE = 16
@@ -41,6 +42,7 @@ def check(argv: list[str]) -> int:
     own, argv = _own_arguments(argv)
     run = read_run(argv)
     args = run.config
+    run = run._replace(teacher=source_of(run.teacher, args))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     refusals.refuse_unusable(run.student, run.teacher, args, None, None, None, run.peft_config)
     prepared = prepare(run.student, run.teacher, args)
@@ -101,7 +103,7 @@ def _objective(run: Run, prepared: Prepared) -> tuple[Objective, list[str]]:
     has_adapter = run.peft_config is not None
     student = loading.add_adapter(empty, run.peft_config) if has_adapter else empty
     teacher = loading.empty_model(
-        run.teacher, args.teacher_model_init_kwargs, args.teacher_model_revision
+        str(run.teacher), args.teacher_model_init_kwargs, args.teacher_model_revision
     )
     processors = prepared.student_processor, prepared.teacher_processor
     sides = (
@@ -137,7 +139,7 @@ def _read(
 ) -> SplitReport:
     """All rows, in workers; of a stream, which one worker reads, as many as a run does."""
     is_stream = isinstance(rows, RowStream)
-    workers = 1 if is_stream else args.dataloader_num_workers or _num_cores()
+    workers = 1 if is_stream else args.dataloader_num_workers or num_cores()
     loader: DataLoader = DataLoader(
         tolerant(rows), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=collator
     )
@@ -146,21 +148,21 @@ def _read(
     batches: Iterator[Part] = iter(loader)
     if is_stream and limit is not None:
         batches = islice(batches, -(-limit // BATCH_SIZE))  # to the end of a batch
-    with _progress() as progress:
-        task = progress.add_task(name, total=total)
+    with progress() as bar:
+        task = bar.add_task(name, total=total)
         for part in batches:
-            progress.advance(task, report.add(part))
+            bar.advance(task, report.add(part))
     return report
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """That this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on every system
         return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
     return min(MAX_WORKERS, os.cpu_count() or 1)
 
 
-def _progress() -> Progress:
+def progress() -> Progress:
     """On stderr, where it is a terminal."""
     console = Console(stderr=True)
     return Progress(

@@ -124,7 +124,7 @@ class Run(NamedTuple):
     """What a command line asks for; nothing of a model is read yet."""
 
     student: str
-    teacher: str
+    teacher: str | None  # None: cached
     config: GOLDConfig
     train_rows: Any
     eval_rows: Any  # None: no evaluation
@@ -136,7 +136,9 @@ def read_run(argv: list[str]) -> Run:
     model_args, data_args, config = parse_arguments(argv)
     student = _given(model_args.model_name_or_path, "model_name_or_path")
     data_name = _given(data_args.dataset_name, "dataset_name")
-    teacher = _given(config.teacher_model_name_or_path, "teacher_model_name_or_path")
+    teacher = config.teacher_model_name_or_path
+    if config.teacher_cache is None:
+        teacher = _given(teacher, "teacher_model_name_or_path")
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
     config.model_init_kwargs = _student_options(model_args) | given

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from gold_trainer.cache_config import CacheFields
 from gold_trainer.field_checks import check_fields
 from gold_trainer.loss_config import LossFields
 from gold_trainer.precision import (
@@ -26,13 +27,20 @@ from gold_trainer.uld_config import ULDFields
 
 @dataclass
 class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has run
-    RunFields, TeacherFields, LossFields, ULDFields, RowFields, RolloutFields, TrainingArguments
+    RunFields,
+    TeacherFields,
+    CacheFields,
+    LossFields,
+    ULDFields,
+    RowFields,
+    RolloutFields,
+    TrainingArguments,
 ):
     """Arguments of GOLDTrainer, with the names that TRL users know.
 
     The default loss is the generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is
     forward KL(P || Q), beta = 1 reverse KL(Q || P) of teacher P and student Q. LossFields has the
-    fields of the loss, TeacherFields those of the teacher. With use_uld_loss teacher and student
+    fields of the loss, TeacherFields and CacheFields those of the teacher. With use_uld_loss teacher and student
     may have different tokenizers, and ULDFields has its fields. lmbda is the share of on-policy
     micro-batches, whose completions the student writes.
     """
@@ -134,6 +142,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         self.check_loss(is_across=self.use_uld_loss)
         self.check_uld()
         self.check_teacher()
+        self.check_teacher_cache()
         for name in ("distillation_weight", "uld_distillation_weight"):
             if getattr(self, name) == 0 and self.lmbda == 1:
                 raise ValueError(

@@ -32,9 +32,12 @@ def card_facts(trainer: "GOLDTrainer") -> dict[str, Any]:
     """What write_card says of a trainer's run."""
     student: Any = trainer.accelerator.unwrap_model(trainer.model)
     teacher, rows = trainer.teacher.model, trainer.train_dataset
+    name = trainer.args.teacher_model_name_or_path or ""  # of one that is cached
+    if teacher is not None:
+        name = models.base_model(teacher).config.name_or_path
     return {
         "student": models.base_model(student).config.name_or_path,
-        "teacher": "" if teacher is None else models.base_model(teacher).config.name_or_path,
+        "teacher": name,
         "has_adapter": models.has_adapter(student),
         "num_rows": len(rows) if isinstance(rows, Sized) else None,
         "step": trainer.state.global_step,

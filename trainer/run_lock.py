@@ -14,10 +14,10 @@ NAME = ".running.json"
 
 
 class RunLock:
-    """Held by the main process of a run while it trains."""
+    """Held by the main process of a run while it trains, or writes a teacher's cache."""
 
-    def __init__(self, output_dir: str) -> None:
-        self.path = Path(output_dir) / NAME
+    def __init__(self, folder: str, field: str = "output_dir") -> None:
+        self.path, self.field = Path(folder) / NAME, field
 
     def acquire(self) -> None:
         """The folder is this process' now; ValueError if it is another's, or cannot be written."""
@@ -29,8 +29,7 @@ class RunLock:
                 if not _is_gone(owner):
                     raise self._refusal(owner) from None
                 logger.warning(
-                    "GOLDTrainer: process %s, which trained into %s, is gone: going on in its "
-                    "place.",
+                    "GOLDTrainer: process %s, which wrote to %s, is gone: going on in its place.",
                     owner.get("pid", "unknown"),
                     self.path.parent,
                 )
@@ -38,7 +37,7 @@ class RunLock:
                 continue
             except OSError as error:
                 raise ValueError(
-                    "GOLDTrainer: output_dir must be a folder that can be written, got "
+                    f"GOLDTrainer: {self.field} must be a folder that can be written, got "
                     f"{self.path.parent} ({error.strerror}); free some space, or choose another."
                 ) from error
             return
@@ -68,9 +67,9 @@ class RunLock:
 
     def _refusal(self, owner: dict[str, Any]) -> ValueError:
         return ValueError(
-            f"GOLDTrainer: output_dir must belong to one run at a time, got {self.path.parent}, "
-            f"which process {owner.get('pid')} on {owner.get('host')} has trained into since "
-            f"{owner.get('since')}; choose another output_dir, or delete {self.path} if that "
+            f"GOLDTrainer: {self.field} must belong to one run at a time, got {self.path.parent}, "
+            f"which process {owner.get('pid')} on {owner.get('host')} has written to since "
+            f"{owner.get('since')}; choose another {self.field}, or delete {self.path} if that "
             "process is gone."
         )
 

@@ -78,6 +78,11 @@ def open_rows(
 
 def _open_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
     """ValueError for what a stream cannot do."""
+    if args.teacher_cache is not None:
+        raise ValueError(
+            "GOLDTrainer: a dataset must have a length with teacher_cache, got a stream, of which "
+            "nobody knows whether all rows are cached; load it without dataset_streaming."
+        )
     if args.max_steps <= 0:
         raise ValueError(
             "GOLDTrainer: max_steps must be set for a streaming dataset, whose length nobody "

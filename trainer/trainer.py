@@ -47,7 +47,7 @@ from gold_trainer.sides import Side
 from gold_trainer.stopping import Stopper
 from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
-from gold_trainer.teachers import make_teacher
+from gold_trainer.teachers import check_cached, make_teacher, source_of
 from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
 from gold_trainer.writers import make_writers
 
@@ -90,7 +90,7 @@ class GOLDTrainer(Trainer):
         teacher_processing_class: Processor | None = None,
     ) -> None:
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
-        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        teacher_model = source_of(teacher_model, args)
         hooks = data_collator, compute_metrics, preprocess_logits_for_metrics
         refusals.refuse_unusable(model, teacher_model, args, *hooks, peft_config)
         self.prepared = prepare(
@@ -108,6 +108,7 @@ class GOLDTrainer(Trainer):
         self.teacher = make_teacher(teacher_model, student, self.prepared.teacher_processor, args)
         self.objective: Objective = self.prepared.objective(args, self.student, self.teacher.side)
         own_collator = self.objective.collator
+        check_cached(self.teacher, train_dataset, eval_dataset, own_collator)
         self.skipped = SkippedRows(args)
         refusals.adapt_to_devices(args, is_vlm=not self.prepared.is_text)
         fit_to_model(args, models.base_model(student))

@@ -246,7 +246,7 @@ def test_lock_of_a_process_that_is_gone_is_taken_over_and_said_so(owner, tmp_pat
 
 def test_lock_of_another_host_is_respected(tmp_path):
     (tmp_path / run_lock.NAME).write_text(json.dumps({"pid": 5, "host": "far", "since": "then"}))
-    with pytest.raises(ValueError, match=r"process 5 on far has trained into since then.*delete"):
+    with pytest.raises(ValueError, match=r"process 5 on far has written to since then.*delete"):
         run_lock.RunLock(str(tmp_path)).acquire()
 
 

@@ -5,12 +5,23 @@ from transformers import PreTrainedModel
 
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.teachers.cached import CachedTeacher, check_cached, source_of
 from gold_trainer.teachers.frozen import FrozenTeacher
 from gold_trainer.teachers.offloaded import OffloadedTeacher
 from gold_trainer.teachers.own_weights import OwnWeights
 from gold_trainer.teachers.teacher import Teacher
 
-__all__ = ["FrozenTeacher", "OffloadedTeacher", "OwnWeights", "Teacher", "make_teacher"]
+__all__ = [
+    "CachedTeacher",
+    "FrozenTeacher",
+    "OffloadedTeacher",
+    "OwnWeights",
+    "Teacher",
+    "check_cached",
+    "make_live_teacher",
+    "make_teacher",
+    "source_of",
+]
 
 
 def make_teacher(
@@ -19,7 +30,20 @@ def make_teacher(
     processor: Processor,  # the teacher's
     args: GOLDConfig,
 ) -> Teacher:
+    if args.teacher_cache is not None:
+        return CachedTeacher.open(processor, args)
+    return make_live_teacher(teacher_model, student, processor, args)
+
+
+def make_live_teacher(
+    teacher_model: PreTrainedModel | str | None,
+    student: nn.Module | None,  # of which the teacher is the part below the adapter
+    processor: Processor,
+    args: GOLDConfig,
+) -> Teacher:
+    """One that has weights, also where a cache of it is made."""
     if teacher_model is None:
+        assert student is not None, "a teacher is named, or the student is its own"
         return OwnWeights(student, processor, args)
     kind = OffloadedTeacher if args.teacher_offload is not None else FrozenTeacher
     return kind.load(teacher_model, processor, args)

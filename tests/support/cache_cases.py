@@ -1,0 +1,92 @@
+"""A saved pair of tiny models, its rows as a file, caches of its teacher, and runs with either."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gold_trainer import GOLDConfig, GOLDTrainer
+from gold_trainer.__main__ import main
+from support.cross_cases import TEACHER_MERGES
+from support.tiny_models import TEXT_FAMILIES, tiny, tiny_rows
+from support.trainer_cases import FIELDS, GradientRecorder, losses_of
+
+CACHE_FIELDS = FIELDS | {"per_device_train_batch_size": 2, "max_completion_length": 64}
+
+
+class Pair(NamedTuple):
+    folder: Path  # with student, teacher and rows.jsonl
+    rows: list[dict[str, Any]]
+    fields: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "teacher" / "model.safetensors"
+
+    def command(self, *flags: str, **fields: Any) -> list[str]:
+        """Arguments of a command with this pair."""
+        fields = {
+            "model_name_or_path": self.folder / "student",
+            "teacher_model_name_or_path": self.folder / "teacher",
+            "dataset_name": self.folder / "rows.jsonl",
+            "output_dir": self.folder / "run",
+            **self.fields,
+            **fields,
+        }
+        words = [f"--{name}={value}" for name, value in fields.items() if value is not None]
+        return [*words, *flags]
+
+    def cache(self, name: str = "cache", *flags: str, **fields: Any) -> Path:
+        folder = self.folder / name
+        argv = self.command("--cache_dtype=float32", *flags, teacher_cache=folder, **fields)
+        assert main(["cache-teacher", *argv]) == 0
+        return folder
+
+
+def save_pair(
+    folder: Path, student: str = "qwen3_vl", teacher: str | None = None, count: int = 6
+) -> Pair:
+    is_across = teacher is not None
+    for part in tiny(student):
+        part.save_pretrained(folder / "student")
+    merges = {"num_merges": TEACHER_MERGES} if is_across else {}
+    for part in tiny(teacher or student, "teacher", **merges):
+        part.save_pretrained(folder / "teacher")
+    rows = tiny_rows(count, images=0 if student in TEXT_FAMILIES else "mixed")
+    save_rows(folder / "rows.jsonl", rows)
+    return Pair(folder, rows, CACHE_FIELDS | {"use_uld_loss": is_across})
+
+
+def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    lines = []
+    for number, row in enumerate(rows):
+        names = [f"{number}-{i}.png" for i in range(len(row.get("images", ())))]
+        for name, image in zip(names, row.get("images", ()), strict=True):
+            image.save(path.parent / name)
+        lines.append(json.dumps(row | ({"images": names} if "images" in row else {})))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run_of(
+    pair: Pair, output_dir: Path, *, rows: Any = None, resume: Any = None, **options: Any
+) -> tuple[list[float], GradientRecorder, GOLDTrainer]:
+    """Losses, gradients of every step, and the trainer of a run; options: peft_config, eval_rows,
+    and fields of GOLDConfig.
+    """
+    recorder = GradientRecorder()
+    trainer = GOLDTrainer(
+        model=str(pair.folder / "student"),
+        peft_config=options.pop("peft_config", None),
+        eval_dataset=options.pop("eval_rows", None),
+        train_dataset=pair.rows if rows is None else rows,
+        args=GOLDConfig(
+            **{
+                "output_dir": str(output_dir),
+                "teacher_model_name_or_path": str(pair.folder / "teacher"),
+                **pair.fields,
+                **options,
+            }
+        ),
+        callbacks=[recorder],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return losses_of(trainer), recorder, trainer

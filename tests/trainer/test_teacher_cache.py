@@ -1,0 +1,172 @@
+"""Training from a cache of the teacher is training with the teacher, whose weights are away."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from gold_trainer.__main__ import main
+from gold_trainer.cache_facts import facts_of_processor
+from support.cache_cases import Pair, run_of, save_pair, save_rows
+from support.tiny_models import FAMILIES, tiny, tiny_processor
+from support.trainer_cases import assert_equal_gradients
+
+PAIRS = {"one": ("qwen3_vl",), "two": ("lfm2_vl", "qwen3_vl"), "text": ("qwen3",)}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Each pair with a cache in float32."""
+    made: dict[str, Pair] = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = save_pair(tmp_path_factory.mktemp(name), *PAIRS[name])
+            made[name].cache()
+        return made[name]
+
+    return get
+
+
+@contextmanager
+def without_weights(pair):
+    """What is read of the teacher in here would fail."""
+    away = pair.folder / "weights of the teacher"
+    pair.weights.rename(away)
+    try:
+        yield
+    finally:
+        away.rename(pair.weights)
+
+
+def assert_same_runs(cached, live, relative=1e-5):
+    assert cached[0] == pytest.approx(live[0], rel=1e-5)
+    assert len(cached[1].steps) == len(live[1].steps) > 0
+    for ours, truth in zip(cached[1].steps, live[1].steps, strict=True):
+        assert_equal_gradients(ours, truth, relative)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_losses_gradients_and_evaluation_are_those_of_the_live_teacher(name, pairs, tmp_path):
+    pair = pairs(name)
+    options = {
+        "max_steps": 4,  # into the second epoch
+        "train_sampling_strategy": "random",
+        "dataloader_num_workers": 2,
+        "eval_rows": pair.rows[:3],
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+    }
+    live = run_of(pair, tmp_path / "live", **options)
+    with without_weights(pair):
+        cached = run_of(
+            pair, tmp_path / "cached", teacher_cache=str(pair.folder / "cache"), **options
+        )
+    assert_same_runs(cached, live)
+    for key in ("eval_loss", "eval_completion_length"):
+        ours, truth = (
+            [e[key] for e in run[2].state.log_history if key in e] for run in (cached, live)
+        )
+        assert ours == pytest.approx(truth, rel=1e-5) and len(truth) == 1
+    assert cached[2].teacher_model is None
+
+
+def test_an_adapter_and_every_turn_of_a_conversation(tmp_path):
+    pair = save_pair(tmp_path, "qwen3")
+    turns = [
+        [
+            {"role": role, "content": f"{word} {i}"}
+            for i in range(n)
+            for role, word in (("user", "Say"), ("assistant", "It is"))
+        ]
+        for n in (1, 3, 2)
+    ]
+    rows = [{"messages": messages} for messages in turns]
+    save_rows(tmp_path / "rows.jsonl", rows)
+    options = {
+        "train_on": "all",
+        "max_steps": 3,
+        "rows": rows,
+        "peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    }
+    live = run_of(pair, tmp_path / "live", **options)
+    cache = pair.cache(train_on="all")
+    cached = run_of(pair, tmp_path / "cached", teacher_cache=str(cache), **options)
+    assert_same_runs(cached, live)
+
+
+def test_a_teacher_in_16_bits_is_kept_exactly(tmp_path):
+    pair = save_pair(tmp_path, "qwen3")
+    kwargs = {"dtype": "bfloat16"}
+    fields = {"per_device_train_batch_size": 1, "max_steps": 3}
+    live = run_of(pair, tmp_path / "live", teacher_model_init_kwargs=kwargs, **fields)
+    cache = pair.cache(
+        "cache",
+        "--cache_dtype=auto",
+        per_device_train_batch_size=1,
+        teacher_model_init_kwargs=json.dumps(kwargs),
+    )
+    assert json.loads((cache / "cache.json").read_text())["dtype"] == "bfloat16"
+    fields |= {"teacher_cache": str(cache), "teacher_model_init_kwargs": kwargs}
+    cached = run_of(pair, tmp_path / "cached", **fields)
+    assert cached[0] == live[0]
+    for ours, truth in zip(cached[1].steps, live[1].steps, strict=True):
+        assert all(torch.equal(ours[name], truth[name]) for name in truth)
+
+
+def test_a_resumed_run_goes_on_from_the_cache(pairs, tmp_path):
+    pair = pairs("text")
+    options = {
+        "teacher_cache": str(pair.folder / "cache"),
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = run_of(pair, tmp_path / "whole", max_steps=4, **options)
+    run_of(pair, tmp_path / "parts", max_steps=2, **options)
+    rest = run_of(pair, tmp_path / "parts", max_steps=4, resume=True, **options)
+    assert rest[0][-2:] == whole[0][-2:]
+
+
+def test_the_command_line_trains_from_a_cache_that_it_has_made(pairs, capsys, tmp_path):
+    pair = pairs("text")
+    cache = tmp_path / "cache"
+    assert main(["cache-teacher", *pair.command(teacher_cache=cache)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"teacher cache {cache}: 6 of train examples, ")
+    assert lines[1].startswith("to write: ") and lines[1].endswith(" are free")
+    assert lines[-1] == f"teacher cache {cache} is complete"
+    # no teacher is named: config and processor are in the cache
+    fields = {"teacher_model_name_or_path": None, "output_dir": tmp_path / "run"}
+    for command in ("train", "check"):
+        assert main([command, *pair.command(teacher_cache=cache, **fields)]) == 0
+    out = capsys.readouterr().out
+    assert f"teacher    cached in {cache}" in out
+    assert f"student saved in {tmp_path / 'run'}" in out
+
+
+def test_rows_that_are_new_are_added_and_the_others_are_not_run_again(tmp_path, monkeypatch):
+    pair = save_pair(tmp_path, "qwen3")
+    save_rows(tmp_path / "rows.jsonl", pair.rows[:4])
+    cache = pair.cache()
+    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("rows-*")}
+    save_rows(tmp_path / "rows.jsonl", pair.rows)
+    pair.cache()
+    after = {path.name: path.stat().st_mtime_ns for path in cache.glob("rows-*")}
+    assert after.items() > before.items() and len(after) == 2 * len(before)
+    monkeypatch.setattr("gold_trainer.cache_run.make_live_teacher", None)  # would raise
+    pair.cache()
+    run_of(pair, tmp_path / "run", teacher_cache=str(cache), max_steps=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_processor_that_was_saved_and_loaded_has_the_same_facts(family, tmp_path):
+    processor = tiny_processor(family)
+    before = facts_of_processor(processor)
+    processor.save_pretrained(tmp_path)
+    again = type(processor).from_pretrained(tmp_path)
+    again(text=["a", "a b c"], padding=True)
+    assert facts_of_processor(again) == before
+    other = tiny(family, num_merges=40)[1]
+    assert facts_of_processor(other)["tokenizer"] != before["tokenizer"]

@@ -1,0 +1,244 @@
+"""A teacher that is not there: what it says of every row lies in a folder, see cache_store.py.
+
+N_t scored rows, D_t hidden size, V_t vocabulary.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from gold_trainer import cache_store, loading
+from gold_trainer.batches import Example, SideInputs, WindowBatch
+from gold_trainer.cache_facts import (
+    facts_of_args,
+    facts_of_processor,
+    facts_of_teacher,
+    refuse_other_facts,
+)
+from gold_trainer.cache_keys import Key, key_of
+from gold_trainer.cache_store import Index, Manifest
+from gold_trainer.collator import Processor
+from gold_trainer.config import GOLDConfig
+from gold_trainer.logit_form import LogitForm
+from gold_trainer.sides import Side
+from gold_trainer.teachers.teacher import Teacher
+
+NUM_CHECKED = 16  # rows of a dataset that are looked for before a run
+AGAIN = "run gold-trainer cache-teacher again, which"
+
+
+@dataclass
+class StoredHead:
+    """The teacher's head without the rest of it."""
+
+    weight: Tensor  # (V_t, D_t)
+    bias: Tensor | None  # (V_t,)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+def open_cache(args: GOLDConfig) -> Manifest:
+    """The manifest of a cache that is complete and fits the config; no row is read."""
+    assert args.teacher_cache is not None, "there is a cache"
+    folder = Path(args.teacher_cache)
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise ValueError(
+            f"teacher_cache must be a folder that gold-trainer cache-teacher has written, got "
+            f"{folder} without {cache_store.MANIFEST}; run it with the same config first."
+        )
+    form = args.teacher_cache_form
+    if form not in (None, manifest.form):
+        raise ValueError(
+            f"teacher_cache {folder} holds teacher_cache_form={manifest.form}, this run asks for "
+            f"{form}; leave the field out, or make another cache."
+        )
+    refuse_other_facts(str(folder), manifest.facts, facts_of_args(args))
+    name = args.teacher_model_name_or_path
+    if name is not None:
+        refuse_other_facts(str(folder), manifest.facts, facts_of_teacher(args, name))
+    if not manifest.is_complete:
+        raise ValueError(
+            f"teacher_cache {folder} is half written; {AGAIN} goes on where it was stopped."
+        )
+    sizes = cache_store.shard_sizes(folder)
+    for shard, expected in manifest.shards.items():
+        if sizes.get(shard) != expected:
+            raise ValueError(
+                f"teacher_cache {folder}: {shard} is missing or ends early, "
+                f"{_bytes(sizes.get(shard))} are there of {_bytes(expected)}; {AGAIN} writes it "
+                "anew."
+            )
+    if cache_store.head_bytes(folder) != manifest.head_bytes:
+        raise ValueError(
+            f"teacher_cache {folder}: {cache_store.HEAD} is missing or ends early; {AGAIN} writes "
+            "it anew."
+        )
+    return manifest
+
+
+def _bytes(sizes: list[int] | None) -> str:
+    return "0 bytes" if sizes is None else f"{sum(sizes)} bytes"
+
+
+def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
+    """The teacher, or, where it is cached, the folder with its config and processor."""
+    if not isinstance(args, GOLDConfig) or args.teacher_cache is None:
+        return args.teacher_model_name_or_path if teacher_model is None else teacher_model
+    if teacher_model is not None and not isinstance(teacher_model, str):
+        raise ValueError(
+            "GOLDTrainer: teacher_model must be None or a name with teacher_cache, got "
+            f"{type(teacher_model).__name__}; the cache is read in its place: leave it out."
+        )
+    if teacher_model is not None:
+        args.teacher_model_name_or_path = teacher_model
+    open_cache(args)
+    return str(Path(args.teacher_cache) / cache_store.TEACHER)
+
+
+class StoredRows:
+    """The rows of a cache by example, read from memory-mapped shards."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.index = Index(folder, list(manifest.shards))
+        self.shards: dict[int, Any] = {}  # slices of those that were read from
+
+    def of(self, example: Example) -> Tensor:  # (n, W)
+        key = key_of(example)
+        position = self.index.find(key.whole)
+        if position is None:
+            raise self._missing(example, key)
+        entry = self.index.entry(position)
+        stop = entry["start"] + entry["length"]
+        shard = int(self.index.shards[position])
+        try:
+            rows = self._shard(shard)[entry["start"] : stop]
+            is_whole = cache_store.checksum(rows) == entry["checksum"]
+        except (OSError, SafetensorError):
+            is_whole = False
+        if not is_whole:
+            name = self.index.names[shard]
+            raise ValueError(
+                f"{example.where}: what teacher_cache {self.folder} has of it in {name} is "
+                f"damaged; delete that shard ({name}.*) and {AGAIN} writes it anew."
+            )
+        return rows
+
+    def _shard(self, number: int) -> Any:
+        if number not in self.shards:
+            path = self.folder / f"{self.index.names[number]}{cache_store.SUFFIX}"
+            file = safe_open(path, framework="pt")
+            self.shards[number] = file.get_slice(cache_store.ROWS)
+        return self.shards[number]
+
+    def _missing(self, example: Example, key: Key) -> ValueError:
+        others = list(self.index.entries_of(example.index, example.turn))
+        what = "it is not among the rows that were cached"
+        if others:
+            names = [name for name, part in key._asdict().items() if part not in _of(others, name)]
+            parts = {"media": "pictures or videos"}
+            what = f"the row has changed since it was cached ({_list(names, parts)})"
+        return ValueError(
+            f"{example.where}: teacher_cache {self.folder} has no such row, {what}; {AGAIN} adds "
+            "what is missing."
+        )
+
+
+def _of(entries: list[dict[str, Any]], name: str) -> set[bytes]:
+    return {entry[name] for entry in entries}
+
+
+def _list(names: list[str], words: dict[str, str]) -> str:
+    return ", ".join(words.get(name, name) for name in names) or "prompt and completion"
+
+
+class CachedTeacher(Teacher):
+    """Answers with what a cache of the form "hidden" holds; its head alone is in memory."""
+
+    model = None
+
+    def __init__(self, stored: StoredRows, side: Side) -> None:
+        self.stored, self.side = stored, side
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def open(cls, processor: Processor, args: GOLDConfig) -> "CachedTeacher":
+        """Where source_of has found nothing wrong; processor is the teacher's."""
+        assert args.teacher_cache is not None, "there is a cache"
+        folder = Path(args.teacher_cache)
+        manifest = Manifest.read(folder)
+        assert manifest is not None, "source_of has read it"
+        refuse_other_facts(str(folder), manifest.facts, facts_of_processor(processor))
+        empty = loading.empty_model(
+            str(folder / cache_store.TEACHER),
+            args.teacher_model_init_kwargs,
+            args.teacher_model_revision,
+        )
+        side = Side.of(empty, "teacher", processor, args)
+        form = LogitForm("teacher", is_measured=True, **manifest.logit_form)
+        tensors = cache_store.load_head(folder)
+        head = StoredHead(tensors["weight"], tensors.get("bias"))
+        return cls(StoredRows(folder, manifest), replace(side, head=head, form=form))
+
+    def place(self, device: torch.device) -> None:
+        self.device = device
+        head = self.side.head
+        assert isinstance(head, StoredHead), "open has put it there"
+        head.weight = head.weight.to(device)
+        head.bias = None if head.bias is None else head.bias.to(device)
+
+    def hidden_rows(self, inputs: SideInputs) -> Tensor:  # (N_t, D_t)
+        parts = [self.stored.of(example) for example in inputs.examples if example.written_ids]
+        manifest = self.stored.manifest
+        empty = torch.empty(0, manifest.width, dtype=getattr(torch, manifest.dtype))
+        hidden = torch.cat([empty, *parts])
+        if self.device.type == "cuda":
+            hidden = hidden.pin_memory()
+        return hidden.to(self.device, non_blocking=True)
+
+    def check_rows(self, name: str, rows: Any, collate: Callable[[list[Any]], WindowBatch]) -> None:
+        """ValueError for a dataset that is another than the one that was cached, as a few of its
+        rows show; others are refused when they come.
+        """
+        cached = max(self.stored.manifest.examples.values(), default=0)
+        if len(rows) > cached:
+            raise ValueError(
+                f"teacher_cache {self.stored.folder} was made of {cached} examples, {name} has "
+                f"{len(rows)}; {AGAIN} adds what is missing."
+            )
+        places = {i * (len(rows) - 1) // NUM_CHECKED for i in range(NUM_CHECKED + 1)}
+        for position in sorted(places):
+            try:
+                batch = collate([rows[position]])
+            except ValueError:  # refused, or left out, when its turn comes
+                continue
+            for example in batch.teacher_examples:
+                if example.completion_ids:
+                    self.stored.of(example)
+
+    def writing(self) -> AbstractContextManager[nn.Module]:
+        raise AssertionError("a config with teacher_cache asks nobody to write")
+
+
+def check_cached(
+    teacher: Teacher,
+    train_dataset: Any,
+    eval_dataset: Any,  # or a dict of them
+    collate: Callable[[list[Any]], WindowBatch],
+) -> None:
+    """Where the teacher is a cache, it is one of these rows."""
+    if not isinstance(teacher, CachedTeacher):
+        return
+    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, rows in {"train_dataset": train_dataset, **evaluated}.items():
+        if rows is not None:
+            teacher.check_rows(name, rows, collate)
