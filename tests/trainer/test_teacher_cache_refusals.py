@@ -1,0 +1,288 @@
+"""Caches that do not fit a run, and runs that cannot have one, end in one sentence."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+
+import pytest
+
+from gold_trainer import GOLDConfig, cache_store
+from gold_trainer.__main__ import main
+from gold_trainer.cache_store import ShardWriter
+from support.cache_cases import run_of, save_pair
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A pair with a cache of several shards."""
+    pair = save_pair(tmp_path_factory.mktemp("pair"), "qwen3")
+    pair.cache("cache", "--cache_shard_mib=0.001")
+    return pair
+
+
+@pytest.fixture
+def pair(made, tmp_path):
+    """A copy of it that a test may spoil."""
+    shutil.copytree(made.folder, tmp_path / "pair")
+    return made._replace(folder=tmp_path / "pair")
+
+
+def refusal(pair, **options):
+    with pytest.raises(ValueError) as caught:
+        run_of(
+            pair, pair.folder / "run", **{"teacher_cache": str(pair.folder / "cache"), **options}
+        )
+    message = " ".join(str(caught.value).split())
+    assert str(pair.folder / "cache") in message or "teacher_cache" in message
+    assert ("; " in message or ": " in message) and message.endswith(".")
+    return message
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_length": 100}, "was made with max_length 256, this run has 100: set max_length as"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            "was made with chat_template_kwargs",
+        ),
+        ({"bf16": True}, "was made with precision no, this run has bf16: set bf16 or fp16 as"),
+        (
+            {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+            'was made with teacher_model_init_kwargs {}, this run has {"dtype": "bfloat16"}',
+        ),
+        (
+            {"on_long_prompt": "truncate_left"},
+            "was made with prompts_cut_to None, this run has 192: on_long_prompt, max_length and",
+        ),
+        ({"teacher_cache_form": "head_means", "beta": 0.0}, "holds teacher_cache_form=hidden, th"),
+    ],
+)
+def test_a_run_with_another_setting_is_refused_by_its_name(made, fields, message):
+    assert message in refusal(made, **fields)
+
+
+def test_another_chat_template_tokenizer_or_teacher_is_refused_by_its_name(pair):
+    student, teacher = pair.folder / "student", pair.folder / "teacher"
+    template = student / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text(text + "{# another #}")
+    assert "was made with chat_template " in refusal(pair)
+    template.write_text(text)
+    weights = bytearray(pair.weights.read_bytes())
+    for i in range(len(weights) // 2, len(weights)):  # as another step of training would
+        weights[i] ^= 1
+    pair.weights.write_bytes(weights)
+    assert "was made with weights" in refusal(pair)
+    assert "the teacher has other weights" in refusal(pair)
+    shutil.rmtree(teacher)
+    run_of(pair, pair.folder / "run", teacher_cache=str(pair.folder / "cache"))  # gone: no matter
+
+
+def test_a_row_that_is_not_there_is_named_with_what_has_changed(pair):
+    last = len(pair.rows) - 1
+    for name, text, message in (
+        ("user", "Something else?", "the row has changed since it was cached (prompt)"),
+        ("assistant", "Another.", "the row has changed since it was cached (completion)"),
+    ):
+        rows = [{"messages": [dict(m) for m in row["messages"]]} for row in pair.rows]
+        (changed,) = (m for m in rows[last]["messages"] if m["role"] == name)
+        changed["content"] = text
+        told = refusal(pair, rows=rows)
+        assert told.startswith(f"row {last}: ") and message in told
+        assert "run gold-trainer cache-teacher again, which adds what is missing" in told
+    more = [*pair.rows, pair.rows[0]]
+    assert "was made of 6 examples, train_dataset has 7" in refusal(pair, rows=more)
+
+
+def test_a_row_is_refused_when_it_comes_too(made, monkeypatch):
+    rows = [{"messages": [dict(m) for m in row["messages"]]} for row in made.rows]
+    rows[3]["messages"][-1]["content"] = "Another."
+    monkeypatch.setattr("gold_trainer.teachers.cached.NUM_CHECKED", 1)  # first and last
+    assert refusal(made, rows=rows, max_steps=3).startswith("row 3: teacher_cache ")
+
+
+def test_folders_that_are_no_cache_or_not_all_of_one(pair):
+    cache = pair.folder / "cache"
+    names = sorted(path.name for path in cache.glob("rows-*.safetensors"))
+    assert len(names) > 2
+    shard = cache / names[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert f"{shard.stem} is missing or ends early" in refusal(pair)
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"in {shard.stem} is damaged; delete that shard" in refusal(pair, max_steps=3)
+    shard.unlink()
+    assert f"{shard.stem} is missing or ends early, " in refusal(pair)
+    pair.cache("cache", "--cache_shard_mib=0.001")  # the remedy
+    run_of(pair, pair.folder / "run", teacher_cache=str(cache), max_steps=3)
+    head = cache / "head.safetensors"
+    head.write_bytes(head.read_bytes()[:-1])
+    assert "head.safetensors is missing or ends early" in refusal(pair)
+    pair.cache()
+    run_of(pair, pair.folder / "run", teacher_cache=str(cache))
+    edit(cache / "cache.json", lambda values: values.update(is_complete=False))
+    assert "is half written; run gold-trainer cache-teacher again, which goes on" in refusal(pair)
+    edit(cache / "cache.json", lambda values: values.update(format=99))
+    assert "cannot be read (format 99, 1 is expected)" in refusal(pair)
+    (cache / "cache.json").unlink()
+    assert "that gold-trainer cache-teacher has written, got" in refusal(pair)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lmbda": 0.5}, "lmbda must be 0 with teacher_cache, got 0.5; nobody knows what the"),
+        ({"lmbda": 0.0, "seq_kd": True}, "seq_kd must be False with teacher_cache, got True; the"),
+        (
+            {"teacher_cache": None, "teacher_cache_form": "hidden"},
+            "teacher_cache_form must be None without teacher_cache, got 'hidden'",
+        ),
+        (
+            {"teacher_cache_form": "head_means", "beta": 0.5},
+            "the loss must be the forward KL, loss='jsd' and beta=0, where teacher_cache has he",
+        ),
+        (
+            {"teacher_cache_form": "head_means", "use_uld_loss": True},
+            "use_uld_loss must be False where teacher_cache has head_means, got True",
+        ),
+    ],
+)
+def test_configs_that_cannot_be(fields, message, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        GOLDConfig(
+            output_dir=str(tmp_path / "run"),
+            use_cpu=True,
+            **({"lmbda": 0.0, "teacher_cache": str(tmp_path)} | fields),
+        )
+    assert str(caught.value).startswith("GOLDConfig: ") and message in str(caught.value)
+
+
+def test_a_teacher_that_is_an_object_is_refused(made):
+    from support.tiny_models import tiny
+    from support.trainer_cases import make_trainer
+
+    with pytest.raises(ValueError, match="teacher_model must be None or a name with teacher_cache"):
+        make_trainer(
+            made.folder / "run",
+            made.rows,
+            "qwen3",
+            teacher=tiny("qwen3", "teacher")[0],
+            teacher_cache="x",
+        )
+
+
+def user_error(capsys, *argv):
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--teacher_cache="], "teacher_cache must be the folder of a cache, got ''"),
+        (
+            ["--cache_dtype=int8"],
+            "cache_dtype must be one of auto, bfloat16, float16, float32, got",
+        ),
+        (["--cache_shard_mib=0"], "cache_shard_mib must be a number above 0, got '0'"),
+        (["--cache_batch_size=1.5"], "cache_batch_size must be a whole number, at least 1, got"),
+        (
+            ["--dataset_streaming=true"],
+            "a dataset must have a length with teacher_cache, got a str",
+        ),
+        (["--max_length=100"], "was made with max_length 256, this run has 100"),
+        (["--cache_dtype=bfloat16"], "was made with cache_dtype float32, this run has bfloat16"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_cache(made, capsys, flags, message):
+    cache = made.folder / "cache"
+    argv = made.command("--cache_dtype=float32", *flags, teacher_cache=cache)
+    assert message in user_error(capsys, "cache-teacher", *argv)
+
+
+def test_the_command_asks_for_its_folder_and_for_a_teacher(made, capsys):
+    told = user_error(capsys, "cache-teacher", *made.command())
+    assert "teacher_cache must be the folder to write to, got None; set it in the YAML" in told
+    cache = made.folder / "cache"
+    argv = made.command(teacher_cache=cache, teacher_model_name_or_path=None)
+    told = user_error(capsys, "cache-teacher", *argv)
+    assert "teacher_model_name_or_path must be the teacher to run, got None" in told
+
+
+def test_room_on_the_disk_and_another_folder_are_looked_at_before_the_teacher_runs(
+    made, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gold_trainer.cache_run.make_live_teacher", None)  # would raise
+    argv = ["cache-teacher", *made.command(teacher_cache=tmp_path / "a" / "cache")]
+    monkeypatch.setattr(cache_store, "free_bytes", lambda folder: 10_000)
+    told = user_error(capsys, *argv)
+    assert re.search(r"must have \d+\.\d KiB free, got 9.8 KiB; free some, choose another", told)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("")
+    argv = ["cache-teacher", *made.command(teacher_cache=tmp_path / "b")]
+    assert "must be a new folder, or that of an earlier run of this command, got" in user_error(
+        capsys, *argv
+    )
+
+
+def kill_at(flush, number, stage):
+    """A flush that ends the process before, within, or behind the shard of this number."""
+
+    def killed(writer):
+        if writer.number == number and writer.entries:
+            if stage == "half":  # rows without an index
+                table = cache_store._write_table
+                cache_store._write_table = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+                flush(writer)
+                cache_store._write_table = table
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(writer)
+
+    return killed
+
+
+@pytest.mark.parametrize("stage", ["half", "before"])
+def test_a_caching_run_that_is_killed_goes_on_where_it_was(made, stage, tmp_path, monkeypatch):
+    pair = made._replace(folder=tmp_path)
+    for name in ("student", "teacher", "rows.jsonl"):
+        (tmp_path / name).symlink_to(made.folder / name)
+    flush = ShardWriter.flush
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "flush", kill_at(flush, 2, stage))
+        process = multiprocessing.get_context("fork").Process(
+            target=pair.cache, args=("cache", "--cache_shard_mib=0.001")
+        )
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    cache = tmp_path / "cache"
+    before = {p.name: p.stat().st_mtime_ns for p in cache.glob("rows-*.arrow")}
+    assert len(before) == 2
+    assert "is half written" in refusal(pair)
+    rows_of_teacher = []
+    add = ShardWriter.add
+    monkeypatch.setattr(
+        ShardWriter,
+        "add",
+        lambda self, place, *rest: (rows_of_teacher.append(place.row), add(self, place, *rest)),
+    )
+    pair.cache("cache", "--cache_shard_mib=0.001")
+    after = {p.name: p.stat().st_mtime_ns for p in cache.glob("rows-*.arrow")}
+    assert after.items() > before.items()
+    assert 0 < len(rows_of_teacher) < len(made.rows)
+    assert not list(cache.glob("*.half"))
+    live = run_of(pair, tmp_path / "live", max_steps=3)
+    cached = run_of(pair, tmp_path / "run", max_steps=3, teacher_cache=str(cache))
+    assert cached[0] == pytest.approx(live[0], rel=1e-5)
