@@ -40,9 +40,9 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
 
     The default loss is the generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is
     forward KL(P || Q), beta = 1 reverse KL(Q || P) of teacher P and student Q. LossFields has the
-    fields of the loss, TeacherFields and CacheFields those of the teacher. With use_uld_loss teacher and student
-    may have different tokenizers, and ULDFields has its fields. lmbda is the share of on-policy
-    micro-batches, whose completions the student writes.
+    fields of the loss, TeacherFields and CacheFields those of the teacher. With use_uld_loss
+    teacher and student may have different tokenizers, and ULDFields has its fields. lmbda is the
+    share of on-policy micro-batches, whose completions the student writes.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  # a field of the dataclass if it were annotated
