@@ -33,9 +33,9 @@ from bench_train_step import TIMED_STEPS, WARM_UP_STEPS, loss_error
 from peft import LoraConfig
 from qwen3_vl_shapes import build_student, build_teacher, processor_of_448_pixels, rows
 from record import RowLog, environment, package_versions
-from teacher_kinds import SAVED, config_fields, prepare_teacher
+from teacher_kinds import SAVED, config_fields, max_length, prepare_teacher
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import TrainerCallback
+from transformers import AutoProcessor, TrainerCallback
 
 from gold_trainer import GOLDConfig, GOLDTrainer, configs
 
@@ -142,14 +142,15 @@ class InOrder(GOLDTrainer):
 
 def trainer_of(launch: Launch, options: argparse.Namespace, folder: Path) -> GOLDTrainer:
     has_cuda, is_full = torch.cuda.is_available(), launch.training == "full"
-    processor = processor_of_448_pixels()
+    is_saved = launch.teacher in SAVED
+    processor = AutoProcessor.from_pretrained(folder) if is_saved else processor_of_448_pixels()
     student = build_student(processor, options.tiny, torch.float32 if is_full else None)
     fields = {
         "output_dir": str(folder / "out"),
         "per_device_train_batch_size": options.batch_size,
         "max_steps": STEPS * len(options.completion_tokens),
         "lmbda": 0.0,
-        "max_length": 512 + max(options.completion_tokens),
+        "max_length": max_length(options),
         "gradient_checkpointing": launch.checkpointing == "on",
         "bf16": has_cuda,
         "use_cpu": not has_cuda and launch.engine in UNSHARDED,
@@ -162,10 +163,9 @@ def trainer_of(launch: Launch, options: argparse.Namespace, folder: Path) -> GOL
     num_rows = STEPS * options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     parts = [rows(processor, length, num_rows) for length in options.completion_tokens]
     lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
-    is_built = launch.teacher not in SAVED
     return InOrder(
         model=student,
-        teacher_model=build_teacher(processor, options.tiny) if is_built else str(folder),
+        teacher_model=str(folder) if is_saved else build_teacher(processor, options.tiny),
         args=GOLDConfig(**fields),
         train_dataset=[row for part in parts for row in part],
         processing_class=processor,
@@ -309,6 +309,10 @@ def checked(row: dict[str, Any], earlier: list[dict[str, Any]]) -> dict[str, Any
     return row
 
 
+def num_gpus_of(launch: Launch, options: argparse.Namespace) -> int:
+    return 1 if launch.engine == "single" else options.num_gpus
+
+
 def launches_of(options: argparse.Namespace) -> list[Launch]:
     return [
         Launch(engine, teacher, training, checkpointing)
@@ -329,12 +333,14 @@ def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         launches = launches_of(options)
-        prepare_teacher({launch.teacher for launch in launches}, folder, options)
+        num_processes = max(num_gpus_of(launch, options) for launch in launches)
+        num_rows = STEPS * options.batch_size * num_processes
+        prepare_teacher({launch.teacher for launch in launches}, folder, options, num_rows)
         for launch in launches:
             seconds = options.seconds - (time.monotonic() - started)
             for row in run(launch, options, folder, seconds):
                 row = {"batch_size": options.batch_size, "options": " ".join(options.set)} | row
-                row.setdefault("num_gpus", 1 if launch.engine == "single" else options.num_gpus)
+                row.setdefault("num_gpus", num_gpus_of(launch, options))
                 log.add(where | checked(row, log.rows))
                 sys.stdout.write(f"{time.monotonic() - started:.0f} s: {row}\n")
                 sys.stdout.flush()

@@ -12,8 +12,11 @@ pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_train_step as bench
+import teacher_kinds
 import train_step_engines as engines
 from record import RESULTS, RowLog
+
+from gold_trainer.__main__ import main as gold_trainer
 
 LAUNCH = engines.Launch("single", "resident", "lora", "on")
 LENGTHS = [16, 24]
@@ -60,6 +63,22 @@ def test_one_trainer_measures_every_length_with_its_own_rows(tmp_path, monkeypat
         assert row["status"] == "ok" and row["seconds_median"] > 0 and row["num_gpus"] == 1
         assert float(row["loss_error"]) < 1e-5 and float(row["grad_norm"]) > 0
         assert row["options"] == "loss_budget_mib=1 optim=sgd"
+
+
+def test_teachers_from_a_folder_teach_what_the_resident_one_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "STEPS", 1)
+    monkeypatch.setattr(engines, "WARM_UP_STEPS", 0)
+    options = options_of("--batch-size", "2", "--completion-tokens", "16")
+    teacher_kinds.save_teacher(tmp_path, is_tiny=True)
+    command = teacher_kinds.cache_command(tmp_path, options, num_rows=2)
+    assert gold_trainer(command[command.index("gold_trainer") + 1 :]) == 0
+    for teacher in ("resident", "offload", "cache"):
+        engines.work(LAUNCH._replace(teacher=teacher), options, tmp_path)
+    resident, *others = rows_in(capsys.readouterr().out)
+    assert [row["teacher"] for row in others] == ["offload", "cache"]
+    assert {row["status"] for row in others} == {"ok"}
+    for row in others:
+        assert float(row["first_loss"]) == pytest.approx(float(resident["first_loss"]), rel=1e-3)
 
 
 def test_full_training_trains_float32_weights_without_the_vision_tower(tmp_path):
