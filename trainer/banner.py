@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gold_kernels import __version__
@@ -111,7 +112,8 @@ def _describe(model: nn.Module) -> str:
     base = models.base_model(model)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    text = f"{base.config.name_or_path or type(base).__name__}, {_count(total)} parameters"
+    name = base.config.name_or_path or type(base).__name__.removeprefix("FSDP")
+    text = f"{name}, {_count(total)} parameters"
     return f"{text}, {_count(trained)} of them trained" if trained else text
 
 
@@ -127,5 +129,6 @@ def _gib(size: float) -> str:
 
 
 def _bytes(model: nn.Module) -> int:
-    """Without what is offloaded."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
+    """Of this process, without what is offloaded."""
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(p.numel() * p.element_size() for p in parts if not p.is_meta)

@@ -4,6 +4,7 @@ All ranks gather a layer's weights and reduce its gradients together, so all mus
 layers.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from gold_trainer.trainer import GOLDTrainer
 
 MEDIA = {"images": "image", "videos": "video"}  # of an Example, and their parts of a message
+ON_FIRST_RANK = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 PICTURE_SIZE = 64  # pixels of either side of the picture that nothing is learnt from
 
 
@@ -50,13 +52,17 @@ def runs_layers_together(accelerator: Accelerator) -> bool:
 @contextmanager
 def whole_weights(args: GOLDConfig) -> Iterator[None]:
     """Models that are loaded here are whole on every rank: under ZeRO-3 from_pretrained leaves each
-    rank a part, which DeepSpeed gathers for the one model that it trains and for no other.
+    rank a part, which DeepSpeed gathers for the one model that it trains and for no other. Under
+    FSDP with cpu_ram_efficient_loading it reads weights on the first rank alone.
     """
     config = getattr(args, "hf_deepspeed_config", None)  # TrainingArguments sets it with deepspeed
     unset_hf_deepspeed_config()
+    on_first_rank = os.environ.pop(ON_FIRST_RANK, None)
     try:
         yield
     finally:
+        if on_first_rank is not None:
+            os.environ[ON_FIRST_RANK] = on_first_rank
         if config is not None:
             set_hf_deepspeed_config(config)
 

@@ -9,6 +9,7 @@ from gold_trainer.teachers.cached import CachedTeacher, check_cached, source_of
 from gold_trainer.teachers.frozen import FrozenTeacher
 from gold_trainer.teachers.offloaded import OffloadedTeacher
 from gold_trainer.teachers.own_weights import OwnWeights
+from gold_trainer.teachers.sharded import ShardedTeacher
 from gold_trainer.teachers.teacher import Teacher
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FrozenTeacher",
     "OffloadedTeacher",
     "OwnWeights",
+    "ShardedTeacher",
     "Teacher",
     "check_cached",
     "make_live_teacher",
@@ -45,5 +47,7 @@ def make_live_teacher(
     if teacher_model is None:
         assert student is not None, "a teacher is named, or the student is its own"
         return OwnWeights(student, processor, args)
-    kind = OffloadedTeacher if args.teacher_offload is not None else FrozenTeacher
+    if args.teacher_offload is not None:
+        return OffloadedTeacher.load(teacher_model, processor, args)
+    kind = FrozenTeacher if args.teacher_sharding is None else ShardedTeacher
     return kind.load(teacher_model, processor, args)

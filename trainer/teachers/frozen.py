@@ -31,6 +31,20 @@ def _bring_back(head: Any) -> None:
         head.to(device)
 
 
+def refuse_kinds(model: nn.Module, field: str) -> None:
+    """What this field cannot place."""
+    what = None
+    if models.is_quantized(model):
+        what = "one in 8 or 4 bits: load it in 16 bits"
+    elif any(hasattr(module, "_hf_hook") for module in model.modules()):
+        what = "one that accelerate has placed: load it without device_map and cpu_offload"
+    if what is not None:
+        raise ValueError(
+            f"GOLDTrainer: {field} is for a teacher whose weights are plain tensors in memory, got "
+            f"{what}, or leave {field} out."
+        )
+
+
 class FrozenTeacher(Teacher):
     def __init__(self, model: nn.Module, processor: Processor, args: GOLDConfig) -> None:
         self.model, self.args = model, args

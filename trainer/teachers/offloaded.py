@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gold_trainer import loading, models, sharding
+from gold_trainer import loading, sharding
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
-from gold_trainer.teachers.frozen import FrozenTeacher
+from gold_trainer.teachers.frozen import FrozenTeacher, refuse_kinds
 from gold_trainer.teachers.layer_stream import Layer, LayerStream, outermost_lists, split_layers
 
 FOLDER = ".teacher_offload-"  # in output_dir, gone when the process ends
@@ -41,7 +41,7 @@ class OffloadedTeacher(FrozenTeacher):
         """
         if args.teacher_offload == "cpu" or not isinstance(model, str):
             loaded = cls.load_model(model, args)
-            _refuse(loaded, args)
+            refuse_kinds(loaded, "teacher_offload")
             return cls(loaded, processor, args)
         folder = _new_folder(args)
         source = args.teacher_model_init_kwargs, args.teacher_model_revision
@@ -50,7 +50,7 @@ class OffloadedTeacher(FrozenTeacher):
         with sharding.whole_weights(args):
             loaded = loading.load_model(model, *source, **options)
         stored = _map_stored(loaded)
-        _refuse(loaded, args)
+        refuse_kinds(loaded, "teacher_offload")
         teacher = cls(loaded, processor, args)
         teacher.stored, teacher.folders = stored, [folder]
         return teacher
@@ -147,18 +147,3 @@ def _map_stored(model: nn.Module) -> dict[nn.Parameter, Tensor]:
             with safe_open(entry["safetensors_file"], framework="pt") as file:
                 stored[parameter] = file.get_tensor(entry["weight_name"])
     return stored
-
-
-def _refuse(model: nn.Module, args: GOLDConfig) -> None:
-    what = None
-    if models.is_quantized(model):
-        what = "one in 8 or 4 bits: leave teacher_offload out, or load it in 16 bits"
-    elif any(hasattr(module, "_hf_hook") for module in model.modules()):
-        what = "one that accelerate has placed: load it without device_map"
-    elif not any(outermost_lists(model)):
-        what = f"{type(model).__name__}, which has no list of layers: leave teacher_offload out"
-    if what is not None:
-        raise ValueError(
-            f"GOLDTrainer: teacher_offload={args.teacher_offload!r} streams the layers of a "
-            f"teacher whose weights are plain tensors in memory, got {what}."
-        )
