@@ -1,10 +1,9 @@
 """One process of test_teacher_sharding: runs with a whole teacher and with one in parts, one after
 the other.
 
-torchrun --nproc_per_node 2 -m support.sharded_teacher_step OUT_DIR ENGINE CASE [CASE ...]
+Started by support.processes: OUT_DIR ENGINE CASE [CASE ...]
 """
 
-import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from support.engine_step import CASES, ULD, make
 from support.engines import needs_gpus, take_processes_for_gpus
 from support.trainer_cases import losses_of
 
-SECONDS = 120  # of a case; a hang then prints all stacks and ends
 MIXED = CASES["mixed_pictures"]
 OWN_CASES: dict[str, dict[str, Any]] = {
     "tied_teacher": {"family": "smolvlm", "images": "mixed"},
@@ -49,7 +47,6 @@ def main(output_dir: str, engine: str, *names: str) -> None:
         take_processes_for_gpus()
     for name in names:
         for sharding in (None, "fsdp"):
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
             case = OWN_CASES[name] | {"teacher_sharding": sharding}
             if engine == "fsdp2" and name == "by_name":
                 config = {"version": 2, "cpu_ram_efficient_loading": True}

@@ -6,14 +6,14 @@ import torch
 from support.engine_step import save_models
 from support.processes import start_ranks
 
-SECONDS = 300
+SECONDS = 240  # of a rank
 DDP = ("tied_teacher", "pictures", "seq_kd", "uld_pictures", "bf16")
 FSDP = ("seq_kd", "by_name")
 
 
 def run(folder, engine, names):
     save_models(folder)
-    done = start_ranks("sharded_teacher_step", 2, str(folder), engine, *names, timeout=SECONDS)
+    done = start_ranks("sharded_teacher_step", 2, str(folder), engine, *names, seconds=SECONDS)
     assert done.returncode == 0, done.stderr[-8000:]
     return torch.load(folder / "state.pt")
 
