@@ -16,11 +16,22 @@ from record import RESULTS, RowLog, environment, package_versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from support.engine_cases import CASES
 from support.engine_runs import differences
-from support.engine_step import CASES, save_models
+from support.engine_step import save_models
 
 ROOT = Path(__file__).parents[1]
-FIELDS = ("engine", "case", "compared_with", "loss", "losses", "norms", "weights", "error")
+FIELDS = (
+    "engine",
+    "case",
+    "compared_with",
+    "loss",
+    "losses",
+    "norms",
+    "eval_loss",
+    "weights",
+    "error",
+)
 VERSIONS = ("accelerate", "peft", "deepspeed")
 ENGINES = ("ddp", "fsdp2", "fsdp2_sharded", "zero2", "zero3")
 REFUSED = {"early_evaluation", "saved_tied_head"}
@@ -35,8 +46,8 @@ def run(folder: Path, engine: str, num_processes: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(num_processes), "-m", "support.engine_step"]
     subprocess.run([*command, str(folder), engine, *names], cwd=ROOT / "tests", check=False)
-    state = folder / "state.pt"
-    return torch.load(state) if state.exists() else {}
+    states = {name: folder / f"{name}.pt" for name in names}
+    return {name: torch.load(path) for name, path in states.items() if path.exists()}
 
 
 def main() -> None:

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gold_trainer import GOLDConfig, GOLDTrainer, models
+from support import engine_matrix
 from support.cross_cases import TEACHER_MERGES
+from support.engine_cases import CASES
 from support.engines import (
     ENGINES,
     leave_shared_memory_alone,
@@ -38,60 +40,6 @@ RUN = {
     "learning_rate": 0.1,
     "max_grad_norm": 1.0,
     "max_completion_length": 16,
-}
-ULD = {"use_uld_loss": True, "uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.5}
-# in the first three micro-batches ranks differ in whether they have pictures, videos, or both
-MEDIA = {"family": "qwen3_vl", "images": "mixed", "has_videos": True}
-MIXED = {"family": "qwen3_vl", "images": "mixed"}  # ranks differ in whether they have a picture
-
-
-def lora(**options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options
-    )
-
-
-# family of the student, is_tied, images, teacher_family or has_teacher, and fields of GOLDConfig
-CASES: dict[str, dict[str, Any]] = {
-    "tied": {},
-    "untied": {"is_tied": False},
-    "bf16": {"is_tied": False, "bf16": True},
-    "bf16_own_teacher": {"peft_config": lora(), "has_teacher": False, "bf16": True},
-    "frozen_head": {"is_tied": False, "is_head_frozen": True},
-    "lora": {"peft_config": lora()},
-    "saved_head": {"is_tied": False, "peft_config": lora(modules_to_save=["lm_head"])},
-    "saved_tied_head": {"peft_config": lora(modules_to_save=["lm_head"])},
-    "own_teacher": {"peft_config": lora(), "has_teacher": False},
-    "mixed_pictures": MIXED,
-    "mixed_media": MEDIA,
-    "uld": {"is_tied": False, "teacher_family": "llama", **ULD},
-    "uld_pictures": {**MIXED, "teacher_family": "idefics3", **ULD},
-    "evaluated_first": {"eval_on_start": True},
-    "early_evaluation": {"evaluates_early": True},
-    "on_policy": {"lmbda": 1.0},
-    # samples would differ: a rank that has a row more draws more numbers
-    "on_policy_pictures": {**MIXED, "lmbda": 1.0, "top_k": 1},
-    "on_policy_media": {**MEDIA, "lmbda": 1.0, "top_k": 1},
-    # whose teacher is in parts too, and writes; of the first rank's rows one has an answer
-    "seq_kd_media": {
-        **MEDIA,
-        **{"peft_config": lora(), "has_teacher": False, "seq_kd": True, "top_k": 1},
-        "is_partly_answered": True,
-    },
-    "on_policy_lora": {"peft_config": lora(), "lmbda": 1.0},
-    # the ranks' prompts leave 4 and 9 tokens
-    "on_policy_rooms": {"lmbda": 1.0, "max_length": 30},
-    # the first rank's prompts have two lengths, the second's one
-    "on_policy_lengths": {"lmbda": 1.0, "writes_by_length": True},
-    "seq_kd": {"seq_kd": True},
-    "by_name": {"family": "qwen3_vl", "images": 1, "lmbda": 0.5, "is_by_name": True},
-    "resumed": {
-        "is_resumed": True,
-        "optim": "adamw_torch",
-        "learning_rate": 1e-3,
-        "save_strategy": "steps",
-        "save_steps": 1,
-    },
 }
 
 
@@ -131,7 +79,10 @@ def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
         elif case.pop("has_teacher", True):
             options["teacher_model"] = tiny(family, "teacher")[0]
     case.pop("is_tied", None)
-    rows = tiny_rows(NUM_ROWS, images=case.pop("images"))
+    rows = tiny_rows(case.pop("num_rows", NUM_ROWS), images=case.pop("images"))
+    num_eval_rows = case.pop("num_eval_rows", BATCH)
+    if case.pop("saves_parts", False) and engine == "fsdp2":
+        engine = "fsdp2_sharded"
     if case.pop("has_videos", False):
         for index, row in enumerate(rows):
             row["videos"] = [np.full((4, 32, 32, 3), 9 * index, np.uint8)] * (index in (0, 3, 5))
@@ -152,7 +103,7 @@ def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
         model=student,
         args=GOLDConfig(output_dir=str(folder), **(FIELDS | RUN | sizes | ENGINES[engine] | case)),
         train_dataset=rows,
-        eval_dataset=rows[:BATCH],
+        eval_dataset=rows[:num_eval_rows],
         processing_class=processor,
         **options,
     )
@@ -190,7 +141,6 @@ def load(folder: Path, trainer: GOLDTrainer, case: dict[str, Any]) -> dict[str, 
 
 
 def main(output_dir: str, engine: str, *names: str) -> None:
-    results: dict[str, Any] = {}
     if needs_gpus(engine):
         take_processes_for_gpus()
     if engine.startswith("zero") or "ACCELERATE_USE_DEEPSPEED" in os.environ:
@@ -198,15 +148,15 @@ def main(output_dir: str, engine: str, *names: str) -> None:
     for name in names:
         limit(SECONDS)
         try:
-            results[name] = run(Path(output_dir) / name, engine, CASES[name])
+            result = run(Path(output_dir) / name, engine, engine_matrix.case_of(name))
         except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
+            result = {"error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
             if not isinstance(error, ValueError):
                 sys.stderr.flush()
                 os._exit(1)  # the other rank waits somewhere, and is ended
         if int(os.environ.get("RANK", "0")) == 0:
-            torch.save(results, Path(output_dir) / "state.pt")
+            torch.save(result, Path(output_dir) / f"{name}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -2,8 +2,8 @@
 
 import pytest
 
+from support.engine_cases import CASES
 from support.engine_runs import assert_same_run, run_engine
-from support.engine_step import CASES
 
 EXACT = sorted(CASES.keys() - {"bf16", "bf16_own_teacher", "early_evaluation"})
 # What ZeRO-2 does not do in another way than ZeRO-3 is left out.

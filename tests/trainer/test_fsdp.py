@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gold_trainer import configs
+from support.engine_cases import CASES
 from support.engine_runs import assert_same_run, run_engine
-from support.engine_step import CASES
 
 REFUSED = ("early_evaluation", "saved_tied_head")
 BFLOAT16 = ("bf16", "bf16_own_teacher")
