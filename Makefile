@@ -25,7 +25,7 @@ FAST := \
 	tests/trainer/test_gold_trainer.py::test_accumulation_changes_neither_loss_nor_gradient \
 	tests/trainer/test_cross_family.py::test_off_policy_step_equals_the_eager_float64_step
 
-.PHONY: help demo test fast fuzz soak sweep lint types coverage bench docs clean
+.PHONY: help demo test fast fuzz soak sweep matrix lint types coverage bench docs clean
 
 help:  ## the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -57,6 +57,9 @@ soak: .venv/installed-dev  ## a run that is killed 20 times ends with the weight
 
 sweep: .venv/installed-dev  ## every architecture of transformers, tiny, against eager steps; writes docs/models.md
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/sweep_models.py
+
+matrix: .venv/installed-dev  ## every student, loss, rows and run under every engine; writes docs/hardware.md's table
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/engine_matrix.py
 
 coverage: .venv/installed-dev  ## all tests with a report; see CONTRIBUTING for what it cannot see
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \

@@ -70,8 +70,10 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-6))
 
 
-def assert_same_run(actual: dict[str, Any], expected: dict[str, Any], relative: float) -> None:
+def assert_same_run(
+    actual: dict[str, Any], expected: dict[str, Any], relative: float, of: str = "the run"
+) -> None:
     """Losses, gradient norms, the evaluation, and every weight of the saved student."""
-    assert "error" not in actual, actual["error"]
+    assert "error" not in actual, f"{of}: {actual['error']}"
     for name, distance in distances(actual, expected).items():
-        assert distance <= relative, name
+        assert distance <= relative, f"{name} of {of}: {distance:.1e}"

@@ -1,18 +1,20 @@
-"""DeepSpeed's ZeRO on two processes gives the losses, norms and weights of DDP."""
+"""DeepSpeed's ZeRO on two processes gives the losses, norms and weights of DDP: what is beside the
+product of test_engine_matrix.
+"""
 
 import pytest
 
-from support.engine_cases import CASES
+from support.engine_matrix import ALONE, REFUSED
 from support.engine_runs import assert_same_run, run_engine
 
-EXACT = sorted(CASES.keys() - {"bf16", "bf16_own_teacher", "early_evaluation"})
+EXACT = [name for name in ALONE if name not in ("bf16", "early_evaluation")]
 # What ZeRO-2 does not do in another way than ZeRO-3 is left out.
-OF_ZERO_2 = ["untied", "lora", "mixed_pictures", "on_policy", "resumed"]
+OF_ZERO_2 = ["own_teacher", "mixed_media", "on_policy_rooms"]
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
-    return run_engine(tmp_path_factory.mktemp("ddp") / "runs", "ddp", EXACT)
+    return run_engine(tmp_path_factory.mktemp("ddp") / "runs", "ddp", [*EXACT, "untied", "resumed"])
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,12 @@ def test_the_shipped_file_for_accelerate_launch_trains_and_resumes(ddp, stage, t
     assert_same_run(runs["resumed"], ddp["resumed"], relative=1e-5)
 
 
-def test_what_deepspeed_cannot_do_is_refused_with_a_remedy(tmp_path):
-    runs = run_engine(tmp_path / "runs", "zero3", ["early_evaluation"])
-    assert "set eval_on_start=True" in runs["early_evaluation"]["error"]
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_what_deepspeed_cannot_do_is_refused_with_a_remedy(engine, tmp_path):
+    runs = run_engine(tmp_path / "runs", engine, ["early_evaluation"])
+    error = runs["early_evaluation"]["error"].removeprefix("ValueError: ")
+    assert error.startswith(REFUSED[engine, "early_evaluation"])
+    assert "set eval_on_start=True" in error
 
 
 def test_zero_3_trains_in_bfloat16(ddp, zero3):

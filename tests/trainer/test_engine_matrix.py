@@ -1,0 +1,50 @@
+"""Every two of a head, a loss, a kind of rows, a kind of run and an engine meet in a run on two
+processes, which gives the losses, norms, evaluation and weights of one process. `make matrix` runs
+all of them.
+"""
+
+import itertools
+
+import pytest
+
+from support import engine_matrix
+from support.engine_runs import assert_same_run, run_engine
+
+CHOSEN = engine_matrix.chosen()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    names = dict.fromkeys(engine_matrix.reference_of(name) for _, name in CHOSEN)
+    return run_engine(tmp_path_factory.mktemp("one") / "runs", "one", list(names))
+
+
+@pytest.fixture(scope="module", params=engine_matrix.ENGINES)
+def runs(request, tmp_path_factory):
+    engine = request.param
+    names = [name for of, name in CHOSEN if of == engine]
+    return engine, run_engine(tmp_path_factory.mktemp(engine) / "runs", engine, names)
+
+
+def test_runs_are_those_of_one_process(one, runs):
+    _, results = runs
+    for name, result in results.items():
+        assert_same_run(
+            result, one[engine_matrix.reference_of(name)], engine_matrix.RELATIVE, of=name
+        )
+
+
+def test_every_two_levels_that_can_meet_do():
+    met = set()
+    for engine, name in CHOSEN:
+        levels = {"engine": engine, **engine_matrix.levels_of(name)}
+        met |= set(itertools.combinations(levels.items(), 2))
+    factors = {"engine": engine_matrix.ENGINES, **engine_matrix.FACTORS}
+    apart = []
+    for (one, levels), (other, others) in itertools.combinations(factors.items(), 2):
+        pairs = itertools.product(levels, others)
+        apart += [pair for pair in pairs if ((one, pair[0]), (other, pair[1])) not in met]
+    engines = [engine for engine in engine_matrix.ENGINES if engine != "fsdp2"]
+    expected = [("fsdp2", "saved_tied"), *((engine, "resumed_parts") for engine in engines)]
+    assert sorted(apart) == sorted([*expected, ("saved_tied", "resumed_parts")])
+    assert len(CHOSEN) < len(engine_matrix.names()) / 4
