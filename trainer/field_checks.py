@@ -61,6 +61,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "top_k": (Range("at least 0", 0), "0 turns it off"),
     "min_p": (SHARE, "None turns it off"),
     "repetition_penalty": (POSITIVE, "1.0 turns it off"),
+    "rollout_cache_gib": (POSITIVE, "None takes half of what is free"),
     "max_completion_length": (AT_LEAST_1, RAISE),
     "max_length": (Range("at least 2", 2), "None sets no limit"),
     "num_generations": (AT_LEAST_1, "1 is one completion of a prompt"),

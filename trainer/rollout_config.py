@@ -58,6 +58,14 @@ class RolloutFields:
         },
     )
 
+    rollout_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most GiB of keys and values while completions are written in this process; "
+            "more rows are written one part after the other. None: half of what is free."
+        },
+    )
+
     def check_rollouts(self) -> None:
         """What the kinds and ranges of the fields do not say."""
         if self.stop_strings is not None and not all(self.stop_strings):

@@ -8,7 +8,7 @@ from transformers import ProcessorMixin
 
 from gold_trainer.collator import Example, process_prompts
 from gold_trainer.demo.digits import Digits, parse_answer
-from gold_trainer.writers.local import generation_mode
+from gold_trainer.writers.generating import generation_mode
 
 BATCH_SIZE = 120
 MAX_ANSWER_TOKENS = 24  # an answer has about 10

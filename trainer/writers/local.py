@@ -1,31 +1,42 @@
-"""Completions of a model in this process, sampled with transformers' generate()."""
+"""Completions of a model in this process."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers.utils import logging
 
 from gold_trainer import sharding
+from gold_trainer.batches import Example
 from gold_trainer.collator import GOLDCollator, process_examples
 from gold_trainer.config import GOLDConfig
-from gold_trainer.models import base_model, may_pad_left
-from gold_trainer.writers.sampling import NEVER, Sampler
-from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
+from gold_trainer.models import base_model, is_offloaded, may_pad_left
+from gold_trainer.writers.cast_weights import cast_weights
+from gold_trainer.writers.decoding import Decoder, check_step
+from gold_trainer.writers.fixed_cache import Batch, cache_length
+from gold_trainer.writers.generating import generate, writing_mode
+from gold_trainer.writers.prefill import CannotDecode, Prefilled, prefill
+from gold_trainer.writers.sampling import Sampler
+from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer, has_stop
+
+logger = logging.get_logger(__name__)
+
+PREFILL_TOKENS = 32768  # of prompts at a time, padding included: what their activations may take
+GIB = 2**30
+CPU_CACHE_GIB = 4.0
 
 
 class LocalWriter(Writer):
-    """generate() of the model itself: there is no copy of the weights to renew."""
+    """Its steps are recorded as a graph where the device can, and its cache is gone when a call
+    ends. A model that keeps more than keys and values is written by its own generate().
+    """
 
     def __init__(
         self,
@@ -35,6 +46,10 @@ class LocalWriter(Writer):
     ) -> None:
         self.writing, self.collator, self.args = writing, collator, args
         self.version = 0
+        self.refusal: str | None = None  # why generate() writes, once it is known
+        self.bytes_per_token = 0  # of the cache, for one row; 0: not known yet
+        self.is_told = False
+        self.record_seconds = 0.0  # of all calls
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         self.version = step
@@ -66,97 +81,152 @@ class LocalWriter(Writer):
         sampling: Sampling,
     ) -> list[Completion]:
         """With whatever the batch has behind a row's end."""
-        processor = self.collator.processor
-        inputs = process_examples(processor, [row.example for row in rows])
-        inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+        reason = self.refusal or _reason_to_generate(model, sampling)
+        if reason is None:
+            try:
+                return self._decode(base_model(model), rows, sampling)
+            except CannotDecode as error:
+                reason = str(error)
+        if self.refusal is None:
+            self.refusal = reason
+            logger.warning(
+                "%s writes completions with generate(), which is slower than a cache of fixed "
+                "size: %s.",
+                type(base_model(model)).__name__,
+                reason,
+            )
+        inputs = self._inputs([row.example for row in rows])
         ids, logprobs = generate(model, inputs, rows, sampling, self.collator.tokenizer)
         pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
         return [Completion(*pair, self.version) for pair in pairs]
 
+    def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        inputs = process_examples(self.collator.processor, examples)
+        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
 
-@contextmanager
-def generation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, restored after. Gradient checkpointing, which would switch the cache off, acts
-    in training mode only.
+    def _prefill(self, base: Any, examples: Sequence[Example]) -> Prefilled:
+        return prefill(base, self._inputs(examples), self.collator.tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def _decode(self, base: Any, rows: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """As many rows together as the cache may hold."""
+        written: list[Completion] = []
+        device = self.args.device
+        with writing_mode(base), cast_weights(base, device), uncached_autocast(device):
+            if not self.bytes_per_token:
+                self._try(base, [row.example for row in rows])
+            while len(written) < len(rows):
+                waiting = rows[len(written) :]
+                written += self._write(base, waiting[: self._rows_at_a_time(waiting)], sampling)
+        return written
+
+    def _try(self, base: Any, examples: Sequence[Example]) -> None:
+        """A step of the shortest and the longest prompt: CannotDecode, or what the cache takes."""
+        by_length = sorted(examples, key=lambda example: example.prompt_length)
+        inputs, pad = (
+            self._inputs([by_length[0], by_length[-1]]),
+            self.collator.tokenizer.pad_token_id,
+        )
+        part = prefill(base, inputs, pad, goes_on=True)
+        check_step(base, part)
+        self.bytes_per_token = part.bytes_per_token
+
+    def _rows_at_a_time(self, rows: Sequence[Prompt]) -> int:
+        """How many of the first rows the cache has room for; one at least."""
+        width = room = 0
+        num_bytes = self._cache_bytes()
+        for number, row in enumerate(rows):
+            width, room = max(width, row.example.prompt_length), max(room, row.room)
+            row_bytes = cache_length(width, room) * self.bytes_per_token
+            if number and (number + 1) * row_bytes > num_bytes:
+                return number
+        return len(rows)
+
+    def _cache_bytes(self) -> float:
+        device = self.args.device
+        if self.args.rollout_cache_gib is not None:
+            return self.args.rollout_cache_gib * GIB
+        if device.type != "cuda":
+            return CPU_CACHE_GIB * GIB
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) / 2
+
+    def _write(self, base: Any, rows: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """Completions of rows that the cache has room for, together."""
+        started = time.perf_counter()
+        width, rooms = max(row.example.prompt_length for row in rows), [row.room for row in rows]
+        logits, batch, sampler = [], None, None
+        for start, examples, repeats in _parts(rows, width):
+            part = self._prefill(base, examples)
+            if batch is None or sampler is None:
+                batch = Batch.empty(part, rooms, width)
+                seeds, num_entries = [row.seed for row in rows], part.logits.shape[1]
+                sampler = Sampler(sampling, seeds, max(rooms), num_entries, part.logits.device)
+            index = torch.repeat_interleave(torch.tensor(repeats)).to(part.logits.device)
+            batch.fill(start, part, index)
+            sampler.see(start, part.input_ids[index], part.mask[index])
+            logits.append(part.logits[index])
+            del part  # and its cache
+        assert batch is not None and sampler is not None, "there are rows"
+        decoder = Decoder(
+            *(base, batch, sampler),
+            has_ended=partial(has_stop, self.collator.tokenizer, sampling.stop_strings),
+            is_recorded=self.args.device.type == "cuda",
+        )
+        pairs = decoder.write(torch.cat(logits))
+        self.record_seconds += decoder.record_seconds
+        self._tell(decoder, len(rows), batch, time.perf_counter() - started)
+        return [Completion(*pair, self.version) for pair in pairs]
+
+    def _tell(self, decoder: Decoder, num_rows: int, batch: Batch, seconds: float) -> None:
+        """Once: what a call takes."""
+        if self.is_told or self.args.process_index != 0:
+            return
+        self.is_told = True
+        recorded = f", {decoder.record_seconds:.1f} s of it for recording the decoding step"
+        Console(highlight=False).print(
+            f"  rollouts   {num_rows} completions together in {seconds:.1f} s"
+            f"{recorded if decoder.record_seconds else ''}; cache {batch.num_bytes / GIB:.2f} GiB, "
+            "given back before learning",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _parts(rows: Sequence[Prompt], width: int) -> Iterator[tuple[int, list[Example], list[int]]]:
+    """Prompts that go through the model together: the first one's row, each prompt once, and how
+    many rows begin with it.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    runs = [list(run) for _, run in groupby(rows, lambda row: id(row.example))]
+    size = max(1, PREFILL_TOKENS // width)
+    start = 0
+    for first in range(0, len(runs), size):
+        part = runs[first : first + size]
+        repeats = [len(run) for run in part]
+        yield start, [run[0].example for run in part], repeats
+        start += sum(repeats)
+
+
+def _reason_to_generate(model: nn.Module, sampling: Sampling) -> str | None:
+    base: Any = base_model(model)
+    places = getattr(base, "hf_device_map", None) or {}
+    if sampling.generation_kwargs:
+        return f"generation_kwargs has {', '.join(sampling.generation_kwargs)}"
+    if sharding.is_sharded(model):
+        return "its weights are in parts"
+    if is_offloaded(base) or len(set(places.values())) > 1:
+        return "its weights are in several places"
+    if not may_pad_left(model):
+        return "padding on the left would change what it writes"
+    return None
 
 
 @contextmanager
-def head_in_its_dtype(model: PreTrainedModel) -> Iterator[None]:
-    """A float32 head over 16-bit weights takes their hidden states, as the loss has it."""
-    head = model.get_output_embeddings()
-
-    def cast(_head: nn.Module, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        dtype = torch.promote_types(hidden[0].dtype, head.weight.dtype)
-        return (hidden[0].to(dtype), *hidden[1:])
-
-    hook = head.register_forward_pre_hook(cast)
-    try:
+def uncached_autocast(device: torch.device) -> Iterator[None]:
+    """What a recorded step casts must not be taken from a cache that is gone when it runs again."""
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
         yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def own_settings_hidden(model: PreTrainedModel) -> Iterator[None]:
-    """Without the generation_config that came with the weights: generate() takes from it whatever
-    the caller leaves open, for instance a repetition penalty.
-    """
-    settings, model.generation_config = model.generation_config, GenerationConfig()
-    try:
+        return
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
         yield
-    finally:
-        model.generation_config = settings
-
-
-class RowSampler(LogitsProcessor):
-    """Leaves of each row's scores the token that it has drawn, and keeps its log-probability."""
-
-    def __init__(self, sampler: Sampler, width: int) -> None:
-        self.sampler, self.width = sampler, width
-        self.logprobs: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        draws = self.sampler.draws[:, input_ids.shape[1] - self.width]
-        ids, logprobs = self.sampler(scores, draws)
-        self.logprobs.append(logprobs)
-        return torch.full_like(scores, NEVER).scatter_(1, ids[:, None], 0.0)
-
-
-def generate(
-    model: nn.Module,
-    inputs: dict[str, Tensor],  # of rows, padded on the left
-    rows: Sequence[Prompt],
-    sampling: Sampling,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[Tensor, Tensor]:  # (B, R) ids with whatever stands behind an end, (B, R)
-    """generate() of the model, with a sampler of ours."""
-    base = base_model(model)
-    ids, room = inputs["input_ids"], max(row.room for row in rows)
-    num_entries = base.get_output_embeddings().out_features
-    sampler = Sampler(sampling, [row.seed for row in rows], room, num_entries, ids.device)
-    sampler.see(ids, inputs["attention_mask"])
-    processor = RowSampler(sampler, ids.shape[1])
-    stops = {"stop_strings": list(sampling.stop_strings)} if sampling.stop_strings else {}
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=room,
-        eos_token_id=list(sampling.end_ids),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-        **stops,
-        **sampling.generation_kwargs,
-    )
-    with generation_mode(base), own_settings_hidden(base), head_in_its_dtype(base):
-        options: dict[str, Any] = {**inputs, "tokenizer": tokenizer} if stops else {**inputs}
-        options |= {"generation_config": config}
-        options |= {"logits_processor": LogitsProcessorList([processor])}
-        output = sharding.generate(model, base, **options)
-    sampled = output[:, ids.shape[1] :]
-    return sampled, torch.stack(processor.logprobs, dim=1)[:, : sampled.shape[1]]

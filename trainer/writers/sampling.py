@@ -1,11 +1,14 @@
 """Draws the next tokens of a batch: each row from random numbers of its own.
 
-So a completion depends on its seed alone, not on the rows beside it nor on the number of ranks.
-One number u in [0, 1) decides a token: the first whose cumulative probability is above u.
+So a completion depends on its seed alone, not on the rows beside it nor on the number of ranks. A
+token is drawn with Gumbel's trick: the largest of log p - log E, E exponential. What decides is one
+comparison, which the rounding of another batch seldom turns. E is a hash of two keys of the row and
+step, and of the entry: the same on every device.
 
 B rows, V entries of the head, R most new tokens of a row.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 from gold_trainer.writers.writer import Sampling
 
 NEVER = -torch.inf
+KEYS = -(2**31), 2**31
+HASH = 0x9E3779B1 - 2**32, 0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32  # odd, as int32
 FLOAT_BITS = 31  # of a float32 that is not negative: their order is that of the numbers
 
 
@@ -32,34 +37,39 @@ class Sampler:
         device: torch.device,
     ) -> None:
         self.sampling = sampling
-        draws = [torch.rand(room, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        self.draws = torch.stack(draws).to(device)  # (B, R)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        draws = [torch.randint(*KEYS, (room, 2), generator=g) for g in generators]
+        self.keys = torch.stack(draws).to(device, torch.int32)  # (B, R, 2)
         self.is_banned = torch.zeros(num_entries, dtype=torch.bool)
         self.is_banned[sampling.banned_ids(num_entries)] = True
         self.is_banned = self.is_banned.to(device)
         self.is_seen: Tensor | None = None  # (B, V), with a penalty of repetition alone
 
-    def see(self, input_ids: Tensor, attention_mask: Tensor) -> None:  # (B, L) of the prompts
-        """Tokens of prompts count as repeated; padding does not."""
+    def see(self, start: int, input_ids: Tensor, attention_mask: Tensor) -> None:  # (B', L)
+        """Tokens of the prompts of rows from start on count as repeated; padding does not."""
         if self.sampling.repetition_penalty == 1.0:
             return
-        shape = len(input_ids), len(self.is_banned) + 1  # the last column takes the padding
-        places = input_ids.masked_fill(attention_mask == 0, shape[1] - 1).clamp_max(shape[1] - 1)
-        seen = torch.zeros(shape, dtype=torch.bool, device=self.draws.device)
-        self.is_seen = seen.scatter_(1, places.to(seen.device), True)[:, :-1].contiguous()
+        num_entries = len(self.is_banned)
+        if self.is_seen is None:
+            shape = len(self.keys), num_entries
+            self.is_seen = torch.zeros(shape, dtype=torch.bool, device=self.keys.device)
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True), start):
+            ids = ids[mask.bool()]
+            self.is_seen[row, ids[ids < num_entries]] = True  # a placeholder may have no row
 
     def keep(self, rows: Tensor) -> None:  # (B',) indices
         """Go on with these rows."""
-        self.draws = self.draws[rows]
+        self.keys = self.keys[rows]
         self.is_seen = None if self.is_seen is None else self.is_seen[rows]
 
-    def __call__(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:  # draws: (B,)
-        logits = self._processed(logits)
+    def __call__(self, logits: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """count (1,): how many tokens each row has."""
+        logits, keys = self._processed(logits), self.keys.index_select(1, count)[:, 0]
         if self.sampling.top_k == 1:
             ids = logits.argmax(-1)
-            logprobs = torch.zeros_like(draws)
+            logprobs = torch.zeros_like(logits[:, 0])
         else:
-            ids, logprobs = draw(logits, draws, self.sampling)
+            ids, logprobs = draw(logits, keys, self.sampling)
         if self.is_seen is not None:
             self.is_seen.scatter_(1, ids[:, None], True)
         return ids, logprobs
@@ -73,25 +83,34 @@ class Sampler:
         return logits if self.sampling.temperature == 1.0 else logits / self.sampling.temperature
 
 
-def draw(logits: Tensor, draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """ids (B,) and their log-probabilities (B,) of logits (B, V), already divided by the
-    temperature, with one number (B,) in [0, 1) a row.
+    temperature, with two keys (B, 2) a row.
     """
     if sampling.top_k > 0:
         least = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, NEVER)
-    probs = logits.softmax(-1)
     if sampling.top_p < 1:
-        probs = probs * (probs >= nucleus_threshold(probs, sampling.top_p))
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < nucleus_threshold(probs, sampling.top_p), NEVER)
     if sampling.min_p:
-        probs = probs * (probs >= sampling.min_p * probs.amax(-1, keepdim=True))
-    sums = probs.cumsum(-1)
-    mass = sums[:, -1:]
-    # right: the first entry whose sum is above; entries of probability 0 are never the first
-    ids = torch.searchsorted(sums, draws[:, None].to(sums) * mass, right=True)
-    # rounding may take the product to the sum of all: then the last that has a probability
-    ids = torch.minimum(ids, (sums < mass).sum(-1, keepdim=True))
-    return ids[:, 0], (probs.gather(1, ids) / mass).log()[:, 0]
+        least = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < least, NEVER)
+    ids = (logits - exponential(keys, logits.shape[1]).log()).argmax(-1)
+    logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    return ids, logprobs
+
+
+def exponential(keys: Tensor, num_entries: int) -> Tensor:  # (B, 2), int32 -> (B, V)
+    """Numbers of the exponential distribution: two rounds of MurmurHash3's last step."""
+    x = torch.arange(num_entries, dtype=torch.int32, device=keys.device)
+    for key in keys.split(1, dim=1):
+        x = (x + key) * HASH[0]  # wraps around, as it should
+        x = (x ^ ((x >> 16) & 0xFFFF)) * HASH[1]
+        x = (x ^ ((x >> 13) & 0x7FFFF)) * HASH[2]
+        x = x ^ ((x >> 16) & 0xFFFF)
+    uniform = ((x & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    return -torch.log1p(-uniform)
 
 
 def nucleus_threshold(probs: Tensor, top_p: float) -> Tensor:  # (B, V) -> (B, 1)

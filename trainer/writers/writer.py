@@ -79,22 +79,25 @@ class Completion:
     ) -> "Completion":
         """Without what a batch wrote behind its end, or beyond its room."""
         ids = until_end(self.token_ids[: prompt.room], sampling.end_ids)
-        ids = until_stop(ids, tokenizer, sampling.stop_strings)
+        ids = until_stop(tokenizer, sampling.stop_strings, ids)
         return Completion(ids, self.logprobs[: len(ids)], self.version)
 
 
+def has_stop(
+    tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], ids: list[int]
+) -> bool:
+    text = str(tokenizer.decode(ids))
+    return any(string in text for string in stop_strings)
+
+
 def until_stop(
-    ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], ids: list[int]
 ) -> list[int]:
     """Ids up to and with the first whose text completes one of the strings."""
-
-    def has_stop(length: int) -> bool:
-        text = str(tokenizer.decode(ids[:length]))
-        return any(string in text for string in stop_strings)
-
-    if not stop_strings or not has_stop(len(ids)):
+    if not stop_strings or not has_stop(tokenizer, stop_strings, ids):
         return ids
-    return ids[: bisect_left(range(len(ids)), True, key=has_stop)]
+    ends = range(len(ids))
+    return ids[: bisect_left(ends, True, key=lambda n: has_stop(tokenizer, stop_strings, ids[:n]))]
 
 
 class Writer(Protocol):

@@ -1,0 +1,339 @@
+"""On-policy steps of Qwen3-VL-8B -> Qwen3-VL-2B shapes: tokens a second, seconds, memory; one GPU.
+
+    python benchmarks/bench_rollout.py --seconds 530
+
+Stock Qwen3-VL classes with random bf16 weights, one 448 x 448 picture a sample, 256 new tokens,
+temperature 0.9 and top_p 0.95, which are both trainers' defaults. Each case is a process of its own
+that takes a few training steps with lmbda=1. The first writes with everything cold; of the others
+the fastest is reported. An implementation is
+
+    local      the trainer's writer: a cache of fixed size, its step recorded as a CUDA graph
+    generate   the trainer's writer with generate(), what models without such a cache get
+    trl        TRL's GOLDTrainer with its local generate
+
+First the local writer's greedy tokens are compared in float32 with those of generate() on the same
+shape; where they differ, no row of ours has numbers. Each row is written as soon as it is measured.
+`--tiny` runs the same code on small models anywhere, with a record only where --output says.
+"""
+
+import argparse
+import copy
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from qwen3_vl_shapes import (
+    STUDENT_2B,
+    TINY_STUDENT,
+    build_model,
+    build_pair,
+    processor_of_448_pixels,
+    rows,
+)
+from record import RESULTS, RowLog, environment
+from transformers import TrainerCallback
+
+from gold_trainer import GOLDConfig, GOLDTrainer
+from gold_trainer.collator import process_prompts
+
+IMPLEMENTATIONS = ("local", "generate", "trl")
+BATCH_SIZES = (16, 4, 64)
+STEPS = {"local": 4, "generate": 2, "trl": 2}  # the others take half a minute each
+GREEDY_TOKENS, GREEDY_ROWS = 32, 4
+FIELDS = (
+    *("implementation", "training", "batch_size", "new_tokens", "status"),
+    *("tokens_per_second", "ms_per_token", "write_seconds", "first_write_seconds"),
+    *("record_seconds", "step_seconds", "write_peak_gib", "resident_gib", "after_gib"),
+    *("reserved_after_gib", "step_peak_gib", "logp_difference", "greedy"),
+    *("device", "torch", "triton", "transformers", "git_sha"),
+)
+GIB = 2**30
+
+
+class Case(NamedTuple):
+    implementation: str
+    training: str  # lora or full
+    batch_size: int
+    new_tokens: int
+
+
+class StepEnds(TrainerCallback):
+    """When every optimizer step ended: between two ends lie writing and learning, in any order."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def gib(num_bytes: int) -> float:
+    return round(num_bytes / GIB, 2)
+
+
+class Watch:
+    """Seconds and memory of every call of a function that writes completions."""
+
+    def __init__(self, function: Callable, count: Callable[[Any], int]) -> None:
+        self.function, self.count = function, count
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self.memory: dict[str, float] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        has_cuda = torch.cuda.is_available()
+        synchronize()
+        if has_cuda:
+            step_peak = torch.cuda.max_memory_allocated()
+            self.memory["step_peak_gib"] = max(
+                gib(step_peak) if self.seconds else 0.0, self.memory.get("step_peak_gib", 0.0)
+            )
+            self.memory["resident_gib"] = gib(torch.cuda.memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        result = self.function(*args, **kwargs)
+        synchronize()
+        self.seconds.append(time.perf_counter() - started)
+        self.tokens.append(self.count(result))
+        if has_cuda:
+            self.memory["write_peak_gib"] = gib(torch.cuda.max_memory_allocated())
+            self.memory["after_gib"] = gib(torch.cuda.memory_allocated())
+            self.memory["reserved_after_gib"] = gib(torch.cuda.memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
+        return result
+
+    def numbers(self) -> dict[str, Any]:
+        rates = [n / s for n, s in zip(self.tokens[1:], self.seconds[1:], strict=True)] or [
+            math.nan
+        ]
+        best = max(rates)
+        num_rows = self.memory.pop("num_rows", 1)
+        return {
+            "tokens_per_second": round(best, 1),
+            "ms_per_token": round(1000 * num_rows / best, 2),
+            "write_seconds": round(min(self.seconds[1:], default=math.nan), 3),
+            "first_write_seconds": round(self.seconds[0], 3),
+            **self.memory,
+        }
+
+
+def build_trainer(case: Case, folder: str, is_tiny: bool) -> tuple[Any, Watch]:
+    processor = processor_of_448_pixels()
+    student, teacher = build_pair(processor, is_tiny)
+    steps = STEPS[case.implementation]
+    options = {
+        "output_dir": folder,
+        "per_device_train_batch_size": case.batch_size,
+        "max_steps": steps,
+        "lmbda": 1.0,
+        "max_length": 512 + case.new_tokens,
+        "max_completion_length": case.new_tokens,
+        "gradient_checkpointing": True,
+        "bf16": torch.cuda.is_available(),
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
+    common = {
+        "model": student,
+        "teacher_model": teacher,
+        "processing_class": processor,
+        "peft_config": lora if case.training == "lora" else None,
+    }
+    data = rows(processor, 9, case.batch_size * steps)
+    if case.implementation == "trl":
+        from trl.experimental.gold import GOLDConfig as PeerConfig
+        from trl.experimental.gold import GOLDTrainer as PeerTrainer
+
+        peer = PeerTrainer(
+            args=PeerConfig(**options), train_dataset=Dataset.from_list(data), **common
+        )
+        watch = Watch(peer.generate_on_policy_outputs, lambda made: int((made[2] != -100).sum()))
+        peer.generate_on_policy_outputs = watch
+        return peer, watch
+    trainer = GOLDTrainer(args=GOLDConfig(**options), train_dataset=data, **common)
+    writer = trainer.rollouts.writers["student"]
+    if case.implementation == "generate":
+        writer.refusal = "measured"
+    watch = Watch(
+        writer.complete, lambda made: sum(len(c.token_ids) for part in made for c in part)
+    )
+    writer.complete = watch
+    return trainer, watch
+
+
+def measure(case: Case, is_tiny: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {**case._asdict(), **environment()}
+    status, timer, watch, trainer = "ok", StepEnds(), None, None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trainer, watch = build_trainer(case, folder, is_tiny)
+            trainer.add_callback(timer)
+            trainer.train()
+        except torch.OutOfMemoryError:
+            status = "out of memory"
+    if watch is not None and watch.seconds:
+        watch.memory["num_rows"] = case.batch_size
+        row |= watch.numbers()
+    if status == "ok":
+        row["step_seconds"] = round(min(b - a for a, b in pairwise(timer.ends)), 3)
+        logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+        row["logp_difference"] = logs[-1].get("sampling/sampling_logp_difference/mean", "")
+    if case.implementation == "local" and trainer is not None:
+        row["record_seconds"] = round(trainer.rollouts.writers["student"].record_seconds, 2)
+    return row | {"status": status}
+
+
+def greedy_tokens_agree(is_tiny: bool) -> str:
+    """Local writer against generate(do_sample=False), float32: "same", or what differs."""
+    processor = processor_of_448_pixels()
+    model = build_model(TINY_STUDENT if is_tiny else STUDENT_2B, processor, is_tiny).float()
+    data = rows(processor, 9, GREEDY_ROWS)
+    texts = ["Describe the picture.", "What is it?", "Name three colours, please.", "Why?"]
+    data = [
+        {**row, "prompt": [{"role": "user", "content": t}]}
+        for row, t in zip(data, texts, strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        args = GOLDConfig(
+            output_dir=folder,
+            lmbda=1.0,
+            top_k=1,
+            max_completion_length=GREEDY_TOKENS,
+            bf16=False,
+            report_to="none",
+        )
+        trainer = GOLDTrainer(
+            model=model,
+            teacher_model=copy.deepcopy(model),
+            args=args,
+            train_dataset=data,
+            processing_class=processor,
+        )
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(GREEDY_ROWS)])
+        batch = replace(batch, source="student")
+        (written,) = trainer.rollouts.write("student", [batch], 0)
+    examples = [example.unanswered() for example in batch.examples]
+    inputs = process_prompts(
+        processor, [e.prompt_text for e in examples], [e.images for e in examples]
+    )
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    banned = trainer.rollouts.sampling["student"].banned_ids(model.lm_head.out_features)
+    output = (
+        model.eval()
+        .generate(**inputs, do_sample=False, max_new_tokens=GREEDY_TOKENS, suppress_tokens=banned)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+        .tolist()
+    )
+    for number, (example, ids) in enumerate(zip(written.examples, output, strict=True)):
+        own = example.written_ids
+        if own != ids[: len(own)]:
+            place = next(
+                i for i, pair in enumerate(zip(own, ids, strict=False)) if len(set(pair)) > 1
+            )
+            return f"row {number} differs from token {place} on"
+    return "same"
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--implementations", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS
+    )
+    parser.add_argument("--training", nargs="+", default=["full"], choices=("lora", "full"))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of all cases together")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--output", type=Path, help="default: the record, none with --tiny")
+    parser.add_argument("--appends", action="store_true", help="to the rows that are there")
+    parser.add_argument("--one-case", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--greedy-only", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not (options.tiny or torch.cuda.is_available()):
+        sys.exit("bench_rollout: a CUDA GPU is expected, got none; --tiny runs anywhere")
+    if options.output is None and not options.tiny:
+        options.output = RESULTS / "rollout.csv"
+    return options
+
+
+def in_own_process(flags: list[str], options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """What a process of this file says last; one that failed or took too long says so."""
+    if seconds <= 0:
+        return {"status": f"not run: {options.seconds:g} s were over"}
+    command = [sys.executable, __file__, *flags] + ["--tiny"] * options.tiny
+    timeout = None if math.isinf(seconds) else seconds
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"status": f"stopped: {options.seconds:g} s were over"}
+    if done.returncode != 0:
+        return {"status": f"failed with {done.returncode}"}
+    sys.stdout.write(
+        "".join(f"  {line}\n" for line in done.stdout.splitlines() if "rollouts" in line)
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    return [
+        Case(name, training, size, options.new_tokens)
+        for name in options.implementations
+        for training in options.training
+        for size in options.batch_sizes
+    ]
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    if options.greedy_only:
+        say("\n" + json.dumps({"status": greedy_tokens_agree(options.tiny)}))
+        return 0
+    cases = cases_of(options)
+    if options.one_case:
+        say("\n" + json.dumps(measure(cases[0], options.tiny)))
+        return 0
+    log, started = RowLog(options.output, FIELDS, appends=options.appends), time.monotonic()
+    greedy = in_own_process(["--greedy-only"], options, options.seconds)["status"]
+    say(f"{time.monotonic() - started:.0f} s: greedy tokens {greedy}")
+    for case in cases:
+        seconds = time.monotonic() - started
+        say(f"{seconds:.0f} s: {' '.join(map(str, case))}")
+        flags = ["--one-case", "--implementations", case.implementation]
+        flags += ["--training", case.training, "--batch-sizes", str(case.batch_size)]
+        flags += ["--new-tokens", str(case.new_tokens)]
+        row = {**case._asdict(), "status": f"refused: greedy tokens: {greedy}", "greedy": greedy}
+        if greedy == "same" or case.implementation == "trl":
+            row |= in_own_process(flags, options, options.seconds - seconds)
+        log.add(row)
+        say(str(log.rows[-1]))
+    return int(not all(row["status"] in ("ok", "out of memory") for row in log.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Completions from a cache of fixed size: one decoding step, again and again.
+
+All tensors of a step have fixed places, and nothing in it waits for the device. So on a CUDA device
+the step is recorded once as a graph and replayed: a token costs what its kernels cost, and not what
+launching them from Python costs.
+
+B rows, R most new tokens, V entries of the head.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from gold_trainer.writers.fixed_cache import Batch
+from gold_trainer.writers.prefill import CannotDecode, Prefilled
+from gold_trainer.writers.sampling import Sampler
+
+logger = logging.get_logger(__name__)
+
+# What another kernel makes of the logits, in parts of their spread: of 16 bits, of 32.
+MAX_ERROR = 0.1, 1e-3
+CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look waits for the device
+
+
+def next_logits(base: Any, batch: Batch) -> Tensor:  # (B, V)
+    """Of the token behind the last one, which goes into the cache."""
+    inputs = base.prepare_inputs_for_generation(
+        batch.token,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        **{batch.cache_name: Cache(layers=batch.layers)},
+        **batch.type_ids,
+        **batch.options,
+    )
+    logits: Tensor = base(**inputs, return_dict=True).logits[:, -1]
+    batch.position.add_(1)
+    batch.positions.add_(1)
+    return logits
+
+
+def check_step(base: Any, part: Prefilled) -> None:
+    """CannotDecode where a step with the fixed cache is not one with the model's own."""
+    assert part.next_logits is not None, "the part went on"
+    num_rows, width = part.input_ids.shape
+    batch = Batch.empty(part, [1] * num_rows, width)
+    batch.fill(0, part, torch.arange(num_rows, device=part.logits.device))
+    batch.token.copy_(part.logits.argmax(-1, keepdim=True))
+    expected = part.next_logits.float()
+    error = (next_logits(base, batch).float() - expected).square().mean().sqrt()
+    limit = MAX_ERROR[part.layers[0][0].element_size() >= 4] * expected.std()
+    if not error <= limit:
+        raise CannotDecode("with it the next token would be another")
+
+
+class Decoder:
+    """Writes the rows of a batch to their ends. Rows that have ended leave it."""
+
+    def __init__(
+        self,
+        base: Any,  # a transformers model
+        batch: Batch,
+        sampler: Sampler,
+        *,
+        has_ended: Callable[[list[int]], bool],  # what no single token says: stop strings
+        is_recorded: bool,  # whether steps become a CUDA graph
+    ) -> None:
+        self.base, self.batch, self.sampler = base, batch, sampler
+        self.has_ended, self.is_recorded = has_ended, is_recorded
+        self.end_ids = torch.tensor(sampler.sampling.end_ids, device=batch.ids.device)
+        self.written: dict[int, tuple[list[int], list[float]]] = {}
+        self.rows = list(range(len(batch.ids)))  # of the batch that was given
+        self.graph: Any = None
+        self.record_seconds = 0.0
+        self.num_steps = 0
+
+    def write(self, logits: Tensor) -> list[tuple[list[int], list[float]]]:  # (B, V)
+        """Ids and log-probabilities of every row, with what stands behind its end."""
+        self._take(logits)
+        written, room = 1, self.batch.ids.shape[1]
+        self._leave(written, is_last=room == 1)
+        while self.rows:
+            num_steps = min(CHECK_EVERY, room - written)
+            for _ in range(num_steps):
+                self._advance()
+            written += num_steps
+            self._leave(written, is_last=written == room)
+        self.graph = None
+        return [self.written[row] for row in range(len(self.written))]
+
+    def _take(self, logits: Tensor) -> None:
+        """The next token of every row."""
+        batch = self.batch
+        ids, logprobs = self.sampler(logits, batch.count)
+        batch.ids.index_copy_(1, batch.count, ids[:, None])
+        batch.logprobs.index_copy_(1, batch.count, logprobs[:, None])
+        batch.token.copy_(ids[:, None])
+        batch.count.add_(1)
+        has_end = (ids[:, None] == self.end_ids).any(-1)
+        batch.is_done.logical_or_(has_end | (batch.count >= batch.rooms))
+
+    def _step(self) -> None:
+        self._take(next_logits(self.base, self.batch))
+
+    def _advance(self) -> None:
+        self.num_steps += 1
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        self._step()  # the first step of a batch is an eager one, which warms the libraries up
+        if self.is_recorded:
+            self._record()
+
+    def _record(self) -> None:
+        started = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._step()
+        except (RuntimeError, ValueError) as error:
+            self.is_recorded = False
+            logger.warning(
+                "%s writes without a CUDA graph, which costs time: its decoding step cannot be "
+                "recorded (%s).",
+                type(self.base).__name__,
+                str(error).partition("\n")[0],
+            )
+        else:
+            self.graph = graph
+        self.record_seconds += time.perf_counter() - started
+
+    def _leave(self, written: int, *, is_last: bool) -> None:
+        """Rows that have ended leave, where that makes the steps to come cheaper."""
+        is_done = self.batch.is_done.tolist()
+        if self.sampler.sampling.stop_strings:
+            ids = self.batch.ids[:, :written].tolist()
+            is_done = [d or self.has_ended(i) for d, i in zip(is_done, ids, strict=True)]
+            self.batch.is_done.copy_(torch.tensor(is_done))
+        leaving = [i for i, done in enumerate(is_done) if done or is_last]
+        to_come = self.batch.ids.shape[1] - written
+        if len(leaving) < len(is_done) and not self._pays(len(leaving), to_come):
+            return
+        index = torch.tensor(leaving, device=self.batch.ids.device, dtype=torch.int64)
+        ids = self.batch.ids[index, :written].tolist()
+        logprobs = self.batch.logprobs[index, :written].tolist()
+        for place, *texts in zip(leaving, ids, logprobs, strict=True):
+            self.written[self.rows[place]] = texts[0], texts[1]
+        staying = [i for i in range(len(is_done)) if i not in set(leaving)]
+        self.rows = [self.rows[i] for i in staying]
+        if leaving and staying:
+            self.graph = None  # before the places that it knows
+            index = torch.tensor(staying, device=self.batch.ids.device)
+            self.batch = self.batch.keep(index)
+            self.sampler.keep(index)
+
+    def _pays(self, num_leaving: int, steps_to_come: int) -> bool:
+        """A smaller batch has to be recorded anew, which takes as long as many of its steps."""
+        if not self.is_recorded:
+            return num_leaving > 0
+        return 2 * num_leaving >= len(self.rows) and steps_to_come >= 4 * CHECK_EVERY
