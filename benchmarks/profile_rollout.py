@@ -1,0 +1,101 @@
+"""Where a decoding step's time goes: kernels of the local writer's recorded step, by name.
+
+    python benchmarks/profile_rollout.py --batch-sizes 4 64
+
+The 2B shape of bench_rollout.py with random weights and text prompts of 256 tokens. Printed: ms a
+step of the recorded graph and of the eager step, seconds of recording, the kernels that take most.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from qwen3_vl_shapes import STUDENT_2B, build_model, processor_of_448_pixels
+from torch.profiler import ProfilerActivity, profile
+
+from gold_trainer.writers.decoding import Decoder
+from gold_trainer.writers.fixed_cache import Batch
+from gold_trainer.writers.prefill import Prefilled
+from gold_trainer.writers.sampling import Sampler
+from gold_trainer.writers.writer import Sampling
+
+NEW_TOKENS, PROMPT_TOKENS, TIMED = 256, 256, 64
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def decoder_of(model: Any, num_rows: int, sampling: Sampling) -> Decoder:
+    """As after prompts of random numbers; what is in the cache costs the same."""
+    config = model.config.text_config
+    shape = num_rows, config.num_key_value_heads, PROMPT_TOKENS, config.head_dim
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    part = Prefilled(
+        torch.ones(num_rows, PROMPT_TOKENS, dtype=torch.int64, device="cuda"),
+        torch.randn(num_rows, config.vocab_size, **options),
+        [(torch.randn(shape, **options),) * 2 for _ in range(config.num_hidden_layers)],
+        torch.ones(num_rows, PROMPT_TOKENS, dtype=torch.int64, device="cuda"),
+        torch.full((4, num_rows, 1), PROMPT_TOKENS, device="cuda"),
+        "cache",
+        {"use_cache": True, "logits_to_keep": 1},
+    )
+    batch = Batch.empty(part, [NEW_TOKENS] * num_rows, PROMPT_TOKENS)
+    batch.fill(0, part, torch.arange(num_rows, device="cuda"))
+    sampler = Sampler(sampling, list(range(num_rows)), NEW_TOKENS, config.vocab_size, "cuda")
+    decoder = Decoder(model, batch, sampler, has_ended=lambda ids: False, is_recorded=True)
+    decoder._take(part.logits)
+    return decoder
+
+
+def milliseconds(function: Any, count: int) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        function()
+    torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - started) / count
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 64])
+    options = parser.parse_args()
+    processor = processor_of_448_pixels()
+    model = build_model(STUDENT_2B, processor, False).eval()
+    num_entries = model.lm_head.out_features
+    sampling = Sampling((2,), frozenset(range(num_entries)), 0.9, 0.95)
+    for num_rows in options.batch_sizes:
+        for name, used in (("top_p", sampling), ("greedy", replace(sampling, top_k=1))):
+            decoder = decoder_of(model, num_rows, used)
+            decoder.is_recorded = False
+            decoder._advance()
+            eager = milliseconds(decoder._advance, 4)
+            decoder.is_recorded = True
+            decoder._advance()
+            replayed = milliseconds(decoder._advance, TIMED)
+            say(
+                f"batch {num_rows} {name}: {replayed:.2f} ms a step, eager {eager:.1f} ms, "
+                f"recorded in {decoder.record_seconds:.2f} s"
+            )
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(4):
+                decoder._advance()
+            torch.cuda.synchronize()
+        table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25)
+        say("\n".join(line[:60] + line[-90:] for line in table.splitlines()))
+        logits = torch.randn(num_rows, num_entries, device="cuda")
+        count = torch.zeros(1, dtype=torch.int64, device="cuda")
+        sampler = Sampler(sampling, list(range(num_rows)), 4, num_entries, "cuda")
+        say(f"sampler alone, eager: {milliseconds(partial(sampler, logits, count), 20):.2f} ms")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
