@@ -256,6 +256,8 @@ class GOLDTrainer(Trainer):
                 item_weights,
             )
             window.add(self.objective.batch_counts(inputs), sums, inputs.is_on_policy)
+            if inputs.is_on_policy:
+                self.rollouts.check(hidden, self.student, inputs.student)
             return loss
 
         student = self.accelerator.unwrap_model(model)
@@ -375,7 +377,7 @@ class GOLDTrainer(Trainer):
             totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
             means = window.means(totals)
             del means["loss"]  # the Trainer's is the mean over steps
-            logs = {**logs, **means, **self.guard.logs()}
+            logs = {**logs, **means, **self.guard.logs(), **self.rollouts.logs(self.accelerator)}
         if "loss" in logs or "train_loss" in logs:  # at the end too: steps since the last log
             logs = {**logs, **self.skipped.logs()}
         super().log(logs, start_time)

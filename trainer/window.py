@@ -13,20 +13,25 @@ from functools import cached_property
 from itertools import groupby, islice
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gold_trainer.batches import Example, WindowBatch
+from gold_trainer.batches import Example, SideInputs, WindowBatch
 from gold_trainer.completions import print_completions
 from gold_trainer.config import GOLDConfig
+from gold_trainer.loss_at_head import gather_rows
 from gold_trainer.objectives import Objective
+from gold_trainer.sampling_check import SamplingCheck
 from gold_trainer.sharding import missing_media, num_calls
+from gold_trainer.sides import Side
 from gold_trainer.videos import Video
 from gold_trainer.writers import Prompt, Sampling, Writer
 
-# Pictures and videos by row of the dataset and turn.
-Pictures = dict[tuple[int, int | None], tuple[list[Image.Image], list[Video]]]
+RowKey = tuple[int, int | None]  # row of the dataset and turn
+Pictures = dict[RowKey, tuple[list[Image.Image], list[Video]]]
 SEED_BITS = 62  # of a prompt: what its number of completions adds stays a number of 64 bits
 
 
@@ -120,12 +125,21 @@ class Rollouts:
     ) -> None:
         self.args, self.objective, self.writers, self.models = args, objective, writers, models
         self.tokenizer = tokenizer
+        self.sampling_check = SamplingCheck(args.device)
 
     @cached_property
     def sampling(self) -> dict[str, Sampling]:
         """Of each writer."""
         collators = self.objective.collators
         return {name: Sampling.of(self.args, collators[name]) for name in self.writers}
+
+    def check(self, hidden: Tensor, side: Side, inputs: SideInputs) -> None:  # (B, L, D)
+        """Of what the student has written: whether it would give its tokens the same odds."""
+        rows = gather_rows(hidden, inputs.scored_rows)
+        self.sampling_check.add(rows, side.head, side.form, inputs, self.sampling["student"])
+
+    def logs(self, accelerator: Accelerator) -> dict[str, float]:
+        return self.sampling_check.logs(accelerator) if self.args.lmbda > 0 else {}
 
     def source(self, step: int, micro_step: int) -> str:
         """Student (on-policy), teacher or dataset; the same on every rank and after a resume."""
@@ -146,8 +160,9 @@ class Rollouts:
                 continue
             writer.sync_weights(self.models[name], step)
             own = [i for i in due if not batches[i].is_blank]
+            before = self._before([e for i in own for e in batches[i].examples])
             if own:
-                written = self.write(name, [completed[i] for i in own], step)
+                written = self.write(name, [completed[i] for i in own], step, before)
                 for i, batch in zip(own, written, strict=True):
                     completed[i] = batch
             elif self.args.world_size > 1:  # without rows: sharded weights write where all ranks do
@@ -162,9 +177,10 @@ class Rollouts:
         name: str,
         batches: list[WindowBatch],
         step: int | str,  # or what else makes the seeds of this call different
+        before: Mapping[RowKey, int] | None = None,  # completions of a row that others write
     ) -> list[WindowBatch]:
         """The batches with completions of one writer's call."""
-        examples = self._completed(name, batches, step)
+        examples = self._completed(name, batches, step, before)
         return [
             self.objective.with_completions(
                 batch, name, list(islice(examples, len(self.objective.prompts(batch, name))))
@@ -172,14 +188,27 @@ class Rollouts:
             for batch in batches
         ]
 
+    def _before(self, examples: list[Example]) -> Mapping[RowKey, int]:
+        """How many completions of a row are written on ranks before this one: where an epoch ends,
+        a row may be on several.
+        """
+        if self.args.world_size == 1 or self.args.num_generations == 1:
+            return {}
+        ranks: list[list[RowKey]] = gather_object([[(e.index, e.turn) for e in examples]])
+        return Counter(key for rank in ranks[: self.args.process_index] for key in rank)
+
     def _completed(
-        self, name: str, batches: list[WindowBatch], step: int | str
+        self,
+        name: str,
+        batches: list[WindowBatch],
+        step: int | str,
+        before: Mapping[RowKey, int] | None = None,
     ) -> Iterator[Example]:
         """The batches' rows and, behind them, those that run the vision tower as other ranks do."""
         rows = [e.unanswered() for batch in batches for e in self.objective.prompts(batch, name)]
         side = {"student": "unscored", "teacher": "teacher_unscored"}[name]
         rows += missing_media(rows, [e for batch in batches for e in getattr(batch, side)])
-        prompts = self._prompts(rows, name, step)
+        prompts = self._prompts(rows, name, step, before or {})
         written = self.writers[name].complete(prompts, self.sampling[name])
         return (
             prompt.example.with_sample(completion.token_ids, completion.logprobs)
@@ -187,13 +216,15 @@ class Rollouts:
             for completion in completions
         )
 
-    def _prompts(self, rows: list[Example], name: str, step: int | str) -> list[Prompt]:
+    def _prompts(
+        self, rows: list[Example], name: str, step: int | str, before: Mapping[RowKey, int]
+    ) -> list[Prompt]:
         """Runs of one row are one prompt. Its seed follows from the run's, the step, the side and
         the row; a row that comes again goes on where its last run ended.
         """
         prompts: list[Prompt] = []
-        repetitions: Counter[tuple[int, int | None]] = Counter()
-        for (index, turn), run in groupby(rows, lambda example: (example.index, example.turn)):
+        repetitions = Counter(before)
+        for (index, turn, _), run in groupby(rows, lambda e: (e.index, e.turn, e.prompt_text)):
             examples = list(run)
             place = f"{self.args.seed} {step} {name} {index} {turn}"
             seed = random.Random(place).getrandbits(SEED_BITS) + repetitions[index, turn]

@@ -99,7 +99,7 @@ def test_off_policy_step_equals_the_eager_float64_step(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_policy_step_equals_the_eager_step_on_what_was_generated(family, tmp_path):
     rows = rows_of(family)
-    student, processor = tiny(family)
+    student, _ = tiny(family)
     trainer, recorder = build_trainer(
         family,
         tmp_path,

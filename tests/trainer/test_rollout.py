@@ -244,7 +244,7 @@ def test_generating_leaves_the_random_state_alone(tmp_path):
 def test_share_of_on_policy_micro_batches_is_lmbda(lmbda, expected, tmp_path, monkeypatch):
     """400 draws of the decision alone; standard deviation 0.025 at lmbda = 0.5."""
     run = make_trainer(tmp_path, ROWS, lmbda=lmbda)
-    monkeypatch.setattr(run.rollouts, "write", lambda source, batches, place: batches)
+    monkeypatch.setattr(run.rollouts, "write", lambda source, batches, *rest: batches)
     batch = run.data_collator(rows_of(run)[:1])
     taken = []
     for step in range(100):

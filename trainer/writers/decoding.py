@@ -33,7 +33,7 @@ def next_logits(base: Any, batch: Batch) -> Tensor:  # (B, V)
         batch.token,
         attention_mask=batch.mask,
         position_ids=batch.positions,
-        **{batch.cache_name: Cache(layers=batch.layers)},
+        **{batch.cache_name: Cache(layers=[*batch.layers])},
         **batch.type_ids,
         **batch.options,
     )

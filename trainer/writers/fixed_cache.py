@@ -19,13 +19,16 @@ MULTIPLE = 64  # lengths of the cache are multiples of it: kernels of attention 
 class FixedLayer(StaticLayer):
     """Keys and values at a position that all layers of a cache share."""
 
+    keys: Tensor  # (B, heads, L, D)
+    values: Tensor
+
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
         self.keys, self.values, self.position = keys, values, position
         self.device, self.dtype = keys.device, keys.dtype
         self.is_initialized = True
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.position, key_states)
@@ -64,7 +67,8 @@ class Batch:
 
     @property
     def num_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        sizes = (layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return sum(sizes)
 
     def keep(self, rows: Tensor) -> "Batch":
         for layer in self.layers:
@@ -91,10 +95,11 @@ class Batch:
         return cls(
             [
                 FixedLayer(
-                    *(s.new_zeros(num_rows, s.shape[1], length, s.shape[3]) for s in states),
+                    keys.new_zeros(num_rows, keys.shape[1], length, keys.shape[3]),
+                    values.new_zeros(num_rows, values.shape[1], length, values.shape[3]),
                     position,
                 )
-                for states in part.layers
+                for keys, values in part.layers
             ],
             position,
             zeros(1),

@@ -82,17 +82,23 @@ def _kept(input_ids: Tensor, logits: Tensor, given: dict[str, Any]) -> Prefilled
     if len(caches) != 1 or given.get("position_ids") is None:
         raise CannotDecode("it keeps no cache of keys and values")
     ((cache_name, cache),) = caches.items()
-    layers = []
+    layers: list[tuple[Tensor, Tensor]] = []
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise CannotDecode(f"its cache has a {type(layer).__name__}")
-        length = layer.keys.shape[2]
-        if layer.keys.ndim != 4 or (type(layer) is DynamicLayer and length != width):
-            raise CannotDecode("its cache holds more than the tokens")
-        layers.append((layer.keys, layer.values))
+        states: Any = layer
+        keys, values = states.keys, states.values
+        if (
+            keys is None
+            or keys.ndim != 4
+            or (type(layer) is DynamicLayer and keys.shape[2] != width)
+        ):
+            raise CannotDecode("its cache holds something else than each token's keys")
+        layers.append((keys, values))
     mask = given.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask[:, :width]
-    options = {name: given[name] for name in ("use_cache", "logits_to_keep") if name in given}
+    kept = ("use_cache", "logits_to_keep")
+    options: dict[str, Any] = {name: given[name] for name in kept if name in given}
     type_ids = {name: given[name][:, -1:] for name in TYPE_IDS if given.get(name) is not None}
     positions = given["position_ids"][..., -1:]
     return Prefilled(input_ids, logits, layers, mask, positions, cache_name, options, type_ids)

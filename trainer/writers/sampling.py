@@ -40,9 +40,7 @@ class Sampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         draws = [torch.randint(*KEYS, (room, 2), generator=g) for g in generators]
         self.keys = torch.stack(draws).to(device, torch.int32)  # (B, R, 2)
-        self.is_banned = torch.zeros(num_entries, dtype=torch.bool)
-        self.is_banned[sampling.banned_ids(num_entries)] = True
-        self.is_banned = self.is_banned.to(device)
+        self.is_banned = banned_entries(sampling, num_entries, device)
         self.is_seen: Tensor | None = None  # (B, V), with a penalty of repetition alone
 
     def see(self, start: int, input_ids: Tensor, attention_mask: Tensor) -> None:  # (B', L)
@@ -83,10 +81,23 @@ class Sampler:
         return logits if self.sampling.temperature == 1.0 else logits / self.sampling.temperature
 
 
+def banned_entries(sampling: Sampling, num_entries: int, device: torch.device) -> Tensor:  # (V,)
+    is_banned = torch.zeros(num_entries, dtype=torch.bool)
+    is_banned[sampling.banned_ids(num_entries)] = True
+    return is_banned.to(device)
+
+
 def draw(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """ids (B,) and their log-probabilities (B,) of logits (B, V), already divided by the
     temperature, with two keys (B, 2) a row.
     """
+    logits = filtered(logits, sampling)
+    ids = (logits - exponential(keys, logits.shape[1]).log()).argmax(-1)
+    return ids, logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:  # (B, V)
+    """What top_k, top_p and min_p leave of them."""
     if sampling.top_k > 0:
         least = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, NEVER)
@@ -96,9 +107,20 @@ def draw(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tens
     if sampling.min_p:
         least = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
         logits = logits.masked_fill(logits < least, NEVER)
-    ids = (logits - exponential(keys, logits.shape[1]).log()).argmax(-1)
-    logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-    return ids, logprobs
+    return logits
+
+
+def logprobs_of(
+    logits: Tensor,  # (B, V) of a model
+    ids: Tensor,  # (B,) that were sampled
+    sampling: Sampling,  # without a penalty of repetition
+    is_banned: Tensor,  # (V,)
+) -> Tensor:  # (B,)
+    """Of tokens that are known, which a nucleus that differs by rounding does not leave out."""
+    logits = logits.float().masked_fill(is_banned, NEVER) / sampling.temperature
+    own = logits.gather(1, ids[:, None])
+    kept = filtered(logits, sampling).scatter(1, ids[:, None], own)
+    return own[:, 0] - kept.logsumexp(-1)
 
 
 def exponential(keys: Tensor, num_entries: int) -> Tensor:  # (B, 2), int32 -> (B, V)
