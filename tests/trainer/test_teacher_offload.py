@@ -9,6 +9,7 @@ from gold_trainer.teachers.layer_stream import (
     AHEAD,
     SMALLEST_PIECE,
     LayerStream,
+    piece_sizes,
     split_layers,
 )
 from gold_trainer.teachers.offloaded import write_layers
@@ -140,6 +141,14 @@ def test_layers_of_any_size_and_order_run_from_three_buffers():
             assert model.layers[0].weight.is_meta
             assert torch.equal(model(ids), expected)
     assert not stream.slots
+
+
+@pytest.mark.parametrize("num_bytes", [1, 256, 2**20, 2**20 + 1, 3 * 2**20 - 256, 31_474_688])
+def test_pieces_of_pinned_memory_hold_a_layer(num_bytes):
+    """CUDA's pinned memory comes in powers of two."""
+    sizes = piece_sizes(num_bytes)
+    assert all(size.bit_count() == 1 for size in sizes)
+    assert num_bytes <= sum(sizes) < num_bytes + SMALLEST_PIECE
 
 
 def test_what_is_copied_ahead_is_what_ran_the_time_before():

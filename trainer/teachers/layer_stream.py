@@ -20,6 +20,12 @@ ALIGNMENT = 256  # bytes, between the tensors of a buffer
 SMALLEST_PIECE = 1 << 20  # bytes of pinned memory
 
 
+def piece_sizes(num_bytes: int) -> list[int]:
+    """Powers of two that together hold num_bytes, with less than SMALLEST_PIECE left over."""
+    rounded = -(-num_bytes // SMALLEST_PIECE) * SMALLEST_PIECE
+    return [1 << bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1]
+
+
 class Part(NamedTuple):
     """A parameter of a layer: who has it, and where it lies in a buffer."""
 
@@ -71,11 +77,7 @@ class Layer:
 
     def pack(self, *, is_pinned: bool) -> None:
         """Pinned memory comes in powers of two: one piece of a layer's size could be half empty."""
-        sizes = [self.num_bytes]
-        if is_pinned:
-            bits = range(self.num_bytes.bit_length(), SMALLEST_PIECE.bit_length() - 1, -1)
-            sizes = [1 << bit for bit in bits if self.num_bytes >> bit & 1]
-            sizes += [SMALLEST_PIECE] * (sum(sizes) < self.num_bytes)
+        sizes = piece_sizes(self.num_bytes) if is_pinned else [self.num_bytes]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8)
         self.fill(buffer)
         self.pieces = [piece.pin_memory() if is_pinned else piece for piece in buffer.split(sizes)]
