@@ -33,7 +33,7 @@ help:  ## the targets
 demo: .venv/installed-demo  ## handwritten digits: a teacher learns, a student learns from it; no download
 	$(BIN)/python -m gold_trainer demo
 
-test: lint types  ## linter, types and all tests: what CI runs
+test: lint types .venv-vllm/installed  ## linter, types and all tests: what CI runs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 fast: .venv/installed-dev  ## the tests to run after every change
@@ -61,7 +61,7 @@ sweep: .venv/installed-dev  ## every architecture of transformers, tiny, against
 matrix: .venv/installed-dev  ## every student, loss, rows and run under every engine; writes docs/hardware.md's table
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/engine_matrix.py
 
-coverage: .venv/installed-dev  ## all tests with a report; see CONTRIBUTING for what it cannot see
+coverage: .venv/installed-dev .venv-vllm/installed  ## all tests with a report; see CONTRIBUTING for what it cannot see
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
 		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
@@ -75,12 +75,21 @@ docs: .venv/installed-docs  ## the site, into build/site
 	$(BIN)/mkdocs build --strict
 
 clean:  ## remove what the other targets made
-	rm -rf .venv runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks .coverage*
+	rm -rf .venv .venv-vllm runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks .coverage*
 
 # installed-NAME: the extra NAME of setup.py is installed
 .venv/installed-%: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -e '.[$*]'
+	touch $@
+
+# a vLLM server for its tests; it pins a torch of its own, and does without audio
+VLLM_FILES := $(addprefix tests/vllm_environment/,requirements.txt torchvision_operators.py torchvision_operators.pth)
+.venv-vllm/installed: $(VLLM_FILES)
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -r tests/vllm_environment/requirements.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet -y torchaudio torchcodec
+	cp tests/vllm_environment/torchvision_operators.* .venv-vllm/lib/python*/site-packages/
 	touch $@
 
 # the folder is trainer/, the import name gold_trainer: mypy finds it by this link

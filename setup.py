@@ -23,6 +23,7 @@ TRAINER = [
     "rich",  # sample completions and the demo's table in the console
     "matplotlib",  # the demo's loss curve and contact sheet
     "pyyaml",  # HfArgumentParser reads the YAML configs with it
+    "requests",  # to a vLLM server
 ]
 PEFT = ["peft>=0.17"]
 DEEPSPEED = ["deepspeed>=0.18"]  # ZeRO-2 and ZeRO-3

@@ -33,6 +33,8 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
                                                    teacher_cache, which training reads
        gold-trainer train --help                   the fields, with their defaults
        gold-trainer train --help-all               those of transformers too
+       gold-trainer vllm-command [RECIPE | CONFIG.yaml] [--field value ...]
+                                                   the line that starts the run's vLLM server
        gold-trainer recipes                        files of recipes, and of engines for several GPUs
        gold-trainer demo [--output_dir runs/demo]  handwritten digits, no download
        gold-trainer --version
@@ -163,6 +165,15 @@ def _demo(argv: list[str]) -> None:
     run_demo(arguments.output_dir or default, pair=arguments.pair)
 
 
+def _vllm_command(argv: list[str]) -> None:
+    argv = _known(argv)
+    try:
+        from gold_trainer.vllm_command import vllm_command
+    except ImportError as error:
+        raise _missing("trainer", error) from error
+    vllm_command(argv)
+
+
 def _recipes(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"gold-trainer recipes: no arguments are expected, got {argv[0]!r}")
@@ -180,6 +191,7 @@ COMMANDS: dict[str | None, Callable[[list[str]], int | None]] = {
     "cache-teacher": _cache_teacher,
     "demo": _demo,
     "recipes": _recipes,
+    "vllm-command": _vllm_command,
 }
 
 

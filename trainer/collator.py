@@ -218,6 +218,17 @@ def prompt_length(
     adds_special_tokens: bool | None = None,  # see process_prompts
     videos: Sequence[Video] = (),
 ) -> int:
+    """Tokens of a prompt, those of pictures and videos included."""
+    return len(prompt_ids(processor, text, images, adds_special_tokens, videos))
+
+
+def prompt_ids(
+    processor: Processor,
+    text: str,
+    images: list[Image.Image],
+    adds_special_tokens: bool | None = None,  # see process_prompts
+    videos: Sequence[Video] = (),
+) -> list[int]:
     """Tokens of a prompt, those of pictures and videos included.
 
     Pictures without pixels stand in: processors count image tokens from sizes alone, which takes
@@ -235,7 +246,14 @@ def prompt_length(
         inputs = process_prompts(processor, [text], [images], [adds_special_tokens], options)
     finally:
         logging.set_verbosity(verbosity)
-    return inputs["input_ids"].shape[1]
+    return inputs["input_ids"][0].tolist()
+
+
+def text_ids(processor: Processor, text: str, adds_special_tokens: bool | None) -> list[int]:
+    """Those of the text as it is, with one placeholder a picture."""
+    tokenizer = tokenizer_of(processor)
+    adds = not _has_bos(tokenizer, text) if adds_special_tokens is None else adds_special_tokens
+    return tokenizer(text, add_special_tokens=adds)["input_ids"]
 
 
 def process_prompts(

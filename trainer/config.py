@@ -23,6 +23,7 @@ from gold_trainer.run_config import (
 )
 from gold_trainer.teacher_config import TeacherFields
 from gold_trainer.uld_config import ULDFields
+from gold_trainer.vllm_config import VLLMFields
 
 
 @dataclass
@@ -34,6 +35,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     ULDFields,
     RowFields,
     RolloutFields,
+    VLLMFields,
     TrainingArguments,
 ):
     """Arguments of GOLDTrainer, with the names that TRL users know.
@@ -134,6 +136,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         check_fields(self, "GOLDConfig")
         self.check_rows()
         self.check_rollouts()
+        self.check_vllm()
         if self.seq_kd and self.lmbda == 1:
             raise ValueError(
                 "GOLDConfig: seq_kd must be False where every micro-batch is on-policy, got True "

@@ -69,6 +69,15 @@ RANGES: dict[str, tuple[Range, str]] = {
     "log_completions_steps": (AT_LEAST_1, RAISE),
     "num_completions_to_print": (AT_LEAST_1, "None prints all"),
     "max_pixels": (AT_LEAST_1, "None leaves PIL's own limit"),
+    # vLLM
+    "vllm_server_port": (Range("in [1, 65535]", 1, 65535), "8001 is the default"),
+    "vllm_group_port": (Range("in [1, 65535]", 1, 65535), "51216 is the default"),
+    "vllm_server_timeout": (NOT_NEGATIVE, "240 seconds is the default"),
+    "vllm_request_timeout": (POSITIVE, "600 seconds is the default"),
+    "vllm_sync_frequency": (AT_LEAST_1, "1 brings weights over at every step"),
+    "vllm_max_model_length": (Range("at least 2", 2), "None takes max_length"),
+    "vllm_tensor_parallel_size": (AT_LEAST_1, "1 is one GPU"),
+    "vllm_gpu_memory_utilization": (Range("in (0, 1]", 0, 1, is_open=True), "0.9 is the default"),
     # the adapter
     "lora_r": (AT_LEAST_1, "16 is usual"),
     "lora_alpha": (POSITIVE, "twice lora_r is usual"),

@@ -27,6 +27,7 @@ GROUPS = (
     ("loss_config.py", "LossFields", "loss"),
     ("uld_config.py", "ULDFields", "two tokenizers"),
     ("row_config.py", "RowFields", "rows"),
+    ("vllm_config.py", "VLLMFields", "vLLM"),
     ("run_config.py", "RunFields", "run"),
 )
 # The fields of TrainingArguments that most runs set.
@@ -38,7 +39,7 @@ USUAL = (
     *("seed", "dataloader_num_workers"),
 )
 # What users of other trainers look for, and what to do here.
-VLLM = "rollouts are written by the student itself, there is no vLLM here: leave it out"
+VLLM_CHOICE = "completions are free text here: leave it out"
 ONE_ROW = "every row is a sequence of its own: leave it out"
 COMPLETION = "the completion alone is learnt, see docs/data.md: leave it out"
 PYTHON_LORA = "a command line has the lora_ fields of --help; from Python pass peft_config="
@@ -77,7 +78,7 @@ HINTS = {
     "no_cuda": "did you mean use_cpu?",
     "save_safetensors": "weights are always saved that way: leave it out",
     "logging_dir": "tensorboard reads it from the environment: TENSORBOARD_LOGGING_DIR",
-    "use_vllm": VLLM,
+    "vllm_structured_outputs_regex": VLLM_CHOICE,
     "load_in_4bit": QUANTISED,
     "lora_modules_to_save": PYTHON_LORA,
     "router_aux_loss_coef": "the coefficient is that of the model's config: leave it out",
@@ -88,7 +89,6 @@ SAME = {
     "load_in_8bit": "load_in_4bit",
     "bnb_*": "load_in_4bit",
     "use_bnb*": "load_in_4bit",
-    "vllm*": "use_vllm",
     "model_name": "model",
     "teacher_model": "teacher",
     "packing_strategy": "packing",

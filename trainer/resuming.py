@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
@@ -25,7 +25,7 @@ SETTINGS = (
 WORDS = {"true": True, "false": False, "none": None}
 
 
-def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
+def on_main_process(accelerator: Accelerator | PartialState, function: Callable[[], T]) -> T:
     """What the main process finds, on every rank; a ValueError too, so that none waits for it."""
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:

@@ -49,7 +49,7 @@ from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
 from gold_trainer.teachers import check_cached, make_teacher, source_of
 from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
-from gold_trainer.writers import make_writers
+from gold_trainer.writers import connect, make_writers
 
 
 class GOLDTrainer(Trainer):
@@ -102,6 +102,7 @@ class GOLDTrainer(Trainer):
         train_dataset = read_rows(train_dataset, args, **self.prepared.row_options)
         eval_dataset = self._eval_rows(eval_dataset)
 
+        server = connect(args, model, peft_config)
         set_seed(args.seed)  # of a new adapter
         student = loading.load_student(model, args, peft_config)
         self.student = Side.of(student, "student", processing_class, args)
@@ -129,7 +130,7 @@ class GOLDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
         self.teacher.place(self.accelerator.device)
-        writers = make_writers(student, self.teacher, self.objective.collators, args)
+        writers = make_writers(student, self.teacher, self.objective.collators, args, server)
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(processing_class)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)

@@ -239,7 +239,7 @@ FIRST = [
         "--report_to comet_ml",
     ),
     refused("a logger that there is not", "nologger", "--report_to nologger"),
-    refused("a flag of another trainer", "there is no vLLM here", "--use_vllm"),
+    refused("a flag of another trainer", "every row is a sequence of its own", "--packing"),
     refused("a flag without its value", "expected one argument", "--beta"),
     refused("a word among the flags", "the YAML file comes before the flags", "late.yaml"),
     done("a flag twice: the last one wins", "--beta 7 --beta 0.5"),

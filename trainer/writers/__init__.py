@@ -9,6 +9,9 @@ from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers import Teacher
 from gold_trainer.writers.local import LocalWriter
+from gold_trainer.writers.vllm import VLLMWriter
+from gold_trainer.writers.vllm_check import ServerInfo, connect
+from gold_trainer.writers.vllm_server import Server
 from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
 
 __all__ = [
@@ -16,7 +19,9 @@ __all__ = [
     "LocalWriter",
     "Prompt",
     "Sampling",
+    "VLLMWriter",
     "Writer",
+    "connect",
     "make_writer",
     "make_writers",
 ]
@@ -35,9 +40,13 @@ def make_writers(
     teacher: Teacher,
     collators: Mapping[str, GOLDCollator],  # of "student" and "teacher"
     args: GOLDConfig,
+    server: tuple[Server, ServerInfo] | None,  # that writes for the student
 ) -> dict[str, Writer]:
     writing: dict[str, Callable[[], AbstractContextManager[nn.Module]]] = {
         "student": lambda: nullcontext(student),
         "teacher": teacher.writing,
     }
-    return {name: make_writer(writing[name], collators[name], args) for name in collators}
+    writers = {name: make_writer(writing[name], collators[name], args) for name in collators}
+    if server is not None:
+        writers["student"] = VLLMWriter(*server, student, collators["student"], args)
+    return writers

@@ -1,0 +1,70 @@
+"""`gold-trainer vllm-command`: the line that starts the vLLM server of a run."""
+
+import shlex
+import sys
+
+from gold_trainer.config import GOLDConfig
+
+# Ranks that vLLM takes for --max-lora-rank.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+MAX_NUM_SEQS = 128  # vLLM's own is at least that
+DEVELOPMENT = "VLLM_SERVER_DEV_MODE"  # the endpoints that take weights
+LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+
+
+def server_environment(args: GOLDConfig, rank: int | None) -> dict[str, str]:
+    takes_adapters = rank is not None and not args.vllm_merge_adapter
+    return {DEVELOPMENT: "1"} | ({LORA: "1"} if takes_adapters else {})
+
+
+def server_options(args: GOLDConfig, rank: int | None) -> list[str]:
+    """What the server is to be, the student aside. rank: of the adapter, None without one."""
+    options: dict[str, object] = {
+        "--enable-scale-out": None,
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",  # no sampling of its own beside what it is asked for
+        "--dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "--host": args.vllm_server_host,
+        "--port": args.vllm_server_port,
+    }
+    if args.vllm_model_length is not None:
+        options["--max-model-len"] = args.vllm_model_length
+    if args.num_generations > MAX_NUM_SEQS:
+        options["--max-num-seqs"] = args.num_generations
+    if args.vllm_tensor_parallel_size > 1:
+        options["--tensor-parallel-size"] = args.vllm_tensor_parallel_size
+    if not args.use_cpu:
+        options["--gpu-memory-utilization"] = args.vllm_gpu_memory_utilization
+    if args.vllm_model_impl != "auto":
+        options["--model-impl"] = args.vllm_model_impl
+    if rank is not None and not args.vllm_merge_adapter:
+        options["--enable-lora"] = None
+        options["--max-lora-rank"] = next((r for r in RANKS if r >= rank), rank)
+    elif args.vllm_weight_sync == "nccl":
+        options["--weight-transfer-config"] = '{"backend": "nccl"}'
+    return [str(part) for pair in options.items() for part in pair if part is not None]
+
+
+def start_line(args: GOLDConfig, student: str, rank: int | None) -> str:
+    environment = server_environment(args, rank)
+    names = " ".join(f"{name}={value}" for name, value in environment.items())
+    return f"{names} {shlex.join(['vllm', 'serve', student, *server_options(args, rank)])}"
+
+
+def vllm_command(argv: list[str]) -> None:
+    """Print it, for the arguments of `gold-trainer train`."""
+    from gold_trainer.command_line import parse_arguments
+
+    model_args, _, config = parse_arguments(argv)
+    if not model_args.model_name_or_path:
+        raise ValueError(
+            "model_name_or_path is missing: set it in the YAML file or pass --model_name_or_path"
+        )
+    if not config.use_vllm or config.vllm_mode != "server":
+        raise ValueError(
+            "gold-trainer vllm-command: a run whose rollouts a server writes is expected, got "
+            f"use_vllm={config.use_vllm} and vllm_mode={config.vllm_mode!r}; set use_vllm: true "
+            "and vllm_mode: server."
+        )
+    rank = model_args.lora_r if model_args.use_peft else None
+    sys.stdout.write(start_line(config, model_args.model_name_or_path, rank) + "\n")

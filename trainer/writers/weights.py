@@ -1,0 +1,156 @@
+"""The student's weights as a checkpoint has them: whole, merged, by the names of the hub.
+
+Sharded weights are gathered a parameter at a time, on all ranks, and kept on the main one alone, in
+its CPU memory. Adapters are merged into copies, a layer at a time: the student's own stay.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import is_peft_available
+
+from gold_trainer.models import base_model, has_adapter
+
+# What stands in the names of layers that are checkpointed or compiled.
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """ZeRO-3's parts, whole within the context."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Collective for FSDP2's parts."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_copy(module: nn.Module) -> nn.Module:
+    """A module with the same settings and copies of whole weights."""
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__ = {
+        name: list(value) if isinstance(value, list) else value
+        for name, value in vars(module).items()
+    }
+    copy._parameters = {
+        name: None if p is None else nn.Parameter(whole(p).clone(), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    copy._buffers = {name: b if b is None else b.clone() for name, b in module._buffers.items()}
+    copy._modules = {
+        name: None if part is None else whole_copy(part) for name, part in module._modules.items()
+    }
+    return copy
+
+
+def plain_weights(
+    module: nn.Module,
+    *,
+    is_merged: bool,  # with adapters, or those below them
+    prefix: str = "",
+    seen: set[int] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of every parameter and persistent buffer, tied ones once. Called on all
+    ranks, which see the same.
+    """
+    seen = set() if seen is None else seen
+    plain = _plain(module, is_merged)
+    if plain is not None:
+        yield from plain_weights(plain, is_merged=is_merged, prefix=prefix, seen=seen)
+        return
+    for name, parameter in module._parameters.items():
+        if parameter is not None and id(parameter) not in seen:
+            seen.add(id(parameter))
+            with gathered([parameter]):
+                yield prefix + name, whole(parameter)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, whole(buffer)
+    for name, part in module._modules.items():
+        if part is not None:
+            place = unwrapped(f"{prefix}{name}.")
+            yield from plain_weights(part, is_merged=is_merged, prefix=place, seen=seen)
+
+
+def unwrapped(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _plain(module: nn.Module, is_merged: bool) -> nn.Module | None:
+    """The plain layer that a layer of peft amounts to; None for any other module."""
+    if not is_peft_available():
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        if is_merged:
+            return module.modules_to_save[module.active_adapters[0]]
+        return module.original_module
+    if isinstance(module, TrainableTokensWrapper):
+        return _plain(module.token_adapter, is_merged)
+    if not isinstance(module, BaseTunerLayer):
+        return None
+    if not is_merged:
+        return module.get_base_layer()
+    with gathered(list(module.parameters())):
+        copy: Any = whole_copy(module)
+    with torch.no_grad():
+        copy.merge()
+    return copy.get_base_layer()
+
+
+def checkpoint_weights(
+    model: nn.Module, dtype: torch.dtype | None, *, is_merged: bool, is_kept: bool
+) -> dict[str, Tensor]:
+    """By the names that from_pretrained reads, in CPU memory, floats in this dtype; {} on ranks
+    that keep nothing. Called on all ranks.
+    """
+    base, weights = base_model(model), {}
+    for name, tensor in plain_weights(base, is_merged=is_merged):
+        if is_kept:
+            weights[name] = _kept(tensor, dtype)
+    for target, source in base.all_tied_weights_keys.items():
+        if target in weights and source in weights:
+            if not torch.equal(weights[target], weights[source]):
+                raise ValueError(
+                    f"GOLDTrainer: {target} must be {source}, as the model's config ties them, got "
+                    "two that differ, of which vLLM would read one; train the adapter without "
+                    "embeddings and head, or untie the model first."
+                )
+            del weights[target]
+    return revert_weight_conversion(base, weights) if is_kept else {}
+
+
+def _kept(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.to("cpu", kind, copy=True).contiguous()
+
+
+def adapter_weights(model: nn.Module, *, is_kept: bool) -> dict[str, Tensor]:
+    """As peft saves them; {} on ranks that keep nothing. Called on all ranks."""
+    from peft import get_peft_model_state_dict
+
+    assert has_adapter(model), "the adapter of a model that has one"
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter]):
+                tensor = whole(parameter)
+                if is_kept:
+                    weights[unwrapped(name)] = _kept(tensor, None)
+    if not is_kept:
+        return {}
+    return get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
