@@ -25,7 +25,7 @@ def prompts_of(run: Any, num_completions: int = 1) -> list[Any]:
     """Of the rows, as the window of step 0 has them."""
     rows = [run.train_dataset[i] for i in range(len(run.train_dataset))]
     examples = [e for e in run.data_collator(rows).examples for _ in range(num_completions)]
-    return run.rollouts._prompts(examples, "student", 0)
+    return run.rollouts._prompts(examples, "student", 0, {})
 
 
 class Recorded:
