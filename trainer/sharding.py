@@ -32,7 +32,7 @@ from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
 from gold_trainer.rows import Row
-from gold_trainer.videos import Video, takes_videos
+from gold_trainer.videos import Video
 
 if TYPE_CHECKING:
     from gold_trainer.trainer import GOLDTrainer
@@ -164,6 +164,7 @@ class PicturesForAll:
         collators: Mapping[str, GOLDCollator],  # of "student" and "teacher"
     ) -> None:
         self.accelerator, self.teacher, self.collators = accelerator, teacher, collators
+        self.examples: dict[tuple[str, str], Example] = {}  # by side and kind
 
     @cached_property
     def is_needed(self) -> bool:
@@ -171,24 +172,20 @@ class PicturesForAll:
         is_vlm = self.collators["student"].is_vlm
         return is_vlm and (runs_layers_together(self.accelerator) or is_sharded(self.teacher))
 
-    @cached_property
-    def examples(self) -> dict[str, dict[str, Example]]:
-        """By side and kind."""
-        size = (PICTURE_SIZE, PICTURE_SIZE)
-        rows = {}
-        for number, (kind, part) in enumerate(MEDIA.items()):
-            content = [{"type": part}, {"type": "text", "text": "."}]
-            rows[kind] = Row(-1 - number, [{"role": "user", "content": content}], None, [])
-        rows["images"].images.append(Image.new("RGB", size))
-        rows["videos"].videos.append(Video(np.zeros((4, *size, 3), np.uint8), fps=2.0))
-        return {
-            side: {
-                kind: collator.example(row).with_completion([])
-                for kind, row in rows.items()
-                if kind == "images" or takes_videos(collator.processor)
-            }
-            for side, collator in self.collators.items()
-        }
+    def example(self, side: str, kind: str) -> Example:
+        """Made where it is needed: a template may have no place for a video."""
+        if (side, kind) not in self.examples:
+            content = [{"type": MEDIA[kind]}, {"type": "text", "text": "."}]
+            row = Row(
+                -1 - list(MEDIA).index(kind), [{"role": "user", "content": content}], None, []
+            )
+            size = (PICTURE_SIZE, PICTURE_SIZE)
+            if kind == "images":
+                row.images.append(Image.new("RGB", size))
+            else:
+                row.videos.append(Video(np.zeros((4, *size, 3), np.uint8), fps=2.0))
+            self.examples[side, kind] = self.collators[side].example(row).with_completion([])
+        return self.examples[side, kind]
 
     def add(self, batches: list[WindowBatch]) -> list[WindowBatch]:
         """Called on all ranks, with as many batches. Waits for the device, once a window."""
@@ -202,9 +199,10 @@ class PicturesForAll:
             due = [
                 k for k, here, count in zip(MEDIA, has, of_all, strict=True) if count and not here
             ]
-            sides = {side: [of[kind] for kind in due] for side, of in self.examples.items()}
-            teachers = sides["teacher"] if is_sharded(self.teacher) else []
-            result.append(replace(batch, unscored=sides["student"], teacher_unscored=teachers))
+            sides = ("student", "teacher") if is_sharded(self.teacher) else ("student",)
+            rows = {side: [self.example(side, kind) for kind in due] for side in sides}
+            teachers = rows.get("teacher", [])
+            result.append(replace(batch, unscored=rows["student"], teacher_unscored=teachers))
         return result
 
 

@@ -6,15 +6,20 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
+from PIL import Image
 from transformers.integrations.deepspeed import (
     HfDeepSpeedConfig,
     is_deepspeed_zero3_enabled,
 )
 
 from gold_trainer import sharding
-from gold_trainer.batches import Example
+from gold_trainer.batches import Example, WindowBatch
+from gold_trainer.collator import GOLDCollator
+from gold_trainer.demo.tiny_vlm import build_processor
+from gold_trainer.rows import Row
 from support.tiny_models import tiny
 
 
@@ -66,6 +71,24 @@ def test_each_kind_that_only_other_ranks_have_is_run_once():
     assert missing([text, picture], [picture, video]) == [video]
     assert missing([video], [picture, video]) == [picture]
     assert missing([both], [picture, video]) == missing([text], []) == []
+
+
+def test_a_template_without_videos_serves_where_no_rank_has_one():
+    """Of a processor that takes videos all the same."""
+    processor = build_processor()
+    collator = GOLDCollator(processor, [processor.tokenizer.eos_token_id], None, [])
+    content = [{"type": "image"}, {"type": "text", "text": "."}]
+    picture = Row(0, [{"role": "user", "content": content}], None, [Image.new("RGB", (64, 64))])
+    accelerator = accelerator_of(DistributedType.FSDP)
+    accelerator.device, counts = "cpu", torch.tensor([[2.0, 0.0]])
+    accelerator.reduce = lambda flags, reduction: counts
+    pictures = sharding.PicturesForAll(accelerator, None, {"student": collator})
+    text = Example(0, "prompt", 1, [], None)
+    (batch,) = pictures.add([WindowBatch([text], [text])])
+    assert [len(example.images) for example in batch.unscored] == [1]
+    with_picture = collator.example(picture)
+    (batch,) = pictures.add([WindowBatch([with_picture], [with_picture])])
+    assert batch.unscored == []
 
 
 def test_layers_that_the_user_names_are_left_alone():
