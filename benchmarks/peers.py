@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jsd_pairs import Case
 from torch import Tensor
 
-from gold_kernels.engine.chunking import matmul_
+from gold_kernels.engine.products import matmul_
 
 FLOOR_CHUNK = 2048
 Prepare = Callable[[Case, float], Callable[[], Tensor]]

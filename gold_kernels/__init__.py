@@ -7,6 +7,8 @@ from gold_kernels.engine.row_loss import RowLoss
 from gold_kernels.engine.shared import FusedLinearLoss, fused_linear_loss
 from gold_kernels.jsd.liger import FusedLinearJSDLoss
 from gold_kernels.jsd.linear import JSDMetrics, fused_linear_jsd, jsd_loss
+from gold_kernels.means.linear import fused_linear_mean_kl, head_means
+from gold_kernels.means.row_loss import HeadMeans
 from gold_kernels.tokens.alignment import CompletionAligner, TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld.linear import FusedLinearULDLoss, ULDMetrics, fused_linear_uld, uld_loss
@@ -18,6 +20,7 @@ __all__ = [
     "FusedLinearJSDLoss",
     "FusedLinearLoss",
     "FusedLinearULDLoss",
+    "HeadMeans",
     "JSDMetrics",
     "RowLoss",
     "TokenAlignment",
@@ -25,7 +28,9 @@ __all__ = [
     "VocabOverlap",
     "fused_linear_jsd",
     "fused_linear_loss",
+    "fused_linear_mean_kl",
     "fused_linear_uld",
+    "head_means",
     "jsd_loss",
     "peak_extra_bytes",
     "uld_loss",

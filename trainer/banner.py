@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gold_kernels import __version__
 from gold_trainer import models
 from gold_trainer.activations import activation_bytes
+from gold_trainer.cache_store import form_of_cache
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset
 from gold_trainer.precision import describe
@@ -52,7 +53,8 @@ class Banner(TrainerCallback):
             return
         assert isinstance(args, GOLDConfig), "the trainer has checked it"
         if args.teacher_cache is not None:
-            self.sides[1] = ("teacher", f"cached in {args.teacher_cache}")
+            form = form_of_cache(args)
+            self.sides[1] = ("teacher", f"cached in {args.teacher_cache} (form {form})")
         console = Console(highlight=False)
         console.print(f"gold-trainer {__version__}", markup=False)
         for name, text in [*self.sides, *self.lines(args, state)]:

@@ -70,3 +70,8 @@ def check_head_means(args: Any) -> None:  # a GOLDConfig
             f"teacher_cache has head_means, got {got}; set beta=0, or make a cache of "
             "teacher_cache_form=hidden."
         )
+    if args.logits_dtype != "float32":
+        raise ValueError(
+            "GOLDConfig: logits_dtype must be 'float32' where teacher_cache has head_means, got "
+            f"{args.logits_dtype!r}; leave it out, or make a cache of teacher_cache_form=hidden."
+        )

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import cached_file
 
 from gold_trainer.cache_keys import file_digest, text_digest
@@ -19,6 +20,7 @@ from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loading import hub_options
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
 TEXTS = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 LARGEST_TEXT = 256 << 20  # bytes of a tokenizer's file, at most
@@ -37,6 +39,8 @@ REMEDIES = {
     "chat_template": "the processor's template is another",
     "tokenizer": "its vocabulary or merges are others",
     "image_processor": "its sizes or normalisation are others",
+    "student_head": "the student's lm_head is another, or of another dtype",
+    "teacher_temperature": "loss_teacher_temperature or loss_temperature is it",
     "video_processor": "its frames or sizes are others",
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import gold_kernels
 from gold_trainer import cache_store, loading
 from gold_trainer.batches import SideInputs
-from gold_trainer.cache_facts import copy_description, precision_of
+from gold_trainer.cache_facts import PRECISIONS, copy_description, precision_of
 from gold_trainer.cache_scan import (
     Builder,
     Found,
@@ -41,7 +41,6 @@ from gold_trainer.teachers.frozen import FrozenTeacher
 from gold_trainer.teachers.teacher import Teacher
 
 ENTRY_BYTES = 256  # of an example in the index, at most
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Split(NamedTuple):
@@ -61,8 +60,12 @@ class Encoder:
         weight = teacher.head.weight
         self.width, self.head_bytes = weight.shape[1], weight.numel() * weight.element_size()
 
-    def start(self, teacher: Teacher, precision: torch.dtype | None) -> dict[str, Tensor]:
-        """What training needs beside rows, to be kept as the head."""
+    def start(
+        self, teacher: Teacher, precision: torch.dtype | None, inputs: SideInputs
+    ) -> dict[str, Tensor]:
+        """What training needs beside rows, to be kept as the head; inputs: of one row, which the
+        teacher has seen.
+        """
         head = teacher.side.head
         if self.dtype is None:
             dtype = precision or head.weight.dtype
@@ -189,11 +192,13 @@ class Caching:
         args, processor = self.args, self.prepared.teacher_processor
         teacher = make_live_teacher(self.run_.teacher, None, processor, args)
         teacher.place(args.device)
-        head = encoder.start(teacher, PRECISIONS.get(facts["precision"]))
         # one row, for the form of the logits, which is measured when the teacher first runs
         with_rows = next(split for split in splits if split.found)
         first = [with_rows.found[0].position]
-        self._hidden(teacher, next(self._load(with_rows, [first], 0)))
+        inputs = self._inputs(next(self._load(with_rows, [first], 0)))
+        with self._autocast():
+            teacher.hidden_rows(inputs)
+            head = encoder.start(teacher, PRECISIONS.get(facts["precision"]), inputs)
         manifest = self._manifest(teacher, encoder, facts)
         if self.state.is_main_process:
             copy_description(args, str(self.run_.teacher), self.folder / cache_store.TEACHER)
@@ -208,7 +213,8 @@ class Caching:
             with progress() as bar:
                 task = bar.add_task(f"caching {split.name}", total=sum(map(len, batches)))
                 for scored in self._load(split, batches, self.num_workers) if batches else ():
-                    rows = encoder.rows(self._hidden(teacher, scored)).cpu()
+                    with self._autocast():  # as GOLDTrainer asks for them
+                        rows = encoder.rows(teacher.hidden_rows(self._inputs(scored))).cpu()
                     parts = rows.split(scored.lengths)
                     for (place, key), part in zip(scored.places, parts, strict=True):
                         self._check_finite(part, place)
@@ -221,18 +227,18 @@ class Caching:
         builder = Builder(split.name, self.collate, self.prepared.teacher_processor)
         return load(split.rows, batches, builder, num_workers)
 
-    def _hidden(self, teacher: Teacher, scored: Scored) -> Tensor:  # (N_t, D_t)
-        """As GOLDTrainer asks for them."""
+    def _inputs(self, scored: Scored) -> SideInputs:
         device, inputs = self.args.device, scored.inputs
-        dtype = PRECISIONS.get(precision_of(self.args))
-        side = SideInputs(
+        return SideInputs(
             [],
             {name: tensor.to(device) for name, tensor in inputs.tensors.items()},
             inputs.scored_rows.to(device),
             inputs.labels,
         )
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return teacher.hidden_rows(side)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = PRECISIONS.get(precision_of(self.args))
+        return torch.autocast(self.args.device.type, dtype, enabled=dtype is not None)
 
     def _manifest(self, teacher: Teacher, encoder: Encoder, facts: dict[str, Any]) -> Manifest:
         form = teacher.side.form

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gold_trainer.cache_keys import KEY_BYTES, Key
+from gold_trainer.config import GOLDConfig
 
 MANIFEST = "cache.json"
 HEAD = "head.safetensors"
@@ -97,6 +98,19 @@ class Manifest:
                 f"teacher_cache {folder} has a {MANIFEST} that cannot be read ({error}); make the "
                 "cache again in another folder with gold-trainer cache-teacher."
             ) from error
+
+
+def form_of_cache(args: GOLDConfig) -> str | None:
+    """None without a cache, or before there is one."""
+    manifest = None if args.teacher_cache is None else Manifest.read(Path(args.teacher_cache))
+    return None if manifest is None else manifest.form
+
+
+def manifest_of(args: GOLDConfig) -> Manifest:
+    """Of a cache that open_cache has looked at."""
+    manifest = None if args.teacher_cache is None else Manifest.read(Path(args.teacher_cache))
+    assert manifest is not None, "open_cache has read it"
+    return manifest
 
 
 def _in_one_piece(path: Path, write: Any) -> None:

@@ -21,6 +21,7 @@ from gold_trainer.cache_facts import (
     facts_of_teacher,
     refuse_other_facts,
 )
+from gold_trainer.cache_means import MeansEncoder
 from gold_trainer.cache_run import Caching, Encoder
 from gold_trainer.cache_store import Manifest
 from gold_trainer.command_line import Run, read_run
@@ -47,13 +48,18 @@ def cache_teacher(argv: list[str]) -> int:
         **facts_of_teacher(args, str(run.teacher)),
         **facts_of_processor(prepared.teacher_processor),
     }
+    encoder: Encoder | None = None
+    if args.teacher_cache_form == "head_means":
+        encoder = MeansEncoder(run, prepared)
+        facts |= encoder.facts
     lock = RunLock(str(folder), "teacher_cache")
     on_main_process(state, lock.acquire)
     try:
         manifest = on_main_process(state, lambda: _earlier(folder, facts))
         caching = Caching(run, prepared, folder, state, own.cache_batch_size)
-        dtype = None if own.cache_dtype == "auto" else getattr(torch, own.cache_dtype)
-        encoder = Encoder(dtype, caching.sides[1])
+        if encoder is None:
+            dtype = None if own.cache_dtype == "auto" else getattr(torch, own.cache_dtype)
+            encoder = Encoder(dtype, caching.sides[1])
         caching.run(encoder, manifest, facts, int(own.cache_shard_mib * 2**20))
     finally:
         if state.is_main_process:

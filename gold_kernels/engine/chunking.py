@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.engine.products import Projection, matmul_
 from gold_kernels.triton.launch import aligned_width, empty_rows
 
 DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
@@ -102,46 +103,36 @@ class ChunkPlan(NamedTuple):
 RowFunction = Callable[[Tensor, Any, Tensor | None, slice, Tensor], None]
 
 
-def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = False) -> None:
-    """out = left right, or out += left right; float32 accumulation and no rounding before out's
-    dtype.
-    """
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, out=out) if accumulate else torch.mm(left, right, out=out)
-    elif out.dtype.itemsize < left.dtype.itemsize:  # 16-bit logits of float32 inputs
-        out.copy_(left @ right)
-    elif left.device.type == "cuda" and out.dtype == torch.float32:
-        if accumulate:
-            torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:  # no other device has a GEMM with a wider output
-        matmul_(out, left.to(out.dtype), right.to(out.dtype), accumulate=accumulate)
-
-
 def float_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of row values, accumulators and, unless asked otherwise, logits."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def plan_chunks(
-    student: LinearHead, teacher: LinearHead | None, needs: Needs, limits: Limits
+    student: LinearHead,
+    teacher: LinearHead | None,
+    needs: Needs,
+    limits: Limits,
+    projection: Projection | None = None,
 ) -> ChunkPlan:
     """Rows per chunk and per panel: their buffers stay within the budget, but for a panel of all
     rows in place of the float32 accumulator of grad_weight, where it is no larger.
     """
     hidden, has_grad = student.hidden, any(needs)
+    panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
     num_rows = max(1, student.num_rows)
     v_student = aligned_width(student.weight.shape[0])
     v_teacher = 0 if teacher is None else aligned_width(teacher.weight.shape[0])
     logits_dtype = limits.logits_dtype or float_dtype(hidden)
-    is_in_place = has_grad and logits_dtype == hidden.dtype
+    is_in_place = has_grad and logits_dtype == panel_dtype
     chunk_row = logits_dtype.itemsize * (v_teacher + (0 if is_in_place else v_student))
     if logits_dtype.itemsize < hidden.dtype.itemsize:  # rounded after the GEMM, one side at a time
         chunk_row += hidden.dtype.itemsize * max(v_student, v_teacher)
     chunk_row += limits.row_bytes
     chunk_row += sum(_gathered_row(side) for side in (student, teacher) if side is not None)
-    grad_row = hidden.dtype.itemsize * v_student if has_grad else 0
+    grad_row = panel_dtype.itemsize * v_student if has_grad else 0
+    if projection is not None:
+        grad_row += projection.row_bytes(student.weight)
     # beside a panel: the copy of its hidden states without rows of weight 0
     panel_row = grad_row + (hidden.dtype.itemsize * hidden.shape[1] if needs.weight else 0)
     panel_row += _gathered_row(student)
@@ -189,6 +180,7 @@ def run_chunks(
     limits: Limits,
     *,
     grad_bound: float = 1.0,
+    projection: Projection | None = None,
 ) -> ChunkedGradients:
     """Call row_function on every chunk and return the gradients of the weighted sum of its losses.
 
@@ -201,9 +193,10 @@ def run_chunks(
     hidden, weight = student.hidden, student.weight
     num_rows, has_grad = student.num_rows, any(needs)
     num_paired = 0 if teacher is None else teacher.num_rows
-    plan = plan_chunks(student, teacher, needs, limits)
+    plan = plan_chunks(student, teacher, needs, limits, projection)
     wide = float_dtype(hidden)
-    grads = _empty_gradients(student, needs, plan)
+    panel_dtype = hidden.dtype if projection is None else wide
+    grads = _empty_gradients(student, needs, plan, projection)
     row_weights = row_weights * student.logit_scale
     grad_scale = None
     if hidden.dtype == torch.float16 and has_grad and num_rows > 0:
@@ -217,9 +210,9 @@ def run_chunks(
         teacher_buffer = empty_rows(hidden, plan.chunk, teacher.weight.shape[0], logits_dtype)
     grad_panel = None
     if has_grad:
-        grad_panel = _empty_panel(hidden, plan.panel, weight.shape[0])
+        grad_panel = _empty_panel(hidden, plan.panel, weight.shape[0], panel_dtype)
     student_buffer = None
-    if not (has_grad and logits_dtype == hidden.dtype):
+    if not (has_grad and logits_dtype == panel_dtype):
         student_buffer = empty_rows(hidden, plan.chunk, weight.shape[0], logits_dtype)
     for first in range(0, num_rows, plan.panel):
         last = min(first + plan.panel, num_rows)
@@ -235,15 +228,18 @@ def run_chunks(
                 teacher_logits = teacher.project_(teacher_buffer[:size], rows)
             row_function(student_logits, teacher_logits, grad_logits, rows, row_weights[rows])
         if grad_panel is not None:
-            _add_panel(grads, student, grad_panel[: last - first], first, row_weights)
+            panel = grad_panel[: last - first]
+            _add_panel(grads, student, panel, first, row_weights, projection)
     return _finish(grads, student, grad_scale)
 
 
-def _empty_panel(hidden: Tensor, num_rows: int, vocab_size: int) -> Tensor:  # (P, V)
+def _empty_panel(
+    hidden: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype
+) -> Tensor:  # (P, V)
     """Rows for gradients, the operand of a GEMM: on a CPU without anything beside them, since the
     bfloat16 GEMM of CPUs with AMX (torch 2.14) multiplies what lies behind a row by 0.
     """
-    panel = empty_rows(hidden, num_rows, aligned_width(vocab_size), hidden.dtype)
+    panel = empty_rows(hidden, num_rows, aligned_width(vocab_size), dtype)
     if hidden.device.type == "cpu":
         panel[:, vocab_size:].zero_()
     return panel[:, :vocab_size]
@@ -257,9 +253,14 @@ def _chunks(first: int, last: int, num_paired: int, chunk: int) -> Iterator[slic
         first = stop
 
 
-def _empty_gradients(student: LinearHead, needs: Needs, plan: ChunkPlan) -> ChunkedGradients:
+def _empty_gradients(
+    student: LinearHead, needs: Needs, plan: ChunkPlan, projection: Projection | None
+) -> ChunkedGradients:
     hidden, weight, num_rows = student.hidden, student.weight, student.num_rows
     wide, is_float16 = float_dtype(hidden), hidden.dtype == torch.float16
+    if projection is not None and projection.weight is not None:  # no gradient of the hidden states
+        shape = num_rows, projection.weight.shape[1]
+        return ChunkedGradients(hidden.new_empty(shape, dtype=wide), None, None)
     # A single panel needs no accumulator: its GEMM rounds the float32 sum once, into the returned
     # tensor.
     weight_dtype = weight.dtype if num_rows <= plan.panel and not is_float16 else wide
@@ -280,9 +281,14 @@ def _add_panel(
     grad_logits: Tensor,  # (P, V_s)
     first: int,
     row_weights: Tensor,  # (N,) or (N, W)
+    projection: Projection | None = None,
 ) -> None:
     """The gradient GEMMs of the rows first to first + P."""
     rows = slice(first, first + grad_logits.shape[0])
+    if projection is not None:
+        assert grads.hidden is not None, "a projection is of gradients of hidden states"
+        grads.hidden[rows] = projection.rows(grad_logits, student.weight, rows, row_weights)
+        return
     if grads.hidden is not None and student.row_index is None:
         matmul_(grads.hidden[rows], grad_logits, student.weight)
     elif grads.hidden is not None and student.row_index is not None:

@@ -37,6 +37,16 @@ def _map_tensors(head: LinearHead, change: Callable[[Tensor], Tensor]) -> Linear
     return head._replace(hidden=change(head.hidden), weight=change(head.weight), bias=bias)
 
 
+def check_head(function: str, side: str, head: LinearHead) -> LinearHead:
+    """The head in the dtype that it is computed in."""
+    device_type = head.hidden.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        head = _autocast_like_linear(head)
+    checks.check_side(function, side, head.hidden, head.weight, head.bias)
+    checks.check_head_options(function, head.logit_scale, head.softcap)
+    return _in_one_dtype(head)
+
+
 def check_heads(
     function: str,
     student_hidden: Tensor,  # (N_s, D_s)
@@ -53,23 +63,17 @@ def check_heads(
     caps = per_side(options.final_logit_softcapping)
     student = LinearHead(student_hidden, student_weight, options.student_bias, scales[0], caps[0])
     teacher = LinearHead(teacher_hidden, teacher_weight, options.teacher_bias, scales[1], caps[1])
-    if student_hidden.device.type != "meta" and torch.is_autocast_enabled(
-        student_hidden.device.type
-    ):
-        student = _autocast_like_linear(student)
-        with torch.no_grad():
-            teacher = _autocast_like_linear(teacher)
-    for side, head in (("student", student), ("teacher", teacher)):
-        checks.check_side(function, side, head.hidden, head.weight, head.bias)
-        checks.check_head_options(function, head.logit_scale, head.softcap)
-    student = _in_one_dtype(student)
+    student = check_head(function, "student", student)
     with torch.no_grad():
-        teacher = _in_one_dtype(teacher)
+        teacher = check_head(function, "teacher", teacher)
     checks.check_same_kind(function, student.hidden, teacher.hidden)
     options = checks.check_options(function, options, student.hidden)
-    if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad, not of no_grad
-        student = _map_tensors(student, Tensor.detach)
-    return student, teacher, options
+    return without_gradient(student), teacher, options
+
+
+def without_gradient(student: LinearHead) -> LinearHead:
+    """Under no_grad: an autograd Function is told of requires_grad alone."""
+    return student if torch.is_grad_enabled() else _map_tensors(student, Tensor.detach)
 
 
 def first_entries(head: LinearHead, vocab_size: int) -> LinearHead:

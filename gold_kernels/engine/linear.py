@@ -40,8 +40,8 @@ class _Inputs(NamedTuple):
     """Tensors of a call without a gradient; autograd saves them one by one."""
 
     weights: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
+    teacher_hidden: Tensor | None  # None: the row loss knows the teacher by its own tensors
+    teacher_weight: Tensor | None
     teacher_bias: Tensor | None
     labels: Tensor | None
     student_index: Tensor | None
@@ -72,8 +72,8 @@ def _linear_loss_operator(
     loss: str,
     numbers: Sequence[float],
     tensors: Sequence[Tensor | None],  # RowLoss.tensors
-    teacher_hidden: Tensor,  # (N_t, D_t)
-    teacher_weight: Tensor,  # (V_t, D_t)
+    teacher_hidden: Tensor | None,  # (N_t, D_t)
+    teacher_weight: Tensor | None,  # (V_t, D_t)
     teacher_bias: Tensor | None,  # (V_t,)
     labels: Tensor | None,  # (R,) int64
     student_index: Tensor | None,  # (R,) int64
@@ -90,15 +90,17 @@ def _linear_loss_operator(
     row_loss = ROW_LOSSES[loss].from_flat(numbers, tensors)
     caps = [cap or None for cap in softcaps]
     student_head = (student_hidden, student_weight, student_bias, logit_scales[0], caps[0])
-    teacher_head = (teacher_hidden, teacher_weight, teacher_bias, logit_scales[1], caps[1])
     student = LinearHead(*student_head, student_index)
-    teacher = LinearHead(*teacher_head, teacher_index)
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher_head = (teacher_hidden, teacher_weight, teacher_bias, logit_scales[1], caps[1])
+        teacher = LinearHead(*teacher_head, teacher_index)
     values = student_hidden.new_zeros(
         len(row_loss.value_names), student.num_rows, dtype=float_dtype(student_hidden)
     )
     limits = Limits(chunk_size, budget_bytes, logits_dtype)
     rows = Rows(values, labels, limits, backend, has_metrics, student, teacher)
-    vocabularies = student_weight.shape[0], teacher_weight.shape[0]
+    vocabularies = student_weight.shape[0], 0 if teacher is None else teacher.weight.shape[0]
     grads = run_chunks(
         student,
         teacher,
@@ -107,6 +109,7 @@ def _linear_loss_operator(
         Needs(*needs),
         row_loss.limits(limits, *vocabularies, rows),
         grad_bound=row_loss.grad_bound(),
+        projection=row_loss.projection(),
     )
     return [values, *(grad for grad in grads if grad is not None)]
 
@@ -181,6 +184,8 @@ class LinearLossFunction(torch.autograd.Function):
 
 def _num_paired(inputs: _Inputs) -> int:
     """P."""
+    if inputs.teacher_hidden is None:
+        return inputs.weights.shape[0]
     index = inputs.teacher_index
     return inputs.teacher_hidden.shape[0] if index is None else index.shape[0]
 
@@ -238,15 +243,15 @@ def reduce_rows(
 def run_linear_loss(
     row_loss: RowLoss,
     student: LinearHead,
-    teacher: LinearHead,
+    teacher: LinearHead | None,  # None: the row loss knows it by its own tensors
     plan: RowPlan,
     options: Options,  # checked
     has_metrics: bool,
 ) -> tuple[Tensor, Tensor]:  # () or (P,) loss, (number of value names, R) values
     """Run a row loss on heads that heads.check_heads returned."""
-    inputs = _Inputs(
-        plan.weights, *teacher[:3], plan.labels, plan.student_index, plan.teacher_index
-    )
+    side: Sequence[Any] = [None] * 3 if teacher is None else teacher[:3]
+    others = plan.labels, plan.student_index, plan.teacher_index
+    inputs = _Inputs(plan.weights, side[0], side[1], side[2], *others)
     assert options.backend is not None, "check_options names the backend"
     settings = _Settings(
         row_loss.name,
@@ -256,8 +261,8 @@ def run_linear_loss(
         options.chunk_size,
         options.budget_bytes,
         options.logits_dtype,
-        [student.logit_scale, teacher.logit_scale],
-        [student.softcap or 0.0, teacher.softcap or 0.0],
+        [head.logit_scale for head in (student, teacher or student)],
+        [head.softcap or 0.0 for head in (student, teacher or student)],
     )
     device_type = student.hidden.device.type
     is_meta = device_type == "meta"  # shapes alone: nothing to cast

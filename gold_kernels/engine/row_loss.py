@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from gold_kernels.engine.chunking import Limits, LinearHead, RowFunction
+from gold_kernels.engine.products import Projection
 
 LOSS, CROSS_ENTROPY = "loss", "cross_entropy"  # names of the first two row values of every loss
 
@@ -86,6 +87,10 @@ class RowLoss:
     def grad_bound(self) -> float:
         """At least 1; what an entry of a row's gradient is held to beside its weight (float16)."""
         return 1.0
+
+    def projection(self) -> Projection | None:
+        """How gradients of logits become those of hidden states; None: by the head alone."""
+        return None
 
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
         """The limits less what the row function needs beside logits."""

@@ -43,7 +43,11 @@ class Pair(NamedTuple):
 
 
 def save_pair(
-    folder: Path, student: str = "qwen3_vl", teacher: str | None = None, count: int = 6
+    folder: Path,
+    student: str = "qwen3_vl",  # family
+    teacher: str | None = None,  # another family
+    count: int = 6,
+    models: Any = None,  # student and teacher in the place of the family's own
 ) -> Pair:
     is_across = teacher is not None
     for part in tiny(student):
@@ -51,6 +55,8 @@ def save_pair(
     merges = {"num_merges": TEACHER_MERGES} if is_across else {}
     for part in tiny(teacher or student, "teacher", **merges):
         part.save_pretrained(folder / "teacher")
+    for name, model in zip(("student", "teacher"), models or (), strict=False):
+        model.save_pretrained(folder / name)
     rows = tiny_rows(count, images=0 if student in TEXT_FAMILIES else "mixed")
     save_rows(folder / "rows.jsonl", rows)
     return Pair(folder, rows, CACHE_FIELDS | {"use_uld_loss": is_across})

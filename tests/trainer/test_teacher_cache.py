@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from gold_trainer.__main__ import main
 from gold_trainer.cache_facts import facts_of_processor
+from support import logit_forms
 from support.cache_cases import Pair, run_of, save_pair, save_rows
 from support.tiny_models import FAMILIES, tiny, tiny_processor
 from support.trainer_cases import assert_equal_gradients
@@ -114,6 +115,13 @@ def test_a_teacher_in_16_bits_is_kept_exactly(tmp_path):
     assert cached[0] == live[0]
     for ours, truth in zip(cached[1].steps, live[1].steps, strict=True):
         assert all(torch.equal(ours[name], truth[name]) for name in truth)
+
+
+def test_the_form_of_the_teachers_logits_is_kept(tmp_path):
+    pair = save_pair(tmp_path, "llama", models=logit_forms.pair("Gemma2"))
+    live = run_of(pair, tmp_path / "live")
+    cached = run_of(pair, tmp_path / "cached", teacher_cache=str(pair.cache()))
+    assert_same_runs(cached, live)
 
 
 def test_a_resumed_run_goes_on_from_the_cache(pairs, tmp_path):

@@ -1,13 +1,17 @@
 """Losses in training: what each needs of a batch, counts and logs. One file a kind, chosen here."""
 
+from gold_trainer.cache_store import form_of_cache
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives.cross_tokenizer import CrossTokenizer
+from gold_trainer.objectives.from_means import FromMeans
 from gold_trainer.objectives.objective import Objective
 from gold_trainer.objectives.same_vocabulary import SameVocabulary
 
-__all__ = ["CrossTokenizer", "Objective", "SameVocabulary", "choose_objective"]
+__all__ = ["CrossTokenizer", "FromMeans", "Objective", "SameVocabulary", "choose_objective"]
 
 
 def choose_objective(args: GOLDConfig) -> type[Objective]:
     """The kind, which checks the pair before weights are read; it is made once they are."""
-    return CrossTokenizer if args.use_uld_loss else SameVocabulary
+    if args.use_uld_loss:
+        return CrossTokenizer
+    return FromMeans if form_of_cache(args) == "head_means" else SameVocabulary

@@ -46,6 +46,12 @@ class SameVocabulary(Objective):
         )
         self.options = memory_options(args)
 
+    @property
+    def num_entries(self) -> int | None:
+        """That take part, once the forms are measured; None: all of both heads."""
+        limits = (self.vocab_size, *(form.num_entries for form in self.forms))
+        return min((size for size in limits if size is not None), default=None)
+
     @staticmethod
     def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
         models.check_modality(student, teacher)
@@ -93,8 +99,6 @@ class SameVocabulary(Objective):
         row_weights, label_weights = self.term_weights(
             item_weights, num_rows, num_rows, student_hidden.device
         )
-        limits = (self.vocab_size, *(form.num_entries for form in self.forms))
-        sizes = [size for size in limits if size is not None]
         loss, values = fused_linear_loss(
             self.row_loss,
             student_hidden,
@@ -106,7 +110,7 @@ class SameVocabulary(Objective):
             teacher_bias=teacher_head.bias,
             return_metrics=True,
             **self.label_options(batch, label_weights),
-            vocab_size=min(sizes, default=None),
+            vocab_size=self.num_entries,
             **form_options(*self.forms),
             **self.options,
         )

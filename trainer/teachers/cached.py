@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gold_trainer import cache_store, loading
 from gold_trainer.batches import Example, SideInputs, WindowBatch
+from gold_trainer.cache_config import check_head_means
 from gold_trainer.cache_facts import (
     facts_of_args,
     facts_of_processor,
@@ -22,7 +23,7 @@ from gold_trainer.cache_facts import (
     refuse_other_facts,
 )
 from gold_trainer.cache_keys import Key, key_of
-from gold_trainer.cache_store import Index, Manifest
+from gold_trainer.cache_store import Index, Manifest, manifest_of
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
@@ -61,6 +62,8 @@ def open_cache(args: GOLDConfig) -> Manifest:
             f"teacher_cache {folder} holds teacher_cache_form={manifest.form}, this run asks for "
             f"{form}; leave the field out, or make another cache."
         )
+    if manifest.form == "head_means":
+        check_head_means(args)
     refuse_other_facts(str(folder), manifest.facts, facts_of_args(args))
     name = args.teacher_model_name_or_path
     if name is not None:
@@ -162,7 +165,9 @@ def _list(names: list[str], words: dict[str, str]) -> str:
 
 
 class CachedTeacher(Teacher):
-    """Answers with what a cache of the form "hidden" holds; its head alone is in memory."""
+    """Answers with what a cache holds: hidden states, or what FromMeans takes of them. Its head
+    alone is in memory, and that only for hidden states.
+    """
 
     model = None
 
@@ -175,8 +180,7 @@ class CachedTeacher(Teacher):
         """Where source_of has found nothing wrong; processor is the teacher's."""
         assert args.teacher_cache is not None, "there is a cache"
         folder = Path(args.teacher_cache)
-        manifest = Manifest.read(folder)
-        assert manifest is not None, "source_of has read it"
+        manifest = manifest_of(args)
         refuse_other_facts(str(folder), manifest.facts, facts_of_processor(processor))
         empty = loading.empty_model(
             str(folder / cache_store.TEACHER),
@@ -186,15 +190,17 @@ class CachedTeacher(Teacher):
         side = Side.of(empty, "teacher", processor, args)
         form = LogitForm("teacher", is_measured=True, **manifest.logit_form)
         tensors = cache_store.load_head(folder)
-        head = StoredHead(tensors["weight"], tensors.get("bias"))
+        head = side.head  # of head_means: its size alone is asked for
+        if manifest.form == "hidden":
+            head = StoredHead(tensors["weight"], tensors.get("bias"))
         return cls(StoredRows(folder, manifest), replace(side, head=head, form=form))
 
     def place(self, device: torch.device) -> None:
         self.device = device
         head = self.side.head
-        assert isinstance(head, StoredHead), "open has put it there"
-        head.weight = head.weight.to(device)
-        head.bias = None if head.bias is None else head.bias.to(device)
+        if isinstance(head, StoredHead):
+            head.weight = head.weight.to(device)
+            head.bias = None if head.bias is None else head.bias.to(device)
 
     def hidden_rows(self, inputs: SideInputs) -> Tensor:  # (N_t, D_t)
         parts = [self.stored.of(example) for example in inputs.examples if example.written_ids]
