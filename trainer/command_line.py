@@ -37,7 +37,8 @@ class ModelArguments:
         default="float32",
         metadata={
             "help": "Type of the student's weights. Training bfloat16 weights directly loses the "
-            "small updates of a small learning rate: prefer float32 with --bf16, or LoRA."
+            "small updates of a small learning rate: prefer float32 with --bf16, or LoRA. With a "
+            "quantization_config, bfloat16 is the default of what is not quantised."
         },
     )
     attn_implementation: str | None = field(
@@ -141,7 +142,10 @@ def read_run(argv: list[str]) -> Run:
         teacher = _given(teacher, "teacher_model_name_or_path")
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
-    config.model_init_kwargs = _student_options(model_args) | given
+    options = _student_options(model_args)
+    if "quantization_config" in given and options["dtype"] == "float32":  # the default
+        del options["dtype"]  # what is not quantised is in 16 bits then
+    config.model_init_kwargs = options | given
     needs_eval = config.eval_strategy != "no" or config.eval_on_start
     if data_args.eval_dataset_name is not None and not needs_eval:
         raise ValueError(

@@ -9,6 +9,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.quantised import NAME, read_quantization
 
 SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 CHECKPOINTING = (
@@ -27,6 +28,10 @@ def check_library_options(args: GOLDConfig) -> None:
         known = [name for name in parameters if name not in SET_BY_TRAINER]
         owner = f"the schedule {SchedulerType(args.lr_scheduler_type).value!r}"
         _check("lr_scheduler_kwargs", args.lr_scheduler_kwargs, known, owner)
+    for field in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        given = getattr(args, field)
+        if isinstance(given, dict) and NAME in given:
+            read_quantization(field, given[NAME])
     name = "gradient_checkpointing_kwargs"
     _check(name, getattr(args, name), CHECKPOINTING, "torch.utils.checkpoint.checkpoint")
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import is_peft_available
 
-from gold_trainer import models
+from gold_trainer import models, quantised
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 
@@ -58,8 +58,11 @@ def load_student(model: PreTrainedModel | str, args: GOLDConfig, peft_config: An
     """The student, with its adapter if there is one."""
     if isinstance(model, str):
         # In the bfloat16 of most checkpoints small updates would be lost.
-        init_kwargs = {"dtype": torch.float32, **_as_dict(args.model_init_kwargs)}
-        model = load_model(model, init_kwargs)
+        given = _as_dict(args.model_init_kwargs)
+        dtype = torch.bfloat16 if quantised.NAME in given else torch.float32
+        model = load_model(model, {"dtype": dtype, **given}, device=args.device)
+    quantised.restore_head(model, "student")
+    models.check_adapter_of_quantised(model, peft_config)
     student = model if peft_config is None else add_adapter(model, peft_config)
     models.check_trained(student)
     if args.disable_dropout:
@@ -141,13 +144,25 @@ def hub_options(init_kwargs: InitKwargs, revision: str | None = None) -> dict[st
 
 
 def load_model(
-    name_or_path: str, init_kwargs: InitKwargs, revision: str | None = None, **more: Any
+    name_or_path: str,
+    init_kwargs: InitKwargs,
+    revision: str | None = None,
+    *,
+    device: torch.device,  # of a model in 8 or 4 bits, which cannot move; others are on the CPU
+    **more: Any,
 ) -> PreTrainedModel:
     """A vision-language or text model by folder or hub id, as its config says."""
-    auto_class = _auto_class(load_config(name_or_path, init_kwargs, revision))
+    config = load_config(name_or_path, init_kwargs, revision)
     options = {**_as_dict(init_kwargs), **hub_options(init_kwargs, revision), **more}
+    if quantised.is_quantised_by(options, config):
+        options.setdefault("device_map", {"": device})
+    if quantised.NAME in options:
+        empty = empty_model(name_or_path, init_kwargs, revision)
+        quantization = quantised.read_quantization("init_kwargs", options[quantised.NAME])
+        head = quantised.name_of_head(empty)
+        options[quantised.NAME] = quantised.without_head(quantization, head)
     try:
-        return auto_class.from_pretrained(name_or_path, **options)
+        return _auto_class(config).from_pretrained(name_or_path, **options)
     except TypeError as error:  # an argument that neither from_pretrained nor the model knows
         raise ValueError(
             "GOLDTrainer: model_init_kwargs and teacher_model_init_kwargs must be arguments of "

@@ -150,9 +150,17 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def is_quantized(model: nn.Module) -> bool:
+def is_quantised(model: nn.Module) -> bool:
     """By transformers, in from_pretrained."""
     return getattr(base_model(model), "quantization_method", None) is not None
+
+
+def check_adapter_of_quantised(student: nn.Module, peft_config: Any) -> None:
+    if is_quantised(student) and peft_config is None and not has_adapter(student):
+        raise ValueError(
+            "GOLDTrainer: a student in 8 or 4 bits must have an adapter, got none; set use_peft, "
+            "from Python peft_config=LoraConfig(...)."
+        )
 
 
 def check_trained(student: nn.Module) -> None:

@@ -30,7 +30,7 @@ from transformers.integrations.deepspeed import (
 from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
-from gold_trainer.models import base_model
+from gold_trainer.models import base_model, is_quantised
 from gold_trainer.rows import Row
 from gold_trainer.videos import Video
 
@@ -122,6 +122,7 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> None:
             "needs no memory for long sequences, gradient_checkpointing little."
         )
     if accelerator.distributed_type == DistributedType.FSDP:
+        _refuse_quantised(model)
         _refuse_tied_copy(model)
         plugin = state.fsdp_plugin
         if plugin.transformer_cls_names_to_wrap is None:
@@ -130,6 +131,8 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> None:
             plugin.transformer_cls_names_to_wrap = [name for name in names if name in there] or None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         options = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if options.get("stage") == 3:
+            _refuse_quantised(model)
         is_whole = options.get("stage3_gather_16bit_weights_on_model_save")
         if options.get("stage") == 3 and not is_whole:
             raise ValueError(
@@ -137,6 +140,14 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> None:
                 "stage3_gather_16bit_weights_on_model_save=false; set it to true in the config of "
                 "DeepSpeed, or zero3_save_16bit_model in accelerate's."
             )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    if is_quantised(model):
+        raise ValueError(
+            "GOLDTrainer: under FSDP and ZeRO-3 the student must be in 16 or 32 bits, got one in 8 "
+            "or 4 bits; train it with DDP or ZeRO-2, which leave the weights whole."
+        )
 
 
 def _refuse_tied_copy(model: nn.Module) -> None:

@@ -77,6 +77,12 @@ class TeacherFields:
                     f"GOLDConfig: teacher_model_init_kwargs must be without device_map where "
                     f"{name} is set, got {given['device_map']!r}; choose one of the two."
                 )
+        for name in ("teacher_sharding", "teacher_offload"):
+            if "quantization_config" in given and getattr(self, name) is not None:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be None for a teacher in 8 or 4 bits, got "
+                    f"{getattr(self, name)!r}; choose one of the two."
+                )
 
 
 def _check_device(name: str) -> None:

@@ -370,8 +370,8 @@ def test_fields_of_the_student_reach_its_weights(models, json_rows, tmp_path, mo
     students = []
     load_model = loading.load_model
 
-    def spy(name, *args):
-        students.append((name, args[0], load_model(name, *args)))
+    def spy(name, *args, **more):
+        students.append((name, args[0], load_model(name, *args, **more)))
         return students[-1][2]
 
     monkeypatch.setattr(loading, "load_model", spy)
@@ -405,7 +405,7 @@ def test_bad_row_met_while_training_ends_in_one_message(
 
 
 def test_missing_packages_are_one_message(capsys, models, json_rows, tmp_path, monkeypatch):
-    def load_model(*args):
+    def load_model(*args, **more):
         raise ImportError("4-bit quantization requires bitsandbytes")  # as transformers does
 
     monkeypatch.setattr(loading, "load_model", load_model)

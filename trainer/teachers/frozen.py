@@ -13,7 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gold_trainer import loading, loss_at_head, models, sharding
+from gold_trainer import loading, loss_at_head, models, quantised, sharding
 from gold_trainer.batches import SideInputs
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
@@ -34,7 +34,7 @@ def _bring_back(head: Any) -> None:
 def refuse_kinds(model: nn.Module, field: str) -> None:
     """What this field cannot place."""
     what = None
-    if models.is_quantized(model):
+    if models.is_quantised(model):
         what = "one in 8 or 4 bits: load it in 16 bits"
     elif any(hasattr(module, "_hf_hook") for module in model.modules()):
         what = "one that accelerate has placed: load it without device_map and cpu_offload"
@@ -58,11 +58,13 @@ class FrozenTeacher(Teacher):
 
     @staticmethod
     def load_model(model: PreTrainedModel | str, args: GOLDConfig) -> PreTrainedModel:
-        if not isinstance(model, str):
-            return model
-        source = args.teacher_model_init_kwargs, args.teacher_model_revision
-        with sharding.whole_weights(args):
-            return loading.load_model(model, *source)
+        if isinstance(model, str):
+            source = args.teacher_model_init_kwargs, args.teacher_model_revision
+            device = torch.device(args.teacher_device or args.device)
+            with sharding.whole_weights(args):
+                model = loading.load_model(model, *source, device=device)
+        quantised.restore_head(model, "teacher")
+        return model
 
     @property
     def own_device(self) -> torch.device | None:
@@ -90,6 +92,11 @@ class FrozenTeacher(Teacher):
         head: Any = self.side.head
         if head.weight.device == device:
             return
+        if head.weight.device.type == "cpu" and self.own_device is None:
+            raise ValueError(
+                f"GOLDTrainer: a quantised or dispatched teacher must be on {device}, got one on "
+                "the CPU; load it with device_map, or set teacher_device='cpu', which is slow."
+            )
         copy = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         copy.weight = nn.Parameter(head.weight.detach().to(device), False)
         if head.bias is not None:

@@ -48,7 +48,7 @@ class OffloadedTeacher(FrozenTeacher):
         hull = loading.empty_model(model, *source)
         options = {"device_map": _on_disk(hull), "offload_folder": folder.name}
         with sharding.whole_weights(args):
-            loaded = loading.load_model(model, *source, **options)
+            loaded = loading.load_model(model, *source, device=args.device, **options)
         stored = _map_stored(loaded)
         refuse_kinds(loaded, "teacher_offload")
         teacher = cls(loaded, processor, args)
