@@ -93,7 +93,7 @@ def measure_group(
     for names in left.values():
         for name in names:
             reference = engine_matrix.reference_of(name)
-            by_reference["ddp" if name == "uneven" else "one"][reference] = None
+            by_reference["ddp" if name in engine_matrix.OF_RANKS else "one"][reference] = None
     expected: dict[str, dict[str, Any]] = {}
     for engine, references in by_reference.items():
         if references:

@@ -88,6 +88,11 @@ def _own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             f"{own.num_examples!r}; 0 shows none."
         )
     own.num_examples = int(own.num_examples)
+    if own.output is not None and Path(own.output).is_dir():
+        raise ValueError(
+            f"gold-trainer check: output must be a file, got the folder {own.output!r}; name a "
+            "file in it."
+        )
     if own.output is not None and not Path(own.output).absolute().parent.is_dir():
         raise ValueError(
             f"gold-trainer check: output must be a file in a folder that exists, got "

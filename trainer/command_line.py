@@ -5,6 +5,7 @@ The YAML holds the same names as the flags; a flag wins over the YAML.
 
 import argparse
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -65,7 +66,13 @@ RESUME_WORDS = ("true", "false", "auto")
 
 
 class Parser(HfArgumentParser):
-    """Says what is wrong in one line: the usage text of 150 fields would hide it."""
+    """Says what is wrong in one line: the usage text of 150 fields would hide it. What begins as a
+    negative number, -1e-5 too, is a value and no flag.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

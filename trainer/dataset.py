@@ -10,8 +10,9 @@ from transformers.utils import logging
 from gold_trainer.columns import SHAPE_COLUMNS, has_shape, names_of, refuse_unused_columns
 from gold_trainer.data_files import MappedRows
 from gold_trainer.pictures import undecoded
-from gold_trainer.row_errors import ColumnsError, shown, told
+from gold_trainer.row_errors import ColumnsError, reading, shown
 from gold_trainer.rows import Row, RowReader
+from gold_trainer.tables import refuse_tables
 
 logger = logging.get_logger(__name__)
 
@@ -20,6 +21,7 @@ class RowDataset(torch.utils.data.Dataset):
     """A map-style dataset read as Rows, with the options of RowReader."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], **options: Any):
+        refuse_tables(rows)
         if isinstance(rows, Mapping):
             raise ValueError(
                 f"RowDataset: one dataset is expected, got {type(rows).__name__} with "
@@ -110,15 +112,8 @@ def conversations(rows: Any) -> Any:
 
 
 def _columns(rows: Any, index: int) -> Any:
-    try:
+    with reading(index, "dataset"):
         return rows[index]
-    except Exception as error:  # of the dataset's own code, which may decode pictures here
-        if isinstance(error, ValueError) and str(error).startswith("row "):
-            raise
-        raise ValueError(
-            f"row {index}: the dataset cannot give it ({type(error).__name__}: {told(error)}); "
-            "mend or drop the row."
-        ) from error
 
 
 def as_rows(

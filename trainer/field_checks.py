@@ -5,7 +5,6 @@ Kinds come from the annotations, choices from the metadata, ranges and remedies 
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -16,6 +15,8 @@ from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, NamedTuple
+
+from gold_trainer.nearest import nearest
 
 
 class Range(NamedTuple):
@@ -278,8 +279,8 @@ def _words(field: dataclasses.Field, kinds: tuple[Any, ...], value: Any) -> tupl
             text = f"a number, {text}"
         options.append(text)
     elif choices:
-        nearest = difflib.get_close_matches(str(value), list(map(str, choices)), n=1)
-        remedy = f"did you mean {nearest[0]!r}?" if nearest and not remedy else remedy
+        meant = nearest(value, choices)
+        remedy = f"did you mean {meant!r}?" if meant and not remedy else remedy
         options += map(repr, choices)
     elif text:
         options = [text]

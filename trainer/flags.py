@@ -4,7 +4,6 @@ Torch and transformers take seconds to import; `train --help` and a misspelt fla
 """
 
 import ast
-import difflib
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gold_trainer.config_file import read_mapping
+from gold_trainer.nearest import did_you_mean
 
 # File, class, title: ours, in the order in which they are shown.
 GROUPS = (
@@ -198,8 +198,7 @@ def remedy(name: str, names: Iterable[str]) -> str:
         return f"; write --{name[3:]} false"
     if name in HINTS:
         return f"; {HINTS[name]}"
-    nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]}?" if nearest else "; --help lists the fields"
+    return did_you_mean(name, names, cutoff=0.5) or "; --help lists the fields"
 
 
 def check_names(argv: Iterable[str]) -> None:

@@ -1,14 +1,14 @@
 """Names that reach a library in a dict, or as text: looked at before models are loaded."""
 
-import difflib
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.nearest import did_you_mean
 from gold_trainer.quantised import NAME, read_quantization
 
 SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -47,7 +47,7 @@ def check_best_metric(args: GOLDConfig, names: Collection[str], eval_dataset: An
     if metric.removeprefix("eval_") not in known:
         raise ValueError(
             f"GOLDTrainer: metric_for_best_model must be one of {', '.join(known)}, got "
-            f"{metric!r}{_meant(metric.removeprefix('eval_'), known) or '; choose one'}."
+            f"{metric!r}{did_you_mean(metric.removeprefix('eval_'), known) or '; choose one'}."
         )
 
 
@@ -56,10 +56,5 @@ def _check(field: str, given: Any, known: Collection[str], owner: str) -> None:
         if name not in known:
             raise ValueError(
                 f"GOLDTrainer: {field} must hold arguments of {owner}, got {name!r}; they are "
-                f"{', '.join(known) or 'none'}{_meant(name, known)}."
+                f"{', '.join(known) or 'none'}{did_you_mean(name, known)}."
             )
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -3,7 +3,6 @@
 Everything that a config can tell is checked before weights are read.
 """
 
-import difflib
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +26,7 @@ from transformers.utils import is_peft_available
 from gold_trainer import models, quantised
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.nearest import nearest
 
 # Arguments of from_pretrained; a config's are a dict from the moment that it is made, as a command
 # line's JSON is read then.
@@ -111,8 +111,8 @@ def is_missing_folder(name: str) -> bool:
 def _beside(path: Path) -> str:
     """The nearest name in the folder where it was looked for."""
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, names, n=1)
-    return f"; {path.parent} has {nearest[0]}" if nearest else ""
+    found = nearest(path.name, names)
+    return "" if found is None else f"; {path.parent} has {found}"
 
 
 def load_processor(config: PretrainedConfig, init_kwargs: InitKwargs) -> Processor:

@@ -27,10 +27,11 @@ class MetricWindow:
         self.started: float | None = None
         self.reset()
 
-    def names(self) -> list[str]:
+    def names(self, *, has_aux_loss: bool) -> list[str]:
         """Of the means that an evaluation has."""
         sums = (*self.count_names, *self.objective.sums)
-        return list(self.objective.means(dict.fromkeys(sums, 1.0)))
+        means = list(self.objective.means(dict.fromkeys(sums, 1.0)))
+        return [*means, AUX_LOSS] if has_aux_loss else means
 
     def start(self) -> None:
         """Start the clock unless it runs."""

@@ -125,12 +125,16 @@ class NonFiniteGuard:
         """The Trainer sums losses up: a step that is left out must not make the sum NaN."""
         return torch.where(torch.isfinite(loss), loss, 0) if self.can_skip else loss
 
-    def logs(self) -> dict[str, float]:
-        """What a log says of steps left out; the mean loss is that of the others."""
-        logs = {"nonfinite_steps": float(self.skipped)} if self.can_skip else {}
+    def logs(self, logs: dict[str, float]) -> dict[str, float]:
+        """The log with what it says of steps left out; its loss is the mean of the others. Where
+        there are no others it has none.
+        """
+        if self.can_skip:
+            logs = {**logs, "nonfinite_steps": float(self.skipped)}
         if self.skipped or self.empty:
             loss = self.accelerator.reduce(self.accepted_loss, reduction="mean").item()
-            logs["loss"] = loss / self.accepted if self.accepted else float("nan")
+            mean = {"loss": loss / self.accepted} if self.accepted else {}
+            logs = {name: value for name, value in logs.items() if name != "loss"} | mean
         self.start_log()
         return logs
 

@@ -48,6 +48,16 @@ def fit_to_model(args: "GOLDConfig", student: nn.Module) -> None:
         )
 
 
+def refuse_fp16(args: "GOLDConfig") -> None:
+    """accelerate leaves it out on a CPU without a word."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if args.device.type == "cpu" and (args.fp16 or (launcher == "fp16" and not args.bf16)):
+        raise ValueError(
+            "GOLDTrainer: fp16 needs a GPU, got a run on the CPU, which would compute in float32; "
+            "set bf16=True, or neither."
+        )
+
+
 def describe(args: "GOLDConfig", dtypes: str) -> str:
     """dtypes: of the student's weights."""
     mixed = next((name for name in ("bf16", "fp16") if getattr(args, name)), None)

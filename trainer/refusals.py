@@ -10,7 +10,10 @@ from transformers.integrations.integration_utils import (
 
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
+from gold_trainer.hub import check_login
 from gold_trainer.library_options import check_library_options
+from gold_trainer.precision import refuse_fp16
+from gold_trainer.tables import refuse_tables
 
 SMALL_RATE = 1e-6
 # Names of report_to whose package has another name on the registry.
@@ -40,6 +43,8 @@ def refuse_unusable(
         )
     refuse_reports(args)
     check_library_options(args)
+    refuse_fp16(args)
+    check_login(args)
     has_adapter = peft_config is not None or (
         not isinstance(model, str) and models.has_adapter(model)
     )
@@ -137,6 +142,7 @@ def warn_of_tiny_rate(args: GOLDConfig) -> None:
 
 
 def refuse_splits(train_dataset: Any) -> None:
+    refuse_tables(train_dataset)
     if isinstance(train_dataset, dict):
         raise ValueError(
             "GOLDTrainer: train_dataset must be one dataset, got a dict of "

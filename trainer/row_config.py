@@ -14,6 +14,7 @@ RESERVED = {
     "tools": "the column `tools`",
     "add_generation_prompt": "where the prompt ends",
     "continue_final_message": "a prompt that ends with an assistant's message",
+    "chat_template": "the template of the processor, which decides what ends a turn,",
     **dict.fromkeys(("conversation", "messages"), "the row's messages"),
     **dict.fromkeys(("max_length", "truncation"), "the config field `max_length`"),
     **dict.fromkeys(

@@ -1,5 +1,7 @@
 """Why a row cannot be used: ValueErrors that know their reason, and what takes a row's place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,6 +47,20 @@ def told(error: Exception) -> str:
 def _cut(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 3]}..."
+
+
+@contextmanager
+def reading(index: int, dataset: str) -> Iterator[None]:
+    """Around a dataset's own code, which may decode pictures: its errors name the row."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("row "):
+            raise
+        raise ValueError(
+            f"row {index}: the {dataset} cannot give it ({type(error).__name__}: {told(error)}); "
+            "mend or drop the row."
+        ) from error
 
 
 def renamed(error: ValueError, message: str) -> ValueError:

@@ -9,8 +9,11 @@ from torch.utils.data import IterableDataset
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset, as_rows
 from gold_trainer.pictures import undecoded
-from gold_trainer.row_errors import BadRow, told
+from gold_trainer.row_errors import BadRow, reading
 from gold_trainer.rows import Row, RowReader
+from gold_trainer.tables import refuse_tables
+
+END: Any = object()  # of a stream
 
 
 class RowStream(IterableDataset):
@@ -30,17 +33,10 @@ class RowStream(IterableDataset):
     def __iter__(self) -> Iterator[Row | BadRow]:
         columns, index = iter(self.stream), 0
         while True:
-            try:
-                row = next(columns)
-            except StopIteration:
+            with reading(index, "stream"):
+                row = next(columns, END)
+            if row is END:
                 return
-            except Exception as error:  # of the stream's own code, which may decode pictures here
-                if isinstance(error, ValueError) and str(error).startswith("row "):
-                    raise
-                raise ValueError(
-                    f"row {index}: the stream cannot be read on ({told(error)}); mend or filter "
-                    "the row."
-                ) from error
             yield from self.reader.rows(row, index, is_tolerant=self.is_tolerant)
             index += 1
 
@@ -54,6 +50,7 @@ def read_rows(
     dataset: Any, args: GOLDConfig, *, has_chat_template: bool = False, **options: Any
 ) -> Any:
     """The dataset, or each dataset of a dict, read as Rows, with a length or without."""
+    refuse_tables(dataset)
     if isinstance(dataset, dict):
         return {
             name: read_rows(part, args, has_chat_template=has_chat_template, **options)

@@ -32,6 +32,7 @@ from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
+from gold_trainer.hub import pushing
 from gold_trainer.library_options import check_best_metric
 from gold_trainer.loss_at_head import gather_rows
 from gold_trainer.metrics import MetricWindow
@@ -41,7 +42,7 @@ from gold_trainer.objectives import Objective
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
 from gold_trainer.resuming import settings_of_run
-from gold_trainer.router_loss import with_router_loss
+from gold_trainer.router_loss import has_router_loss, with_router_loss
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
 from gold_trainer.stopping import Stopper
@@ -136,7 +137,8 @@ class GOLDTrainer(Trainer):
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
-        check_best_metric(args, self.windows["eval"].names(), eval_dataset)
+        names = self.windows["eval"].names(has_aux_loss=has_router_loss(student))
+        check_best_metric(args, names, eval_dataset)
         sharding.prepare(self.accelerator, student)
         self.pictures_for_all = sharding.PicturesForAll(
             self.accelerator, self.teacher.model, self.objective.collators
@@ -314,6 +316,11 @@ class GOLDTrainer(Trainer):
         if not _internal_call and output_dir in (None, self.args.output_dir):
             self.create_model_card()
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        sharding.save_whole(self, self.args.output_dir)
+        with pushing(self.args.output_dir):
+            return super().push_to_hub(*args, **kwargs)
+
     def create_model_card(  # type: ignore[override]  # names of models, loss and rows are known
         self, *args: Any, dataset: str | None = None, **kwargs: Any
     ) -> None:
@@ -373,13 +380,14 @@ class GOLDTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training window's metrics, means over its scored tokens on all ranks."""
+        is_due = "loss" in logs or "train_loss" in logs  # at the end too: steps since the last log
         if "loss" in logs:
             window = self.windows["train"]
             totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
             means = window.means(totals)
             del means["loss"]  # the Trainer's is the mean over steps
-            logs = {**logs, **means, **self.guard.logs(), **self.rollouts.logs(self.accelerator)}
-        if "loss" in logs or "train_loss" in logs:  # at the end too: steps since the last log
+            logs = self.guard.logs({**logs, **means, **self.rollouts.logs(self.accelerator)})
+        if is_due:
             logs = {**logs, **self.skipped.logs()}
         super().log(logs, start_time)
 

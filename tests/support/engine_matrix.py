@@ -43,6 +43,7 @@ ALONE = (
     *("own_teacher", "bf16", "by_name", "mixed_media", "on_policy_media", "seq_kd_media"),
     *("on_policy_rooms", "on_policy_lengths", "uneven", "evaluated_first", "early_evaluation"),
 )
+OF_RANKS = ("by_name", "uneven")  # which depend on how many there are: compared with DDP
 RELATIVE = 1e-5  # of losses, norms, evaluations and weights
 BFLOAT16 = 1e-2  # under it, which engines compute in more places than DDP
 OTHER_FAMILY = {"text": "llama", "pictures": "idefics3", "mixed": "idefics3"}

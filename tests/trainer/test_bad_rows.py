@@ -166,6 +166,16 @@ def test_a_dataset_whose_rows_are_all_bad_is_refused(tmp_path):
     assert math.isnan(metrics["eval_loss"])
 
 
+def test_a_step_without_rows_logs_their_number_and_no_loss(tmp_path):
+    rows = with_bad(text_rows(4), {0: BAD["other"], 1: BAD["other"]})
+    options = SKIP | {"per_device_train_batch_size": 2, "max_steps": 2}
+    trainer = make_trainer(tmp_path, rows, "qwen3", **options)
+    trainer.train()
+    first, second, _ = trainer.state.log_history
+    assert "loss" not in first and second["loss"] > 0
+    assert skips_of(trainer)[:2] == [{"": 2.0, "/other": 2.0}] * 2
+
+
 def test_rows_left_out_after_the_last_log_are_counted_at_the_end(tmp_path):
     rows = with_bad(text_rows(6), {5: BAD["other"]})
     options = {"max_steps": 2, "logging_steps": 10, "logging_first_step": True}

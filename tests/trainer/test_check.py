@@ -224,6 +224,7 @@ def test_of_a_stream_as_many_rows_are_read_as_a_run_takes(limit, check, tmp_path
         (text_rows(2), [], ("qwen3", "qwen3_more"), "must have one vocabulary, got token"),
         (text_rows(2), ["--num_examples=x"], ("qwen3", "qwen3"), "a whole number, got 'x'; 0 sho"),
         (text_rows(2), ["--output=/none/r.json"], ("qwen3", "qwen3"), "a folder that exists, got"),
+        (text_rows(2), ["--output", "."], ("qwen3", "qwen3"), "must be a file, got the folder '.'"),
         (text_rows(2), ["--lrate", "2"], ("qwen3", "qwen3"), "unknown flag --lrate"),
         (
             text_rows(2),

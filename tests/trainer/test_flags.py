@@ -111,6 +111,13 @@ def test_flag_that_there_is_not_says_what_was_meant(flag, remedy, capsys, tmp_pa
     assert f"c.yaml: unknown key {key}" in shown and remedy in shown
 
 
+@pytest.mark.parametrize("value", ["-1e-5", "-1E5", "-.5", "-1", "-2.5e+3", "-inf"])
+def test_negative_numbers_are_values_and_meet_the_check_of_their_field(value, capsys):
+    assert main(["train", "--learning_rate", value, "--output_dir", "runs/none"]) == 2
+    shown = capsys.readouterr().err
+    assert "learning_rate must be" in shown and f"got {float(value)}" in shown
+
+
 @pytest.mark.parametrize("flag", ["--lora-r", "--no_disable_dropout", "--output_dir=x"])
 def test_flags_that_argparse_knows_pass(flag):
     flags.check_names([flag])

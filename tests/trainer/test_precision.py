@@ -63,6 +63,15 @@ def test_checkpointing_is_left_to_fsdp_where_that_has_its_own(how, tmp_path, mon
     assert config.gradient_checkpointing is False
 
 
+@pytest.mark.parametrize("how", ["config", "launcher"])
+def test_fp16_which_a_cpu_has_not_is_refused(how, tmp_path, monkeypatch):
+    if how == "launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    fields = {"fp16": True} if how == "config" else {}
+    with pytest.raises(ValueError, match=r"fp16 needs a GPU, got a run on the CPU.*set bf16=True"):
+        make_trainer(tmp_path, tiny_rows(4), "llama", **fields)
+
+
 def test_flags_and_yaml_set_both(tmp_path):
     argv = ["--use_cpu", "--output_dir", str(tmp_path)]
     assert parse_arguments([*argv, "--bf16", "--gradient_checkpointing"])[2].bf16 is True

@@ -119,6 +119,17 @@ def test_evaluation_logs_it_and_counts_it(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_it_can_choose_the_best_model(tmp_path):
+    options = {"teacher": build("Mixtral", 1), "eval_rows": ROWS, "eval_strategy": "steps"}
+    options |= {"eval_steps": 1, "metric_for_best_model": "aux_loss", "save_strategy": "best"}
+    trainer = make_trainer(tmp_path, ROWS, "llama", student=build("Mixtral"), **options)
+    trainer.train()
+    assert trainer.state.best_metric == trainer.state.log_history[-2]["eval_aux_loss"]
+    student = build("Mixtral", output_router_logits=False)
+    with pytest.raises(ValueError, match=r"metric_for_best_model must be one of .*got 'aux_loss'"):
+        make_trainer(tmp_path, ROWS, "llama", student=student, **options)
+
+
 def test_without_router_logits_there_is_none(tmp_path):
     student, teacher = build("Mixtral", output_router_logits=False), build("Mixtral", 1)
     trainer = make_trainer(tmp_path, ROWS, "llama", student=student, teacher=teacher)

@@ -231,7 +231,9 @@ def test_train_on_is_one_of_two():
         GOLDConfig(output_dir="runs/none", train_on="first")
 
 
-@pytest.mark.parametrize("name", ["tools", "tokenize", "add_generation_prompt", "return_dict"])
+@pytest.mark.parametrize(
+    "name", ["tools", "tokenize", "add_generation_prompt", "return_dict", "chat_template"]
+)
 def test_arguments_that_are_the_trainers_own_are_refused(name):
     kwargs = {"enable_thinking": False, name: True}
     message = f"chat_template_kwargs must hold what only the chat template reads, got '{name}', whi"
