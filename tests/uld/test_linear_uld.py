@@ -311,6 +311,7 @@ def test_memory_of_the_kernels_stays_within_the_budget(logits_dtype, has_overlap
         loss.backward()
         hidden.grad = None
 
+    step()  # cuBLAS keeps a workspace from its first product on
     rows_and_gradients = hidden.shape[0] * (4 * size + 64)
     tables = 9 * v_student + v_teacher if has_overlap else 0
     assert peak_extra_bytes(step, "cuda") <= budget + rows_and_gradients + tables
