@@ -233,7 +233,7 @@ def test_real_vocabularies_on_the_gpu(sizes, noise):
     if noise is not None:
         teacher = student + noise * teacher
     loss_error, grad_error, has_same_signs = logits_errors(student, teacher)
-    assert loss_error < (1e-4 if noise is None else 1e-3)
+    assert loss_error < 3e-5
     assert grad_error < 2e-2 and has_same_signs
 
 
