@@ -76,6 +76,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "vllm_server_timeout": (NOT_NEGATIVE, "240 seconds is the default"),
     "vllm_request_timeout": (POSITIVE, "600 seconds is the default"),
     "vllm_sync_frequency": (AT_LEAST_1, "1 brings weights over at every step"),
+    "async_rollouts": (Range("0 or 1", 0, 1), "0 writes each window with the newest weights"),
     "vllm_max_model_length": (Range("at least 2", 2), "None takes max_length"),
     "vllm_tensor_parallel_size": (AT_LEAST_1, "1 is one GPU"),
     "vllm_gpu_memory_utilization": (Range("in (0, 1]", 0, 1, is_open=True), "0.9 is the default"),

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from gold_trainer import checkpoints, loading, models, refusals, sharding
+from gold_trainer.ahead import WindowSource
 from gold_trainer.bad_rows import SkippedRows, tolerant, tolerant_collator
 from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
@@ -49,7 +50,7 @@ from gold_trainer.stopping import Stopper
 from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
 from gold_trainer.teachers import check_cached, make_teacher, source_of
-from gold_trainer.window import RepeatSampler, Rollouts, fetch_window, window_rows
+from gold_trainer.window import RepeatSampler, Rollouts, window_rows
 from gold_trainer.writers import connect, make_writers
 
 
@@ -143,6 +144,7 @@ class GOLDTrainer(Trainer):
         self.pictures_for_all = sharding.PicturesForAll(
             self.accelerator, self.teacher.model, self.objective.collators
         )
+        self.window_source = WindowSource(args, self.rollouts, self.pictures_for_all)
         refusals.warn_of_tiny_rate(args)
         banner = Banner(student, self.teacher.model, train_dataset, tokenizer)
         self.callback_handler.callbacks.insert(0, banner)  # before the progress bar's line
@@ -208,11 +210,10 @@ class GOLDTrainer(Trainer):
         self.windows["train"].start()
         self.windows["train"].keep()
         self.guard.start()
-        batches = self.pictures_for_all.add(fetch_window(epoch_iterator, num_batches))
+        with self.accelerator.autocast():
+            batches = self.window_source.next(epoch_iterator, num_batches, self.state)
         if not batches:
             return batches, None
-        with self.accelerator.autocast():
-            batches = self.rollouts.complete(batches, self.state.global_step)
         # full, not tensor: a fill on the device where a copy would wait for it
         counts = [*self.objective.num_items(batches), *self.skipped.count(batches)]
         num_items = [torch.full((), count, device=device) for count in counts]

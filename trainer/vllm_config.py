@@ -7,6 +7,7 @@ from typing import Any
 OF_SERVER = (
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
     *("vllm_request_timeout", "vllm_weight_sync", "vllm_sync_dir", "vllm_group_port"),
+    "async_rollouts",
 )
 OF_COLOCATE = ("vllm_enable_sleep_mode",)
 
@@ -68,6 +69,13 @@ class VLLMFields:
     )
     vllm_sync_frequency: int = field(
         default=1, metadata={"help": "Steps between two times that new weights are brought over."}
+    )
+    async_rollouts: int = field(
+        default=0,
+        metadata={
+            "help": "1: a server writes the rollouts of the next step while this one is learnt, "
+            "with weights that are one step old."
+        },
     )
     vllm_max_model_length: int | None = field(
         default=None,

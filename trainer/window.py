@@ -28,7 +28,7 @@ from gold_trainer.sampling_check import SamplingCheck
 from gold_trainer.sharding import missing_media, num_calls
 from gold_trainer.sides import Side
 from gold_trainer.videos import Video
-from gold_trainer.writers import Prompt, Sampling, Writer
+from gold_trainer.writers import Completion, Prompt, Sampling, Writer
 
 RowKey = tuple[int, int | None]  # row of the dataset and turn
 Pictures = dict[RowKey, tuple[list[Image.Image], list[Video]]]
@@ -126,6 +126,7 @@ class Rollouts:
         self.args, self.objective, self.writers, self.models = args, objective, writers, models
         self.tokenizer = tokenizer
         self.sampling_check = SamplingCheck(args.device)
+        self.ages: list[int] = []  # since the last log: steps that rollouts' weights were behind
 
     @cached_property
     def sampling(self) -> dict[str, Sampling]:
@@ -139,7 +140,11 @@ class Rollouts:
         self.sampling_check.add(rows, side.head, side.form, inputs, self.sampling["student"])
 
     def logs(self, accelerator: Accelerator) -> dict[str, float]:
-        return self.sampling_check.logs(accelerator) if self.args.lmbda > 0 else {}
+        ages, self.ages = self.ages, []
+        stale = {}
+        if self.args.use_vllm and ages:  # the same on every rank, as weights go over together
+            stale = {"rollout_age": sum(ages) / len(ages)}
+        return self.sampling_check.logs(accelerator) | stale if self.args.lmbda > 0 else {}
 
     def source(self, step: int, micro_step: int) -> str:
         """Student (on-policy), teacher or dataset; the same on every rank and after a resume."""
@@ -148,7 +153,27 @@ class Rollouts:
             return "student"
         return "teacher" if self.args.seq_kd else "dataset"
 
-    def complete(self, batches: list[WindowBatch], step: int) -> list[WindowBatch]:
+    def ask(self, batches: list[WindowBatch], step: int) -> Callable[[], Iterator[Example]] | None:
+        """Have a server write the student's completions of the window of a later step, with the
+        weights of the step before it. They are there when the answer is called, on all ranks.
+        """
+        due = [i for i in range(len(batches)) if self.source(step, i) == "student"]
+        if not due:
+            return None
+        writer = self.writers["student"]
+        writer.sync_weights(self.models["student"], step - 1)
+        own = [batches[i] for i in due if not batches[i].is_blank]
+        before = self._before([e for batch in own for e in batch.examples])
+        prompts = self._prompts("student", own or [batches[due[0]]], step, before)
+        answer = writer.start(prompts, self.sampling["student"])
+        return lambda: self._examples(prompts, answer(), step)
+
+    def complete(
+        self,
+        batches: list[WindowBatch],
+        step: int,
+        asked: Callable[[], Iterator[Example]] | None = None,  # for the student's completions
+    ) -> list[WindowBatch]:
         """The window with its completions; one call of each writer that has to write."""
         sources = [self.source(step, micro_step) for micro_step in range(len(batches))]
         completed = [
@@ -158,15 +183,18 @@ class Rollouts:
             due = [i for i, source in enumerate(sources) if source == name]
             if not due:
                 continue
-            writer.sync_weights(self.models[name], step)
             own = [i for i in due if not batches[i].is_blank]
-            before = self._before([e for i in own for e in batches[i].examples])
-            if own:
-                written = self.write(name, [completed[i] for i in own], step, before)
-                for i, batch in zip(own, written, strict=True):
-                    completed[i] = batch
-            elif self.args.world_size > 1:  # without rows: sharded weights write where all ranks do
-                self._completed(name, [completed[due[0]]], step)
+            mine = [completed[i] for i in own]
+            if name == "student" and asked is not None:
+                written = self._with(asked(), name, mine)
+            else:
+                writer.sync_weights(self.models[name], step)
+                before = self._before([e for batch in mine for e in batch.examples])
+                written = self.write(name, mine, step, before) if mine else []
+                if not mine and self.args.world_size > 1:  # sharded weights write on all ranks
+                    self._completed(name, [completed[due[0]]], step)
+            for i, batch in zip(own, written, strict=True):
+                completed[i] = batch
         shown = next((batch for batch in completed if not batch.is_blank), None)
         if shown is not None:
             self._print(shown.examples, shown.source, step)
@@ -180,7 +208,11 @@ class Rollouts:
         before: Mapping[RowKey, int] | None = None,  # completions of a row that others write
     ) -> list[WindowBatch]:
         """The batches with completions of one writer's call."""
-        examples = self._completed(name, batches, step, before)
+        return self._with(self._completed(name, batches, step, before), name, batches)
+
+    def _with(
+        self, examples: Iterator[Example], name: str, batches: list[WindowBatch]
+    ) -> list[WindowBatch]:
         return [
             self.objective.with_completions(
                 batch, name, list(islice(examples, len(self.objective.prompts(batch, name))))
@@ -204,19 +236,32 @@ class Rollouts:
         step: int | str,
         before: Mapping[RowKey, int] | None = None,
     ) -> Iterator[Example]:
-        """The batches' rows and, behind them, those that run the vision tower as other ranks do."""
+        prompts = self._prompts(name, batches, step, before)
+        written = self.writers[name].complete(prompts, self.sampling[name])
+        return self._examples(prompts, written, step)
+
+    def _examples(
+        self, prompts: list[Prompt], written: list[list[Completion]], step: int | str
+    ) -> Iterator[Example]:
+        for prompt, completions in zip(prompts, written, strict=True):
+            for completion in completions:
+                self.ages += [step - completion.version] if isinstance(step, int) else []
+                yield prompt.example.with_sample(completion.token_ids, completion.logprobs)
+
+    def _prompts(
+        self,
+        name: str,
+        batches: list[WindowBatch],
+        step: int | str,
+        before: Mapping[RowKey, int] | None,
+    ) -> list[Prompt]:
+        """Of the batches' rows and, behind them, those that run the vision tower as on other ranks."""
         rows = [e.unanswered() for batch in batches for e in self.objective.prompts(batch, name)]
         side = {"student": "unscored", "teacher": "teacher_unscored"}[name]
         rows += missing_media(rows, [e for batch in batches for e in getattr(batch, side)])
-        prompts = self._prompts(rows, name, step, before or {})
-        written = self.writers[name].complete(prompts, self.sampling[name])
-        return (
-            prompt.example.with_sample(completion.token_ids, completion.logprobs)
-            for prompt, completions in zip(prompts, written, strict=True)
-            for completion in completions
-        )
+        return self._prompts_of(rows, name, step, before or {})
 
-    def _prompts(
+    def _prompts_of(
         self, rows: list[Example], name: str, step: int | str, before: Mapping[RowKey, int]
     ) -> list[Prompt]:
         """Runs of one row are one prompt. Its seed follows from the run's, the step, the side and

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 2.0},
     "adapter": {"is_adapter": True},
     "merged": {"is_adapter": True, "vllm_merge_adapter": True},
+    "ahead": {"learning_rate": 2.0, "async_rollouts": 1},
     "failing": {"is_failing": True},
 }
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gold_trainer import sampling_check
 from gold_trainer.collator import process_examples
 from gold_trainer.writers import vllm_requests, vllm_sync
 from gold_trainer.writers.vllm_requests import GENERATE, request_body, sampling_params
@@ -14,7 +15,6 @@ from support.trainer_cases import make_trainer
 from support.vllm_cases import (
     PROMPTS,
     make_run,
-    on_policy_logprobs,
     prompts_of,
     recorded_completions,
 )
@@ -77,15 +77,11 @@ def test_logprobs_are_the_students_at_every_step(server, tmp_path):
         tmp_path, server.fields, student(), num_generations=2, max_steps=3, learning_rate=0.5
     )
     windows = recorded_completions(run)
-    differences = []
-
-    def compare(prompts, completions):
-        differences.append(on_policy_logprobs(run, prompts, completions))
-
-    windows.listen = compare
     run.train()
     assert [c.version for of_step in windows.steps for c in of_step] == [0] * 4 + [1] * 4 + [2] * 4
-    assert max(differences) < 1e-4
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["rollout_age"] for entry in entries] == [0.0] * 3
+    assert all(entry[f"{sampling_check.NAME}/max"] < 1e-4 for entry in entries)
     first = [c.token_ids for c in windows.steps[0]]
     assert first[0] != first[1], "two completions of one prompt are two samples"
 
@@ -172,7 +168,7 @@ def test_an_adapter_writes_alone_as_it_does_merged(is_merged, server, tmp_path):
 
 @pytest.mark.parametrize(
     ("engine", "cases"),
-    [("ddp", ["full", "failing"]), ("fsdp2", SHARDED_CASES), ("zero3", SHARDED_CASES)],
+    [("ddp", ["full", "ahead", "failing"]), ("fsdp2", SHARDED_CASES), ("zero3", SHARDED_CASES)],
 )
 def test_two_processes_write_what_one_does(engine, cases, server, tmp_path):
     """Weights are whole on the server whatever the engine; an error on one rank reaches both."""
@@ -208,6 +204,18 @@ def test_a_resumed_run_writes_what_the_uninterrupted_one_does(server, tmp_path):
     whole = steps()
     assert steps(resume=str(tmp_path / "checkpoint-2")) == whole[2:]
     assert len(whole) == 4 and whole[0] != whole[2]
+
+
+def test_rollouts_that_are_written_ahead_are_those_of_their_seeds(server, tmp_path):
+    """Of weights that do not move: whenever they are written."""
+
+    def steps(**fields):
+        run = make_run(tmp_path, server.fields, student(), learning_rate=0.0, max_steps=3, **fields)
+        recorded = recorded_completions(run)
+        run.train()
+        return recorded.rows
+
+    assert steps(async_rollouts=1) == steps()
 
 
 def test_a_prompt_that_the_server_sees_differently_is_refused(server, tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ test_vllm.py has the real one.
 
 import base64
 import io
+import time
 
 import pytest
 import torch
 from PIL import Image
 
+from gold_trainer import GOLDTrainer
 from gold_trainer.collator import prompt_ids
 from gold_trainer.writers import vllm_sync
 from gold_trainer.writers.weights import checkpoint_weights
@@ -21,7 +23,7 @@ from support.vllm_stub import GENERATE, late, stub_server
 START = ["/health", "/version", GENERATE, "/server_info?config_format=json", "/v1/models"]
 RESETS = ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
 SYNC = ["/pause?mode=wait", "/collective_rpc", *RESETS, "/update_weight_version", "/resume"]
-TEXTS = tiny_rows(4)
+TEXTS = tiny_rows(12)
 
 
 @pytest.fixture
@@ -30,9 +32,16 @@ def stub():
         yield stub
 
 
-def make_text_run(output_dir, stub, **fields):
+def make_text_run(output_dir, stub, num_rows=4, **fields):
     options = {"lmbda": 1.0, "max_steps": 2} | stub.fields | fields
-    return make_trainer(output_dir, TEXTS, "qwen3", **options)
+    return make_trainer(output_dir, TEXTS[:num_rows], "qwen3", **options)
+
+
+def wait_until(holds):
+    """Of what other threads do."""
+    end = time.monotonic() + 10
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def lora(**options):
@@ -233,3 +242,42 @@ def test_videos_are_refused_by_row(stub, tmp_path):
     prompt.example.videos = [object()]
     with pytest.raises(ValueError, match=r"^row 0: vLLM writes for .* text and pictures, got 1"):
         run.rollouts.writers["student"]._check(prompt)
+
+
+def test_the_next_window_is_written_while_this_one_is_learnt(stub, tmp_path, monkeypatch):
+    """Rollouts of step 2 come from the weights of step 1. The first window is written in time."""
+    run = make_text_run(tmp_path, stub, num_rows=12, max_steps=3, async_rollouts=1)
+    learn, asked_before_learning = GOLDTrainer.training_step, []
+
+    def training_step(trainer, *args, **options):
+        due = 4 * min(3, trainer.state.global_step + 2)
+        wait_until(lambda: len(stub.bodies(GENERATE)) - 1 == due)
+        asked_before_learning.append(len(stub.bodies(GENERATE)) - 1)
+        return learn(trainer, *args, **options)
+
+    monkeypatch.setattr(GOLDTrainer, "training_step", training_step)
+    run.train()
+    assert asked_before_learning == [8, 12, 12]
+    versions = [body["new_version"] for body in stub.bodies("/update_weight_version")]
+    assert [version.split("-")[1] for version in versions] == ["0", "1"]
+    ages = [entry["rollout_age"] for entry in run.state.log_history if "loss" in entry]
+    assert ages == [0.0, 1.0, 1.0]
+
+
+def test_windows_ahead_end_with_the_epoch(stub, tmp_path):
+    """Six rows, windows of four and two: the first of an epoch has the newest weights."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    run = make_text_run(tmp_path, stub, num_rows=6, async_rollouts=1, max_steps=4, **sizes)
+    run.train()
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["rollout_age"] for entry in entries] == [0.0, 1.0, 0.0, 1.0]
+    assert len(stub.bodies(GENERATE)) - 1 == 12
+
+
+def test_an_error_of_a_window_ahead_ends_the_run(stub, tmp_path):
+    run = make_text_run(tmp_path, stub, num_rows=12, max_steps=3, async_rollouts=1)
+    answered = iter([None] * 4)
+    stub.answers[GENERATE] = lambda body: next(answered, 500)
+    with pytest.raises(ConnectionError, match="got 500: refused with 500; it has ended or failed"):
+        run.train()
+    assert run.state.global_step == 1

@@ -11,9 +11,8 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
-import gold_trainer.trainer
 from gold_kernels.tokens.token_bytes import TokenBytes
-from gold_trainer import GOLDConfig, GOLDTrainer, collator, window
+from gold_trainer import GOLDConfig, GOLDTrainer, ahead, collator, window
 from gold_trainer.window import RepeatSampler
 from gold_trainer.writers import LocalWriter, local
 from support.cross_cases import (
@@ -267,13 +266,13 @@ def counted(make, name, pixels, events):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_repeated_rows_share_their_pictures(workers, tmp_path, monkeypatch):
     windows = []
-    fetch_window = gold_trainer.trainer.fetch_window
+    fetch_window = ahead.fetch_window
 
     def record(*args):
         windows.append(fetch_window(*args))
         return windows[-1]
 
-    monkeypatch.setattr(gold_trainer.trainer, "fetch_window", record)
+    monkeypatch.setattr(ahead, "fetch_window", record)
     rows = DecodedRows(tiny_rows(4, images="mixed"))
     make_trainer(tmp_path, rows, dataloader_num_workers=workers, **TWICE).train()
     examples = [e for batch in windows[0] for e in batch.examples]

@@ -1,6 +1,6 @@
 """Completions of a vLLM server that has the student's weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
@@ -58,23 +58,33 @@ class VLLMWriter(Writer):
         self.step = step
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        return self.start(prompts, sampling)()
+
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Callable[[], list[list[Completion]]]:
+        """The answer is called on all ranks."""
         assert self.step is not None, "weights are brought over before a window's prompts"
         params = sampling_params(sampling, sampling.banned_ids(self.num_entries))
-        written: list[list[Completion]] = []
-        error: Exception | None = None
-        with ThreadPoolExecutor(max(1, min(REQUESTS, len(prompts)))) as pool:
-            asked = [pool.submit(self._complete, prompt, params) for prompt in prompts]
+        pool = ThreadPoolExecutor(max(1, min(REQUESTS, len(prompts))))
+        asked = [pool.submit(self._complete, prompt, params) for prompt in prompts]
+        tokenizer = tokenizer_of(self.collator.processor)
+
+        def answer() -> list[list[Completion]]:
+            written: list[list[Completion]] = []
+            error: Exception | None = None
             try:
                 written = [future.result() for future in asked]
             except Exception as first:  # whatever it is, the other ranks must hear of it
                 error = first
-                pool.shutdown(cancel_futures=True)
-        raise_on_all(error)
-        tokenizer = tokenizer_of(self.collator.processor)
-        return [
-            [completion.kept(prompt, sampling, tokenizer) for completion in completions]
-            for prompt, completions in zip(prompts, written, strict=True)
-        ]
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise_on_all(error)
+            return [
+                [completion.kept(prompt, sampling, tokenizer) for completion in completions]
+                for prompt, completions in zip(prompts, written, strict=True)
+            ]
+
+        return answer
 
     def _complete(self, prompt: Prompt, params: dict[str, Any]) -> list[Completion]:
         example, processor = prompt.example, self.collator.processor

@@ -1,8 +1,9 @@
 """What the trainer asks of a writer. A module here or a server may answer."""
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
@@ -102,6 +103,12 @@ def until_stop(
 
 class Writer(Protocol):
     """Completes prompts with samples of one model, student or teacher."""
+
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Callable[[], list[list[Completion]]]:
+        """complete(), in the background where the writer can: the answer waits for it."""
+        return partial(self.complete, prompts, sampling)
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         """From here on the completions are those of the model as it is at this optimizer step.
