@@ -90,9 +90,11 @@ class FrozenTeacher(Teacher):
         there; the loss gets a copy of its head.
         """
         head: Any = self.side.head
-        if head.weight.device == device:
+        own = head.weight.device
+        # a process of several on the CPU has cpu:0
+        if own == device or own.type == device.type == "cpu":
             return
-        if head.weight.device.type == "cpu" and self.own_device is None:
+        if own.type == "cpu" and self.own_device is None:
             raise ValueError(
                 f"GOLDTrainer: a quantised or dispatched teacher must be on {device}, got one on "
                 "the CPU; load it with device_map, or set teacher_device='cpu', which is slow."
