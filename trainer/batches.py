@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -126,6 +127,12 @@ class SideInputs:
     tensors: dict[str, Tensor]  # what the model's forward takes, input_ids (B, L)
     scored_rows: Tensor  # (N,) flat positions b * L + l whose logits predict a completion token
     labels: Tensor  # (N,) int64, the tokens that they predict
+
+    @classmethod
+    def without_tensors(cls, examples: list[Example]) -> "SideInputs":
+        """For a teacher that needs the examples alone: no picture becomes pixels for it."""
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(examples, {}, none, none)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from gold_trainer.cache_keys import file_digest, text_digest
 from gold_trainer.collator import Processor, tokenizer_of
@@ -21,6 +21,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.loading import hub_options
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CONFIG = "config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
 TEXTS = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 LARGEST_TEXT = 256 << 20  # bytes of a tokenizer's file, at most
@@ -34,6 +35,7 @@ VOLATILE = ("transformers_version", "_name_or_path", "name_or_path", "processor_
 # What to do about a fact that differs, where it is not the field of the same name.
 REMEDIES = {
     "weights": "the teacher has other weights than those that were cached",
+    "commit": "the hub has another version of the teacher: set teacher_model_revision",
     "precision": "set bf16 or fp16 as it was",
     "prompts_cut_to": "on_long_prompt, max_length and max_completion_length decide it",
     "chat_template": "the processor's template is another",
@@ -48,11 +50,12 @@ REMEDIES = {
 def facts_of_args(args: GOLDConfig) -> dict[str, Any]:
     """What a config alone says."""
     kwargs = args.chat_template_kwargs or {}
+    assert not isinstance(kwargs, str), "TrainingArguments reads the JSON"
     return {
         "precision": precision_of(args),
         "max_length": args.max_length,
         "prompts_cut_to": args.cut_to,
-        "chat_template_kwargs": json.dumps(kwargs, sort_keys=True, default=str),
+        "chat_template_kwargs": _as_text(kwargs),
     }
 
 
@@ -84,8 +87,12 @@ def _tokenizer(processor: Processor) -> str:
 
 
 def _stable(config: Mapping[str, Any]) -> str:
-    kept = {k: v for k, v in config.items() if k not in VOLATILE and v is not None}
-    return json.dumps(kept, sort_keys=True, default=str)
+    return _as_text({k: v for k, v in config.items() if k not in VOLATILE and v is not None})
+
+
+def _as_text(values: Any) -> str:
+    """The same for a torch.dtype and its name."""
+    return json.dumps(values, sort_keys=True, default=lambda v: str(v).removeprefix("torch."))
 
 
 def facts_of_teacher(args: GOLDConfig, name: str) -> dict[str, Any]:
@@ -95,16 +102,18 @@ def facts_of_teacher(args: GOLDConfig, name: str) -> dict[str, Any]:
     given = args.teacher_model_init_kwargs or {}
     assert not isinstance(given, str), "TrainingArguments reads the JSON"
     kept = {key: value for key, value in given.items() if key not in PLACES}
-    facts = {"teacher_model_init_kwargs": json.dumps(kept, sort_keys=True, default=str)}
+    facts = {"teacher_model_init_kwargs": _as_text(kept)}
     folder = folder_of(args, name)
     if folder is None:
         return facts
+    if not Path(name).is_dir():  # a snapshot of the hub's, in a folder of its commit's name
+        return facts | {"commit": extract_commit_hash(str(folder / CONFIG), None)}
     weights = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
     if not weights:
         return facts
     config: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     parts = [f"{path.name} {file_digest(path)}" for path in weights]
     return facts | {"weights": text_digest([*parts, _stable(config)])}
 
@@ -117,7 +126,7 @@ def folder_of(args: GOLDConfig, name: str) -> Path | None:
         return Path(name) / subfolder
     options.pop("trust_remote_code", None)
     with suppress(OSError, ValueError):
-        path = cached_file(name, "config.json", subfolder=subfolder, **options)
+        path = cached_file(name, CONFIG, subfolder=subfolder, **options)
         return None if path is None else Path(path).parent
     return None
 
@@ -128,6 +137,7 @@ def copy_description(args: GOLDConfig, name: str, target: Path) -> None:
     """
     source = folder_of(args, name)
     assert source is not None, "the teacher's config has been read from there"
+    target = target / hub_options(args.teacher_model_init_kwargs).get("subfolder", "")
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         is_text = path.suffix in TEXTS and not path.name.endswith(".index.json")

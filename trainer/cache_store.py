@@ -116,10 +116,17 @@ def manifest_of(args: GOLDConfig) -> Manifest:
 def _in_one_piece(path: Path, write: Any) -> None:
     """The file is there whole, and on the disk, or not at all."""
     half = path.with_name(path.name + HALF)
-    write(half)
-    with open(half, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(half, path)
+    try:
+        write(half)
+        with open(half, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except (OSError, SafetensorError) as error:  # a full disk is an error of safetensors
+        half.unlink(missing_ok=True)
+        raise OSError(
+            f"teacher_cache: {path} cannot be written ({error}); make room, or mend the folder, "
+            "and start again: what is there is kept."
+        ) from error
 
 
 def save_head(folder: Path, tensors: dict[str, Tensor]) -> None:

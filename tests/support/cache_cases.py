@@ -1,6 +1,7 @@
 """A saved pair of tiny models, its rows as a file, caches of its teacher, and runs with either."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,12 @@ class Pair(NamedTuple):
     folder: Path  # with student, teacher and rows.jsonl
     rows: list[dict[str, Any]]
     fields: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Pair":
+        """One of a single family that save_pair has saved, in another process."""
+        rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+        return cls(folder, rows, CACHE_FIELDS)
 
     @property
     def weights(self) -> Path:
@@ -70,6 +77,15 @@ def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
             image.save(path.parent / name)
         lines.append(json.dumps(row | ({"images": names} if "images" in row else {})))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def save_in_hub(pair: Pair, cache_dir: Path, commit: str) -> str:
+    """The pair's teacher as the hub's cache of files has it; its id."""
+    folder = cache_dir / "models--tiny--teacher"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copytree(pair.folder / "teacher", folder / "snapshots" / commit)
+    return "tiny/teacher"
 
 
 def run_of(

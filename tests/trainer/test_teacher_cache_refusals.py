@@ -8,11 +8,12 @@ import shutil
 import signal
 
 import pytest
+from safetensors import SafetensorError
 
 from gold_trainer import GOLDConfig, cache_store
 from gold_trainer.__main__ import main
 from gold_trainer.cache_store import ShardWriter
-from support.cache_cases import run_of, save_pair
+from support.cache_cases import run_of, save_in_hub, save_pair
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,21 @@ def test_another_chat_template_tokenizer_or_teacher_is_refused_by_its_name(pair)
     assert "the teacher has other weights" in refusal(pair)
     shutil.rmtree(teacher)
     run_of(pair, pair.folder / "run", teacher_cache=str(pair.folder / "cache"))  # gone: no matter
+
+
+def test_a_teacher_of_the_hub_is_known_by_its_commit(pair):
+    cache_dir = pair.folder / "hub"
+    options = {
+        "teacher_model_name_or_path": save_in_hub(pair, cache_dir, "a" * 40),
+        "teacher_model_init_kwargs": {"cache_dir": str(cache_dir)},
+    }
+    fields = options | {"teacher_model_init_kwargs": json.dumps({"cache_dir": str(cache_dir)})}
+    cache = pair.cache("cache_of_hub", **fields)
+    options["teacher_cache"] = str(cache)
+    run_of(pair, pair.folder / "run", **options)
+    save_in_hub(pair, cache_dir, "b" * 40)
+    assert "was made with commit aaaaaaaa" in refusal(pair, **options)
+    run_of(pair, pair.folder / "run", **options, teacher_model_revision="a" * 40)
 
 
 def test_a_row_that_is_not_there_is_named_with_what_has_changed(pair):
@@ -196,6 +212,7 @@ def user_error(capsys, *argv):
             ["--cache_dtype=int8"],
             "cache_dtype must be one of auto, bfloat16, float16, float32, got",
         ),
+        (["--teacher_sharding=fsdp"], "teacher_sharding must be None, got 'fsdp'; processes share"),
         (["--cache_shard_mib=0"], "cache_shard_mib must be a number above 0, got '0'"),
         (["--cache_batch_size=1.5"], "cache_batch_size must be a whole number, at least 1, got"),
         (
@@ -235,6 +252,26 @@ def test_room_on_the_disk_and_another_folder_are_looked_at_before_the_teacher_ru
     assert "must be a new folder, or that of an earlier run of this command, got" in user_error(
         capsys, *argv
     )
+
+
+def test_a_disk_that_is_full_after_all_keeps_what_is_there(made, capsys, tmp_path, monkeypatch):
+    save = cache_store.save_file
+
+    def full(tensors, path):
+        if "00001" in path.name:
+            raise SafetensorError("No space left on device (os error 28)")
+        save(tensors, path)
+
+    monkeypatch.setattr(cache_store, "save_file", full)
+    argv = made.command("--cache_shard_mib=0.001", teacher_cache=tmp_path / "cache")
+    told = user_error(capsys, "cache-teacher", *argv)
+    assert "rows-000-00001.safetensors cannot be written (No space left on device" in told
+    assert "start again: what is there is kept" in told
+    assert [path.name for path in (tmp_path / "cache").glob("rows-*.arrow")] == [
+        "rows-000-00000.arrow"
+    ]
+    monkeypatch.undo()
+    assert main(["cache-teacher", *argv]) == 0
 
 
 def kill_at(flush, number, stage):

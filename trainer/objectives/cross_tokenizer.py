@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from gold_kernels import ULDMetrics, VocabOverlap, fused_linear_uld
 from gold_trainer import loading, models
-from gold_trainer.batches import BatchAlignment, Example, MicroBatch, WindowBatch
+from gold_trainer.batches import BatchAlignment, Example, MicroBatch, SideInputs, WindowBatch
 from gold_trainer.collator import Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head
@@ -37,6 +37,7 @@ class CrossTokenizer(Objective):
         self.distillation_weight = args.uld_distillation_weight
         self.crossentropy_weight = args.uld_crossentropy_weight
         self.forms = student.form, teacher.form
+        self.is_cached = args.teacher_cache is not None
         self.overlap = None
         if args.uld_use_hybrid_loss:
             aligner = pairs.aligner
@@ -87,9 +88,12 @@ class CrossTokenizer(Objective):
 
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
         student, teacher = self.collator.student.processor, self.collator.teacher.processor
+        others = batch.teacher_examples
         return MicroBatch(
             build_side(student, batch.examples, to_device, batch.unscored),
-            build_side(teacher, batch.teacher_examples, to_device, batch.teacher_unscored),
+            SideInputs.without_tensors(others)
+            if self.is_cached
+            else build_side(teacher, others, to_device, batch.teacher_unscored),
             batch.is_on_policy,
             alignment_of(batch).to(to_device),
         )

@@ -1,0 +1,33 @@
+"""One process of test_teacher_cache_ranks: caches the teacher with the others, trains from it.
+
+torchrun --nproc_per_node 2 -m support.rank SECONDS support.cache_step FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from support.cache_cases import Pair, run_of
+
+FIELDS = {"per_device_train_batch_size": 2, "max_steps": 2, "train_sampling_strategy": "random"}
+
+
+def main(folder: str) -> None:
+    pair = Pair.load(Path(folder))
+    pair.cache("cache", "--cache_shard_mib=0.001")
+    state = PartialState()
+    losses, recorder, trainer = run_of(
+        pair, pair.folder / "run", teacher_cache=str(pair.folder / "cache"), **FIELDS
+    )
+    evaluated = trainer.evaluate(pair.rows[:3])["eval_loss"]
+    if state.is_main_process:
+        result = {"losses": losses, "gradients": recorder.steps, "eval_loss": evaluated}
+        torch.save(result, pair.folder / "state.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
