@@ -34,7 +34,7 @@ from record import RESULTS, RowLog, environment, package_versions
 from timing import MIB, milliseconds, release
 from torch import Tensor
 
-from gold_kernels import fused_linear_jsd, peak_extra_bytes
+from gold_kernels import fused_linear_jsd, fused_linear_mean_kl, head_means, peak_extra_bytes
 from gold_kernels.engine.chunking import DEFAULT_BUDGET_BYTES
 
 SHAPES = (
@@ -49,7 +49,8 @@ SHAPES = (
 TINY_SHAPES = ("64x8209x16x24", "64x8209x8x8")
 BETAS = (0.5, 0.0, 0.1, 0.9, 1.0)
 BUDGETS_MIB = (64, 128, 256, 512, 1024)
-OURS = ("gold_kernels", "gold_kernels_fast")
+MEANS = "gold_kernels_means"  # beta 0 and a frozen head alone; its means are made beforehand
+OURS = ("gold_kernels", "gold_kernels_fast", MEANS)
 IMPLEMENTATIONS = ("floor", *OURS, *PEERS)
 HEADS = ("trainable", "frozen")
 # Relative errors that ours may have on the random and on the near-converged pair: loss, gradients.
@@ -57,6 +58,8 @@ HEADS = ("trainable", "frozen")
 MAX_ERRORS = {
     "gold_kernels": ((2e-5, 4e-3), (5e-3, 1e-2)),
     "gold_kernels_fast": ((5e-5, 1e-2), None),
+    # the loss to about 1e-6 nats, of 5e-5 in the second pair
+    MEANS: ((2e-5, 4e-3), (2e-2, 1e-2)),
 }
 ERROR_FIELDS = [f"{pair}{name}_error" for pair in ("", "near_") for name in Errors._fields]
 FIELDS = [
@@ -98,9 +101,22 @@ def prepare_ours(
     )
 
 
+def prepare_means(case: Case, beta: float, *, budget_bytes: int) -> Callable[[], Tensor]:
+    assert beta == 0 and not case.student_weight.requires_grad, "see is_for"
+    teacher = head_means(case.teacher_hidden, case.teacher_weight, case.student_weight)
+    student = case.student_hidden, case.student_weight
+    return partial(fused_linear_mean_kl, *student, teacher, budget_bytes=budget_bytes)
+
+
+def is_for(name: str, group: Group) -> bool:
+    return name != MEANS or (group.head == "frozen" and group.beta == 0)
+
+
 def preparation(name: str, budget_bytes: int) -> Prepare:
     if name not in OURS:
         return PEERS[name]
+    if name == MEANS:
+        return partial(prepare_means, budget_bytes=budget_bytes)
     logits_dtype = torch.bfloat16 if name == "gold_kernels_fast" else None
     return partial(prepare_ours, logits_dtype=logits_dtype, budget_bytes=budget_bytes)
 
@@ -205,7 +221,7 @@ def say(row: dict[str, Any]) -> None:
     """A line about a row."""
     shape = "x".join(str(row[key]) for key in ("N", "V", "D_s", "D_t"))
     budget = f"{row['budget_bytes'] / MIB:g} MiB" if row["budget_bytes"] else ""
-    line = f"{row['implementation']:18}{row['head']:10}{shape:23}{row['beta']:<4g}{budget:>9}  "
+    line = f"{row['implementation']:20}{row['head']:10}{shape:23}{row['beta']:<4g}{budget:>9}  "
     if row["median_ms"]:
         line += f"{row['median_ms']:>7} ms {row['times_floor']:>6}"
         line += f" {row['peak_extra_mib']:>9} MiB  " if row["peak_extra_mib"] else ""
@@ -230,11 +246,16 @@ def run_all(options: argparse.Namespace, setup: Setup) -> None:
     for seed, group in enumerate(groups):
         inputs = make_inputs(group, seed, setup.device)
         for name in names:
-            run_case(name, group, inputs, setup)
+            if is_for(name, group):
+                run_case(name, group, inputs, setup)
         if group.part == "shapes" and group.shape == groups[0].shape:
             for budget in options.budgets_mib:
                 for name in OURS:
-                    if name in names and budget * MIB != DEFAULT_BUDGET_BYTES:
+                    if (
+                        name in names
+                        and is_for(name, group)
+                        and budget * MIB != DEFAULT_BUDGET_BYTES
+                    ):
                         part = group._replace(part="budgets")
                         run_case(name, part, inputs, setup, int(budget * MIB))
         del inputs

@@ -35,20 +35,22 @@ class Projection(NamedTuple):
     minus are nearly equal, as near convergence, a G of 16 bits would leave nothing of their
     difference. So G is float32, and where W is 16-bit it is cut into several 16-bit numbers, whose
     products are added in float32: two keep 16 bits of bfloat16 or more, three all of float32. Each
-    is a GEMM.
+    is a GEMM. One column of each row, far larger than the others where G has a onehot in it, is
+    multiplied by itself: its rounding would be as large as their sum.
     """
 
     weight: Tensor | None = None  # (V, E); None: the head's
     minus: Tensor | None = None  # (N, E) float32 or float64
     scale: float = 1.0
     num_parts: int = 2
+    tokens: Tensor | None = None  # (N,) int64 the column that is large
 
     def row_bytes(self, head: Tensor) -> int:  # (V, D)
         """What a row of a panel takes beside G."""
         weight = head if self.weight is None else self.weight
         part = weight.dtype.itemsize * aligned_width(weight.shape[0])
         wide = 8 if weight.dtype == torch.float64 else 4
-        return (part if weight.dtype.itemsize == 2 else 0) + 3 * wide * weight.shape[1]
+        return (part if weight.dtype.itemsize == 2 else 0) + 5 * wide * weight.shape[1]
 
     def rows(
         self,
@@ -59,6 +61,11 @@ class Projection(NamedTuple):
     ) -> Tensor:  # (P, E) float32 or float64
         weight = head if self.weight is None else self.weight
         out = grad_logits.new_empty(grad_logits.shape[0], weight.shape[1])
+        large = None
+        if self.tokens is not None:
+            tokens = self.tokens[rows]
+            large = grad_logits.gather(1, tokens.unsqueeze(1)) * weight[tokens]
+            grad_logits.scatter_(1, tokens.unsqueeze(1), 0)
         if weight.dtype.itemsize == 2:
             part = empty_rows(grad_logits, len(out), weight.shape[0], weight.dtype)
             for number in range(self.num_parts):
@@ -68,6 +75,8 @@ class Projection(NamedTuple):
                     grad_logits.sub_(part)
         else:
             matmul_(out, grad_logits, weight.to(out.dtype))
+        if large is not None:
+            out += large
         if self.minus is not None:
             factors = self.scale * row_weights[rows, :1]
             # where, not a product: a row of weight 0 may hold anything

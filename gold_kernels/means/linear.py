@@ -15,10 +15,11 @@ head. They hold while W and b do. With W_y and b_y taken off both sides,
     KL(P || Q) = -H(P) - s ((P W - W_y) . h + P . b - b_y) / T - log Q_y
     grad_h     = s ((Q - onehot(y)) W - (P W - W_y)) / T
 
-where both differences are small if both models are sure of y. Near convergence grad_h is a small
-difference all the same, of two sums over the vocabulary: P W is kept in float32, and Q W computed
-from float32 Q (engine/products.py). In bfloat16 either would have an error of the size of grad_h.
-The value of the loss has an absolute error of about 1e-6 nats.
+where the entropy, the differences and log Q_y are small together if both models are sure of y. Near
+convergence grad_h is a small difference all the same, of two sums over the vocabulary: P W is kept
+in float32, and Q W computed from float32 Q, the column of y apart (engine/products.py). In bfloat16
+either would have an error of the size of grad_h. The value of the loss has an absolute error of
+less than 1e-6 nats.
 
 Heads: any scale, bias and temperature of either side, any softcap of the teacher. Not supported: a
 softcap of the student, whose logits are not linear in h; a head that is trained; biases of -inf.
@@ -119,7 +120,7 @@ def head_means(
         mean_rows(teacher, chosen.backend, temperature, student.bias, targets),
         Needs(True, False, False),
         Limits(chosen.chunk_size, chosen.budget_bytes, row_bytes=wide.itemsize * 2 * vocab_size),
-        projection=Projection(student.weight, num_parts=3),
+        projection=Projection(student.weight, num_parts=3, tokens=tokens),
     )
     assert gradients.hidden is not None, "they are needed"
     return targets._replace(means=gradients.hidden)

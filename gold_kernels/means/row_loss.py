@@ -58,7 +58,8 @@ class MeanKL(RowLoss):
         return HeadMeans(*self.targets)
 
     def projection(self) -> Projection:
-        return Projection(minus=self.teacher.means, scale=1.0 / self.temperature)
+        teacher, scale = self.teacher, 1.0 / self.temperature
+        return Projection(minus=teacher.means, scale=scale, tokens=teacher.tokens)
 
     def start(self, rows: Rows) -> RowFunction:
         token_rows_ = row_functions(rows.backend)[1]
