@@ -239,6 +239,16 @@ def save_whole(trainer: "GOLDTrainer", output_dir: str | None) -> None:
             trainer._save(output_dir, state_dict=state_dict)
 
 
+def forget_preparation(trainer: "GOLDTrainer") -> None:
+    """After an evaluation outside of training: what is marked as prepared, there without DDP,
+    train() leaves as it is, and every rank would learn from its own rows alone.
+    """
+    is_apart = trainer.is_in_train or trainer.is_fsdp_enabled
+    if trainer.accelerator.use_distributed and not is_apart:
+        model: Any = trainer.model
+        model._is_accelerate_prepared = False
+
+
 def refuse_early_evaluation(trainer: "GOLDTrainer") -> None:
     """FSDP and DeepSpeed prepare the weights together with the optimizer, which train() makes."""
     accelerator = trainer.accelerator

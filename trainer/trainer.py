@@ -95,16 +95,15 @@ class GOLDTrainer(Trainer):
         teacher_model = source_of(teacher_model, args)
         hooks = data_collator, compute_metrics, preprocess_logits_for_metrics
         refusals.refuse_unusable(model, teacher_model, args, *hooks, peft_config)
-        self.prepared = prepare(
-            model, teacher_model, args, processing_class, teacher_processing_class
-        )
+        processors = processing_class, teacher_processing_class
+        self.prepared = prepare(model, teacher_model, args, *processors)
         processing_class = self.prepared.student_processor
         self.args = args  # the Trainer sets it later
         refusals.refuse_splits(train_dataset)
         train_dataset = read_rows(train_dataset, args, **self.prepared.row_options)
         eval_dataset = self._eval_rows(eval_dataset)
 
-        server = connect(args, model, peft_config)
+        connection = connect(args, model, peft_config)
         set_seed(args.seed)  # of a new adapter
         student = loading.load_student(model, args, peft_config)
         self.student = Side.of(student, "student", processing_class, args)
@@ -128,25 +127,31 @@ class GOLDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._set_up(connection)
+
+    def _set_up(self, connection: Any) -> None:  # to a server that writes
+        """What needs the accelerator, which the Trainer has made."""
+        args: GOLDConfig = self.args
+        student: Any = self.model
         # compute_loss divides by the tokens of the whole window: no second division by its length
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
         self.teacher.place(self.accelerator.device)
-        writers = make_writers(student, self.teacher, self.objective.collators, args, server)
+        writers = make_writers(student, self.teacher, self.objective.collators, args, connection)
         sides = {"student": student, "teacher": self.teacher.model}
-        tokenizer = tokenizer_of(processing_class)
+        tokenizer = tokenizer_of(self.prepared.student_processor)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
         names = self.windows["eval"].names(has_aux_loss=has_router_loss(student))
-        check_best_metric(args, names, eval_dataset)
+        check_best_metric(args, names, self.eval_dataset)
         sharding.prepare(self.accelerator, student)
         self.pictures_for_all = sharding.PicturesForAll(
             self.accelerator, self.teacher.model, self.objective.collators
         )
         self.window_source = WindowSource(args, self.rollouts, self.pictures_for_all)
         refusals.warn_of_tiny_rate(args)
-        banner = Banner(student, self.teacher.model, train_dataset, tokenizer)
+        banner = Banner(student, self.teacher.model, self.train_dataset, tokenizer)
         self.callback_handler.callbacks.insert(0, banner)  # before the progress bar's line
         self.stopper = Stopper()
         self.add_callback(self.stopper)
@@ -365,11 +370,7 @@ class GOLDTrainer(Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        if self.accelerator.use_distributed and not (self.is_in_train or self.is_fsdp_enabled):
-            # What is marked as prepared, here without DDP, train() leaves as it is: every rank
-            # would learn from its own rows alone.
-            model: Any = self.model
-            model._is_accelerate_prepared = False
+        sharding.forget_preparation(self)
         totals = self.accelerator.reduce(window.totals(self.args.device), reduction="sum")
         assert output.metrics is not None, "evaluation_loop makes a dict"
         skipped = self.skipped.evaluation_logs(self.accelerator)

@@ -211,7 +211,7 @@ def test_bf16_autocast_is_close_to_float32(whole_batch, tmp_path, monkeypatch):
 
 
 def test_log_has_every_metric_of_the_window(tmp_path):
-    options = {"max_steps": 4, "logging_steps": 4, "lmbda": 0.5, "learning_rate": 0.0}
+    options = {"gradient_accumulation_steps": 2, "lmbda": 0.5}
     trainer = make_trainer(tmp_path, ROWS, **options)
     trainer.train()
     entry = trainer.state.log_history[0]
