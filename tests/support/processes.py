@@ -14,7 +14,7 @@ import torch
 from support.rank import GRACE
 
 TESTS = Path(__file__).parents[1]
-SECONDS = 120  # of a rank, unless its script sets itself another limit
+SECONDS = 240  # of a rank, unless its script sets itself another limit
 START = 30  # seconds until torchrun has started its ranks, and until it has ended them
 
 
