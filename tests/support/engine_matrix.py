@@ -21,7 +21,6 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {  # fields of engine_cases
         "frozen": {"is_tied": False, "is_head_frozen": True},
         "lora": {"peft_config": lora()},
         "saved": {"is_tied": False, "peft_config": lora(modules_to_save=["lm_head"])},
-        "saved_tied": {"peft_config": lora(modules_to_save=["lm_head"])},
     },
     "loss": {"jsd": {}, "uld": ULD},
     "rows": {
@@ -40,7 +39,15 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {  # fields of engine_cases
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 # cases of engine_cases, each alone
 ALONE = (
-    *("own_teacher", "bf16", "by_name", "mixed_media", "on_policy_media", "seq_kd_media"),
+    *(
+        "saved_tied_head",
+        "own_teacher",
+        "bf16",
+        "by_name",
+        "mixed_media",
+        "on_policy_media",
+        "seq_kd_media",
+    ),
     *("on_policy_rooms", "on_policy_lengths", "uneven", "evaluated_first", "early_evaluation"),
 )
 OF_RANKS = ("by_name", "uneven")  # which depend on how many there are: compared with DDP
@@ -52,7 +59,7 @@ OTHER_FAMILY = {"text": "llama", "pictures": "idefics3", "mixed": "idefics3"}
 _EARLY = "GOLDTrainer: under FSDP and DeepSpeed evaluate() is expected after train()"
 REFUSED = {
     **{(engine, "early_evaluation"): _EARLY for engine in ENGINES[1:]},
-    ("fsdp2", "saved_tied"): (
+    ("fsdp2", "saved_tied_head"): (
         "GOLDTrainer: under FSDP a head in modules_to_save must not be tied to the embeddings"
     ),
 }
