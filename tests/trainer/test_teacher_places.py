@@ -95,6 +95,14 @@ def test_a_device_of_its_own_gives_the_same_losses(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_the_one_cpu_has_two_names(tmp_path):
+    """Several processes call it cpu:0: nothing is copied there."""
+    frozen = FrozenTeacher(*tiny("llama", "teacher"), config(tmp_path))
+    frozen.place(torch.device("cpu:0"))
+    assert frozen.side.head is frozen.model.lm_head
+    assert not hasattr(frozen.model, "_hf_hook")
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_inputs_go_to_the_teachers_device_and_hidden_states_come_back(has_bias, tmp_path):
     """Fake tensors: an operator on two devices is an error, as it is on GPUs."""
