@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from gold_trainer import loading, models, refusals
 from gold_trainer.bad_rows import TolerantCollator, tolerant
 from gold_trainer.batches import WindowBatch
+from gold_trainer.cache_store import form_of_cache
 from gold_trainer.check_counts import Part, PartCollator, SplitReport
 from gold_trainer.check_tables import make_console, print_examples, print_split
 from gold_trainer.collator import token_ids_of
@@ -42,7 +43,8 @@ def check(argv: list[str]) -> int:
     own, argv = _own_arguments(argv)
     run = read_run(argv)
     args = run.config
-    run = run._replace(teacher=source_of(run.teacher, args))
+    if form_of_cache(args) is not None or run.teacher is None:  # else it is yet to be made
+        run = run._replace(teacher=source_of(run.teacher, args))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     refusals.refuse_unusable(run.student, run.teacher, args, None, None, None, run.peft_config)
     prepared = prepare(run.student, run.teacher, args)

@@ -139,11 +139,15 @@ def uld_sums_signatures():
 
 def token_signatures():
     kernel = token_rows.token_rows_kernel
-    for has_softcap, needs_grad in ((False, False), (True, True)):
+    for has_softcap, needs_grad, grad in (
+        (False, False, "*bf16"),
+        (True, True, "*bf16"),
+        (False, True, "*fp32"),  # of means
+    ):
         constexprs = {"HAS_SOFTCAP": has_softcap, "NEEDS_GRAD": needs_grad}
         constexprs |= {"BLOCK_V": 4096, "LINE": 4}
         types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {"grad_ptr": "*bf16", "ids_ptr": "*i64", "labels_ptr": "*i64"}
+        types |= {"grad_ptr": grad, "ids_ptr": "*i64", "labels_ptr": "*i64"}
         yield kernel, signature_of(kernel, types, ("bits", "softcap"), constexprs), constexprs
 
 

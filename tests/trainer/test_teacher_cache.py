@@ -138,20 +138,34 @@ def test_a_resumed_run_goes_on_from_the_cache(pairs, tmp_path):
 
 
 def test_the_command_line_trains_from_a_cache_that_it_has_made(pairs, capsys, tmp_path):
-    pair = pairs("text")
-    cache = tmp_path / "cache"
-    assert main(["cache-teacher", *pair.command(teacher_cache=cache)]) == 0
+    """Rows of evaluation are cached too, and rows that are left out are not."""
+    pair, cache = pairs("text"), tmp_path / "cache"
+    save_rows(tmp_path / "eval.jsonl", pair.rows[4:])
+    lines = (pair.folder / "rows.jsonl").read_text().splitlines()[:4]
+    bad = json.dumps({"messages": [{"role": "user", "content": "nobody answers"}]})
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines, bad]) + "\n")
+    fields = {
+        "dataset_name": tmp_path / "train.jsonl",
+        "eval_dataset_name": tmp_path / "eval.jsonl",
+        "eval_strategy": "steps",
+        "max_steps": 3,
+        "on_bad_row": "skip",
+        "teacher_cache": cache,
+    }
+    assert main(["check", *pair.command(**fields)]) == 1  # the bad row; before there is a cache
+    capsys.readouterr()
+    assert main(["cache-teacher", *pair.command(**fields)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"teacher cache {cache}: 6 of train examples, ")
+    assert lines[0].startswith(f"teacher cache {cache}: 4 of train, 2 of eval examples, ")
     assert lines[1].startswith("to write: ") and lines[1].endswith(" are free")
     assert lines[-1] == f"teacher cache {cache} is complete"
     # no teacher is named: config and processor are in the cache
-    fields = {"teacher_model_name_or_path": None, "output_dir": tmp_path / "run"}
-    for command in ("train", "check"):
-        assert main([command, *pair.command(teacher_cache=cache, **fields)]) == 0
+    fields |= {"teacher_model_name_or_path": None, "output_dir": tmp_path / "run"}
+    assert main(["train", *pair.command(**fields)]) == 0
     out = capsys.readouterr().out
     assert f"teacher    cached in {cache}" in out
-    assert f"student saved in {tmp_path / 'run'}" in out
+    assert f"student saved in {tmp_path / 'run'}" in out and "'eval_loss': " in out
+    assert main(["check", *pair.command(**fields)]) == 1
 
 
 def test_rows_that_are_new_are_added_and_the_others_are_not_run_again(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from gold_trainer import GOLDConfig, cache_store
 from gold_trainer.__main__ import main
@@ -251,6 +252,17 @@ def test_room_on_the_disk_and_another_folder_are_looked_at_before_the_teacher_ru
     argv = ["cache-teacher", *made.command(teacher_cache=tmp_path / "b")]
     assert "must be a new folder, or that of an earlier run of this command, got" in user_error(
         capsys, *argv
+    )
+
+
+def test_hidden_states_that_are_not_finite_are_refused_by_their_row(pair, capsys):
+    weights = load_file(pair.weights)
+    weights["model.norm.weight"].fill_(1e6)  # too much for float16
+    save_file(weights, pair.weights, {"format": "pt"})
+    argv = pair.command("--cache_dtype=float16", teacher_cache=pair.folder / "other")
+    told = user_error(capsys, "cache-teacher", *argv)
+    assert re.search(
+        r"error: row \d: the teacher's hidden states must be finite, got NaN or i", told
     )
 
 

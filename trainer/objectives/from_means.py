@@ -56,14 +56,17 @@ def facts_of_means(args: GOLDConfig, head: Head) -> dict[str, Any]:
             "GOLDTrainer: the student's lm_head must be whole on each process where teacher_cache "
             f"has head_means, got one that ZeRO-3 has partitioned; use another engine, or {REMEDY}."
         )
+    temperature = args.loss_teacher_temperature
+    facts = {
+        "teacher_temperature": args.loss_temperature if temperature is None else temperature,
+    }
+    if head.weight.is_meta:  # FSDP loads the weights on the main process alone, which looks at them
+        return facts
     dtype = PRECISIONS.get(precision_of(args)) or head.weight.dtype
     tensors = [t.detach().to(dtype) for t in (head.weight, head.bias) if t is not None]
     parts: list[Any] = [t.contiguous().cpu().view(torch.uint8).numpy() for t in tensors]
-    temperature = args.loss_teacher_temperature
-    return {
-        "student_head": digest([str(dtype).encode(), *(part.tobytes() for part in parts)]).hex(),
-        "teacher_temperature": args.loss_temperature if temperature is None else temperature,
-    }
+    computed = digest([str(dtype).encode(), *(part.tobytes() for part in parts)])
+    return {**facts, "student_head": computed.hex()}
 
 
 def check_softcap(form: LogitForm) -> None:
