@@ -9,6 +9,7 @@ from transformers.trainer_utils import SchedulerType
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.nearest import did_you_mean
+from gold_trainer.optimizers import check_optimizer
 from gold_trainer.quantised import NAME, read_quantization
 
 SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -21,6 +22,7 @@ BESIDE = ("completion_length", "runtime", "samples_per_second", "steps_per_secon
 
 
 def check_library_options(args: GOLDConfig) -> None:
+    check_optimizer(args)
     schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(args.lr_scheduler_type)]
     parameters = inspect.signature(schedule).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

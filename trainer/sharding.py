@@ -31,6 +31,7 @@ from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, is_quantised
+from gold_trainer.optimizers import refuse_in_parts
 from gold_trainer.rows import Row
 from gold_trainer.videos import Video
 
@@ -107,7 +108,7 @@ def generate(model: nn.Module, base: Any, **options: Any) -> Any:
     return outer.generate(**options)
 
 
-def prepare(accelerator: Accelerator, model: nn.Module) -> None:
+def prepare(accelerator: Accelerator, model: nn.Module, optim: str = "adamw_torch") -> None:
     """Before weights are sharded: what cannot be is refused, and FSDP is told the layers there are.
 
     The names of layers that come with a model may be those of its whole family, some of which this
@@ -122,6 +123,7 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> None:
             "needs no memory for long sequences, gradient_checkpointing little."
         )
     if accelerator.distributed_type == DistributedType.FSDP:
+        refuse_in_parts(optim, accelerator)
         _refuse_quantised(model)
         _refuse_tied_copy(model)
         plugin = state.fsdp_plugin

@@ -145,7 +145,7 @@ class GOLDTrainer(Trainer):
         self.guard = NonFiniteGuard(args, self.accelerator)
         names = self.windows["eval"].names(has_aux_loss=has_router_loss(student))
         check_best_metric(args, names, self.eval_dataset)
-        sharding.prepare(self.accelerator, student)
+        sharding.prepare(self.accelerator, student, args.optim)
         self.pictures_for_all = sharding.PicturesForAll(
             self.accelerator, self.teacher.model, self.objective.collators
         )
