@@ -255,7 +255,7 @@ class Rollouts:
         step: int | str,
         before: Mapping[RowKey, int] | None,
     ) -> list[Prompt]:
-        """Of the batches' rows and, behind them, those that run the vision tower as on other ranks."""
+        """Of the batches' rows and, behind them, those that run the vision tower as others do."""
         rows = [e.unanswered() for batch in batches for e in self.objective.prompts(batch, name)]
         side = {"student": "unscored", "teacher": "teacher_unscored"}[name]
         rows += missing_media(rows, [e for batch in batches for e in getattr(batch, side)])

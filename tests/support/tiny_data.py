@@ -1,5 +1,7 @@
 """Rows of pictures and sentences for the tiny models."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -62,3 +64,14 @@ def tiny_picture(number: int) -> Image.Image:
     else:
         draw.rectangle((left, top, right, bottom if shape == "square" else top + 6), fill=colour)
     return picture
+
+
+def write_json_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """rows.jsonl in a new folder, with a picture's path in each row, relative to the file."""
+    folder.mkdir()
+    lines = []
+    for number, row in enumerate(rows):
+        tiny_picture(number).save(folder / f"{number}.png")
+        lines.append(json.dumps(row | {"image": f"{number}.png"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
