@@ -54,7 +54,14 @@ GREEDY_TOKENS, GREEDY_ROWS = 32, 4
 FIELDS = (
     *("implementation", "training", "batch_size", "new_tokens", "status"),
     *("tokens_per_second", "ms_per_token", "write_seconds", "first_write_seconds"),
-    *("record_seconds", "step_seconds", "write_peak_gib", "resident_gib", "after_gib"),
+    *(
+        "compile_seconds",
+        "record_seconds",
+        "step_seconds",
+        "write_peak_gib",
+        "resident_gib",
+        "after_gib",
+    ),
     *("reserved_after_gib", "step_peak_gib", "logp_difference", "greedy"),
     *("device", "torch", "triton", "transformers", "git_sha"),
 )
@@ -199,7 +206,9 @@ def measure(case: Case, is_tiny: bool) -> dict[str, Any]:
         logs = [log for log in trainer.state.log_history if "grad_norm" in log]
         row["logp_difference"] = logs[-1].get("sampling/sampling_logp_difference/mean", "")
     if case.implementation == "local" and trainer is not None:
-        row["record_seconds"] = round(trainer.rollouts.writers["student"].record_seconds, 2)
+        writer = trainer.rollouts.writers["student"]
+        row["compile_seconds"] = round(writer.compile_seconds, 2)
+        row["record_seconds"] = round(writer.record_seconds, 2)
     return row | {"status": status}
 
 
@@ -298,9 +307,9 @@ def in_own_process(flags: list[str], options: argparse.Namespace, seconds: float
 def cases_of(options: argparse.Namespace) -> list[Case]:
     return [
         Case(name, training, size, options.new_tokens)
-        for name in options.implementations
-        for training in options.training
         for size in options.batch_sizes
+        for training in options.training
+        for name in options.implementations
     ]
 
 

@@ -17,6 +17,7 @@ import torch
 from qwen3_vl_shapes import STUDENT_2B, build_model, processor_of_448_pixels
 from torch.profiler import ProfilerActivity, profile
 
+from gold_trainer.writers.compiled_layers import CompiledLayers, decoder_layers
 from gold_trainer.writers.decoding import Decoder
 from gold_trainer.writers.fixed_cache import Batch
 from gold_trainer.writers.prefill import Prefilled
@@ -31,7 +32,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def decoder_of(model: Any, num_rows: int, sampling: Sampling) -> Decoder:
+def decoder_of(model: Any, num_rows: int, sampling: Sampling, compiled: Any) -> Decoder:
     """As after prompts of random numbers; what is in the cache costs the same."""
     config = model.config.text_config
     shape = num_rows, config.num_key_value_heads, PROMPT_TOKENS, config.head_dim
@@ -48,7 +49,12 @@ def decoder_of(model: Any, num_rows: int, sampling: Sampling) -> Decoder:
     batch = Batch.empty(part, [NEW_TOKENS] * num_rows, PROMPT_TOKENS)
     batch.fill(0, part, torch.arange(num_rows, device="cuda"))
     sampler = Sampler(sampling, list(range(num_rows)), NEW_TOKENS, config.vocab_size, "cuda")
-    decoder = Decoder(model, batch, sampler, has_ended=lambda ids: False, is_recorded=True)
+    decoder = Decoder(
+        *(model, batch, sampler),
+        has_ended=lambda ids: False,
+        is_recorded=True,
+        compiled=compiled,
+    )
     decoder._take(part.logits)
     return decoder
 
@@ -71,9 +77,14 @@ def main() -> int:
     model = build_model(STUDENT_2B, processor, False).eval()
     num_entries = model.lm_head.out_features
     sampling = Sampling((2,), frozenset(range(num_entries)), 0.9, 0.95)
+    layers = decoder_layers(model, model.config.text_config.num_hidden_layers)
+    compiled = CompiledLayers(layers, "inductor")
+    greedy = replace(sampling, top_k=1)
+    cases = [("plain, greedy", greedy, None), ("greedy", greedy, compiled)]
+    cases += [("top_p", sampling, compiled)]
     for num_rows in options.batch_sizes:
-        for name, used in (("top_p", sampling), ("greedy", replace(sampling, top_k=1))):
-            decoder = decoder_of(model, num_rows, used)
+        for name, used, layers in cases:
+            decoder = decoder_of(model, num_rows, used, layers)
             decoder.is_recorded = False
             decoder._advance()
             eager = milliseconds(decoder._advance, 4)

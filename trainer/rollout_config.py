@@ -65,6 +65,15 @@ class RolloutFields:
             "more rows are written one part after the other. None: half of what is free."
         },
     )
+    rollout_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile the layers of a model that writes completions in this process: some "
+            "seconds once, and less time for every token. None: on a GPU.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
 
     def check_rollouts(self) -> None:
         """What the kinds and ranges of the fields do not say."""

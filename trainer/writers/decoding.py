@@ -9,6 +9,7 @@ B rows, R most new tokens, V entries of the head.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from gold_trainer.writers.compiled_layers import CompiledLayers
 from gold_trainer.writers.fixed_cache import Batch
 from gold_trainer.writers.prefill import CannotDecode, Prefilled
 from gold_trainer.writers.sampling import Sampler
@@ -27,8 +29,8 @@ MAX_ERROR = 0.1, 1e-3
 CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look waits for the device
 
 
-def next_logits(base: Any, batch: Batch) -> Tensor:  # (B, V)
-    """Of the token behind the last one, which goes into the cache."""
+def next_logits(base: Any, batch: Batch, compiled: CompiledLayers | None = None) -> Tensor:
+    """(B, V) of the token behind the last one, which goes into the cache."""
     inputs = base.prepare_inputs_for_generation(
         batch.token,
         attention_mask=batch.mask,
@@ -37,13 +39,14 @@ def next_logits(base: Any, batch: Batch) -> Tensor:  # (B, V)
         **batch.type_ids,
         **batch.options,
     )
-    logits: Tensor = base(**inputs, return_dict=True).logits[:, -1]
+    with nullcontext() if compiled is None else compiled(batch):
+        logits: Tensor = base(**inputs, return_dict=True).logits[:, -1]
     batch.position.add_(1)
     batch.positions.add_(1)
     return logits
 
 
-def check_step(base: Any, part: Prefilled) -> None:
+def check_step(base: Any, part: Prefilled, compiled: CompiledLayers | None = None) -> None:
     """CannotDecode where a step with the fixed cache is not one with the model's own."""
     assert part.next_logits is not None, "the part went on"
     num_rows, width = part.input_ids.shape
@@ -51,7 +54,8 @@ def check_step(base: Any, part: Prefilled) -> None:
     batch.fill(0, part, torch.arange(num_rows, device=part.logits.device))
     batch.token.copy_(part.logits.argmax(-1, keepdim=True))
     expected = part.next_logits.float()
-    error = (next_logits(base, batch).float() - expected).square().mean().sqrt()
+    actual = next_logits(base, batch, compiled).float()
+    error = (actual - expected).square().mean().sqrt()
     limit = MAX_ERROR[part.layers[0][0].element_size() >= 4] * expected.std()
     if not error <= limit:
         raise CannotDecode("with it the next token would be another")
@@ -68,9 +72,10 @@ class Decoder:
         *,
         has_ended: Callable[[list[int]], bool],  # what no single token says: stop strings
         is_recorded: bool,  # whether steps become a CUDA graph
+        compiled: CompiledLayers | None = None,
     ) -> None:
         self.base, self.batch, self.sampler = base, batch, sampler
-        self.has_ended, self.is_recorded = has_ended, is_recorded
+        self.has_ended, self.is_recorded, self.compiled = has_ended, is_recorded, compiled
         self.end_ids = torch.tensor(sampler.sampling.end_ids, device=batch.ids.device)
         self.written: dict[int, tuple[list[int], list[float]]] = {}
         self.rows = list(range(len(batch.ids)))  # of the batch that was given
@@ -104,7 +109,7 @@ class Decoder:
         batch.is_done.logical_or_(has_end | (batch.count >= batch.rooms))
 
     def _step(self) -> None:
-        self._take(next_logits(self.base, self.batch))
+        self._take(next_logits(self.base, self.batch, self.compiled))
 
     def _advance(self) -> None:
         self.num_steps += 1

@@ -19,6 +19,7 @@ from gold_trainer.collator import GOLDCollator, process_examples
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, is_offloaded, may_pad_left
 from gold_trainer.writers.cast_weights import cast_weights
+from gold_trainer.writers.compiled_layers import CompiledLayers, decoder_layers
 from gold_trainer.writers.decoding import Decoder, check_step
 from gold_trainer.writers.fixed_cache import Batch, cache_length
 from gold_trainer.writers.generating import generate, writing_mode
@@ -30,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 PREFILL_TOKENS = 32768  # of prompts at a time, padding included: what their activations may take
 GIB = 2**30
+COMPILER: str | Callable = "inductor"
 CPU_CACHE_GIB = 4.0
 
 
@@ -49,7 +51,8 @@ class LocalWriter(Writer):
         self.refusal: str | None = None  # why generate() writes, once it is known
         self.bytes_per_token = 0  # of the cache, for one row; 0: not known yet
         self.is_told = False
-        self.record_seconds = 0.0  # of all calls
+        self.compiled: CompiledLayers | None = None
+        self.compile_seconds = self.record_seconds = 0.0  # of all calls
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         self.version = step
@@ -130,6 +133,28 @@ class LocalWriter(Writer):
         part = prefill(base, inputs, pad, goes_on=True)
         check_step(base, part)
         self.bytes_per_token = part.bytes_per_token
+        is_cuda = self.args.device.type == "cuda"
+        if is_cuda if self.args.rollout_compile is None else self.args.rollout_compile:
+            self._compile(base, part)
+
+    def _compile(self, base: Any, part: Prefilled) -> None:
+        """The layers for decoding; without them where they cannot be, or compute something else."""
+        started = time.perf_counter()
+        layers = decoder_layers(base, len(part.layers))
+        if layers is None:
+            return
+        compiled = CompiledLayers(layers, COMPILER)
+        try:
+            check_step(base, part, compiled)
+        except Exception as error:  # whatever a compiler may raise
+            logger.warning(
+                "%s writes with layers that are not compiled, which costs time: %s.",
+                type(base).__name__,
+                str(error).partition("\n")[0] or type(error).__name__,
+            )
+        else:
+            self.compiled = compiled
+        self.compile_seconds = time.perf_counter() - started
 
     def _rows_at_a_time(self, rows: Sequence[Prompt]) -> int:
         """How many of the first rows the cache has room for; one at least."""
@@ -172,22 +197,26 @@ class LocalWriter(Writer):
             *(base, batch, sampler),
             has_ended=partial(has_stop, self.collator.tokenizer, sampling.stop_strings),
             is_recorded=self.args.device.type == "cuda",
+            compiled=self.compiled,
         )
         pairs = decoder.write(torch.cat(logits))
         self.record_seconds += decoder.record_seconds
-        self._tell(decoder, len(rows), batch, time.perf_counter() - started)
+        self._tell(len(rows), batch, time.perf_counter() - started)
         return [Completion(*pair, self.version) for pair in pairs]
 
-    def _tell(self, decoder: Decoder, num_rows: int, batch: Batch, seconds: float) -> None:
+    def _tell(self, num_rows: int, batch: Batch, seconds: float) -> None:
         """Once: what a call takes."""
         if self.is_told or self.args.process_index != 0:
             return
         self.is_told = True
-        recorded = f", {decoder.record_seconds:.1f} s of it for recording the decoding step"
+        once = [
+            (self.compile_seconds, "compiling a layer"),
+            (self.record_seconds, "recording a step"),
+        ]
+        first = "".join(f", {took:.1f} s {what}" for took, what in once if took)
         Console(highlight=False).print(
-            f"  rollouts   {num_rows} completions together in {seconds:.1f} s"
-            f"{recorded if decoder.record_seconds else ''}; cache {batch.num_bytes / GIB:.2f} GiB, "
-            "given back before learning",
+            f"  rollouts   {num_rows} completions together in {seconds:.1f} s{first}; cache "
+            f"{batch.num_bytes / GIB:.2f} GiB, given back before learning",
             markup=False,
             soft_wrap=True,
         )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gold_kernels.triton.launch import default_backend
 from gold_trainer.writers.writer import Sampling
 
 NEVER = -torch.inf
@@ -91,16 +92,25 @@ def draw(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tens
     """ids (B,) and their log-probabilities (B,) of logits (B, V), already divided by the
     temperature, with two keys (B, 2) a row.
     """
+    if default_backend(logits) == "triton":
+        from gold_trainer.writers.sampling_kernel import draw_rows
+
+        return draw_rows(without_unlikely(logits, sampling.top_k), keys, sampling)
     logits = filtered(logits, sampling)
     ids = (logits - exponential(keys, logits.shape[1]).log()).argmax(-1)
     return ids, logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
+def without_unlikely(logits: Tensor, top_k: int) -> Tensor:  # (B, V)
+    if top_k == 0:
+        return logits
+    least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+    return logits.masked_fill(logits < least, NEVER)
+
+
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:  # (B, V)
     """What top_k, top_p and min_p leave of them."""
-    if sampling.top_k > 0:
-        least = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, NEVER)
+    logits = without_unlikely(logits, sampling.top_k)
     if sampling.top_p < 1:
         probs = logits.softmax(-1)
         logits = logits.masked_fill(probs < nucleus_threshold(probs, sampling.top_p), NEVER)

@@ -1,0 +1,124 @@
+"""A model's layers compiled for a decoding step: one graph that all of them share.
+
+What a layer does between its matrix products is dozens of small kernels, which cost more than the
+products when each row has one token. Compiling the model as a whole takes half a minute and grows
+with its layers; compiling one layer takes seconds. For that all layers have to look alike: within
+the context each finds its own part of the cache in the place of the first one's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gold_trainer.writers.fixed_cache import Batch
+
+# Arguments of attention with which it is more than softmax(scale q k^T + mask) v.
+BESIDE = ("softcap", "s_aux", "position_bias")
+
+
+@torch.library.custom_op("gold_trainer::attend", mutates_args=())
+def attend(
+    query: Tensor,  # (B, heads, 1, D)
+    key: Tensor,  # (B, heads of keys, L, D)
+    value: Tensor,  # (B, heads of keys, L, D')
+    mask: Tensor | None,  # (B, 1, 1, L)
+    scale: float | None,
+) -> Tensor:  # (B, 1, heads, D')
+    """Attention of one token a row. Heads that share a key are queries beside each other, so that
+    no key is copied; an operator, so that no compiler takes it apart.
+    """
+    num_rows, num_heads, _, width = query.shape
+    packed = query.reshape(num_rows, key.shape[1], num_heads // key.shape[1], width)
+    states = functional.scaled_dot_product_attention(packed, key, value, mask, scale=scale)
+    return states.reshape(num_rows, 1, num_heads, value.shape[3])
+
+
+@attend.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
+
+
+def decoder_layers(base: nn.Module, num_layers: int) -> list[nn.Module] | None:
+    """The layers that have a cache each, in order; None where it is not plain which they are."""
+    lists = [
+        list(module)
+        for module in base.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and all(
+            {getattr(part, "layer_idx", i) for part in layer.modules()} == {i}
+            and any(hasattr(part, "layer_idx") for part in layer.modules())
+            for i, layer in enumerate(module)
+        )
+    ]
+    return lists[0] if len(lists) == 1 else None
+
+
+class CompiledLayers:
+    """Within its context the model's layers are compiled, and steps of the batch may run."""
+
+    def __init__(self, layers: list[nn.Module], backend: str | Callable) -> None:
+        self.layers = layers
+        self.compiled: list[Callable] = [
+            torch.compile(layer._call_impl, dynamic=True, backend=backend) for layer in layers
+        ]
+
+    @contextmanager
+    def __call__(self, batch: Batch) -> Iterator[None]:
+        before: list[tuple[nn.Module, str, Any]] = []
+
+        def change(module: nn.Module, name: str, value: Any) -> None:
+            before.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+
+        attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_of_one_token(attention)
+        try:
+            parts = zip(self.layers, self.compiled, batch.layers, strict=True)
+            for layer, compiled, states in parts:
+                own = {batch.cache_name: Cache(layers=[states])}
+                change(layer, "_compiled_call_impl", with_own(compiled, own))
+                for module in layer.modules():
+                    if hasattr(module, "layer_idx"):
+                        change(module, "layer_idx", 0)
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+            for module, name, value in before:
+                setattr(module, name, value)
+
+
+def with_own(function: Callable, own: dict[str, Any]) -> Callable:
+    return lambda *args, **kwargs: function(*args, **(kwargs | own))
+
+
+@cache
+def attention_of_one_token(attention: Callable) -> Callable:
+    def run(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        is_shared = attention_mask is None or attention_mask.shape[1] == 1
+        if query.shape[2] == 1 and is_shared and all(kwargs.get(name) is None for name in BESIDE):
+            return attend(query, key, value, attention_mask, scaling), None
+        states: tuple[Tensor, None] = attention(
+            *(module, query, key, value, attention_mask), dropout=dropout, scaling=scaling, **kwargs
+        )
+        return states
+
+    return run
