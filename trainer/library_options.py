@@ -17,6 +17,12 @@ CHECKPOINTING = (
     *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"),
     *("early_stop", "every_n_layers", "offload"),
 )
+# Those of GenerationConfig that change the scores of a token before one is drawn.
+OF_GENERATE = (
+    *("min_length", "min_new_tokens", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
+    *("exponential_decay_length_penalty", "begin_suppress_tokens", "forced_eos_token_id"),
+    *("encoder_repetition_penalty", "remove_invalid_values"),
+)
 # What an evaluation says beside the means of the objective.
 BESIDE = ("completion_length", "runtime", "samples_per_second", "steps_per_second")
 
@@ -34,6 +40,9 @@ def check_library_options(args: GOLDConfig) -> None:
         given = getattr(args, field)
         if isinstance(given, dict) and NAME in given:
             read_quantization(field, given[NAME])
+    kwargs = args.generation_kwargs
+    if isinstance(kwargs, dict) and not args.use_vllm:
+        _check("generation_kwargs", kwargs, OF_GENERATE, "generate() beside those with a field")
     name = "gradient_checkpointing_kwargs"
     _check(name, getattr(args, name), CHECKPOINTING, "torch.utils.checkpoint.checkpoint")
 

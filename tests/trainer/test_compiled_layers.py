@@ -1,0 +1,97 @@
+"""Layers compiled for decoding: one graph for all, the same tokens, and nothing stays behind."""
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gold_trainer.writers import Prompt, compiled_layers, local
+from support.tiny_models import tiny_rows
+from support.trainer_cases import make_trainer
+
+ROOM = 8
+
+
+def build(tmp_path, family, **fields):
+    images = {} if family == "qwen3" else {"images": "mixed"}
+    rows = [{**r, "messages": r["messages"][:1]} for r in tiny_rows(3, **images)]
+    run = make_trainer(tmp_path, rows, family, lmbda=1.0, max_length=None, **fields)
+    batch = run.data_collator([run.train_dataset[i] for i in range(3)])
+    prompts = [Prompt(e.unanswered(), ROOM, 1000 * e.index) for e in batch.examples]
+    return run, run.rollouts.writers["student"], prompts
+
+
+def ids_of(writer, run, prompts):
+    written = writer.complete(prompts, run.rollouts.sampling["student"])
+    return [completion.token_ids for (completion,) in written]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Those that a backend which compiles nothing has seen."""
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, examples):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(local, "COMPILER", backend)
+    yield seen
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_vl"])
+def test_layers_share_a_graph_and_write_what_they_write_without(family, graphs, tmp_path):
+    run, writer, prompts = build(tmp_path, family)
+    expected = ids_of(writer, run, prompts)
+    again = local.LocalWriter(writing=writer.writing, collator=writer.collator, args=run.args)
+    run.args.rollout_compile = True
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ids_of(again, run, prompts) == expected
+    layers = again.compiled.layers
+    assert len(layers) == run.model.config.get_text_config().num_hidden_layers > 1
+    found = len(graphs)
+    assert 1 <= found <= 2, "one, and one more where a length is no longer that of the first try"
+    assert ids_of(again, run, prompts[:2]) == expected[:2]
+    assert len(graphs) <= found + 1
+    assert all(layer._compiled_call_impl is None for layer in layers)
+    assert [layer.self_attn.layer_idx for layer in layers] == list(range(len(layers)))
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
+    run.train()
+
+
+def test_layers_that_compute_something_else_are_left_as_they_are_and_named(
+    tmp_path, monkeypatch, caplog
+):
+    run, writer, prompts = build(tmp_path, "qwen3")
+    expected = ids_of(writer, run, prompts)
+    again = local.LocalWriter(writing=writer.writing, collator=writer.collator, args=run.args)
+    run.args.rollout_compile = True
+    monkeypatch.setattr(compiled_layers, "with_own", lambda function, own: broken)
+    assert ids_of(again, run, prompts) == expected
+    assert again.compiled is None
+    told = [r.getMessage() for r in caplog.records if "are not compiled" in r.getMessage()]
+    assert len(told) == 1 and told[0].startswith("Qwen3ForCausalLM writes with layers that are not")
+
+
+def broken(hidden, *args, **kwargs):
+    return hidden * 0
+
+
+def test_attention_of_one_token_is_that_of_the_library():
+    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[0, ..., :2] = False
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    library = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    expected, _ = library(module, query, key, value, mask, scaling=0.3)
+    actual = compiled_layers.attend(query, key, value, mask, 0.3)
+    torch.testing.assert_close(actual, expected)
+    torch.library.opcheck(compiled_layers.attend, (query, key, value, mask, 0.3))
+
+
+def test_on_a_cpu_layers_are_compiled_where_it_is_asked_for_alone(tmp_path):
+    run, writer, prompts = build(tmp_path, "qwen3")
+    ids_of(writer, run, prompts)
+    assert run.args.rollout_compile is None and writer.compiled is None
