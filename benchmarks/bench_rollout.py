@@ -174,6 +174,9 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> tuple[Any, Watch]:
         peer = PeerTrainer(
             args=PeerConfig(**options), train_dataset=Dataset.from_list(data), **common
         )
+        # random weights may write a picture's placeholder, which ends TRL's run
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        peer.generation_config.suppress_tokens = [getattr(student.config, n) for n in names]
         watch = Watch(peer.generate_on_policy_outputs, lambda made: int((made[2] != -100).sum()))
         peer.generate_on_policy_outputs = watch
         return peer, watch

@@ -67,7 +67,7 @@ class SamplingCheck:
         logits = functional.linear(hidden[rows].to(weight.dtype), weight, bias).float()
         logits = form(logits)
         if len(self.is_banned) != logits.shape[1]:
-            self.is_banned = banned_entries(sampling, logits.shape[1], hidden.device)
+            self.is_banned = banned_entries(sampling, logits.shape[1]).to(hidden.device)
         own = logprobs_of(logits, inputs.labels[rows], sampling, self.is_banned)
         difference = (own - theirs).abs()
         self.total += difference.sum()

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+from gold_trainer import GOLDTrainer
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 
 
-def main(output_dir: str, batch_size: int, accumulation: int) -> None:
+def run(output_dir: str, batch_size: int, accumulation: int) -> tuple[GOLDTrainer, list[dict]]:
+    """The trainer and, for each of its steps, what the window held."""
     trainer = make_trainer(
         output_dir,
         tiny_rows(8),
@@ -24,6 +26,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
         num_generations=2,
         lmbda=0.5,
         max_steps=4,
+        learning_rate=0.0,
         temperature=2.0,
         top_p=1.0,
     )
@@ -43,6 +46,11 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
 
     trainer.rollouts.complete = record
     trainer.train()
+    return trainer, steps
+
+
+def main(output_dir: str, batch_size: int, accumulation: int) -> None:
+    trainer, steps = run(output_dir, batch_size, accumulation)
     ranks = gather_object([steps])
     if trainer.is_world_process_zero():
         torch.save({"ranks": ranks}, Path(output_dir) / "state.pt")

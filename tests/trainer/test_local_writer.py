@@ -141,9 +141,9 @@ def test_rows_that_have_ended_leave_and_the_cache_with_them(tmp_path, monkeypatc
     sizes, layers = [], []
     step, create = decoding.next_logits, fixed_cache.FixedLayer.__init__
 
-    def record(base, batch):
+    def record(base, batch, *rest):
         sizes.append(len(batch.token))
-        return step(base, batch)
+        return step(base, batch, *rest)
 
     def created(self, *tensors):
         create(self, *tensors)

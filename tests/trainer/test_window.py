@@ -5,6 +5,7 @@ pictures and pixels it holds, what it does with bytes that are no text, and two 
 import weakref
 from collections import Counter
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_trainer import GOLDConfig, GOLDTrainer, ahead, collator, window
 from gold_trainer.window import RepeatSampler
 from gold_trainer.writers import LocalWriter, local
+from support import window_step
 from support.cross_cases import (
     aligner_of,
     assert_equals,
@@ -298,7 +300,9 @@ def test_resumed_run_with_two_completions_a_prompt_is_the_uninterrupted_one(chec
 
 
 def test_two_processes_decide_alike_and_keep_a_prompts_completions_together(tmp_path):
-    """Four steps of two micro-batches with lmbda = 0.5 and num_generations = 2."""
+    """Four steps of two micro-batches with lmbda = 0.5 and num_generations = 2. One process with
+    the rows of both writes the same.
+    """
     state = run_step("window_step", tmp_path / "run", 2, 1, 2)
     first, second = state["ranks"]
     policies = [[step["is_on_policy"] for step in rank] for rank in (first, second)]
@@ -312,6 +316,30 @@ def test_two_processes_decide_alike_and_keep_a_prompts_completions_together(tmp_
             if all(rank[step]["is_on_policy"]):
                 one, other = rank[step]["completions"]
                 assert one != other
+    _, alone = window_step.run(str(tmp_path / "alone"), 2, 2)
+    on_policy = [i for i, step in enumerate(alone) if all(step["is_on_policy"])]
+    assert on_policy
+    for i in on_policy:
+        assert alone[i]["completions"] == first[i]["completions"] + second[i]["completions"]
+
+
+def test_a_row_on_two_ranks_is_sampled_as_on_one(tmp_path, monkeypatch):
+    """Where an epoch ends, repetitions of a row may be on several ranks: none writes the same."""
+    run = make_trainer(tmp_path, PROMPTS, lmbda=1.0, **TWICE)
+    rollouts = run.rollouts
+    row, other = run.data_collator([run.train_dataset[i] for i in (0, 1)]).examples
+    (whole, _) = rollouts._prompts_of([row] * 4 + [other], "student", 3, {})
+    assert (whole.num_completions, len(set(whole.seeds))) == (4, 4)
+    args = SimpleNamespace(**vars(run.args), world_size=2, process_index=1)
+    monkeypatch.setattr(rollouts, "args", args)
+    keys = [[(0, None), (1, None), (0, None)], [(0, None)]]
+    monkeypatch.setattr(window, "gather_object", lambda own: keys)
+    before = rollouts._before([row])
+    assert before == {(0, None): 2, (1, None): 1}
+    (part,) = rollouts._prompts_of([row] * 2, "student", 3, before)
+    assert part.seeds == whole.seeds[2:]
+    assert rollouts._prompts_of([row], "student", 4, {})[0].seed not in whole.seeds
+    assert rollouts._prompts_of([row], "teacher", 3, {})[0].seed not in whole.seeds
 
 
 HALF = b"\xc3"  # the first byte of many accented letters

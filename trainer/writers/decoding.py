@@ -73,7 +73,9 @@ class Decoder:
         has_ended: Callable[[list[int]], bool],  # what no single token says: stop strings
         is_recorded: bool,  # whether steps become a CUDA graph
         compiled: CompiledLayers | None = None,
+        warm: set[tuple[int, ...]] | None = None,  # shapes whose steps have run before
     ) -> None:
+        self.warm = set() if warm is None else warm
         self.base, self.batch, self.sampler = base, batch, sampler
         self.has_ended, self.is_recorded, self.compiled = has_ended, is_recorded, compiled
         self.end_ids = torch.tensor(sampler.sampling.end_ids, device=batch.ids.device)
@@ -116,7 +118,14 @@ class Decoder:
         if self.graph is not None:
             self.graph.replay()
             return
-        self._step()  # the first step of a batch is an eager one, which warms the libraries up
+        shape = tuple(self.batch.layers[0].keys.shape)
+        if self.is_recorded and shape in self.warm:
+            self._record()
+            if self.graph is not None:
+                self.graph.replay()
+                return
+        self._step()  # eager, which warms libraries up and compiles what is not compiled yet
+        self.warm.add(shape)
         if self.is_recorded:
             self._record()
 

@@ -52,6 +52,7 @@ class LocalWriter(Writer):
         self.bytes_per_token = 0  # of the cache, for one row; 0: not known yet
         self.is_told = False
         self.compiled: CompiledLayers | None = None
+        self.warm: set[tuple[int, ...]] = set()
         self.compile_seconds = self.record_seconds = 0.0  # of all calls
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
@@ -198,6 +199,7 @@ class LocalWriter(Writer):
             has_ended=partial(has_stop, self.collator.tokenizer, sampling.stop_strings),
             is_recorded=self.args.device.type == "cuda",
             compiled=self.compiled,
+            warm=self.warm,
         )
         pairs = decoder.write(torch.cat(logits))
         self.record_seconds += decoder.record_seconds

@@ -10,6 +10,7 @@ B rows, V entries of the head, R most new tokens of a row.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Sampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         draws = [torch.randint(*KEYS, (room, 2), generator=g) for g in generators]
         self.keys = torch.stack(draws).to(device, torch.int32)  # (B, R, 2)
-        self.is_banned = banned_entries(sampling, num_entries, device)
+        self.is_banned = banned_entries(sampling, num_entries).to(device)
         self.is_seen: Tensor | None = None  # (B, V), with a penalty of repetition alone
 
     def see(self, start: int, input_ids: Tensor, attention_mask: Tensor) -> None:  # (B', L)
@@ -82,10 +83,15 @@ class Sampler:
         return logits if self.sampling.temperature == 1.0 else logits / self.sampling.temperature
 
 
-def banned_entries(sampling: Sampling, num_entries: int, device: torch.device) -> Tensor:  # (V,)
-    is_banned = torch.zeros(num_entries, dtype=torch.bool)
-    is_banned[sampling.banned_ids(num_entries)] = True
-    return is_banned.to(device)
+@lru_cache(maxsize=4)
+def banned_entries_of(token_ids: frozenset[int], num_entries: int) -> Tensor:  # (V,)
+    is_banned = torch.ones(num_entries, dtype=torch.bool)
+    is_banned[[i for i in token_ids if i < num_entries]] = False
+    return is_banned
+
+
+def banned_entries(sampling: Sampling, num_entries: int) -> Tensor:  # (V,) on the CPU
+    return banned_entries_of(sampling.token_ids, num_entries)
 
 
 def draw(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
