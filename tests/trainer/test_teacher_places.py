@@ -10,10 +10,12 @@ from torch._subclasses import FakeTensorMode
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.refusals import refuse_places
 from gold_trainer.teachers import FrozenTeacher
+from gold_trainer.writers.local import _reason_to_generate
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import FIELDS, losses_of, make_trainer
 
 BESIDE_DEVICE_MAP = ("teacher_sharding", "teacher_device", "teacher_offload")
+SAMPLING = SimpleNamespace(generation_kwargs={})
 VALUES = {"teacher_sharding": "fsdp", "teacher_device": "cpu", "teacher_offload": "cpu"}
 
 
@@ -127,6 +129,7 @@ def test_inputs_go_to_the_teachers_device_and_hidden_states_come_back(has_bias, 
         hidden = frozen.hidden_rows(inputs)
     devices = {str(parameter.device) for parameter in teacher.parameters()}
     assert devices == {"cuda:1"}
+    assert "another device" in _reason_to_generate(frozen.model, SAMPLING)
     assert hidden.shape == (3, 128) and str(hidden.device) == "cuda:0"
     head = frozen.side.head
     assert [str(t.device) for t in (head.weight, head.bias) if t is not None] == ["cuda:0"] * (

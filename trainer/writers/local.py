@@ -247,6 +247,10 @@ def _reason_to_generate(model: nn.Module, sampling: Sampling) -> str | None:
         return "its weights are in parts"
     if is_offloaded(base) or len(set(places.values())) > 1:
         return "its weights are in several places"
+    if hasattr(model, "_hf_hook"):  # of accelerate: what goes in has to be moved first
+        return "it is on another device"
+    if getattr(base, "is_loaded_in_8bit", False):
+        return "layers of LLM.int8 look at what comes in, which no recorded step can"
     if not may_pad_left(model):
         return "padding on the left would change what it writes"
     return None
