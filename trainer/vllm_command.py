@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from typing import Any
 
 from gold_trainer.config import GOLDConfig
 
@@ -17,13 +18,35 @@ def server_environment(args: GOLDConfig, rank: int | None) -> dict[str, str]:
     return {DEVELOPMENT: "1"} | ({LORA: "1"} if takes_adapters else {})
 
 
+def dtype_of(args: GOLDConfig) -> str:
+    """Of vLLM's weights: what the student computes in."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
+def engine_options(args: GOLDConfig) -> dict[str, Any]:
+    """Arguments of vllm.LLM, the student aside."""
+    options: dict[str, Any] = {
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "dtype": dtype_of(args),
+        "max_model_len": args.vllm_model_length,
+        "max_num_seqs": max(args.num_generations, MAX_NUM_SEQS),
+        "model_impl": args.vllm_model_impl,
+        "enable_sleep_mode": args.vllm_enable_sleep_mode,
+        "enforce_eager": args.use_cpu,  # there compiling takes longer than it saves
+    }
+    if not args.use_cpu:
+        options["gpu_memory_utilization"] = args.vllm_gpu_memory_utilization
+    return options
+
+
 def server_options(args: GOLDConfig, rank: int | None) -> list[str]:
     """What the server is to be, the student aside. rank: of the adapter, None without one."""
     options: dict[str, object] = {
         "--enable-scale-out": None,
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # no sampling of its own beside what it is asked for
-        "--dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "--dtype": dtype_of(args),
         "--host": args.vllm_server_host,
         "--port": args.vllm_server_port,
     }

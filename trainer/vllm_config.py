@@ -7,7 +7,7 @@ from typing import Any
 OF_SERVER = (
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
     *("vllm_request_timeout", "vllm_weight_sync", "vllm_sync_dir", "vllm_group_port"),
-    "async_rollouts",
+    *("async_rollouts", "vllm_merge_adapter", "vllm_tensor_parallel_size"),
 )
 OF_COLOCATE = ("vllm_enable_sleep_mode",)
 

@@ -47,6 +47,13 @@ class RunningServer:
             self.process.wait()
 
 
+def assert_installed() -> None:
+    """A test without the environment fails, and is not skipped."""
+    assert (PYTHON.parent.parent / "installed").exists(), (
+        "tests of vLLM need its environment: make .venv-vllm/installed"
+    )
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -56,9 +63,7 @@ def free_port() -> int:
 @contextmanager
 def running_server(model: Path, folder: Path, rank: int | None = None) -> Iterator[RunningServer]:
     """With the options that the start line of such a run has."""
-    assert (PYTHON.parent.parent / "installed").exists(), (
-        "tests of the vLLM server need its environment: make .venv-vllm/installed"
-    )
+    assert_installed()
     port = free_port()
     config = GOLDConfig(
         output_dir=str(folder), **(FIELDS | {"use_vllm": True, "lmbda": 1.0}), vllm_server_port=port

@@ -36,6 +36,14 @@ def config(**fields):
             "vllm_server_port must be left out with",
         ),
         ({"vllm_mode": "colocate", "vllm_sync_dir": "/x"}, "vllm_sync_dir must be left out with"),
+        (
+            {"vllm_mode": "colocate", "async_rollouts": 1},
+            "async_rollouts must be left out wit",
+        ),
+        (
+            {"vllm_mode": "colocate", "vllm_tensor_parallel_size": 2},
+            "_size must be left out with",
+        ),
         ({"vllm_mode": "local"}, "vllm_mode must be 'server' or 'colocate', got 'local'"),
         (
             {"vllm_server_base_url": "localhost:8001"},

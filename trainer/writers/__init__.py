@@ -11,6 +11,7 @@ from gold_trainer.teachers import Teacher
 from gold_trainer.writers.local import LocalWriter
 from gold_trainer.writers.vllm import VLLMWriter
 from gold_trainer.writers.vllm_check import ServerInfo, connect
+from gold_trainer.writers.vllm_engine import EngineWriter
 from gold_trainer.writers.vllm_server import Server
 from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
 
@@ -47,6 +48,8 @@ def make_writers(
         "teacher": teacher.writing,
     }
     writers = {name: make_writer(writing[name], collators[name], args) for name in collators}
+    if args.use_vllm and server is None:
+        writers["student"] = EngineWriter(student, collators["student"], args)
     if server is not None:
         writers["student"] = VLLMWriter(*server, student, collators["student"], args)
     return writers

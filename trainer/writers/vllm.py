@@ -18,6 +18,7 @@ from gold_trainer.writers.vllm_requests import (
     GENERATE,
     check_expanded,
     read_completions,
+    refuse_videos,
     request_body,
     sampling_params,
 )
@@ -105,11 +106,7 @@ class VLLMWriter(Writer):
 
     def _check(self, prompt: Prompt) -> None:
         example, most = prompt.example, self.info.max_model_len
-        if example.videos:
-            raise ValueError(
-                f"{example.where}: vLLM writes for rows of text and pictures, got "
-                f"{len(example.videos)} videos; set use_vllm=False, or leave the row out."
-            )
+        refuse_videos(example)
         if example.prompt_length + prompt.room > most:
             raise ValueError(
                 f"{example.where}: prompt and completion must fit into the vLLM server's "

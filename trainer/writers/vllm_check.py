@@ -1,6 +1,7 @@
 """What a vLLM server has to be for a run, seen before models are loaded."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ def connect(
     """
     if not args.use_vllm:
         return None
-    if args.vllm_mode != "server":
-        raise ValueError("GOLDConfig: vllm_mode must be 'server', got 'colocate'; start a server.")
+    if args.vllm_mode == "colocate":
+        check_installed()
+        return None
     if args.vllm_weight_sync == "nccl":
         check_nccl()
     rank = adapter_rank(student, peft_config)
@@ -71,6 +73,15 @@ def connect(
     info = ServerInfo.of(server)
     check_info(args, server, info, rank)
     return server, info
+
+
+def check_installed() -> None:
+    """Before models are loaded."""
+    if find_spec("vllm") is None:
+        raise ValueError(
+            "GOLDTrainer: vllm_mode='colocate' needs the package vllm here, got none; "
+            "pip install vllm, or set vllm_mode='server'."
+        )
 
 
 def check_info(args: GOLDConfig, server: Server, info: ServerInfo, rank: int | None) -> None:

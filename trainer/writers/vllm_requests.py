@@ -35,7 +35,7 @@ def sampling_params(sampling: Sampling, banned_ids: Sequence[int]) -> dict[str, 
         "detokenize": bool(sampling.stop_strings),
     }
     if banned_ids:
-        params["logit_bias"] = {str(i): BAN for i in banned_ids}
+        params["logit_bias"] = dict.fromkeys(banned_ids, BAN)
     if sampling.stop_strings:
         params["stop"] = list(sampling.stop_strings)
         params["include_stop_str_in_output"] = True
@@ -71,6 +71,14 @@ def unexpanded_ids(processor: Processor, example: Example) -> list[int]:
 
 def _cut(ids: list[int], example: Example) -> list[int]:
     return ids[-example.prompt_length :] if example.is_cut else ids
+
+
+def refuse_videos(example: Example) -> None:
+    if example.videos:
+        raise ValueError(
+            f"{example.where}: vLLM writes for rows of text and pictures, got "
+            f"{len(example.videos)} videos; set use_vllm=False, or leave the row out."
+        )
 
 
 def picture_url(image: Image.Image) -> str:

@@ -1,0 +1,98 @@
+"""Rollouts of a vLLM engine in the training process, as far as that goes without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+from gold_trainer import sampling_check
+from gold_trainer.writers import vllm_check
+from support.processes import TESTS
+from support.tiny_models import tiny_rows
+from support.trainer_cases import make_trainer
+from support.vllm_server import ENVIRONMENT, PYTHON, ROOT, assert_installed
+
+SECONDS = 300
+
+
+def test_an_engine_in_the_process_writes_with_the_students_weights(tmp_path):
+    assert_installed()
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "gold_trainer").symlink_to(ROOT / "trainer")
+    paths = os.pathsep.join(map(str, (ROOT, links, TESTS)))
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": paths, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [PYTHON, "-m", "support.vllm_colocate_step", tmp_path],
+        env=environment,
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["log"]) == 3
+    for entry in result["log"]:
+        assert entry[f"{sampling_check.NAME}/max"] < 1e-4 and entry["rollout_age"] == 0
+    written = [ours for ours, _ in result["greedy"]]
+    assert written == [theirs for _, theirs in result["greedy"]]
+    assert written[0] == written[2] != written[1]
+
+
+def test_a_missing_package_is_told_before_models_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_check, "find_spec", lambda name: None)
+    fields = {"use_vllm": True, "vllm_mode": "colocate", "lmbda": 1.0}
+    with pytest.raises(ValueError, match=r"needs the package vllm here, got none; pip install"):
+        make_trainer(tmp_path, tiny_rows(4), "qwen3", **fields)
+
+
+class FakeEngine:
+    """Remembers its calls, and says 5 6 7 to everything."""
+
+    def __init__(self, **options):
+        self.options, self.calls, self.llm_engine = options, [], self
+
+    def __getattr__(self, name):
+        return lambda **options: self.calls.append((name, options.get("level")))
+
+    def collective_rpc(self, name, kwargs):
+        self.calls.append((name, len(kwargs["weights_iterator"])))
+
+    def generate(self, prompts, params, use_tqdm):
+        said = [(5, 6, 7), [{5: Said(-1.0)}, {6: Said(-1.0)}, {7: Said(-1.0)}]]
+        return [
+            SimpleNamespace(
+                prompt_token_ids=prompt["prompt_token_ids"],
+                outputs=[SimpleNamespace(token_ids=said[0], logprobs=said[1])] * given["n"],
+            )
+            for prompt, given in zip(prompts, params, strict=True)
+        ]
+
+
+class Said(NamedTuple):
+    logprob: float
+
+
+@pytest.mark.parametrize(("frequency", "level"), [(1, 2), (2, 1)])
+def test_an_engine_sleeps_while_the_student_learns(frequency, level, tmp_path, monkeypatch):
+    """Deeply, without its weights, where the next window brings new ones anyway."""
+    made = SimpleNamespace(SamplingParams=dict, LLM=FakeEngine)
+    monkeypatch.setitem(sys.modules, "vllm", made)
+    monkeypatch.setattr(vllm_check, "find_spec", lambda name: True)
+    fields = {"use_vllm": True, "vllm_mode": "colocate", "lmbda": 1.0, "max_steps": 3}
+    own = {"vllm_enable_sleep_mode": True, "vllm_sync_frequency": frequency}
+    run = make_trainer(tmp_path, tiny_rows(4), "qwen3", **fields, **own)
+    run.train()
+    engine = run.rollouts.writers["student"].engine
+    assert engine.options["enable_sleep_mode"] and engine.options["max_model_len"] == 256
+    num_weights = len(run.model.state_dict()) - 1  # a tied head
+    resets = [(f"reset_{name}_cache", None) for name in ("prefix", "mm", "encoder")]
+    reload = [("reload_weights", num_weights), *resets]
+    asleep, awake = ("sleep", level), ("wake_up", None)
+    again = [] if frequency == 2 else reload
+    assert engine.calls == [asleep, awake, *again, asleep, awake, *reload, asleep]
