@@ -31,7 +31,11 @@ TINY_TEACHER = Shape(512, 512, 2, 4, 2, 64, 64, False)
 
 
 def build_model(
-    shape: Shape, processor: Qwen3VLProcessor, is_tiny: bool, dtype: torch.dtype | None = None
+    shape: Shape,
+    processor: Qwen3VLProcessor,
+    is_tiny: bool,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
 ) -> Any:
     """Random weights made on the device, by default in bf16 (tiny: float32)."""
     token_id = processor.tokenizer.convert_tokens_to_ids
@@ -69,7 +73,8 @@ def build_model(
         vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=shape.is_tied,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = torch.float32 if is_tiny else torch.bfloat16
     default_dtype = torch.get_default_dtype()

@@ -31,6 +31,8 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
        gold-trainer cache-teacher [RECIPE | CONFIG.yaml] [--field value ...]
                                                    run the teacher once, keep what it says in
                                                    teacher_cache, which training reads
+       gold-trainer plan [RECIPE | CONFIG.yaml] [--field value ...] [--gpu_memory GIB]
+                                                   the run's peak memory, and what would make it fit
        gold-trainer train --help                   the fields, with their defaults
        gold-trainer train --help-all               those of transformers too
        gold-trainer vllm-command [RECIPE | CONFIG.yaml] [--field value ...]
@@ -55,6 +57,24 @@ check-data is another name of it. Fields are those of `gold-trainer train --help
   --dataloader_num_workers
       Processes that read; 0: as many as there are cores, up to 16. A stream is read by one, as
       far as max_steps goes. [0]
+"""
+
+PLAN_USAGE = """\
+usage: gold-trainer plan [RECIPE | CONFIG.yaml] [--field value ...]
+
+Prints the peak memory of a GPU that `gold-trainer train` would have with the same arguments, by
+part. Models are made of their configs alone: no weights are read and no GPU is needed. Exit code 0,
+1 where the run does not fit gpu_memory, 2 where a field or the pair of models is refused. Fields
+are those of `gold-trainer train --help`, and:
+
+  --engine
+      single, ddp, fsdp2, zero2 or zero3. [single, with several GPUs ddp]
+  --gpus
+      Processes, one a GPU. [1]
+  --gpu_memory
+      GiB that a GPU has; with it come the fields to add where the run does not fit.
+  --tokens
+      Tokens of each row. [those of the longest of 64 rows]
 """
 
 CACHE_USAGE = """\
@@ -135,6 +155,18 @@ def _check(argv: list[str]) -> int:
     return check(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(PLAN_USAGE)
+        return 0
+    argv = _known(argv, ("--engine", "--gpus", "--gpu_memory", "--gpu-memory", "--tokens"))
+    try:
+        from gold_trainer.plan import plan
+    except ImportError as error:
+        raise _missing("trainer", error) from error
+    return plan(argv)
+
+
 def _cache_teacher(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(CACHE_USAGE)
@@ -188,6 +220,7 @@ COMMANDS: dict[str | None, Callable[[list[str]], int | None]] = {
     "train": _train,
     "check": _check,
     "check-data": _check,
+    "plan": _plan,
     "cache-teacher": _cache_teacher,
     "demo": _demo,
     "recipes": _recipes,

@@ -97,12 +97,12 @@ def head_replaced(
     the weight used, FSDP and ZeRO-3 have it gathered, hooks fire.
     """
     passage = Passage()
-    with _forward_is(place, lambda hidden: passage.depart(function(hidden))):
+    with forward_is(place, lambda hidden: passage.depart(function(hidden))):
         yield passage.arrive
 
 
 @contextmanager
-def _forward_is(place: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def forward_is(place: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
     before = vars(place).get("forward")  # that of a hook, where accelerate put one
     place.forward = function
     try:
@@ -136,7 +136,7 @@ def measure(
     # first, before FSDP's own, which casts what the model returns
     hook = model.register_forward_hook(lambda *call: made.append(call[-1]), prepend=True)
     try:
-        with _forward_is(place, at_head):
+        with forward_is(place, at_head):
             wrapper(**inputs)
     except (IndexError, RuntimeError, TypeError) as error:
         if probe is None or isinstance(error, torch.OutOfMemoryError):
