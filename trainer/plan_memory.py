@@ -158,21 +158,36 @@ class Planner:
         yield "step of the optimizer", state + step
 
     def _rollouts(self) -> int:
-        """Keys, values and logits of a window that one call writes."""
+        """Keys, values and logits of rows that are written together, in this process: as many
+        as rollout_cache_gib holds. Without it the writer takes half of what is free, whatever that
+        is: one row is what it needs.
+        """
         args, batch = self.subject.args, self.subject.batch
-        models_and_inputs: list[tuple[nn.Module, Any]] = []
-        if args.lmbda > 0:
-            models_and_inputs.append((self.subject.student, batch.student))
+        writers: list[tuple[nn.Module, Any]] = []
+        if args.lmbda > 0 and not args.use_vllm:
+            writers.append((self.subject.student, batch.student))
         if args.seq_kd and args.lmbda < 1 and self.subject.teacher is not None:
-            models_and_inputs.append((self.subject.teacher, batch.teacher))
-        num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            writers.append((self.subject.teacher, batch.teacher))
         sizes = [0]
-        for model, inputs in models_and_inputs:
+        for model, inputs in writers:
             length = inputs.tensors["input_ids"].shape[1]
             config = models.base_model(model).config.get_text_config()
-            logits = WRITTEN_LOGITS * 4 * config.vocab_size
-            sizes.append(num_rows * (length * _cache_bytes(config) + logits))
+            row = length * _cache_bytes(config)
+            num_rows = 1
+            if args.rollout_cache_gib is not None:
+                most = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                num_rows = max(1, min(most, int(args.rollout_cache_gib * 2**30 // row)))
+            row += WRITTEN_LOGITS * 4 * config.vocab_size
+            sizes.append(num_rows * row + self._cast_bytes(model))
         return max(sizes)
+
+    def _cast_bytes(self, model: nn.Module) -> int:
+        """Within autocast a writer has copies of linear layers' weights."""
+        if self.precision.autocast is None or self.precision.params is not None:
+            return 0
+        linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        wide = [w for w in linear if w.dtype == torch.float32]
+        return sum(self.precision.autocast.itemsize * w.numel() for w in wide)
 
 
 class Sizes(NamedTuple):

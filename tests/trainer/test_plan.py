@@ -111,6 +111,18 @@ def test_gradients_of_micro_batches_before_are_there_from_the_start():
     assert plans[0]["gradients"] == 0 and plans[1]["gradients"] == trained
 
 
+def test_rollouts_take_what_their_field_says_and_need_one_row():
+    fields = {"lmbda": 1.0, "gradient_accumulation_steps": 8}
+    sizes = []
+    for cache in (None, 1e-9, 1.0):
+        planner = Planner(subject_of("qwen3", **fields, rollout_cache_gib=cache), Setup())
+        sizes.append(dict(planner._moments())["writing of rollouts"]["rollouts"])
+    rows = 8 * planner.subject.args.per_device_train_batch_size
+    assert sizes[0] == sizes[1] > 0 and sizes[2] == rows * sizes[0]
+    off_policy = Planner(subject_of("qwen3"), Setup())
+    assert "writing of rollouts" not in dict(off_policy._moments())
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Configs and processors alone: reading weights would fail."""
