@@ -83,6 +83,42 @@ def test_training_steps(loss):
                 assert theirs == [row["status"], ""]
 
 
+TEACHERS = {
+    "in 16 bits": "resident",
+    "in 8 bits (LLM.int8)": "int8",
+    "in 4 bits (nf4)": "nf4",
+    "cached hidden states": "cache",
+}
+LAUNCHES = {
+    "one process": ("single", "resident"),
+    "DDP": ("ddp", "resident"),
+    "FSDP2": ("fsdp2", "resident"),
+    "FSDP2, teacher in parts": ("fsdp2", "fsdp"),
+}
+
+
+def engine_step(engine: str, teacher: str, tokens: str) -> dict[str, str]:
+    case = {"training": "lora", "checkpointing": "on", "options": "", "status": "ok"}
+    case |= {"engine": engine, "teacher": teacher, "completion_tokens": tokens}
+    return record("train_step_engines.csv", batch_size="4", **case)
+
+
+def test_steps_with_teachers_that_do_not_fit():
+    lines = table("hardware.md", "and other [teachers]")
+    assert lines.keys() == TEACHERS.keys()
+    for name, cells in lines.items():
+        rows = [engine_step("single", TEACHERS[name], n) for n in ("1037", "4096", "8191")]
+        assert_cells(cells, [row[k] for row in rows for k in ("seconds_median", "peak_gib")])
+
+
+def test_steps_on_several_gpus():
+    lines = table("hardware.md", "And on several GPUs")
+    assert lines.keys() == LAUNCHES.keys()
+    for name, cells in lines.items():
+        row = engine_step(*LAUNCHES[name], "4096")
+        assert_cells(cells, [row["num_gpus"], row["tokens_per_second"], row["peak_gib"]])
+
+
 def test_cost_of_a_smaller_budget():
     for name, cells in table("memory.md", "What less memory costs").items():
         values = []
