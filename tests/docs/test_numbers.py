@@ -140,3 +140,15 @@ def test_errors_near_convergence():
         case = {"part": "shapes", "implementation": JSD_NAMES[name], "head": "trainable"}
         row = record("jsd.csv", **case, **SIZES)
         assert_cells(cells, [row["near_loss_error"], row["near_grad_hidden_error"]])
+
+
+def test_rollouts():
+    for size, cells in table("hardware.md", "(`rollout.csv`)").items():
+        values = []
+        for column in ("tokens_per_second", "step_seconds"):
+            for name in ("local", "generate", "trl"):
+                case = {"implementation": name, "training": "full", "batch_size": size}
+                row = record("rollout.csv", **case)
+                values.append(row[column] if row["status"] == "ok" else row["status"])
+        for cell, value in zip(cells, values, strict=True):
+            assert cell == value or float(cell) == float(value), f"{cells} for {values}"

@@ -19,6 +19,7 @@ from gold_kernels.triton.launch import ROW_ALIGNMENT
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
+from gold_trainer.writers import sampling_kernel
 
 
 def signature_of(kernel, types, floats, constexprs):
@@ -159,6 +160,15 @@ def scale_signatures():
         yield kernel, signature_of(kernel, types, (), constexprs), constexprs
 
 
+def draw_signatures():
+    kernel = sampling_kernel.draw_rows_kernel
+    for has_top_p, has_min_p in ((False, False), (True, True)):
+        types = {"logits_ptr": "*fp32", "keys_ptr": "*i32", "ids_ptr": "*i64"}
+        types |= {"logprobs_ptr": "*fp32"}
+        constexprs = {"HAS_TOP_P": has_top_p, "HAS_MIN_P": has_min_p, "BLOCK_V": 8192}
+        yield kernel, signature_of(kernel, types, ("top_p", "log_min_p"), constexprs), constexprs
+
+
 def alignment_of(kernel, signature, constexprs):
     """What the launcher says of pointers and strides; rows are aligned where the kernel keeps its
     table in shared memory, and sizes are any number.
@@ -188,6 +198,7 @@ def main() -> None:
             *uld_signatures(),
             *uld_sums_signatures(),
             *token_signatures(),
+            *draw_signatures(),
         ):
             attributes = alignment_of(kernel, signature, constexprs)
             source = ASTSource(kernel, signature, constexprs, attributes)
