@@ -1,13 +1,17 @@
 """A teacher whose layers stream to the device gives the loss of one that is there, to the bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gold_trainer.teachers import offloaded
 from gold_trainer.teachers.layer_stream import (
     AHEAD,
     SMALLEST_PIECE,
+    Layer,
     LayerStream,
     piece_sizes,
     split_layers,
@@ -96,6 +100,18 @@ def test_layers_of_a_file_by_name_are_read_from_it_and_others_leave_nothing(fold
     assert list(written.glob("*.safetensors"))
     trainer.teacher.folders[0].cleanup()
     assert not written.exists()
+
+
+def test_too_little_memory_or_disk_is_one_sentence(tmp_path, monkeypatch):
+    def pack(layer, **_options):
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    monkeypatch.setattr(Layer, "pack", pack)
+    with pytest.raises(ValueError, match=r"'cpu' must have 1 MiB of host mem.* out of memory\)"):
+        train(tmp_path, teacher_offload="cpu")
+    monkeypatch.setattr(offloaded.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=9))
+    with pytest.raises(ValueError, match=r"'disk' must have 1 MiB of free disk for the teacher's"):
+        train(tmp_path, teacher_offload="disk")
 
 
 class Stack(nn.Module):

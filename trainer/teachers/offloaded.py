@@ -60,8 +60,7 @@ class OffloadedTeacher(FrozenTeacher):
         self.model.requires_grad_(False).eval()
         layers = split_layers(self.model, self.stored)
         if self.args.teacher_offload == "cpu":
-            for layer in layers:
-                layer.pack(is_pinned=own.type == "cuda")
+            _pack(layers, is_pinned=own.type == "cuda")
         else:
             self._write(layers)
         self.stream = LayerStream(layers, own)
@@ -91,6 +90,19 @@ class OffloadedTeacher(FrozenTeacher):
             )
         self.folders.append(folder)
         write_layers(layers, folder.name, mapped)
+
+
+def _pack(layers: list[Layer], *, is_pinned: bool) -> None:
+    total = sum(layer.num_bytes for layer in layers) >> 20
+    try:
+        for layer in layers:
+            layer.pack(is_pinned=is_pinned)
+    except RuntimeError as error:  # of the allocator
+        raise ValueError(
+            f"GOLDTrainer: teacher_offload='cpu' must have {total} MiB of host memory for the "
+            f"teacher's layers, got an error ({str(error).splitlines()[0]}); set "
+            "teacher_offload='disk', or start fewer processes."
+        ) from error
 
 
 def write_layers(layers: list[Layer], folder: str, mapped: Collection[int] = ()) -> None:
