@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from support.engine_step import CASES, ULD, make
+from support.engine_cases import CASES, MIXED, ULD
+from support.engine_step import make
 from support.engines import needs_gpus, take_processes_for_gpus
 from support.trainer_cases import losses_of
 
-MIXED = CASES["mixed_pictures"]
 OWN_CASES: dict[str, dict[str, Any]] = {
     "tied_teacher": {"family": "smolvlm", "images": "mixed"},
     # top_k: samples would differ by rounding
