@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 import gold_kernels
-from gold_trainer import cache_store, loading
+from gold_trainer import cache_store
 from gold_trainer.batches import SideInputs
 from gold_trainer.cache_facts import PRECISIONS, copy_description, precision_of
 from gold_trainer.cache_scan import (
@@ -30,14 +30,14 @@ from gold_trainer.cache_scan import (
     scan,
 )
 from gold_trainer.cache_store import Index, Manifest, Place, ShardWriter, head_bytes
-from gold_trainer.check import num_cores, progress
 from gold_trainer.command_line import Run
+from gold_trainer.empty_sides import empty_sides
 from gold_trainer.preparing import Prepared
+from gold_trainer.progress import num_cores, progress
 from gold_trainer.rows import name_of
 from gold_trainer.sides import Side
 from gold_trainer.streams import open_rows
 from gold_trainer.teachers import make_live_teacher
-from gold_trainer.teachers.frozen import FrozenTeacher
 from gold_trainer.teachers.teacher import Teacher
 
 ENTRY_BYTES = 256  # of an example in the index, at most
@@ -92,17 +92,8 @@ class Caching:
         self.folder, self.state = folder, state
         self.batch_size = batch_size or run.config.per_device_train_batch_size
         self.num_workers = run.config.dataloader_num_workers or num_cores()
-        args = self.args
-        student = loading.empty_model(run.student, args.model_init_kwargs)
-        teacher = loading.empty_model(
-            str(run.teacher), args.teacher_model_init_kwargs, args.teacher_model_revision
-        )
-        processors = prepared.student_processor, prepared.teacher_processor
-        self.sides = (
-            Side.of(student, "student", processors[0], args),
-            FrozenTeacher(teacher, processors[1], args).side,
-        )
-        self.collate = collator_of(args, prepared.objective(args, *self.sides))
+        _, self.sides = empty_sides(run, prepared)
+        self.collate = collator_of(self.args, prepared.objective(self.args, *self.sides))
         self.console = Console(quiet=not state.is_main_process, highlight=False)
 
     def run(

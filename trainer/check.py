@@ -12,11 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
-from gold_trainer import loading, models, refusals
+from gold_trainer import models, refusals
 from gold_trainer.bad_rows import TolerantCollator, tolerant
 from gold_trainer.batches import WindowBatch
 from gold_trainer.cache_store import form_of_cache
@@ -26,16 +24,15 @@ from gold_trainer.collator import token_ids_of
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset
+from gold_trainer.empty_sides import empty_sides
 from gold_trainer.objectives import CrossTokenizer, Objective
 from gold_trainer.preparing import Prepared, prepare
+from gold_trainer.progress import num_cores, progress
 from gold_trainer.row_errors import REASONS, BadRow
-from gold_trainer.sides import Side
 from gold_trainer.streams import RowStream, open_rows
 from gold_trainer.teachers import source_of
-from gold_trainer.teachers.frozen import FrozenTeacher
 
 BATCH_SIZE = 16
-MAX_WORKERS = 16  # unless dataloader_num_workers says more: a container shows all cores of its host
 
 
 def check(argv: list[str]) -> int:
@@ -105,19 +102,9 @@ def _own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _objective(run: Run, prepared: Prepared) -> tuple[Objective, list[str]]:
     """The loss of the pair without its weights, and what is known of the pair."""
-    args = run.config
-    empty = loading.empty_model(run.student, args.model_init_kwargs)
-    has_adapter = run.peft_config is not None
-    student = loading.add_adapter(empty, run.peft_config) if has_adapter else empty
-    teacher = loading.empty_model(
-        str(run.teacher), args.teacher_model_init_kwargs, args.teacher_model_revision
-    )
+    (student, teacher), sides = empty_sides(run, prepared)
+    objective = prepared.objective(run.config, *sides)
     processors = prepared.student_processor, prepared.teacher_processor
-    sides = (
-        Side.of(student, "student", processors[0], args),
-        FrozenTeacher(teacher, processors[1], args).side,
-    )
-    objective = prepared.objective(args, *sides)
     facts = []
     named = (("student", run.student, student), ("teacher", run.teacher, teacher))
     for (name, source, model), side, processor in zip(named, sides, processors, strict=True):
@@ -160,27 +147,6 @@ def _read(
         for part in batches:
             bar.advance(task, report.add(part))
     return report
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on every system
-        return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-    return min(MAX_WORKERS, os.cpu_count() or 1)
-
-
-def progress() -> Progress:
-    """On stderr, where it is a terminal."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _examples(rows: Any, collator: TolerantCollator, count: int) -> Iterator[WindowBatch]:

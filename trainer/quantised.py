@@ -4,7 +4,6 @@ The loss multiplies by the head's matrix itself, and rounding it would move ever
 """
 
 import copy
-import difflib
 import inspect
 import logging
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import PretrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
 from gold_trainer.models import base_model
+from gold_trainer.nearest import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,7 @@ def read_quantization(field: str, given: Any) -> Any:  # an object of transforme
     known = [name for name in inspect.signature(kind).parameters if name != "kwargs"]
     for name in given:
         if name not in (*known, "quant_method"):
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            meant = did_you_mean(name, known)
             raise _refusal(field, f"{', '.join(known)}, got {name!r}{meant}")
     if method == "torchao" and isinstance(given.get("quant_type"), str):
         given = given | {"quant_type": _torchao_kind(field, given["quant_type"])}
@@ -66,8 +65,8 @@ def _torchao_kind(field: str, name: str) -> Any:
     kind = getattr(torchao.quantization, name, None)
     if kind is None:
         known = [other for other in dir(torchao.quantization) if other.endswith("Config")]
-        near = difflib.get_close_matches(name, known, n=1) or ["Int8WeightOnlyConfig"]
-        raise _refusal(field, f"a quant_type of torchao, got {name!r}; did you mean {near[0]}?")
+        meant = did_you_mean(name, known) or "; for instance Int8WeightOnlyConfig"
+        raise _refusal(field, f"a quant_type of torchao, got {name!r}{meant}")
     return kind()
 
 

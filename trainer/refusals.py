@@ -27,20 +27,23 @@ PACKAGES = {
 logger = logging.getLogger(__name__)
 
 
-def refuse_unusable(
-    model: Any,
-    teacher_model: Any,
-    args: Any,
-    data_collator: Any,
-    compute_metrics: Any,
-    preprocess_logits: Any,
-    peft_config: Any,
-) -> None:
+def refuse_other_config(args: Any) -> None:
     if not isinstance(args, GOLDConfig):
         raise ValueError(
             f"GOLDTrainer: args must be a GOLDConfig, got {type(args).__name__}; it takes every "
             "field of TrainingArguments."
         )
+
+
+def refuse_unusable(
+    model: Any,
+    teacher_model: Any,
+    args: GOLDConfig,
+    data_collator: Any,
+    compute_metrics: Any,
+    preprocess_logits: Any,
+    peft_config: Any,
+) -> None:
     refuse_reports(args)
     check_library_options(args)
     refuse_fp16(args)

@@ -92,6 +92,7 @@ class GOLDTrainer(Trainer):
         teacher_processing_class: Processor | None = None,
     ) -> None:
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
+        refusals.refuse_other_config(args)
         teacher_model = source_of(teacher_model, args)
         hooks = data_collator, compute_metrics, preprocess_logits_for_metrics
         refusals.refuse_unusable(model, teacher_model, args, *hooks, peft_config)

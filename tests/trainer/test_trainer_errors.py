@@ -115,14 +115,15 @@ def test_one_object_cannot_be_student_and_teacher(output_dir):
     refused(message, output_dir, student=model, teacher=model)
 
 
-def test_arguments_of_another_class_are_refused(output_dir):
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_arguments_of_another_class_are_refused(has_teacher, output_dir):
     with pytest.raises(
         ValueError,
         match=r"^GOLDTrainer: args must be a GOLDConfig, got TrainingArguments; it takes",
     ):
         GOLDTrainer(
             model=tiny("qwen3_vl")[0],
-            teacher_model=tiny("qwen3_vl", "teacher")[0],
+            teacher_model=tiny("qwen3_vl", "teacher")[0] if has_teacher else None,
             args=TrainingArguments(output_dir=str(output_dir), use_cpu=True),
         )
 

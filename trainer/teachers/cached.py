@@ -94,7 +94,7 @@ def _bytes(sizes: list[int] | None) -> str:
 
 def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
     """The teacher, or, where it is cached, the folder with its config and processor."""
-    if not isinstance(args, GOLDConfig) or args.teacher_cache is None:
+    if args.teacher_cache is None:
         return args.teacher_model_name_or_path if teacher_model is None else teacher_model
     if teacher_model is not None and not isinstance(teacher_model, str):
         raise ValueError(
