@@ -1,11 +1,13 @@
 """The table of engines in docs/hardware.md, as results/engine_matrix.csv has it."""
 
 import csv
+import textwrap
 from pathlib import Path
 
 from support.engine_matrix import ALONE, ENGINES, FACTORS
 
 PAGE = Path(__file__).parents[2] / "docs" / "hardware.md"
+WIDTH = 120
 BEGIN, END = "<!-- engine_matrix.csv -->\n", "<!-- end of engine_matrix.csv -->\n"
 TITLES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 LABELS = {
@@ -90,13 +92,16 @@ def _cell(
         if not any((engine, row[other]) in refused for other in FACTORS)
     ]
     if not good:
-        return ""
+        return "-"
     return "yes" if all(good) else f"{sum(good)} of {len(good)}"
 
 
 def section(rows: Rows) -> str:
     sentences = dict.fromkeys(refusals(rows).values())
-    listed = "".join(f"{number}. {sentence}\n" for number, sentence in enumerate(sentences, 1))
+    listed = "".join(
+        textwrap.fill(f"{number}. {sentence}", WIDTH, subsequent_indent="   ") + "\n"
+        for number, sentence in enumerate(sentences, 1)
+    )
     count = sum(row["outcome"] == "yes" for row in rows)
     head = f"{count} runs of {len(rows)}; the others are refused, with these sentences:\n\n"
     return f"{BEGIN}\n{table(rows)}\n{head}{listed}\n{END}"

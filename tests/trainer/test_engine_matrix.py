@@ -7,9 +7,10 @@ import itertools
 
 import pytest
 
-from support import engine_matrix
+from support import engine_matrix, engine_page
 from support.engine_runs import assert_same_run, run_engine
 
+CSV = engine_page.PAGE.parents[1] / "benchmarks" / "results" / "engine_matrix.csv"
 CHOSEN = engine_matrix.chosen()
 
 
@@ -47,3 +48,25 @@ def test_every_two_levels_that_can_meet_do():
     others = [engine for engine in engine_matrix.ENGINES if engine != "fsdp2"]
     assert apart == [(engine, "resumed_parts") for engine in others]
     assert len(CHOSEN) < len(engine_matrix.names()) / 4
+
+
+def test_the_table_is_what_was_measured():
+    assert engine_page.section(engine_page.read(CSV)) in engine_page.PAGE.read_text()
+
+
+def test_everything_was_measured_and_nothing_but_refusals_failed():
+    rows = engine_page.read(CSV)
+    expected = {
+        (engine, *engine_matrix.levels_of(name).values())
+        for engine in engine_matrix.ENGINES
+        for name in (*engine_matrix.names(), *engine_matrix.ALONE)
+        if engine_matrix.is_a_run_of(engine, name)
+    }
+    assert {tuple(row[k] for k in ("engine", *engine_matrix.FACTORS)) for row in rows} == expected
+    refused = engine_page.refusals(rows)
+    assert refused.keys() == engine_matrix.REFUSED.keys()
+    for cell, sentence in refused.items():
+        assert sentence.startswith(engine_matrix.REFUSED[cell])
+    for row in rows:
+        is_refused = any((row["engine"], row[f]) in refused for f in engine_matrix.FACTORS)
+        assert row["outcome"] == ("refused" if is_refused else "yes"), row
