@@ -52,6 +52,13 @@ class CacheFields:
                 "GOLDConfig: seq_kd must be False with teacher_cache, got True; the teacher has "
                 "to be there to write: put its completions into the dataset."
             )
+        if args.teacher_sharding is not None:
+            raise ValueError(
+                "GOLDConfig: teacher_sharding must be None with teacher_cache, got "
+                f"{args.teacher_sharding!r}; training has no weights of the teacher to share, and "
+                "the processes of gold-trainer cache-teacher share the rows: leave it out, or set "
+                "teacher_offload where the teacher is too large for a GPU."
+            )
         if self.teacher_cache_form == "head_means":
             check_head_means(args)
 

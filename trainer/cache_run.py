@@ -115,8 +115,6 @@ class Caching:
         assert manifest is not None, "a cache that misses nothing has one"
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            sizes = {split.name: len(split.rows) for split in splits}
-            manifest.examples = {**manifest.examples, **sizes}
             manifest.shards = cache_store.shard_sizes(self.folder)
             manifest.is_complete = True
             manifest.write(self.folder)

@@ -72,7 +72,6 @@ class Manifest:
     facts: dict[str, Any]
     about: dict[str, Any]  # for the reader: names, versions
     logit_form: dict[str, Any] = field(default_factory=dict)
-    examples: dict[str, int] = field(default_factory=dict)  # of a split, when it was last cached
     is_complete: bool = False
     shards: dict[str, list[int]] = field(default_factory=dict)  # name: bytes of rows and of index
     head_bytes: int = 0

@@ -113,12 +113,6 @@ def _folder(run: Run) -> Path:
             "gold-trainer cache-teacher: teacher_model_name_or_path must be the teacher to run, "
             "got None; set it in the YAML file or pass it."
         )
-    if args.teacher_sharding is not None:
-        raise ValueError(
-            "gold-trainer cache-teacher: teacher_sharding must be None, got "
-            f"{args.teacher_sharding!r}; processes share the rows and do not wait for one another: "
-            "set teacher_offload in its place."
-        )
     return Path(args.teacher_cache)
 
 

@@ -101,10 +101,10 @@ def refuse_places(teacher_model: Any, args: GOLDConfig) -> None:
             )
     device, sharding = args.teacher_device, args.teacher_sharding
     if device is not None and device != "cpu" and args.world_size > 1:
+        instead = "set teacher_sharding='fsdp'" if args.teacher_cache is None else "leave it out"
         raise ValueError(
             f"GOLDTrainer: teacher_device must be None with {args.world_size} processes, got "
-            f"{device!r}, which all of them would fill; set teacher_sharding='fsdp', or start one "
-            "process."
+            f"{device!r}, which all of them would fill; {instead}, or start one process."
         )
     if sharding is not None and args.world_size == 1:
         raise ValueError(

@@ -82,6 +82,7 @@ class RolloutFields:
                 f"GOLDConfig: stop_strings must be texts, got {self.stop_strings}; the empty one "
                 "would end every completion: leave it out."
             )
+        self._check_local()
         given = self.generation_kwargs or {}
         kwargs = json.loads(given) if isinstance(given, str) else given
         for name in kwargs:
@@ -94,4 +95,17 @@ class RolloutFields:
                 raise ValueError(
                     f"GOLDConfig: generation_kwargs must leave {name} to the trainer, got "
                     f"{kwargs[name]!r}; leave it out."
+                )
+
+    def _check_local(self) -> None:
+        """Fields of completions that are written in this process, where none are."""
+        args: Any = self  # a GOLDConfig
+        if args.seq_kd or (args.lmbda > 0 and not args.use_vllm):
+            return
+        why = "use_vllm=True" if args.use_vllm else "lmbda=0"
+        for name in ("rollout_cache_gib", "rollout_compile"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be None where no completion is written in this "
+                    f"process, got {getattr(self, name)!r} with {why}; leave it out."
                 )

@@ -176,6 +176,7 @@ def test_a_quantised_student_needs_an_adapter(folder, tmp_path):
         ({**IN_4_BITS, "bnb_4bit_type": "nf4"}, "did you mean bnb_4bit_quant_type"),
         ({**IN_4_BITS, "bnb_4bit_compute_dtype": "bf16"}, "must hold values of its library, got"),
         ({"quant_method": "torchao", "quant_type": "Int8WeightOnly"}, "did you mean Int8Weight"),
+        ({"quant_method": "torchao", "quant_type": "x"}, "got 'x'; for instance Int8WeightOnlyC"),
     ],
 )
 def test_a_quantization_config_that_is_none_is_refused(given, message, tmp_path):

@@ -13,6 +13,18 @@ from support.trainer_cases import make_trainer
         ({"min_p": 1.5}, "min_p must be None or in [0, 1], got 1.5; None turns it off"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite, got 0.0"),
         ({"rollout_cache_gib": 0}, "rollout_cache_gib must be None or positive and finite, got 0"),
+        (
+            {"rollout_cache_gib": 2.0, "lmbda": 0.0},
+            "rollout_cache_gib must be None where no completion is written in this process, got "
+            "2.0 with lmbda=0; leave it out",
+        ),
+        (
+            {"rollout_cache_gib": 2.0, "use_vllm": True},
+            "rollout_cache_gib must be None where no completion is written in this process, got "
+            "2.0 with use_vllm=True; leave it out",
+        ),
+        ({"rollout_compile": False, "use_vllm": True}, "rollout_compile must be None where no co"),
+        ({"rollout_compile": True, "lmbda": 0.0}, "rollout_compile must be None where no complet"),
         ({"stop_strings": [""]}, "stop_strings must be texts, got ['']; the empty one would end"),
         ({"stop_strings": "."}, "stop_strings must be a list of texts, got '.'; write ["),
         ({"generation_kwargs": 3}, "generation_kwargs must be a dict of arguments"),
@@ -34,6 +46,13 @@ def test_a_field_that_cannot_be_is_refused(fields, message, tmp_path):
     with pytest.raises(ValueError) as error:
         GOLDConfig(output_dir=str(tmp_path), use_cpu=True, **fields)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("who", [{"lmbda": 0.0}, {"use_vllm": True}, {"lmbda": 0.5}])
+def test_fields_of_the_local_writer_stay_where_somebody_writes_here(who, tmp_path):
+    for is_asked in {True, who.get("lmbda") != 0.5}:
+        fields = {"rollout_cache_gib": 2.0, "rollout_compile": True, "seq_kd": is_asked}
+        GOLDConfig(output_dir=str(tmp_path), use_cpu=True, **who, **fields)
 
 
 @pytest.mark.parametrize(

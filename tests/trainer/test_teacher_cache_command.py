@@ -46,7 +46,7 @@ def user_error(capsys, *argv):
             ["--cache_dtype=int8"],
             "cache_dtype must be one of auto, bfloat16, float16, float32, got",
         ),
-        (["--teacher_sharding=fsdp"], "teacher_sharding must be None, got 'fsdp'; processes share"),
+        (["--teacher_sharding=fsdp"], "teacher_sharding must be None with teacher_cache, got 'fs"),
         (["--cache_shard_mib=0"], "cache_shard_mib must be a number above 0, got '0'"),
         (["--cache_batch_size=1.5"], "cache_batch_size must be a whole number, at least 1, got"),
         (

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from gold_trainer import GOLDConfig
-from support.cache_cases import run_of, save_in_hub, save_pair
+from support.cache_cases import run_of, save_in_hub, save_pair, save_rows
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,17 @@ def test_a_row_that_is_not_there_is_named_with_what_has_changed(pair):
         told = refusal(pair, rows=rows)
         assert told.startswith(f"row {last}: ") and message in told
         assert "run gold-trainer cache-teacher again, which adds what is missing" in told
-    more = [*pair.rows, pair.rows[0]]
-    assert "was made of 6 examples, train_dataset has 7" in refusal(pair, rows=more)
+    rows = [*pair.rows, {"messages": [dict(m) for m in pair.rows[0]["messages"]]}]
+    rows[-1]["messages"][-1]["content"] = "A new one."
+    told = refusal(pair, rows=rows)
+    assert told.startswith(f"row {last + 1}: ") and "is not among the rows that were cached" in told
+
+
+def test_a_cache_keeps_its_rows_when_the_command_runs_with_fewer(pair):
+    save_rows(pair.folder / "rows.jsonl", pair.rows[:2])
+    pair.cache("cache", "--cache_shard_mib=0.001")
+    rows = [*pair.rows, pair.rows[0]]  # one of them twice: nothing is missing
+    run_of(pair, pair.folder / "run", teacher_cache=str(pair.folder / "cache"), rows=rows)
 
 
 def test_a_row_is_refused_when_it_comes_too(made, monkeypatch):
@@ -151,6 +160,7 @@ def test_folders_that_are_no_cache_or_not_all_of_one(pair):
     ("fields", "message"),
     [
         ({"lmbda": 0.5}, "lmbda must be 0 with teacher_cache, got 0.5; nobody knows what the"),
+        ({"teacher_sharding": "fsdp"}, "teacher_sharding must be None with teacher_cache, got 'f"),
         ({"lmbda": 0.0, "seq_kd": True}, "seq_kd must be False with teacher_cache, got True; the"),
         (
             {"teacher_cache": None, "teacher_cache_form": "hidden"},
@@ -174,6 +184,16 @@ def test_configs_that_cannot_be(fields, message, tmp_path):
             **({"lmbda": 0.0, "teacher_cache": str(tmp_path)} | fields),
         )
     assert str(caught.value).startswith("GOLDConfig: ") and message in str(caught.value)
+
+
+def test_places_of_a_teacher_are_read_by_the_command_and_named_in_training(pair, caplog):
+    cache = pair.cache("offloaded", teacher_offload="cpu", teacher_device="cpu")
+    places = {"teacher_offload": "cpu", "teacher_device": "cpu"}
+    run_of(pair, pair.folder / "run", teacher_cache=str(cache), **places)
+    told = [
+        r.getMessage() for r in caplog.records if "for gold-trainer cache-teacher alone" in r.msg
+    ]
+    assert [line.split()[1] for line in told] == ["teacher_offload='cpu'", "teacher_device='cpu'"]
 
 
 def test_a_teacher_that_is_an_object_is_refused(made):

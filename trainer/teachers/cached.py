@@ -3,6 +3,7 @@
 N_t scored rows, D_t hidden size, V_t vocabulary.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.sides import Side
 from gold_trainer.teachers.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 NUM_CHECKED = 16  # rows of a dataset that are looked for before a run
 AGAIN = "run gold-trainer cache-teacher again, which"
@@ -180,6 +183,14 @@ class CachedTeacher(Teacher):
         """Where source_of has found nothing wrong; processor is the teacher's."""
         assert args.teacher_cache is not None, "there is a cache"
         folder = Path(args.teacher_cache)
+        for name in ("teacher_offload", "teacher_device"):
+            if getattr(args, name) is not None:
+                logger.warning(
+                    "GOLDTrainer: %s=%r is for gold-trainer cache-teacher alone: training from "
+                    "teacher_cache has no weights of the teacher.",
+                    name,
+                    getattr(args, name),
+                )
         manifest = manifest_of(args)
         refuse_other_facts(str(folder), manifest.facts, facts_of_processor(processor))
         empty = loading.empty_model(
@@ -211,16 +222,10 @@ class CachedTeacher(Teacher):
             hidden = hidden.pin_memory()
         return hidden.to(self.device, non_blocking=True)
 
-    def check_rows(self, name: str, rows: Any, collate: Callable[[list[Any]], WindowBatch]) -> None:
+    def check_rows(self, rows: Any, collate: Callable[[list[Any]], WindowBatch]) -> None:
         """ValueError for a dataset that is another than the one that was cached, as a few of its
         rows show; others are refused when they come.
         """
-        cached = max(self.stored.manifest.examples.values(), default=0)
-        if len(rows) > cached:
-            raise ValueError(
-                f"teacher_cache {self.stored.folder} was made of {cached} examples, {name} has "
-                f"{len(rows)}; {AGAIN} adds what is missing."
-            )
         places = {i * (len(rows) - 1) // NUM_CHECKED for i in range(NUM_CHECKED + 1)}
         for position in sorted(places):
             try:
@@ -244,7 +249,7 @@ def check_cached(
     """Where the teacher is a cache, it is one of these rows."""
     if not isinstance(teacher, CachedTeacher):
         return
-    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-    for name, rows in {"train_dataset": train_dataset, **evaluated}.items():
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for rows in (train_dataset, *evaluated):
         if rows is not None:
-            teacher.check_rows(name, rows, collate)
+            teacher.check_rows(rows, collate)
