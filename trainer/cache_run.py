@@ -118,6 +118,7 @@ class Caching:
             manifest.shards = cache_store.shard_sizes(self.folder)
             manifest.is_complete = True
             manifest.write(self.folder)
+        self.state.wait_for_everyone()  # complete for whoever returns
         self._print(f"teacher cache {self.folder} is complete")
 
     def _print(self, text: str) -> None:

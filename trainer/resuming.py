@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether the folder it writes to is another run's."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,14 @@ from gold_trainer.config import GOLDConfig
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# What a run learns, and from which rows in which order; kept with each checkpoint.
+# What a run learns and from whom, from which rows in which order; kept with each checkpoint.
 SETTINGS = (
     *("loss", "beta", "use_uld_loss", "lmbda", "seq_kd", "train_on", "seed", "max_length"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"),
+    *("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs"),
+    *("teacher_cache", "teacher_cache_form", "max_completion_length", "temperature", "top_p"),
+    *("top_k", "min_p", "repetition_penalty", "stop_strings", "generation_kwargs", "use_vllm"),
+    *("vllm_mode", "vllm_sync_frequency", "async_rollouts"),
 )
 WORDS = {"true": True, "false": False, "none": None}
 
@@ -124,9 +129,9 @@ def delete_earlier(output_dir: str) -> None:
 
 
 def settings_of_run(args: GOLDConfig) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in SETTINGS} | {
-        "optim": OptimizerNames(args.optim).value
-    }
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["optim"] = OptimizerNames(args.optim).value
+    return json.loads(json.dumps(settings, default=str))  # as it is read: a tuple is a list
 
 
 def check_settings(folder: Path, args: GOLDConfig) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from gold_trainer import checkpoints
@@ -18,6 +19,7 @@ from gold_trainer.resuming import (
     on_main_process,
 )
 from gold_trainer.run_lock import RunLock
+from gold_trainer.teachers.offloaded import delete_left
 
 if TYPE_CHECKING:
     from gold_trainer.trainer import GOLDTrainer
@@ -40,8 +42,12 @@ def survive(
     # a run that saves none mixes none; one that trains on has made them
     keeps_earlier = args.save_strategy == "no" or trainer.state.global_step > 0
 
+    folders = [str(Path(f.name).resolve()) for f in getattr(trainer.teacher, "folders", ())]
+    kept = gather_object(folders)  # of all ranks
+
     def start() -> str | None:
         lock.acquire()
+        delete_left(output_dir, kept)
         if args.overwrite_output_dir and as_wanted(wanted) in (None, False):
             delete_earlier(output_dir)
         checkpoint = find_checkpoint(

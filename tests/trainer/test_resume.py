@@ -2,11 +2,15 @@
 changes nothing.
 """
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from gold_trainer import GOLDConfig, checkpoints
 from gold_trainer.objectives import same_vocabulary
+from gold_trainer.resuming import check_settings, settings_of_run
 from support.eager_step import completion_of, eager_step
 from support.resumed_runs import FIELDS, NUM_STEPS, assert_same_run
 from support.tiny_models import tiny, tiny_rows
@@ -53,6 +57,48 @@ def test_a_resumed_run_keeps_its_optimizer_and_says_what_else_has_changed(tmp_pa
     changes = [record.getMessage() for record in caplog.records if "settings" in record.message]
     assert len(changes) == 1
     assert changes[0].endswith("with other settings: beta 0.5 -> 0.25.")
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes"),
+    [
+        ({"temperature": 0.5}, "temperature 0.9 -> 0.5"),
+        ({"top_p": 1.0, "top_k": 5}, "top_p 0.95 -> 1.0, top_k 0 -> 5"),
+        ({"min_p": 0.1, "repetition_penalty": 1.1}, "repetition_penalty 1.0 -> 1.1"),
+        ({"stop_strings": ["."]}, "stop_strings None -> ['.']"),
+        ({"max_completion_length": 7}, "max_completion_length 128 -> 7"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, "-> {'no_repeat_ngram_size': 2}"),
+        (
+            {"use_vllm": True, "vllm_mode": "colocate"},
+            "use_vllm False -> True, vllm_mode server ->",
+        ),
+        (
+            {"use_vllm": True, "async_rollouts": 1, "vllm_sync_frequency": 2},
+            "vllm_sync_frequency 1 -> 2, async_rollouts 0 -> 1.",
+        ),
+        ({"teacher_cache": "x", "lmbda": 0.0}, "teacher_cache None -> x"),
+        ({"teacher_model_name_or_path": "a/b"}, "teacher_model_name_or_path None -> a/b"),
+        ({"teacher_model_revision": "v2"}, "teacher_model_revision None -> v2"),
+        ({"teacher_model_init_kwargs": {"dtype": torch.float16}}, "{'dtype': 'torch.float16'}"),
+    ],
+)
+def test_what_is_learnt_and_from_whom_is_told_where_it_has_changed(
+    fields, changes, tmp_path, caplog
+):
+    def args(**options):
+        return GOLDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **options)
+
+    mark = {"settings": settings_of_run(args()), "files": {}}
+    (tmp_path / checkpoints.MARK).write_text(json.dumps(mark))
+    check_settings(tmp_path, args())
+    assert not caplog.records
+    check_settings(tmp_path, args(**fields))
+    assert len(caplog.records) == 1 and changes in caplog.records[0].getMessage()
+    (tmp_path / checkpoints.MARK).write_text(
+        json.dumps({"settings": settings_of_run(args(**fields)), "files": {}})
+    )
+    check_settings(tmp_path, args(**fields))
+    assert len(caplog.records) == 1, "read again a setting is the same"
 
 
 def test_resumed_adapter_with_dropout_is_the_uninterrupted_one(tmp_path):

@@ -1,5 +1,6 @@
 """A teacher whose layers stream to the device gives the loss of one that is there, to the bit."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,21 @@ def test_layers_of_a_file_by_name_are_read_from_it_and_others_leave_nothing(fold
     assert list(written.glob("*.safetensors"))
     trainer.teacher.folders[0].cleanup()
     assert not written.exists()
+
+
+def test_what_a_killed_run_left_is_deleted_and_what_is_in_use_stays(tmp_path, caplog):
+    left = tmp_path / "run" / ".teacher_offload-abc"
+    left.mkdir(parents=True)
+    (left / "0.safetensors").write_bytes(b"layers")
+    trainer = train(tmp_path / "run", teacher_offload="disk")
+    assert not left.exists()
+    (own,) = (tmp_path / "run").glob(".teacher_offload-*")
+    assert own.name == Path(trainer.teacher.folders[0].name).name and list(own.iterdir())
+    (told,) = [r.getMessage() for r in caplog.records if "a run that was killed left" in r.msg]
+    assert str(left) in told
+    left.mkdir()
+    train(tmp_path / "run", "qwen3", 0, save_strategy="no")  # of a run without offloading too
+    assert not left.exists()
 
 
 def test_too_little_memory_or_disk_is_one_sentence(tmp_path, monkeypatch):

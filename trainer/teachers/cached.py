@@ -97,6 +97,8 @@ def _bytes(sizes: list[int] | None) -> str:
 
 def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
     """The teacher, or, where it is cached, the folder with its config and processor."""
+    if isinstance(teacher_model, str):
+        args.teacher_model_name_or_path = teacher_model
     if args.teacher_cache is None:
         return args.teacher_model_name_or_path if teacher_model is None else teacher_model
     if teacher_model is not None and not isinstance(teacher_model, str):
@@ -104,8 +106,6 @@ def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
             "GOLDTrainer: teacher_model must be None or a name with teacher_cache, got "
             f"{type(teacher_model).__name__}; the cache is read in its place: leave it out."
         )
-    if teacher_model is not None:
-        args.teacher_model_name_or_path = teacher_model
     open_cache(args)
     return str(Path(args.teacher_cache) / cache_store.TEACHER)
 

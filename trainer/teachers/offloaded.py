@@ -1,5 +1,6 @@
 """A frozen teacher whose layers are in host memory or on disk: teacher_offload."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -18,6 +19,8 @@ from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers.frozen import FrozenTeacher, refuse_kinds
 from gold_trainer.teachers.layer_stream import Layer, LayerStream, outermost_lists, split_layers
+
+logger = logging.getLogger(__name__)
 
 FOLDER = ".teacher_offload-"  # in output_dir, gone when the process ends
 
@@ -103,6 +106,14 @@ def _pack(layers: list[Layer], *, is_pinned: bool) -> None:
             f"teacher's layers, got an error ({str(error).splitlines()[0]}); set "
             "teacher_offload='disk', or start fewer processes."
         ) from error
+
+
+def delete_left(output_dir: str, kept: Collection[str]) -> None:
+    """Folders of processes that were killed, which could not; kept: those of this run's."""
+    for folder in Path(output_dir).glob(f"{FOLDER}*"):
+        if str(folder.resolve()) not in kept:
+            logger.warning("GOLDTrainer: deleting %s, which a run that was killed left.", folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_layers(layers: list[Layer], folder: str, mapped: Collection[int] = ()) -> None:
