@@ -117,6 +117,17 @@ def test_a_teacher_in_16_bits_is_kept_exactly(tmp_path):
         assert all(torch.equal(ours[name], truth[name]) for name in truth)
 
 
+def test_rounding_a_float32_teacher_to_16_bits_moves_loss_and_gradient_a_little(pairs, tmp_path):
+    pair, cache = pairs("text"), tmp_path / "rounded"
+    assert main(["cache-teacher", *pair.command(teacher_cache=cache)]) == 0
+    live = run_of(pair, tmp_path / "live", beta=0.0)
+    cached = run_of(pair, tmp_path / "cached", teacher_cache=str(cache), beta=0.0)
+    assert cached[0] != live[0] and cached[0] == pytest.approx(live[0], rel=1e-4)
+    for ours, truth in zip(cached[1].steps, live[1].steps, strict=True):
+        moved = sum((ours[name] - truth[name]).square().sum() for name in truth)
+        assert moved.sqrt() < 2e-3 * sum(g.square().sum() for g in truth.values()).sqrt()
+
+
 def test_the_form_of_the_teachers_logits_is_kept(tmp_path):
     pair = save_pair(tmp_path, "llama", models=logit_forms.pair("Gemma2"))
     live = run_of(pair, tmp_path / "live")
