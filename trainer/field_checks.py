@@ -123,7 +123,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "stop_strings": ("a list of texts", r"write ['\n\n']"),
     "generation_kwargs": (
         "a dict of arguments of who writes completions",
-        'write {"no_repeat_ngram_size": 4}',
+        'write {"no_repeat_ngram_size": 4}, with use_vllm {"min_tokens": 4}',
     ),
     "dataset_ignore_columns": ("a list of names", "write ['id']"),
     "logits_dtype": ("", "'float32' is the precise one"),

@@ -23,6 +23,12 @@ OF_GENERATE = (
     *("exponential_decay_length_penalty", "begin_suppress_tokens", "forced_eos_token_id"),
     *("encoder_repetition_penalty", "remove_invalid_values"),
 )
+# Those of vLLM's SamplingParams that do so, in a server and in an engine here.
+OF_VLLM = (
+    *("min_tokens", "presence_penalty", "frequency_penalty", "bad_words", "allowed_token_ids"),
+    *("thinking_token_budget", "extra_args"),
+)
+OF_VLLM_SERVER = (*OF_VLLM, "structured_outputs", "repetition_detection")  # objects in an engine
 # What an evaluation says beside the means of the objective.
 BESIDE = ("completion_length", "runtime", "samples_per_second", "steps_per_second")
 
@@ -40,11 +46,26 @@ def check_library_options(args: GOLDConfig) -> None:
         given = getattr(args, field)
         if isinstance(given, dict) and NAME in given:
             read_quantization(field, given[NAME])
-    kwargs = args.generation_kwargs
-    if isinstance(kwargs, dict) and not args.use_vllm:
-        _check("generation_kwargs", kwargs, OF_GENERATE, "generate() beside those with a field")
+    _check_generation(args)
     name = "gradient_checkpointing_kwargs"
     _check(name, getattr(args, name), CHECKPOINTING, "torch.utils.checkpoint.checkpoint")
+
+
+def _check_generation(args: GOLDConfig) -> None:
+    """A server drops names that it does not know, without a word."""
+    kwargs = args.generation_kwargs
+    known: tuple[str, ...] = OF_GENERATE
+    owner = "generate()"
+    if args.use_vllm:
+        known = OF_VLLM if args.vllm_mode == "colocate" else OF_VLLM_SERVER
+        owner = "vLLM's SamplingParams"
+    _check("generation_kwargs", kwargs, known, f"{owner} beside those with a field")
+    if args.use_vllm and args.seq_kd and kwargs:
+        raise ValueError(
+            "GOLDTrainer: generation_kwargs must be left out with use_vllm and seq_kd, got "
+            f"{kwargs}, which the teacher's generate() does not know; set seq_kd=False, or "
+            "use_vllm=False and arguments of generate()."
+        )
 
 
 def check_best_metric(args: GOLDConfig, names: Collection[str], eval_dataset: Any) -> None:

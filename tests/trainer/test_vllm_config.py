@@ -2,12 +2,15 @@
 server.
 """
 
+import dataclasses
+import re
 import shlex
 
 import pytest
 
 from gold_trainer import GOLDConfig, loading
 from gold_trainer.__main__ import main
+from gold_trainer.library_options import check_library_options
 from support.tiny_models import tiny_rows
 from support.trainer_cases import FIELDS, make_trainer
 from support.vllm_stub import GENERATE, stub_server
@@ -88,6 +91,39 @@ def refused(stub, tmp_path, monkeypatch):
         return str(raised.value)
 
     return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"generation_kwargs": {"min_token": 4}}, r"got 'min_token'; .* did you mean min_tokens\?"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 4}}, "SamplingParams .* got 'no_repeat_ng"),
+        (
+            {
+                "generation_kwargs": {"structured_outputs": {"regex": "a"}},
+                "vllm_mode": "colocate",
+                "vllm_server_base_url": None,
+                "vllm_server_timeout": 240.0,
+            },
+            "SamplingParams .* got 'structured_outputs'; they are min_tokens",
+        ),
+        (
+            {"generation_kwargs": {"min_tokens": 4}, "seq_kd": True, "lmbda": 0.5},
+            "generation_kwargs must be left out with use_vllm and seq_kd, got .*'min_tokens': 4",
+        ),
+    ],
+)
+def test_arguments_that_vllm_would_drop_are_refused(fields, message, refused):
+    refused(message, **fields)
+
+
+def test_the_examples_of_generation_kwargs_can_be_set(tmp_path):
+    fields = {field.name: field for field in dataclasses.fields(GOLDConfig)}
+    given = re.findall(r"\{.*?\}", fields["generation_kwargs"].metadata["help"])
+    own = [{}, {"use_vllm": True, "lmbda": 1.0}]
+    for example, options in zip(given, own, strict=True):
+        fields = {**FIELDS, "generation_kwargs": example, **options}
+        check_library_options(GOLDConfig(output_dir=str(tmp_path), **fields))
 
 
 def test_no_server_is_told_with_its_address_and_the_line_that_starts_it(refused):
