@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from packaging.version import Version
+from torch import nn
 from transformers import PreTrainedModel
 
 from gold_trainer.config import GOLDConfig
-from gold_trainer.models import base_model, has_adapter
+from gold_trainer.models import base_model, has_adapter, is_quantised
+from gold_trainer.quantised import NAME
 from gold_trainer.vllm_command import start_line
 from gold_trainer.writers.vllm_nccl import check_nccl
 from gold_trainer.writers.vllm_requests import GENERATE
@@ -53,6 +55,7 @@ def connect(
     """
     if not args.use_vllm:
         return None
+    refuse_whole_of_quantised(args, student)
     if args.vllm_mode == "colocate":
         check_installed()
         return None
@@ -71,8 +74,28 @@ def connect(
     if not server.is_there(GENERATE):
         server.post(GENERATE, {})  # which says why
     info = ServerInfo.of(server)
-    check_info(args, server, info, rank)
+    check_info(args, server, info, rank, merges=not known_as_quantised(args, student))
     return server, info
+
+
+def known_as_quantised(args: GOLDConfig, student: nn.Module | str) -> bool:
+    """Of one that is not loaded yet, by the arguments that it will be loaded with."""
+    if isinstance(student, str):
+        return NAME in (args.model_init_kwargs or {})
+    return is_quantised(student)
+
+
+def refuse_whole_of_quantised(args: GOLDConfig, student: nn.Module | str) -> None:
+    """Its weights are packed, by a library that vLLM's own layers do not read."""
+    is_whole = args.vllm_mode == "colocate" or args.vllm_merge_adapter
+    if is_whole and known_as_quantised(args, student):
+        got = "vllm_merge_adapter=True"
+        if args.vllm_mode == "colocate":
+            got = "vllm_mode='colocate', where all weights go over"
+        raise ValueError(
+            "GOLDTrainer: of a student in 8 or 4 bits the adapter alone must go to vLLM, got "
+            f"{got}; set vllm_mode='server' and vllm_merge_adapter=False."
+        )
 
 
 def check_installed() -> None:
@@ -84,7 +107,10 @@ def check_installed() -> None:
         )
 
 
-def check_info(args: GOLDConfig, server: Server, info: ServerInfo, rank: int | None) -> None:
+def check_info(
+    args: GOLDConfig, server: Server, info: ServerInfo, rank: int | None, *, merges: bool
+) -> None:
+    """merges: whether the adapter could be merged instead."""
     where, remedy = f"the vLLM server at {server.url}", f"start it with: {server.start_line}"
     length = args.vllm_model_length
     if length is not None and info.max_model_len < length:
@@ -105,9 +131,10 @@ def check_info(args: GOLDConfig, server: Server, info: ServerInfo, rank: int | N
     if rank is not None and not args.vllm_merge_adapter:
         if info.max_lora_rank is None or info.max_lora_rank < rank:
             got = "none" if info.max_lora_rank is None else f"--max-lora-rank {info.max_lora_rank}"
+            other = "set vllm_merge_adapter=True, or " if merges else ""
             raise ValueError(
-                f"GOLDTrainer: {where} must take adapters of rank {rank}, got {got}; set "
-                f"vllm_merge_adapter=True, or {remedy}"
+                f"GOLDTrainer: {where} must take adapters of rank {rank}, got {got}; "
+                f"{other}{remedy}"
             )
         if not server.is_there("/v1/load_lora_adapter"):
             server.post("/v1/load_lora_adapter", {})

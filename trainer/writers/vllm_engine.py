@@ -12,6 +12,7 @@ from gold_trainer.collator import GOLDCollator, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
 from gold_trainer.vllm_command import dtype_of, engine_options
+from gold_trainer.writers.vllm_check import refuse_whole_of_quantised
 from gold_trainer.writers.vllm_requests import (
     check_expanded,
     refuse_videos,
@@ -29,6 +30,7 @@ class EngineWriter(Writer):
     """
 
     def __init__(self, student: nn.Module, collator: GOLDCollator, args: GOLDConfig) -> None:
+        refuse_whole_of_quantised(args, student)
         self.collator, self.args = collator, args
         base = base_model(student)
         self.config = copy.deepcopy(base.config)

@@ -18,9 +18,9 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from gold_trainer.config import GOLDConfig
-from gold_trainer.models import base_model, has_adapter
+from gold_trainer.models import base_model, has_adapter, is_quantised
 from gold_trainer.resuming import on_main_process
-from gold_trainer.writers.vllm_check import ServerInfo
+from gold_trainer.writers.vllm_check import ServerInfo, refuse_whole_of_quantised
 from gold_trainer.writers.vllm_nccl import NcclGroup
 from gold_trainer.writers.vllm_server import Server
 from gold_trainer.writers.weights import adapter_weights, checkpoint_weights
@@ -35,6 +35,7 @@ class WeightSync(Protocol):
 
 
 def make_sync(server: Server, info: ServerInfo, args: GOLDConfig, model: nn.Module) -> WeightSync:
+    refuse_whole_of_quantised(args, model)
     if has_adapter(model) and not args.vllm_merge_adapter:
         check_adapter(model)
         return AdapterSync(server, info, args)
@@ -49,9 +50,12 @@ def check_adapter(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         is_lora = ".lora_A." in name or ".lora_B." in name
         if parameter.requires_grad and not (is_lora and id(parameter) in taken):
+            remedy = "set vllm_merge_adapter=True"
+            if is_quantised(model):  # which is never merged
+                remedy = "train no more of a student in 8 or 4 bits"
             raise ValueError(
                 "GOLDTrainer: an adapter that goes to vLLM alone must be LoRA of the language "
-                f"model's layers, got {name} among what is trained; set vllm_merge_adapter=True."
+                f"model's layers, got {name} among what is trained; {remedy}."
             )
 
 
@@ -162,10 +166,6 @@ class AdapterSync:
         if self.kept is not None:
             self.kept.cleanup()
         self.kept = folder
-
-
-def is_quantised(model: nn.Module) -> bool:
-    return getattr(base_model(model), "hf_quantizer", None) is not None
 
 
 def reload(server: Server, folder: str) -> None:
