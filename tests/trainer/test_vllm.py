@@ -112,7 +112,7 @@ def test_end_tokens_stay_bans_hold_and_rooms_are_kept(server, tmp_path):
         for prompt, room in zip(prompts_of(run), rooms, strict=False)
     ]
     for room, of_one in zip(rooms, writer.complete(prompts, sampling), strict=True):
-        assert {tuple(c.token_ids) for c in of_one}, "16 completions"
+        assert len(of_one) == 16
         for completion in of_one:
             *before, last = completion.token_ids
             assert set(completion.token_ids) <= allowed and not set(before) & set(ends)
@@ -203,7 +203,8 @@ def test_a_resumed_run_writes_what_the_uninterrupted_one_does(server, tmp_path):
 
     whole = steps()
     assert steps(resume=str(tmp_path / "checkpoint-2")) == whole[2:]
-    assert len(whole) == 4 and whole[0] != whole[2]
+    assert len(whole) == 4 and whole[0].keys() == whole[2].keys()
+    assert all(whole[0][row] != ids for row, ids in whole[2].items())
 
 
 def test_rollouts_that_are_written_ahead_are_those_of_their_seeds(server, tmp_path):
