@@ -54,8 +54,8 @@ class RolloutFields:
         default=None,
         metadata={
             "help": "More arguments of who writes completions: of transformers' GenerationConfig, "
-            'for instance {"no_repeat_ngram_size": 4}; with use_vllm of vLLM\'s SamplingParams, for '
-            'instance {"min_tokens": 4}.'
+            'as {"no_repeat_ngram_size": 4}; with use_vllm of vLLM\'s SamplingParams, as '
+            '{"min_tokens": 4}.'
         },
     )
 
