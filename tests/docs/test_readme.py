@@ -42,6 +42,12 @@ def test_readme_is_short():
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 
+def test_readme_links_every_page():
+    own = {"index.md", "notes.md"}  # README itself, and benchmarks/NOTES.md
+    pages = [f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if page.name not in own]
+    assert pages and [page for page in pages if f"({page}" not in README] == []
+
+
 def test_table_has_at_most_five_rows_and_five_columns_of_one_number_each():
     cells = table()
     assert len(cells) == len(ROWS) == 5

@@ -78,9 +78,12 @@ def test_a_student_that_is_its_own_teacher_has_no_place_for_it(name, tmp_path):
 
 
 def test_several_processes_do_not_share_a_device_and_one_shards_nothing():
-    places = {"teacher_sharding": None, "teacher_device": None, "teacher_offload": None}
+    places = dict.fromkeys(BESIDE_DEVICE_MAP) | {"teacher_cache": None}
     args = SimpleNamespace(**places | {"teacher_device": "cuda:1"}, world_size=2)
     with pytest.raises(ValueError, match=r"teacher_device must be None with 2 processes, got 'cu"):
+        refuse_places("a/teacher", args)
+    args.teacher_cache = "x"  # whose rows processes share: sharding is refused there
+    with pytest.raises(ValueError, match="all of them would fill; leave it out, or start one proc"):
         refuse_places("a/teacher", args)
     args = SimpleNamespace(**places | {"teacher_sharding": "fsdp"}, world_size=1)
     with pytest.raises(ValueError, match=r"teacher_sharding must be None with one process, got 'f"):
