@@ -49,5 +49,11 @@ class WindowSource:
                 self.asked = Asked(following, step + 1, written)
         return window
 
+    def close(self) -> None:
+        """The run has ended, or its next one begins elsewhere."""
+        self.asked = None
+        for writer in self.rollouts.writers.values():
+            writer.close()
+
     def _fetch(self, batches: Iterator[WindowBatch], num_batches: int) -> list[WindowBatch]:
         return self.pictures_for_all.add(fetch_window(batches, num_batches))

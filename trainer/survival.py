@@ -72,6 +72,7 @@ def survive(
             raise
         finally:
             stopper.uninstall()
+            trainer.window_source.close()
     finally:
         if accelerator.is_main_process:
             lock.release()

@@ -1,7 +1,6 @@
 """Completions of a vLLM server that has the student's weights."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +12,7 @@ from gold_trainer.collator import GOLDCollator, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
 from gold_trainer.resuming import on_main_process
+from gold_trainer.writers.background import Background
 from gold_trainer.writers.vllm_check import ServerInfo
 from gold_trainer.writers.vllm_requests import (
     GENERATE,
@@ -46,6 +46,7 @@ class VLLMWriter(Writer):
         self.run = ""  # in every version: another run's weights of the same step are others
         self.step: int | None = None  # of the weights that the server has
         self.version = self.model_name = ""
+        self.asked: Background | None = None  # the newest prompts
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         assert model is not None, "the student is here"
@@ -67,18 +68,17 @@ class VLLMWriter(Writer):
         """The answer is called on all ranks."""
         assert self.step is not None, "weights are brought over before a window's prompts"
         params = sampling_params(sampling, sampling.banned_ids(self.num_entries))
-        pool = ThreadPoolExecutor(max(1, min(REQUESTS, len(prompts))))
-        asked = [pool.submit(self._complete, prompt, params) for prompt in prompts]
+        asked = Background(lambda prompt: self._complete(prompt, params), prompts, REQUESTS)
+        self.asked = asked
         tokenizer = tokenizer_of(self.collator.processor)
 
         def answer() -> list[list[Completion]]:
             written: list[list[Completion]] = []
             error: Exception | None = None
             try:
-                written = [future.result() for future in asked]
+                written = asked.results()
             except Exception as first:  # whatever it is, the other ranks must hear of it
                 error = first
-            pool.shutdown(wait=False, cancel_futures=True)
             raise_on_all(error)
             return [
                 [completion.kept(prompt, sampling, tokenizer) for completion in completions]
@@ -86,6 +86,10 @@ class VLLMWriter(Writer):
             ]
 
         return answer
+
+    def close(self) -> None:
+        if self.asked is not None:
+            self.asked.cancel()
 
     def _complete(self, prompt: Prompt, params: dict[str, Any]) -> list[Completion]:
         example, processor = prompt.example, self.collator.processor

@@ -110,6 +110,9 @@ class Writer(Protocol):
         """complete(), in the background where the writer can: the answer waits for it."""
         return partial(self.complete, prompts, sampling)
 
+    def close(self) -> None:
+        """A run has ended, perhaps with an error: nobody waits for what was started."""
+
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         """From here on the completions are those of the model as it is at this optimizer step.
 
