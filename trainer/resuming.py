@@ -31,17 +31,23 @@ WORDS = {"true": True, "false": False, "none": None}
 
 
 def on_main_process(accelerator: Accelerator | PartialState, function: Callable[[], T]) -> T:
-    """What the main process finds, on every rank; a ValueError too, so that none waits for it."""
-    answer: list[Any] = [None, None]
+    """What the main process finds, on every rank; its errors too, so that none waits for it:
+    a ValueError or OSError as a ValueError, any other as a RuntimeError with its name.
+    """
+    answer: list[Any] = [None, None, True]
+    cause: Exception | None = None
     if accelerator.is_main_process:
         try:
             answer[0] = function()
         except (ValueError, OSError) as error:
             answer[1] = str(error)
+        except Exception as error:
+            cause = error
+            answer[1:] = f"{type(error).__name__}: {error}", False
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)
     if answer[1] is not None:
-        raise ValueError(answer[1])
+        raise (ValueError if answer[2] else RuntimeError)(answer[1]) from cause
     return answer[0]
 
 

@@ -233,12 +233,12 @@ def test_a_prompt_that_the_server_sees_differently_is_refused(server, tmp_path, 
 
 def test_weights_that_the_server_cannot_load_end_the_run(server, tmp_path, monkeypatch):
     """It is broken then, as nothing but its next answer would show."""
-    weights = vllm_sync.checkpoint_weights
+    weights = vllm_sync.gathered_weights
 
     def of_another_shape(*args, **options):
         return {n: t[..., :3].clone() for n, t in weights(*args, **options).items()}
 
-    monkeypatch.setattr(vllm_sync, "checkpoint_weights", of_another_shape)
+    monkeypatch.setattr(vllm_sync, "gathered_weights", of_another_shape)
     run = make_run(tmp_path, server.fields, student())
     with pytest.raises(ValueError, match="must take the student's new weights, got an error"):
         run.train()

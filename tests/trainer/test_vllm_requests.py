@@ -10,11 +10,12 @@ import time
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from gold_trainer import GOLDTrainer
 from gold_trainer.collator import prompt_ids
 from gold_trainer.writers import vllm_sync
-from gold_trainer.writers.weights import checkpoint_weights
+from gold_trainer.writers.weights import checkpoint_weights, gathered_weights
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer
 from support.vllm_cases import PROMPTS, prompts_of
@@ -57,7 +58,8 @@ def with_adapters(stub):
 def test_a_run_asks_for_completions_between_weights_that_it_brings_over(stub, tmp_path):
     run = make_text_run(tmp_path, stub, learning_rate=1.0)
     assert stub.paths == START
-    before = checkpoint_weights(run.model, None, is_merged=True, is_kept=True)
+    gathered = gathered_weights(run.model, None, is_merged=True, is_kept=True)
+    before = checkpoint_weights(run.model, gathered)
     run.train()
     assert stub.paths == [*START, *([*SYNC, *[GENERATE] * 4] * 2)]
     versions = [body["new_version"] for body in stub.bodies("/update_weight_version")]
@@ -234,6 +236,17 @@ def test_weights_that_have_no_room_are_refused(stub, tmp_path, monkeypatch):
     run = make_text_run(tmp_path, stub, vllm_sync_dir=str(tmp_path / "sync"))
     with pytest.raises(ValueError, match=r"room for \d+ MiB of weights, got 0 MiB in .*/sync"):
         run.train()
+
+
+def test_weights_that_a_full_disk_does_not_take_are_refused(stub, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(vllm_sync, "save_torch_state_dict", full)
+    run = make_text_run(tmp_path, stub, vllm_sync_dir=str(tmp_path / "sync"))
+    with pytest.raises(ValueError, match=r"must take \d+ MiB of weights, .*No space left.*; set"):
+        run.train()
+    assert not list((tmp_path / "sync").iterdir())
 
 
 def test_videos_are_refused_by_row(stub, tmp_path):

@@ -20,7 +20,7 @@ from gold_trainer.writers.vllm_requests import (
     unexpanded_ids,
 )
 from gold_trainer.writers.vllm_sync import sync_root, write
-from gold_trainer.writers.weights import checkpoint_weights
+from gold_trainer.writers.weights import checkpoint_weights, gathered_weights
 from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
 
 
@@ -49,7 +49,8 @@ class EngineWriter(Writer):
             self._wake()
             return
         dtype = getattr(torch, dtype_of(self.args))
-        weights = checkpoint_weights(model, dtype, is_merged=True, is_kept=True)
+        gathered = gathered_weights(model, dtype, is_merged=True, is_kept=True)
+        weights = checkpoint_weights(model, gathered)  # the same on every rank, an error too
         if self.engine is None:
             self.engine = self._make(weights)
         else:

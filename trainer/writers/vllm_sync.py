@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from accelerate import PartialState
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gold_trainer.config import GOLDConfig
@@ -23,7 +24,7 @@ from gold_trainer.resuming import on_main_process
 from gold_trainer.writers.vllm_check import ServerInfo, refuse_whole_of_quantised
 from gold_trainer.writers.vllm_nccl import NcclGroup
 from gold_trainer.writers.vllm_server import Server
-from gold_trainer.writers.weights import adapter_weights, checkpoint_weights
+from gold_trainer.writers.weights import adapter_weights, checkpoint_weights, gathered_weights
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -79,40 +80,42 @@ def renewing(server: Server, version: str) -> Iterator[None]:
         ) from error
 
 
-class DiskSync:
-    """Whole weights, as safetensors in a folder that the server reads."""
+class WholeSync:
+    """All weights, adapters merged. Subclasses say how the main process hands them over."""
 
     def __init__(self, server: Server, info: ServerInfo, args: GOLDConfig) -> None:
         self.server, self.info, self.args = server, info, args
-        self.root = sync_root(args)
 
     def renew(self, model: nn.Module, version: str) -> str:
         state = PartialState()
-        weights = checkpoint_weights(
+        gathered = gathered_weights(
             model, self.info.dtype, is_merged=True, is_kept=state.is_main_process
         )
-        on_main_process(state, lambda: self._bring(weights, version))
+        on_main_process(state, lambda: self._bring(checkpoint_weights(model, gathered), version))
         return self.info.model
+
+    def _bring(self, weights: dict[str, Tensor], version: str) -> None:
+        raise NotImplementedError
+
+
+class DiskSync(WholeSync):
+    """As safetensors in a folder that the server reads."""
+
+    def __init__(self, server: Server, info: ServerInfo, args: GOLDConfig) -> None:
+        super().__init__(server, info, args)
+        self.root = sync_root(args)
 
     def _bring(self, weights: dict[str, Tensor], version: str) -> None:
         with write(weights, self.root) as folder, renewing(self.server, version):
             reload(self.server, folder)
 
 
-class NcclSync:
-    """Whole weights, from this process' GPU to those of the server."""
+class NcclSync(WholeSync):
+    """From this process' GPU to those of the server."""
 
     def __init__(self, server: Server, info: ServerInfo, args: GOLDConfig) -> None:
-        self.server, self.info, self.args = server, info, args
+        super().__init__(server, info, args)
         self.group: NcclGroup | None = None
-
-    def renew(self, model: nn.Module, version: str) -> str:
-        state = PartialState()
-        weights = checkpoint_weights(
-            model, self.info.dtype, is_merged=True, is_kept=state.is_main_process
-        )
-        on_main_process(state, lambda: self._bring(weights, version))
-        return self.info.model
 
     def _bring(self, weights: dict[str, Tensor], version: str) -> None:
         with renewing(self.server, version):
@@ -136,7 +139,7 @@ class AdapterSync:
         state = PartialState()
         below = None
         if self.loaded is None and not is_quantised(model):
-            below = checkpoint_weights(
+            below = gathered_weights(
                 model, self.info.dtype, is_merged=False, is_kept=state.is_main_process
             )
         adapter = adapter_weights(model, is_kept=state.is_main_process)
@@ -157,7 +160,7 @@ class AdapterSync:
         model.peft_config[model.active_adapters[0]].save_pretrained(folder.name)
         with renewing(self.server, version):
             if below is not None:
-                with write(below, self.root) as base_folder:
+                with write(checkpoint_weights(model, below), self.root) as base_folder:
                     reload(self.server, base_folder)
             body = {"lora_name": name, "lora_path": folder.name}
             self.server.post("/v1/load_lora_adapter", body)
@@ -179,8 +182,14 @@ def sync_root(args: GOLDConfig) -> Path:
     return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
 
 
+OTHER_FOLDER = "set it to a folder with more, which the server reads too"
+
+
 def write(
-    weights: dict[str, Tensor], root: Path, pattern: str = "model{suffix}.safetensors"
+    weights: dict[str, Tensor],
+    root: Path,
+    pattern: str = "model{suffix}.safetensors",
+    remedy: str = OTHER_FOLDER,
 ) -> tempfile.TemporaryDirectory:
     """A folder with these weights, that is gone when it is closed or the run ends."""
     root.mkdir(parents=True, exist_ok=True)
@@ -189,10 +198,16 @@ def write(
     if size > free:
         raise ValueError(
             f"GOLDTrainer: vllm_sync_dir must have room for {size / 2**20:.0f} MiB of weights, got "
-            f"{free / 2**20:.0f} MiB in {root}; set it to a folder with more, which the server "
-            "reads too."
+            f"{free / 2**20:.0f} MiB in {root}; {remedy}."
         )
     folder = tempfile.TemporaryDirectory(prefix="gold-trainer-", dir=root)
     os.chmod(folder.name, 0o755)  # the server may run as another user
-    save_torch_state_dict(weights, folder.name, filename_pattern=pattern)
+    try:
+        save_torch_state_dict(weights, folder.name, filename_pattern=pattern)
+    except SafetensorError as error:  # a disk that others fill meanwhile
+        folder.cleanup()
+        raise ValueError(
+            f"GOLDTrainer: vllm_sync_dir must take {size / 2**20:.0f} MiB of weights, got an error "
+            f"in {root} ({error}); {remedy}."
+        ) from error
     return folder

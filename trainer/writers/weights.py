@@ -112,16 +112,22 @@ def _plain(module: nn.Module, is_merged: bool) -> nn.Module | None:
     return copy.get_base_layer()
 
 
-def checkpoint_weights(
+def gathered_weights(
     model: nn.Module, dtype: torch.dtype | None, *, is_merged: bool, is_kept: bool
 ) -> dict[str, Tensor]:
-    """By the names that from_pretrained reads, in CPU memory, floats in this dtype; {} on ranks
-    that keep nothing. Called on all ranks.
+    """By the model's own names, in CPU memory, floats in this dtype; {} on ranks that keep nothing.
+    Called on all ranks.
     """
-    base, weights = base_model(model), {}
-    for name, tensor in plain_weights(base, is_merged=is_merged):
+    weights = {}
+    for name, tensor in plain_weights(base_model(model), is_merged=is_merged):
         if is_kept:
             weights[name] = _kept(tensor, dtype)
+    return weights
+
+
+def checkpoint_weights(model: nn.Module, gathered: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that from_pretrained reads. Of one rank, whose error others have to hear of."""
+    base, weights = base_model(model), dict(gathered)
     for target, source in base.all_tied_weights_keys.items():
         if target in weights and source in weights:
             if not torch.equal(weights[target], weights[source]):
@@ -131,7 +137,7 @@ def checkpoint_weights(
                     "embeddings and head, or untie the model first."
                 )
             del weights[target]
-    return revert_weight_conversion(base, weights) if is_kept else {}
+    return revert_weight_conversion(base, weights)
 
 
 def _kept(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
