@@ -149,7 +149,7 @@ def read_run(argv: list[str]) -> Run:
         teacher = _given(teacher, "teacher_model_name_or_path")
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
-    options = _student_options(model_args)
+    options = student_options(model_args)
     if "quantization_config" in given and options["dtype"] == "float32":  # the default
         del options["dtype"]  # what is not quantised is in 16 bits then
     config.model_init_kwargs = options | given
@@ -226,7 +226,7 @@ def _end_progress_bars(callbacks: list[TrainerCallback]) -> None:
                     bar.close()
 
 
-def _student_options(model_args: ModelArguments) -> dict[str, Any]:
+def student_options(model_args: ModelArguments) -> dict[str, Any]:
     """Arguments of from_pretrained; those of model_init_kwargs win."""
     options = {
         "revision": model_args.model_revision,

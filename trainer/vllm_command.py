@@ -1,8 +1,10 @@
 """`gold-trainer vllm-command`: the line that starts the vLLM server of a run."""
 
+import json
 import shlex
 import sys
 from typing import Any
+from urllib.parse import urlparse
 
 from gold_trainer.config import GOLDConfig
 
@@ -42,14 +44,21 @@ def engine_options(args: GOLDConfig) -> dict[str, Any]:
 
 def server_options(args: GOLDConfig, rank: int | None) -> list[str]:
     """What the server is to be, the student aside. rank: of the adapter, None without one."""
+    address = urlparse(args.vllm_url)
     options: dict[str, object] = {
         "--enable-scale-out": None,
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # no sampling of its own beside what it is asked for
         "--dtype": dtype_of(args),
-        "--host": args.vllm_server_host,
-        "--port": args.vllm_server_port,
+        "--host": address.hostname or args.vllm_server_host,
+        "--port": address.port or (443 if address.scheme == "https" else 80),
     }
+    given = args.model_init_kwargs
+    kwargs = json.loads(given) if isinstance(given, str) else given or {}
+    if kwargs.get("revision") not in (None, "main"):
+        options["--revision"] = kwargs["revision"]
+    if kwargs.get("trust_remote_code"):
+        options["--trust-remote-code"] = None
     if args.vllm_model_length is not None:
         options["--max-model-len"] = args.vllm_model_length
     if args.num_generations > MAX_NUM_SEQS:
@@ -76,7 +85,7 @@ def start_line(args: GOLDConfig, student: str, rank: int | None) -> str:
 
 def vllm_command(argv: list[str]) -> None:
     """Print it, for the arguments of `gold-trainer train`."""
-    from gold_trainer.command_line import parse_arguments
+    from gold_trainer.command_line import parse_arguments, student_options
 
     model_args, _, config = parse_arguments(argv)
     if not model_args.model_name_or_path:
@@ -89,5 +98,7 @@ def vllm_command(argv: list[str]) -> None:
             f"use_vllm={config.use_vllm} and vllm_mode={config.vllm_mode!r}; set use_vllm: true "
             "and vllm_mode: server."
         )
+    given: Any = config.model_init_kwargs or {}
+    config.model_init_kwargs = student_options(model_args) | given
     rank = model_args.lora_r if model_args.use_peft else None
     sys.stdout.write(start_line(config, model_args.model_name_or_path, rank) + "\n")

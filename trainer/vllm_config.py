@@ -74,7 +74,7 @@ class VLLMFields:
         default=0,
         metadata={
             "help": "1: a server writes the rollouts of the next step while this one is learnt, "
-            "with weights that are one step old."
+            "with weights that are one step old; vllm_sync_frequency is 1 then."
         },
     )
     vllm_max_model_length: int | None = field(
@@ -133,6 +133,12 @@ class VLLMFields:
                     f"GOLDConfig: {name} must be left out with vllm_mode={self.vllm_mode!r}, got "
                     f"{getattr(self, name)!r}, which nothing would read."
                 )
+        if self.async_rollouts and self.vllm_sync_frequency > 1:
+            raise ValueError(
+                "GOLDConfig: vllm_sync_frequency must be 1 with async_rollouts=1, got "
+                f"{self.vllm_sync_frequency}, with which rollouts would be older than one step; "
+                "leave one of them out."
+            )
         self._check_address(given)
         self._check_sync(given)
         length, max_length = self.vllm_max_model_length, own.max_length

@@ -3,6 +3,7 @@ server.
 """
 
 import dataclasses
+import itertools
 import re
 import shlex
 
@@ -60,6 +61,10 @@ def config(**fields):
         (
             {"vllm_weight_sync": "nccl", "vllm_sync_dir": "/x"},
             "vllm_sync_dir must be left out with vllm_weight_sync='nccl'",
+        ),
+        (
+            {"async_rollouts": 1, "vllm_sync_frequency": 2},
+            "vllm_sync_frequency must be 1 with async_rollouts=1, got 2",
         ),
         ({"vllm_max_model_length": 100}, "vllm_max_model_length must be at least max_length, got"),
         ({"vllm_sync_frequency": 0}, "vllm_sync_frequency must be at least 1, got 0"),
@@ -200,6 +205,25 @@ def test_the_start_line_has_what_the_run_needs(tmp_path, capsys):
         "--dtype float32 --host 127.0.0.1 --port 8001 --max-model-len 512 "
         "--tensor-parallel-size 2 --model-impl vllm"
     )
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [("http://node7:9123", "node7", "9123"), ("https://node7/", "node7", "443")],
+)
+def test_the_start_line_has_the_address_and_the_revision_of_the_run(url, host, port, capsys):
+    argv = ["vllm-command", "--output_dir", "unused", "--model_name_or_path", "m", "--use_vllm"]
+    argv += ["--vllm_server_base_url", url, "--bf16", "false", "--use_cpu", "--lmbda", "1.0"]
+    kwargs = '{"revision": "v2", "trust_remote_code": true}'
+    assert main([*argv, "--model_init_kwargs", kwargs]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    after = dict(itertools.pairwise(words))
+    assert (after["--host"], after["--port"], after["--revision"]) == (host, port, "v2")
+    assert "--trust-remote-code" in words
+    assert main([*argv, "--model_revision", "v3", "--trust_remote_code"]) == 0
+    assert "--revision v3 --trust-remote-code" in capsys.readouterr().out
+    assert main(argv) == 0
+    assert not {"--trust-remote-code", "--revision"} & set(shlex.split(capsys.readouterr().out))
 
 
 def test_a_run_without_a_server_has_no_start_line(tmp_path, capsys):
