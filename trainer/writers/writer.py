@@ -112,6 +112,7 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """A run has ended, perhaps with an error: nobody waits for what was started."""
+        return
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         """From here on the completions are those of the model as it is at this optimizer step.
