@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.training_args import OptimizerNames
@@ -49,6 +49,18 @@ def on_main_process(accelerator: Accelerator | PartialState, function: Callable[
     if answer[1] is not None:
         raise (ValueError if answer[2] else RuntimeError)(answer[1]) from cause
     return answer[0]
+
+
+def raise_on_all(error: Exception | None) -> None:
+    """The error of one rank on every rank, so that none waits for it. Called on all ranks."""
+    state = PartialState()
+    if state.num_processes > 1:
+        told = None if error is None else f"rank {state.process_index}: {error}"
+        first = next((text for text in gather_object([told]) if text is not None), None)
+        if error is None and first is not None:
+            raise ValueError(first)
+    if error is not None:
+        raise error
 
 
 def find_checkpoint(

@@ -164,7 +164,7 @@ class Rollouts:
         writer.sync_weights(self.models["student"], step - 1)
         own = [batches[i] for i in due if not batches[i].is_blank]
         before = self._before([e for batch in own for e in batch.examples])
-        prompts = self._prompts("student", own or [batches[due[0]]], step, before)
+        prompts = self._prompts("student", own, step, before)  # a server's: others need none
         answer = writer.start(prompts, self.sampling["student"])
         return lambda: self._examples(prompts, answer(), step)
 
@@ -191,7 +191,9 @@ class Rollouts:
                 writer.sync_weights(self.models[name], step)
                 before = self._before([e for batch in mine for e in batch.examples])
                 written = self.write(name, mine, step, before) if mine else []
-                if not mine and self.args.world_size > 1:  # sharded weights write on all ranks
+                if not mine and not writer.runs_together:  # it ends what the new weights began
+                    writer.complete([], self.sampling[name])
+                elif not mine and self.args.world_size > 1:  # sharded weights write on all ranks
                     self._completed(name, [completed[due[0]]], step)
             for i, batch in zip(own, written, strict=True):
                 completed[i] = batch
@@ -258,7 +260,8 @@ class Rollouts:
         """Of the batches' rows and, behind them, those that run the vision tower as others do."""
         rows = [e.unanswered() for batch in batches for e in self.objective.prompts(batch, name)]
         side = {"student": "unscored", "teacher": "teacher_unscored"}[name]
-        rows += missing_media(rows, [e for batch in batches for e in getattr(batch, side)])
+        if self.writers[name].runs_together:
+            rows += missing_media(rows, [e for batch in batches for e in getattr(batch, side)])
         return self._prompts_of(rows, name, step, before or {})
 
     def _prompts_of(

@@ -10,13 +10,15 @@ from typing import NamedTuple
 import pytest
 
 from gold_trainer import sampling_check
-from gold_trainer.writers import vllm_check
+from gold_trainer.writers import vllm_check, vllm_engine, vllm_sync
 from support.processes import TESTS
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
+from support.vllm_cases import prompts_of
 from support.vllm_server import ENVIRONMENT, PYTHON, ROOT, assert_installed
 
 SECONDS = 300
+COLOCATE = {"use_vllm": True, "vllm_mode": "colocate", "lmbda": 1.0}
 
 
 def test_an_engine_in_the_process_writes_with_the_students_weights(tmp_path):
@@ -51,11 +53,19 @@ def test_a_missing_package_is_told_before_models_are_loaded(tmp_path, monkeypatc
         make_trainer(tmp_path, tiny_rows(4), "qwen3", **fields)
 
 
+def test_an_old_package_is_told_before_models_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_check, "find_spec", lambda name: True)
+    monkeypatch.setattr(vllm_check, "version", lambda name: "0.9.1")
+    with pytest.raises(ValueError, match=r"needs vllm 0.32 or newer here, got 0.9.1; pip install"):
+        make_trainer(tmp_path, tiny_rows(4), "qwen3", **COLOCATE)
+
+
 class FakeEngine:
     """Remembers its calls, and says 5 6 7 to everything."""
 
     def __init__(self, **options):
         self.options, self.calls, self.llm_engine = options, [], self
+        self.model_config = SimpleNamespace(max_model_len=options["max_model_len"] or 30)
 
     def __getattr__(self, name):
         return lambda **options: self.calls.append((name, options.get("level")))
@@ -78,12 +88,49 @@ class Said(NamedTuple):
     logprob: float
 
 
-@pytest.mark.parametrize(("frequency", "level"), [(1, 2), (2, 1)])
-def test_an_engine_sleeps_while_the_student_learns(frequency, level, tmp_path, monkeypatch):
-    """Deeply, without its weights, where the next window brings new ones anyway."""
+@pytest.fixture
+def package(monkeypatch):
     made = SimpleNamespace(SamplingParams=dict, LLM=FakeEngine)
     monkeypatch.setitem(sys.modules, "vllm", made)
     monkeypatch.setattr(vllm_check, "find_spec", lambda name: True)
+    monkeypatch.setattr(vllm_check, "version", lambda name: "0.32.0")
+
+
+def test_what_the_engine_would_cut_in_silence_is_refused(package, tmp_path):
+    fields = COLOCATE | {"max_length": None, "max_completion_length": 25}
+    run = make_trainer(tmp_path, tiny_rows(4), "qwen3", **fields)
+    with pytest.raises(ValueError, match=r"^row 0: .* --max-model-len 30, got .*; set max_len"):
+        run.train()
+
+
+def test_an_error_of_one_rank_is_told_to_all(package, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(vllm_engine, "raise_on_all", told.append)
+    run = make_trainer(tmp_path, tiny_rows(4), "qwen3", **COLOCATE)
+    writer = run.rollouts.writers["student"]
+    writer.sync_weights(run.model, 0)
+    prompt = prompts_of(run)[0]
+    prompt.example.videos = [object()]
+    writer.complete([prompt], run.rollouts.sampling["student"])
+    assert "text and pictures, got 1 videos" in str(told[0])
+
+
+def test_an_engine_without_prompts_sleeps_too(package, tmp_path):
+    run = make_trainer(tmp_path, tiny_rows(4), "qwen3", vllm_enable_sleep_mode=True, **COLOCATE)
+    run.rollouts.complete([run.objective.collator.blank(0)], 0)
+    assert run.rollouts.writers["student"].engine.calls[-1] == ("sleep", 2)
+
+
+def test_weights_that_have_no_room_are_told_with_what_can_be_set(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_sync.shutil, "disk_usage", lambda root: SimpleNamespace(free=1000))
+    run = make_trainer(tmp_path, tiny_rows(4), "qwen3", **COLOCATE)
+    with pytest.raises(ValueError, match=r"room for \d+ MiB of weights, .*; set TMPDIR to"):
+        run.train()
+
+
+@pytest.mark.parametrize(("frequency", "level"), [(1, 2), (2, 1)])
+def test_an_engine_sleeps_while_the_student_learns(frequency, level, package, tmp_path):
+    """Deeply, without its weights, where the next window brings new ones anyway."""
     fields = {"use_vllm": True, "vllm_mode": "colocate", "lmbda": 1.0, "max_steps": 3}
     own = {"vllm_enable_sleep_mode": True, "vllm_sync_frequency": frequency}
     run = make_trainer(tmp_path, tiny_rows(4), "qwen3", **fields, **own)

@@ -251,10 +251,11 @@ def test_weights_that_a_full_disk_does_not_take_are_refused(stub, tmp_path, monk
 
 def test_videos_are_refused_by_row(stub, tmp_path):
     run = make_trainer(tmp_path, PROMPTS, lmbda=1.0, **stub.fields)
+    run.rollouts.writers["student"].sync_weights(run.model, 0)
     prompt = prompts_of(run)[0]
     prompt.example.videos = [object()]
     with pytest.raises(ValueError, match=r"^row 0: vLLM writes for .* text and pictures, got 1"):
-        run.rollouts.writers["student"]._check(prompt)
+        run.rollouts.writers["student"]._complete(prompt, {})
 
 
 def test_the_next_window_is_written_while_this_one_is_learnt(stub, tmp_path, monkeypatch):

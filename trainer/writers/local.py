@@ -40,6 +40,8 @@ class LocalWriter(Writer):
     ends. A model that keeps more than keys and values is written by its own generate().
     """
 
+    runs_together = True  # where its weights are in parts
+
     def __init__(
         self,
         writing: Callable[[], AbstractContextManager[nn.Module]],  # the model, ready to write

@@ -5,18 +5,18 @@ from typing import Any
 from uuid import uuid4
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import nn
 
 from gold_trainer.collator import GOLDCollator, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
-from gold_trainer.resuming import on_main_process
+from gold_trainer.resuming import on_main_process, raise_on_all
 from gold_trainer.writers.background import Background
 from gold_trainer.writers.vllm_check import ServerInfo
 from gold_trainer.writers.vllm_requests import (
     GENERATE,
     check_expanded,
+    check_room,
     read_completions,
     refuse_videos,
     request_body,
@@ -24,7 +24,7 @@ from gold_trainer.writers.vllm_requests import (
 )
 from gold_trainer.writers.vllm_server import Refused, Server
 from gold_trainer.writers.vllm_sync import make_sync
-from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
+from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer, have_weights
 
 REQUESTS = 128  # at a time, of each rank
 
@@ -52,8 +52,7 @@ class VLLMWriter(Writer):
         assert model is not None, "the student is here"
         if not self.run:
             self.run = on_main_process(PartialState(), lambda: uuid4().hex[:8])
-        frequency = self.args.vllm_sync_frequency
-        if self.step is not None and step // frequency == self.step // frequency:
+        if have_weights(self.step, step, self.args.vllm_sync_frequency):
             return
         self.version = f"{self.run}-{step}"
         self.model_name = self.sync.renew(model, self.version)
@@ -94,7 +93,8 @@ class VLLMWriter(Writer):
     def _complete(self, prompt: Prompt, params: dict[str, Any]) -> list[Completion]:
         example, processor = prompt.example, self.collator.processor
         assert self.step is not None
-        self._check(prompt)
+        refuse_videos(example)
+        check_room(prompt, self.info.max_model_len, "start the server with more")
         body = request_body(prompt, params, processor, self.model_name)
         try:
             answer = self.server.post(GENERATE, body)
@@ -107,25 +107,3 @@ class VLLMWriter(Writer):
             ) from error
         check_expanded(answer, example, processor)
         return read_completions(answer, prompt, self.step, self.version)
-
-    def _check(self, prompt: Prompt) -> None:
-        example, most = prompt.example, self.info.max_model_len
-        refuse_videos(example)
-        if example.prompt_length + prompt.room > most:
-            raise ValueError(
-                f"{example.where}: prompt and completion must fit into the vLLM server's "
-                f"--max-model-len {most}, got {example.prompt_length} tokens and room for "
-                f"{prompt.room}; set max_length={most}, or start the server with more."
-            )
-
-
-def raise_on_all(error: Exception | None) -> None:
-    """The error of one rank on every rank, so that none waits for it. Called on all ranks."""
-    state = PartialState()
-    if state.num_processes > 1:
-        told = None if error is None else f"rank {state.process_index}: {error}"
-        first = next((text for text in gather_object([told]) if text is not None), None)
-        if error is None and first is not None:
-            raise ValueError(first)
-    if error is not None:
-        raise error

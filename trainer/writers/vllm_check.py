@@ -1,6 +1,7 @@
 """What a vLLM server has to be for a run, seen before models are loaded."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -65,11 +66,11 @@ def connect(
     line = start_line(args, name_of_student(student), rank)
     server = Server(args.vllm_url, args.vllm_request_timeout, line)
     server.wait(args.vllm_server_timeout)
-    version = server.get("/version").get("version", "none")
-    if Version(version) < Version(OLDEST):
+    served = server.get("/version").get("version", "none")
+    if Version(served) < Version(OLDEST):
         raise ValueError(
             f"GOLDTrainer: the vLLM server at {server.url} must be of version {OLDEST} or newer, "
-            f"got {version}; pip install -U vllm where it runs."
+            f"got {served}; pip install -U vllm where it runs."
         )
     if not server.is_there(GENERATE):
         server.post(GENERATE, {})  # which says why
@@ -104,6 +105,12 @@ def check_installed() -> None:
         raise ValueError(
             "GOLDTrainer: vllm_mode='colocate' needs the package vllm here, got none; "
             "pip install vllm, or set vllm_mode='server'."
+        )
+    installed = version("vllm")
+    if Version(installed) < Version(OLDEST):
+        raise ValueError(
+            f"GOLDTrainer: vllm_mode='colocate' needs vllm {OLDEST} or newer here, got "
+            f"{installed}; pip install -U vllm, or set vllm_mode='server'."
         )
 
 

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from gold_trainer.collator import GOLDCollator, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
+from gold_trainer.resuming import raise_on_all
 from gold_trainer.vllm_command import dtype_of, engine_options
 from gold_trainer.writers.vllm_check import refuse_whole_of_quantised
 from gold_trainer.writers.vllm_requests import (
     check_expanded,
+    check_room,
     refuse_videos,
     sampling_params,
     unexpanded_ids,
 )
 from gold_trainer.writers.vllm_sync import sync_root, write
 from gold_trainer.writers.weights import checkpoint_weights, gathered_weights
-from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
+from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer, have_weights
 
 
 class EngineWriter(Writer):
@@ -36,6 +38,7 @@ class EngineWriter(Writer):
         self.config = copy.deepcopy(base.config)
         self.config.architectures = [type(base).__name__]
         self.engine: Any = None
+        self.most = 0  # tokens of a sequence in it
         self.step: int | None = None
         self.is_asleep = False
         # what sleeps deeply has forgotten its weights: it needs new ones whenever it wakes
@@ -43,8 +46,7 @@ class EngineWriter(Writer):
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         assert model is not None, "the student is here"
-        frequency = self.args.vllm_sync_frequency
-        has_them = self.step is not None and step // frequency == self.step // frequency
+        has_them = have_weights(self.step, step, self.args.vllm_sync_frequency)
         if has_them and not (self.is_asleep and self.sleep_level == 2):
             self._wake()
             return
@@ -64,15 +66,31 @@ class EngineWriter(Writer):
         self.step = step
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """Called on all ranks, with no prompts too: the engine wakes and sleeps on all."""
+        assert self.step is not None, "weights are brought over before a window's prompts"
+        written: list[list[Completion]] = []
+        error: Exception | None = None
+        try:
+            written = self._complete(prompts, sampling) if prompts else []
+        except Exception as first:  # whatever it is, the other ranks must hear of it
+            error = first
+        raise_on_all(error)
+        if self.args.vllm_enable_sleep_mode:
+            self.engine.sleep(level=self.sleep_level)
+            self.is_asleep = True
+        return written
+
+    def _complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         from vllm import SamplingParams
 
-        assert self.step is not None, "weights are brought over before a window's prompts"
+        assert self.step is not None
         processor = self.collator.processor
         banned = sampling.banned_ids(self.config.get_text_config().vocab_size)
         params = sampling_params(sampling, banned)
         asked, options = [], []
         for prompt in prompts:
             refuse_videos(prompt.example)
+            check_room(prompt, self.most, "set vllm_max_model_length to more")
             ids: dict[str, Any] = {"prompt_token_ids": unexpanded_ids(processor, prompt.example)}
             if prompt.example.images:
                 ids["multi_modal_data"] = {"image": prompt.example.images}
@@ -83,9 +101,6 @@ class EngineWriter(Writer):
         for prompt, output in zip(prompts, outputs, strict=True):
             seen = list(output.prompt_token_ids)
             check_expanded({"prompt_token_ids": seen}, prompt.example, processor)
-        if self.args.vllm_enable_sleep_mode:
-            self.engine.sleep(level=self.sleep_level)
-            self.is_asleep = True
         tokenizer = tokenizer_of(processor)
         return [
             [_completion(c, self.step).kept(prompt, sampling, tokenizer) for c in output.outputs]
@@ -108,10 +123,13 @@ class EngineWriter(Writer):
         options = engine_options(self.args)
         if self.args.world_size > 1:  # torchrun has started the processes
             options["distributed_executor_backend"] = "external_launcher"
-        with write(weights, sync_root(self.args)) as folder:
+        remedy = "set TMPDIR to a folder with more, and leave more of /dev/shm free"
+        with write(weights, sync_root(self.args), remedy=remedy) as folder:
             self.config.save_pretrained(folder)
             self.collator.processor.save_pretrained(folder)
-            return LLM(model=folder, **options)
+            engine = LLM(model=folder, **options)
+        self.most = engine.llm_engine.model_config.max_model_len
+        return engine
 
 
 def _completion(output: Any, step: int) -> Completion:

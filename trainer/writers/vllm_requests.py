@@ -81,6 +81,17 @@ def refuse_videos(example: Example) -> None:
         )
 
 
+def check_room(prompt: Prompt, most: int, other: str) -> None:
+    """vLLM would cut the completion in silence. most: --max-model-len; other: a remedy."""
+    example = prompt.example
+    if example.prompt_length + prompt.room > most:
+        raise ValueError(
+            f"{example.where}: prompt and completion must fit into vLLM's --max-model-len {most}, "
+            f"got {example.prompt_length} tokens and room for {prompt.room}; set "
+            f"max_length={most}, or {other}."
+        )
+
+
 def picture_url(image: Image.Image) -> str:
     """Without loss, and hardly compressed: the server is near, and it takes a tenth of the time."""
     file = io.BytesIO()

@@ -84,6 +84,11 @@ class Completion:
         return Completion(ids, self.logprobs[: len(ids)], self.version)
 
 
+def have_weights(last: int | None, step: int, frequency: int) -> bool:
+    """Whether those of the last step that were brought over serve for this one."""
+    return last is not None and step // frequency == last // frequency
+
+
 def has_stop(
     tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str], ids: list[int]
 ) -> bool:
@@ -103,6 +108,8 @@ def until_stop(
 
 class Writer(Protocol):
     """Completes prompts with samples of one model, student or teacher."""
+
+    runs_together: bool = False  # all ranks may have to write where one does
 
     def start(
         self, prompts: Sequence[Prompt], sampling: Sampling
