@@ -149,7 +149,7 @@ def _check(argv: list[str]) -> int:
         return 0
     argv = _known(argv, ("--num_examples", "--output"))
     try:
-        from gold_trainer.check import check
+        from gold_trainer.checking.command import check
     except ImportError as error:
         raise _missing("trainer", error) from error
     return check(argv)
@@ -161,7 +161,7 @@ def _plan(argv: list[str]) -> int:
         return 0
     argv = _known(argv, ("--engine", "--gpus", "--gpu_memory", "--gpu-memory", "--tokens"))
     try:
-        from gold_trainer.plan import plan
+        from gold_trainer.planning.command import plan
     except ImportError as error:
         raise _missing("trainer", error) from error
     return plan(argv)
@@ -173,7 +173,7 @@ def _cache_teacher(argv: list[str]) -> int:
         return 0
     argv = _known(argv, ("--cache_dtype", "--cache_batch_size", "--cache_shard_mib"))
     try:
-        from gold_trainer.cache_teacher import cache_teacher
+        from gold_trainer.caching.command import cache_teacher
     except ImportError as error:
         raise _missing("trainer", error) from error
     return cache_teacher(argv)
@@ -200,7 +200,7 @@ def _demo(argv: list[str]) -> None:
 def _vllm_command(argv: list[str]) -> None:
     argv = _known(argv)
     try:
-        from gold_trainer.vllm_command import vllm_command
+        from gold_trainer.writers.vllm.command import vllm_command
     except ImportError as error:
         raise _missing("trainer", error) from error
     vllm_command(argv)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gold_kernels import __version__
 from gold_trainer import models
 from gold_trainer.activations import activation_bytes
-from gold_trainer.cache_store import form_of_cache
+from gold_trainer.caching.store import form_of_cache
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset
 from gold_trainer.precision import describe

@@ -14,7 +14,7 @@ from typing import Any
 import requests
 
 from gold_trainer import GOLDConfig
-from gold_trainer.vllm_command import server_environment, server_options
+from gold_trainer.writers.vllm.command import server_environment, server_options
 from support.trainer_cases import FIELDS
 
 ROOT = Path(__file__).parents[2]

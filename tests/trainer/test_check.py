@@ -10,7 +10,7 @@ from rich.console import Console
 
 from gold_trainer import loading
 from gold_trainer.__main__ import main
-from gold_trainer.check_tables import pieces_of, print_examples
+from gold_trainer.checking.tables import pieces_of, print_examples
 from gold_trainer.collator import GOLDCollator, prompt_length
 from gold_trainer.dataset import RowDataset
 from support.bad_rows import ANSWER, BAD, QUESTION, skips_of, text_rows, with_bad

@@ -12,9 +12,9 @@ from gold_kernels.engine.memory import peak_extra_bytes
 from gold_trainer import GOLDConfig, loading, models
 from gold_trainer.__main__ import main
 from gold_trainer.loss_at_head import gather_rows, head_replaced
-from gold_trainer.plan_memory import PARTS, Planner, Setup, Subject
-from gold_trainer.plan_passes import Precision, run_passes
-from gold_trainer.plan_subject import repeated
+from gold_trainer.planning.memory import PARTS, Planner, Setup, Subject
+from gold_trainer.planning.passes import Precision, run_passes
+from gold_trainer.planning.subject import repeated
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
 from gold_trainer.streams import read_rows

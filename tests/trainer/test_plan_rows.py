@@ -19,9 +19,9 @@ from teacher_kinds import KINDS
 
 from gold_trainer import GOLDConfig, loading
 from gold_trainer.batches import MicroBatch
-from gold_trainer.plan_memory import Planner, Setup, Subject
-from gold_trainer.plan_remedies import with_fields
-from gold_trainer.plan_subject import repeated
+from gold_trainer.planning.memory import Planner, Setup, Subject
+from gold_trainer.planning.remedies import with_fields
+from gold_trainer.planning.subject import repeated
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
 from gold_trainer.streams import read_rows

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from gold_trainer.__main__ import main
-from gold_trainer.cache_facts import facts_of_processor
+from gold_trainer.caching.facts import facts_of_processor
 from support import logit_forms
 from support.cache_cases import Pair, run_of, save_pair, save_rows
 from support.tiny_models import FAMILIES, tiny, tiny_processor
@@ -188,7 +188,7 @@ def test_rows_that_are_new_are_added_and_the_others_are_not_run_again(tmp_path, 
     pair.cache()
     after = {path.name: path.stat().st_mtime_ns for path in cache.glob("rows-*")}
     assert after.items() > before.items() and len(after) == 2 * len(before)
-    monkeypatch.setattr("gold_trainer.cache_run.make_live_teacher", None)  # would raise
+    monkeypatch.setattr("gold_trainer.caching.run.make_live_teacher", None)  # would raise
     pair.cache()
     run_of(pair, tmp_path / "run", teacher_cache=str(cache), max_steps=3)
 

@@ -10,9 +10,9 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gold_trainer import cache_store
 from gold_trainer.__main__ import main
-from gold_trainer.cache_store import ShardWriter
+from gold_trainer.caching import store
+from gold_trainer.caching.store import ShardWriter
 from support.cache_cases import run_of, save_pair
 
 
@@ -75,9 +75,9 @@ def test_the_command_asks_for_its_folder_and_for_a_teacher(made, capsys):
 def test_room_on_the_disk_and_another_folder_are_looked_at_before_the_teacher_runs(
     made, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("gold_trainer.cache_run.make_live_teacher", None)  # would raise
+    monkeypatch.setattr("gold_trainer.caching.run.make_live_teacher", None)  # would raise
     argv = ["cache-teacher", *made.command(teacher_cache=tmp_path / "a" / "cache")]
-    monkeypatch.setattr(cache_store, "free_bytes", lambda folder: 10_000)
+    monkeypatch.setattr(store, "free_bytes", lambda folder: 10_000)
     told = user_error(capsys, *argv)
     assert re.search(r"must have \d+\.\d KiB free, got 9.8 KiB; free some, choose another", told)
     (tmp_path / "b").mkdir()
@@ -100,14 +100,14 @@ def test_hidden_states_that_are_not_finite_are_refused_by_their_row(pair, capsys
 
 
 def test_a_disk_that_is_full_after_all_keeps_what_is_there(made, capsys, tmp_path, monkeypatch):
-    save = cache_store.save_file
+    save = store.save_file
 
     def full(tensors, path):
         if "00001" in path.name:
             raise SafetensorError("No space left on device (os error 28)")
         save(tensors, path)
 
-    monkeypatch.setattr(cache_store, "save_file", full)
+    monkeypatch.setattr(store, "save_file", full)
     argv = made.command("--cache_shard_mib=0.001", teacher_cache=tmp_path / "cache")
     told = user_error(capsys, "cache-teacher", *argv)
     assert "rows-000-00001.safetensors cannot be written (No space left on device" in told
@@ -125,10 +125,10 @@ def kill_at(flush, number, stage):
     def killed(writer):
         if writer.number == number and writer.entries:
             if stage == "half":  # rows without an index
-                table = cache_store._write_table
-                cache_store._write_table = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+                table = store._write_table
+                store._write_table = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
                 flush(writer)
-                cache_store._write_table = table
+                store._write_table = table
             os.kill(os.getpid(), signal.SIGKILL)
         flush(writer)
 

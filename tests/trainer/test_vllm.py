@@ -7,8 +7,9 @@ import torch
 
 from gold_trainer import sampling_check
 from gold_trainer.collator import process_examples
-from gold_trainer.writers import vllm_requests, vllm_sync
-from gold_trainer.writers.vllm_requests import GENERATE, request_body, sampling_params
+from gold_trainer.writers.vllm import requests as vllm_requests
+from gold_trainer.writers.vllm import sync as vllm_sync
+from gold_trainer.writers.vllm.requests import GENERATE, request_body, sampling_params
 from support.processes import start_ranks
 from support.tiny_models import tiny
 from support.trainer_cases import make_trainer

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import pytest
 
 from gold_trainer import sampling_check
-from gold_trainer.writers import vllm_check, vllm_engine, vllm_sync
+from gold_trainer.writers.vllm import check as vllm_check
+from gold_trainer.writers.vllm import engine as vllm_engine
+from gold_trainer.writers.vllm import sync as vllm_sync
 from support.processes import TESTS
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer

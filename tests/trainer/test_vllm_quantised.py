@@ -2,10 +2,10 @@
 
 import pytest
 
-from gold_trainer.writers import vllm_check
-from gold_trainer.writers.vllm_check import connect
-from gold_trainer.writers.vllm_engine import EngineWriter
-from gold_trainer.writers.vllm_sync import make_sync
+from gold_trainer.writers.vllm import check as vllm_check
+from gold_trainer.writers.vllm.check import connect
+from gold_trainer.writers.vllm.engine import EngineWriter
+from gold_trainer.writers.vllm.sync import make_sync
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer
 from support.vllm_stub import stub_server

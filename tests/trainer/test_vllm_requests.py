@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from gold_trainer import GOLDTrainer
 from gold_trainer.collator import prompt_ids
-from gold_trainer.writers import vllm_sync
+from gold_trainer.writers.vllm import sync as vllm_sync
 from gold_trainer.writers.weights import checkpoint_weights, gathered_weights
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer

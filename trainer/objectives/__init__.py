@@ -1,6 +1,6 @@
 """Losses in training: what each needs of a batch, counts and logs. One file a kind, chosen here."""
 
-from gold_trainer.cache_store import form_of_cache
+from gold_trainer.caching.store import form_of_cache
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives.cross_tokenizer import CrossTokenizer
 from gold_trainer.objectives.from_means import FromMeans

@@ -1,4 +1,4 @@
-"""A teacher that is not there: what it says of every row lies in a folder, see cache_store.py.
+"""A teacher that is not there: what it says of every row lies in a folder, see caching/store.py.
 
 N_t scored rows, D_t hidden size, V_t vocabulary.
 """
@@ -14,17 +14,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from gold_trainer import cache_store, loading
+from gold_trainer import loading
 from gold_trainer.batches import Example, SideInputs, WindowBatch
 from gold_trainer.cache_config import check_head_means
-from gold_trainer.cache_facts import (
+from gold_trainer.caching import store
+from gold_trainer.caching.facts import (
     facts_of_args,
     facts_of_processor,
     facts_of_teacher,
     refuse_other_facts,
 )
-from gold_trainer.cache_keys import Key, key_of
-from gold_trainer.cache_store import Index, Manifest, manifest_of
+from gold_trainer.caching.keys import Key, key_of
+from gold_trainer.caching.store import Index, Manifest, manifest_of
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
@@ -57,7 +58,7 @@ def open_cache(args: GOLDConfig) -> Manifest:
     if manifest is None:
         raise ValueError(
             f"teacher_cache must be a folder that gold-trainer cache-teacher has written, got "
-            f"{folder} without {cache_store.MANIFEST}; run it with the same config first."
+            f"{folder} without {store.MANIFEST}; run it with the same config first."
         )
     form = args.teacher_cache_form
     if form not in (None, manifest.form):
@@ -75,7 +76,7 @@ def open_cache(args: GOLDConfig) -> Manifest:
         raise ValueError(
             f"teacher_cache {folder} is half written; {AGAIN} goes on where it was stopped."
         )
-    sizes = cache_store.shard_sizes(folder)
+    sizes = store.shard_sizes(folder)
     for shard, expected in manifest.shards.items():
         if sizes.get(shard) != expected:
             raise ValueError(
@@ -83,9 +84,9 @@ def open_cache(args: GOLDConfig) -> Manifest:
                 f"{_bytes(sizes.get(shard))} are there of {_bytes(expected)}; {AGAIN} writes it "
                 "anew."
             )
-    if cache_store.head_bytes(folder) != manifest.head_bytes:
+    if store.head_bytes(folder) != manifest.head_bytes:
         raise ValueError(
-            f"teacher_cache {folder}: {cache_store.HEAD} is missing or ends early; {AGAIN} writes "
+            f"teacher_cache {folder}: {store.HEAD} is missing or ends early; {AGAIN} writes "
             "it anew."
         )
     return manifest
@@ -107,7 +108,7 @@ def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
             f"{type(teacher_model).__name__}; the cache is read in its place: leave it out."
         )
     open_cache(args)
-    return str(Path(args.teacher_cache) / cache_store.TEACHER)
+    return str(Path(args.teacher_cache) / store.TEACHER)
 
 
 class StoredRows:
@@ -128,7 +129,7 @@ class StoredRows:
         shard = int(self.index.shards[position])
         try:
             rows = self._shard(shard)[entry["start"] : stop]
-            is_whole = cache_store.checksum(rows) == entry["checksum"]
+            is_whole = store.checksum(rows) == entry["checksum"]
         except (OSError, SafetensorError):
             is_whole = False
         if not is_whole:
@@ -141,9 +142,9 @@ class StoredRows:
 
     def _shard(self, number: int) -> Any:
         if number not in self.shards:
-            path = self.folder / f"{self.index.names[number]}{cache_store.SUFFIX}"
+            path = self.folder / f"{self.index.names[number]}{store.SUFFIX}"
             file = safe_open(path, framework="pt")
-            self.shards[number] = file.get_slice(cache_store.ROWS)
+            self.shards[number] = file.get_slice(store.ROWS)
         return self.shards[number]
 
     def _missing(self, example: Example, key: Key) -> ValueError:
@@ -194,13 +195,13 @@ class CachedTeacher(Teacher):
         manifest = manifest_of(args)
         refuse_other_facts(str(folder), manifest.facts, facts_of_processor(processor))
         empty = loading.empty_model(
-            str(folder / cache_store.TEACHER),
+            str(folder / store.TEACHER),
             args.teacher_model_init_kwargs,
             args.teacher_model_revision,
         )
         side = Side.of(empty, "teacher", processor, args)
         form = LogitForm("teacher", is_measured=True, **manifest.logit_form)
-        tensors = cache_store.load_head(folder)
+        tensors = store.load_head(folder)
         head = side.head  # of head_means: its size alone is asked for
         if manifest.form == "hidden":
             head = StoredHead(tensors["weight"], tensors.get("bias"))

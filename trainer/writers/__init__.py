@@ -9,10 +9,10 @@ from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers import Teacher
 from gold_trainer.writers.local import LocalWriter
-from gold_trainer.writers.vllm import VLLMWriter
-from gold_trainer.writers.vllm_check import ServerInfo, connect
-from gold_trainer.writers.vllm_engine import EngineWriter
-from gold_trainer.writers.vllm_server import Server
+from gold_trainer.writers.vllm.check import ServerInfo, connect
+from gold_trainer.writers.vllm.engine import EngineWriter
+from gold_trainer.writers.vllm.remote import VLLMWriter
+from gold_trainer.writers.vllm.server import Server
 from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer
 
 __all__ = [

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, has_adapter, is_quantised
 from gold_trainer.quantised import NAME
-from gold_trainer.vllm_command import start_line
-from gold_trainer.writers.vllm_nccl import check_nccl
-from gold_trainer.writers.vllm_requests import GENERATE
-from gold_trainer.writers.vllm_server import Server
+from gold_trainer.writers.vllm.command import start_line
+from gold_trainer.writers.vllm.nccl import check_nccl
+from gold_trainer.writers.vllm.requests import GENERATE
+from gold_trainer.writers.vllm.server import Server
 
 OLDEST = "0.32"  # what was tried
 

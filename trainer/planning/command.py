@@ -9,9 +9,9 @@ from rich.table import Table
 
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.config_file import read_mapping
-from gold_trainer.plan_memory import ENGINES, PARTS, Plan, Planner, Setup, optimizer_of
-from gold_trainer.plan_remedies import Remedy, remedies
-from gold_trainer.plan_subject import find_subject, trained_numbers
+from gold_trainer.planning.memory import ENGINES, PARTS, Plan, Planner, Setup, optimizer_of
+from gold_trainer.planning.remedies import Remedy, remedies
+from gold_trainer.planning.subject import find_subject, trained_numbers
 
 GIB = 2**30
 FREE = 0.05  # of a GPU, for what allocators round up and CUDA itself takes

@@ -12,16 +12,16 @@ from gold_trainer.collator import GOLDCollator, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
 from gold_trainer.resuming import raise_on_all
-from gold_trainer.vllm_command import dtype_of, engine_options
-from gold_trainer.writers.vllm_check import refuse_whole_of_quantised
-from gold_trainer.writers.vllm_requests import (
+from gold_trainer.writers.vllm.check import refuse_whole_of_quantised
+from gold_trainer.writers.vllm.command import dtype_of, engine_options
+from gold_trainer.writers.vllm.requests import (
     check_expanded,
     check_room,
     refuse_videos,
     sampling_params,
     unexpanded_ids,
 )
-from gold_trainer.writers.vllm_sync import sync_root, write
+from gold_trainer.writers.vllm.sync import sync_root, write
 from gold_trainer.writers.weights import checkpoint_weights, gathered_weights
 from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer, have_weights
 

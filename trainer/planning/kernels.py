@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from gold_trainer.plan_ledger import is_real
+from gold_trainer.planning.ledger import is_real
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 # The operators of torch's lists for CUDA that models call; others compute in what they are given.

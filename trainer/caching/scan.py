@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Subset
 
 from gold_trainer.bad_rows import tolerant, tolerant_collator
 from gold_trainer.batches import Example, ModelInputs, WindowBatch
-from gold_trainer.cache_keys import Key, key_of
-from gold_trainer.cache_store import Place
+from gold_trainer.caching.keys import Key, key_of
+from gold_trainer.caching.store import Place
 from gold_trainer.collator import Processor, build_inputs
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective

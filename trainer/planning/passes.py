@@ -26,8 +26,8 @@ from gold_trainer import models
 from gold_trainer.batches import MicroBatch, SideInputs
 from gold_trainer.loss_at_head import forward_is, gather_rows, head_replaced
 from gold_trainer.objectives import Objective
-from gold_trainer.plan_kernels import Kernels
-from gold_trainer.plan_ledger import Ledger
+from gold_trainer.planning.kernels import Kernels
+from gold_trainer.planning.ledger import Ledger
 from gold_trainer.sides import Side
 from gold_trainer.teachers.layer_stream import outermost_lists
 

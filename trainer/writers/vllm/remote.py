@@ -12,8 +12,8 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
 from gold_trainer.resuming import on_main_process, raise_on_all
 from gold_trainer.writers.background import Background
-from gold_trainer.writers.vllm_check import ServerInfo
-from gold_trainer.writers.vllm_requests import (
+from gold_trainer.writers.vllm.check import ServerInfo
+from gold_trainer.writers.vllm.requests import (
     GENERATE,
     check_expanded,
     check_room,
@@ -22,8 +22,8 @@ from gold_trainer.writers.vllm_requests import (
     request_body,
     sampling_params,
 )
-from gold_trainer.writers.vllm_server import Refused, Server
-from gold_trainer.writers.vllm_sync import make_sync
+from gold_trainer.writers.vllm.server import Refused, Server
+from gold_trainer.writers.vllm.sync import make_sync
 from gold_trainer.writers.writer import Completion, Prompt, Sampling, Writer, have_weights
 
 REQUESTS = 128  # at a time, of each rank

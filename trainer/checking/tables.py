@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from gold_trainer.batches import Example, WindowBatch
-from gold_trainer.check_counts import SplitReport
+from gold_trainer.checking.counts import SplitReport
 from gold_trainer.config import GOLDConfig
 
 NUM_KINDS = 20  # of refusals

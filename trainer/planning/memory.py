@@ -1,6 +1,6 @@
 """Peak memory of a GPU by part, from the passes of a micro-batch and from sizes of weights.
 
-What is counted beside the passes (plan_passes.py), for P numbers of the student, P' of them
+What is counted beside the passes (planning/passes.py), for P numbers of the student, P' of them
 trained, N processes, b bytes of a weight as it is held, S bytes of state a trained number:
 
     engine   weights                     gradients                  optimizer
@@ -27,7 +27,7 @@ from gold_trainer import models
 from gold_trainer.batches import MicroBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
-from gold_trainer.plan_passes import Passes, Precision, run_passes
+from gold_trainer.planning.passes import Passes, Precision, run_passes
 from gold_trainer.sides import Side
 from gold_trainer.teachers.layer_stream import AHEAD, outermost_lists
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 import gold_kernels
-from gold_trainer import cache_store
 from gold_trainer.batches import SideInputs
-from gold_trainer.cache_facts import PRECISIONS, copy_description, precision_of
-from gold_trainer.cache_scan import (
+from gold_trainer.caching import store
+from gold_trainer.caching.facts import PRECISIONS, copy_description, precision_of
+from gold_trainer.caching.scan import (
     Builder,
     Found,
     Scored,
@@ -29,7 +29,7 @@ from gold_trainer.cache_scan import (
     load,
     scan,
 )
-from gold_trainer.cache_store import Index, Manifest, Place, ShardWriter, head_bytes
+from gold_trainer.caching.store import Index, Manifest, Place, ShardWriter, head_bytes
 from gold_trainer.command_line import Run
 from gold_trainer.empty_sides import empty_sides
 from gold_trainer.preparing import Prepared
@@ -100,7 +100,7 @@ class Caching:
         self, encoder: Encoder, manifest: Manifest | None, facts: dict[str, Any], shard_bytes: int
     ) -> None:
         """Write what is missing; the folder then is complete."""
-        shards = list(cache_store.shard_sizes(self.folder)) if manifest else []
+        shards = list(store.shard_sizes(self.folder)) if manifest else []
         index = Index(self.folder, shards)
         splits = self._splits(index)
         has_head = manifest is not None and manifest.head_bytes == head_bytes(self.folder)
@@ -115,7 +115,7 @@ class Caching:
         assert manifest is not None, "a cache that misses nothing has one"
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            manifest.shards = cache_store.shard_sizes(self.folder)
+            manifest.shards = store.shard_sizes(self.folder)
             manifest.is_complete = True
             manifest.write(self.folder)
         self.state.wait_for_everyone()  # complete for whoever returns
@@ -162,7 +162,7 @@ class Caching:
         missing_tokens = sum(one.num_scored for one in missing)
         need = missing_tokens * bytes_each + len(missing) * ENTRY_BYTES
         need += 0 if has_head else encoder.head_bytes
-        free = cache_store.free_bytes(self.folder)
+        free = store.free_bytes(self.folder)
         self._print(
             f"teacher cache {self.folder}: {counts} examples, {tokens} scored tokens, {bytes_each} "
             f"bytes each; {tokens - missing_tokens} are there"
@@ -191,8 +191,8 @@ class Caching:
             head = encoder.start(teacher, PRECISIONS.get(facts["precision"]), inputs)
         manifest = self._manifest(teacher, encoder, facts)
         if self.state.is_main_process:
-            copy_description(args, str(self.run_.teacher), self.folder / cache_store.TEACHER)
-            cache_store.save_head(self.folder, head)
+            copy_description(args, str(self.run_.teacher), self.folder / store.TEACHER)
+            store.save_head(self.folder, head)
             manifest.head_bytes = head_bytes(self.folder)
             manifest.write(self.folder)
         self.state.wait_for_everyone()

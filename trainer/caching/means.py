@@ -11,8 +11,8 @@ from torch import Tensor
 from gold_kernels import head_means
 from gold_trainer import loading
 from gold_trainer.batches import SideInputs
-from gold_trainer.cache_facts import PRECISIONS, precision_of
-from gold_trainer.cache_run import Encoder
+from gold_trainer.caching.facts import PRECISIONS, precision_of
+from gold_trainer.caching.run import Encoder
 from gold_trainer.command_line import Run
 from gold_trainer.objectives import SameVocabulary
 from gold_trainer.objectives.from_means import check_softcap, facts_of_means, pack

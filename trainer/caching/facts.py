@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from gold_trainer.cache_keys import file_digest, text_digest
+from gold_trainer.caching.keys import file_digest, text_digest
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loading import hub_options

@@ -12,7 +12,7 @@ from gold_trainer.batches import Example, MicroBatch, WindowBatch
 from gold_trainer.command_line import Run
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
-from gold_trainer.plan_memory import Subject
+from gold_trainer.planning.memory import Subject
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side

@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from gold_trainer.writers.vllm_server import Server
+from gold_trainer.writers.vllm.server import Server
 
 
 def check_nccl() -> None:

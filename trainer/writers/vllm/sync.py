@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, has_adapter, is_quantised
 from gold_trainer.resuming import on_main_process
-from gold_trainer.writers.vllm_check import ServerInfo, refuse_whole_of_quantised
-from gold_trainer.writers.vllm_nccl import NcclGroup
-from gold_trainer.writers.vllm_server import Server
+from gold_trainer.writers.vllm.check import ServerInfo, refuse_whole_of_quantised
+from gold_trainer.writers.vllm.nccl import NcclGroup
+from gold_trainer.writers.vllm.server import Server
 from gold_trainer.writers.weights import adapter_weights, checkpoint_weights, gathered_weights
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gold_trainer.cache_keys import KEY_BYTES, Key
+from gold_trainer.caching.keys import KEY_BYTES, Key
 from gold_trainer.config import GOLDConfig
 
 MANIFEST = "cache.json"

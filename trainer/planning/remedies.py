@@ -16,7 +16,7 @@ from torch import nn
 
 from gold_trainer import loading
 from gold_trainer.config import GOLDConfig
-from gold_trainer.plan_memory import (
+from gold_trainer.planning.memory import (
     ADAM_BYTES,
     DEEPSPEED,
     STATE_BYTES,
@@ -26,7 +26,7 @@ from gold_trainer.plan_memory import (
     optimizer_of,
     quantised_bits,
 )
-from gold_trainer.plan_passes import Passes
+from gold_trainer.planning.passes import Passes
 from gold_trainer.sides import Side
 
 ENOUGH = 0.99  # of the peak before: what saves less is no remedy

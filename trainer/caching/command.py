@@ -14,16 +14,17 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from gold_trainer import cache_store, refusals, run_lock
-from gold_trainer.cache_facts import (
+from gold_trainer import refusals, run_lock
+from gold_trainer.caching import store
+from gold_trainer.caching.facts import (
     facts_of_args,
     facts_of_processor,
     facts_of_teacher,
     refuse_other_facts,
 )
-from gold_trainer.cache_means import MeansEncoder
-from gold_trainer.cache_run import Caching, Encoder
-from gold_trainer.cache_store import Manifest
+from gold_trainer.caching.means import MeansEncoder
+from gold_trainer.caching.run import Caching, Encoder
+from gold_trainer.caching.store import Manifest
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.preparing import prepare
 from gold_trainer.resuming import on_main_process
@@ -120,8 +121,8 @@ def _earlier(folder: Path, facts: dict[str, Any]) -> Manifest | None:
     """What is there of an earlier run with the same facts, without what is damaged."""
     manifest = Manifest.read(folder)
     if manifest is None:
-        own = {cache_store.TEACHER, cache_store.HEAD, run_lock.NAME}
-        others = {path.name for path in folder.iterdir() if path.suffix != cache_store.HALF} - own
+        own = {store.TEACHER, store.HEAD, run_lock.NAME}
+        others = {path.name for path in folder.iterdir() if path.suffix != store.HALF} - own
         if others:
             raise ValueError(
                 "gold-trainer cache-teacher: teacher_cache must be a new folder, or that of an "
@@ -129,7 +130,7 @@ def _earlier(folder: Path, facts: dict[str, Any]) -> Manifest | None:
             )
     else:
         refuse_other_facts(str(folder), manifest.facts, facts)
-    damaged = cache_store.mend(folder, manifest or Manifest("", "", 0, {}, {}))
+    damaged = store.mend(folder, manifest or Manifest("", "", 0, {}, {}))
     if damaged:
         Console().print(f"damaged, to be written anew: {', '.join(damaged)}", markup=False)
     return manifest

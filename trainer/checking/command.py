@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from gold_trainer import models, refusals
 from gold_trainer.bad_rows import TolerantCollator, tolerant
 from gold_trainer.batches import WindowBatch
-from gold_trainer.cache_store import form_of_cache
-from gold_trainer.check_counts import Part, PartCollator, SplitReport
-from gold_trainer.check_tables import make_console, print_examples, print_split
+from gold_trainer.caching.store import form_of_cache
+from gold_trainer.checking.counts import Part, PartCollator, SplitReport
+from gold_trainer.checking.tables import make_console, print_examples, print_split
 from gold_trainer.collator import token_ids_of
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.config import GOLDConfig

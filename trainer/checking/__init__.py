@@ -1,0 +1,1 @@
+"""All rows of a run, read before it: `gold-trainer check`."""

@@ -1,0 +1,1 @@
+"""The memory of a run, by part, before any weights are read."""

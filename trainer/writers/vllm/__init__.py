@@ -1,0 +1,1 @@
+"""vLLM as the writer: a server, or an engine in each process."""
