@@ -8,12 +8,14 @@ pair breaks it: finite losses, gradients where they belong, no input lost, no wa
 import inspect
 import math
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from gold_trainer import GOLDTrainer
 from support.cross_cases import Side, completions_of, cross_trainer, make_sides, rows_of
 from support.eager_step import prompt_inputs
 from support.tiny_models import VLM_FAMILIES, tiny
@@ -70,22 +72,16 @@ FAMILY_SCHEMES = [
 ]
 
 
-def write_ascii(student: Side) -> None:
+def write_ascii(trainer: GOLDTrainer, student: Side) -> None:
     """Let the model sample plain text only. Random weights write broken UTF-8 most of the time, of
     which little can be aligned and now and then nothing.
     """
-    model, tokenizer = student.model, student.tokenizer
-    num_rows = model.get_output_embeddings().weight.shape[0]
-    texts = tokenizer.batch_decode([[i] for i in range(num_rows)], skip_special_tokens=True)
-    plain = {i for i, text in enumerate(texts) if text and text.isascii()}
-    others = sorted(set(range(num_rows)) - plain - {tokenizer.eos_token_id})
-    generate = model.generate
-
-    def generate_plain(*args, generation_config, **kwargs):
-        generation_config.suppress_tokens = others
-        return generate(*args, generation_config=generation_config, **kwargs)
-
-    model.generate = generate_plain
+    sampling, tokenizer = trainer.rollouts.sampling["student"], student.tokenizer
+    ids = sorted(sampling.token_ids)
+    texts = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
+    plain = {i for i, text in zip(ids, texts, strict=True) if text and text.isascii()}
+    token_ids = frozenset(plain | {tokenizer.eos_token_id})
+    trainer.rollouts.sampling["student"] = replace(sampling, token_ids=token_ids)
 
 
 def record_inputs(model: nn.Module, is_student: bool) -> list[tuple[set[str], str]]:
@@ -152,7 +148,6 @@ def assert_two_steps_train(
         student.model.get_parameter(name).requires_grad_(False)
     rows = rows_of(student.family, count=2 * BATCH_SIZE)
     check_rows(student, rows)
-    write_ascii(student)
     before = [deepcopy(side.model.state_dict()) for side in (student, teacher)]
     inputs = record_inputs(student.model, True), record_inputs(teacher.model, False)
     layer_calls = count_first_layer(student.model)
@@ -167,6 +162,7 @@ def assert_two_steps_train(
             gradient_checkpointing=True,
             **fields,
         )
+        write_ascii(trainer, student)
         trainer.train()
     assert [m for m in messages if "activation_checkpointing" not in m] == []  # its new name
 
