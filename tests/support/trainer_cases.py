@@ -121,6 +121,20 @@ def make_trainer(
     )
 
 
+def record_completions(trainer: GOLDTrainer, name: str) -> list[list[int]]:
+    """Token ids of what the writer of "student" or "teacher" writes, in order, as it comes."""
+    writer, written = trainer.rollouts.writers[name], []
+    complete = writer.complete
+
+    def record(prompts: Any, sampling: Any) -> Any:
+        answer = complete(prompts, sampling)
+        written.extend(completion.token_ids for part in answer for completion in part)
+        return answer
+
+    writer.complete = record
+    return written
+
+
 def losses_of(trainer: GOLDTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from support.cross_cases import (
-    Side,
     aligned,
     aligner_of,
     assert_equals,
@@ -23,7 +22,7 @@ from support.cross_cases import (
     rows_of,
     written_text,
 )
-from support.trainer_cases import losses_of, recorded_warnings
+from support.trainer_cases import losses_of, record_completions, recorded_warnings
 
 PAIRS = (  # student, teacher: every family on either side
     ("lfm2_vl", "qwen3_vl"),
@@ -61,23 +60,6 @@ def test_off_policy_step_equals_the_eager_float64_step(student, teacher, is_hybr
     assert_equals(trainer, recorder, expected)
 
 
-def record_generate(side: Side) -> list[list[int]]:
-    """New tokens of every row that the model generates for, in order."""
-    generated, generate = [], side.model.generate
-
-    def record(*args, **kwargs):
-        output = generate(*args, **kwargs)
-        generated.extend(ids[kwargs["input_ids"].shape[1] :] for ids in output.tolist())
-        return output
-
-    side.model.generate = record
-    return generated
-
-
-def until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
-
-
 @pytest.mark.parametrize(
     ("student", "teacher", "is_hybrid"), [(*pair, i % 2 == 1) for i, pair in enumerate(PAIRS)]
 )
@@ -88,7 +70,6 @@ def test_on_policy_step_equals_the_eager_step_on_what_was_sampled(
     student, teacher = make_sides(student, teacher)
     rows = rows_of(student.family, count=6)
     before = student._replace(model=deepcopy(student.model))
-    generated = record_generate(student)
     trainer, recorder = cross_trainer(
         tmp_path,
         rows,
@@ -98,10 +79,11 @@ def test_on_policy_step_equals_the_eager_step_on_what_was_sampled(
         max_completion_length=8,
         **(HYBRID if is_hybrid else {}),
     )
+    sampled = record_completions(trainer, "student")
     trainer.train()
+    del sampled[len(rows) :]  # of later steps
     assert all(math.isfinite(loss) for loss in losses_of(trainer))
     aligner = aligner_of(before, teacher)
-    sampled = [until(ids, student.tokenizer.eos_token_id) for ids in generated[: len(rows)]]
     completions, alignments = parts_of(before, teacher, sampled, aligner)
     assert sum(alignment.num_groups for alignment in alignments) > 0
     # no cross-entropy on what the student wrote itself
@@ -116,7 +98,6 @@ def test_cross_entropy_of_a_mixed_window_is_a_mean_over_its_off_policy_tokens(tm
     student, teacher = make_sides("llama", "qwen3")
     rows = rows_of("llama", count=6)
     before = student._replace(model=deepcopy(student.model))
-    generated = record_generate(student)
     fields = {"lmbda": 0.5, "max_completion_length": 8, "max_steps": 1, "logging_steps": 1}
     batches = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
     trainer, recorder = cross_trainer(
@@ -129,12 +110,12 @@ def test_cross_entropy_of_a_mixed_window_is_a_mean_over_its_off_policy_tokens(tm
     )
     sources = [trainer.rollouts.source(0, micro_step) for micro_step in (0, 1)]
     assert sorted(sources) == ["dataset", "student"], "choose another seed"
+    sampled = record_completions(trainer, "student")
     trainer.train()
     aligner = aligner_of(before, teacher)
-    sampled = iter([until(ids, student.tokenizer.eos_token_id) for ids in generated])
-    known = completions_of(before, rows)
+    known, written = completions_of(before, rows), iter(sampled)
     has_labels = [sources[i // 3] == "dataset" for i in range(len(rows))]
-    ids = [known[i] if has else next(sampled) for i, has in enumerate(has_labels)]
+    ids = [known[i] if has else next(written) for i, has in enumerate(has_labels)]
     completions = [(own, aligner.teacher_ids(own)) for own in ids]
     alignments = [aligner.align(*pair) for pair in completions]
     expected = eager_cross_step(
@@ -147,14 +128,13 @@ def test_cross_entropy_of_a_mixed_window_is_a_mean_over_its_off_policy_tokens(tm
 def test_teacher_writes_and_the_student_learns_its_text_in_own_tokens(student, teacher, tmp_path):
     student, teacher = make_sides(student, teacher)
     rows = [{**row, "messages": row["messages"][:1]} for row in rows_of(student.family, count=4)]
-    generated = record_generate(teacher)
     trainer, recorder = cross_trainer(
         tmp_path, rows, student, teacher, seq_kd=True, max_completion_length=8, max_steps=1
     )
+    sampled = record_completions(trainer, "teacher")
     before = student._replace(model=deepcopy(student.model))
     trainer.train()
     aligner, reverse = aligner_of(student, teacher), aligner_of(teacher, student)
-    sampled = [until(ids, teacher.tokenizer.eos_token_id) for ids in generated]
     reversed_pairs, _ = parts_of(teacher, student, sampled, reverse)
     completions = [(own, ids) for ids, own in reversed_pairs]
     texts = [written_text(teacher, ids, aligner.teacher)[0].encode() for ids in sampled]
