@@ -79,7 +79,10 @@ RANGES: dict[str, tuple[Range, str]] = {
     "async_rollouts": (Range("0 or 1", 0, 1), "0 writes each window with the newest weights"),
     "vllm_max_model_length": (Range("at least 2", 2), "None takes max_length"),
     "vllm_tensor_parallel_size": (AT_LEAST_1, "1 is one GPU"),
-    "vllm_gpu_memory_utilization": (Range("in (0, 1]", 0, 1, is_open=True), "0.9 is the default"),
+    "vllm_gpu_memory_utilization": (
+        Range("in (0, 1]", 0, 1, is_open=True),
+        "None takes 0.9, in colocate 0.3",
+    ),
     # the adapter
     "lora_r": (AT_LEAST_1, "16 is usual"),
     "lora_alpha": (POSITIVE, "twice lora_r is usual"),

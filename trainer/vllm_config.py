@@ -84,8 +84,12 @@ class VLLMFields:
     vllm_tensor_parallel_size: int = field(
         default=1, metadata={"help": "GPUs that vLLM spreads the model over."}
     )
-    vllm_gpu_memory_utilization: float = field(
-        default=0.9, metadata={"help": "Share of a GPU's memory that vLLM takes."}
+    vllm_gpu_memory_utilization: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of a GPU's memory that vLLM takes; None: 0.9 in a server, 0.3 beside a "
+            "student that trains (colocate)."
+        },
     )
     vllm_model_impl: str = field(
         default="vllm",
@@ -103,6 +107,12 @@ class VLLMFields:
     def vllm_url(self) -> str:
         url = self.vllm_server_base_url
         return (url or f"http://{self.vllm_server_host}:{self.vllm_server_port}").rstrip("/")
+
+    @property
+    def vllm_memory_share(self) -> float:
+        if self.vllm_gpu_memory_utilization is not None:
+            return self.vllm_gpu_memory_utilization
+        return 0.9 if self.vllm_mode == "server" else 0.3
 
     @property
     def vllm_model_length(self) -> int | None:

@@ -69,7 +69,10 @@ def config(**fields):
         ({"vllm_max_model_length": 100}, "vllm_max_model_length must be at least max_length, got"),
         ({"vllm_sync_frequency": 0}, "vllm_sync_frequency must be at least 1, got 0"),
         ({"vllm_server_port": 70000}, r"vllm_server_port must be in \[1, 65535\], got 70000"),
-        ({"vllm_gpu_memory_utilization": 1.5}, r"vllm_gpu_memory_utilization must be in \(0, 1\]"),
+        (
+            {"vllm_gpu_memory_utilization": 1.5},
+            r"vllm_gpu_memory_utilization must be None or in \(0, 1\]",
+        ),
         ({"vllm_request_timeout": 0}, "vllm_request_timeout must be positive and finite, got 0"),
     ],
 )
@@ -224,6 +227,18 @@ def test_the_start_line_has_the_address_and_the_revision_of_the_run(url, host, p
     assert "--revision v3 --trust-remote-code" in capsys.readouterr().out
     assert main(argv) == 0
     assert not {"--trust-remote-code", "--revision"} & set(shlex.split(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({}, 0.9),
+        ({"vllm_mode": "colocate"}, 0.3),
+        ({"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.5}, 0.5),
+    ],
+)
+def test_an_engine_beside_a_student_that_trains_takes_less_of_the_memory(fields, share):
+    assert config(**fields).vllm_memory_share == share
 
 
 def test_a_run_without_a_server_has_no_start_line(tmp_path, capsys):

@@ -38,7 +38,7 @@ def engine_options(args: GOLDConfig) -> dict[str, Any]:
         "enforce_eager": args.use_cpu,  # there compiling takes longer than it saves
     }
     if not args.use_cpu:
-        options["gpu_memory_utilization"] = args.vllm_gpu_memory_utilization
+        options["gpu_memory_utilization"] = args.vllm_memory_share
     return options
 
 
@@ -66,7 +66,7 @@ def server_options(args: GOLDConfig, rank: int | None) -> list[str]:
     if args.vllm_tensor_parallel_size > 1:
         options["--tensor-parallel-size"] = args.vllm_tensor_parallel_size
     if not args.use_cpu:
-        options["--gpu-memory-utilization"] = args.vllm_gpu_memory_utilization
+        options["--gpu-memory-utilization"] = args.vllm_memory_share
     if args.vllm_model_impl != "auto":
         options["--model-impl"] = args.vllm_model_impl
     if rank is not None and not args.vllm_merge_adapter:
