@@ -106,7 +106,9 @@ def test_shipped_recipe_runs_without_a_warning(name, folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     own = [line for line in done.stderr.splitlines() if "Warning" in line or "deprecat" in line]
-    assert not [line for line in own if "ImportWarning" not in line], done.stderr
+    # torch's of torchao, an extra package that peft imports where it is installed
+    others = ("ImportWarning", "torch/utils/_pytree.py")
+    assert not [line for line in own if not any(other in line for other in others)], done.stderr
 
 
 def test_saved_student_has_a_card_with_teacher_loss_data_versions_and_metrics(folder, tmp_path):
