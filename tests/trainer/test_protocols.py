@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from gold_trainer.writers import Completion
+from gold_trainer.writers import Completion, Writer
 from support.cross_cases import cross_trainer, make_sides, rows_of
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import (
@@ -64,8 +64,10 @@ def test_teacher_that_is_no_module_gives_the_same_step(across, tmp_path):
     assert_equal_gradients(recorder.gradients, expected.gradients, relative=1e-4)
 
 
-class StoredWriter:
+class StoredWriter(Writer):
     """Completions of a server, say: it gets prompts, and is told of new weights."""
+
+    runs_together = False
 
     def __init__(self, completion_ids):
         self.completion_ids, self.events = completion_ids, []

@@ -73,8 +73,8 @@ def test_a_resumed_run_keeps_its_optimizer_and_says_what_else_has_changed(tmp_pa
             "use_vllm False -> True, vllm_mode server ->",
         ),
         (
-            {"use_vllm": True, "async_rollouts": 1, "vllm_sync_frequency": 2},
-            "vllm_sync_frequency 1 -> 2, async_rollouts 0 -> 1.",
+            {"use_vllm": True, "async_rollouts": 1},
+            "async_rollouts 0 -> 1.",
         ),
         ({"teacher_cache": "x", "lmbda": 0.0}, "teacher_cache None -> x"),
         ({"teacher_model_name_or_path": "a/b"}, "teacher_model_name_or_path None -> a/b"),

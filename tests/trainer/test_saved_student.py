@@ -25,6 +25,7 @@ METRICS = {
     *("loss", "on_policy_loss", "off_policy_loss", "student_entropy", "teacher_entropy"),
     *("top1_agreement", "forward_kl", "reverse_kl", "completion_length", "tokens_per_second"),
     *("grad_norm", "learning_rate", "epoch", "step"),
+    *(f"sampling/sampling_logp_difference/{name}" for name in ("mean", "max")),
 }
 
 

@@ -55,9 +55,10 @@ RUN = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
     "fields",
     [
         {},
-        {"lmbda": 0.5, "seed": 4},
-        {"lmbda": 0.5, "seed": 4, "seq_kd": True},
-        {"lmbda": 0.5, "num_generations": 2, "train_sampling_strategy": "random"},
+        # greedy: a sample follows from its row and turn, which are others
+        {"lmbda": 0.5, "seed": 4, "top_k": 1},
+        {"lmbda": 0.5, "seed": 4, "seq_kd": True, "top_k": 1},
+        {"lmbda": 0.5, "num_generations": 2, "train_sampling_strategy": "random", "top_k": 1},
         {"train_sampling_strategy": "random", "dataloader_num_workers": 2},
     ],
 )

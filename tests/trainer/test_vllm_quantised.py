@@ -47,6 +47,7 @@ def args_of(tmp_path, **fields):
 def test_whole_weights_of_a_quantised_student_are_refused(fields, got, stub, tmp_path, monkeypatch):
     """Before models are loaded, and where its files alone say that it is one."""
     monkeypatch.setattr(vllm_check, "find_spec", lambda name: True)
+    monkeypatch.setattr(vllm_check, "version", lambda name: "0.32.0")
     args = args_of(tmp_path, **(stub.fields if fields is not COLOCATE else {}), **fields)
     message = f"adapter alone must go to vLLM, got {got}; set vllm_mode='server' and vllm_merge"
     with pytest.raises(ValueError, match=message):

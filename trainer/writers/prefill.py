@@ -63,7 +63,7 @@ def prefill(
         prepared = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **given)
         outputs = model(**prepared, return_dict=True)
         logits = outputs.logits[:, -1].clone()
-        given = model._update_model_kwargs_for_generation(outputs, given)
+        given = model._update_model_kwargs_for_generation(outputs, given, is_encoder_decoder=False)
         made.append(_kept(input_ids, logits, given))
         if goes_on:
             longer = torch.cat([input_ids, logits.argmax(-1, keepdim=True)], dim=1)

