@@ -66,7 +66,9 @@ def plain_weights(
     seen = set() if seen is None else seen
     plain = _plain(module, is_merged)
     if plain is not None:
-        yield from plain_weights(plain, is_merged=is_merged, prefix=prefix, seen=seen)
+        is_copy = all(part is not plain for part in module.modules())
+        own = set() if is_copy else seen  # a copy goes, and its parameters' ids come again
+        yield from plain_weights(plain, is_merged=is_merged, prefix=prefix, seen=own)
         return
     for name, parameter in module._parameters.items():
         if parameter is not None and id(parameter) not in seen:
