@@ -26,8 +26,8 @@ from support.vllm_cases import make_run, recorded_completions
 BATCH = 4
 CASES: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 2.0},
-    "adapter": {"is_adapter": True},
-    "merged": {"is_adapter": True, "vllm_merge_adapter": True},
+    "adapter": {"is_adapter": True, "learning_rate": 1.0},
+    "merged": {"is_adapter": True, "learning_rate": 1.0, "vllm_merge_adapter": True},
     "ahead": {"learning_rate": 2.0, "async_rollouts": 1},
     "failing": {"is_failing": True},
 }
