@@ -12,7 +12,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Collection
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from gold_trainer import configs, flags
 from gold_trainer.recipes import FOLDER, find_config, recipe_names
@@ -130,53 +132,53 @@ def _known(argv: list[str], own: Collection[str] = ()) -> list[str]:
     return argv
 
 
+def _load(module: str, name: str, extra: str = "trainer") -> Any:
+    """What a command runs, imported now; extra: of the packages that it needs."""
+    try:
+        return getattr(import_module(f"gold_trainer.{module}"), name)
+    except ImportError as error:
+        raise ValueError(
+            f"a package that is needed here is missing ({error}): pip install "
+            f"'gold-kernels[{extra}]'"
+        ) from error
+
+
 def _train(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(flags.help_text())
         raise SystemExit(0)
     argv = _known(argv)
     argv = ["--help" if flag in ("--help-all", "--help_all") else flag for flag in argv]
-    try:
-        from gold_trainer.command_line import train
-    except ImportError as error:
-        raise _missing("trainer", error) from error
-    train(argv)
+    _load("command_line", "train")(argv)
+
+
+def _of_a_run(
+    argv: list[str],  # those of train, and the command's own
+    usage: str,
+    own: Collection[str],
+    module: str,
+    name: str,
+) -> int:
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(usage)
+        return 0
+    argv = _known(argv, own)
+    return int(_load(module, name)(argv))
 
 
 def _check(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(CHECK_USAGE)
-        return 0
-    argv = _known(argv, ("--num_examples", "--output"))
-    try:
-        from gold_trainer.checking.command import check
-    except ImportError as error:
-        raise _missing("trainer", error) from error
-    return check(argv)
+    own = ("--num_examples", "--output")
+    return _of_a_run(argv, CHECK_USAGE, own, "checking.command", "check")
 
 
 def _plan(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(PLAN_USAGE)
-        return 0
-    argv = _known(argv, ("--engine", "--gpus", "--gpu_memory", "--gpu-memory", "--tokens"))
-    try:
-        from gold_trainer.planning.command import plan
-    except ImportError as error:
-        raise _missing("trainer", error) from error
-    return plan(argv)
+    own = ("--engine", "--gpus", "--gpu_memory", "--gpu-memory", "--tokens")
+    return _of_a_run(argv, PLAN_USAGE, own, "planning.command", "plan")
 
 
 def _cache_teacher(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(CACHE_USAGE)
-        return 0
-    argv = _known(argv, ("--cache_dtype", "--cache_batch_size", "--cache_shard_mib"))
-    try:
-        from gold_trainer.caching.command import cache_teacher
-    except ImportError as error:
-        raise _missing("trainer", error) from error
-    return cache_teacher(argv)
+    own = ("--cache_dtype", "--cache_batch_size", "--cache_shard_mib")
+    return _of_a_run(argv, CACHE_USAGE, own, "caching.command", "cache_teacher")
 
 
 def _demo(argv: list[str]) -> None:
@@ -189,21 +191,14 @@ def _demo(argv: list[str]) -> None:
     )
     parser.add_argument("--output_dir", help="default: runs/demo, runs/demo_cross")
     arguments = parser.parse_args(argv)
-    try:
-        from gold_trainer.demo import run_demo
-    except ImportError as error:
-        raise _missing("demo", error) from error
+    run_demo = _load("demo", "run_demo", "demo")
     default = "runs/demo_cross" if arguments.pair == "cross" else "runs/demo"
     run_demo(arguments.output_dir or default, pair=arguments.pair)
 
 
 def _vllm_command(argv: list[str]) -> None:
     argv = _known(argv)
-    try:
-        from gold_trainer.writers.vllm.command import vllm_command
-    except ImportError as error:
-        raise _missing("trainer", error) from error
-    vllm_command(argv)
+    _load("writers.vllm.command", "vllm_command")(argv)
 
 
 def _recipes(argv: list[str]) -> None:
@@ -226,12 +221,6 @@ COMMANDS: dict[str | None, Callable[[list[str]], int | None]] = {
     "recipes": _recipes,
     "vllm-command": _vllm_command,
 }
-
-
-def _missing(extra: str, error: ImportError) -> ValueError:
-    return ValueError(
-        f"a package that is needed here is missing ({error}): pip install 'gold-kernels[{extra}]'"
-    )
 
 
 def _report_errors(command: Callable[[list[str]], int | None], argv: list[str]) -> int:

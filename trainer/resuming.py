@@ -2,12 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.training_args import OptimizerNames
@@ -17,7 +14,6 @@ from gold_trainer.config import GOLDConfig
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 # What a run learns and from whom, from which rows in which order; kept with each checkpoint.
 SETTINGS = (
     *("loss", "beta", "use_uld_loss", "lmbda", "seq_kd", "train_on", "seed", "max_length"),
@@ -28,39 +24,6 @@ SETTINGS = (
     *("vllm_mode", "vllm_sync_frequency", "async_rollouts"),
 )
 WORDS = {"true": True, "false": False, "none": None}
-
-
-def on_main_process(accelerator: Accelerator | PartialState, function: Callable[[], T]) -> T:
-    """What the main process finds, on every rank; its errors too, so that none waits for it:
-    a ValueError or OSError as a ValueError, any other as a RuntimeError with its name.
-    """
-    answer: list[Any] = [None, None, True]
-    cause: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            answer[0] = function()
-        except (ValueError, OSError) as error:
-            answer[1] = str(error)
-        except Exception as error:
-            cause = error
-            answer[1:] = f"{type(error).__name__}: {error}", False
-    if accelerator.num_processes > 1:
-        broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise (ValueError if answer[2] else RuntimeError)(answer[1]) from cause
-    return answer[0]
-
-
-def raise_on_all(error: Exception | None) -> None:
-    """The error of one rank on every rank, so that none waits for it. Called on all ranks."""
-    state = PartialState()
-    if state.num_processes > 1:
-        told = None if error is None else f"rank {state.process_index}: {error}"
-        first = next((text for text in gather_object([told]) if text is not None), None)
-        if error is None and first is not None:
-            raise ValueError(first)
-    if error is not None:
-        raise error
 
 
 def find_checkpoint(

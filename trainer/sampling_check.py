@@ -17,7 +17,7 @@ from transformers.utils import logging
 from gold_trainer.batches import SideInputs
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import Head
-from gold_trainer.writers.sampling import banned_entries, logprobs_of
+from gold_trainer.writers.sampling import logprobs_of
 from gold_trainer.writers.writer import Sampling
 
 logger = logging.get_logger(__name__)
@@ -67,7 +67,7 @@ class SamplingCheck:
         logits = functional.linear(hidden[rows].to(weight.dtype), weight, bias).float()
         logits = form(logits)
         if len(self.is_banned) != logits.shape[1]:
-            self.is_banned = banned_entries(sampling, logits.shape[1]).to(hidden.device)
+            self.is_banned = sampling.is_banned(logits.shape[1]).to(hidden.device)
         own = logprobs_of(logits, inputs.labels[rows], sampling, self.is_banned)
         difference = (own - theirs).abs()
         self.total += difference.sum()

@@ -11,12 +11,12 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from gold_trainer import checkpoints
 from gold_trainer.config import GOLDConfig
+from gold_trainer.ranks import on_main_process
 from gold_trainer.resuming import (
     as_wanted,
     check_settings,
     delete_earlier,
     find_checkpoint,
-    on_main_process,
 )
 from gold_trainer.run_lock import RunLock
 from gold_trainer.teachers.offloaded import delete_left

@@ -163,7 +163,7 @@ class Rollouts:
         writer = self.writers["student"]
         writer.sync_weights(self.models["student"], step - 1)
         own = [batches[i] for i in due if not batches[i].is_blank]
-        before = self._before([e for batch in own for e in batch.examples])
+        before = self._before(own)
         prompts = self._prompts("student", own, step, before)  # a server's: others need none
         answer = writer.start(prompts, self.sampling["student"])
         return lambda: self._examples(prompts, answer(), step)
@@ -189,7 +189,7 @@ class Rollouts:
                 written = self._with(asked(), name, mine)
             else:
                 writer.sync_weights(self.models[name], step)
-                before = self._before([e for batch in mine for e in batch.examples])
+                before = self._before(mine)
                 written = self.write(name, mine, step, before) if mine else []
                 if not mine and not writer.runs_together:  # it ends what the new weights began
                     writer.complete([], self.sampling[name])
@@ -222,13 +222,15 @@ class Rollouts:
             for batch in batches
         ]
 
-    def _before(self, examples: list[Example]) -> Mapping[RowKey, int]:
+    def _before(self, batches: list[WindowBatch]) -> Mapping[RowKey, int]:
         """How many completions of a row are written on ranks before this one: where an epoch ends,
         a row may be on several.
         """
         if self.args.world_size == 1 or self.args.num_generations == 1:
             return {}
-        ranks: list[list[RowKey]] = gather_object([[(e.index, e.turn) for e in examples]])
+        ranks: list[list[RowKey]] = gather_object(
+            [[(e.index, e.turn) for batch in batches for e in batch.examples]]
+        )
         return Counter(key for rank in ranks[: self.args.process_index] for key in rank)
 
     def _completed(

@@ -27,7 +27,7 @@ from support.engines import (
     num_processes,
     take_processes_for_gpus,
 )
-from support.rank import limit
+from support.rank import leave_together, limit
 from support.tiny_models import VLM_FAMILIES, tiny, tiny_rows
 from support.trainer_cases import FIELDS, losses_of
 
@@ -158,8 +158,7 @@ def main(output_dir: str, engine: str, *names: str) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             torch.save(result, Path(output_dir) / f"{name}.pt")
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        leave_together()
 
 
 if __name__ == "__main__":

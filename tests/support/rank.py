@@ -8,6 +8,8 @@ import runpy
 import signal
 import sys
 
+import torch
+
 GRACE = 5  # seconds in which all ranks print before the first one ends, and with it the others
 
 
@@ -16,6 +18,12 @@ def limit(seconds: int) -> None:
     faulthandler.dump_traceback_later(seconds)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds + GRACE)
+
+
+def leave_together() -> None:
+    """A process that ends while another still talks to it would be an error there."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

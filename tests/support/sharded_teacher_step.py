@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from support.engine_cases import CASES, MIXED, ULD
 from support.engine_step import make
 from support.engines import needs_gpus, take_processes_for_gpus
+from support.rank import leave_together
 from support.trainer_cases import losses_of
 
 OWN_CASES: dict[str, dict[str, Any]] = {
@@ -54,8 +55,7 @@ def main(output_dir: str, engine: str, *names: str) -> None:
             results[name, sharding] = run(Path(output_dir) / f"{name}-{sharding}", engine, case)
     if int(torch.distributed.get_rank()) == 0:
         torch.save(results, Path(output_dir) / "state.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

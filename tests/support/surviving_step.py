@@ -16,6 +16,7 @@ from gold_trainer import checkpoints
 from gold_trainer.nonfinite import NonFiniteError
 from gold_trainer.objectives import same_vocabulary
 from gold_trainer.run_lock import NAME
+from support.rank import leave_together
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 
@@ -85,8 +86,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     results["locked"] = run(folder / "locked", *sizes)
     torch.save(results, folder / f"rank_{os.environ['RANK']}.pt")
     torch.save(results, folder / "state.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from support.engines import (
     num_processes,
     take_processes_for_gpus,
 )
+from support.rank import leave_together
 from support.tiny_models import tiny
 from support.vllm_cases import make_run, recorded_completions
 
@@ -81,8 +82,7 @@ def main(output_dir: str, engine: str, port: str, *cases: str) -> None:
         results[case] = gather_object([mine])
     if int(torch.distributed.get_rank()) == 0:
         torch.save(results, Path(output_dir) / "state.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gold_trainer import resuming
+from gold_trainer import ranks
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ def test_an_error_of_the_main_process_is_raised_on_all(error, kind, message, mon
         raise error
 
     sent = []
-    monkeypatch.setattr(resuming, "broadcast_object_list", lambda answer: sent.append(answer))
+    monkeypatch.setattr(ranks, "broadcast_object_list", lambda answer: sent.append(answer))
     with pytest.raises(kind, match=message):
-        resuming.on_main_process(SimpleNamespace(is_main_process=True, num_processes=2), fail)
+        ranks.on_main_process(SimpleNamespace(is_main_process=True, num_processes=2), fail)
 
     def receive(answer):
         answer[:] = sent[0]
 
-    monkeypatch.setattr(resuming, "broadcast_object_list", receive)
+    monkeypatch.setattr(ranks, "broadcast_object_list", receive)
     with pytest.raises(kind, match=message):
-        resuming.on_main_process(SimpleNamespace(is_main_process=False, num_processes=2), fail)
+        ranks.on_main_process(SimpleNamespace(is_main_process=False, num_processes=2), fail)

@@ -9,14 +9,6 @@ ROWS = tiny_rows(4, images=1)
 TEXT_ROWS = tiny_rows(4)
 
 
-@pytest.fixture
-def output_dir(tmp_path):
-    """A folder that is not there, and must not be there after the error."""
-    folder = tmp_path / "run"
-    yield folder
-    assert not folder.exists(), "something was written"
-
-
 def refused(message, output_dir, rows=ROWS, family="qwen3_vl", **options):
     with pytest.raises(ValueError, match=message):
         make_trainer(output_dir, rows, family, **options)

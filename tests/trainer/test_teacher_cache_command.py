@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 
 import pytest
@@ -13,22 +12,7 @@ from safetensors.torch import load_file, save_file
 from gold_trainer.__main__ import main
 from gold_trainer.caching import store
 from gold_trainer.caching.store import ShardWriter
-from support.cache_cases import run_of, save_pair
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A pair with a cache of several shards."""
-    pair = save_pair(tmp_path_factory.mktemp("pair"), "qwen3")
-    pair.cache("cache", "--cache_shard_mib=0.001")
-    return pair
-
-
-@pytest.fixture
-def pair(made, tmp_path):
-    """A copy of it that a test may spoil."""
-    shutil.copytree(made.folder, tmp_path / "pair")
-    return made._replace(folder=tmp_path / "pair")
+from support.cache_cases import run_of
 
 
 def user_error(capsys, *argv):

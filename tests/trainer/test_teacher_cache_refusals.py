@@ -6,22 +6,7 @@ import shutil
 import pytest
 
 from gold_trainer import GOLDConfig
-from support.cache_cases import run_of, save_in_hub, save_pair, save_rows
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A pair with a cache of several shards."""
-    pair = save_pair(tmp_path_factory.mktemp("pair"), "qwen3")
-    pair.cache("cache", "--cache_shard_mib=0.001")
-    return pair
-
-
-@pytest.fixture
-def pair(made, tmp_path):
-    """A copy of it that a test may spoil."""
-    shutil.copytree(made.folder, tmp_path / "pair")
-    return made._replace(folder=tmp_path / "pair")
+from support.cache_cases import run_of, save_in_hub, save_rows
 
 
 def refusal(pair, **options):

@@ -23,14 +23,6 @@ ROWS = tiny_rows(4, images=1)
 TEXT_ROWS = tiny_rows(4)
 
 
-@pytest.fixture
-def output_dir(tmp_path):
-    """A folder that is not there, and must not be there after the error."""
-    folder = tmp_path / "run"
-    yield folder
-    assert not folder.exists(), "something was written"
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Saved students and teachers: folders[family, size]."""

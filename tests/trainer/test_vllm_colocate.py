@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from gold_trainer import sampling_check
+from gold_trainer import ranks, sampling_check
 from gold_trainer.writers.vllm import check as vllm_check
-from gold_trainer.writers.vllm import engine as vllm_engine
 from gold_trainer.writers.vllm import sync as vllm_sync
 from support.processes import TESTS
 from support.tiny_models import tiny_rows
@@ -107,7 +106,7 @@ def test_what_the_engine_would_cut_in_silence_is_refused(package, tmp_path):
 
 def test_an_error_of_one_rank_is_told_to_all(package, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(vllm_engine, "raise_on_all", told.append)
+    monkeypatch.setattr(ranks, "raise_on_all", told.append)
     run = make_trainer(tmp_path, tiny_rows(4), "qwen3", **COLOCATE)
     writer = run.rollouts.writers["student"]
     writer.sync_weights(run.model, 0)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_trainer import GOLDConfig, GOLDTrainer, ahead, collator, window
+from gold_trainer.batches import WindowBatch
 from gold_trainer.window import RepeatSampler
 from gold_trainer.writers import LocalWriter, local
 from support import window_step
@@ -334,7 +335,7 @@ def test_a_row_on_two_ranks_is_sampled_as_on_one(tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "args", args)
     keys = [[(0, None), (1, None), (0, None)], [(0, None)]]
     monkeypatch.setattr(window, "gather_object", lambda own: keys)
-    before = rollouts._before([row])
+    before = rollouts._before([WindowBatch([row], [row])])
     assert before == {(0, None): 2, (1, None): 1}
     (part,) = rollouts._prompts_of([row] * 2, "student", 3, before)
     assert part.seeds == whole.seeds[2:]

@@ -27,7 +27,7 @@ from gold_trainer.caching.run import Caching, Encoder
 from gold_trainer.caching.store import Manifest
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.preparing import prepare
-from gold_trainer.resuming import on_main_process
+from gold_trainer.ranks import on_main_process
 from gold_trainer.run_lock import RunLock
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -10,7 +10,6 @@ B rows, V entries of the head, R most new tokens of a row.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ class Sampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         draws = [torch.randint(*KEYS, (room, 2), generator=g) for g in generators]
         self.keys = torch.stack(draws).to(device, torch.int32)  # (B, R, 2)
-        self.is_banned = banned_entries(sampling, num_entries).to(device)
+        self.is_banned = sampling.is_banned(num_entries).to(device)
         self.is_seen: Tensor | None = None  # (B, V), with a penalty of repetition alone
 
     def see(self, start: int, input_ids: Tensor, attention_mask: Tensor) -> None:  # (B', L)
@@ -81,17 +80,6 @@ class Sampler:
             rarer = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(self.is_seen, rarer, logits)
         return logits if self.sampling.temperature == 1.0 else logits / self.sampling.temperature
-
-
-@lru_cache(maxsize=4)
-def banned_entries_of(token_ids: frozenset[int], num_entries: int) -> Tensor:  # (V,)
-    is_banned = torch.ones(num_entries, dtype=torch.bool)
-    is_banned[[i for i in token_ids if i < num_entries]] = False
-    return is_banned
-
-
-def banned_entries(sampling: Sampling, num_entries: int) -> Tensor:  # (V,) on the CPU
-    return banned_entries_of(sampling.token_ids, num_entries)
 
 
 def draw(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,11 @@
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gold_trainer.batches import Example
@@ -62,9 +63,20 @@ class Sampling:
             kwargs,
         )
 
+    def is_banned(self, num_entries: int) -> Tensor:  # (V,) on the CPU
+        """Of a head with so many rows, which of them may never be written. Not to be changed."""
+        return _is_banned(self.token_ids, num_entries)
+
     def banned_ids(self, num_entries: int) -> list[int]:
-        """Of a head with so many rows, those that may never be written."""
-        return [i for i in range(num_entries) if i not in self.token_ids]
+        ids: list[int] = self.is_banned(num_entries).nonzero().flatten().tolist()
+        return ids
+
+
+@lru_cache(maxsize=4)  # of student and teacher, at every window
+def _is_banned(token_ids: frozenset[int], num_entries: int) -> Tensor:  # (V,)
+    is_banned = torch.ones(num_entries, dtype=torch.bool)
+    is_banned[[i for i in token_ids if i < num_entries]] = False
+    return is_banned
 
 
 @dataclass(frozen=True)

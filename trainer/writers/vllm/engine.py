@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gold_trainer.collator import GOLDCollator, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
-from gold_trainer.resuming import raise_on_all
+from gold_trainer.ranks import on_every_rank
 from gold_trainer.writers.vllm.check import refuse_whole_of_quantised
 from gold_trainer.writers.vllm.command import dtype_of, engine_options
 from gold_trainer.writers.vllm.requests import (
@@ -68,13 +68,7 @@ class EngineWriter(Writer):
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """Called on all ranks, with no prompts too: the engine wakes and sleeps on all."""
         assert self.step is not None, "weights are brought over before a window's prompts"
-        written: list[list[Completion]] = []
-        error: Exception | None = None
-        try:
-            written = self._complete(prompts, sampling) if prompts else []
-        except Exception as first:  # whatever it is, the other ranks must hear of it
-            error = first
-        raise_on_all(error)
+        written = on_every_rank(lambda: self._complete(prompts, sampling) if prompts else [])
         if self.args.vllm_enable_sleep_mode:
             self.engine.sleep(level=self.sleep_level)
             self.is_asleep = True

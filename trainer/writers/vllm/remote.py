@@ -10,7 +10,7 @@ from torch import nn
 from gold_trainer.collator import GOLDCollator, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
-from gold_trainer.resuming import on_main_process, raise_on_all
+from gold_trainer.ranks import on_every_rank, on_main_process
 from gold_trainer.writers.background import Background
 from gold_trainer.writers.vllm.check import ServerInfo
 from gold_trainer.writers.vllm.requests import (
@@ -72,13 +72,7 @@ class VLLMWriter(Writer):
         tokenizer = tokenizer_of(self.collator.processor)
 
         def answer() -> list[list[Completion]]:
-            written: list[list[Completion]] = []
-            error: Exception | None = None
-            try:
-                written = asked.results()
-            except Exception as first:  # whatever it is, the other ranks must hear of it
-                error = first
-            raise_on_all(error)
+            written = on_every_rank(asked.results)
             return [
                 [completion.kept(prompt, sampling, tokenizer) for completion in completions]
                 for prompt, completions in zip(prompts, written, strict=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, has_adapter, is_quantised
-from gold_trainer.resuming import on_main_process
+from gold_trainer.ranks import on_main_process
 from gold_trainer.writers.vllm.check import ServerInfo, refuse_whole_of_quantised
 from gold_trainer.writers.vllm.nccl import NcclGroup
 from gold_trainer.writers.vllm.server import Server

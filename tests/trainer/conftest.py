@@ -1,0 +1,30 @@
+"""Folders that several files of tests begin with."""
+
+import shutil
+
+import pytest
+
+from support.cache_cases import Pair, save_pair
+
+
+@pytest.fixture
+def output_dir(tmp_path):
+    """A folder that is not there, and must not be there after the error."""
+    folder = tmp_path / "run"
+    yield folder
+    assert not folder.exists(), "something was written"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Pair:
+    """A pair of models with a cache of several shards."""
+    pair = save_pair(tmp_path_factory.mktemp("pair"), "qwen3")
+    pair.cache("cache", "--cache_shard_mib=0.001")
+    return pair
+
+
+@pytest.fixture
+def pair(made, tmp_path) -> Pair:
+    """A copy of it that a test may spoil."""
+    shutil.copytree(made.folder, tmp_path / "pair")
+    return made._replace(folder=tmp_path / "pair")
