@@ -14,7 +14,7 @@ from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import LinearHead, RowFunction
 from gold_kernels.engine.products import Projection
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
-from gold_kernels.uld.row_loss import row_functions
+from gold_kernels.uld.group_rows import token_rows_of
 
 
 class HeadMeans(NamedTuple):
@@ -62,7 +62,7 @@ class MeanKL(RowLoss):
         return Projection(minus=teacher.means, scale=scale, tokens=teacher.tokens)
 
     def start(self, rows: Rows) -> RowFunction:
-        token_rows_ = row_functions(rows.backend)[1]
+        token_rows_ = token_rows_of(rows.backend)
         student, teacher = rows.student, self.teacher
         assert student is not None, "means belong to a head"
 
@@ -99,7 +99,7 @@ def mean_rows(
     targets: HeadMeans,  # whose means are yet to be made; the others are overwritten
 ) -> RowFunction:
     """Makes P - onehot(y) of the teacher's logits, times the row weights."""
-    token_rows_ = row_functions(backend)[1]
+    token_rows_ = token_rows_of(backend)
 
     def row_function(
         logits: Tensor, _: None, grad_logits: Tensor | None, chunk: slice, weights: Tensor

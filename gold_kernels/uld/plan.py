@@ -5,6 +5,8 @@ matched entries, V vocabulary (V_s, V_t).
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,22 +50,24 @@ def matched_tables(
     return [*(own.int() for own in ids), *flags]
 
 
-def plan_rows(
-    row_loss: ULD,
-    alignment: TokenAlignment | None,  # on the device; None: row i with row i
+class GroupPlan(NamedTuple):
+    """Rows of a call with groups; scalars are rows, token ids and groups, (S,) int64 each, None
+    where a side has none.
+    """
+
+    rows: RowPlan
+    student_scalars: Sequence[Tensor] | None
+    teacher_scalars: Sequence[Tensor] | None
+
+
+def plan_groups(
+    alignment: TokenAlignment,  # on the device
     row_weights: Tensor,  # (G,)
     labels: Tensor | None,  # (N_s,)
     label_weights: Tensor | None,  # (N_s,)
     num_rows: int,  # N_s
-    tables: list[Tensor] | None,
-) -> tuple[RowPlan, ULD]:
-    """Base rows, then scalar rows, then, for the cross-entropy alone, rows in no group; and the
-    loss with its tensors.
-    """
-    row_loss = dataclasses.replace(row_loss, tables=tables)
-    if alignment is None:
-        labels = None if labels is None else labels.contiguous()
-        return RowPlan(_two_terms(row_weights, label_weights), labels), row_loss
+) -> GroupPlan:
+    """Base rows, then scalar rows, then, for the cross-entropy alone, rows in no group."""
     student, teacher = alignment.sides
     base_rows, _, *student_scalars = student
     teacher_scalars = teacher[2:]
@@ -79,20 +83,43 @@ def plan_rows(
         index = torch.cat([index, others])
         weights = torch.cat([weights, weights.new_zeros(others.shape[0])])
         labels, label_weights = labels[index], label_weights[index]
+    plan = RowPlan(two_terms(weights, label_weights), labels, index, teacher[0], owners)
     has_scalars = [side[0].shape[0] > 0 for side in (student_scalars, teacher_scalars)]
-    has_spans = any(has_scalars) and tables is not None and alignment.merge == "bayesian"
+    return GroupPlan(
+        plan,
+        student_scalars if has_scalars[0] else None,
+        teacher_scalars if has_scalars[1] else None,
+    )
+
+
+def plan_rows(
+    row_loss: ULD,
+    alignment: TokenAlignment | None,  # on the device; None: row i with row i
+    row_weights: Tensor,  # (G,)
+    labels: Tensor | None,  # (N_s,)
+    label_weights: Tensor | None,  # (N_s,)
+    num_rows: int,  # N_s
+    tables: list[Tensor] | None,
+) -> tuple[RowPlan, ULD]:
+    """Rows of groups or pairs, and the loss with its tensors."""
+    row_loss = dataclasses.replace(row_loss, tables=tables)
+    if alignment is None:
+        labels = None if labels is None else labels.contiguous()
+        return RowPlan(two_terms(row_weights, label_weights), labels), row_loss
+    plan, *scalars = plan_groups(alignment, row_weights, labels, label_weights, num_rows)
+    is_merged = any(side is not None for side in scalars)
+    has_spans = is_merged and tables is not None and alignment.merge == "bayesian"
     row_loss = dataclasses.replace(
         row_loss,
-        student_scalars=student_scalars if has_scalars[0] else None,
-        teacher_scalars=teacher_scalars if has_scalars[1] else None,
+        student_scalars=scalars[0],
+        teacher_scalars=scalars[1],
         spans=alignment.span_ids() if has_spans else None,
     )
-    plan = RowPlan(_two_terms(weights, label_weights), labels, index, teacher[0], owners)
     return plan, row_loss
 
 
-def _two_terms(weights: Tensor, label_weights: Tensor | None) -> Tensor:  # (R, 2)
-    """ULD's kernels read both weights of a row, with labels or without."""
+def two_terms(weights: Tensor, label_weights: Tensor | None) -> Tensor:  # (R, 2)
+    """Kernels of groups read both weights of a row, with labels or without."""
     return term_weights(
         weights, torch.zeros_like(weights) if label_weights is None else label_weights
     )
