@@ -10,6 +10,7 @@ import torch
 from gold_kernels import (
     TokenAlignment,
     VocabOverlap,
+    fused_linear_chunk_likelihood,
     fused_linear_jsd,
     fused_linear_loss,
     fused_linear_uld,
@@ -65,6 +66,8 @@ def main() -> int:
         options = merged if is_merged else {}
         tensors = heads(dtype, V_TEACHER)
         fused_linear_uld(*tensors, **options, logits_dtype=logits_dtype, **limits).backward()
+    tensors = heads(BFLOAT16, V_TEACHER)
+    fused_linear_chunk_likelihood(*tensors, alignment, labels=labels.cuda(), **limits).backward()
     torch.cuda.synchronize()
     sys.stdout.write("every kernel ran\n")
     return 0

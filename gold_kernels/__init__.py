@@ -7,6 +7,7 @@ from gold_kernels.engine.row_loss import RowLoss
 from gold_kernels.engine.shared import FusedLinearLoss, fused_linear_loss
 from gold_kernels.jsd.liger import FusedLinearJSDLoss
 from gold_kernels.jsd.linear import JSDMetrics, fused_linear_jsd, jsd_loss
+from gold_kernels.likelihood.linear import LikelihoodMetrics, fused_linear_chunk_likelihood
 from gold_kernels.means.linear import fused_linear_mean_kl, head_means
 from gold_kernels.means.row_loss import HeadMeans
 from gold_kernels.tokens.alignment import CompletionAligner, TokenAlignment
@@ -22,10 +23,12 @@ __all__ = [
     "FusedLinearULDLoss",
     "HeadMeans",
     "JSDMetrics",
+    "LikelihoodMetrics",
     "RowLoss",
     "TokenAlignment",
     "ULDMetrics",
     "VocabOverlap",
+    "fused_linear_chunk_likelihood",
     "fused_linear_jsd",
     "fused_linear_loss",
     "fused_linear_mean_kl",

@@ -2,6 +2,7 @@
 
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, log_probs
 from gold_kernels.jsd.reference import head_logits, jsd_rows, linear_jsd, row_metrics
+from gold_kernels.likelihood.reference import chunk_likelihood, group_log_likelihoods
 from gold_kernels.uld.reference import (
     generalized_jsd_rows,
     hybrid_rows,
@@ -15,7 +16,9 @@ from gold_kernels.uld.reference import (
 __all__ = [
     "LOG_ZERO",
     "LOWEST_LOGIT",
+    "chunk_likelihood",
     "generalized_jsd_rows",
+    "group_log_likelihoods",
     "head_logits",
     "hybrid_rows",
     "jsd_rows",

@@ -74,7 +74,7 @@ class Banner(TrainerCallback):
             ("data", self._data(args, sample)),
             ("rows", sample.mixture if sample.is_mixed else kind),
             ("on-policy", shares),
-            ("loss", "across tokenizers" if args.use_uld_loss else args.loss),
+            ("loss", f"{args.uld_loss_type} across tokenizers" if args.use_uld_loss else args.loss),
             ("steps", f"{state.global_step} of {state.max_steps} are done"),
             ("precision", describe(args, self.dtypes)),
             ("memory", self._memory(args, sample)),

@@ -51,6 +51,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     # two tokenizers
     "uld_student_temperature": (POSITIVE, AS_THEY_ARE),
     "uld_teacher_temperature": (POSITIVE, AS_THEY_ARE),
+    "uld_group_temperature": (POSITIVE, "1.0 compares the likelihoods themselves"),
     "uld_crossentropy_weight": (NOT_NEGATIVE, LEFT_OUT),
     "uld_distillation_weight": (NOT_NEGATIVE, LEFT_OUT),
     "uld_hybrid_matched_weight": (NOT_NEGATIVE, LEFT_OUT),
@@ -132,6 +133,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "logits_dtype": ("", "'float32' is the precise one"),
     "loss_backend": ("", "None takes the one that fits the device"),
     "uld_token_merge_strategy": ("", "'bayesian' is the chain rule"),
+    "uld_loss_type": ("", "'uld' is the default"),
 }
 KINDS = {
     bool: "True or False",

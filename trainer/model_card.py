@@ -70,7 +70,7 @@ def write_card(
     )
     rows = None if num_rows is None else f"{num_rows} rows"
     data = ", ".join(part for part in (dataset, rows) if part) or "unknown"
-    loss = "uld (two tokenizers)" if args.use_uld_loss else args.loss
+    loss = f"{args.uld_loss_type} (two tokenizers)" if args.use_uld_loss else args.loss
     numbers = {} if args.use_uld_loss else args.loss_numbers
     parts = [
         f"---\n{card_data.to_yaml()}\n---",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 MERGE_STRATEGIES = ("bayesian", "observed")
+LOSS_TYPES = ("uld", "chunk_likelihood")
 HYBRID_WEIGHTS = ("uld_hybrid_matched_weight", "uld_hybrid_unmatched_weight")
 
 
@@ -34,6 +35,21 @@ class ULDFields:
         metadata={
             "help": "Distil across tokenizers and families: each side has its own processor and "
             "chat template, completions meet by their bytes."
+        },
+    )
+    uld_loss_type: str = field(
+        default="uld",
+        metadata={
+            "help": "What is compared across tokenizers. uld: sorted probabilities, and with "
+            "uld_use_hybrid_loss matched entries. chunk_likelihood: how likely both models find "
+            "the bytes of a group.",
+            "choices": LOSS_TYPES,
+        },
+    )
+    uld_group_temperature: float = field(
+        default=100.0,
+        metadata={
+            "help": "Of chunk_likelihood: the likelihood of a group to the power of 1 / this."
         },
     )
     teacher_tokenizer_name_or_path: str | None = field(
@@ -114,6 +130,7 @@ class ULDFields:
                 "got 0 for both; nothing would be learnt."
             )
         self._check_hybrid()
+        self._check_type()
 
     def _check_is_used(self) -> None:
         if self.use_uld_loss:
@@ -144,3 +161,22 @@ class ULDFields:
                 f"GOLDConfig: {HYBRID_WEIGHTS[0]} or {HYBRID_WEIGHTS[1]} must be above 0, got 0 "
                 "for both; for cross-entropy alone set uld_distillation_weight=0."
             )
+
+    def _check_type(self) -> None:
+        """The fields that a loss reads beside its own."""
+        kind = self.uld_loss_type
+        if kind != "chunk_likelihood" and self.uld_group_temperature != 100.0:
+            raise ValueError(
+                "GOLDConfig: uld_group_temperature is a number of "
+                f"uld_loss_type='chunk_likelihood', got {self.uld_group_temperature} with "
+                f"{kind!r}; set that loss, or leave it out."
+            )
+        if kind == "uld":
+            return
+        for name in ("uld_use_hybrid_loss", "use_extended_uld", "uld_token_merge_strategy"):
+            value, default = getattr(self, name), ULDFields.__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be {default!r} with uld_loss_type={kind!r}, which "
+                    f"compares aligned groups by the chain rule, got {value!r}; leave it out."
+                )

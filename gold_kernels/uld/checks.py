@@ -53,6 +53,16 @@ def check_groups(function: str, alignment: TokenAlignment) -> None:
         )
 
 
+def check_chain_rule(function: str, alignment: TokenAlignment) -> None:
+    """A loss of likelihoods needs the probability of every token of a group."""
+    if not isinstance(alignment, TokenAlignment) or alignment.merge != "bayesian":
+        got = getattr(alignment, "merge", type(alignment).__name__)
+        raise ValueError(
+            f"{function}: alignment must be a TokenAlignment of merge='bayesian', got {got!r}; "
+            "align with CompletionAligner(..., merge='bayesian')."
+        )
+
+
 def check_token_ids(
     function: str, alignment: TokenAlignment | None, v_student: int, v_teacher: int
 ) -> None:

@@ -34,7 +34,12 @@ from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld import checks as uld_checks
-from gold_kernels.uld.plan import matched_tables, overlap_weights, plan_rows
+from gold_kernels.uld.plan import (
+    matched_tables,
+    overlap_weights,
+    plan_rows,
+    values_of_labels,
+)
 from gold_kernels.uld.row_loss import ULD
 
 
@@ -58,12 +63,7 @@ class ULDMetrics(NamedTuple):
     ) -> "ULDMetrics":
         rows = dict(zip(ULD.value_names, values, strict=True))
         groups = {name: rows[name][:num_groups] for name in cls._fields if name != CROSS_ENTROPY}
-        if labels is None:
-            return cls(**groups)
-        cross_entropy = rows[CROSS_ENTROPY]
-        if student_index is not None:
-            empty = cross_entropy.new_zeros(labels.shape[0])
-            cross_entropy = empty.index_copy(0, student_index, cross_entropy)
+        cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, student_index)
         return cls(**groups, cross_entropy=cross_entropy)
 
 

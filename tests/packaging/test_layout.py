@@ -23,6 +23,7 @@ FOLDERS = {
     "jsd": ("engine", "triton"),
     "losses": ("jsd", "engine", "triton"),
     "uld": ("jsd", "engine", "triton", "tokens"),
+    "likelihood": ("uld", "jsd", "engine", "triton", "tokens"),
     "means": ("uld", "engine", "triton"),
 }
 

@@ -140,16 +140,22 @@ def uld_sums_signatures():
 
 def token_signatures():
     kernel = token_rows.token_rows_kernel
-    for has_softcap, needs_grad, grad in (
-        (False, False, "*bf16"),
-        (True, True, "*bf16"),
-        (False, True, "*fp32"),  # of means
+    for has_softcap, needs_grad, grad, mode in (
+        (False, False, "*bf16", None),
+        (True, True, "*bf16", None),
+        (False, True, "*fp32", None),  # of means
+        (False, True, "*bf16", jsd_rows.FORWARD_KL),  # of rows that end groups
+        (True, True, "*bf16", jsd_rows.JSD),
+        (False, False, "*bf16", jsd_rows.REVERSE_KL),
     ):
         constexprs = {"HAS_SOFTCAP": has_softcap, "NEEDS_GRAD": needs_grad}
+        has_ends = mode is not None
+        constexprs |= {"MODE": mode or 0, "HAS_ENDS": has_ends, "HAS_SCALES": has_ends}
         constexprs |= {"BLOCK_V": 4096, "LINE": 4}
         types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
         types |= {"grad_ptr": grad, "ids_ptr": "*i64", "labels_ptr": "*i64"}
-        yield kernel, signature_of(kernel, types, ("bits", "softcap"), constexprs), constexprs
+        floats = ("bits", "softcap", "beta", "one_minus_beta", "group_scale")
+        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
 
 
 def scale_signatures():

@@ -2,6 +2,7 @@
 compute: row by row, no padding, full logits, float64. The reference uses nothing of trainer/.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -175,6 +176,7 @@ def eager_cross_step(
     crossentropy_weight: float = 0.0,
     has_labels: list[bool] | None = None,  # of each row; None: all of them
     distillation_weight: float = 1.0,
+    unit_loss: Callable[..., Tensor] | None = None,  # of logits, weights and alignment; None: ULD
     **temperatures: float,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean ULD over all groups plus mean cross-entropy over all labels; gradients by name."""
@@ -194,10 +196,15 @@ def eager_cross_step(
         inputs = [prompt_inputs(side.processor, row) for side in (student, teacher)]
         with torch.no_grad():
             teacher_logits = scored_logits(models[1], inputs[1], ids[1])
-        loss = reference_uld.uld_loss(
-            scored_logits(models[0], inputs[0], ids[0]),
+        student_logits = scored_logits(models[0], inputs[0], ids[0])
+        unit = torch.full((alignment.num_groups,), distillation_weight / max(num_groups, 1))
+        own: Any = 0
+        if unit_loss is not None:
+            own, unit = unit_loss(student_logits, teacher_logits, alignment, unit), 0 * unit
+        loss = own + reference_uld.uld_loss(
+            student_logits,
             teacher_logits,
-            torch.full((alignment.num_groups,), distillation_weight / max(num_groups, 1)).double(),
+            unit.double(),
             alignment=alignment,
             labels=torch.tensor(ids[0], dtype=torch.int64),
             label_weights=torch.full((len(ids[0]),), has / max(num_labels, 1)).double(),

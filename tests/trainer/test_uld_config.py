@@ -8,6 +8,8 @@ from gold_trainer import GOLDConfig
 # Ours where TRL's default is a defect: merging by the first token, no distilled end of a turn.
 DEFAULTS = {
     "use_uld_loss": False,
+    "uld_loss_type": "uld",
+    "uld_group_temperature": 100.0,
     "teacher_tokenizer_name_or_path": None,
     "use_extended_uld": True,
     "uld_token_merge_strategy": "bayesian",
@@ -46,6 +48,7 @@ def test_defaults(tmp_path):
             "uld_hybrid_unmatched_weight": 1.0,
         },
         {"use_extended_uld": False, "uld_student_temperature": 0.5},
+        {"uld_loss_type": "chunk_likelihood", "uld_group_temperature": 1.0},
     ],
 )
 def test_possible_values_are_kept(fields, tmp_path):
@@ -60,6 +63,24 @@ def test_possible_values_are_kept(fields, tmp_path):
         (
             {"uld_token_merge_strategy": "first"},
             "uld_token_merge_strategy must be 'bayesian' or 'observed', got 'first'",
+        ),
+        ({"uld_loss_type": "alm"}, "uld_loss_type must be .*'chunk_likelihood', got 'alm'"),
+        ({"uld_group_temperature": 1.0}, "uld_group_temperature is a number of .* with 'uld'"),
+        (
+            {"uld_loss_type": "chunk_likelihood", "uld_group_temperature": 0.0},
+            "uld_group_temperature must be positive and finite, got 0.0; 1.0 compares",
+        ),
+        (
+            {"uld_loss_type": "chunk_likelihood", "uld_use_hybrid_loss": True},
+            "uld_use_hybrid_loss must be False with uld_loss_type='chunk_likelihood', .* got True",
+        ),
+        (
+            {"uld_loss_type": "chunk_likelihood", "uld_token_merge_strategy": "observed"},
+            "uld_token_merge_strategy must be 'bayesian' with .*, got 'observed'; leave it out",
+        ),
+        (
+            {"uld_loss_type": "chunk_likelihood", "use_extended_uld": False},
+            "use_extended_uld must be True with .*, got False; leave it out",
         ),
         (
             {"uld_student_temperature": 0.0},

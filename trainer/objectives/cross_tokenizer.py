@@ -5,6 +5,7 @@ group: a minimal run of student tokens and one of teacher tokens that end at a c
 """
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -27,7 +28,9 @@ class CrossTokenizer(Objective):
     """Plain, extended or hybrid ULD of fused_linear_uld; see ULDFields."""
 
     counts = ("labels", "groups", "scored_bytes", "completion_bytes", *SKIPS)
-    sums = ULDMetrics._fields
+    sums: tuple[str, ...] = ULDMetrics._fields
+    loss_name = "uld_loss"
+    function: ClassVar[Callable[..., Any]] = staticmethod(fused_linear_uld)
     collator: PairCollator
 
     def __init__(self, args: GOLDConfig, student: Side, teacher: Side) -> None:
@@ -45,8 +48,13 @@ class CrossTokenizer(Objective):
         self.options = {
             **memory_options(args),
             "beta": args.beta,
-            "student_temperature": args.uld_student_temperature,
-            "teacher_temperature": args.uld_teacher_temperature,
+            "temperature": (args.uld_student_temperature, args.uld_teacher_temperature),
+            **self.own_options(args),
+        }
+
+    def own_options(self, args: GOLDConfig) -> dict[str, Any]:
+        """Of the fused loss, beside those that all have."""
+        return {
             "overlap": self.overlap,
             "matched_weight": args.uld_hybrid_matched_weight,
             "unmatched_weight": args.uld_hybrid_unmatched_weight,
@@ -114,12 +122,12 @@ class CrossTokenizer(Objective):
         sizes = alignment.num_groups, student_hidden.shape[0]
         weights = self.term_weights(item_weights, *sizes, student_hidden.device)
         student_weight, teacher_weight = student_head.weight, teacher_head.weight
-        loss, metrics = fused_linear_uld(
+        loss, metrics = self.function(
             student_hidden,
             student_weight,
             teacher_hidden,
             teacher_weight,
-            weights[0],
+            row_weights=weights[0],
             alignment=alignment,
             student_bias=student_head.bias,
             teacher_bias=teacher_head.bias,
@@ -134,6 +142,10 @@ class CrossTokenizer(Objective):
         )
         values = metrics._asdict().items()
         return loss, {name: value.sum() for name, value in values if value is not None}
+
+    def logged(self) -> tuple[str, ...]:
+        """Metrics whose means over groups are logged."""
+        return () if self.overlap is None else MATCHED
 
     def batch_counts(self, batch: MicroBatch) -> dict[str, int]:
         groups, reasons = alignment_of(batch).groups, alignment_of(batch).skip_reasons
@@ -150,17 +162,16 @@ class CrossTokenizer(Objective):
     def means(self, totals: dict[str, float]) -> dict[str, float]:
         """Means over groups, tokens, labels or bytes, as each name says; skips are counts."""
         num_groups, num_tokens = max(totals["groups"], 1), max(totals["tokens"], 1)
-        uld_loss = totals["loss"] / num_groups
+        unit_loss = totals["loss"] / num_groups
         result = {
             "groups_per_token": totals["groups"] / num_tokens,
             "scored_bytes": totals["scored_bytes"] / max(totals["completion_bytes"], 1),
             **{name: totals[name] for name in SKIPS},
-            **self.loss_means("uld_loss", uld_loss, totals),
+            **self.loss_means(self.loss_name, unit_loss, totals),
         }
         if self.distillation_weight:
-            result["uld_loss"] = uld_loss
-            if self.overlap is not None:
-                result |= {name: totals[name] / num_groups for name in MATCHED}
+            result[self.loss_name] = unit_loss
+            result |= {name: totals[name] / num_groups for name in self.logged()}
         return result
 
 

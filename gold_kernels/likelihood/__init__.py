@@ -1,0 +1,1 @@
+"""Likelihoods of aligned groups of two tokenizers, compared as two outcomes."""

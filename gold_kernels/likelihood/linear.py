@@ -1,0 +1,142 @@
+"""The public function of the chunk likelihood: from hidden states, heads and aligned tokens.
+
+N scored rows of a side (N_s, N_t), G aligned groups, D hidden size (D_s, D_t), V vocabulary (V_s,
+V_t). P teacher, Q student.
+"""
+
+from typing import Literal, NamedTuple, overload
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from gold_kernels.engine import checks
+from gold_kernels.engine.heads import check_heads, first_entries, label_weights_of, row_weights_of
+from gold_kernels.engine.linear import run_linear_loss
+from gold_kernels.engine.options import LinearOptions, PerSide, per_side, resolve_options
+from gold_kernels.engine.row_loss import CROSS_ENTROPY
+from gold_kernels.likelihood.row_loss import ChunkLikelihood
+from gold_kernels.tokens.alignment import TokenAlignment
+from gold_kernels.uld import checks as group_checks
+from gold_kernels.uld.plan import plan_groups, values_of_labels
+
+
+class LikelihoodMetrics(NamedTuple):
+    """Unweighted values, detached, float32: of every group, (G,) each, in nats."""
+
+    loss: Tensor
+    student_log_likelihood: Tensor  # at the temperature of the logits, not that of the groups
+    teacher_log_likelihood: Tensor
+    cross_entropy: Tensor | None = None  # (N_s,) of the labels; None without labels
+
+
+@overload
+def fused_linear_chunk_likelihood(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    alignment: TokenAlignment,
+    row_weights: Tensor | None = None,
+    *,
+    beta: float = 0.0,
+    group_temperature: float = 100.0,
+    temperature: PerSide = 1.0,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def fused_linear_chunk_likelihood(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    alignment: TokenAlignment,
+    row_weights: Tensor | None = None,
+    *,
+    beta: float = 0.0,
+    group_temperature: float = 100.0,
+    temperature: PerSide = 1.0,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, LikelihoodMetrics]: ...
+
+
+def fused_linear_chunk_likelihood(
+    student_hidden: Tensor,  # (N_s, D_s)
+    student_weight: Tensor,  # (V_s, D_s)
+    teacher_hidden: Tensor,  # (N_t, D_t)
+    teacher_weight: Tensor,  # (V_t, D_t)
+    alignment: TokenAlignment,
+    row_weights: Tensor | None = None,  # (G,), float32; None means 1 / G each
+    *,
+    beta: float = 0.0,
+    group_temperature: float = 100.0,
+    temperature: PerSide = 1.0,  # of both sides' logits, or (student, teacher)
+    return_metrics: bool = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, LikelihoodMetrics]:  # (), float32; (G,) with reduction="none"
+    """How likely both models find the bytes of a group, as a divergence of two outcomes.
+
+        loss = sum_g row_weights[g] * JSD_beta((p_g, 1 - p_g), (q_g, 1 - q_g))
+             + sum_i label_weights[i] * CE_i                             where labels are given
+        q_g  = exp(sum over the group's tokens of log q(token) / group_temperature),  p_g likewise
+
+    A group is what approximate likelihood matching (ALM; Minixhofer et al. 2025, arXiv 2503.20083)
+    calls a chunk: the shortest runs of tokens of both sides that end at one byte. Taken from it are
+    the two outcomes, the power 1 / group_temperature of the likelihoods, and, with beta = 0, the
+    KL of the teacher from the student; 100 is the power of its published code. Not taken: its
+    choice of chunks by how biased their ends are, its loss of hidden states, and the factors by
+    which it balances several losses. Written from the definition, not from the paper's equations.
+
+    No distribution over a vocabulary is compared: each side gives the log-sum-exp of its rows. The
+    loss and its gradient are about 1 / group_temperature as large as those of other losses; with
+    labels their weight decides between the two.
+
+    beta as in fused_linear_jsd. alignment must be of merge="bayesian": every row predicts the token
+    that its group has there. Options are those of LinearOptions, vocab_size as a pair (student,
+    teacher); labels, one a token of the student, need reduction="sum". Extra memory is at most
+    budget_bytes, plus one float32 student_weight if a 16-bit one needs a gradient. Rows in no group
+    and groups of weight 0 may hold anything. return_metrics=True returns (loss, LikelihoodMetrics).
+    Not supported: a second derivative, torch.func transforms. Raises ValueError for what does not
+    fit, with the remedy.
+    """
+    function = "fused_linear_chunk_likelihood"
+    chosen = resolve_options(function, options)
+    checks.check_temperature(function, temperature)
+    row_loss = ChunkLikelihood(beta, group_temperature, per_side(temperature))
+    row_loss.check(function)
+    group_checks.check_chain_rule(function, alignment)
+    student, teacher, chosen = check_heads(
+        function, student_hidden, student_weight, teacher_hidden, teacher_weight, chosen
+    )
+    sizes = group_checks.check_vocab_sizes(
+        function, student.weight.shape[0], teacher.weight.shape[0], chosen.vocab_size
+    )
+    student, teacher = map(first_entries, (student, teacher), sizes)
+    hidden = student.hidden
+    num_groups = group_checks.check_alignment(function, hidden, teacher.hidden, alignment)
+    group_checks.check_token_ids(function, alignment, *sizes)
+    group_checks.check_group_weights(function, row_weights, num_groups, hidden)
+    checks.check_label_weights(function, chosen, hidden)
+    group_checks.check_reduction(function, chosen, alignment)
+    alignment = alignment.to(hidden.device)
+    plan, student_scalars, teacher_scalars = plan_groups(
+        alignment,
+        row_weights_of(row_weights, num_groups, hidden, chosen),
+        chosen.labels,
+        label_weights_of(sizes[0], hidden, chosen),
+        student.num_rows,
+    )
+    row_loss = ChunkLikelihood(
+        *(beta, group_temperature, row_loss.temperature, student_scalars, teacher_scalars),
+        ends=[alignment.student_base_ids, alignment.teacher_base_ids],
+    )
+    loss, values = run_linear_loss(row_loss, student, teacher, plan, chosen, return_metrics)
+    if not return_metrics:
+        return loss
+    rows = dict(zip(row_loss.value_names, values, strict=True))
+    loss_rows, *sides = (rows[name][:num_groups] for name in LikelihoodMetrics._fields[:3])
+    cross_entropy = values_of_labels(rows[CROSS_ENTROPY], chosen.labels, plan.student_index)
+    return loss, LikelihoodMetrics(loss_rows, sides[0], sides[1], cross_entropy)

@@ -1,0 +1,49 @@
+"""Losses across tokenizers beside ULD, through the real trainer: the step is the eager float64
+step on full logits.
+"""
+
+import math
+
+import pytest
+
+from gold_kernels import reference
+from support.cross_cases import (
+    aligner_of,
+    assert_equals,
+    cross_trainer,
+    eager_cross_step,
+    make_sides,
+    off_policy_parts,
+    rows_of,
+)
+from support.trainer_cases import losses_of
+
+
+def eager_likelihood(student_logits, teacher_logits, alignment, weights):
+    return reference.chunk_likelihood(
+        *(student_logits, teacher_logits, alignment, weights.double()),
+        beta=0.25,
+        group_temperature=10.0,
+        temperature=(1.5, 0.8),
+    )
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("qwen3", "llama"), ("idefics3", "lfm2_vl")])
+def test_the_chunk_likelihood_equals_the_eager_float64_step(student, teacher, tmp_path):
+    student, teacher = make_sides(student, teacher)
+    rows = rows_of(student.family)
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    expected = eager_cross_step(
+        student, teacher, rows, *parts, unit_loss=eager_likelihood, crossentropy_weight=0.3
+    )
+    fields = {"uld_loss_type": "chunk_likelihood", "uld_group_temperature": 10.0, "beta": 0.25}
+    fields |= {"uld_student_temperature": 1.5, "uld_teacher_temperature": 0.8}
+    trainer, recorder = cross_trainer(
+        tmp_path, rows, student, teacher, uld_crossentropy_weight=0.3, **fields
+    )
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in losses_of(trainer))
+    assert_equals(trainer, recorder, expected)
+    log = trainer.state.log_history[0]
+    assert log["chunk_likelihood_loss"] > 0 and "uld_loss" not in log
+    assert log["student_log_likelihood"] < 0 and log["teacher_log_likelihood"] < 0
