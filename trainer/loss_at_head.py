@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gold_kernels.engine.logit_form import forward_is
 from gold_trainer.logit_form import LogitForm, probe_of
 
 
@@ -99,18 +100,6 @@ def head_replaced(
     passage = Passage()
     with forward_is(place, lambda hidden: passage.depart(function(hidden))):
         yield passage.arrive
-
-
-@contextmanager
-def forward_is(place: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    before = vars(place).get("forward")  # that of a hook, where accelerate put one
-    place.forward = function
-    try:
-        yield
-    finally:
-        del place.forward
-        if before is not None:
-            place.forward = before
 
 
 @torch.no_grad()
