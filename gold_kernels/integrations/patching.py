@@ -1,0 +1,83 @@
+"""Functions of another package replaced all together or not at all, and put back."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+
+class Target(NamedTuple):
+    """A function that is replaced: an attribute of a module or a class."""
+
+    owner: Any
+    name: str
+    make: Callable[[Callable[..., Any]], Any]  # what is there -> what takes its place
+
+    @property
+    def label(self) -> str:
+        home = getattr(self.owner, "__module__", None)  # a module has none
+        path = self.owner.__name__ if home is None else f"{home}.{self.owner.__qualname__}"
+        return f"{path}.{self.name}"
+
+
+class Replacement(NamedTuple):
+    target: Target
+    before: Any  # the very object, a staticmethod where it is one
+    after: Any
+
+
+def prepare(function: str, targets: Sequence[Target]) -> list[Replacement]:
+    """All replacements, or a ValueError that names the function whose parameters are others."""
+    replacements = []
+    for target in targets:
+        before = vars(target.owner).get(target.name)
+        called = getattr(before, "__func__", before)  # below a staticmethod
+        if not callable(called):
+            raise ValueError(
+                f"{function}: {target.label} is expected, got none; install the version of the "
+                "package that this release names."
+            )
+        after = target.make(called)
+        expected, found = (_parameters(f) for f in (after, called))
+        if expected != found:
+            raise ValueError(
+                f"{function}: {target.label} must take ({', '.join(expected)}), got "
+                f"({', '.join(found)}); undo what changed it, or install the version of the "
+                "package that this release names."
+            )
+        if isinstance(before, staticmethod):
+            after = staticmethod(after)
+        replacements.append(Replacement(target, before, after))
+    return replacements
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Names, kinds and defaults, without annotations."""
+    empty = inspect.Parameter.empty
+    parameters = inspect.signature(function).parameters.values()
+    return [str(parameter.replace(annotation=empty)) for parameter in parameters]
+
+
+class Patch:
+    """Functions that are replaced until undo(), or until the end of a with block."""
+
+    def __init__(self, replacements: Sequence[Replacement], settings: Any = None) -> None:
+        self.settings = settings
+        self._replacements = list(replacements)
+        for (owner, name, _), _before, after in self._replacements:
+            setattr(owner, name, after)
+
+    @property
+    def is_active(self) -> bool:
+        return bool(self._replacements)
+
+    def undo(self) -> None:
+        """Puts the very objects back; a second call changes nothing."""
+        while self._replacements:
+            target, before, _ = self._replacements.pop()
+            setattr(target.owner, target.name, before)
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()

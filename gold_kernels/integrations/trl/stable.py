@@ -1,0 +1,85 @@
+"""The divergence of trl's stable DistillationTrainer.
+
+B sequences, K completion tokens of the longest, N scored rows, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gold_kernels.engine.chunking import float_dtype
+from gold_kernels.engine.options import LossOptions
+from gold_kernels.integrations.trl.pending import whole
+from gold_kernels.jsd.linear import fused_linear_jsd
+
+
+def divergence_of(options: LossOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The function in the place of trl.trainer.distillation_trainer._chunked_divergence_loss."""
+
+    def _chunked_divergence_loss(
+        student_hidden_states: Tensor,  # (B, K, D_s)
+        teacher_hidden_states: Tensor,  # (B, K, D_t)
+        student_lm_head_weight: Tensor,  # (V, D_s)
+        teacher_lm_head_weight: Tensor,  # (V, D_t)
+        completion_mask: Tensor,  # (B, K), 0 where not scored
+        beta: float,
+        num_items_in_batch: Tensor | int | None = None,
+        student_lm_head_bias: Tensor | None = None,  # (V,)
+        teacher_lm_head_bias: Tensor | None = None,  # (V,)
+        student_logit_scale: float = 1.0,
+        teacher_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_final_logit_softcapping: float | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # loss, sum of the student's entropies, scored rows; ()
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+        student_head = student_lm_head_weight, student_lm_head_bias
+        teacher_head = teacher_lm_head_weight, teacher_lm_head_bias
+        rows = (completion_mask.flatten() != 0).nonzero().squeeze(1)
+        student_hidden = student_hidden_states.flatten(0, 1)[rows]
+        teacher_hidden = teacher_hidden_states.flatten(0, 1)[rows]
+        with (
+            maybe_gather_lm_head_ctx(*student_head),
+            maybe_gather_lm_head_ctx(*teacher_head),
+        ):
+            student_weight, student_bias = _in_dtype(student_hidden, *student_head)
+            teacher_weight, teacher_bias = _in_dtype(teacher_hidden, *teacher_head)
+            loss, metrics = fused_linear_jsd(
+                *(student_hidden, student_weight, teacher_hidden, teacher_weight),
+                mean_weights(student_hidden, num_items_in_batch),
+                beta=beta,
+                temperature=temperature,
+                student_bias=student_bias,
+                teacher_bias=teacher_bias,
+                logit_scale=(student_logit_scale, teacher_logit_scale),
+                final_logit_softcapping=(
+                    student_final_logit_softcapping,
+                    teacher_final_logit_softcapping,
+                ),
+                return_metrics=True,
+                **options,
+            )
+        return loss, metrics.student_entropy.sum(), (completion_mask != 0).sum()
+
+    return lambda original: _chunked_divergence_loss
+
+
+def mean_weights(
+    hidden: Tensor,  # (N, D)
+    num_items: Tensor | int | None,
+) -> Tensor:  # (N,)
+    """1 / num_items of the global batch, or a mean over the rows that are here."""
+    ones = torch.ones(hidden.shape[0], dtype=float_dtype(hidden), device=hidden.device)
+    if num_items is None:
+        return ones / max(1, hidden.shape[0])
+    return ones / (num_items.to(ones) if isinstance(num_items, Tensor) else num_items)
+
+
+def _in_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    """A head in the dtype of its hidden states, as trl computes it: under mixed precision a
+    gathered weight is the float32 original.
+    """
+    return [None if t is None else whole(t).to(hidden.dtype) for t in (weight, bias)]

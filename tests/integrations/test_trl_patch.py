@@ -1,0 +1,91 @@
+"""Replacing functions of trl: all or none, once, and back."""
+
+import pytest
+import trl
+from trl.experimental.gkd.gkd_trainer import GKDTrainer
+from trl.experimental.gold.gold_trainer import GOLDTrainer, ULDLoss
+from trl.trainer import distillation_trainer
+
+from gold_kernels.integrations.trl import VERSIONS, patch_trl, undo
+
+TARGETS = [
+    (distillation_trainer, "_chunked_divergence_loss"),
+    (GKDTrainer, "generalized_jsd_loss"),
+    (GKDTrainer, "compute_loss"),
+    (GOLDTrainer, "generalized_jsd_loss"),
+    (GOLDTrainer, "compute_loss"),
+    (ULDLoss, "__call__"),
+]
+
+
+def found():
+    return [vars(owner)[name] for owner, name in TARGETS]
+
+
+@pytest.fixture(autouse=True)
+def _unpatched():
+    before = found()
+    yield
+    undo()
+    assert all(now is then for now, then in zip(found(), before, strict=True))
+
+
+def test_all_are_replaced_and_undo_restores_the_very_objects():
+    before = found()
+    patch = patch_trl()
+    assert not any(now is then for now, then in zip(found(), before, strict=True))
+    patch.undo()
+    assert all(now is then for now, then in zip(found(), before, strict=True))
+    patch.undo()  # changes nothing
+    assert all(now is then for now, then in zip(found(), before, strict=True))
+
+
+def test_second_patch_is_the_first():
+    first = patch_trl(chunk_size=7)
+    after = found()
+    assert patch_trl(chunk_size=7) is first
+    assert all(now is then for now, then in zip(found(), after, strict=True))
+    with pytest.raises(ValueError, match=r"one set of options .* got {} .*chunk_size.* undo\(\)"):
+        patch_trl()
+    undo()
+    assert not first.is_active
+
+
+def test_with_block_ends_the_patch_after_an_error_too():
+    before = found()
+    with pytest.raises(RuntimeError), patch_trl():
+        raise RuntimeError
+    assert all(now is then for now, then in zip(found(), before, strict=True))
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0.dev0"])
+def test_another_version_is_refused_by_name(version, monkeypatch):
+    before = found()
+    monkeypatch.setattr(trl, "__version__", version)
+    message = f"patch_trl: trl {VERSIONS[-1]} is expected, got trl {version}; pip install"
+    with pytest.raises(ValueError, match=message):
+        patch_trl()
+    assert all(now is then for now, then in zip(found(), before, strict=True))
+
+
+@pytest.mark.parametrize(("owner", "name"), TARGETS, ids=lambda value: getattr(value, "__name__", value))
+def test_another_signature_is_refused_by_name_and_nothing_is_replaced(owner, name, monkeypatch):
+    other = staticmethod(lambda logits, weight=1.0: logits)
+    with monkeypatch.context() as context:
+        context.setattr(owner, name, other)
+        before = found()
+        with pytest.raises(ValueError, match=rf"{name} must take \(.+\), got \(logits, weight=1.0\)"):
+            patch_trl()
+        assert all(now is then for now, then in zip(found(), before, strict=True))
+
+
+def test_a_missing_function_is_refused_by_name(monkeypatch):
+    with monkeypatch.context() as context:
+        context.delattr(distillation_trainer, "_chunked_divergence_loss")
+        with pytest.raises(ValueError, match="_chunked_divergence_loss is expected, got none"):
+            patch_trl()
+
+
+def test_another_option_is_refused_by_name():
+    with pytest.raises(ValueError, match="got chunksize=; did you mean chunk_size?"):
+        patch_trl(chunksize=7)
