@@ -68,13 +68,17 @@ def test_another_version_is_refused_by_name(version, monkeypatch):
     assert all(now is then for now, then in zip(found(), before, strict=True))
 
 
-@pytest.mark.parametrize(("owner", "name"), TARGETS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("owner", "name"), TARGETS, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_another_signature_is_refused_by_name_and_nothing_is_replaced(owner, name, monkeypatch):
     other = staticmethod(lambda logits, weight=1.0: logits)
     with monkeypatch.context() as context:
         context.setattr(owner, name, other)
         before = found()
-        with pytest.raises(ValueError, match=rf"{name} must take \(.+\), got \(logits, weight=1.0\)"):
+        with pytest.raises(
+            ValueError, match=rf"{name} must take \(.+\), got \(logits, weight=1.0\)"
+        ):
             patch_trl()
         assert all(now is then for now, then in zip(found(), before, strict=True))
 
@@ -87,5 +91,5 @@ def test_a_missing_function_is_refused_by_name(monkeypatch):
 
 
 def test_another_option_is_refused_by_name():
-    with pytest.raises(ValueError, match="got chunksize=; did you mean chunk_size?"):
+    with pytest.raises(ValueError, match=r"got chunksize=; did you mean chunk_size\?"):
         patch_trl(chunksize=7)

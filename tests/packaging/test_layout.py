@@ -1,6 +1,7 @@
 """Habits that a linter does not check: who imports whom, how long a file is, which characters."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ LONGER: dict[str, str] = {}
 # from the bottom up: a package may import those before it
 LAYERS = ("gold_kernels", "gold_trainer", "benchmarks")
 
+# what the library may import outside of functions
+NEEDED = ("gold_kernels", "torch", "triton", "typing_extensions")
+
 # the same within gold_kernels, as docs/architecture.md has it
 FOLDERS = {
     "triton": (),
@@ -25,6 +29,7 @@ FOLDERS = {
     "uld": ("jsd", "engine", "triton", "tokens"),
     "likelihood": ("uld", "jsd", "engine", "triton", "tokens"),
     "means": ("uld", "engine", "triton"),
+    "integrations": ("jsd", "uld", "losses", "means", "engine", "triton", "tokens"),
 }
 
 
@@ -82,6 +87,17 @@ def test_imports_point_one_way(folder, layer):
     for path in python_files(folder):
         for name in imported_modules(path):
             assert name.partition(".")[0] not in above, f"{relative(path)} imports {name}"
+
+
+def test_library_needs_torch_and_triton_alone_when_it_is_imported():
+    for path in python_files("gold_kernels"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+                full = names if isinstance(node, ast.Import) else [node.module or ""]
+                firsts = {name.partition(".")[0] for name in full}
+                others = firsts - sys.stdlib_module_names - set(NEEDED)
+                assert not others, f"{relative(path)} imports {others}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -1,10 +1,12 @@
 """trl's own trainers on tiny models, patched and not."""
 
+import json
 import random
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -13,6 +15,8 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from gold_kernels.integrations.trl import patch_trl
 from support.tiny_models import tiny, tiny_rows
 
+MERGES = [["w", "a"], ["U", "n"]]  # of the teacher alone, before its own
+TEXT = " Unaware parents compare rare areas."  # both sides cut it, each elsewhere
 CLASSES = {
     "distillation": (DistillationTrainer, DistillationConfig),
     "gkd": (GKDTrainer, GKDConfig),
@@ -22,8 +26,20 @@ CLASSES = {
 TIMES = ("time", "per_second", "runtime")
 
 
-def build(kind, folder, models=None, family="qwen3", teacher_family=None, rows=None, **options):
-    """A trainer of CLASSES; options are its config's, and arguments of the trainer."""
+def build(
+    kind,
+    folder,
+    models=None,
+    family="qwen3",
+    teacher_family=None,
+    rows=None,
+    dtype=torch.float64,
+    **options,
+):
+    """A trainer of CLASSES; options are its config's, and arguments of the trainer. Models are
+    float64, where two ways to one loss differ by nothing, but for the chunked divergence, which trl
+    computes in float32.
+    """
     trainer_class, config_class = CLASSES[kind]
     teacher_family = teacher_family or ("llama" if kind == "uld" else family)
     student, processor = tiny(family)
@@ -43,12 +59,16 @@ def build(kind, folder, models=None, family="qwen3", teacher_family=None, rows=N
         "gradient_checkpointing": False,
     }
     if kind == "distillation":
+        dtype = torch.float32
         fields["max_completion_length"] = 8
         rows = rows or [{"prompt": row["messages"][:1]} for row in tiny_rows(8)]
     else:
         fields |= {"lmbda": 0.0, "max_length": 256}
         rows = rows or tiny_rows(8)
     if kind == "uld":
+        if teacher_family == "llama":
+            teacher_processor = with_merges(teacher_processor)
+            rows = [with_text(row) for row in rows]
         teacher_processor.save_pretrained(folder / "teacher")
         teacher.config.save_pretrained(folder / "teacher")
         teacher.config._name_or_path = str(folder / "teacher")
@@ -57,13 +77,43 @@ def build(kind, folder, models=None, family="qwen3", teacher_family=None, rows=N
         name: options.pop(name) for name in ("peft_config", "eval_dataset") if name in options
     }
     return trainer_class(
-        model=student,
-        teacher_model=teacher,
+        model=student.to(dtype),
+        teacher_model=teacher.to(dtype),
         args=config_class(output_dir=str(folder / "run"), **fields | options),
         train_dataset=Dataset.from_list(rows),
         processing_class=processor,
         **arguments,
     )
+
+
+def with_merges(tokenizer):
+    """Which has MERGES too."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for pair in MERGES:
+        state["model"]["vocab"]["".join(pair)] = len(tokenizer) + MERGES.index(pair)
+    state["model"]["merges"] = MERGES + state["model"]["merges"]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
+
+
+def with_text(row):
+    question, answer = row["messages"]
+    return {"messages": [question, {**answer, "content": answer["content"] + TEXT}]}
+
+
+@contextmanager
+def without_floor():
+    """trl raises probabilities to 1e-8: here it leaves them."""
+    clamp_min = torch.Tensor.clamp_min
+
+    def clamp(tensor, least):
+        return clamp_min(tensor, 1e-300 if least == 1e-8 else least)
+
+    torch.Tensor.clamp_min = clamp
+    try:
+        yield
+    finally:
+        torch.Tensor.clamp_min = clamp_min
 
 
 def patched(is_patched, **options):
@@ -92,7 +142,7 @@ def batch_of(trainer):
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
-def assert_equal(ours, theirs, tolerance=1e-5):
+def assert_equal(ours, theirs, tolerance=1e-9):
     """Each tensor, by its largest entry."""
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
@@ -100,7 +150,7 @@ def assert_equal(ours, theirs, tolerance=1e-5):
         assert float((ours[name] - expected).abs().max()) <= limit, name
 
 
-def assert_same_losses(trainer, batch=None, tolerance=1e-5, **options):
+def assert_same_losses(trainer, batch=None, tolerance=1e-9, **options):
     theirs, ours = losses(trainer, batch, **options)
     assert float(theirs["loss"].abs()) > 1e-3, "a loss of 0 would show nothing"
     assert_equal(ours, theirs, tolerance)

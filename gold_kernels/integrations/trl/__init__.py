@@ -1,31 +1,22 @@
 """One call for the users of trl: its trainers keep their names and lose their logits.
 
-    from gold_kernels.integrations.trl import patch_trl
+from gold_kernels.integrations.trl import patch_trl
 
-    patch_trl()  # then trl's DistillationTrainer, GKDTrainer and GOLDTrainer, as before
+patch_trl()  # then trl's DistillationTrainer, GKDTrainer and GOLDTrainer, as before
 """
 
 from typing import Any
 
-import torch
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Unpack
 
 from gold_kernels.engine.options import resolve_options
 from gold_kernels.integrations.patching import Patch, Target, prepare
+from gold_kernels.integrations.trl.options import PatchOptions
 
 VERSIONS = ("1.16.0",)  # of trl, whose code was read
 FUNCTION = "patch_trl"
 
 _active: Patch | None = None
-
-
-class PatchOptions(TypedDict, total=False):
-    """How the fused losses are computed; see gold_kernels.engine.options.LossOptions."""
-
-    chunk_size: int | None
-    budget_bytes: int
-    logits_dtype: torch.dtype | None
-    backend: str | None
 
 
 def patch_trl(**options: Unpack[PatchOptions]) -> Patch:

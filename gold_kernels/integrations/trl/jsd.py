@@ -8,16 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from gold_kernels.engine.options import LossOptions
 from gold_kernels.integrations.trl.losses import takes_pending_logits
-from gold_kernels.integrations.trl.pending import PendingLogits, head_options, head_weight
+from gold_kernels.integrations.trl.options import PatchOptions
+from gold_kernels.integrations.trl.pending import (
+    PendingLogits,
+    head_options,
+    head_weight,
+    heads_at_hand,
+)
 from gold_kernels.integrations.trl.stable import mean_weights
 from gold_kernels.jsd.linear import fused_linear_jsd
 
 IGNORED = -100
 
 
-def gkd_jsd(options: LossOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def gkd_jsd(options: PatchOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def of(original: Callable[..., Any]) -> Callable[..., Any]:
         @takes_pending_logits
         def generalized_jsd_loss(
@@ -40,7 +45,7 @@ def gkd_jsd(options: LossOptions) -> Callable[[Callable[..., Any]], Callable[...
     return of
 
 
-def gold_jsd(options: LossOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def gold_jsd(options: PatchOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def of(original: Callable[..., Any]) -> Callable[..., Any]:
         @takes_pending_logits
         def generalized_jsd_loss(
@@ -68,7 +73,9 @@ def gold_jsd(options: LossOptions) -> Callable[[Callable[..., Any]], Callable[..
 def is_taken(logits: Any, labels: Tensor | None, reduction: str, num_items: Any) -> bool:
     """Whether the loss is a mean over scored rows, or their sum divided by num_items."""
     is_mean = reduction == "batchmean" or num_items is not None
-    return all(isinstance(side, PendingLogits) for side in logits) and labels is not None and is_mean
+    return (
+        all(isinstance(side, PendingLogits) for side in logits) and labels is not None and is_mean
+    )
 
 
 def made(logits: Any) -> Tensor:
@@ -78,21 +85,16 @@ def made(logits: Any) -> Tensor:
 def fused_jsd(
     student: PendingLogits,
     teacher: PendingLogits,
-    labels: Tensor,  # (B, L)
+    labels: Tensor | None,  # (B, L)
     beta: float,
     temperature: float,
     num_items: Tensor | int | None,
-    options: LossOptions,
+    options: PatchOptions,
 ) -> Tensor:  # ()
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
+    assert labels is not None, "is_taken() has seen them"
     rows = (labels.flatten() != IGNORED).nonzero().squeeze(1)
     student_rows, teacher_rows = student.rows(rows), teacher.rows(rows)
-    with (
-        student.precision(),
-        maybe_gather_lm_head_ctx(student.head.weight, student.head.bias),
-        maybe_gather_lm_head_ctx(teacher.head.weight, teacher.head.bias),
-    ):
+    with heads_at_hand(student, teacher):
         loss: Tensor = fused_linear_jsd(
             *(student_rows, head_weight(student), teacher_rows, head_weight(teacher)),
             mean_weights(student_rows, num_items),

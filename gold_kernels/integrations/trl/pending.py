@@ -42,13 +42,29 @@ class PendingLogits:
     def precision(self) -> torch.autocast:
         """The autocast of the model's forward pass, which has ended where a loss is computed."""
         device = self.hidden.device.type
-        return torch.autocast(
-            device, self.autocast_dtype, enabled=self.autocast_dtype is not None
-        )
+        return torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def rows(self, positions: Tensor) -> Tensor:  # (N,) flat positions -> (N, D)
         rows = self.hidden.flatten(0, 1).index_select(0, positions.to(self.hidden.device))
         return rows.to(self.head.weight.device)
+
+
+@contextmanager
+def heads_at_hand(student: PendingLogits, teacher: PendingLogits) -> Iterator[None]:
+    """In the precision of the model's forward pass, with the weights that ZeRO-3 has sharded."""
+    heads = student.head, teacher.head
+    with student.precision(), gathered(*(t for head in heads for t in (head.weight, head.bias))):
+        yield
+
+
+@contextmanager
+def gathered(*parameters: Tensor | None) -> Iterator[None]:
+    """Parameters that ZeRO-3 has sharded, as trl gathers them."""
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    gather: Any = maybe_gather_lm_head_ctx
+    with gather(*parameters):
+        yield
 
 
 def head_options(student: PendingLogits, teacher: PendingLogits) -> dict[str, Any]:
@@ -144,7 +160,10 @@ def head_of(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """The module that the model calls, and the layer whose weight makes the logits."""
     from accelerate.utils import is_peft_model
 
-    place = (model.get_base_model() if is_peft_model(model) else model).get_output_embeddings()
+    base: Any = model
+    if is_peft_model(model):
+        base = base.get_base_model()
+    place = base.get_output_embeddings()
     head = place
     if is_peft_model(model):
         from peft.utils import ModulesToSaveWrapper

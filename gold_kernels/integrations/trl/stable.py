@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.chunking import float_dtype
-from gold_kernels.engine.options import LossOptions
-from gold_kernels.integrations.trl.pending import whole
+from gold_kernels.integrations.trl.options import PatchOptions
+from gold_kernels.integrations.trl.pending import gathered, whole
 from gold_kernels.jsd.linear import fused_linear_jsd
 
 
-def divergence_of(options: LossOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def divergence_of(options: PatchOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The function in the place of trl.trainer.distillation_trainer._chunked_divergence_loss."""
 
     def _chunked_divergence_loss(
@@ -34,19 +34,15 @@ def divergence_of(options: LossOptions) -> Callable[[Callable[..., Any]], Callab
         teacher_final_logit_softcapping: float | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # loss, sum of the student's entropies, scored rows; ()
-        from trl.trainer.utils import maybe_gather_lm_head_ctx
-
         student_head = student_lm_head_weight, student_lm_head_bias
         teacher_head = teacher_lm_head_weight, teacher_lm_head_bias
         rows = (completion_mask.flatten() != 0).nonzero().squeeze(1)
         student_hidden = student_hidden_states.flatten(0, 1)[rows]
         teacher_hidden = teacher_hidden_states.flatten(0, 1)[rows]
-        with (
-            maybe_gather_lm_head_ctx(*student_head),
-            maybe_gather_lm_head_ctx(*teacher_head),
-        ):
-            student_weight, student_bias = _in_dtype(student_hidden, *student_head)
-            teacher_weight, teacher_bias = _in_dtype(teacher_hidden, *teacher_head)
+        with gathered(*student_head, *teacher_head):
+            student_weight, student_bias = (_in_dtype(student_hidden, t) for t in student_head)
+            teacher_weight, teacher_bias = (_in_dtype(teacher_hidden, t) for t in teacher_head)
+            assert student_weight is not None and teacher_weight is not None, "heads have weights"
             loss, metrics = fused_linear_jsd(
                 *(student_hidden, student_weight, teacher_hidden, teacher_weight),
                 mean_weights(student_hidden, num_items_in_batch),
@@ -78,8 +74,8 @@ def mean_weights(
     return ones / (num_items.to(ones) if isinstance(num_items, Tensor) else num_items)
 
 
-def _in_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
-    """A head in the dtype of its hidden states, as trl computes it: under mixed precision a
-    gathered weight is the float32 original.
+def _in_dtype(hidden: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """A part of a head in the dtype of its hidden states, as trl computes it: under mixed precision
+    a gathered weight is the float32 original.
     """
-    return [None if t is None else whole(t).to(hidden.dtype) for t in (weight, bias)]
+    return None if tensor is None else whole(tensor).to(hidden.dtype)

@@ -13,10 +13,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.options import LossOptions
 from gold_kernels.integrations.trl.jsd import IGNORED
 from gold_kernels.integrations.trl.losses import takes_pending_logits
-from gold_kernels.integrations.trl.pending import PendingLogits, head_options, head_weight
+from gold_kernels.integrations.trl.options import PatchOptions
+from gold_kernels.integrations.trl.pending import (
+    PendingLogits,
+    head_options,
+    head_weight,
+    heads_at_hand,
+)
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld.linear import fused_linear_uld
@@ -24,10 +29,10 @@ from gold_kernels.uld.linear import fused_linear_uld
 BYTES_NEEDED = "Byte offsets are required when `use_extended_uld=True`."
 
 
-def uld_call(options: LossOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def uld_call(options: PatchOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def of(original: Callable[..., Any]) -> Callable[..., Any]:
         @takes_pending_logits
-        def __call__(  # noqa: N807 - the method that is replaced
+        def __call__(
             self: Any,
             student_logits: Any,  # PendingLogits, or a tensor, which trl's own method takes
             teacher_logits: Any,
@@ -43,10 +48,10 @@ def uld_call(options: LossOptions) -> Callable[[Callable[..., Any]], Callable[..
             offsets = student_byte_offsets, teacher_byte_offsets
             if not isinstance(student_logits, PendingLogits):
                 return original(self, student_logits, teacher_logits, *labels, *ids, *offsets)
-            sides = tuple(
-                Side(*(None if t is None else t.cpu() for t in side))
-                for side in zip(labels, ids, offsets, strict=True)
-            )
+            sides = [
+                Side(own.cpu(), tokens.cpu(), None if ends is None else ends.cpu())
+                for own, tokens, ends in zip(labels, ids, offsets, strict=True)
+            ]
             return fused_uld(self, student_logits, teacher_logits, sides, options)
 
         return __call__
@@ -74,31 +79,26 @@ def fused_uld(
     loss_fn: Any,  # trl's ULDLoss
     student: PendingLogits,
     teacher: PendingLogits,
-    sides: tuple[Side, ...],
-    options: LossOptions,
+    sides: list[Side],  # of the student, of the teacher
+    options: PatchOptions,
 ) -> Tensor:  # ()
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
     groups, num_groups = find_groups(loss_fn, *sides)
     labels = _shifted_labels(loss_fn, sides[0])
     (student_rows, teacher_rows), alignment = rows_of_groups(loss_fn, groups, sides, labels)
     is_hybrid = loss_fn.use_hybrid_loss and loss_fn._vocab_mapping is not None
     student_hidden, teacher_hidden = student.rows(student_rows), teacher.rows(teacher_rows)
     device = student_hidden.device
-    weights = torch.tensor([num_groups[group.sample] for group in groups]).reciprocal()
+    counts = [num_groups[group.sample] for group in groups]
+    weights = torch.tensor(counts, dtype=torch.float64).reciprocal()
     weights *= loss_fn.distillation_weight / len(num_groups)
-    with (
-        student.precision(),
-        maybe_gather_lm_head_ctx(student.head.weight, student.head.bias),
-        maybe_gather_lm_head_ctx(teacher.head.weight, teacher.head.bias),
-    ):
+    with heads_at_hand(student, teacher):
         heads = head_weight(student), head_weight(teacher)
         given: dict[str, Any] = {**head_options(student, teacher), **options}
         if labels is not None:
             row_labels = labels.flatten()[student_rows]
             weight = loss_fn.crossentropy_weight / max(1, int((row_labels != IGNORED).sum()))
             given["labels"] = row_labels.to(device)
-            given["label_weights"] = torch.full(row_labels.shape, weight, device=device)
+            given["label_weights"] = weights.new_full(row_labels.shape, weight).to(device)
         if is_hybrid:
             given |= hybrid_options(loss_fn, *(head.shape[0] for head in heads))
         loss, metrics = fused_linear_uld(
@@ -155,11 +155,13 @@ def _sample_groups(
 ) -> list[tuple[list[int], list[int]]]:
     if not loss_fn.use_extended_uld:
         return [([s], [t]) for s, t in zip(*ranges, strict=False)]
-    if student.offsets is None or teacher.offsets is None:
+    both = student.offsets, teacher.offsets
+    if both[0] is None or both[1] is None:
         raise ValueError(BYTES_NEEDED)
     offsets = [
-        side.offsets[sample, span.start : span.stop].tolist()
-        for side, span in zip((student, teacher), ranges, strict=True)
+        side[sample, span.start : span.stop].tolist()
+        for side, span in zip(both, ranges, strict=True)
+        if side is not None
     ]
     pairs = zip(*loss_fn._align_by_byte_offsets(*offsets), strict=False)
     return [
@@ -172,7 +174,7 @@ def _sample_groups(
 def rows_of_groups(
     loss_fn: Any,
     groups: list[Group],
-    sides: tuple[Side, ...],
+    sides: list[Side],
     labels: Tensor | None,  # (B, L_s)
 ) -> tuple[tuple[Tensor, Tensor], TokenAlignment]:
     """Flat positions that are projected, (N_s,) and (N_t,), and the alignment of their rows.
@@ -202,7 +204,7 @@ def rows_of_groups(
         fields += [index[is_base], ids[is_base]]
         fields += [index[is_scalar], ids[is_scalar], owners[is_scalar]]
     counts = rows[0].shape[0], rows[1].shape[0]
-    return (rows[0], rows[1]), TokenAlignment(*fields, "observed", *counts, 0, 0)
+    return (rows[0], rows[1]), TokenAlignment._make((*fields, "observed", *counts, 0, 0))
 
 
 _OVERLAPS: WeakKeyDictionary[Any, VocabOverlap] = WeakKeyDictionary()  # made once a loss
@@ -214,8 +216,8 @@ def hybrid_options(loss_fn: Any, v_student: int, v_teacher: int) -> dict[str, An
         pairs = sorted((student, teacher) for teacher, student in loss_fn._vocab_mapping.items())
         ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
         device = loss_fn.mapping_tensor.device
-        columns = (column.contiguous().to(device) for column in ids.unbind(1))
-        _OVERLAPS[loss_fn] = VocabOverlap(*columns, v_student, v_teacher)
+        own, other = (column.contiguous().to(device) for column in ids.unbind(1))
+        _OVERLAPS[loss_fn] = VocabOverlap(own, other, v_student, v_teacher)
     overlap = _OVERLAPS[loss_fn]
     matched, unmatched = loss_fn.hybrid_matched_weight, loss_fn.hybrid_unmatched_weight
     if matched is None:
