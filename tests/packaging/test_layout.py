@@ -29,7 +29,7 @@ FOLDERS = {
     "uld": ("jsd", "engine", "triton", "tokens"),
     "likelihood": ("uld", "jsd", "engine", "triton", "tokens"),
     "means": ("uld", "engine", "triton"),
-    "integrations": ("jsd", "uld", "losses", "means", "engine", "triton", "tokens"),
+    "integrations": ("likelihood", "means", "losses", "uld", "jsd", "engine", "triton", "tokens"),
 }
 
 
