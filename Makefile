@@ -33,7 +33,8 @@ help:  ## the targets
 demo: .venv/installed-demo  ## handwritten digits: a teacher learns, a student learns from it; no download
 	$(BIN)/python -m gold_trainer demo
 
-test: lint types .venv-vllm/installed  ## linter, types and all tests: what CI runs
+test:  ## linter, types and all tests: what CI runs
+	$(MAKE) -j2 lint types .venv-vllm/installed  # two environments are installed side by side
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 fast: .venv/installed-dev  ## the tests to run after every change
