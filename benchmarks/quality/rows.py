@@ -1,0 +1,86 @@
+"""The rows of the table, as data: which losses, on which pair, with which policy.
+
+A new loss is one line of LOSSES. A field that GOLDConfig does not have makes a row that says so.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PAIRS = ("same", "cross")  # tokenizers of student and teacher
+POLICIES = {"off": 0.0, "on": 0.5}  # lmbda: the student writes no or half of the completions
+ACROSS = {"use_uld_loss": True}
+HYBRID = {**ACROSS, "uld_use_hybrid_loss": True}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Fields of GOLDConfig, and the pairs that it can compare."""
+
+    name: str
+    pairs: tuple[str, ...]
+    fields: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+LOSSES = (
+    Loss("jsd_0", ("same",), {"beta": 0.0}),
+    Loss("jsd_0.5", ("same",), {"beta": 0.5}),
+    Loss("jsd_1", ("same",), {"beta": 1.0}),
+    Loss("uld", PAIRS, ACROSS),
+    Loss("hybrid_0", ("cross",), {**HYBRID, "beta": 0.0}),
+    Loss("hybrid_0.5", ("cross",), {**HYBRID, "beta": 0.5}),
+)
+
+# What is not distilled: cross-entropy alone, on answers of three kinds.
+LABELS = ("labels", "all_labels", "seq_kd")
+NOT_TRAINED = ("teacher", "before")  # accuracy of what is given
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, or the accuracy of a model that is given."""
+
+    pair: str
+    loss: str
+    policy: str  # off or on
+    crossentropy: str  # yes or no
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Of its row in the CSV."""
+        return self.pair, self.loss, self.policy, self.crossentropy, str(self.seed)
+
+
+def loss_of(name: str) -> Loss:
+    return next(loss for loss in LOSSES if loss.name == name)
+
+
+def cases_of(seeds: Sequence[int], names: Sequence[str] = ()) -> Iterator[Case]:
+    """One seed of everything before the next; of the losses these, or all."""
+    for seed in seeds:
+        for pair in PAIRS:
+            if seed == seeds[0] and pair == "same":
+                yield Case("same", "teacher", "off", "yes", 0)
+            yield Case(pair, "before", "off", "yes", seed)
+            yield from (Case(pair, name, "off", "yes", seed) for name in LABELS)
+        for loss in LOSSES:
+            if names and loss.name not in names:
+                continue
+            for pair in loss.pairs:
+                for policy in POLICIES:
+                    for crossentropy in ("no", "yes"):
+                        yield Case(pair, loss.name, policy, crossentropy, seed)
+
+
+def config_fields(case: Case) -> dict[str, Any]:
+    """Of GOLDConfig: loss, policy and cross-entropy."""
+    if case.loss in LABELS:
+        fields = dict(ACROSS) if case.pair == "cross" else {}
+        weights = {"distillation_weight": 0.0, "crossentropy_weight": 1.0}
+    else:
+        fields = dict(loss_of(case.loss).fields)
+        weights = {"crossentropy_weight": 1.0} if case.crossentropy == "yes" else {}
+    prefix = "uld_" if fields.get("use_uld_loss") else ""
+    weights = {prefix + name: value for name, value in weights.items()}
+    return {**fields, **weights, "lmbda": POLICIES[case.policy]}
