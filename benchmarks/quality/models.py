@@ -1,7 +1,7 @@
 """Two stock families from configs, with tokenizers trained on the questions and answers.
 
-    Idefics3   teacher and student; 64 patches of 8 pixels, 16 image tokens; longer tokens
-    LLaVA      the student of another family; 16 patches of 16 pixels; shorter tokens
+Idefics3   teacher and student; 64 patches of 8 pixels, 16 image tokens; longer tokens
+LLaVA      the student of another family; 16 patches of 16 pixels; shorter tokens
 """
 
 from collections.abc import Iterable
@@ -59,8 +59,9 @@ class Size:
     head_dim: int = 64
 
 
-TEACHER = Size(hidden=512, layers=8, vision_hidden=384, vision_layers=6)
-STUDENT = Size(hidden=320, layers=4, vision_hidden=256, vision_layers=4)
+# wide and shallow: a step of models this small takes the time of its launches
+TEACHER = Size(hidden=768, layers=4, vision_hidden=512, vision_layers=4)
+STUDENT = Size(hidden=384, layers=3, vision_hidden=320, vision_layers=3)
 SMALL_TEACHER = Size(hidden=128, layers=3, vision_hidden=96, vision_layers=3, head_dim=32)
 SMALL_STUDENT = Size(hidden=64, layers=2, vision_hidden=64, vision_layers=2, head_dim=32)
 
@@ -177,6 +178,7 @@ def build_model(family: str, size: Size, processor: Any, seed: int) -> PreTraine
             vision_config={**vision, **clip, "patch_size": WIDE_PATCH},
             image_token_index=image_token_id,
             image_seq_length=(SIZE // WIDE_PATCH) ** 2,
+            vision_feature_layer=-1,
             tie_word_embeddings=True,
         )
         model = LlavaForConditionalGeneration(config)

@@ -10,6 +10,7 @@ digits, where which shape lies, the heights of the bars. So no content of a held
 trained on, whatever the seed. Needs no torch: the process that draws starts no GPU.
 """
 
+import multiprocessing
 import random
 import zlib
 from collections.abc import Callable, Sequence
@@ -65,7 +66,9 @@ def ink(rng: random.Random) -> tuple[int, int, int]:
 
 @lru_cache(None)
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf", name + ".ttf")), size)
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts/ttf", name + ".ttf")), size
+    )
 
 
 def drawn_until(rng: random.Random, held_out: bool, draw: Callable[[], tuple]) -> tuple:
@@ -162,9 +165,7 @@ def ask_count(rng: random.Random, held_out: bool) -> Asked:
 
 
 def ask_bars(rng: random.Random, held_out: bool) -> Asked:
-    content = drawn_until(
-        rng, held_out, lambda: ("bars", *(rng.randint(1, 9) for _ in BARS))
-    )
+    content = drawn_until(rng, held_out, lambda: ("bars", *(rng.randint(1, 9) for _ in BARS)))
     values = content[1:]
     picture, draw = paper(rng)
     line, left = ink(rng), rng.randint(5, 8)
@@ -207,8 +208,9 @@ def ask_many(number: int, *, seed: str, held_out: bool, workers: int = 1) -> lis
     draw = partial(ask, seed=seed, held_out=held_out)
     if workers == 1:
         return [draw(index) for index in range(number)]
-    with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(draw, range(number), chunksize=1000))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        return list(pool.map(draw, range(number), chunksize=500))
 
 
 def save(asked: Sequence[Asked], path: Path) -> None:

@@ -33,7 +33,9 @@ LOSSES = (
 
 # What is not distilled: cross-entropy alone, on answers of three kinds.
 LABELS = ("labels", "all_labels", "seq_kd")
-NOT_TRAINED = ("teacher", "before")  # accuracy of what is given
+GIVEN = ("teacher", "before")  # nothing is trained: models as they are given
+TEACHER_FAMILY = "idefics3"
+STUDENT_FAMILY = {"same": "idefics3", "cross": "llava"}
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,29 @@ def loss_of(name: str) -> Loss:
 
 def cases_of(seeds: Sequence[int], names: Sequence[str] = ()) -> Iterator[Case]:
     """One seed of everything before the next; of the losses these, or all."""
+    losses = [loss for loss in LOSSES if not names or loss.name in names]
+    yield Case("same", "teacher", "off", "yes", 0)
+    yield from (Case(pair, "before", "off", "yes", 0) for pair in PAIRS)
     for seed in seeds:
-        for pair in PAIRS:
-            if seed == seeds[0] and pair == "same":
-                yield Case("same", "teacher", "off", "yes", 0)
-            yield Case(pair, "before", "off", "yes", seed)
-            yield from (Case(pair, name, "off", "yes", seed) for name in LABELS)
-        for loss in LOSSES:
-            if names and loss.name not in names:
-                continue
-            for pair in loss.pairs:
-                for policy in POLICIES:
-                    for crossentropy in ("no", "yes"):
+        yield from (Case(pair, name, "off", "yes", seed) for name in LABELS for pair in PAIRS)
+        for crossentropy in ("no", "yes"):
+            for policy in POLICIES:
+                for loss in losses:
+                    for pair in loss.pairs:
                         yield Case(pair, loss.name, policy, crossentropy, seed)
+
+
+def small_cases() -> list[Case]:
+    """One of each kind."""
+    return [
+        Case("same", "teacher", "off", "yes", 0),
+        Case("same", "before", "off", "yes", 0),
+        Case("same", "labels", "off", "yes", 0),
+        Case("same", "jsd_0.5", "on", "no", 0),
+        Case("cross", "seq_kd", "off", "yes", 0),
+        Case("cross", "uld", "off", "no", 0),
+        Case("cross", "hybrid_0", "on", "yes", 0),
+    ]
 
 
 def config_fields(case: Case) -> dict[str, Any]:

@@ -19,31 +19,18 @@ from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.banner import Banner
 from gold_trainer.batches import BatchAlignment, WindowBatch
 from gold_trainer.rows import Row
-from quality.models import Size, build_model, build_processor
+from quality.models import build_model, build_processor
 from quality.pictures import Pictures
-from quality.rows import Case, config_fields
+from quality.rows import LOSSES, STUDENT_FAMILY, TEACHER_FAMILY, Case, config_fields
+from quality.scales import Scale
 from quality.schooling import Lessons, Schooling, accuracy, answers_of, prompt_of, school
 
 MOST_TOKENS, MOST_NEW_TOKENS = 96, 12
-TEACHER_FAMILY = "idefics3"
-STUDENT_FAMILY = {"same": "idefics3", "cross": "llava"}
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of models, data and trainings."""
-
-    teacher: Size
-    student: Size
-    teacher_pictures: int
-    prompts: int  # that students distil on; the first ones have labels
-    labelled: int
-    held_out: int
-    teacher_schooling: Schooling
-    student_schooling: Schooling  # before the run, on the labelled pictures
-    steps: int
-    batch_size: int
-    learning_rate: float
+def is_known(chosen: dict[str, Any]) -> bool:
+    """Whether GOLDConfig has these fields."""
+    return chosen.keys() <= {spec.name for spec in fields(GOLDConfig)}
 
 
 class Remembered:
@@ -113,10 +100,11 @@ class Bench:
         model.load_state_dict(torch.load(self.folder / "teacher.pt", weights_only=True))
         return model.to(self.device).eval()
 
-    def student(self, family: str, seed: int, *, is_fresh: bool = False) -> Any:
-        model = build_model(family, self.scale.student, self.processors[family], seed + 1)
+    def student(self, family: str, *, is_fresh: bool = False) -> Any:
+        """As it is before every run: trained on the labelled pictures."""
+        model = build_model(family, self.scale.student, self.processors[family], 1)
         if not is_fresh:
-            weights = torch.load(self.folder / f"{family}-{seed}.pt", weights_only=True)
+            weights = torch.load(self.folder / f"{family}.pt", weights_only=True)
             model.load_state_dict(weights)
         return model.to(self.device)
 
@@ -130,21 +118,42 @@ class Bench:
         started = time.perf_counter()
         pictures = Pictures.load(self.folder / "teacher.npz")
         model = build_model(TEACHER_FAMILY, self.scale.teacher, self.processors[TEACHER_FAMILY], 0)
-        school(model, self.lessons(TEACHER_FAMILY, pictures), self.scale.teacher_schooling, 0)
+        lessons = self.lessons(TEACHER_FAMILY, pictures)
+        losses = school(model, lessons, self.scale.teacher_schooling, 0)
+        del lessons
         tokenizer = self.processors[TEACHER_FAMILY].tokenizer
         answers = answers_of(model, self.lessons(TEACHER_FAMILY, self.prompts), tokenizer)
         (self.folder / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
-        torch.save(model.state_dict(), self.folder / "teacher.pt")
         self.__dict__["teacher"] = model
-        return {"seconds": time.perf_counter() - started}
+        return self.keep("teacher", model, self.scale.teacher_schooling, losses, started)
 
-    def school_student(self, family: str, seed: int) -> dict[str, float]:
+    def school_student(self, family: str) -> dict[str, float]:
         started = time.perf_counter()
-        model = self.student(family, seed, is_fresh=True)
+        model = self.student(family, is_fresh=True)
         labelled = self.lessons(family, self.prompts.first(self.scale.labelled))
-        school(model, labelled, self.scale.student_schooling, seed)
-        torch.save(model.state_dict(), self.folder / f"{family}-{seed}.pt")
-        return {"seconds": time.perf_counter() - started}
+        losses = school(model, labelled, self.scale.student_schooling, 0)
+        return self.keep(family, model, self.scale.student_schooling, losses, started)
+
+    def keep(
+        self, name: str, model: Any, how: Schooling, losses: list[float], started: float
+    ) -> dict[str, float]:
+        """Weights and how they came about, for all processes."""
+        numbers = {
+            "parameters": model.num_parameters(),
+            "steps": len(losses),
+            "batch_size": how.batch_size,
+            "learning_rate": how.learning_rate,
+            "seconds": time.perf_counter() - started,
+        }
+        (self.folder / f"{name}.json").write_text(json.dumps(numbers), encoding="utf-8")
+        torch.save(model.state_dict(), self.folder / f"{name}.pt")
+        curve = [
+            sum(losses[i : i + 100]) / len(losses[i : i + 100]) for i in range(0, len(losses), 100)
+        ]
+        return numbers | {"curve": [round(loss, 2) for loss in curve]}
+
+    def kept(self, name: str) -> dict[str, float]:
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -153,10 +162,11 @@ class Bench:
     def dataset(self, loss: str) -> list[dict[str, Any]]:
         """The labelled rows, all rows with labels, or all rows with the teacher's answers."""
         number, answers = len(self.prompts), self.prompts.answer
+        path = self.folder / "answers.json"
         if loss == "labels":
             number = self.scale.labelled
-        elif loss != "all_labels":
-            answers = json.loads((self.folder / "answers.json").read_text(encoding="utf-8"))
+        elif loss != "all_labels" and path.exists():  # else it is a rehearsal
+            answers = json.loads(path.read_text(encoding="utf-8"))
         return [
             {
                 "prompt": prompt_of(self.prompts.question[i]),
@@ -170,58 +180,90 @@ class Bench:
         """The row's numbers."""
         family = STUDENT_FAMILY[case.pair]
         if case.loss == "teacher":
-            return self.grade(self.teacher, TEACHER_FAMILY)
-        student = self.student(family, case.seed)
+            return self.kept("teacher") | self.grade(self.teacher, TEACHER_FAMILY)
+        student = self.student(family)
         if case.loss == "before":
-            return self.grade(student, family)
-        chosen = config_fields(case)
-        unknown = chosen.keys() - {spec.name for spec in fields(GOLDConfig)}
-        if unknown:
-            return {"status": f"no field {', '.join(sorted(unknown))}"}
-        return self.train(student, case, chosen) | self.grade(student, family)
+            return self.kept(family) | self.grade(student, family)
+        numbers = self.train(case, student, self.teacher, self.scale.steps)
+        numbers["parameters"] = student.num_parameters()
+        return numbers | self.grade(student, family)
 
-    def train(self, student: Any, case: Case, chosen: dict[str, Any]) -> dict[str, Any]:
-        is_cuda, scale = self.device.type == "cuda", self.scale
-        writes = {"rollout_compile": False} if case.policy == "on" else {}
+    def rehearse(self, pair: str) -> dict[str, Any]:
+        """What the first run of a process would do alone: kernels are compiled, and questions are
+        rendered with their labels, which the teacher's answers mostly are.
+        """
+        started = time.perf_counter()
+        family = STUDENT_FAMILY[pair]
+        student = self.student(family, is_fresh=True)
+        processor = self.processors[TEACHER_FAMILY]
+        teacher = build_model(TEACHER_FAMILY, self.scale.teacher, processor, 0).to(self.device)
+        names = [loss.name for loss in LOSSES if pair in loss.pairs and is_known(loss.fields)]
+        cases = [Case(pair, name, "off", "yes", 0) for name in ("all_labels", *names)]
+        for case in [*cases, Case(pair, names[-1], "on", "no", 0)]:
+            is_first = case.loss == "all_labels"
+            self.train(case, student, teacher, 1 if case.policy == "off" else 4, rehearses=is_first)
+        self.grade(student, family)
+        return {"seconds": time.perf_counter() - started}
+
+    def train(
+        self,
+        case: Case,
+        student: Any,
+        teacher: Any,
+        num_steps: int,
+        *,
+        rehearses: bool = False,  # render all rows first
+    ) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            args = GOLDConfig(
-                output_dir=folder,
-                per_device_train_batch_size=scale.batch_size,
-                max_steps=scale.steps,
-                learning_rate=scale.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=scale.steps // 20 + 1,
-                seed=case.seed,
-                max_length=MOST_TOKENS,
-                max_completion_length=MOST_NEW_TOKENS,
-                gradient_checkpointing=False,
-                dataloader_pin_memory=is_cuda,
-                logging_first_step=False,
-                logging_steps=scale.steps + 1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                **writes,
-                **chosen,
-            )
-            trainer = GOLDTrainer(
-                model=student,
-                teacher_model=self.teacher,
-                args=args,
-                train_dataset=self.dataset(case.loss),
-                processing_class=self.processors[STUDENT_FAMILY[case.pair]],
-                teacher_processing_class=self.processors[TEACHER_FAMILY],
-            )
-            for callback in (PrinterCallback, Banner):
-                trainer.remove_callback(callback)
-            trainer.data_collator = Remembered(trainer.data_collator, self.kept(case))
+            trainer = self.trainer(case, student, teacher, num_steps, folder)
+            if rehearses:
+                rows: Any = trainer.train_dataset
+                trainer.data_collator([rows[i] for i in range(len(rows))])
             started = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - started
         tokens = sum(counts["tokens"] for counts in trainer.windows["train"].counts)
         return {"seconds": round(seconds, 2), "tokens": tokens}
 
-    def kept(self, case: Case) -> dict[tuple, WindowBatch]:
-        """Collated questions of one kind of loss: beta and cross-entropy change nothing there."""
-        of_collating = {k: v for k, v in config_fields(case).items() if "crossentropy" not in k}
-        return self.collated.setdefault((case.pair, repr(sorted(of_collating.items()))), {})
+    def trainer(
+        self, case: Case, student: Any, teacher: Any, num_steps: int, folder: str
+    ) -> GOLDTrainer:
+        """Without its lines on the screen; what is learnt is as it would be."""
+        is_cuda, scale = self.device.type == "cuda", self.scale
+        options = config_fields(case)
+        if case.policy == "on":
+            options["rollout_compile"] = False  # takes longer than a run
+        args = GOLDConfig(
+            output_dir=folder,
+            per_device_train_batch_size=scale.batch_size,
+            max_steps=num_steps,
+            learning_rate=scale.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=num_steps // 20 + 1,
+            seed=case.seed,
+            max_length=MOST_TOKENS,
+            max_completion_length=MOST_NEW_TOKENS,
+            bf16=False,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=is_cuda,
+            logging_first_step=False,
+            logging_steps=num_steps + 1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = GOLDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=self.dataset(case.loss),
+            processing_class=self.processors[STUDENT_FAMILY[case.pair]],
+            teacher_processing_class=self.processors[TEACHER_FAMILY],
+        )
+        for callback in (PrinterCallback, Banner):
+            trainer.remove_callback(callback)
+        # one kind of collator, one way of rendering and aligning: no loss here has its own
+        kept = self.collated.setdefault((case.pair, type(trainer.data_collator)), {})
+        trainer.data_collator = Remembered(trainer.data_collator, kept)
+        return trainer

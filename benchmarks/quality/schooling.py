@@ -6,6 +6,8 @@ do, and would spend most of a small model's step on pictures that the loop keeps
 N pictures, B of a batch, L_p tokens of the longest prompt, L_a of the longest answer and its end.
 """
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import get_cosine_schedule_with_warmup
 
 from quality.pictures import Pictures
 
@@ -104,29 +105,36 @@ class Schooling:
     steps: int
     batch_size: int
     learning_rate: float
+    most_seconds: float = math.inf  # then fewer steps; the rate falls to 0 at the end of either
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
+def bfloat16(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def school(model: Any, lessons: Lessons, how: Schooling, seed: int) -> list[float]:
-    """Train in place on the answers' cross-entropy; losses of the steps."""
+    """Train in place on the answers' cross-entropy; losses of the steps taken."""
     device = lessons.pixels.device
     model.to(device).train()
     is_cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         model.parameters(), how.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=is_cuda
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, how.steps // 20 + 1, how.steps)
-    losses = []
+    losses: list[Tensor] = []
+    started = time.perf_counter()
     for rows in batches(len(lessons), how, seed, device):
-        with autocast(device):
+        seconds = time.perf_counter() - started
+        share = max(len(losses) / how.steps, seconds / how.most_seconds)
+        if share >= 1:
+            break
+        warm = min(1.0, 20 * (len(losses) + 1) / how.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = how.learning_rate * warm * (1 + math.cos(math.pi * share)) / 2
+        with bfloat16(device):
             loss = model(**lessons.answered(rows, model), use_cache=False).loss
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0, foreach=is_cuda)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
     model.eval()
@@ -151,8 +159,7 @@ def answers_of(model: Any, lessons: Lessons, tokenizer: Any, batch_size: int = 1
     device, texts = lessons.pixels.device, []
     for rows in torch.arange(len(lessons), device=device).split(batch_size):
         inputs = lessons.prompts(rows, model)
-        with autocast(device):
-            ids = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts

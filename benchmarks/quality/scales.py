@@ -1,0 +1,62 @@
+"""Sizes of models, data and trainings: the record's, and small ones for two CPU cores."""
+
+from dataclasses import dataclass
+
+from quality.models import SMALL_STUDENT, SMALL_TEACHER, STUDENT, TEACHER, Size
+from quality.schooling import Schooling
+
+
+@dataclass(frozen=True)
+class Scale:
+    teacher: Size
+    student: Size
+    teacher_pictures: int
+    prompts: int  # that students distil on
+    labelled: int  # of them, the first ones: what the student has learnt before
+    held_out: int
+    teacher_schooling: Schooling
+    student_schooling: Schooling  # before the run, on the labelled pictures
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+RECORD = Scale(
+    teacher=TEACHER,
+    student=STUDENT,
+    teacher_pictures=80_000,
+    prompts=8192,
+    labelled=2048,
+    held_out=2000,
+    teacher_schooling=Schooling(1500, 256, 7e-4, most_seconds=42),
+    student_schooling=Schooling(400, 128, 1e-3, most_seconds=30),
+    steps=100,
+    batch_size=64,
+    learning_rate=5e-4,
+)
+SMALL = Scale(
+    teacher=SMALL_TEACHER,
+    student=SMALL_STUDENT,
+    teacher_pictures=4000,
+    prompts=256,
+    labelled=128,
+    held_out=200,
+    teacher_schooling=Schooling(steps=200, batch_size=32, learning_rate=1e-3),
+    student_schooling=Schooling(steps=100, batch_size=32, learning_rate=1e-3),
+    steps=20,
+    batch_size=16,
+    learning_rate=1e-3,
+)
+TINY = Scale(  # of the tests
+    teacher=Size(hidden=32, layers=1, vision_hidden=32, vision_layers=2, head_dim=32),
+    student=Size(hidden=32, layers=1, vision_hidden=32, vision_layers=2, head_dim=32),
+    teacher_pictures=64,
+    prompts=32,
+    labelled=16,
+    held_out=16,
+    teacher_schooling=Schooling(steps=2, batch_size=8, learning_rate=1e-3),
+    student_schooling=Schooling(steps=2, batch_size=8, learning_rate=1e-3),
+    steps=2,
+    batch_size=4,
+    learning_rate=1e-3,
+)

@@ -1,0 +1,59 @@
+"""What a process of its own works on: one after the other, with what it has kept of the last."""
+
+import contextlib
+import gc
+import os
+import traceback
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quality.rows import Case
+from quality.runs import Bench
+from quality.scales import Scale
+
+MOST_STATUS = 200  # characters
+
+
+@lru_cache(maxsize=1)
+def bench_of(folder: Path, scale: Scale) -> Bench:
+    is_cuda = torch.cuda.is_available()
+    if is_cuda:  # else it takes the cores that it is given
+        torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("high")  # of runs: TF32, where there is a GPU
+    gc.collect()
+    gc.freeze()  # every run ends with a collection, of a second where it looks at all imports
+    return Bench(folder, scale, torch.device("cuda" if is_cuda else "cpu"))
+
+
+def school_teacher(folder: Path, scale: Scale) -> dict[str, Any]:
+    return bench_of(folder, scale).school_teacher()
+
+
+def school_student(folder: Path, scale: Scale, family: str) -> dict[str, Any]:
+    return bench_of(folder, scale).school_student(family)
+
+
+def rehearse(folder: Path, scale: Scale, pair: str) -> dict[str, Any]:
+    with quiet():
+        return bench_of(folder, scale).rehearse(pair)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def run(folder: Path, scale: Scale, case: Case) -> dict[str, Any]:
+    """The row; a run that fails is one too."""
+    try:
+        with quiet():
+            numbers = bench_of(folder, scale).run(case)
+    except Exception as error:
+        traceback.print_exc()
+        numbers = {"status": f"{type(error).__name__}: {error}"[:MOST_STATUS]}
+    return {"status": "ok", **numbers}
