@@ -29,6 +29,9 @@ LOSSES = (
     Loss("uld", PAIRS, ACROSS),
     Loss("hybrid_0", ("cross",), {**HYBRID, "beta": 0.0}),
     Loss("hybrid_0.5", ("cross",), {**HYBRID, "beta": 0.5}),
+    Loss(
+        "chunk_likelihood", ("cross",), {**ACROSS, "uld_loss_type": "chunk_likelihood", "beta": 0.0}
+    ),
 )
 
 # What is not distilled: cross-entropy alone, on answers of three kinds.

@@ -5,7 +5,7 @@ greedy answers to the held-out questions.
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,12 @@ MOST_TOKENS, MOST_NEW_TOKENS = 96, 12
 
 
 def is_known(chosen: dict[str, Any]) -> bool:
-    """Whether GOLDConfig has these fields."""
-    return chosen.keys() <= {spec.name for spec in fields(GOLDConfig)}
+    """Whether GOLDConfig has these fields and values."""
+    try:
+        GOLDConfig(output_dir="unused", report_to="none", **chosen)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class Remembered:

@@ -30,9 +30,9 @@ RECORD = Scale(
     held_out=2000,
     teacher_schooling=Schooling(1500, 256, 7e-4, most_seconds=42),
     student_schooling=Schooling(400, 128, 1e-3, most_seconds=30),
-    steps=100,
+    steps=80,
     batch_size=64,
-    learning_rate=5e-4,
+    learning_rate=7e-4,
 )
 SMALL = Scale(
     teacher=SMALL_TEACHER,
