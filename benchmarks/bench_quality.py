@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quality import pictures
+from quality import pictures, rows, scales, tasks
 from quality.table import report
 from rich.console import Console
 
@@ -63,14 +63,14 @@ class Pools:
     """Processes for each pair: what one keeps of a run serves the next of its pair."""
 
     def __init__(self, workers: int) -> None:
-        from quality.rows import PAIRS
-
         context = multiprocessing.get_context("spawn")  # a fork would share what CUDA has begun
-        self.of_pair = {pair: ProcessPoolExecutor(workers, mp_context=context) for pair in PAIRS}
+        self.of_pair = {
+            pair: ProcessPoolExecutor(workers, mp_context=context) for pair in rows.PAIRS
+        }
         self.workers = workers
         for pool in self.of_pair.values():
             for _ in range(workers):
-                pool.submit(warm)  # they import while pictures are drawn
+                pool.submit(tasks.warm)  # they import while pictures are drawn
 
     def close(self) -> None:
         for pool in self.of_pair.values():
@@ -80,16 +80,10 @@ class Pools:
         return self.of_pair[pair]
 
 
-def warm() -> None:
-    import quality.tasks  # noqa: F401
-
-
 def school_all(pools: Pools, folder: Path, scale: Any, options: argparse.Namespace) -> None:
     """Weights of the teacher and of the students before their runs, unless they are there. Other
     processes rehearse meanwhile.
     """
-    from quality import rows, tasks
-
     schooled: dict[Future, str] = {}
     for pair, family in rows.STUDENT_FAMILY.items():
         others = pools.workers
@@ -103,12 +97,14 @@ def school_all(pools: Pools, folder: Path, scale: Any, options: argparse.Namespa
         for _ in range(others if options.rehearse else 0):
             future = pools[pair].submit(tasks.rehearse, folder, scale, pair)
             future.add_done_callback(lambda done, pair=pair: tell(options, pair, done.result()))
+    import record  # noqa: F401  # of torch, while they learn
+
     for future in as_completed(schooled):
         tell(options, schooled[future], rounded(future.result()))
 
 
 def tell(options: argparse.Namespace, *what: Any) -> None:
-    CONSOLE.print(f"{time.perf_counter() - options.started:.1f} s:", *what)
+    CONSOLE.print(f"{time.perf_counter() - options.started:.1f} s:", *map(str, what))
 
 
 def run_all(
@@ -120,7 +116,6 @@ def run_all(
     options: argparse.Namespace,
 ) -> int:
     """How many cases were left out for want of time."""
-    from quality import tasks
     from record import environment
 
     where = environment()
@@ -153,8 +148,6 @@ def measure(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     pools = Pools(options.workers)
     try:
-        from quality import rows, scales
-
         scale = scales.SMALL if options.small else scales.RECORD
         draw(folder, scale, options.drawers)
         tell(options, "pictures are drawn")

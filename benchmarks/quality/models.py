@@ -5,7 +5,6 @@ LLaVA      the student of another family; 16 patches of 16 pixels; shorter token
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from quality.pictures import SIZE
+from quality.scales import Size
 
 PATCH, WIDE_PATCH, SHUFFLE = 8, 16, 2
 IMAGE_TOKENS = (SIZE // PATCH // SHUFFLE) ** 2
@@ -47,23 +47,6 @@ LLAVA_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '[assistant]\n' }}{%- endif -%}"
 )
 
-
-@dataclass(frozen=True)
-class Size:
-    """Of a text model and a vision tower, with heads of 32 or 64."""
-
-    hidden: int
-    layers: int
-    vision_hidden: int
-    vision_layers: int
-    head_dim: int = 64
-
-
-# wide and shallow: a step of models this small takes the time of its launches
-TEACHER = Size(hidden=768, layers=4, vision_hidden=512, vision_layers=4)
-STUDENT = Size(hidden=384, layers=3, vision_hidden=320, vision_layers=3)
-SMALL_TEACHER = Size(hidden=128, layers=3, vision_hidden=96, vision_layers=3, head_dim=32)
-SMALL_STUDENT = Size(hidden=64, layers=2, vision_hidden=64, vision_layers=2, head_dim=32)
 
 # family -> merges of its tokenizer, tokens (beginning, end of turn, padding), template
 FAMILIES = {

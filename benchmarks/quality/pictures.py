@@ -22,7 +22,6 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_digits
 
 SIZE = 64  # pixels of a side
 HELD_OUT_PART = 8  # one content in so many is held out
@@ -99,6 +98,8 @@ def ask_word(rng: random.Random, held_out: bool) -> Asked:
 
 @lru_cache(None)
 def handwriting() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits  # seconds, of those who draw alone
+
     source = load_digits()
     return source.images, source.target
 

@@ -22,8 +22,8 @@ from gold_trainer.rows import Row
 from quality.models import build_model, build_processor
 from quality.pictures import Pictures
 from quality.rows import LOSSES, STUDENT_FAMILY, TEACHER_FAMILY, Case, config_fields
-from quality.scales import Scale
-from quality.schooling import Lessons, Schooling, accuracy, answers_of, prompt_of, school
+from quality.scales import Scale, Schooling
+from quality.schooling import Lessons, accuracy, answers_of, prompt_of, school
 
 MOST_TOKENS, MOST_NEW_TOKENS = 96, 12
 

@@ -1,9 +1,26 @@
 """Sizes of models, data and trainings: the record's, and small ones for two CPU cores."""
 
+import math
 from dataclasses import dataclass
 
-from quality.models import SMALL_STUDENT, SMALL_TEACHER, STUDENT, TEACHER, Size
-from quality.schooling import Schooling
+
+@dataclass(frozen=True)
+class Size:
+    """Of a text model and a vision tower, with heads of 32 or 64."""
+
+    hidden: int
+    layers: int
+    vision_hidden: int
+    vision_layers: int
+    head_dim: int = 64
+
+
+@dataclass(frozen=True)
+class Schooling:
+    steps: int
+    batch_size: int
+    learning_rate: float
+    most_seconds: float = math.inf  # then fewer steps; the rate falls to 0 at the end of either
 
 
 @dataclass(frozen=True)
@@ -20,6 +37,12 @@ class Scale:
     batch_size: int
     learning_rate: float
 
+
+# wide and shallow: a step of models this small takes the time of its launches
+TEACHER = Size(hidden=768, layers=4, vision_hidden=512, vision_layers=4)
+STUDENT = Size(hidden=384, layers=3, vision_hidden=320, vision_layers=3)
+SMALL_TEACHER = Size(hidden=128, layers=3, vision_hidden=96, vision_layers=3, head_dim=32)
+SMALL_STUDENT = Size(hidden=64, layers=2, vision_hidden=64, vision_layers=2, head_dim=32)
 
 RECORD = Scale(
     teacher=TEACHER,

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from quality.pictures import Pictures
+from quality.scales import Schooling
 
 IGNORED = -100
 MOST_NEW_TOKENS = 12
@@ -98,14 +98,6 @@ class Lessons(NamedTuple):
             "attention_mask": torch.cat([inputs["attention_mask"], is_answer.long()], 1),
             "labels": torch.cat([no_labels, answers], 1),
         }
-
-
-@dataclass(frozen=True)
-class Schooling:
-    steps: int
-    batch_size: int
-    learning_rate: float
-    most_seconds: float = math.inf  # then fewer steps; the rate falls to 0 at the end of either
 
 
 def bfloat16(device: torch.device) -> AbstractContextManager:

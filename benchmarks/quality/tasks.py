@@ -1,4 +1,7 @@
-"""What a process of its own works on: one after the other, with what it has kept of the last."""
+"""What a process of its own works on: one task after the other, with what it has kept of the last.
+
+Torch is imported where a task begins: the process that hands tasks out does not wait for it.
+"""
 
 import contextlib
 import gc
@@ -9,17 +12,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quality.rows import Case
-from quality.runs import Bench
 from quality.scales import Scale
 
 MOST_STATUS = 200  # characters
 
 
 @lru_cache(maxsize=1)
-def bench_of(folder: Path, scale: Scale) -> Bench:
+def bench_of(folder: Path, scale: Scale) -> Any:
+    import torch
+
+    from quality.runs import Bench
+
     is_cuda = torch.cuda.is_available()
     if is_cuda:  # else it takes the cores that it is given
         torch.set_num_threads(2)
@@ -27,6 +31,11 @@ def bench_of(folder: Path, scale: Scale) -> Bench:
     gc.collect()
     gc.freeze()  # every run ends with a collection, of a second where it looks at all imports
     return Bench(folder, scale, torch.device("cuda" if is_cuda else "cpu"))
+
+
+def warm() -> None:
+    """Imports, while pictures are drawn."""
+    import quality.runs  # noqa: F401
 
 
 def school_teacher(folder: Path, scale: Scale) -> dict[str, Any]:
@@ -42,12 +51,6 @@ def rehearse(folder: Path, scale: Scale, pair: str) -> dict[str, Any]:
         return bench_of(folder, scale).rehearse(pair)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
 def run(folder: Path, scale: Scale, case: Case) -> dict[str, Any]:
     """The row; a run that fails is one too."""
     try:
@@ -57,3 +60,9 @@ def run(folder: Path, scale: Scale, case: Case) -> dict[str, Any]:
         traceback.print_exc()
         numbers = {"status": f"{type(error).__name__}: {error}"[:MOST_STATUS]}
     return {"status": "ok", **numbers}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
