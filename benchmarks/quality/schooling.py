@@ -117,11 +117,11 @@ def school(model: Any, lessons: Lessons, how: Schooling, seed: int) -> list[floa
     for rows in batches(len(lessons), how, seed, device):
         seconds = time.perf_counter() - started
         share = max(len(losses) / how.steps, seconds / how.most_seconds)
-        if share >= 1:
+        if losses and share >= 1:
             break
         warm = min(1.0, 20 * (len(losses) + 1) / how.steps)
         for group in optimizer.param_groups:
-            group["lr"] = how.learning_rate * warm * (1 + math.cos(math.pi * share)) / 2
+            group["lr"] = how.learning_rate * warm * (1 + math.cos(math.pi * min(1, share))) / 2
         with bfloat16(device):
             loss = model(**lessons.answered(rows, model), use_cache=False).loss
         loss.backward()
