@@ -4,14 +4,15 @@
     python benchmarks/bench_quality.py --small                        # two CPU cores, two minutes
     python benchmarks/bench_quality.py --report                       # table and plot from the CSV
 
-A teacher of 39M parameters is trained from scratch on pictures that are drawn here, students of 9M
+A teacher of 45M parameters is trained from scratch on pictures that are drawn here, students of 10M
 on a few labelled ones: of the teacher's family, and of another with another tokenizer. Then each
 row of the table takes a copy of such a student through GOLDTrainer, with as many steps as all
-others, and answers the held-out questions greedily. quality/ has the pieces: pictures.py the task,
-models.py the models, scales.py the sizes, rows.py what is compared.
+others, and answers the held-out questions greedily. A seed is of what a run draws: the order of its
+rows, and what is sampled. quality/ has the pieces: pictures.py the task, models.py the models,
+scales.py the sizes, rows.py what is compared.
 
 A row is written as soon as its run ends. Rows that the CSV has are not run again; --folder keeps
-pictures and weights for that.
+pictures and weights for that. A teacher that knows too little ends it: exit code 1.
 """
 
 import argparse
@@ -80,16 +81,24 @@ class Pools:
         return self.of_pair[pair]
 
 
-def school_all(pools: Pools, folder: Path, scale: Any, options: argparse.Namespace) -> None:
-    """Weights of the teacher and of the students before their runs, unless they are there. Other
-    processes rehearse meanwhile.
+def school_all(pools: Pools, folder: Path, scale: Any, options: argparse.Namespace) -> bool:
+    """Weights of the teacher, which learns alone, and of the students before their runs, unless
+    they are there. Other processes rehearse beside the students. False: the teacher knows too
+    little.
     """
+    if not (folder / "teacher.pt").exists():
+        future = pools["same"].submit(tasks.school_teacher, folder, scale)
+        import record  # noqa: F401  # of torch, while it learns
+
+        numbers = future.result()
+        tell(options, "teacher", rounded(numbers))
+        if numbers["accuracy"] < scale.least_teacher:
+            (folder / "teacher.pt").unlink()
+            tell(options, f"no student is judged by a teacher below {scale.least_teacher}")
+            return False
     schooled: dict[Future, str] = {}
     for pair, family in rows.STUDENT_FAMILY.items():
         others = pools.workers
-        if pair == "same" and not (folder / "teacher.pt").exists():
-            schooled[pools[pair].submit(tasks.school_teacher, folder, scale)] = "teacher"
-            others -= 1
         if not (folder / f"{family}.pt").exists():
             future = pools[pair].submit(tasks.school_student, folder, scale, family)
             schooled[future] = f"student {family}"
@@ -97,10 +106,9 @@ def school_all(pools: Pools, folder: Path, scale: Any, options: argparse.Namespa
         for _ in range(others if options.rehearse else 0):
             future = pools[pair].submit(tasks.rehearse, folder, scale, pair)
             future.add_done_callback(lambda done, pair=pair: tell(options, pair, done.result()))
-    import record  # noqa: F401  # of torch, while they learn
-
     for future in as_completed(schooled):
         tell(options, schooled[future], rounded(future.result()))
+    return True
 
 
 def tell(options: argparse.Namespace, *what: Any) -> None:
@@ -155,7 +163,8 @@ def measure(options: argparse.Namespace) -> int:
         wanted = rows.cases_of(range(options.seeds), options.losses)
         wanted = rows.small_cases() if options.small else wanted
         cases = [case for case in wanted if case.key not in done]
-        school_all(pools, folder, scale, options)
+        if not school_all(pools, folder, scale, options):
+            return 1
         from record import RowLog
 
         log = RowLog(options.output, FIELDS, appends=True)
@@ -174,7 +183,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="CSV; default: results/quality.csv")
     parser.add_argument("--folder", type=Path, help="of pictures and weights; default: a new one")
     parser.add_argument("--workers", type=int, default=1, help="processes for each of two pairs")
-    parser.add_argument("--rehearse", action="store_true", help="while the teacher is trained")
+    parser.add_argument("--rehearse", action="store_true", help="beside the students' schooling")
     parser.add_argument("--drawers", type=int, default=1, help="processes that draw pictures")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run begins after them")
     parser.add_argument("--seeds", type=int, default=3)

@@ -129,14 +129,16 @@ class Bench:
         answers = answers_of(model, self.lessons(TEACHER_FAMILY, self.prompts), tokenizer)
         (self.folder / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
         self.__dict__["teacher"] = model
-        return self.keep("teacher", model, self.scale.teacher_schooling, losses, started)
+        numbers = self.keep("teacher", model, self.scale.teacher_schooling, losses, started)
+        return numbers | self.grade(model, TEACHER_FAMILY)
 
     def school_student(self, family: str) -> dict[str, float]:
         started = time.perf_counter()
         model = self.student(family, is_fresh=True)
         labelled = self.lessons(family, self.prompts.first(self.scale.labelled))
         losses = school(model, labelled, self.scale.student_schooling, 0)
-        return self.keep(family, model, self.scale.student_schooling, losses, started)
+        numbers = self.keep(family, model, self.scale.student_schooling, losses, started)
+        return numbers | self.grade(model, family)
 
     def keep(
         self, name: str, model: Any, how: Schooling, losses: list[float], started: float

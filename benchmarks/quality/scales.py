@@ -13,6 +13,7 @@ class Size:
     vision_hidden: int
     vision_layers: int
     head_dim: int = 64
+    initializer_range: float = 0.02  # narrow models need wider weights to hand a picture on
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,28 @@ class Scale:
     steps: int
     batch_size: int
     learning_rate: float
+    least_teacher: float = 0.0  # accuracy below which no student is judged
 
 
 # wide and shallow: a step of models this small takes the time of its launches
 TEACHER = Size(hidden=768, layers=4, vision_hidden=512, vision_layers=4)
 STUDENT = Size(hidden=384, layers=3, vision_hidden=320, vision_layers=3)
-SMALL_TEACHER = Size(hidden=128, layers=3, vision_hidden=96, vision_layers=3, head_dim=32)
-SMALL_STUDENT = Size(hidden=64, layers=2, vision_hidden=64, vision_layers=2, head_dim=32)
+SMALL_TEACHER = Size(96, 2, 64, 2, head_dim=32, initializer_range=0.08)
+SMALL_STUDENT = Size(64, 1, 32, 1, head_dim=32, initializer_range=0.08)
 
 RECORD = Scale(
     teacher=TEACHER,
     student=STUDENT,
-    teacher_pictures=80_000,
+    teacher_pictures=120_000,
     prompts=8192,
     labelled=2048,
     held_out=2000,
-    teacher_schooling=Schooling(1500, 256, 7e-4, most_seconds=42),
-    student_schooling=Schooling(400, 128, 1e-3, most_seconds=30),
-    steps=80,
+    teacher_schooling=Schooling(steps=5000, batch_size=256, learning_rate=7e-4, most_seconds=150),
+    student_schooling=Schooling(steps=1000, batch_size=128, learning_rate=1e-3, most_seconds=60),
+    steps=120,
     batch_size=64,
     learning_rate=7e-4,
+    least_teacher=0.85,
 )
 SMALL = Scale(
     teacher=SMALL_TEACHER,

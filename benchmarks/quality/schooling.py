@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from quality.pictures import Pictures
+from quality.pictures import DEVIATION, MEAN, Pictures
 from quality.scales import Schooling
 
 IGNORED = -100
@@ -76,7 +76,7 @@ class Lessons(NamedTuple):
 
     def prompts(self, rows: Tensor, model: Any) -> dict[str, Tensor]:  # (B,)
         """What generate takes."""
-        pixels = self.pixels[rows].float() / 127.5 - 1
+        pixels = (self.pixels[rows].float() / 255 - MEAN) / DEVIATION
         if model.config.model_type == "idefics3":  # a row may have several pictures
             pixels = pixels[:, None]
         which = self.question[rows]
