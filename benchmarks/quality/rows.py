@@ -11,6 +11,7 @@ PAIRS = ("same", "cross")  # tokenizers of student and teacher
 POLICIES = {"off": 0.0, "on": 0.5}  # lmbda: the student writes no or half of the completions
 ACROSS = {"use_uld_loss": True}
 HYBRID = {**ACROSS, "uld_use_hybrid_loss": True}
+LIKELIHOOD = {**ACROSS, "uld_loss_type": "chunk_likelihood"}
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Loss:
     name: str
     pairs: tuple[str, ...]
     fields: dict[str, Any] = field(default_factory=dict, hash=False)
+    crossentropy_weight: float = 1.0  # where it is added
 
 
 LOSSES = (
@@ -29,9 +31,8 @@ LOSSES = (
     Loss("uld", PAIRS, ACROSS),
     Loss("hybrid_0", ("cross",), {**HYBRID, "beta": 0.0}),
     Loss("hybrid_0.5", ("cross",), {**HYBRID, "beta": 0.5}),
-    Loss(
-        "chunk_likelihood", ("cross",), {**ACROSS, "uld_loss_type": "chunk_likelihood", "beta": 0.0}
-    ),
+    # 1 / uld_group_temperature as large as the others
+    Loss("chunk_likelihood", ("cross",), {**LIKELIHOOD, "beta": 0.0}, crossentropy_weight=0.01),
 )
 
 # What is not distilled: cross-entropy alone, on answers of three kinds.
@@ -95,7 +96,8 @@ def config_fields(case: Case) -> dict[str, Any]:
         weights = {"distillation_weight": 0.0, "crossentropy_weight": 1.0}
     else:
         fields = dict(loss_of(case.loss).fields)
-        weights = {"crossentropy_weight": 1.0} if case.crossentropy == "yes" else {}
+        weight = loss_of(case.loss).crossentropy_weight
+        weights = {"crossentropy_weight": weight} if case.crossentropy == "yes" else {}
     prefix = "uld_" if fields.get("use_uld_loss") else ""
     weights = {prefix + name: value for name, value in weights.items()}
     return {**fields, **weights, "lmbda": POLICIES[case.policy]}

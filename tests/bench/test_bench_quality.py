@@ -177,8 +177,19 @@ def test_every_loss_has_both_policies_with_and_without_crossentropy_one_seed_aft
     assert seeds == sorted(seeds)
     on = rows.config_fields(rows.Case("cross", "uld", "on", "yes", 0))
     assert on == {"use_uld_loss": True, "uld_crossentropy_weight": 1.0, "lmbda": 0.5}
+    small = rows.config_fields(rows.Case("cross", "chunk_likelihood", "off", "yes", 0))
+    assert small["uld_crossentropy_weight"] == 0.01
     off = rows.config_fields(rows.Case("same", "labels", "off", "yes", 0))
     assert off == {"distillation_weight": 0.0, "crossentropy_weight": 1.0, "lmbda": 0.0}
+
+
+def test_a_teacher_that_knows_too_little_judges_no_student(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "Pools", Inline)
+    monkeypatch.setattr(scales, "SMALL", replace(scales.TINY, least_teacher=0.85))
+    path = tmp_path / "quality.csv"
+    options = ["--small", "--folder", str(tmp_path), "--output", str(path)]
+    assert bench.main(options) == 1
+    assert not path.exists() and not (tmp_path / "teacher.pt").exists()  # it is trained again
 
 
 def test_schooling_ends_at_its_steps_or_its_seconds(folder):
