@@ -21,6 +21,7 @@ from gold_trainer.run_config import (
     check_output_dir,
     rename_checkpointing,
 )
+from gold_trainer.speed.fields import SpeedFields
 from gold_trainer.teacher_config import TeacherFields
 from gold_trainer.uld_config import ULDFields
 from gold_trainer.vllm_config import VLLMFields
@@ -29,6 +30,7 @@ from gold_trainer.vllm_config import VLLMFields
 @dataclass
 class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has run
     RunFields,
+    SpeedFields,
     TeacherFields,
     CacheFields,
     LossFields,

@@ -125,7 +125,8 @@ def measure(
     # first, before FSDP's own, which casts what the model returns
     hook = model.register_forward_hook(lambda *call: made.append(call[-1]), prepend=True)
     try:
-        with forward_is(place, at_head):
+        # one pass: not worth compiling layers for
+        with forward_is(place, at_head), torch.compiler.set_stance("force_eager"):
             wrapper(**inputs)
     except (IndexError, RuntimeError, TypeError) as error:
         if probe is None or isinstance(error, torch.OutOfMemoryError):

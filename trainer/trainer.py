@@ -46,6 +46,7 @@ from gold_trainer.resuming import settings_of_run
 from gold_trainer.router_loss import has_router_loss, with_router_loss
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
+from gold_trainer.speed.compiling import CompiledStep
 from gold_trainer.stopping import Stopper
 from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
@@ -141,6 +142,7 @@ class GOLDTrainer(Trainer):
         writers = make_writers(student, self.teacher, self.objective.collators, args, connection)
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
+        self.compiled = CompiledStep(args, sides)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
@@ -280,7 +282,8 @@ class GOLDTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.guard.loss_to_log(super().training_step(*args, **kwargs))
+        with self.compiled.running():
+            return self.guard.loss_to_log(super().training_step(*args, **kwargs))
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: Tensor | float | None = None

@@ -1,0 +1,185 @@
+"""Layers of student and teacher compiled for a training step: one piece of code for all of a kind.
+
+Between its matrix products a layer runs dozens of small kernels, each of which the host has to
+launch and which reads and writes all of the hidden states; compiled they become a few. A model as a
+whole would be compiled layer by layer, and again for every shape of everything around them; a layer
+takes seconds, and its code serves the others of its list. What stands around the layers (hooks of
+FSDP, embeddings, positions, pictures, the head with the loss) runs as it always does.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch._dynamo import callback as compiler_events
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from gold_trainer import models
+from gold_trainer.config import GOLDConfig
+from gold_trainer.loss_at_head import forward_is
+from gold_trainer.teachers.layer_stream import outermost_lists
+
+logger = logging.getLogger(__name__)
+
+BACKEND: str | Callable = "inductor"
+DYNAMIC: bool | None = None  # sizes are fixed until a second one comes
+# Pieces of code of one kind of layers: with and without gradients, lengths that are fixed and that
+# are not, masks or none, attention that slides.
+LIMIT = 16
+
+
+class LayerKind:
+    """Layers of one class and one list: they differ in their weights alone."""
+
+    def __init__(self, name: str, layers: list[nn.Module]) -> None:
+        self.name, self.layers = name, layers
+        self.is_compiled = True
+        # torch keeps what it compiles by the code object: one of our own, which no other kind fills
+        self.compiled: Callable = torch.compile(
+            _own_copy(name), backend=BACKEND, dynamic=DYNAMIC, fullgraph=True
+        )
+
+    def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward. Its hooks are around it, its gradient checkpointing is in it."""
+        if self.is_compiled:
+            try:
+                return self.compiled(layer, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler may raise
+                self._give_up(error)
+        return type(layer).forward(layer, *args, **kwargs)
+
+    def _give_up(self, error: Exception) -> None:
+        """What is the layer's own error comes again without the compiler."""
+        self.is_compiled = False
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        logger.warning(
+            "GOLDTrainer: %s runs without being compiled, which costs time: %s", self.name, reason
+        )
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer in self.layers if self.is_compiled else ():
+                stack.enter_context(forward_is(layer, partial(self.run, layer)))
+            yield
+
+
+class CompiledStep:
+    """Within its context layers are compiled. Rollouts, evaluations and files are outside of it."""
+
+    def __init__(self, args: GOLDConfig, sides: Mapping[str, nn.Module | None]) -> None:
+        self.args, self.sides = args, sides
+        self.seconds = self.all_seconds = 0.0  # of compiling: since they were told, and in all
+
+    @cached_property
+    def kinds(self) -> list[LayerKind]:
+        """Asked when weights are where they will be."""
+        kinds: list[LayerKind] = []
+        seen: set[int] = set()
+        for side, model in self.sides.items() if is_regional(self.args) else ():
+            if model is None or id(model) in seen:  # elsewhere; the student's own weights
+                continue
+            seen.add(id(model))
+            reason = _reason_against(model, self.args, side)
+            if reason is None:
+                kinds += _kinds_of(side, model)
+            else:
+                logger.warning(
+                    "GOLDTrainer: the %s's layers run without being compiled: %s.", side, reason
+                )
+        return kinds
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around forward and backward pass of a micro-batch."""
+        kinds = [kind for kind in self.kinds if kind.is_compiled]
+        if not kinds:
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=LIMIT))
+            stack.enter_context(self._timed())
+            for kind in kinds:
+                stack.enter_context(kind.installed())
+            yield
+        self._tell()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = 0.0
+
+        def start(_: Any) -> None:
+            nonlocal started
+            started = time.perf_counter()
+
+        def end(_: Any) -> None:
+            self.seconds += time.perf_counter() - started
+
+        events = compiler_events.callback_handler
+        events.register_start_callback(start)
+        events.register_end_callback(end)
+        try:
+            yield
+        finally:
+            if start in events.start_callbacks:  # else somebody has reset the compiler
+                events.remove_start_callback(start)
+                events.remove_end_callback(end)
+
+    def _tell(self) -> None:
+        """Where a step has compiled something: the first ones, and one with a new kind of batch."""
+        if self.seconds >= 0.1 and self.args.process_index == 0:
+            names = ", ".join(kind.name for kind in self.kinds if kind.is_compiled)
+            Console(highlight=False).print(
+                f"  compiled   {names} in {self.seconds:.1f} s", markup=False, soft_wrap=True
+            )
+        self.all_seconds += self.seconds
+        self.seconds = 0.0
+
+
+def is_regional(args: GOLDConfig) -> bool:
+    if args.compile_models is None:
+        return args.device.type == "cuda"
+    return args.compile_models == "regional"
+
+
+def _kinds_of(side: str, model: nn.Module) -> Iterator[LayerKind]:
+    for _, layers in outermost_lists(models.base_model(model)):
+        by_class: dict[type, list[nn.Module]] = {}
+        for layer in layers:
+            if layer._compiled_call_impl is None:  # by the user
+                by_class.setdefault(type(layer), []).append(layer)
+        for kind, members in by_class.items():
+            if len(members) > 1:
+                yield LayerKind(f"{kind.__name__} of the {side}", members)
+
+
+def _reason_against(model: nn.Module, args: GOLDConfig, side: str) -> str | None:
+    if models.is_quantised(model):
+        return "it is in 8 or 4 bits"
+    if side == "teacher" and args.teacher_offload is not None:
+        return "they come to the device one after the other"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "accelerate moves what comes in"
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return "FSDP of version 1 keeps their weights flat"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "ZeRO-3 gathers their weights one by one"
+    return None
+
+
+def _run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _own_copy(name: str) -> FunctionType:
+    code: CodeType = _run_layer.__code__.replace(co_name=name.replace(" ", "_"))
+    return FunctionType(code, globals())
