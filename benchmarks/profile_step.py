@@ -12,7 +12,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -33,14 +34,20 @@ def say(text: str) -> None:
 
 
 class Profiled(StepTimer):
-    """Seconds of every step, and a profile of the last one."""
+    """Seconds of every step, a profile of the last one, and who waits in the one before it."""
 
     def __init__(self, num_steps: int, *, is_on: bool) -> None:
         super().__init__()
         self.num_steps, self.is_on, self.profile = num_steps, is_on, None
+        self.caught: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)
+        if self.is_on and torch.cuda.is_available() and state.global_step == 1:
+            self.caught = warnings.catch_warnings(record=True)
+            self.waits = self.caught.__enter__()
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
         if self.is_on and state.global_step == self.num_steps - 1:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -50,6 +57,13 @@ class Profiled(StepTimer):
             self.start = self._now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.caught is not None:
+            torch.cuda.set_sync_debug_mode("default")
+            self.caught.__exit__(None, None, None)
+            self.caught = None
+            places = Counter(f"{w.filename}:{w.lineno}" for w in self.waits if "sync" in str(w))
+            for place, count in places.most_common():
+                say(f"    waits {count:4d} x {place[-90:]}")
         super().on_step_end(*args, **kwargs)
         if self.profile is not None:
             self.profile.stop()
@@ -109,6 +123,15 @@ def measure(
             processing_class=processor,
             **both,
         )
+        prepare, prepared = trainer._prepare_inputs, []
+
+        def timed(inputs: Any) -> Any:
+            started = time.perf_counter()
+            result = prepare(inputs)
+            prepared.append(time.perf_counter() - started)
+            return result
+
+        trainer._prepare_inputs = timed
         timer = Profiled(fields["max_steps"], is_on=options.profile)
         trainer.add_callback(timer)
         if torch.cuda.is_available():
@@ -123,7 +146,7 @@ def measure(
     say(
         f"ROW {mode} {options.loss} tokens {per_row}: {median:.3f} s a step (all "
         f"{[round(s, 3) for s in timer.seconds]}), peak {peak:.2f} GiB, loss {first['loss']:.6f}, "
-        f"norm {first['grad_norm']:.6f}, compiled in {trainer.compiled.all_seconds:.1f} s, "
+        f"norm {first['grad_norm']:.6f}, prepared in {1e3 * statistics.median(prepared):.0f} ms, compiled in {trainer.fast.compiled.all_seconds:.1f} s, "
         f"{time.perf_counter() - started:.1f} s in all"
     )
 

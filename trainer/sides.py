@@ -11,6 +11,7 @@ from gold_trainer.collator import GOLDCollator, Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.loss_at_head import run_to_head
+from gold_trainer.speed.on_host import with_positions
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Side:
         function: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Any]:
         """function(hidden (B, L, D)) in the place of the head, and the model's output."""
-        inputs = models.forward_inputs(model, tensors)
+        inputs = with_positions(models.base_model(model), models.forward_inputs(model, tensors))
         return run_to_head(model, wrapper, self.place, self.form, inputs, function)
 
     @classmethod

@@ -46,7 +46,8 @@ from gold_trainer.resuming import settings_of_run
 from gold_trainer.router_loss import has_router_loss, with_router_loss
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
-from gold_trainer.speed.compiling import CompiledStep
+from gold_trainer.speed.on_host import moved
+from gold_trainer.speed.step import FastStep
 from gold_trainer.stopping import Stopper
 from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
@@ -142,7 +143,7 @@ class GOLDTrainer(Trainer):
         writers = make_writers(student, self.teacher, self.objective.collators, args, connection)
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
-        self.compiled = CompiledStep(args, sides)
+        self.fast = FastStep(args, sides)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
@@ -236,10 +237,7 @@ class GOLDTrainer(Trainer):
         return self.objective.prepare(inputs, self._to_device)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """From pinned memory, so that building the next micro-batch does not wait for this one."""
-        if self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
-            tensor = tensor.pin_memory()
-        tensor = tensor.to(self.args.device, non_blocking=True)
+        tensor = moved(tensor, self.args.device, is_pinned=self.args.dataloader_pin_memory)
         return self._prepare_input(tensor)  # DeepSpeed's dtype
 
     def compute_loss(  # type: ignore[override]
@@ -282,7 +280,7 @@ class GOLDTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.compiled.running():
+        with self.fast.running():
             return self.guard.loss_to_log(super().training_step(*args, **kwargs))
 
     def _get_grad_norm(

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loss_at_head import forward_is
+from gold_trainer.speed.segments import attention_of_segments, can_attend, configs_of
 from gold_trainer.teachers.layer_stream import outermost_lists
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,9 @@ LIMIT = 16
 class LayerKind:
     """Layers of one class and one list: they differ in their weights alone."""
 
-    def __init__(self, name: str, layers: list[nn.Module]) -> None:
+    def __init__(self, name: str, layers: list[nn.Module], configs: list[Any]) -> None:
         self.name, self.layers = name, layers
+        self.configs = configs  # of layers whose attention is one of segments
         self.is_compiled = True
         # torch keeps what it compiles by the code object: one of our own, which no other kind fills
         self.compiled: Callable = torch.compile(
@@ -68,7 +70,8 @@ class LayerKind:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for layer in self.layers if self.is_compiled else ():
+            stack.enter_context(attention_of_segments(self.configs))
+            for layer in self.layers:
                 stack.enter_context(forward_is(layer, partial(self.run, layer)))
             yield
 
@@ -91,7 +94,7 @@ class CompiledStep:
             seen.add(id(model))
             reason = _reason_against(model, self.args, side)
             if reason is None:
-                kinds += _kinds_of(side, model)
+                kinds += _kinds_of(side, model, self.args)
             else:
                 logger.warning(
                     "GOLDTrainer: the %s's layers run without being compiled: %s.", side, reason
@@ -151,7 +154,7 @@ def is_regional(args: GOLDConfig) -> bool:
     return args.compile_models == "regional"
 
 
-def _kinds_of(side: str, model: nn.Module) -> Iterator[LayerKind]:
+def _kinds_of(side: str, model: nn.Module, args: GOLDConfig) -> Iterator[LayerKind]:
     for _, layers in outermost_lists(models.base_model(model)):
         by_class: dict[type, list[nn.Module]] = {}
         for layer in layers:
@@ -159,7 +162,18 @@ def _kinds_of(side: str, model: nn.Module) -> Iterator[LayerKind]:
                 by_class.setdefault(type(layer), []).append(layer)
         for kind, members in by_class.items():
             if len(members) > 1:
-                yield LayerKind(f"{kind.__name__} of the {side}", members)
+                weight = next(members[0].parameters())
+                configs = configs_of(members)
+                if configs and not can_attend(weight.device, _dtype(weight, args)):
+                    configs = []
+                yield LayerKind(f"{kind.__name__} of the {side}", members, configs)
+
+
+def _dtype(weight: torch.Tensor, args: GOLDConfig) -> torch.dtype:
+    """In which products are computed."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return weight.dtype
 
 
 def _reason_against(model: nn.Module, args: GOLDConfig, side: str) -> str | None:
@@ -167,8 +181,9 @@ def _reason_against(model: nn.Module, args: GOLDConfig, side: str) -> str | None
         return "it is in 8 or 4 bits"
     if side == "teacher" and args.teacher_offload is not None:
         return "they come to the device one after the other"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "accelerate moves what comes in"
+    lists = [layers for _, layers in outermost_lists(models.base_model(model))]
+    if any(hasattr(module, "_hf_hook") for layers in lists for module in layers.modules()):
+        return "accelerate brings their weights one by one"
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return "FSDP of version 1 keeps their weights flat"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):

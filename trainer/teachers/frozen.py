@@ -31,6 +31,10 @@ def _bring_back(head: Any) -> None:
         head.to(device)
 
 
+def _is_current(device: torch.device) -> bool:
+    return device.index == torch.get_device_module(device).current_device()
+
+
 def refuse_kinds(model: nn.Module, field: str) -> None:
     """What this field cannot place."""
     what = None
@@ -91,8 +95,8 @@ class FrozenTeacher(Teacher):
         """
         head: Any = self.side.head
         own = head.weight.device
-        # a process of several on the CPU has cpu:0
-        if own == device or own.type == device.type == "cpu":
+        # a process of several on the CPU has cpu:0, accelerate's one GPU is cuda
+        if own == device or (own.type == device.type and (own.type == "cpu" or _is_current(own))):
             return
         if own.type == "cpu" and self.own_device is None:
             raise ValueError(

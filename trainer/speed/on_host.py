@@ -1,0 +1,101 @@
+"""What a model would ask the device for, answered on the host.
+
+Ids, masks and sizes of pictures are made on the host. A model that reads them back (.tolist(),
+.item(), a boolean index) waits until the device has done all it was given, and the device then
+waits for what comes next. So integers remember where they came from, and what is computed from them
+alone, positions of tokens and of patches, is computed there.
+
+B sequences, L positions.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gold_trainer.speed.replacing import replaced
+
+FUNCTIONS = "transformers.vision_utils"  # of sizes of pictures alone
+HOST = "gold_trainer_on_host"  # attribute of a tensor on a device
+
+
+def moved(tensor: Tensor, device: torch.device, *, is_pinned: bool = True) -> Tensor:
+    """The tensor on the device, from pinned memory: nobody waits for the copy."""
+    if device.type == "cpu":
+        return tensor
+    source = tensor.pin_memory() if is_pinned and device.type == "cuda" else tensor
+    result = source.to(device, non_blocking=True)
+    if not tensor.is_floating_point():
+        setattr(result, HOST, tensor)
+    return result
+
+
+def host_of(tensor: Tensor) -> Tensor | None:
+    """The same numbers on the host, where they are known there."""
+    return tensor if tensor.device.type == "cpu" else getattr(tensor, HOST, None)
+
+
+def with_positions(base: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with position_ids (3, B, L), where the model would make them of the others: M-RoPE
+    of Qwen-VL has a row for time, height and width each.
+    """
+    below = getattr(base, base.base_model_prefix, base)
+    if not hasattr(below, "compute_3d_position_ids") or "position_ids" in inputs:
+        return inputs
+    names = inspect.signature(below.get_rope_index).parameters
+    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    has_media = any(name.endswith("_grid_thw") for name in given)
+    known = {name: host_of(tensor) for name, tensor in given.items()}
+    if not has_media or any(tensor is None for tensor in known.values()):
+        return inputs
+    position_ids, _ = below.get_rope_index(**known)
+    return inputs | {"position_ids": moved(position_ids, inputs["input_ids"].device)}
+
+
+def modules_with_functions(models: Iterable[nn.Module | None]) -> list[ModuleType]:
+    """The modules of Python in which models call the functions of sizes of pictures."""
+    names = {type(m).__module__ for model in models if model is not None for m in model.modules()}
+    there = [sys.modules[name] for name in sorted(names)]
+    return [module for module in there if any(map(_is_of_sizes, vars(module).values()))]
+
+
+@contextmanager
+def answering(modules: Iterable[ModuleType]) -> Iterator[None]:
+    """Within the context these modules' functions of sizes of pictures run on the host."""
+    with ExitStack() as stack:
+        for module in modules:
+            for name, function in list(vars(module).items()):
+                if _is_of_sizes(function):
+                    stack.enter_context(replaced(module, name, answered(function)))
+        yield
+
+
+def answered(function: Callable) -> Callable:
+    @wraps(function)
+    def run(grid_thw: Tensor, *args: Any, **kwargs: Any) -> Any:
+        host = host_of(grid_thw)
+        if host is None or host is grid_thw:
+            return function(grid_thw, *args, **kwargs)
+        answer = function(host, *args, **kwargs)
+        return tree_map(lambda value: _to(value, grid_thw.device), answer)
+
+    return run
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return moved(value, device) if isinstance(value, Tensor) else value
+
+
+def _is_of_sizes(value: Any) -> bool:
+    return (
+        callable(value)
+        and getattr(value, "__module__", None) == FUNCTIONS
+        and next(iter(inspect.signature(value).parameters), None) == "grid_thw"
+    )

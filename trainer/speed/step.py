@@ -1,0 +1,28 @@
+"""What surrounds the passes of a micro-batch so that they are fast; the rest of a run is outside."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from types import ModuleType
+
+from torch import nn
+
+from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.compiling import CompiledStep
+from gold_trainer.speed.on_host import answering, modules_with_functions
+
+
+class FastStep:
+    def __init__(self, args: GOLDConfig, sides: Mapping[str, nn.Module | None]) -> None:
+        self.sides = sides
+        self.compiled = CompiledStep(args, sides)
+
+    @cached_property
+    def modules(self) -> list[ModuleType]:
+        return modules_with_functions(self.sides.values())
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around forward and backward pass of a micro-batch."""
+        with self.compiled.running(), answering(self.modules):
+            yield
