@@ -1,6 +1,7 @@
-"""The next window is written by a server while this one is learnt (async_rollouts=1).
+"""The next window's rows are read while the device computes this one; with async_rollouts=1 a server
+writes its completions meanwhile.
 
-Its completions come from the weights before this window's step: they are one step old. The first
+These completions come from the weights before this window's step: they are one step old. The first
 window of a run, of an epoch and of a resumed run is written with the newest weights, as without it.
 """
 
@@ -23,6 +24,13 @@ class Asked(NamedTuple):
     written: Callable[[], Iterator[Example]] | None  # None: the student writes none of it
 
 
+class Fetched(NamedTuple):
+    """A window whose rows are here, or the error that reading them has ended in."""
+
+    batches: list[WindowBatch]
+    error: Exception | None = None
+
+
 class WindowSource:
     """The windows of a run, one after the other, with their completions."""
 
@@ -31,6 +39,8 @@ class WindowSource:
     ) -> None:
         self.args, self.rollouts, self.pictures_for_all = args, rollouts, pictures_for_all
         self.asked: Asked | None = None
+        self.fetched: Fetched | None = None
+        self.rest: Iterator[WindowBatch] = iter(())  # of the epoch
 
     def next(
         self, batches: Iterator[WindowBatch], num_batches: int, state: TrainerState
@@ -49,11 +59,36 @@ class WindowSource:
                 self.asked = Asked(following, step + 1, written)
         return window
 
+    def look_ahead(self, state: TrainerState) -> WindowBatch | None:
+        """Read the rows of the next window, within a step. Gives its first micro-batch, if that
+        can become tensors before the window's turn: nobody has to write for it.
+        """
+        step = state.global_step + 1
+        if step >= state.max_steps:
+            return None
+        if self.asked is None:
+            try:
+                rows = fetch_window(self.rest, self.args.gradient_accumulation_steps)
+                self.fetched = Fetched(rows)
+            except Exception as error:  # of a row: this step does not end with it
+                self.fetched = Fetched([], error)
+        following = self.asked or self.fetched
+        is_known = self.rollouts.source(step, 0) == "dataset"
+        if following is None or not is_known or self.pictures_for_all.is_needed:
+            return None
+        return next(iter(following.batches), None)
+
     def close(self) -> None:
         """The run has ended, or its next one begins elsewhere."""
-        self.asked = None
+        self.asked = self.fetched = None
         for writer in self.rollouts.writers.values():
             writer.close()
 
     def _fetch(self, batches: Iterator[WindowBatch], num_batches: int) -> list[WindowBatch]:
-        return self.pictures_for_all.add(fetch_window(batches, num_batches))
+        fetched, self.fetched = self.fetched, None
+        if fetched is None or batches is not self.rest:  # another epoch has begun
+            self.rest = batches
+            return self.pictures_for_all.add(fetch_window(batches, num_batches))
+        if fetched.error is not None:
+            raise fetched.error
+        return self.pictures_for_all.add(fetched.batches)

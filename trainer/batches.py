@@ -134,6 +134,10 @@ class SideInputs:
         none = torch.empty(0, dtype=torch.int64)
         return cls(examples, {}, none, none)
 
+    def to(self, move: Callable[[Tensor], Tensor]) -> "SideInputs":
+        tensors = {name: move(tensor) for name, tensor in self.tensors.items()}
+        return SideInputs(self.examples, tensors, move(self.scored_rows), move(self.labels))
+
 
 @dataclass
 class MicroBatch:
@@ -143,6 +147,12 @@ class MicroBatch:
     teacher: SideInputs  # the student's own where one tokenizer serves both sides
     is_on_policy: bool
     alignment: BatchAlignment | None = None  # with two tokenizers
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        student = self.student.to(move)
+        teacher = student if self.teacher is self.student else self.teacher.to(move)
+        alignment = None if self.alignment is None else self.alignment.to(move)
+        return MicroBatch(student, teacher, self.is_on_policy, alignment)
 
     @property
     def num_completions(self) -> int:

@@ -107,8 +107,8 @@ def check_inherited(args: TrainingArguments) -> None:
     if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
         raise ValueError(
             "GOLDConfig: torch_compile must be False, got True; the loss takes the head's place "
-            "within the forward pass, which cannot be compiled as a whole: compile_models='regional' "
-            "compiles the layers, by default on a CUDA GPU."
+            "within the forward pass, which cannot be compiled as a whole: set "
+            "compile_models='regional', which compiles the layers."
         )
     if args.include_for_metrics:
         raise ValueError(

@@ -46,7 +46,7 @@ from gold_trainer.resuming import settings_of_run
 from gold_trainer.router_loss import has_router_loss, with_router_loss
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
-from gold_trainer.speed.on_host import moved
+from gold_trainer.speed.inputs import Inputs
 from gold_trainer.speed.step import FastStep
 from gold_trainer.stopping import Stopper
 from gold_trainer.streams import read_rows
@@ -144,6 +144,7 @@ class GOLDTrainer(Trainer):
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
         self.fast = FastStep(args, sides)
+        self.inputs = Inputs(self.objective, args, self._prepare_input)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
@@ -234,11 +235,7 @@ class GOLDTrainer(Trainer):
     # into it in the methods below only.
     def _prepare_inputs(self, inputs: WindowBatch) -> MicroBatch:  # type: ignore[override]
         """Pictures and tokens become tensors here, one micro-batch at a time."""
-        return self.objective.prepare(inputs, self._to_device)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        tensor = moved(tensor, self.args.device, is_pinned=self.args.dataloader_pin_memory)
-        return self._prepare_input(tensor)  # DeepSpeed's dtype
+        return self.inputs.take(inputs)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -281,7 +278,10 @@ class GOLDTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.fast.running():
-            return self.guard.loss_to_log(super().training_step(*args, **kwargs))
+            loss = self.guard.loss_to_log(super().training_step(*args, **kwargs))
+        if self.accelerator.sync_gradients:  # the window's last: the device has work, the host none
+            self.inputs.make(self.window_source.look_ahead(self.state))
+        return loss
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: Tensor | float | None = None

@@ -26,12 +26,16 @@ FUNCTIONS = "transformers.vision_utils"  # of sizes of pictures alone
 HOST = "gold_trainer_on_host"  # attribute of a tensor on a device
 
 
-def moved(tensor: Tensor, device: torch.device, *, is_pinned: bool = True) -> Tensor:
-    """The tensor on the device, from pinned memory: nobody waits for the copy."""
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """In memory from which the device copies without anybody waiting for it."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; integers remember the one that they are copied from."""
     if device.type == "cpu":
         return tensor
-    source = tensor.pin_memory() if is_pinned and device.type == "cuda" else tensor
-    result = source.to(device, non_blocking=True)
+    result = tensor.to(device, non_blocking=True)
     if not tensor.is_floating_point():
         setattr(result, HOST, tensor)
     return result
@@ -56,7 +60,7 @@ def with_positions(base: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     if not has_media or any(tensor is None for tensor in known.values()):
         return inputs
     position_ids, _ = below.get_rope_index(**known)
-    return inputs | {"position_ids": moved(position_ids, inputs["input_ids"].device)}
+    return inputs | {"position_ids": _to(position_ids, inputs["input_ids"].device)}
 
 
 def modules_with_functions(models: Iterable[nn.Module | None]) -> list[ModuleType]:
@@ -90,7 +94,7 @@ def answered(function: Callable) -> Callable:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return moved(value, device) if isinstance(value, Tensor) else value
+    return moved(pinned(value, device), device) if isinstance(value, Tensor) else value
 
 
 def _is_of_sizes(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What surrounds the passes of a micro-batch so that they are fast; the rest of a run is outside."""
+"""What surrounds the passes of a micro-batch so that they are fast; a run's rest is outside."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,0 +1,54 @@
+"""The first micro-batch of the next window is made while the device computes this one's.
+
+Within a window that happens by itself: a micro-batch is given to the device, which works on it
+while the next one is made. Between two windows the host reads the gradient's norm, and would only
+then begin to read rows and pictures.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gold_trainer.batches import MicroBatch, WindowBatch
+from gold_trainer.config import GOLDConfig
+from gold_trainer.objectives import Objective
+from gold_trainer.speed.on_host import moved, pinned
+
+
+class Made(NamedTuple):
+    batch: WindowBatch
+    inputs: MicroBatch  # on the host
+
+
+class Inputs:
+    """Tensors of micro-batches, in their turn or before it."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        args: GOLDConfig,
+        finish: Callable[[Tensor], Tensor],  # DeepSpeed's dtype
+    ) -> None:
+        self.objective, self.args, self.finish = objective, args, finish
+        self.made: Made | None = None
+
+    def make(self, batch: WindowBatch | None) -> None:
+        """Of a batch whose turn comes next; None: it is not known, or has to be written first."""
+        self.made = None
+        if batch is not None:
+            self.made = Made(batch, self.objective.prepare(batch, self._pinned))
+
+    def take(self, batch: WindowBatch) -> MicroBatch:
+        """On the device."""
+        made, self.made = self.made, None
+        # what decides and counts makes new batches of the same examples
+        if made is not None and made.batch.examples is batch.examples:
+            return made.inputs.to(self._moved)
+        return self.objective.prepare(batch, lambda tensor: self._moved(self._pinned(tensor)))
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return pinned(tensor, self.args.device) if self.args.dataloader_pin_memory else tensor
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return self.finish(moved(tensor, self.args.device))
