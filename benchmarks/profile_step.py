@@ -1,31 +1,49 @@
-"""Where the time of a training step goes: kernels, launches, waits, and the compiler's part.
+"""Training steps beside each other in one process, and where the time of a step goes.
 
-    python benchmarks/profile_step.py --tokens 1037 4096 --modes regional off --profile
+    python benchmarks/profile_step.py --tokens 1037 4096 --modes regional off trl --profile
 
-The models and rows of bench_train_step.py, in one process: Qwen3-VL-8B -> 2B shapes, LoRA, batch of
-4. A mode is a value of compile_models; "dynamic" is regional with sizes that are not fixed. --tokens
-takes lengths of answers, or several with a comma between them, one a row of the batch.
+The models and rows of bench_train_step.py: Qwen3-VL-8B -> 2B shapes, LoRA, 4 rows with a picture.
+Modes: "regional" and "off" are values of compile_models, "dynamic" is regional with sizes that are
+not fixed, "trl" is the learning step of TRL's stable DistillationTrainer, whose generation is
+replaced by the rows' ids. --tokens takes lengths of answers, or several with commas between them,
+one a row of a batch. Our loss is first compared with full logits in float64 softmax; one that fails
+has no time. --profile adds kernels by their total time and the lines that wait for the device.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from bench_train_step import BATCH_SIZE, StepTimer
+from bench_train_step import BATCH_SIZE, MAX_LOSS_ERRORS, StepTimer, loss_error
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
+from record import RowLog, environment
 
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.speed import compiling
 
-MODES = ("off", "regional", "dynamic")
+MODES = ("off", "regional", "dynamic", "trl")
 STEPS, WARM_UP = 6, 2
+FIELDS = (
+    *(
+        "mode",
+        "loss",
+        "completion_tokens",
+        "batch_size",
+        "micro_batches",
+        "checkpointing",
+        "status",
+    ),
+    *("seconds_median", "tokens_per_second", "peak_gib", "compile_seconds", "loss_error"),
+    *("first_loss", "grad_norm", "device", "torch", "triton", "transformers", "git_sha"),
+)
 
 
 def say(text: str) -> None:
@@ -89,66 +107,124 @@ def describe(profile: torch.profiler.profile, seconds: float) -> None:
             say(f"    host {sum(times):8.2f} ms {len(times):6d} x {name}")
 
 
-def measure(
-    pair: tuple[Any, Any], processor: Any, lengths: list[int], mode: str, options: Any
-) -> None:
-    student, teacher = pair
-    fields = {
+def fields_of(lengths: list[int], options: argparse.Namespace) -> dict[str, Any]:
+    """Of both trainers' configs."""
+    return {
         "per_device_train_batch_size": BATCH_SIZE,
+        "gradient_accumulation_steps": options.micro_batches,
         "max_steps": options.steps + options.profile,
-        "lmbda": 0.0,
-        "max_length": 512 + max(lengths),
-        "train_sampling_strategy": "sequential",
-        "use_uld_loss": options.loss == "uld",
         "gradient_checkpointing": options.checkpointing == "on",
         "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "no",
         "report_to": "none",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "compile_models": "off" if mode == "off" else "regional",
         "optim": "sgd",  # every mode begins with nearly the same weights
         "learning_rate": 1e-9,
     }
-    compiling.DYNAMIC = True if mode == "dynamic" else None
+
+
+def rows_of(processor: Any, lengths: list[int], fields: dict[str, Any]) -> list[dict[str, Any]]:
     batch = [row for length in lengths for row in rows(processor, length, 1)]
-    data = (batch * BATCH_SIZE)[:BATCH_SIZE] * fields["max_steps"]
-    both = {"teacher_processing_class": processor} if options.loss == "uld" else {}
+    size = BATCH_SIZE * fields["gradient_accumulation_steps"]
+    return (batch * size)[:size] * fields["max_steps"]
+
+
+def ours(
+    pair: tuple[Any, Any], processor: Any, lengths: list[int], mode: str, options: Any, folder: str
+) -> GOLDTrainer:
+    fields = fields_of(lengths, options)
+    compiling.DYNAMIC = True if mode == "dynamic" else None
+    return GOLDTrainer(
+        model=pair[0],
+        teacher_model=pair[1],
+        args=GOLDConfig(
+            output_dir=folder,
+            **fields,
+            lmbda=0.0,
+            max_length=512 + max(lengths),
+            train_sampling_strategy=options.sampling,
+            use_uld_loss=options.loss == "uld",
+            compile_models="off" if mode == "off" else "regional",
+        ),
+        train_dataset=rows_of(processor, lengths, fields),
+        processing_class=processor,
+        teacher_processing_class=processor if options.loss == "uld" else None,
+    )
+
+
+def stable(
+    pair: tuple[Any, Any], processor: Any, lengths: list[int], options: Any, folder: str
+) -> Any:
+    from trl import DistillationConfig, DistillationTrainer
+
+    fields = fields_of(lengths, options)
+    data = rows_of(processor, lengths, fields)
+    answers = [row["completion"][0]["content"] for row in data]
+    tokenizer = processor.tokenizer
+    ids = {a: tokenizer(a, add_special_tokens=False)["input_ids"] for a in set(answers)}
+    trainer = DistillationTrainer(
+        model=pair[0],
+        teacher_model=pair[1],
+        args=DistillationConfig(
+            output_dir=folder,
+            **fields,
+            max_completion_length=max(lengths),
+            beta=0.5,
+            shuffle_dataset=False,
+        ),
+        train_dataset=Dataset.from_list(
+            [{name: row[name] for name in ("prompt", "images")} for row in data]
+        ),
+        processing_class=processor,
+    )
+    given = iter(answers)
+
+    def known(prompt_ids: list, *args: Any, **kwargs: Any) -> list[list[int]]:
+        return [[*ids[next(given)], tokenizer.eos_token_id] for _ in prompt_ids]
+
+    trainer._generate_single_turn = known
+    return trainer
+
+
+def measure(
+    pair: tuple[Any, Any], processor: Any, lengths: list[int], mode: str, options: Any
+) -> dict[str, Any]:
+    has_cuda = torch.cuda.is_available()
+    row = {"mode": mode, "loss": options.loss, "batch_size": BATCH_SIZE, "status": "ok"}
+    row |= {"completion_tokens": " ".join(map(str, lengths)), **environment()}
+    row |= {"micro_batches": options.micro_batches, "checkpointing": options.checkpointing}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = GOLDTrainer(
-            model=student,
-            teacher_model=teacher,
-            args=GOLDConfig(output_dir=folder, **fields),
-            train_dataset=data,
-            processing_class=processor,
-            **both,
-        )
-        prepare, prepared = trainer._prepare_inputs, []
-
-        def timed(inputs: Any) -> Any:
-            started = time.perf_counter()
-            result = prepare(inputs)
-            prepared.append(time.perf_counter() - started)
-            return result
-
-        trainer._prepare_inputs = timed
-        timer = Profiled(fields["max_steps"], is_on=options.profile)
+        if mode == "trl":
+            trainer = stable(pair, processor, lengths, options, folder)
+        else:
+            trainer = ours(pair, processor, lengths, mode, options, folder)
+            error, limit = loss_error(trainer), MAX_LOSS_ERRORS[options.loss]
+            row["loss_error"] = f"{error:.1e}"
+            if not error <= limit:  # a NaN too
+                return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
+        steps = options.steps + options.profile
+        timer = Profiled(steps, is_on=options.profile)
         trainer.add_callback(timer)
-        if torch.cuda.is_available():
+        if has_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
         trainer.train()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if has_cuda else 0
     first = next(log for log in trainer.state.log_history if "grad_norm" in log)
     median = statistics.median(timer.seconds[WARM_UP : options.steps])
-    per_row = ",".join(map(str, lengths))
-    say(
-        f"ROW {mode} {options.loss} tokens {per_row}: {median:.3f} s a step (all "
-        f"{[round(s, 3) for s in timer.seconds]}), peak {peak:.2f} GiB, loss {first['loss']:.6f}, "
-        f"norm {first['grad_norm']:.6f}, prepared in {1e3 * statistics.median(prepared):.0f} ms, compiled in {trainer.fast.compiled.all_seconds:.1f} s, "
-        f"{time.perf_counter() - started:.1f} s in all"
-    )
+    batch = [lengths[i % len(lengths)] for i in range(BATCH_SIZE * options.micro_batches)]
+    say(f"  seconds of all steps: {[round(seconds, 3) for seconds in timer.seconds]}")
+    if mode != "trl":
+        row["compile_seconds"] = round(trainer.fast.compiled.all_seconds, 1)
+    return row | {
+        "seconds_median": round(median, 3),
+        "tokens_per_second": round(sum(batch) / median),
+        "peak_gib": round(peak, 2),
+        "first_loss": f"{first['loss']:.6f}",
+        "grad_norm": f"{first['grad_norm']:.3e}",
+    }
 
 
 def main() -> None:
@@ -157,19 +233,24 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["regional", "off"], choices=MODES)
     parser.add_argument("--loss", default="jsd", choices=("jsd", "uld"))
     parser.add_argument("--checkpointing", default="on", choices=("on", "off"))
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
+    parser.add_argument("--sampling", default="sequential", help="train_sampling_strategy")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--output", type=Path, help="rows are added to this file")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     processor = processor_of_448_pixels()
     student, teacher = build_pair(processor, options.tiny)
     lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
     pair = get_peft_model(student, lora), teacher
+    log = RowLog(options.output, FIELDS, appends=True)
     for tokens in options.tokens:
         for mode in options.modes:
             torch._dynamo.reset()
             lengths = [int(length) for length in tokens.split(",")]
-            measure(pair, processor, lengths, mode, options)
+            log.add(measure(pair, processor, lengths, mode, options))
+            say(f"ROW {log.rows[-1]}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""The next window's rows are read while the device computes this one; with async_rollouts=1 a server
-writes its completions meanwhile.
+"""The next window's rows are read while the device computes this one.
 
+With async_rollouts=1 a server writes its completions meanwhile.
 These completions come from the weights before this window's step: they are one step old. The first
 window of a run, of an epoch and of a resumed run is written with the newest weights, as without it.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 from transformers import TrainerState
 
 from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.config import GOLDConfig
+from gold_trainer.router_loss import has_router_loss
 from gold_trainer.sharding import PicturesForAll
+from gold_trainer.speed.grouping import by_length
 from gold_trainer.window import Rollouts, fetch_window
 
 
@@ -57,7 +60,7 @@ class WindowSource:
             if following:
                 written = self.rollouts.ask(following, step + 1)
                 self.asked = Asked(following, step + 1, written)
-        return window
+        return self._grouped(window, step)
 
     def look_ahead(self, state: TrainerState) -> WindowBatch | None:
         """Read the rows of the next window, within a step. Gives its first micro-batch, if that
@@ -69,7 +72,7 @@ class WindowSource:
         if self.asked is None:
             try:
                 rows = fetch_window(self.rest, self.args.gradient_accumulation_steps)
-                self.fetched = Fetched(rows)
+                self.fetched = Fetched(self._grouped(rows, step))
             except Exception as error:  # of a row: this step does not end with it
                 self.fetched = Fetched([], error)
         following = self.asked or self.fetched
@@ -83,6 +86,19 @@ class WindowSource:
         self.asked = self.fetched = None
         for writer in self.rollouts.writers.values():
             writer.close()
+
+    @cached_property
+    def may_group(self) -> bool:
+        """Two tokenizers are aligned a micro-batch at a time, and so are routers balanced."""
+        collators, student = self.rollouts.objective.collators, self.rollouts.models["student"]
+        is_split = self.args.gradient_accumulation_steps > 1
+        is_free = collators["student"] is collators["teacher"] and not has_router_loss(student)
+        return self.args.group_by_length and is_split and is_free
+
+    def _grouped(self, window: list[WindowBatch], step: int) -> list[WindowBatch]:
+        if not self.may_group:
+            return window
+        return by_length(window, [self.rollouts.source(step, i) for i in range(len(window))])
 
     def _fetch(self, batches: Iterator[WindowBatch], num_batches: int) -> list[WindowBatch]:
         fetched, self.fetched = self.fetched, None

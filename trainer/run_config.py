@@ -94,7 +94,8 @@ def check_inherited(args: TrainingArguments) -> None:
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             "GOLDConfig: train_sampling_strategy must be 'random' or 'sequential', got "
-            f"{args.train_sampling_strategy!r}; lengths with image tokens are not known ahead."
+            f"{args.train_sampling_strategy!r}; lengths with image tokens are not known ahead: "
+            "group_by_length deals the rows of each step by theirs."
         )
     if args.include_num_input_tokens_seen not in (False, "no"):
         raise ValueError(

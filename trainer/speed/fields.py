@@ -18,3 +18,10 @@ class SpeedFields:
             "choices": COMPILE_MODELS,
         },
     )
+    group_by_length: bool = field(
+        default=True,
+        metadata={
+            "help": "Deal the rows of an optimizer step to its micro-batches by their length: less "
+            "padding, the same loss and gradient. Which rows a step has stays as it is."
+        },
+    )

@@ -48,7 +48,7 @@ def host_of(tensor: Tensor) -> Tensor | None:
 
 def with_positions(base: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with position_ids (3, B, L), where the model would make them of the others: M-RoPE
-    of Qwen-VL has a row for time, height and width each.
+    of Qwen-VL has a row for time, height and width each. Without a mask that masks nothing.
     """
     below = getattr(base, base.base_model_prefix, base)
     if not hasattr(below, "compute_3d_position_ids") or "position_ids" in inputs:
@@ -60,6 +60,9 @@ def with_positions(base: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     if not has_media or any(tensor is None for tensor in known.values()):
         return inputs
     position_ids, _ = below.get_rope_index(**known)
+    mask = known.get("attention_mask")
+    if mask is not None and bool(mask.all()):  # the model would look, to leave it out
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
     return inputs | {"position_ids": _to(position_ids, inputs["input_ids"].device)}
 
 

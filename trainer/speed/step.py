@@ -9,6 +9,7 @@ from torch import nn
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.compiling import CompiledStep
+from gold_trainer.speed.deepstack import adding, classes_with_features
 from gold_trainer.speed.on_host import answering, modules_with_functions
 
 
@@ -21,8 +22,12 @@ class FastStep:
     def modules(self) -> list[ModuleType]:
         return modules_with_functions(self.sides.values())
 
+    @cached_property
+    def classes(self) -> list[type]:
+        return classes_with_features(self.sides.values())
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around forward and backward pass of a micro-batch."""
-        with self.compiled.running(), answering(self.modules):
+        with self.compiled.running(), answering(self.modules), adding(self.classes):
             yield

@@ -1,0 +1,190 @@
+"""What is done ahead, on the host, or in another order, gives the same step."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from gold_trainer import models
+from gold_trainer.speed import deepstack, on_host, segments
+from gold_trainer.speed.grouping import by_length
+from support.tiny_models import tiny, tiny_rows
+from support.trainer_cases import GradientRecorder, losses_of, make_trainer
+
+
+def rows_of_lengths(lengths):
+    rows = tiny_rows(len(lengths))
+    for row, length in zip(rows, lengths, strict=True):
+        row["messages"][-1]["content"] = "a b " * length
+    return rows
+
+
+def gradients(folder, rows, **fields):
+    torch.manual_seed(0)
+    recorder, widths = GradientRecorder(), []
+    trainer = make_trainer(folder, rows, "qwen3", callbacks=[recorder], **fields)
+    prepare = trainer.objective.prepare
+
+    def watched(*args):
+        batch = prepare(*args)
+        widths.append(batch.student.tensors["input_ids"].shape[1])
+        return batch
+
+    trainer.objective.prepare = watched
+    trainer.train()
+    return trainer, recorder.steps, widths
+
+
+def test_rows_grouped_by_length_have_less_padding_and_the_same_gradient(tmp_path):
+    rows = rows_of_lengths([1, 30, 2, 29, 31, 3, 28, 4] * 2)
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
+    run, steps, widths = gradients(tmp_path, rows, **fields)
+    mixed, steps_2, widths_2 = gradients(tmp_path, rows, **fields, group_by_length=False)
+    assert len(widths) == len(widths_2) == 8, "each micro-batch is made once, also the first"
+    assert sum(widths) < 0.75 * sum(widths_2)
+    torch.testing.assert_close(losses_of(run), losses_of(mixed), rtol=1e-6, atol=1e-7)
+    for step, step_2 in zip(steps, steps_2, strict=True):
+        for name, gradient in step.items():
+            bound = 1e-5 * float(gradient.abs().max()) + 1e-9
+            torch.testing.assert_close(step_2[name], gradient, rtol=0, atol=bound)
+
+
+def test_only_rows_of_one_source_change_places(tmp_path):
+    trainer = make_trainer(tmp_path, rows_of_lengths([1, 9, 2, 8, 3, 7]), "qwen3")
+    rows = trainer.train_dataset
+    batches = [trainer.data_collator([rows[i], rows[i + 1]]) for i in (0, 2, 4)]
+    lengths = [
+        [example.index for example in batch.examples]
+        for batch in by_length(batches, ["dataset", "student", "dataset"])
+    ]
+    assert lengths == [[1, 5], [3, 2], [4, 0]]
+    again = by_length(batches[:1], ["dataset"])
+    assert by_length(again, ["dataset"])[0] is again[0]
+
+
+def test_an_error_of_the_next_windows_rows_leaves_this_step_whole(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows(12), "qwen3", max_steps=3)
+    collate, seen = trainer.data_collator, []
+
+    def failing(batch):
+        seen.append(trainer.state.global_step)
+        if len(seen) == 3:  # accelerate is one batch ahead of who asks
+            raise ValueError("row 5 is bad")
+        return collate(batch)
+
+    trainer.data_collator = failing
+    with pytest.raises(ValueError, match="row 5 is bad"):
+        trainer.train()
+    assert seen == [0, 0, 0], "the second window is read within the first step"
+    assert trainer.state.global_step == 1 and len(losses_of(trainer)) == 1
+
+
+def test_the_first_tensors_of_the_next_window_are_made_within_the_step(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows(12), "qwen3", max_steps=3)
+    prepare, steps = trainer.objective.prepare, []
+
+    def watched(*args):
+        steps.append(trainer.state.global_step)
+        return prepare(*args)
+
+    trainer.objective.prepare = watched
+    trainer.train()
+    assert steps == [0, 0, 1], "before its step, once"
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of a device: reading its numbers is a wait."""
+
+    @property
+    def device(self):
+        return torch.device("meta")
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        raise AssertionError(f"{function} asks the device")
+
+
+def on_device(tensor):
+    result = tensor.clone().as_subclass(OnDevice)
+    setattr(result, on_host.HOST, tensor)
+    return result
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_positions_are_those_that_the_model_makes(family, tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows(4, images="mixed"), family)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    tensors = trainer._prepare_inputs(batch).student.tensors
+    inputs = models.forward_inputs(trainer.model, tensors)
+    given = on_host.with_positions(trainer.model, inputs)
+    seen = []
+    below = trainer.model.model.language_model
+    below.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        expected, actual = (trainer.model(**kind).logits for kind in (inputs, given))
+    assert seen[0].shape[0] == 3 and (seen[0] == seen[1]).all()
+    assert (actual == expected).all() and "position_ids" not in inputs
+    text = {k: v for k, v in inputs.items() if "image" not in k and "pixel" not in k}
+    assert "position_ids" not in on_host.with_positions(trainer.model, text)
+
+
+def test_what_follows_from_sizes_of_pictures_alone_is_computed_on_the_host():
+    (module,) = on_host.modules_with_functions([tiny("qwen3_vl")[0]])
+    assert module.__name__.endswith("modeling_qwen3_vl")
+    sizes = torch.tensor([[1, 4, 6], [1, 2, 2]])
+    expected = module.get_vision_position_ids(sizes, 2)
+    moves = []
+    before, on_host._to = on_host._to, lambda value, device: moves.append(device) or value
+    try:
+        with on_host.answering([module]):
+            assert (module.get_vision_position_ids(on_device(sizes), 2) == expected).all()
+            assert module.get_vision_position_ids(sizes, 2).equal(expected)
+    finally:
+        on_host._to = before
+    assert moves == [torch.device("meta")]
+    with pytest.raises(AssertionError, match="asks the device"):
+        module.get_vision_position_ids(on_device(sizes), 2)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_features_are_added_where_the_model_adds_them(num_tokens):
+    (kind,) = deepstack.classes_with_features([tiny("qwen3_vl")[0]])
+    hidden, embeds = torch.randn(2, 7, 4, requires_grad=True), torch.randn(num_tokens, 4)
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask.view(-1)[[1, 2, 5, 8, 13][:num_tokens]] = True
+    expected = kind._deepstack_process(None, hidden, mask, embeds)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), hidden)
+    with deepstack.adding([kind]):
+        actual = kind._deepstack_process(None, hidden, mask, embeds)
+    (grad,) = torch.autograd.grad(actual.square().sum(), hidden)
+    assert actual.equal(expected) and grad.equal(expected_grad)
+
+
+def test_patches_attend_to_those_of_their_picture(monkeypatch):
+    query, key, value = torch.randn(3, 1, 2, 10, 8).unbind()
+    bounds = torch.tensor([0, 3, 4, 10], dtype=torch.int32)
+    actual, _ = segments.attend_segments(
+        nn.Module(), query, key, value, None, 0.3, cu_seq_lens_q=bounds, max_length_q=6
+    )
+    parts = [
+        nn.functional.scaled_dot_product_attention(
+            *(states[:, :, a:b] for states in (query, key, value)), scale=0.3
+        )
+        for a, b in ((0, 3), (3, 4), (4, 10))
+    ]
+    torch.testing.assert_close(actual, torch.cat(parts, dim=2).transpose(1, 2))
+
+
+def test_a_tower_is_told_and_left_as_it_was():
+    model = tiny("qwen3_vl")[0]
+    configs = segments.configs_of(list(model.model.visual.blocks))
+    assert configs == [model.config.vision_config]
+    assert segments.configs_of(list(model.model.language_model.layers)) == []
+    with segments.attention_of_segments(configs):
+        assert model.config.vision_config._attn_implementation == segments.NAME
+        assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert not segments.can_attend(SimpleNamespace(type="xpu"), torch.bfloat16)

@@ -1,0 +1,54 @@
+"""Pictures' features added to the first layers of Qwen3-VL, without asking the device where.
+
+B sequences, L positions, T tokens of pictures, D hidden size.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gold_trainer.speed.replacing import replaced
+
+METHOD = "_deepstack_process"
+PARAMETERS = ["self", "hidden_states", "visual_pos_masks", "visual_embeds"]
+
+
+def add_features(
+    self: Any,
+    hidden_states: Tensor,  # (B, L, D)
+    visual_pos_masks: Tensor,  # (B, L) bool, T of them true
+    visual_embeds: Tensor,  # (T, D)
+) -> Tensor:  # (B, L, D)
+    """What the model does by a boolean index, whose size only the device knows: it waits four times
+    a layer, two of them when the layer's backward pass is nearly all that is left.
+    """
+    if visual_embeds.shape[0] == 0:
+        return hidden_states
+    is_visual = visual_pos_masks.to(hidden_states.device)
+    features = visual_embeds.to(hidden_states.device, hidden_states.dtype)
+    place = (is_visual.flatten().cumsum(0) - 1).clamp(0, features.shape[0] - 1)
+    spread = features.index_select(0, place).view_as(hidden_states)
+    return torch.where(is_visual[..., None], hidden_states + spread, hidden_states)
+
+
+def classes_with_features(models: Iterable[nn.Module | None]) -> list[type]:
+    """Classes of modules that have the method as it is known here."""
+    kinds = {type(m) for model in models if model is not None for m in model.modules()}
+    return [
+        kind
+        for kind in kinds
+        if METHOD in vars(kind)
+        and list(inspect.signature(vars(kind)[METHOD]).parameters) == PARAMETERS
+    ]
+
+
+@contextmanager
+def adding(kinds: Iterable[type]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(replaced(kind, METHOD, add_features))
+        yield
