@@ -92,8 +92,11 @@ class WindowSource:
         """Two tokenizers are aligned a micro-batch at a time, and so are routers balanced."""
         collators, student = self.rollouts.objective.collators, self.rollouts.models["student"]
         is_split = self.args.gradient_accumulation_steps > 1
-        is_free = collators["student"] is collators["teacher"] and not has_router_loss(student)
-        return self.args.group_by_length and is_split and is_free
+        is_free = collators["student"] is collators["teacher"]
+        is_free = is_free and (student is None or not has_router_loss(student))
+        is_wanted = self.args.group_by_length
+        is_wanted = self.args.device.type == "cuda" if is_wanted is None else is_wanted
+        return is_wanted and is_split and is_free
 
     def _grouped(self, window: list[WindowBatch], step: int) -> list[WindowBatch]:
         if not self.may_group:

@@ -28,6 +28,7 @@ GROUPS = (
     ("uld_config.py", "ULDFields", "two tokenizers"),
     ("row_config.py", "RowFields", "rows"),
     ("vllm_config.py", "VLLMFields", "vLLM"),
+    ("speed/fields.py", "SpeedFields", "speed"),
     ("run_config.py", "RunFields", "run"),
 )
 # The fields of TrainingArguments that most runs set.

@@ -39,8 +39,8 @@ def gradients(folder, rows, **fields):
 def test_rows_grouped_by_length_have_less_padding_and_the_same_gradient(tmp_path):
     rows = rows_of_lengths([1, 30, 2, 29, 31, 3, 28, 4] * 2)
     fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
-    run, steps, widths = gradients(tmp_path, rows, **fields)
-    mixed, steps_2, widths_2 = gradients(tmp_path, rows, **fields, group_by_length=False)
+    run, steps, widths = gradients(tmp_path, rows, **fields, group_by_length=True)
+    mixed, steps_2, widths_2 = gradients(tmp_path, rows, **fields)
     assert len(widths) == len(widths_2) == 8, "each micro-batch is made once, also the first"
     assert sum(widths) < 0.75 * sum(widths_2)
     torch.testing.assert_close(losses_of(run), losses_of(mixed), rtol=1e-6, atol=1e-7)

@@ -18,10 +18,13 @@ class SpeedFields:
             "choices": COMPILE_MODELS,
         },
     )
-    group_by_length: bool = field(
-        default=True,
+    group_by_length: bool | None = field(
+        default=None,
         metadata={
             "help": "Deal the rows of an optimizer step to its micro-batches by their length: less "
-            "padding, the same loss and gradient. Which rows a step has stays as it is."
+            "padding, the same loss and gradient. Which rows a step has stays as it is. None: on a "
+            "CUDA GPU.",
+            "nargs": "?",
+            "const": True,
         },
     )

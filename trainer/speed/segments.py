@@ -11,6 +11,7 @@ T patches, D entries of a head.
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,10 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gold_trainer.speed.replacing import replaced
 
-try:
+varlen_attn: Any = None  # before torch 2.10
+if find_spec("torch.nn.attention.varlen"):
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
 
 NAME = "gold_trainer_flash_segments"  # transformers gives lengths to what has flash in its name
 HALF = (torch.bfloat16, torch.float16)
