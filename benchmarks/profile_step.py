@@ -112,7 +112,7 @@ def fields_of(lengths: list[int], options: argparse.Namespace) -> dict[str, Any]
     return {
         "per_device_train_batch_size": BATCH_SIZE,
         "gradient_accumulation_steps": options.micro_batches,
-        "max_steps": options.steps + options.profile,
+        "max_steps": options.steps + 1,
         "gradient_checkpointing": options.checkpointing == "on",
         "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
@@ -204,8 +204,7 @@ def measure(
             row["loss_error"] = f"{error:.1e}"
             if not error <= limit:  # a NaN too
                 return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
-        steps = options.steps + options.profile
-        timer = Profiled(steps, is_on=options.profile)
+        timer = Profiled(options.steps + 1, is_on=options.profile and mode == "regional")
         trainer.add_callback(timer)
         if has_cuda:
             torch.cuda.empty_cache()

@@ -80,7 +80,8 @@ def test_a_compiled_step_has_the_losses_and_gradients_of_one_that_is_not(
     actual = run(tmp_path, family, compile_models="regional", **fields)
     compiled = actual[0].fast.compiled
     assert compiled.all_seconds > 0
-    assert all(kind.is_compiled for kind in compiled.kinds), "the vision tower's layers too"
+    assert all(kind.is_compiled for kind in compiled.kinds)
+    assert len(compiled.kinds) == (4 if family == "qwen3_vl" else 2), "the vision towers' too"
     assert_same_run(expected, actual)
 
 
@@ -116,6 +117,29 @@ def test_layers_of_a_kind_share_their_code_whatever_the_lengths(graphs, tmp_path
     ]
     assert all(len(kind.layers) > 1 and kind.is_compiled for kind in kinds)
     assert len(graphs) == 2 * len(kinds), "one for the first length, one for all others"
+
+
+def test_a_model_that_was_asked_for_hidden_states_is_compiled_all_the_same(graphs, tmp_path):
+    student, ids = tiny("qwen3")[0], torch.tensor([[5, 6, 7]])
+    student(input_ids=ids, output_hidden_states=True)
+    (attention,) = {type(layer.self_attn) for layer in layers_of(student)}
+    seen, forward = [], attention.forward
+
+    def watched(self, *args, **kwargs):
+        seen.append(len(self._forward_hooks))
+        return forward(self, *args, **kwargs)
+
+    hooks = [layer.self_attn._forward_hooks for layer in layers_of(student)]
+    assert all(hooks)
+    attention.forward = watched
+    try:
+        trainer, _ = run(tmp_path, num_steps=1, student=student, compile_models="regional")
+    finally:
+        attention.forward = forward
+    assert all(kind.is_compiled for kind in trainer.fast.compiled.kinds) and graphs
+    assert 0 in seen
+    assert [layer.self_attn._forward_hooks for layer in layers_of(student)] == hooks
+    assert len(student(input_ids=ids, output_hidden_states=True).hidden_states) > 1
 
 
 class Watch(TrainerCallback):

@@ -9,6 +9,7 @@ FSDP, embeddings, positions, pictures, the head with the loss) runs as it always
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
@@ -20,10 +21,12 @@ from rich.console import Console
 from torch import nn
 from torch._dynamo import callback as compiler_events
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loss_at_head import forward_is
+from gold_trainer.speed.replacing import replaced
 from gold_trainer.speed.segments import attention_of_segments, can_attend, configs_of
 from gold_trainer.teachers.layer_stream import outermost_lists
 
@@ -34,6 +37,7 @@ DYNAMIC: bool | None = None  # sizes are fixed until a second one comes
 # Pieces of code of one kind of layers: with and without gradients, lengths that are fixed and that
 # are not, masks or none, attention that slides.
 LIMIT = 16
+RECORDERS = "transformers.utils.output_capturing"
 
 
 class LayerKind:
@@ -72,6 +76,9 @@ class LayerKind:
         with ExitStack() as stack:
             stack.enter_context(attention_of_segments(self.configs))
             for layer in self.layers:
+                for module in layer.modules():
+                    if module is not layer and module._forward_hooks:
+                        stack.enter_context(_without_recorders(module))
                 stack.enter_context(forward_is(layer, partial(self.run, layer)))
             yield
 
@@ -148,6 +155,20 @@ class CompiledStep:
         self.seconds = 0.0
 
 
+@contextmanager
+def _without_recorders(module: nn.Module) -> Iterator[None]:
+    """Hooks that transformers leaves in a model which was once asked for attentions or hidden
+    states: nobody asks here, and no compiler knows what they look at.
+    """
+    kept = OrderedDict(
+        (number, hook)
+        for number, hook in module._forward_hooks.items()
+        if getattr(hook, "__module__", None) != RECORDERS
+    )
+    with replaced(module, "_forward_hooks", kept):
+        yield
+
+
 def is_regional(args: GOLDConfig) -> bool:
     if args.compile_models is None:
         return args.device.type == "cuda"
@@ -158,7 +179,9 @@ def _kinds_of(side: str, model: nn.Module, args: GOLDConfig) -> Iterator[LayerKi
     for _, layers in outermost_lists(models.base_model(model)):
         by_class: dict[type, list[nn.Module]] = {}
         for layer in layers:
-            if layer._compiled_call_impl is None:  # by the user
+            is_by_user = layer._compiled_call_impl is not None
+            # what is computed again in a backward pass: no projector of a picture's features
+            if isinstance(layer, GradientCheckpointingLayer) and not is_by_user:
                 by_class.setdefault(type(layer), []).append(layer)
         for kind, members in by_class.items():
             if len(members) > 1:
