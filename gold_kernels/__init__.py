@@ -10,7 +10,9 @@ from gold_kernels.jsd.linear import JSDMetrics, fused_linear_jsd, jsd_loss
 from gold_kernels.likelihood.linear import LikelihoodMetrics, fused_linear_chunk_likelihood
 from gold_kernels.means.linear import fused_linear_mean_kl, head_means
 from gold_kernels.means.row_loss import HeadMeans
+from gold_kernels.projection.linear import ProjectedMetrics, fused_linear_projected_jsd
 from gold_kernels.tokens.alignment import CompletionAligner, TokenAlignment
+from gold_kernels.tokens.projection import VocabProjection
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld.linear import FusedLinearULDLoss, ULDMetrics, fused_linear_uld, uld_loss
 
@@ -24,14 +26,17 @@ __all__ = [
     "HeadMeans",
     "JSDMetrics",
     "LikelihoodMetrics",
+    "ProjectedMetrics",
     "RowLoss",
     "TokenAlignment",
     "ULDMetrics",
     "VocabOverlap",
+    "VocabProjection",
     "fused_linear_chunk_likelihood",
     "fused_linear_jsd",
     "fused_linear_loss",
     "fused_linear_mean_kl",
+    "fused_linear_projected_jsd",
     "fused_linear_uld",
     "head_means",
     "jsd_loss",

@@ -70,6 +70,36 @@ class TokenAlignment(NamedTuple):
         )
         return student, teacher
 
+    def first_rows(self) -> tuple[Tensor, Tensor]:  # (G,) int64 of the student, of the teacher
+        """The row of each group's first token, of merge "bayesian": both predict what follows the
+        same bytes.
+        """
+        sides = self.with_first_base().sides
+        return sides[0][0], sides[1][0]
+
+    def with_first_base(self) -> "TokenAlignment":
+        """The same groups, of merge "bayesian", with the first token of each as the base and the
+        later ones as scalars.
+        """
+        assert self.merge == "bayesian", "the base of a group is its last token"
+        changed = []
+        for base_rows, base_ids, rows, ids, groups in self.sides:
+            if not rows.shape[0]:
+                changed += [base_rows, base_ids, rows, ids, groups]
+                continue
+            first = torch.searchsorted(groups, torch.arange(len(base_rows), device=groups.device))
+            first = first.clamp_max(len(groups) - 1)
+            has_scalars = groups[first] == torch.arange(len(base_rows), device=groups.device)
+            is_last = groups != torch.cat([groups[1:], groups.new_full((1,), -1)])
+            changed += [
+                torch.where(has_scalars, rows[first], base_rows),
+                torch.where(has_scalars, ids[first], base_ids),
+                torch.where(is_last, base_rows[groups], rows.roll(-1)),
+                torch.where(is_last, base_ids[groups], ids.roll(-1)),
+                groups,
+            ]
+        return TokenAlignment._make((*changed, *self[10:]))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenAlignment":
         return TokenAlignment._make(
             field.to(device, non_blocking=non_blocking) if isinstance(field, Tensor) else field

@@ -50,7 +50,7 @@ def sorted_difference(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # (c, V_s
     return loss, (num_plus - num_minus).to(s.dtype) / tied
 
 
-def _matched(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def matched_jsd(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """(c,) generalized JSD of sub-distributions and (c, K) s dloss / ds."""
     s, t = log_s.exp(), log_t.exp()
     ratio = (log_t - log_s).clamp(LOG_ZERO, -LOG_ZERO)
@@ -76,7 +76,7 @@ def _scaled(log_probs: Tensor, log_scale: Tensor | None) -> Tensor:  # (c, any),
     return log_probs if log_scale is None else log_probs + log_scale.unsqueeze(-1)
 
 
-def _of_token(log_probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # (c, V), (c, 1)
+def of_token(log_probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # (c, V), (c, 1)
     """(c, 1) log q of one entry a row and 1 - q, from the other entries: a q that rounds to 1 keeps
     both.
     """
@@ -88,7 +88,7 @@ def _spans(log_spans: Sequence[Tensor], beta: float) -> tuple[Tensor, Tensor]:  
     """(c,) loss of the two outcomes span and no span, and its slope in log s."""
     rests = [(-torch.expm1(side)).clamp_min(SMALLEST_REST).log() for side in log_spans]
     log_s, log_t = (torch.cat(pair, 1) for pair in zip(log_spans, rests, strict=True))
-    loss, pull = _matched(log_s, log_t, beta)
+    loss, pull = matched_jsd(log_s, log_t, beta)
     return loss, pull[:, 0] - pull[:, 1] * (log_spans[0] - rests[0]).squeeze(1).exp()
 
 
@@ -104,17 +104,17 @@ def _pull(
     pull = torch.zeros_like(s)
     unmatched, sign = sorted_difference(s[:, is_unmatched], t[:, is_teacher_unmatched])
     pull[:, is_unmatched] = options.unmatched_weight * sign * s[:, is_unmatched]
-    matched, matched_pull = _matched(log_s[:, s_matched], log_t[:, t_matched], options.beta)
+    matched, matched_pull = matched_jsd(log_s[:, s_matched], log_t[:, t_matched], options.beta)
     pull[:, s_matched] = options.matched_weight * matched_pull
     return matched, unmatched, pull
 
 
-def _cross_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def cross_entropy(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(c,) -log q(id) and (c, V) gradient with respect to the logits; 0 without a token."""
     log_q = _log_probs(logits, temperature)
     is_token = (ids >= 0) & (ids < logits.shape[1])
     index = torch.where(is_token, ids, 0).unsqueeze(-1)
-    log_q_token, rest = _of_token(log_q, index)
+    log_q_token, rest = of_token(log_q, index)
     grad = log_q.exp().scatter_(-1, index, -rest).div_(temperature)
     value = -log_q_token.squeeze(-1).clamp_min(LOG_ZERO)
     has_slope = is_token & (value < -LOG_ZERO)  # a masked token has the floor
@@ -161,7 +161,7 @@ def uld_rows_(
         if spans is not None:
             is_span = spans[0][rows] >= 0
             index = [ids[rows].clamp_min(0).unsqueeze(1) for ids in spans]
-            (log_q_span, rest), (log_p_span, _) = map(_of_token, (log_q, log_p), index)
+            (log_q_span, rest), (log_p_span, _) = map(of_token, (log_q, log_p), index)
             log_spans = [*map(_scaled, (log_q_span, log_p_span), scales)]
             loss, span_slope = _spans(log_spans, beta)
             span_slope *= matched_weight
@@ -186,7 +186,7 @@ def uld_rows_(
         grad = pull * (weight / temperatures[0]).unsqueeze(-1)
         grad = torch.where(is_live.unsqueeze(-1), grad, 0)
         if labels is not None:
-            hard, hard_grad = _cross_entropy(student, labels[rows], 1.0)
+            hard, hard_grad = cross_entropy(student, labels[rows], 1.0)
             values[1, rows] = torch.where(is_hard, hard, 0)
             hard_grad *= hard_weight.unsqueeze(-1)
             grad += torch.where(is_hard.unsqueeze(-1), hard_grad, 0)
@@ -218,7 +218,7 @@ def token_rows_(
         block = logits[rows].to(values.dtype)
         total = torch.zeros_like(block)
         for index, (tokens, at) in enumerate(((ids, temperature), (labels, 1.0))):
-            value, grad = _cross_entropy(block, tokens[rows], at)
+            value, grad = cross_entropy(block, tokens[rows], at)
             weight = weights[rows, index]
             values[index, rows] = torch.where(weight != 0, value, 0)
             grad *= weight.unsqueeze(-1)

@@ -28,6 +28,7 @@ FOLDERS = {
     "losses": ("jsd", "engine", "triton"),
     "uld": ("jsd", "engine", "triton", "tokens"),
     "likelihood": ("uld", "jsd", "engine", "triton", "tokens"),
+    "projection": ("likelihood", "uld", "jsd", "engine", "triton", "tokens"),
     "means": ("uld", "engine", "triton"),
     "integrations": ("likelihood", "means", "losses", "uld", "jsd", "engine", "triton", "tokens"),
 }

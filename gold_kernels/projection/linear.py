@@ -1,0 +1,176 @@
+"""The public function of the projected JSD: from hidden states, heads and a projection.
+
+N scored rows of a side (N_s, N_t), G aligned groups or pairs of rows, D hidden size (D_s, D_t), V
+vocabulary (V_s, V_t). P teacher, Q student.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple, overload
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from gold_kernels.engine import checks
+from gold_kernels.engine.heads import check_heads, first_entries, label_weights_of, row_weights_of
+from gold_kernels.engine.linear import RowPlan, run_linear_loss
+from gold_kernels.engine.options import LinearOptions, PerSide, per_side, resolve_options
+from gold_kernels.engine.row_loss import CROSS_ENTROPY
+from gold_kernels.projection.row_loss import ProjectedJSD
+from gold_kernels.tokens.alignment import TokenAlignment
+from gold_kernels.tokens.projection import VocabProjection
+from gold_kernels.uld import checks as group_checks
+from gold_kernels.uld.plan import plan_groups, two_terms, values_of_labels
+
+
+class ProjectedMetrics(NamedTuple):
+    """Unweighted values, detached, float32: of every group or pair of rows, (G,) each."""
+
+    loss: Tensor
+    student_projected_mass: Tensor  # probability of what is projected
+    teacher_projected_mass: Tensor  # probability of the entries that are reached
+    cross_entropy: Tensor | None = None  # (N_s,) of the labels, nats; None without labels
+
+
+@overload
+def fused_linear_projected_jsd(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    projection: VocabProjection,
+    row_weights: Tensor | None = None,
+    *,
+    alignment: TokenAlignment | None = None,
+    beta: float = 0.0,
+    temperature: PerSide = 1.0,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def fused_linear_projected_jsd(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    projection: VocabProjection,
+    row_weights: Tensor | None = None,
+    *,
+    alignment: TokenAlignment | None = None,
+    beta: float = 0.0,
+    temperature: PerSide = 1.0,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, ProjectedMetrics]: ...
+
+
+def fused_linear_projected_jsd(
+    student_hidden: Tensor,  # (N_s, D_s)
+    student_weight: Tensor,  # (V_s, D_s)
+    teacher_hidden: Tensor,  # (N_t, D_t)
+    teacher_weight: Tensor,  # (V_t, D_t)
+    projection: VocabProjection,
+    row_weights: Tensor | None = None,  # (G,), float32; None means 1 / G each
+    *,
+    alignment: TokenAlignment | None = None,  # None: row i with row i, G = N_s = N_t
+    beta: float = 0.0,
+    temperature: PerSide = 1.0,  # of both sides, or (student, teacher)
+    return_metrics: bool = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, ProjectedMetrics]:  # (), float32; (G,) with reduction="none"
+    """Generalized JSD of the teacher and the student's distribution projected into its vocabulary.
+
+        loss = sum_g row_weights[g] * JSD_beta(P_g, Q_g W) + sum_i label_weights[i] * CE_i
+
+    W (V_s, V_t) is sparse: see VocabProjection. An entry of the teacher that no row of W reaches is
+    left out on both sides, and the KL terms have + sum q - sum p, so that they are never negative.
+    No logits of V_t columns are kept, and no W is ever dense.
+
+    With an alignment (merge="bayesian") P_g and Q_g are those of the first tokens of the group,
+    which both follow the same bytes. A group of several tokens has JSD_beta of two outcomes beside
+    it, its bytes or others, so that its later tokens learn too.
+
+    This is P-KL of X-Token (Sreenivas et al. 2026, arXiv 2605.21699) at beta = 0. Taken from it
+    are the sparse projection, built from both tokenizers by weight 1 for equal entries and weights
+    that fall to a tenth from piece to piece (so in its published code), and the KL in the teacher's
+    vocabulary without a partition. Not taken: the second pass, from the teacher's entries to the
+    student's; the average of a group's log-probabilities over its tokens; the cut to the teacher's
+    most likely entries; the factor temperature^2 and its balance with the cross-entropy; several
+    teachers. Written from the description, not from the paper's equations.
+
+    Options are those of LinearOptions, vocab_size as a pair (student, teacher); labels with an
+    alignment need reduction="sum". Extra memory is at most budget_bytes, plus one float32
+    student_weight if a 16-bit one needs a gradient. Groups of weight 0 may hold anything.
+    return_metrics=True returns (loss, ProjectedMetrics). Move the projection to the device once,
+    projection.to(device): else each call does. Not supported: a second derivative, torch.func
+    transforms. Raises ValueError for what does not fit, with the remedy.
+    """
+    function = "fused_linear_projected_jsd"
+    chosen = resolve_options(function, options)
+    checks.check_temperature(function, temperature)
+    row_loss = ProjectedJSD(beta, per_side(temperature))
+    row_loss.check(function)
+    if alignment is not None:
+        group_checks.check_chain_rule(function, alignment)
+    student, teacher, chosen = check_heads(
+        function, student_hidden, student_weight, teacher_hidden, teacher_weight, chosen
+    )
+    sizes = group_checks.check_vocab_sizes(
+        function, student.weight.shape[0], teacher.weight.shape[0], chosen.vocab_size
+    )
+    student, teacher = map(first_entries, (student, teacher), sizes)
+    hidden, labels = student.hidden, chosen.labels
+    num_groups = group_checks.check_alignment(function, hidden, teacher.hidden, alignment)
+    group_checks.check_token_ids(function, alignment, *sizes)
+    _check_projection(function, projection, *sizes)
+    group_checks.check_group_weights(function, row_weights, num_groups, hidden)
+    checks.check_label_weights(function, chosen, hidden)
+    group_checks.check_reduction(function, chosen, alignment)
+    weights = row_weights_of(row_weights, num_groups, hidden, chosen)
+    label_weights = label_weights_of(sizes[0], hidden, chosen)
+    row_loss = dataclasses.replace(row_loss, folds=projection.to(hidden.device).folds.tensors())
+    if alignment is None:
+        own_labels = None if labels is None else labels.contiguous()
+        plan = RowPlan(two_terms(weights, label_weights), own_labels)
+    else:
+        firsts = alignment.to(hidden.device).with_first_base()
+        plan, student_scalars, teacher_scalars = plan_groups(
+            firsts, weights, labels, label_weights, student.num_rows
+        )
+        has_spans = student_scalars is not None or teacher_scalars is not None
+        row_loss = dataclasses.replace(
+            row_loss,
+            student_scalars=student_scalars,
+            teacher_scalars=teacher_scalars,
+            spans=firsts.span_ids() if has_spans else None,
+        )
+    loss, values = run_linear_loss(row_loss, student, teacher, plan, chosen, return_metrics)
+    if not return_metrics:
+        return loss
+    rows = dict(zip(row_loss.value_names, values, strict=True))
+    loss_rows, *masses = (rows[name][:num_groups] for name in ProjectedMetrics._fields[:3])
+    cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
+    return loss, ProjectedMetrics(loss_rows, masses[0], masses[1], cross_entropy)
+
+
+def _check_projection(
+    function: str, projection: VocabProjection, v_student: int, v_teacher: int
+) -> None:
+    if not isinstance(projection, VocabProjection):
+        raise ValueError(
+            f"{function}: projection must be a VocabProjection, got {type(projection).__name__}; "
+            "pass VocabProjection.from_tokenizers(student, teacher)."
+        )
+    sizes = projection.student_vocab_size, projection.teacher_vocab_size
+    if sizes[0] > v_student or sizes[1] > v_teacher:
+        raise ValueError(
+            f"{function}: the projection is of tokenizers with {sizes[0]} and {sizes[1]} entries, "
+            f"got heads of V_s={v_student} and V_t={v_teacher} rows; build it from the tokenizers "
+            "of these models."
+        )
+    if not projection.folds.teacher_ids.shape[0]:
+        raise ValueError(
+            f"{function}: the projection must reach an entry of the teacher, got none; build it "
+            "from the tokenizers of these models."
+        )

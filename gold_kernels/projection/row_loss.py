@@ -1,0 +1,109 @@
+"""The projected JSD as a row loss.
+
+G aligned groups or pairs of rows, S scalar rows, C rows of a chunk, V vocabulary (V_s, V_t), K
+entries of the teacher that are reached. P teacher, Q student.
+
+The row that predicts the first token of a group is compared with the teacher's, whose context has
+the same bytes. The later tokens of a group are scalar rows, as in the hybrid loss.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import Limits, RowFunction
+from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
+from gold_kernels.jsd.row_loss import divergence_bound
+from gold_kernels.projection import torch_rows
+from gold_kernels.tokens.projection import Folds
+from gold_kernels.uld.group_rows import group_rows, log_scales
+
+VALUE_NAMES = (
+    *(LOSS, CROSS_ENTROPY, "student_projected_mass", "teacher_projected_mass"),
+    "slope",  # dloss / dlog-likelihood of a group, the student's
+    "pull",  # of the kernel
+)
+SLOPE = VALUE_NAMES.index("slope")
+
+
+def row_functions(backend: str) -> tuple[Callable, Callable]:
+    """projected_rows_, and how many bytes a row it takes."""
+    if backend == "triton":
+        from gold_kernels.projection import triton_rows  # triton may be missing
+
+        return triton_rows.projected_rows_, triton_rows.row_bytes
+    return torch_rows.projected_rows_, torch_rows.row_bytes
+
+
+@dataclass(frozen=True)
+class ProjectedJSD(RowLoss):
+    """JSD_beta of P and Q W on the K entries that are reached, and in groups of several tokens that
+    of two outcomes: the bytes of the group follow, or something else does.
+    """
+
+    beta: float = 0.0
+    temperature: tuple[float, float] = (1.0, 1.0)  # student, teacher
+    student_scalars: Sequence[Tensor] | None = None  # rows, token ids, groups, (S_s,) int64 each
+    teacher_scalars: Sequence[Tensor] | None = None  # rows, token ids, groups, (S_t,) int64 each
+    folds: Sequence[Tensor] | None = None  # Folds.tensors
+    spans: Sequence[Tensor] | None = None  # (G,), (G,) int64, first tokens of merged groups, or -1
+
+    name: ClassVar[str] = "projected_jsd"
+    value_names: ClassVar[tuple[str, ...]] = VALUE_NAMES
+    number_sizes: ClassVar[dict[str, int]] = {"temperature": 2}
+    tensor_sizes: ClassVar[dict[str, int]] = {
+        "student_scalars": 3,
+        "teacher_scalars": 3,
+        "folds": 7,
+        "spans": 2,
+    }
+    is_shared: ClassVar[bool] = False
+
+    def check(self, function: str) -> None:
+        checks.check_beta(function, self.beta)
+        checks.check_temperature(function, self.temperature)
+
+    def grad_bound(self) -> float:
+        return max(1.0, 2 * divergence_bound(self.beta) / self.temperature[0])
+
+    def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
+        logits_dtype = limits.logits_dtype or rows.values.dtype
+        assert self.folds is not None, "a call has its projection"
+        folds = Folds.from_tensors(self.folds)
+        own_bytes = row_functions(rows.backend)[1](v_student, v_teacher, folds, logits_dtype)
+        return limits._replace(row_bytes=own_bytes)
+
+    def start(self, rows: Rows) -> RowFunction:
+        scalars = self.student_scalars, self.teacher_scalars
+        scales = log_scales(rows, scalars, self.temperature)
+        paired = self._first_rows(rows, scales)
+        return group_rows(rows, paired, scalars[0], rows.values[SLOPE], self.temperature[0])
+
+    def _first_rows(self, rows: Rows, scales: list[Tensor] | None) -> Callable[..., None]:
+        """Of the rows that predict the first token of a group."""
+        projected_rows_ = row_functions(rows.backend)[0]
+        assert self.folds is not None, "a call has its projection"
+        folds = Folds.from_tensors(self.folds)
+
+        def row_function(
+            student_logits: Tensor,
+            teacher_logits: Tensor,
+            grad_logits: Tensor | None,
+            chunk: slice,
+            weights: Tensor,
+        ) -> None:
+            projected_rows_(
+                *(student_logits, teacher_logits, grad_logits, weights, folds),
+                None if self.spans is None else [side[chunk] for side in self.spans],
+                None if scales is None else [side[chunk] for side in scales],
+                None if rows.labels is None else rows.labels[chunk],
+                rows.values[:, chunk],
+                beta=self.beta,
+                temperatures=self.temperature,
+                softcap=rows.softcap,
+            )
+
+        return row_function
