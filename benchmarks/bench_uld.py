@@ -123,14 +123,22 @@ def make_step(name: str, case: Case, overlap: VocabOverlap) -> Callable[[], Any]
 
 
 def time_and_memory(name: str, case: Case, overlap: VocabOverlap, rep_ms: float) -> dict[str, Any]:
-    """Columns; the floor has no memory of its own to speak of."""
     device, step = case.student_hidden.device.type, make_step(name, case, overlap)
+    returned = None if name == "floor" else sum(leaf.nbytes for leaf in case.leaves())
+    return time_of(step, device, rep_ms, returned)
+
+
+def time_of(
+    step: Callable[[], Any], device: str, rep_ms: float, returned: int | None
+) -> dict[str, Any]:
+    """Columns; returned: bytes of what a call returns, None for the floor, which has no memory of
+    its own to speak of.
+    """
     times = milliseconds(step, device, rep_ms)
     keys = ("median_ms", "p20_ms", "p80_ms")
     columns = {"status": "ok"} | {key: f"{ms:.4g}" for key, ms in zip(keys, times, strict=True)}
-    if name != "floor":
+    if returned is not None:
         peak = peak_extra_bytes(step, device)
-        returned = sum(leaf.nbytes for leaf in case.leaves())
         columns["peak_mib"] = f"{peak / MIB:.1f}"
         columns["peak_extra_mib"] = f"{(peak - returned) / MIB:.1f}"
     return columns

@@ -58,7 +58,9 @@ class _CpuPeak(TorchDispatchMode):
 
 
 def _is_cpu(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False  # a sparse tensor has no storage of its own
+    return value.device.type == "cpu"
 
 
 def peak_extra_bytes(function: Callable[[], object], device: str | torch.device = "cpu") -> int:

@@ -1,1 +1,1 @@
-"""Generalized JSD in the teacher's vocabulary, into which the student's distribution is projected."""
+"""Generalized JSD in the teacher's vocabulary, into which the student is projected."""

@@ -136,7 +136,9 @@ class VocabProjection(NamedTuple):
                 rows[i] = [by_bytes[piece]]
             elif piece:
                 others.append(i)
-        for i, ids in zip(others, _split(teacher, [student.pieces[i] for i in others]), strict=True):
+        for i, ids in zip(
+            others, _split(teacher, [student.pieces[i] for i in others]), strict=True
+        ):
             rows[i] = ids[: num_pieces if decay else 1]
         columns = torch.full((len(rows), num_pieces), -1)
         weights = torch.zeros(len(rows), num_pieces)

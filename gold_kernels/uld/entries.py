@@ -29,7 +29,7 @@ SMALLEST_REST = tl.constexpr(1e-18)  # as in engine/probabilities.py
 
 
 @triton.jit
-def _matched_entries(log2_s, log2_t, betas, MODE: tl.constexpr):
+def pair_entries(log2_s, log2_t, betas, MODE: tl.constexpr):
     """Loss and s dloss/ds of pairs of entries, in nats."""
     s, t = tl.exp2(log2_s), tl.exp2(log2_t)
     ratio = tl.minimum(tl.maximum(log2_t - log2_s, LOG_ZERO), -LOG_ZERO)
@@ -85,7 +85,7 @@ def _rest_entries(log2_s, log2_t, betas, MODE: tl.constexpr):
 @triton.jit
 def span_entries(log2_s, log2_t, betas, MODE: tl.constexpr):
     """Loss of two outcomes, s and 1 - s against t and 1 - t, and dloss / dlog s, in nats."""
-    loss, pull = _matched_entries(log2_s, log2_t, betas, MODE)
+    loss, pull = pair_entries(log2_s, log2_t, betas, MODE)
     rest_loss, rest_pull = _rest_entries(log2_s, log2_t, betas, MODE)
     odds = tl.exp2(log2_s) / tl.maximum(one_minus(log2_s), SMALLEST_REST)
     return loss + rest_loss, pull - rest_pull * odds
@@ -122,7 +122,7 @@ def sum_pairs(
         teacher = load_logits(partners_row, index, is_pair)
         log2_s = (student - student_max) * student_bits + student_shift
         log2_t = (teacher - teacher_max) * teacher_bits + teacher_shift
-        loss, pull = _matched_entries(log2_s, log2_t, betas, MODE)
+        loss, pull = pair_entries(log2_s, log2_t, betas, MODE)
         losses += tl.sum(tl.where(is_pair, loss, 0.0), axis=1)
         pulls += tl.sum(tl.where(is_pair, pull, 0.0), axis=1)
         student_mass += tl.sum(tl.exp2(log2_s - log2_scales[0]), axis=1)

@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 
 from gold_kernels.jsd import triton_rows as jsd_rows
 from gold_kernels.losses import LOSSES, FormulaLoss
+from gold_kernels.projection import triton_folds as folds
+from gold_kernels.projection import triton_rows as projected_rows
 from gold_kernels.triton import formula_rows, scale
 from gold_kernels.triton.launch import ROW_ALIGNMENT
 from gold_kernels.uld import triton_rows as uld_rows
@@ -158,6 +160,43 @@ def token_signatures():
         yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
 
 
+def projection_signatures():
+    bits = ("student_bits", "teacher_bits")
+    kernel = projected_rows.join_rows_kernel
+    types = {"sums_ptr": "*fp64", "state_ptr": "*fp32"}
+    constexprs = {"SLICE": 1 << 14, "NUM_SLICES": 16}
+    yield kernel, signature_of(kernel, types, bits, constexprs), constexprs
+    kernel = folds.fold_rows_kernel
+    for has_logits, given in ((True, "*fp32"), (True, "*bf16"), (False, "*fp32")):
+        types = {"in_ptr": given, "out_ptr": "*fp32", "ids_ptr": "*i32"}
+        types |= {"weights_ptr": "*fp32", "state_ptr": "*fp32"}
+        constexprs = {"HAS_LOGITS": has_logits, "WIDTH": 4, "ROWS": 4, "BLOCK": 256}
+        yield kernel, signature_of(kernel, types, ("bits",), constexprs), constexprs
+    integers = {"teacher_ids_ptr": "*i32", "places_ptr": "*i32", "row_places_ptr": "*i32"}
+    integers |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
+    integers |= {"labels_ptr": "*i64", "spans_ptr": "*i64"}
+    for has_all, logits, mode in (
+        (False, "*fp32", jsd_rows.FORWARD_KL),
+        (True, "*bf16", jsd_rows.JSD),
+        (True, "*fp32", jsd_rows.REVERSE_KL),
+    ):
+        given = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
+        flags = dict.fromkeys(("HAS_SPANS", "HAS_SCALES", "HAS_LABELS"), has_all)
+        sizes = {"PAIR_BLOCK": 2048, "BLOCK_V": 4096, "LINE": 4 if logits == "*fp32" else 8}
+        floats = (*bits, "beta", "one_minus_beta")
+        kernel = projected_rows.pair_rows_kernel
+        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+        types |= {name: kind for name, kind in (integers | given).items() if name in types}
+        constexprs = {"MODE": mode, **flags, **sizes}
+        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+        kernel = folds.grad_rows_kernel
+        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+        types |= {name: kind for name, kind in (integers | given).items() if name in types}
+        constexprs = {"HAS_SPANS": has_all, "HAS_LABELS": has_all, "HAS_SOFTCAP": has_all}
+        constexprs |= {"NUM_PIECES": 4, "ROWS": 4, "BLOCK": 256}
+        yield kernel, signature_of(kernel, types, ("bits", "softcap"), constexprs), constexprs
+
+
 def scale_signatures():
     kernel = scale.scale_kernel
     for tensor, out in (("*bf16", "*bf16"), ("*fp32", "*fp16"), ("*fp32", "*fp32")):
@@ -204,6 +243,7 @@ def main() -> None:
             *uld_signatures(),
             *uld_sums_signatures(),
             *token_signatures(),
+            *projection_signatures(),
             *draw_signatures(),
         ):
             attributes = alignment_of(kernel, signature, constexprs)
