@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 MERGE_STRATEGIES = ("bayesian", "observed")
-LOSS_TYPES = ("uld", "chunk_likelihood")
+LOSS_TYPES = ("uld", "chunk_likelihood", "projected_jsd")
 HYBRID_WEIGHTS = ("uld_hybrid_matched_weight", "uld_hybrid_unmatched_weight")
 
 
@@ -42,7 +42,8 @@ class ULDFields:
         metadata={
             "help": "What is compared across tokenizers. uld: sorted probabilities, and with "
             "uld_use_hybrid_loss matched entries. chunk_likelihood: how likely both models find "
-            "the bytes of a group.",
+            "the bytes of a group. projected_jsd: generalized JSD with beta in the teacher's "
+            "vocabulary, into which the student's distribution is projected.",
             "choices": LOSS_TYPES,
         },
     )
@@ -79,6 +80,13 @@ class ULDFields:
         metadata={
             "help": "Generalized JSD with beta on vocabulary entries that both sides have, sorted "
             "L1 on the others. An untrained student needs beta=0 or uld_crossentropy_weight."
+        },
+    )
+    uld_relaxed_overlap: bool = field(
+        default=False,
+        metadata={
+            "help": "Of the hybrid loss: an entry that the teacher does not have is matched with "
+            "the first token by which the teacher would write it, if that has no other partner."
         },
     )
     uld_hybrid_matched_weight: float | None = field(
@@ -165,6 +173,11 @@ class ULDFields:
     def _check_type(self) -> None:
         """The fields that a loss reads beside its own."""
         kind = self.uld_loss_type
+        if self.uld_relaxed_overlap and not self.uld_use_hybrid_loss:
+            raise ValueError(
+                "GOLDConfig: uld_relaxed_overlap widens the overlap of the hybrid loss, got True "
+                "without it; set uld_use_hybrid_loss=True."
+            )
         if kind != "chunk_likelihood" and self.uld_group_temperature != 100.0:
             raise ValueError(
                 "GOLDConfig: uld_group_temperature is a number of "

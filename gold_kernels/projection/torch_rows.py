@@ -114,7 +114,8 @@ def _merged(
     if log_scales is not None:
         sides = [side + scale for side, scale in zip(sides, log_scales, strict=True)]
     wide = torch.float32 if log_q.device.type == "mps" else torch.float64
-    loss, slope = two_outcomes(*(side.to(wide).clamp(LOG_ZERO, 0) for side in sides), beta)
+    log_s, log_t = (side.to(wide).clamp(LOG_ZERO, 0) for side in sides)
+    loss, slope = two_outcomes(log_s, log_t, beta)
     loss, slope = (torch.where(is_span, part, 0).to(log_q.dtype) for part in (loss, slope))
     moves = torch.where(own > LOG_ZERO, slope, 0)  # a masked token has the floor
     onehot_minus_q = (-log_q.exp()).scatter(1, index[0], rest)

@@ -174,8 +174,9 @@ class VocabProjection(NamedTuple):
     def to(self, device: torch.device | str) -> "VocabProjection":
         if self.folds.ids.device == torch.device(device):
             return self
-        moved = (part.to(device) if isinstance(part, Tensor) else part for part in self.folds)
-        return self._replace(folds=Folds(*moved))
+        parts = self.folds._asdict().items()
+        moved = {name: part.to(device) for name, part in parts if isinstance(part, Tensor)}
+        return self._replace(folds=self.folds._replace(**moved))
 
 
 def _split(table: TokenBytes, pieces: list[bytes]) -> list[list[int]]:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gold_kernels import reference
+from gold_kernels import VocabProjection, reference
 from support.cross_cases import (
     aligner_of,
     assert_equals,
@@ -17,6 +17,16 @@ from support.cross_cases import (
     rows_of,
 )
 from support.trainer_cases import losses_of
+
+
+def eager_projected(projection):
+    def rows(student_logits, teacher_logits, alignment, weights):
+        options = {"alignment": alignment, "beta": 0.25, "temperature": (1.5, 0.8)}
+        return reference.projected_jsd(
+            student_logits, teacher_logits, projection, weights.double(), **options
+        )
+
+    return rows
 
 
 def eager_likelihood(student_logits, teacher_logits, alignment, weights):
@@ -47,3 +57,39 @@ def test_the_chunk_likelihood_equals_the_eager_float64_step(student, teacher, tm
     log = trainer.state.log_history[0]
     assert log["chunk_likelihood_loss"] > 0 and "uld_loss" not in log
     assert log["student_log_likelihood"] < 0 and log["teacher_log_likelihood"] < 0
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("qwen3", "llama"), ("lfm2_vl", "qwen3_vl")])
+def test_the_projected_jsd_equals_the_eager_float64_step(student, teacher, tmp_path):
+    student, teacher = make_sides(student, teacher)
+    rows = rows_of(student.family)
+    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    projection = VocabProjection.from_tokenizers(student.tokenizer, teacher.tokenizer)
+    assert (projection.columns[:, 1] >= 0).any()
+    expected = eager_cross_step(
+        *(student, teacher, rows, *parts),
+        unit_loss=eager_projected(projection),
+        crossentropy_weight=0.3,
+    )
+    fields = {"uld_loss_type": "projected_jsd", "beta": 0.25, "uld_crossentropy_weight": 0.3}
+    fields |= {"uld_student_temperature": 1.5, "uld_teacher_temperature": 0.8}
+    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **fields)
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+    log = trainer.state.log_history[0]
+    assert log["projected_jsd_loss"] > 0 and 0 < log["teacher_projected_mass"] <= 1
+
+
+def test_the_relaxed_overlap_reaches_the_hybrid_loss(tmp_path, monkeypatch):
+    """The tiny tokenizers have no entries to relax: here the wider overlap is a smaller one."""
+
+    def fewer(projection, exact):
+        assert projection.student_vocab_size == exact.student_vocab_size
+        return exact._replace(student_ids=exact.student_ids[:9], teacher_ids=exact.teacher_ids[:9])
+
+    monkeypatch.setattr(VocabProjection, "relaxed_overlap", fewer)
+    student, teacher = make_sides("qwen3", "llama")
+    fields = {"uld_use_hybrid_loss": True, "uld_relaxed_overlap": True}
+    trainer, _ = cross_trainer(tmp_path, rows_of("qwen3"), student, teacher, **fields)
+    assert trainer.objective.overlap.num_matched == 9
+    assert trainer.objective.options["overlap"] is trainer.objective.overlap

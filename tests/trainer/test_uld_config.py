@@ -14,6 +14,7 @@ DEFAULTS = {
     "use_extended_uld": True,
     "uld_token_merge_strategy": "bayesian",
     "uld_use_hybrid_loss": False,
+    "uld_relaxed_overlap": False,
     "uld_hybrid_matched_weight": None,
     "uld_hybrid_unmatched_weight": None,
     "uld_crossentropy_weight": 0.0,
@@ -49,6 +50,8 @@ def test_defaults(tmp_path):
         },
         {"use_extended_uld": False, "uld_student_temperature": 0.5},
         {"uld_loss_type": "chunk_likelihood", "uld_group_temperature": 1.0},
+        {"uld_loss_type": "projected_jsd", "uld_crossentropy_weight": 1.0},
+        {"uld_use_hybrid_loss": True, "uld_relaxed_overlap": True},
     ],
 )
 def test_possible_values_are_kept(fields, tmp_path):
@@ -64,8 +67,13 @@ def test_possible_values_are_kept(fields, tmp_path):
             {"uld_token_merge_strategy": "first"},
             "uld_token_merge_strategy must be 'bayesian' or 'observed', got 'first'",
         ),
-        ({"uld_loss_type": "alm"}, "uld_loss_type must be .*'chunk_likelihood', got 'alm'"),
+        ({"uld_loss_type": "alm"}, "uld_loss_type must be .*'projected_jsd', got 'alm'"),
         ({"uld_group_temperature": 1.0}, "uld_group_temperature is a number of .* with 'uld'"),
+        ({"uld_relaxed_overlap": True}, "uld_relaxed_overlap .* got True .*; set uld_use_hybrid"),
+        (
+            {"uld_loss_type": "projected_jsd", "uld_use_hybrid_loss": True},
+            "uld_use_hybrid_loss must be False with uld_loss_type='projected_jsd', .* got True",
+        ),
         (
             {"uld_loss_type": "chunk_likelihood", "uld_group_temperature": 0.0},
             "uld_group_temperature must be positive and finite, got 0.0; 1.0 compares",

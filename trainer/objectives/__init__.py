@@ -6,6 +6,7 @@ from gold_trainer.objectives.chunk_likelihood import ChunkLikelihood
 from gold_trainer.objectives.cross_tokenizer import CrossTokenizer
 from gold_trainer.objectives.from_means import FromMeans
 from gold_trainer.objectives.objective import Objective
+from gold_trainer.objectives.projected_jsd import ProjectedJSD
 from gold_trainer.objectives.same_vocabulary import SameVocabulary
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CrossTokenizer",
     "FromMeans",
     "Objective",
+    "ProjectedJSD",
     "SameVocabulary",
     "choose_objective",
 ]
@@ -21,6 +23,7 @@ __all__ = [
 ACROSS_TOKENIZERS: dict[str, type[Objective]] = {
     "uld": CrossTokenizer,
     "chunk_likelihood": ChunkLikelihood,
+    "projected_jsd": ProjectedJSD,
 }
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gold_kernels import LikelihoodMetrics, fused_linear_chunk_likelihood
+from gold_kernels import CompletionAligner, LikelihoodMetrics, fused_linear_chunk_likelihood
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives.cross_tokenizer import CrossTokenizer
 
@@ -14,7 +14,7 @@ class ChunkLikelihood(CrossTokenizer):
     loss_name = "chunk_likelihood_loss"
     function = staticmethod(fused_linear_chunk_likelihood)
 
-    def own_options(self, args: GOLDConfig) -> dict[str, Any]:
+    def own_options(self, args: GOLDConfig, aligner: CompletionAligner) -> dict[str, Any]:
         return {"group_temperature": args.uld_group_temperature}
 
     def logged(self) -> tuple[str, ...]:

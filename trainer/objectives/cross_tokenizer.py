@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gold_kernels import ULDMetrics, VocabOverlap, fused_linear_uld
+from gold_kernels import (
+    CompletionAligner,
+    ULDMetrics,
+    VocabOverlap,
+    VocabProjection,
+    fused_linear_uld,
+)
 from gold_trainer import loading, models
 from gold_trainer.batches import BatchAlignment, Example, MicroBatch, SideInputs, WindowBatch
 from gold_trainer.collator import Processor, build_side
@@ -42,17 +48,20 @@ class CrossTokenizer(Objective):
         self.forms = student.form, teacher.form
         self.is_cached = args.teacher_cache is not None
         self.overlap = None
+        tables = pairs.aligner.student, pairs.aligner.teacher
         if args.uld_use_hybrid_loss:
-            aligner = pairs.aligner
-            self.overlap = VocabOverlap.from_token_bytes(aligner.student, aligner.teacher)
+            self.overlap = VocabOverlap.from_token_bytes(*tables)
+        if self.overlap is not None and args.uld_relaxed_overlap:
+            projection = VocabProjection.from_token_bytes(*tables)
+            self.overlap = projection.relaxed_overlap(self.overlap)
         self.options = {
             **memory_options(args),
             "beta": args.beta,
             "temperature": (args.uld_student_temperature, args.uld_teacher_temperature),
-            **self.own_options(args),
+            **self.own_options(args, pairs.aligner),
         }
 
-    def own_options(self, args: GOLDConfig) -> dict[str, Any]:
+    def own_options(self, args: GOLDConfig, aligner: CompletionAligner) -> dict[str, Any]:
         """Of the fused loss, beside those that all have."""
         return {
             "overlap": self.overlap,
