@@ -10,9 +10,11 @@ import torch
 from gold_kernels import (
     TokenAlignment,
     VocabOverlap,
+    VocabProjection,
     fused_linear_chunk_likelihood,
     fused_linear_jsd,
     fused_linear_loss,
+    fused_linear_projected_jsd,
     fused_linear_uld,
 )
 from gold_kernels.losses import LOSSES, make_loss
@@ -68,6 +70,12 @@ def main() -> int:
         fused_linear_uld(*tensors, **options, logits_dtype=logits_dtype, **limits).backward()
     tensors = heads(BFLOAT16, V_TEACHER)
     fused_linear_chunk_likelihood(*tensors, alignment, labels=labels.cuda(), **limits).backward()
+    columns = torch.randint(V_TEACHER, (V_STUDENT, 4))
+    columns[:300, 0] = 5  # folds of folds
+    projection = VocabProjection.from_entries(columns, torch.rand(V_STUDENT, 4) + 0.1, V_TEACHER)
+    for options in ({}, {"alignment": alignment, "labels": labels.cuda()}):
+        tensors = heads(BFLOAT16, V_TEACHER)
+        fused_linear_projected_jsd(*tensors, projection, **options, **limits).backward()
     torch.cuda.synchronize()
     sys.stdout.write("every kernel ran\n")
     return 0

@@ -174,9 +174,9 @@ class VocabProjection(NamedTuple):
     def to(self, device: torch.device | str) -> "VocabProjection":
         if self.folds.ids.device == torch.device(device):
             return self
-        parts = self.folds._asdict().items()
-        moved = {name: part.to(device) for name, part in parts if isinstance(part, Tensor)}
-        return self._replace(folds=self.folds._replace(**moved))
+        *tensors, starts = self.folds.tensors()
+        moved = Folds.from_tensors([*(part.to(device) for part in tensors), starts])
+        return self._replace(folds=moved)
 
 
 def _split(table: TokenBytes, pieces: list[bytes]) -> list[list[int]]:

@@ -1,10 +1,15 @@
 """The benchmark of losses of two tokenizers, on tiny shapes."""
 
 import csv
+import sys
+from pathlib import Path
 
-import bench_cross
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import bench_cross
 
 
 @pytest.fixture(scope="module")

@@ -229,13 +229,12 @@ def test_a_loss_for_every_group_takes_any_upstream_gradient(device, backend):
 def test_gradcheck_in_float64():
     case = uld_case("bayesian", sizes=(11, 13))
     hidden, weight, teacher, teacher_weight, row_weights = case.tensors
-    leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight, case.bias)]
+    leaves = [leaf[:, :6].clone().requires_grad_() for leaf in (hidden, weight)]
     assert torch.autograd.gradcheck(
-        lambda rows, head, bias: fused_linear_chunk_likelihood(
+        lambda rows, head: fused_linear_chunk_likelihood(
             *(rows, head, teacher, teacher_weight, case.options["alignment"], row_weights),
             beta=0.3,
             group_temperature=2.0,
-            student_bias=bias,
             chunk_size=3,
         ),
         leaves,

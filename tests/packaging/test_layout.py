@@ -30,7 +30,10 @@ FOLDERS = {
     "likelihood": ("uld", "jsd", "engine", "triton", "tokens"),
     "projection": ("likelihood", "uld", "jsd", "engine", "triton", "tokens"),
     "means": ("uld", "engine", "triton"),
-    "integrations": ("likelihood", "means", "losses", "uld", "jsd", "engine", "triton", "tokens"),
+    "integrations": (
+        *("projection", "likelihood", "means", "losses", "uld", "jsd", "engine", "triton"),
+        "tokens",
+    ),
 }
 
 

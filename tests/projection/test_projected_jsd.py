@@ -13,7 +13,7 @@ from gold_kernels import (
     peak_extra_bytes,
     reference,
 )
-from support.backends import on_every_backend
+from support.backends import IMPLEMENTATIONS, on_every_backend
 from support.error_budget import relative_error
 from support.jsd_cases import random_case
 from support.uld_cases import uld_case
@@ -246,37 +246,38 @@ def test_a_loss_for_every_group_takes_any_upstream_gradient(device, backend):
 
 
 def test_gradcheck_in_float64():
-    case = uld_case("bayesian", sizes=(23, 31))
-    projection = random_projection(23, 31)
+    case = uld_case("bayesian", sizes=(11, 19))
+    projection = random_projection(11, 19)
     hidden, weight, teacher, teacher_weight, row_weights = case.tensors
-    leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight, case.bias)]
+    leaves = [leaf[:, :6].clone().requires_grad_() for leaf in (hidden, weight)]
     assert torch.autograd.gradcheck(
-        lambda rows, head, bias: fused_linear_projected_jsd(
+        lambda rows, head: fused_linear_projected_jsd(
             *(rows, head, teacher, teacher_weight, projection, row_weights),
             alignment=case.options["alignment"],
             beta=0.3,
-            student_bias=bias,
             chunk_size=3,
         ),
         leaves,
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_memory_stays_within_the_budget(backend):
-    n, v_student, v_teacher, budget = 128, 4000, 6000, 850_000
-    hidden, teacher = torch.randn(n, 8).requires_grad_(), torch.randn(n, 8)
-    heads = torch.randn(v_student, 8), torch.randn(v_teacher, 8)
-    projection = random_projection(v_student, v_teacher)
+# the interpreter of kernels copies what they are given
+@pytest.mark.parametrize(("device", "backend"), set(IMPLEMENTATIONS) - {("cpu", "triton")})
+def test_memory_stays_within_the_budget(device, backend):
+    n, v_student, v_teacher, budget = 24, 4000, 6000, 220_000
+    shapes = ((n, 8), (v_student, 8), (n, 8), (v_teacher, 8))
+    hidden, *others = (torch.randn(*shape, device=device) for shape in shapes)
+    hidden.requires_grad_()
+    projection = random_projection(v_student, v_teacher).to(device)
 
     def step():
         fused_linear_projected_jsd(
-            *(hidden, heads[0], teacher, heads[1], projection), budget_bytes=budget, backend=backend
+            *(hidden, *others, projection), budget_bytes=budget, backend=backend
         ).backward()
 
     step()
     room = 30 * 4 * 2**15 if backend == "torch" else 0  # temporaries of a block of rows
-    assert peak_extra_bytes(step) < budget + room + 2**18
+    assert peak_extra_bytes(step, device) < budget + room + 2**16
     assert 4 * n * (v_student + v_teacher) > 4 * budget
 
 
