@@ -65,14 +65,19 @@ class FakeEngine:
     """Remembers its calls, and says 5 6 7 to everything."""
 
     def __init__(self, **options):
-        self.options, self.calls, self.llm_engine = options, [], self
+        self.options, self.calls, self.llm_engine, self.broken = options, [], self, ""
         self.model_config = SimpleNamespace(max_model_len=options["max_model_len"] or 30)
 
     def __getattr__(self, name):
-        return lambda **options: self.calls.append((name, options.get("level")))
+        return lambda **options: self.note(name, options.get("level"))
+
+    def note(self, name, value):
+        if name == self.broken:
+            raise RuntimeError(f"no memory in {name}")
+        self.calls.append((name, value))
 
     def collective_rpc(self, name, kwargs):
-        self.calls.append((name, len(kwargs["weights_iterator"])))
+        self.note(name, len(kwargs["weights_iterator"]))
 
     def generate(self, prompts, params, use_tqdm):
         said = [(5, 6, 7), [{5: Said(-1.0)}, {6: Said(-1.0)}, {7: Said(-1.0)}]]
@@ -113,7 +118,22 @@ def test_an_error_of_one_rank_is_told_to_all(package, tmp_path, monkeypatch):
     prompt = prompts_of(run)[0]
     prompt.example.videos = [object()]
     writer.complete([prompt], run.rollouts.sampling["student"])
-    assert "text and pictures, got 1 videos" in str(told[0])
+    assert "text and pictures, got 1 videos" in str(told[-1])
+
+
+@pytest.mark.parametrize("name", ["reload_weights", "reset_mm_cache", "wake_up", "sleep"])
+def test_an_engine_that_fails_on_one_rank_is_told_to_all(name, package, tmp_path, monkeypatch):
+    """Whatever it was doing: the other ranks are on their way to the next step."""
+    run = make_trainer(tmp_path, tiny_rows(4), "qwen3", vllm_enable_sleep_mode=True, **COLOCATE)
+    writer, sampling = run.rollouts.writers["student"], run.rollouts.sampling["student"]
+    writer.sync_weights(run.model, 0)
+    writer.complete([], sampling)
+    told = []
+    monkeypatch.setattr(ranks, "raise_on_all", told.append)
+    writer.engine.broken = name
+    writer.sync_weights(run.model, 1)
+    writer.complete(prompts_of(run)[:1], sampling)
+    assert [str(error) for error in told if error is not None] == [f"no memory in {name}"]
 
 
 def test_an_engine_without_prompts_sleeps_too(package, tmp_path):

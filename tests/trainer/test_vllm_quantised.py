@@ -59,6 +59,12 @@ def test_whole_weights_of_a_quantised_student_are_refused(fields, got, stub, tmp
     args.model_init_kwargs = IN_4_BITS
     with pytest.raises(ValueError, match=message):
         connect(args, "some/model", lora())
+    args.model_init_kwargs = None
+    config = quantised().config
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path / "student")  # no weights: they would be read too late
+    with pytest.raises(ValueError, match=message):
+        connect(args, str(tmp_path / "student"), lora())
 
 
 def test_a_quantised_student_is_not_told_to_merge(stub, tmp_path):

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_peft_available
 
 from gold_trainer.models import base_model, has_adapter
+from gold_trainer.ranks import raise_on_all
 
 # What stands in the names of layers that are checkpointed or compiled.
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -120,10 +121,23 @@ def gathered_weights(
     """By the model's own names, in CPU memory, floats in this dtype; {} on ranks that keep nothing.
     Called on all ranks.
     """
-    weights = {}
-    for name, tensor in plain_weights(base_model(model), is_merged=is_merged):
-        if is_kept:
-            weights[name] = _kept(tensor, dtype)
+    pairs = plain_weights(base_model(model), is_merged=is_merged)
+    return _all_kept(pairs, dtype, is_kept=is_kept)
+
+
+def _all_kept(
+    pairs: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, *, is_kept: bool
+) -> dict[str, Tensor]:
+    """A rank that has no memory for them gathers on with the others, and then all end."""
+    weights: dict[str, Tensor] = {}
+    failed: Exception | None = None
+    for name, tensor in pairs:
+        if is_kept and failed is None:
+            try:
+                weights[name] = _kept(tensor, dtype)
+            except (RuntimeError, MemoryError) as error:
+                failed, weights = error, {}
+    raise_on_all(failed)
     return weights
 
 
@@ -148,17 +162,25 @@ def _kept(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def adapter_weights(model: nn.Module, *, is_kept: bool) -> dict[str, Tensor]:
-    """As peft saves them; {} on ranks that keep nothing. Called on all ranks."""
-    from peft import get_peft_model_state_dict
-
+    """What is trained, by the model's own names; {} on ranks that keep nothing. Called on all
+    ranks.
+    """
     assert has_adapter(model), "the adapter of a model that has one"
-    weights = {}
+    return _all_kept(_trained(model), None, is_kept=is_kept)
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             with gathered([parameter]):
-                tensor = whole(parameter)
-                if is_kept:
-                    weights[unwrapped(name)] = _kept(tensor, None)
-    if not is_kept:
-        return {}
-    return get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+                yield unwrapped(name), whole(parameter)
+
+
+def adapter_checkpoint(model: Any, gathered: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that peft saves. Of one rank, whose error others have to hear of."""
+    from peft import get_peft_model_state_dict
+
+    named: dict[str, Tensor] = get_peft_model_state_dict(
+        model, state_dict=gathered, save_embedding_layers=False
+    )
+    return named

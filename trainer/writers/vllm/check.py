@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.loading import load_config
 from gold_trainer.models import base_model, has_adapter, is_quantised
-from gold_trainer.quantised import NAME
+from gold_trainer.quantised import NAME, is_quantised_by
 from gold_trainer.writers.vllm.command import start_line
 from gold_trainer.writers.vllm.nccl import check_nccl
 from gold_trainer.writers.vllm.requests import GENERATE
@@ -80,9 +81,10 @@ def connect(
 
 
 def known_as_quantised(args: GOLDConfig, student: nn.Module | str) -> bool:
-    """Of one that is not loaded yet, by the arguments that it will be loaded with."""
+    """Of one that is not loaded yet, by the arguments that it will be loaded with, or its files."""
     if isinstance(student, str):
-        return NAME in (args.model_init_kwargs or {})
+        kwargs: Any = args.model_init_kwargs or {}
+        return NAME in kwargs or is_quantised_by(kwargs, load_config(student, kwargs))
     return is_quantised(student)
 
 

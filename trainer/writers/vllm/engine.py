@@ -48,33 +48,39 @@ class EngineWriter(Writer):
         assert model is not None, "the student is here"
         has_them = have_weights(self.step, step, self.args.vllm_sync_frequency)
         if has_them and not (self.is_asleep and self.sleep_level == 2):
-            self._wake()
+            on_every_rank(self._wake)
             return
         dtype = getattr(torch, dtype_of(self.args))
         gathered = gathered_weights(model, dtype, is_merged=True, is_kept=True)
-        weights = checkpoint_weights(model, gathered)  # the same on every rank, an error too
+        on_every_rank(lambda: self._take(checkpoint_weights(model, gathered)))
+        self.step = step
+
+    def _take(self, weights: dict[str, Tensor]) -> None:
+        """Of one rank, whose error others have to hear of."""
         if self.engine is None:
             self.engine = self._make(weights)
-        else:
-            self._wake()
-            options = {"weights_iterator": list(weights.items())}
-            self.engine.collective_rpc("reload_weights", kwargs=options)
-            # what was computed with the old ones
-            self.engine.reset_prefix_cache()
-            self.engine.reset_mm_cache()
-            self.engine.llm_engine.reset_encoder_cache()
-        self.step = step
+            return
+        self._wake()
+        options = {"weights_iterator": list(weights.items())}
+        self.engine.collective_rpc("reload_weights", kwargs=options)
+        # what was computed with the old ones
+        self.engine.reset_prefix_cache()
+        self.engine.reset_mm_cache()
+        self.engine.llm_engine.reset_encoder_cache()
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """Called on all ranks, with no prompts too: the engine wakes and sleeps on all."""
         assert self.step is not None, "weights are brought over before a window's prompts"
-        written = on_every_rank(lambda: self._complete(prompts, sampling) if prompts else [])
+        return on_every_rank(lambda: self._complete(prompts, sampling))
+
+    def _complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        written = self._written(prompts, sampling) if prompts else []
         if self.args.vllm_enable_sleep_mode:
             self.engine.sleep(level=self.sleep_level)
             self.is_asleep = True
         return written
 
-    def _complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def _written(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         from vllm import SamplingParams
 
         assert self.step is not None

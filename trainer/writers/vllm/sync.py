@@ -24,7 +24,12 @@ from gold_trainer.ranks import on_main_process
 from gold_trainer.writers.vllm.check import ServerInfo, refuse_whole_of_quantised
 from gold_trainer.writers.vllm.nccl import NcclGroup
 from gold_trainer.writers.vllm.server import Server
-from gold_trainer.writers.weights import adapter_weights, checkpoint_weights, gathered_weights
+from gold_trainer.writers.weights import (
+    adapter_checkpoint,
+    adapter_weights,
+    checkpoint_weights,
+    gathered_weights,
+)
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -156,6 +161,7 @@ class AdapterSync:
         name: str,
         version: str,
     ) -> None:
+        adapter = adapter_checkpoint(model, adapter)
         folder = write(adapter, self.root, "adapter_model{suffix}.safetensors")
         model.peft_config[model.active_adapters[0]].save_pretrained(folder.name)
         with renewing(self.server, version):
