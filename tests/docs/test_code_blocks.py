@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gold_trainer import GOLDTrainer
-from support.tiny_models import tiny
+from support.tiny_models import save_tiny, tiny
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -23,10 +23,8 @@ def run(block: str, name: str, folder: Path) -> dict:
     """Run a block in which models of the hub are tiny ones of the same family in a folder."""
     for hub_name, size in ((TEACHER, "teacher"), (STUDENT, "student")):
         if hub_name in block:
-            model, tokenizer = tiny("qwen3", size)
-            model.save_pretrained(folder / size)
-            tokenizer.save_pretrained(folder / size)
-            block = block.replace(hub_name, repr(str(folder / size)))
+            saved = save_tiny(folder / size, "qwen3", size)
+            block = block.replace(hub_name, repr(str(saved)))
     namespace: dict = {}
     exec(compile(block, name, "exec"), namespace)
     return namespace

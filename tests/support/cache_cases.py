@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.__main__ import main
 from support.cross_cases import TEACHER_MERGES
-from support.tiny_models import TEXT_FAMILIES, tiny, tiny_rows
+from support.tiny_models import TEXT_FAMILIES, save_tiny, tiny_rows
 from support.trainer_cases import FIELDS, GradientRecorder, losses_of
 
 CACHE_FIELDS = FIELDS | {"per_device_train_batch_size": 2, "max_completion_length": 64}
@@ -57,11 +57,9 @@ def save_pair(
     models: Any = None,  # student and teacher in the place of the family's own
 ) -> Pair:
     is_across = teacher is not None
-    for part in tiny(student):
-        part.save_pretrained(folder / "student")
+    save_tiny(folder / "student", student)
     merges = {"num_merges": TEACHER_MERGES} if is_across else {}
-    for part in tiny(teacher or student, "teacher", **merges):
-        part.save_pretrained(folder / "teacher")
+    save_tiny(folder / "teacher", teacher or student, "teacher", **merges)
     for name, model in zip(("student", "teacher"), models or (), strict=False):
         model.save_pretrained(folder / name)
     rows = tiny_rows(count, images=0 if student in TEXT_FAMILIES else "mixed")

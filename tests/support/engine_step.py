@@ -28,7 +28,7 @@ from support.engines import (
     take_processes_for_gpus,
 )
 from support.rank import leave_together, limit
-from support.tiny_models import VLM_FAMILIES, tiny, tiny_rows
+from support.tiny_models import VLM_FAMILIES, save_tiny_pair, tiny, tiny_rows
 from support.trainer_cases import FIELDS, losses_of
 
 MOVED_BY_PADDING = models.MOVED_BY_PADDING
@@ -47,10 +47,7 @@ def save_models(folder: Path) -> None:
     """For the cases by name; of a group of processes one alone would save."""
     for case in CASES.values():
         if case.get("is_by_name"):
-            for size in ("student", "teacher"):
-                model, processor = tiny(case["family"], size)
-                model.save_pretrained(folder / size)
-                processor.save_pretrained(folder / size)
+            save_tiny_pair(folder, case["family"])
 
 
 def untie(model: Any) -> None:

@@ -11,6 +11,7 @@ Idefics3, LLaVA), an answer without an end token (LLaVA), heads with more rows t
 has entries, and a teacher whose head has more of them than the student's (Qwen2.5-VL).
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ __all__ = [
     "FAMILIES",
     "TEXT_FAMILIES",
     "VLM_FAMILIES",
+    "save_tiny",
+    "save_tiny_pair",
     "tiny",
     "tiny_picture",
     "tiny_processor",
@@ -59,6 +62,20 @@ def tiny(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     return model, processor
+
+
+def save_tiny(folder: Path, family: str, size: str = "student", **options: int) -> Path:
+    """tiny() as from_pretrained reads it: model and processor in one folder."""
+    for part in tiny(family, size, **options):
+        part.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_pair(folder: Path, family: str) -> Path:
+    """folder / "student" and folder / "teacher"."""
+    for size in ("student", "teacher"):
+        save_tiny(folder / size, family, size)
+    return folder
 
 
 def _text_config(tokenizer, size: str, **extra) -> dict[str, Any]:

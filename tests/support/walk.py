@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gold_trainer.__main__ import main
-from support.tiny_models import tiny
+from support.tiny_models import save_tiny_pair
 
 USER = {"role": "user", "content": "What is this?"}
 ANSWER = {"role": "assistant", "content": "A bar."}
@@ -32,9 +32,7 @@ class Case:
 def save_models(folder: Path, family: str) -> Path:
     """Student and teacher of a family in a folder, once."""
     if not (folder / family).exists():
-        for size in ("student", "teacher"):
-            for part in tiny(family, size):
-                part.save_pretrained(folder / family / size)
+        save_tiny_pair(folder / family, family)
     return folder / family
 
 

@@ -14,7 +14,7 @@ from gold_trainer.checking.tables import pieces_of, print_examples
 from gold_trainer.collator import GOLDCollator, prompt_length
 from gold_trainer.dataset import RowDataset
 from support.bad_rows import ANSWER, BAD, QUESTION, skips_of, text_rows, with_bad
-from support.tiny_models import tiny, tiny_picture, tiny_rows
+from support.tiny_models import save_tiny, save_tiny_pair, tiny, tiny_picture, tiny_rows
 from support.trainer_cases import make_trainer
 
 CHAT = [QUESTION, ANSWER]
@@ -35,11 +35,8 @@ REFUSED = {
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for family in ("qwen3", "llama", "qwen3_vl"):
-        for size in ("student", "teacher"):
-            for part in tiny(family, size):
-                part.save_pretrained(folder / family / size)
-    for part in tiny("qwen3", "teacher", num_merges=20):
-        part.save_pretrained(folder / "qwen3_more" / "teacher")
+        save_tiny_pair(folder / family, family)
+    save_tiny(folder / "qwen3_more" / "teacher", "qwen3", "teacher", num_merges=20)
     return folder
 
 

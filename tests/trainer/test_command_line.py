@@ -15,16 +15,14 @@ from gold_trainer.__main__ import main
 from gold_trainer.command_line import parse_arguments
 from gold_trainer.recipes import find_config, recipe_names
 from support.tiny_data import write_json_rows
-from support.tiny_models import tiny, tiny_picture, tiny_rows
+from support.tiny_models import save_tiny_pair, tiny_picture, tiny_rows
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folders of a saved tiny student and teacher."""
     folder = tmp_path_factory.mktemp("models")
-    for size in ("student", "teacher"):
-        for part in tiny("qwen3_vl", size):
-            part.save_pretrained(folder / size)
+    save_tiny_pair(folder, "qwen3_vl")
     return folder
 
 

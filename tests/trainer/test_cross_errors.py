@@ -20,7 +20,7 @@ from support.cross_cases import (
     rows_of,
     teacher_completion,
 )
-from support.tiny_models import tiny, tiny_picture
+from support.tiny_models import save_tiny, tiny, tiny_picture
 from support.trainer_cases import FIELDS
 
 
@@ -28,16 +28,11 @@ from support.trainer_cases import FIELDS
 def folders(tmp_path_factory):
     """Saved models with their processors: two families, and one with another tokenizer."""
     root = tmp_path_factory.mktemp("models")
-    parts = {
-        "lfm2_vl": tiny("lfm2_vl"),
-        "qwen3_vl": tiny("qwen3_vl", "teacher"),
-        "llama": tiny("llama"),
-        "llama_other": tiny("llama", "teacher", num_merges=30),
-    }
-    for name, (model, processor) in parts.items():
-        model.save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    return {name: str(root / name) for name in parts}
+    save_tiny(root / "lfm2_vl", "lfm2_vl")
+    save_tiny(root / "qwen3_vl", "qwen3_vl", "teacher")
+    save_tiny(root / "llama", "llama")
+    save_tiny(root / "llama_other", "llama", "teacher", num_merges=30)
+    return {folder.name: str(folder) for folder in root.iterdir()}
 
 
 def build(tmp_path, student, teacher, rows, *, processors=(None, None), **fields):

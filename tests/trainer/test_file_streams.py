@@ -10,7 +10,7 @@ from gold_trainer.__main__ import main
 from gold_trainer.data_files import DataArguments, load_rows
 from gold_trainer.file_streams import load_stream
 from gold_trainer.streams import RowStream
-from support.tiny_models import tiny, tiny_picture, tiny_rows
+from support.tiny_models import save_tiny_pair, tiny_picture, tiny_rows
 
 ROWS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(10)]
 
@@ -96,10 +96,7 @@ def test_pictures_start_from_the_file_s_folder(tmp_path):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for size in ("student", "teacher"):
-        for part in tiny("llama", size):
-            part.save_pretrained(folder / size)
-    return folder
+    return save_tiny_pair(folder, "llama")
 
 
 def run(models, data, output_dir, *flags):

@@ -9,7 +9,7 @@ import pytest
 from gold_trainer import GOLDConfig, loading, refusals
 from gold_trainer.__main__ import main
 from gold_trainer.recipes import recipe_names
-from support.tiny_models import tiny, tiny_rows
+from support.tiny_models import save_tiny_pair, tiny_rows
 from support.trainer_cases import FIELDS, make_trainer
 
 ROWS = tiny_rows(8)
@@ -18,9 +18,7 @@ ROWS = tiny_rows(8)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for size in ("student", "teacher"):
-        for part in tiny("qwen3_vl", size):
-            part.save_pretrained(folder / size)
+    save_tiny_pair(folder, "qwen3_vl")
     rows = [{"problem": "What is it?", "solution": "A bar.", "image": None}] * 4
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder

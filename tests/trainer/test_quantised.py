@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gold_trainer import GOLDConfig, GOLDTrainer, sharding
 from gold_trainer.__main__ import main
 from gold_trainer.quantised import dequantised, read_quantization
-from support.tiny_models import tiny, tiny_rows
+from support.tiny_models import save_tiny, tiny, tiny_rows
 from support.trainer_cases import FIELDS, losses_of, make_trainer
 
 NAME = "quantization_config"
@@ -30,9 +30,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_we
 def folder(tmp_path_factory):
     """A teacher's: of a width that all libraries take."""
     folder = tmp_path_factory.mktemp("teacher")
-    for part in tiny("qwen3", "teacher"):
-        part.save_pretrained(folder)
-    return folder
+    return save_tiny(folder, "qwen3", "teacher")
 
 
 def train(folder, **options):

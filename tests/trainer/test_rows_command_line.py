@@ -7,7 +7,7 @@ import pytest
 
 from gold_trainer import loading
 from gold_trainer.__main__ import main
-from support.tiny_models import tiny, tiny_picture
+from support.tiny_models import save_tiny_pair, tiny_picture
 
 CHAT = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A bar."}]
 PICTURE_PART = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
@@ -16,10 +16,7 @@ PICTURE_PART = {"type": "image_url", "image_url": {"url": "https://example.com/a
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for size in ("student", "teacher"):
-        for part in tiny("qwen3_vl", size):
-            part.save_pretrained(folder / size)
-    return folder
+    return save_tiny_pair(folder, "qwen3_vl")
 
 
 def run(models, data, output_dir, *flags):

@@ -17,7 +17,7 @@ from gold_trainer.__main__ import main
 from gold_trainer.checkpoints import what_is_wrong
 from gold_trainer.objectives import same_vocabulary
 from support.resumed_runs import FIELDS, assert_same_run
-from support.tiny_models import tiny, tiny_rows
+from support.tiny_models import save_tiny_pair, tiny_rows
 from support.trainer_cases import make_trainer
 
 ROWS = tiny_rows(11, images="mixed")
@@ -27,9 +27,7 @@ ROWS = tiny_rows(11, images="mixed")
 def flags(tmp_path_factory):
     """A whole command but for its output_dir."""
     folder = tmp_path_factory.mktemp("models")
-    for size in ("student", "teacher"):
-        for part in tiny("qwen3_vl", size):
-            part.save_pretrained(folder / size)
+    save_tiny_pair(folder, "qwen3_vl")
     rows = tiny_rows(8, images=0)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return [

@@ -18,7 +18,7 @@ from gold_trainer.teachers.layer_stream import (
     split_layers,
 )
 from gold_trainer.teachers.offloaded import write_layers
-from support.tiny_models import tiny, tiny_rows
+from support.tiny_models import save_tiny, tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 
 CPU = torch.device("cpu")
@@ -34,9 +34,7 @@ def train(folder, family="qwen3_vl", images="mixed", **options):
 def folder(tmp_path_factory):
     """A teacher's folder."""
     folder = tmp_path_factory.mktemp("teacher")
-    for part in tiny("qwen3_vl", "teacher"):
-        part.save_pretrained(folder)
-    return folder
+    return save_tiny(folder, "qwen3_vl", "teacher")
 
 
 def is_streamed(trainer):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from gold_trainer import GOLDConfig, GOLDTrainer, loading
 from gold_trainer.__main__ import main
-from support.tiny_models import tiny, tiny_picture, tiny_processor, tiny_rows
+from support.tiny_models import save_tiny, tiny, tiny_picture, tiny_processor, tiny_rows
 from support.trainer_cases import FIELDS, make_trainer
 
 ROWS = tiny_rows(4, images=1)
@@ -30,10 +30,7 @@ def folders(tmp_path_factory):
     paths = {}
     for family in ("qwen3_vl", "llama"):
         for size in ("student", "teacher"):
-            path = folder / f"{family}-{size}"
-            for part in tiny(family, size):
-                part.save_pretrained(path)
-            paths[family, size] = str(path)
+            paths[family, size] = str(save_tiny(folder / f"{family}-{size}", family, size))
     return paths
 
 

@@ -11,7 +11,7 @@ from gold_trainer.writers.vllm import requests as vllm_requests
 from gold_trainer.writers.vllm import sync as vllm_sync
 from gold_trainer.writers.vllm.requests import GENERATE, request_body, sampling_params
 from support.processes import start_ranks
-from support.tiny_models import tiny
+from support.tiny_models import save_tiny, tiny
 from support.trainer_cases import make_trainer
 from support.vllm_cases import (
     PROMPTS,
@@ -34,10 +34,8 @@ def student(seed=1):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
-    model, processor = tiny("qwen3_vl", "teacher", seed=1)
-    for part in (model, processor):
-        part.save_pretrained(folder / "model")
-    with running_server(folder / "model", folder, LORA_RANK) as running:
+    model = save_tiny(folder / "model", "qwen3_vl", "teacher", seed=1)
+    with running_server(model, folder, LORA_RANK) as running:
         yield running
 
 
