@@ -48,8 +48,12 @@ from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.collator import process_prompts
 
 IMPLEMENTATIONS = ("local", "generate", "trl")
-BATCH_SIZES = (16, 4, 64)
-STEPS = {"local": 4, "generate": 2, "trl": 2}  # the others take half a minute each
+# In the order of importance: the first ones are what a limit of time leaves.
+CASES = (
+    *("local-full-16", "local-full-4", "local-full-64", "generate-full-16", "trl-full-4"),
+    *("generate-full-64", "generate-full-4", "trl-full-16", "local-lora-16", "trl-lora-16"),
+)
+STEPS = {"local": 3, "generate": 2, "trl": 2}  # the others take half a minute each
 GREEDY_TOKENS, GREEDY_ROWS = 32, 4
 FIELDS = (
     *("implementation", "training", "batch_size", "new_tokens", "status"),
@@ -269,11 +273,8 @@ def greedy_tokens_agree(is_tiny: bool) -> str:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--implementations", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS
-    )
-    parser.add_argument("--training", nargs="+", default=["full"], choices=("lora", "full"))
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
+    named = "IMPLEMENTATION-TRAINING-ROWS: " + ", ".join(IMPLEMENTATIONS) + "; full, lora"
+    parser.add_argument("--cases", nargs="+", default=CASES, help=named)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=math.inf, help="of all cases together")
     parser.add_argument("--tiny", action="store_true")
@@ -308,12 +309,13 @@ def in_own_process(flags: list[str], options: argparse.Namespace, seconds: float
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    return [
-        Case(name, training, size, options.new_tokens)
-        for size in options.batch_sizes
-        for training in options.training
-        for name in options.implementations
-    ]
+    cases = []
+    for text in options.cases:
+        name, training, size = text.split("-")
+        if name not in IMPLEMENTATIONS or training not in ("full", "lora"):
+            sys.exit(f"bench_rollout: a case is expected, for instance {CASES[0]}, got {text}")
+        cases.append(Case(name, training, int(size), options.new_tokens))
+    return cases
 
 
 def say(text: str) -> None:
@@ -336,9 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         seconds = time.monotonic() - started
         say(f"{seconds:.0f} s: {' '.join(map(str, case))}")
-        flags = ["--one-case", "--implementations", case.implementation]
-        flags += ["--training", case.training, "--batch-sizes", str(case.batch_size)]
-        flags += ["--new-tokens", str(case.new_tokens)]
+        name = f"{case.implementation}-{case.training}-{case.batch_size}"
+        flags = ["--one-case", "--cases", name, "--new-tokens", str(case.new_tokens)]
         row = {**case._asdict(), "status": f"refused: greedy tokens: {greedy}", "greedy": greedy}
         if greedy == "same" or case.implementation == "trl":
             row |= in_own_process(flags, options, options.seconds - seconds)

@@ -1,8 +1,8 @@
 """Attention of one token a row over a cache whose tail is not filled yet.
 
 B rows, H heads of keys, G queries that share a head's keys, L tokens that the cache has room for,
-D width of a head. The tokens of a row and head are dealt out, a block each in turn, to S programs;
-blocks that the mask hides as a whole are not read. A second kernel joins the S parts:
+D width of a head. Between the first token that a row sees and its last, blocks of tokens are dealt
+out in turn to S programs of each head. A second kernel joins the S parts:
 
     o = sum_s exp(m_s - m) o_s / sum_s exp(m_s - m) l_s,    m = max_s m_s
 """
@@ -15,8 +15,20 @@ from torch import Tensor
 from gold_kernels.triton.launch import is_interpreted
 
 BLOCK_L = 64
-PROGRAMS = 512  # enough for every device to be busy
+PROGRAMS = 1024  # a few for each multiprocessor
 MAX_PARTS = 16
+
+
+@triton.jit
+def _seen_range(mask_ptr, num_tokens):
+    """The first token that a row sees, and the one behind its last."""
+    first, end = num_tokens, 0
+    for start in range(0, num_tokens, 1024):
+        tokens = start + tl.arange(0, 1024)
+        is_seen = tl.load(mask_ptr + tokens, tokens < num_tokens, 0) != 0
+        first = tl.minimum(first, tl.min(tl.where(is_seen, tokens, num_tokens)))
+        end = tl.maximum(end, tl.max(tl.where(is_seen, tokens + 1, 0)))
+    return first, end
 
 
 @triton.jit
@@ -57,26 +69,29 @@ def attend_part_kernel(
     highest = tl.full((BLOCK_G,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     states = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for start in range(part * BLOCK_L, num_tokens, num_parts * BLOCK_L):
+    first, end = 0, num_tokens
+    if HAS_MASK:
+        first, end = _seen_range(mask_ptr + row * mask_row_stride, num_tokens)
+        first = first // BLOCK_L * BLOCK_L
+    for start in range(first + part * BLOCK_L, end, num_parts * BLOCK_L):
         tokens = start + places
-        is_seen = tokens < num_tokens
+        is_read = (tokens < end)[:, None] & (columns < WIDTH)[None, :]
+        offsets = tokens[:, None] * key_token_stride + columns[None, :]
+        key = tl.load(key_ptr + offsets, is_read, 0.0)
+        offsets = tokens[:, None] * value_token_stride + columns[None, :]
+        value = tl.load(value_ptr + offsets, is_read, 0.0)
+        is_seen = tokens < end
         if HAS_MASK:
             is_seen = tl.load(mask_ptr + row * mask_row_stride + tokens, is_seen, 0) != 0
-        if tl.max(is_seen.to(tl.int32)) > 0:
-            is_read = is_seen[:, None] & (columns < WIDTH)[None, :]
-            offsets = tokens[:, None] * key_token_stride + columns[None, :]
-            key = tl.load(key_ptr + offsets, is_read, 0.0)
-            offsets = tokens[:, None] * value_token_stride + columns[None, :]
-            value = tl.load(value_ptr + offsets, is_read, 0.0)
-            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-            scores = tl.where(is_seen[None, :], scores, float("-inf"))
-            now = tl.maximum(highest, tl.max(scores, 1))
-            probs = tl.exp(scores - now[:, None])
-            fade = tl.exp(highest - now)
-            total = total * fade + tl.sum(probs, 1)
-            products = tl.dot(probs.to(value.dtype), value, input_precision="ieee")
-            states = states * fade[:, None] + products
-            highest = now
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+        now = tl.maximum(highest, tl.max(scores, 1))
+        probs = tl.exp(scores - now[:, None])
+        fade = tl.exp(highest - now)
+        total = total * fade + tl.sum(probs, 1)
+        products = tl.dot(probs.to(value.dtype), value, input_precision="ieee")
+        states = states * fade[:, None] + products
+        highest = now
     place = pair.to(tl.int64) * num_parts + part
     states_ptr += place * GROUP * WIDTH + queries[:, None] * WIDTH + columns[None, :]
     tl.store(states_ptr, states, is_query)
@@ -132,6 +147,7 @@ def attend_rows(
     sums = query.new_empty(num_pairs, num_parts, 2, group, dtype=torch.float32)
     out = query.new_empty(num_rows, query.shape[1], width)
     block_d = max(16, triton.next_power_of_2(width))
+    is_wide = block_d * key.element_size() > 256  # blocks of it fill shared memory soon
     attend_part_kernel[(num_pairs, num_parts)](
         *(query, query.stride(0), query.stride(1)),
         *(key, *key.stride()[:3]),
@@ -143,9 +159,9 @@ def attend_rows(
         HAS_MASK=mask is not None,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
-        BLOCK_L=BLOCK_L,
+        BLOCK_L=BLOCK_L // 2 if is_wide else BLOCK_L,
         num_warps=4,
-        num_stages=2,
+        num_stages=2 if is_wide else 3,
     )
     join_parts_kernel[(num_pairs, group)](
         *(states, sums, out),

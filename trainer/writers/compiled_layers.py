@@ -17,10 +17,13 @@ from torch.nn import functional
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gold_kernels.triton.launch import default_backend
 from gold_trainer.writers.fixed_cache import Batch
+from gold_trainer.writers.shared_inputs import shares_inputs
 
 # Arguments of attention with which it is more than softmax(scale q k^T + mask) v.
 BESIDE = ("softcap", "s_aux", "position_bias")
+MOST_WIDTH = 256  # of a head, in our kernel
 
 
 @torch.library.custom_op("gold_trainer::attend", mutates_args=())
@@ -35,9 +38,22 @@ def attend(
     no key is copied; an operator, so that no compiler takes it apart.
     """
     num_rows, num_heads, _, width = query.shape
+    if has_kernel(key, value, mask):
+        from gold_trainer.writers.attention_kernel import attend_rows
+
+        seen = None if mask is None else mask[:, 0, 0].contiguous()
+        states = attend_rows(query[:, :, 0], key, value, seen, scale or width**-0.5)
+        return states[:, None]
     packed = query.reshape(num_rows, key.shape[1], num_heads // key.shape[1], width)
     states = functional.scaled_dot_product_attention(packed, key, value, mask, scale=scale)
     return states.reshape(num_rows, 1, num_heads, value.shape[3])
+
+
+def has_kernel(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether kernels of ours can attend."""
+    is_plain = key.shape[3] == value.shape[3] <= MOST_WIDTH and key.stride(3) == 1
+    is_mask = mask is None or (mask.dtype == torch.bool and mask.shape[0] == len(key))
+    return default_backend(key) == "triton" and is_plain and is_mask
 
 
 @attend.register_fake
@@ -67,7 +83,7 @@ class CompiledLayers:
     """Within its context the model's layers are compiled, and steps of the batch may run."""
 
     def __init__(self, layers: list[nn.Module], backend: str | Callable) -> None:
-        self.layers = layers
+        self.layers, backend = layers, shares_inputs(backend)
         self.compiled: list[Callable] = [
             torch.compile(layer._call_impl, dynamic=True, backend=backend) for layer in layers
         ]

@@ -41,14 +41,15 @@ class Sampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         draws = [torch.randint(*KEYS, (room, 2), generator=g) for g in generators]
         self.keys = torch.stack(draws).to(device, torch.int32)  # (B, R, 2)
-        self.is_banned = sampling.is_banned(num_entries).to(device)
+        is_banned = sampling.is_banned(num_entries).to(device)
+        self.bans = torch.zeros(num_entries, device=device).masked_fill(is_banned, NEVER)
         self.is_seen: Tensor | None = None  # (B, V), with a penalty of repetition alone
 
     def see(self, start: int, input_ids: Tensor, attention_mask: Tensor) -> None:  # (B', L)
         """Tokens of the prompts of rows from start on count as repeated; padding does not."""
         if self.sampling.repetition_penalty == 1.0:
             return
-        num_entries = len(self.is_banned)
+        num_entries = len(self.bans)
         if self.is_seen is None:
             shape = len(self.keys), num_entries
             self.is_seen = torch.zeros(shape, dtype=torch.bool, device=self.keys.device)
@@ -74,7 +75,7 @@ class Sampler:
         return ids, logprobs
 
     def _processed(self, logits: Tensor) -> Tensor:
-        logits = logits.float().masked_fill(self.is_banned, NEVER)
+        logits = (self.bans + logits).float()  # one pass for both
         penalty = self.sampling.repetition_penalty
         if self.is_seen is not None:
             rarer = torch.where(logits < 0, logits * penalty, logits / penalty)

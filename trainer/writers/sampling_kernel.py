@@ -22,7 +22,7 @@ HASH_2 = tl.constexpr(0xC2B2AE35 - 2**32)
 # Bits below which four are decided: a probability is at most 1.0, whose float has 30.
 SHIFTS = (26, 22, 18, 14, 10, 6, 2, 0)
 CANDIDATES = 16
-NUM_PARTS = 16
+NUM_PARTS = 32
 
 
 @triton.jit
@@ -115,15 +115,15 @@ def weigh_candidates_kernel(
     tl.store(low_ptr + row, low)  # every part the same
     candidates = low + (tl.arange(0, COUNT) << shift)
     end = tl.minimum((part + 1) * part_size, num_entries)
-    masses = tl.zeros((BLOCK_V, COUNT), tl.float32)
+    masses = tl.zeros((COUNT, BLOCK_V), tl.float32)
     for start in range(part * part_size, end, BLOCK_V):
         entries = start + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + row * logits_row_stride + entries, entries < end, float("-inf"))
         p = tl.exp(x - largest) / total
-        is_likely = p.to(tl.int32, bitcast=True)[:, None] >= candidates[None, :]
-        masses += tl.where(is_likely, p[:, None], 0.0)
+        is_likely = p.to(tl.int32, bitcast=True)[None, :] >= candidates[:, None]
+        masses += tl.where(is_likely, p[None, :], 0.0)
     place = (row * PARTS + part) * COUNT + tl.arange(0, COUNT)
-    tl.store(masses_ptr + place, tl.sum(masses, 0))
+    tl.store(masses_ptr + place, tl.sum(masses, 1))
 
 
 @triton.jit
@@ -200,17 +200,17 @@ def join_draws_kernel(
 def draw_rows(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """See draw(); logits float32, without those that top_k leaves out."""
     num_rows, num_entries = logits.shape
-    block = 1 << 12 if is_interpreted() else 1 << 10
-    sizes = {"PARTS": NUM_PARTS}
-    part_size = triton.cdiv(num_entries, NUM_PARTS)
+    num_parts, block = (4, 1 << 12) if is_interpreted() else (NUM_PARTS, 1 << 10)
+    sizes = {"PARTS": num_parts}
+    part_size = triton.cdiv(num_entries, num_parts)
     lengths = num_entries, part_size
     rows = logits, logits.stride(0)
-    grid = num_rows, NUM_PARTS
+    grid = num_rows, num_parts
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(num_rows, *shape, dtype=dtype, device=logits.device)
 
-    parts = empty(NUM_PARTS, 2)
+    parts = empty(num_parts, 2)
     sum_parts_kernel[grid](*rows, parts, *lengths, **sizes, BLOCK_V=block)
     sizes |= {"COUNT": CANDIDATES}
     low = masses = parts  # read by nobody where there is no threshold yet
@@ -218,14 +218,14 @@ def draw_rows(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor,
     for shift in SHIFTS if sampling.top_p < 1 else ():
         found = low, masses, last_shift
         low = empty(dtype=torch.int32)
-        masses, last_shift = empty(NUM_PARTS, CANDIDATES), shift
+        masses, last_shift = empty(num_parts, CANDIDATES), shift
         weigh_candidates_kernel[grid](
             *(*rows, parts, *found, low, masses, shift, *lengths, sampling.top_p),
             IS_FIRST=shift == SHIFTS[0],
             **sizes,
-            BLOCK_V=block // 4,
+            BLOCK_V=block // 2,
         )
-    places, best = empty(NUM_PARTS, dtype=torch.int32), empty(NUM_PARTS, 2)
+    places, best = empty(num_parts, dtype=torch.int32), empty(num_parts, 2)
     log_min_p = math.log(sampling.min_p) if sampling.min_p else 0.0
     draw_parts_kernel[grid](
         *(*rows, parts, low, masses, keys.contiguous(), places, best, *lengths),
@@ -237,6 +237,6 @@ def draw_rows(logits: Tensor, keys: Tensor, sampling: Sampling) -> tuple[Tensor,
     )
     ids, logprobs = empty(dtype=torch.int64), empty()
     join_draws_kernel[(num_rows,)](
-        *rows, parts, places, best, ids, logprobs, num_entries, PARTS=NUM_PARTS, num_warps=1
+        *rows, parts, places, best, ids, logprobs, num_entries, PARTS=num_parts, num_warps=1
     )
     return ids, logprobs
