@@ -12,10 +12,15 @@ from gold_kernels.triton import formula_rows, scale
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
-from gold_trainer.writers import sampling_kernel
+from gold_trainer.writers import attention_kernel, linear_kernel, sampling_kernel
 from support.processes import TESTS
 
 SHARED_BYTES = 48 << 10  # a program gets no more without asking the driver
+MOST_SHARED_BYTES = 99 << 10  # and no more at all on devices for desktops
+ASKING = (
+    "attend_part_kernel",
+    "linear_rows_kernel",
+)  # blocks hide the time that memory takes
 
 
 def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
@@ -37,14 +42,16 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
         output, errors = process.communicate()
         assert process.returncode == 0, errors
         cubins += [line.split() for line in output.splitlines()]
-    modules = (jsd_rows, formula_rows, scale, token_rows, uld_rows, uld_sums, sampling_kernel)
+    modules = (jsd_rows, formula_rows, scale, token_rows, uld_rows, uld_sums)
     modules += (triton_folds, projected_rows)
+    modules += (sampling_kernel, attention_kernel, linear_kernel)
     kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
     for architecture in ("sm_80", "sm_90", "sm_100"):
         compiled = {kernel for target, kernel, *_ in cubins if target == architecture}
         assert compiled == kernels, "a kernel without a signature in compile_kernels.py"
     formulas = sum(issubclass(loss, FormulaLoss) for loss in LOSSES.values())
-    assert len(cubins) == 3 * (15 + 2 * formulas + 3 + 6 + 3 + 6 + 10 + 2)
+    assert len(cubins) == 3 * (15 + 2 * formulas + 3 + 6 + 3 + 6 + 10 + 6 + 6)
     assert all(int(size) > 1000 for _, _, size, _ in cubins)
     for architecture, kernel, _, shared in cubins:
-        assert int(shared) <= SHARED_BYTES, f"{kernel} asks {architecture} for {shared} bytes"
+        most = MOST_SHARED_BYTES if kernel in ASKING else SHARED_BYTES
+        assert int(shared) <= most, f"{kernel} asks {architecture} for {shared} bytes"

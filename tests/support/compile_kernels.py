@@ -21,7 +21,7 @@ from gold_kernels.triton.launch import ROW_ALIGNMENT
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
-from gold_trainer.writers import sampling_kernel
+from gold_trainer.writers import attention_kernel, linear_kernel, sampling_kernel
 
 
 def signature_of(kernel, types, floats, constexprs):
@@ -206,12 +206,54 @@ def scale_signatures():
 
 
 def draw_signatures():
-    kernel = sampling_kernel.draw_rows_kernel
-    for has_top_p, has_min_p in ((False, False), (True, True)):
-        types = {"logits_ptr": "*fp32", "keys_ptr": "*i32", "ids_ptr": "*i64"}
-        types |= {"logprobs_ptr": "*fp32"}
-        constexprs = {"HAS_TOP_P": has_top_p, "HAS_MIN_P": has_min_p, "BLOCK_V": 8192}
+    types = dict.fromkeys(("logits_ptr", "parts_ptr", "masses_ptr", "best_ptr"), "*fp32")
+    types |= {"last_masses_ptr": "*fp32", "logprobs_ptr": "*fp32", "ids_ptr": "*i64"}
+    types |= dict.fromkeys(("low_ptr", "last_low_ptr", "keys_ptr", "places_ptr"), "*i32")
+    sizes = {"PARTS": sampling_kernel.NUM_PARTS, "COUNT": sampling_kernel.CANDIDATES}
+    variants = [
+        (sampling_kernel.sum_parts_kernel, {"BLOCK_V": 1024}),
+        *[
+            (sampling_kernel.weigh_candidates_kernel, {"IS_FIRST": is_first, "BLOCK_V": 512})
+            for is_first in (True, False)
+        ],
+        *[
+            (
+                sampling_kernel.draw_parts_kernel,
+                {"HAS_TOP_P": is_on, "HAS_MIN_P": is_on, "BLOCK_V": 1024},
+            )
+            for is_on in (True, False)
+        ],
+        (sampling_kernel.join_draws_kernel, {}),
+    ]
+    for kernel, own in variants:
+        constexprs = own | {k: v for k, v in sizes.items() if k in kernel.arg_names}
         yield kernel, signature_of(kernel, types, ("top_p", "log_min_p"), constexprs), constexprs
+
+
+def decoding_signatures():
+    """Attention of heads of 128 and 256, in 16 and 32 bits, and matrices for 4 and 64 rows."""
+    kernel = attention_kernel.attend_part_kernel
+    shapes = (("*bf16", 128, True), ("*bf16", 256, False), ("*fp32", 128, True))
+    for dtype, width, has_mask in shapes:
+        types = {f"{name}_ptr": dtype for name in ("query", "key", "value")}
+        types |= {"mask_ptr": "*i1", "states_ptr": "*fp32", "sums_ptr": "*fp32"}
+        block_l, num_stages = attention_kernel.block_of(width, 2 if dtype == "*bf16" else 4)
+        options = {"num_warps": 4, "num_stages": num_stages}
+        constexprs = {"GROUP": 2, "WIDTH": width, "HAS_MASK": has_mask}
+        constexprs |= {"BLOCK_G": 16, "BLOCK_D": width, "BLOCK_L": block_l}
+        yield kernel, signature_of(kernel, types, ("scale",), constexprs), constexprs, options
+    kernel = attention_kernel.join_parts_kernel
+    types = {"states_ptr": "*fp32", "sums_ptr": "*fp32", "out_ptr": "*bf16"}
+    constexprs = {"NUM_PARTS": 9, "GROUP": 2, "WIDTH": 128, "BLOCK_S": 16, "BLOCK_D": 128}
+    yield kernel, signature_of(kernel, types, (), constexprs), constexprs
+    kernel = linear_kernel.linear_rows_kernel
+    names = ("input_ptr", "out_ptr", *(f"weight_{i}_ptr" for i in range(linear_kernel.SLOTS)))
+    for block_m in (16, 64):
+        constexprs = {"BLOCK_M": block_m, "BLOCK_N": linear_kernel.BLOCK_N}
+        constexprs |= {"BLOCK_K": linear_kernel.BLOCK_K, "SLOTS": linear_kernel.SLOTS}
+        types = dict.fromkeys(names, "*bf16")
+        options = {"num_warps": 4, "num_stages": linear_kernel.num_stages_of(block_m)}
+        yield kernel, signature_of(kernel, types, (), constexprs), constexprs, options
 
 
 def alignment_of(kernel, signature, constexprs):
@@ -236,7 +278,7 @@ def shared_bytes(compiled) -> int:
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
         target = GPUTarget("cuda", capability, 32)
-        for kernel, signature, constexprs in (
+        for kernel, signature, constexprs, *more in (
             *jsd_signatures(),
             *formula_signatures(),
             *scale_signatures(),
@@ -245,10 +287,12 @@ def main() -> None:
             *token_signatures(),
             *projection_signatures(),
             *draw_signatures(),
+            *decoding_signatures(),
         ):
             attributes = alignment_of(kernel, signature, constexprs)
             source = ASTSource(kernel, signature, constexprs, attributes)
             options = {"num_warps": 16} | ({"maxnreg": 64} if "IS_SHARED" in constexprs else {})
+            options |= more[0] if more else {}
             compiled = triton.compile(source, target=target, options=options)
             size, shared = len(compiled.asm["cubin"]), shared_bytes(compiled)
             sys.stdout.write(f"sm_{capability} {kernel.__name__} {size} {shared}\n")

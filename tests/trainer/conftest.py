@@ -3,7 +3,9 @@
 import shutil
 
 import pytest
+import torch
 
+from gold_trainer.writers import local
 from support.cache_cases import Pair, save_pair
 
 
@@ -28,3 +30,18 @@ def pair(made, tmp_path) -> Pair:
     """A copy of it that a test may spoil."""
     shutil.copytree(made.folder, tmp_path / "pair")
     return made._replace(folder=tmp_path / "pair")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Those that a backend which compiles nothing has seen."""
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, examples):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(local, "COMPILER", backend)
+    yield seen
+    torch._dynamo.reset()

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gold_trainer.writers import Prompt, compiled_layers, local
+from gold_kernels.triton.launch import is_interpreted
+from gold_trainer.writers import Prompt, compiled_layers, local, shared_inputs
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 
@@ -25,21 +26,6 @@ def ids_of(writer, run, prompts):
     return [completion.token_ids for (completion,) in written]
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """Those that a backend which compiles nothing has seen."""
-    torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, examples):
-        seen.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(local, "COMPILER", backend)
-    yield seen
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_vl"])
 def test_layers_share_a_graph_and_write_what_they_write_without(family, graphs, tmp_path):
     run, writer, prompts = build(tmp_path, family)
@@ -58,6 +44,17 @@ def test_layers_share_a_graph_and_write_what_they_write_without(family, graphs, 
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(len(layers)))
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
     run.train()
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="the tests of a GPU write with kernels anyway")
+def test_layers_with_kernels_write_the_same(graphs, tmp_path, monkeypatch):
+    run, writer, prompts = build(tmp_path, "qwen3_vl")
+    expected = ids_of(writer, run, prompts)
+    again = local.LocalWriter(writing=writer.writing, collator=writer.collator, args=run.args)
+    run.args.rollout_compile = True
+    for module in (compiled_layers, shared_inputs):
+        monkeypatch.setattr(module, "default_backend", lambda tensor: "triton")
+    assert ids_of(again, run, prompts) == expected and again.compiled is not None
 
 
 def test_layers_that_compute_something_else_are_left_as_they_are_and_named(

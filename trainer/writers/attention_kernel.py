@@ -132,6 +132,11 @@ def num_parts_of(num_pairs: int, num_tokens: int) -> int:
     return max(1, min(MAX_PARTS, triton.cdiv(num_tokens, BLOCK_L), PROGRAMS // num_pairs))
 
 
+def block_of(width: int, element_size: int) -> tuple[int, int]:
+    """BLOCK_L, and how many blocks are in shared memory at a time, of which no device has much."""
+    return (BLOCK_L, 3) if width * element_size <= 256 else (BLOCK_L // 2, 2)
+
+
 def attend_rows(
     query: Tensor,  # (B, H * G, D)
     key: Tensor,  # (B, H, L, D)
@@ -147,7 +152,7 @@ def attend_rows(
     sums = query.new_empty(num_pairs, num_parts, 2, group, dtype=torch.float32)
     out = query.new_empty(num_rows, query.shape[1], width)
     block_d = max(16, triton.next_power_of_2(width))
-    is_wide = block_d * key.element_size() > 256  # blocks of it fill shared memory soon
+    block_l, num_stages = block_of(block_d, key.element_size())
     attend_part_kernel[(num_pairs, num_parts)](
         *(query, query.stride(0), query.stride(1)),
         *(key, *key.stride()[:3]),
@@ -159,9 +164,9 @@ def attend_rows(
         HAS_MASK=mask is not None,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
-        BLOCK_L=BLOCK_L // 2 if is_wide else BLOCK_L,
+        BLOCK_L=block_l,
         num_warps=4,
-        num_stages=2 if is_wide else 3,
+        num_stages=num_stages,
     )
     join_parts_kernel[(num_pairs, group)](
         *(states, sums, out),

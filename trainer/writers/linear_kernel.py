@@ -63,6 +63,11 @@ def linear_rows_kernel(
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), is_output & is_row)
 
 
+def num_stages_of(block_m: int) -> int:
+    """Blocks of inputs in shared memory, of which a multiprocessor has enough for two programs."""
+    return 4 if block_m < 64 else 3
+
+
 def linear_rows(
     rows: Tensor,  # (M, K), contiguous rows
     weights: Sequence[Tensor],  # (N, K) each, contiguous, at most SLOTS
@@ -79,5 +84,5 @@ def linear_rows(
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         SLOTS=len(weights),
-        num_stages=4 if block_m < 64 else 3,  # so that a multiprocessor has room for two programs
+        num_stages=num_stages_of(block_m),
     )
