@@ -58,7 +58,7 @@ def linear_rows_kernel(
             weight_ptrs + start, is_output & is_input[None, :], 0.0, eviction_policy="evict_first"
         )
         x = tl.load(input_ptrs + start, is_row & is_input[:, None], 0.0)
-        sums = tl.dot(weight, x, sums)
+        sums = tl.dot(weight, x, sums, input_precision="ieee")
     out_ptrs = out_ptr + rows[None, :] * out_row_stride + (before + outputs)[:, None]
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), is_output & is_row)
 
