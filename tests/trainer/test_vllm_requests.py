@@ -6,7 +6,6 @@ test_vllm.py has the real one.
 import base64
 import io
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -296,20 +295,3 @@ def test_an_error_of_a_window_ahead_ends_the_run(stub, tmp_path):
     with pytest.raises(ConnectionError, match="got 500: refused with 500; it has ended or failed"):
         run.train()
     assert run.state.global_step == 1
-
-
-def test_a_server_is_not_asked_for_rows_that_keep_sharded_ranks_together(stub, tmp_path):
-    """A picture for the vision tower on this rank, where others have one: only a model that runs
-    here has to see it.
-    """
-    runs = [make_trainer(tmp_path, PROMPTS, lmbda=1.0, **fields) for fields in (stub.fields, {})]
-    numbers = []
-    for run in runs:
-        rows = [run.train_dataset[i] for i in range(len(PROMPTS))]
-        examples = [e for e in run.data_collator(rows).examples if not e.images]
-        picture = run.window_source.pictures_for_all.example("student", "images")
-        batch = replace(run.data_collator(rows), examples=examples, unscored=[picture])
-        prompts = run.rollouts._prompts("student", [batch], 0, {})
-        numbers.append([prompt.example.index for prompt in prompts])
-    own = [e.index for e in examples]
-    assert own and numbers == [own, [*own, picture.index]]
