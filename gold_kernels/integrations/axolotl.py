@@ -1,0 +1,92 @@
+"""Distillation from a model in the same process, as a plugin of axolotl:
+
+    plugins:
+      - gold_kernels.integrations.axolotl.DistillationPlugin
+    distillation_teacher: Qwen/Qwen3-8B
+    distillation_beta: 0.5
+
+B sequences, L positions.
+"""
+
+from typing import Any
+
+import torch
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from gold_kernels.engine.logit_form import forward_is
+from gold_kernels.integrations.trl.jsd import IGNORED, fused_jsd
+from gold_kernels.integrations.trl.pending import HiddenModel, NotTakenError
+
+
+class DistillationArgs(BaseModel):
+    """Fields of the config."""
+
+    distillation_teacher: str | None = None  # a model with the student's tokenizer; None: no plugin
+    distillation_beta: float = 0.5
+    distillation_temperature: float = 1.0
+
+
+class DistillationPlugin(BasePlugin):
+    """The generalized JSD on the labels' tokens, in the place of the cross-entropy."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{DistillationArgs.__name__}"
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        if not cfg.distillation_teacher:
+            return None
+        from axolotl.core.trainers.base import AxolotlTrainer
+
+        return type("DistillationTrainer", (DistillationMixin, AxolotlTrainer), {})
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if isinstance(trainer, DistillationMixin):
+            from transformers import AutoModelForCausalLM
+
+            teacher = AutoModelForCausalLM.from_pretrained(cfg.distillation_teacher, dtype="auto")
+            trainer.teacher = teacher.to(trainer.args.device).eval().requires_grad_(False)
+            trainer.divergence = cfg.distillation_beta, cfg.distillation_temperature
+
+
+class DistillationMixin:
+    """compute_loss of a transformers.Trainer, with a teacher and a divergence."""
+
+    args: Any
+    teacher: nn.Module
+    divergence: tuple[float, float]  # beta, temperature
+
+    def compute_loss(
+        self: Any,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        shifted = torch.full_like(labels, IGNORED)  # (B, L): of the next token
+        shifted[:, :-1] = labels[:, 1:]
+        student = self.accelerator.unwrap_model(model)
+        try:
+            sides = HiddenModel(student, student.forward), HiddenModel(self.teacher, self.teacher)
+
+            def at_model(batch: dict[str, Any]) -> Tensor:
+                with torch.no_grad():
+                    expected = sides[1](**batch).logits
+                logits = sides[0](**batch).logits
+                beta, temperature = self.divergence
+                numbers = beta, temperature, num_items_in_batch
+                return fused_jsd(logits, expected, shifted, *numbers, {})
+
+            with forward_is(student, at_model):
+                loss = model(inputs)
+        except NotTakenError as error:
+            raise ValueError(
+                f"DistillationPlugin: models with a plain lm_head are expected, got {error}; leave "
+                "lm_head out of the adapter's and the quantisation's modules."
+            ) from error
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean of ranks
+        return (loss, {"loss": loss}) if return_outputs else loss

@@ -1,0 +1,135 @@
+"""Adapters of axolotl, verl and ms-swift, on their contracts."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+from gold_kernels import fused_linear_jsd, jsd_loss
+from gold_kernels.integrations.swift import patch_swift
+from gold_kernels.integrations.verl import register_fused_jsd
+from support import peer_contracts
+from support.tiny_models import tiny
+
+
+@pytest.fixture
+def axolotl(monkeypatch):
+    peer_contracts.axolotl(monkeypatch)
+    monkeypatch.delitem(sys.modules, "gold_kernels.integrations.axolotl", raising=False)
+    yield importlib.import_module("gold_kernels.integrations.axolotl")
+    sys.modules.pop("gold_kernels.integrations.axolotl", None)
+
+
+def axolotl_trainer(axolotl, tmp_path, student, **fields):
+    teacher = tiny("qwen3", "teacher")[0]
+    teacher.save_pretrained(tmp_path / "teacher")
+    given = {"distillation_teacher": str(tmp_path / "teacher"), **fields}
+    cfg = axolotl.DistillationArgs(**given)
+    plugin = axolotl.DistillationPlugin()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(300, (4, 9), generator=generator)
+    rows = [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in ids.tolist()]
+    trainer = plugin.get_trainer_cls(cfg)(
+        model=student,
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=1,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+    )
+    plugin.post_trainer_create(cfg, trainer)
+    return trainer, teacher, ids
+
+
+def test_axolotl_trains_on_the_mean_divergence_of_the_labels_tokens(axolotl, tmp_path):
+    student = tiny("qwen3")[0]
+    trainer, teacher, ids = axolotl_trainer(
+        axolotl, tmp_path, student, distillation_beta=0.3, distillation_temperature=2.0
+    )
+    with torch.no_grad():
+        logits = [
+            model(input_ids=ids).logits[:, 2:-1].flatten(0, 1) for model in (student, teacher)
+        ]
+    expected = jsd_loss(*logits, beta=0.3, temperature=2.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_axolotl_finds_the_fields_and_leaves_other_runs_alone(axolotl):
+    plugin = axolotl.DistillationPlugin()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    assert getattr(sys.modules[module], name) is axolotl.DistillationArgs
+    assert plugin.get_trainer_cls(axolotl.DistillationArgs()) is None
+
+
+def test_axolotl_refuses_a_head_that_is_not_understood_by_name(axolotl, tmp_path):
+    student = tiny("llama")[0]
+    student.lm_head = nn.Sequential(student.lm_head)
+    trainer = axolotl_trainer(axolotl, tmp_path, student)[0]
+    with pytest.raises(ValueError, match="plain lm_head are expected, got the head Sequential"):
+        trainer.train()
+
+
+def test_verl_gets_a_loss_for_every_response_token(monkeypatch):
+    registry = peer_contracts.verl(monkeypatch)
+    heads = nn.Linear(8, 11), nn.Linear(12, 11, bias=False)
+    register_fused_jsd(*heads, beta=0.0, temperature=1.5)
+    student, teacher = torch.randn(2, 4, 8, requires_grad=True), torch.randn(2, 4, 12)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    losses, metrics = registry["fused_jsd"](
+        config=None,
+        distillation_config=None,
+        model_output={"student_hidden_states": student},
+        data={"teacher_hidden_states": teacher, "response_mask": mask},
+    )
+    assert losses.shape == mask.shape and (losses[mask == 0] == 0).all()
+    logits = [head(side)[mask.bool()] for head, side in zip(heads, (student, teacher), strict=True)]
+    expected = jsd_loss(*logits, beta=0.0, temperature=1.5)
+    torch.testing.assert_close(peer_contracts.aggregated(losses, mask), expected)
+    assert metrics["distillation/fused_jsd"] == pytest.approx(float(expected), rel=1e-5)
+    weights = torch.rand(2, 4)  # clamps, advantages and means are verl's
+    (actual,) = torch.autograd.grad((losses.clamp(max=2.0) * weights)[mask.bool()].sum(), student)
+    rows = jsd_loss(*logits, beta=0.0, temperature=1.5, reduction="none").clamp(max=2.0)
+    (gradient,) = torch.autograd.grad((rows * weights[mask.bool()]).sum(), student)
+    torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [{}, {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}])
+def test_swift_trains_the_divergence_alone(weights, monkeypatch):
+    """Also where a release passes no weights, which in Liger is half cross-entropy."""
+    module = peer_contracts.swift(monkeypatch)
+    given = torch.randn(5, 8), torch.randn(11, 8), torch.randn(5, 12), torch.randn(11, 12)
+    labels = torch.tensor([1, -100, 2, 3, -100])
+    with patch_swift():
+        loss = peer_contracts.swift_call(
+            peer_contracts.swift_loss(module, **weights), given, labels
+        )
+    rows = labels != -100
+    hidden = given[0][rows], given[1], given[2][rows], given[3]
+    expected = fused_linear_jsd(*hidden, beta=0.5, temperature=0.9)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_swift_gets_its_names_back(monkeypatch):
+    liger = object()
+    module = peer_contracts.swift(monkeypatch, LigerFusedLinearJSDLoss=liger)
+    with patch_swift():
+        assert module.LigerFusedLinearJSDLoss is not liger and module._liger_kernel_available
+    assert module.LigerFusedLinearJSDLoss is liger and not module._liger_kernel_available
+
+
+def test_swift_of_another_layout_is_refused_by_name(monkeypatch):
+    module = peer_contracts.swift(monkeypatch)
+    del module._liger_kernel_available
+    with pytest.raises(ValueError, match="_liger_kernel_available is expected, got another"):
+        patch_swift()

@@ -1,0 +1,43 @@
+"""Two trainers of trl under an engine, patched and not; what each logs, for the first process.
+
+Arguments: a folder, an engine of support.engines.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from support.engines import ENGINES, leave_shared_memory_alone, needs_gpus, take_processes_for_gpus
+
+
+def main() -> None:
+    folder, engine = Path(sys.argv[1]), sys.argv[2]
+    if needs_gpus(engine):
+        take_processes_for_gpus()
+    if engine.startswith("zero"):
+        leave_shared_memory_alone()
+    from support.trl_trainers import build, patched
+
+    found = {}
+    for kind in ("gkd", "uld"):
+        for is_patched in (False, True):
+            random.seed(0)
+            torch.manual_seed(0)
+            name = f"{kind} {is_patched}"
+            place = folder / name / str(torch.distributed.get_rank() if found else id(folder))
+            place.mkdir(parents=True)
+            options = {"dtype": torch.float32, "use_cpu": not needs_gpus(engine), **ENGINES[engine]}
+            trainer = build(kind, place, **options)
+            with patched(is_patched):
+                trainer.train()
+            kinds = [type(module).__name__ for module in trainer.model_wrapped.modules()]
+            logs = [log for log in trainer.state.log_history if "loss" in log]
+            found[name] = {"kinds": sorted(set(kinds)), "logs": logs}
+    if torch.distributed.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+main()
