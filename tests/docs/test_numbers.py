@@ -172,6 +172,6 @@ def test_trainers_of_trl_with_the_patch():
         keys = ("seconds_median", "peak_gib")
         assert_cells(cells[name], [row[key] for key in keys for row in (theirs, ours)])
     text = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
-    own = re.search(r"takes (.+) s and (.+) GiB with the JSD, (.+) s and\s(.+) GiB with ULD", text)
+    own = re.search(r"takes (\S+) s and (\S+) GiB with\sthe JSD, (\S+) s and (\S+) GiB", text)
     rows = [record("trl.csv", trainer="own", loss=loss) for loss in ("jsd", "uld")]
     assert_cells(list(own.groups()), [row[key] for row in rows for key in keys])

@@ -86,11 +86,20 @@ def test_names_and_arguments_are_those_of_liger():
 
 
 def test_a_module_that_imported_liger_gets_ours_and_then_its_own():
+    from liger_kernel.transformers import LigerFusedLinearJSD, functional
+
     trainer = types.ModuleType("my_trainer")
-    trainer.LigerFusedLinearJSDLoss = chunked.LigerFusedLinearJSDLoss
+    own = (
+        chunked.LigerFusedLinearJSDLoss,
+        LigerFusedLinearJSD,
+        functional.liger_fused_linear_jsd,
+    )
+    for value in own:
+        setattr(trainer, value.__name__, value)
     with liger.patch_liger(trainer):
-        assert trainer.LigerFusedLinearJSDLoss is liger.LigerFusedLinearJSDLoss
-    assert trainer.LigerFusedLinearJSDLoss is chunked.LigerFusedLinearJSDLoss
+        found = [getattr(trainer, value.__name__) for value in own]
+        assert found == list(liger.REPLACED)
+    assert [getattr(trainer, value.__name__) for value in own] == list(own)
 
 
 def test_a_module_without_liger_is_refused_by_name():
