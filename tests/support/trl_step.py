@@ -1,9 +1,10 @@
-"""Two trainers of trl under an engine, patched and not; what each logs, for the first process.
+"""A trainer of trl under an engine, patched and not; what each logs, for the first process.
 
 Arguments: a folder, an engine of support.engines.
 """
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -21,22 +22,20 @@ def main() -> None:
         leave_shared_memory_alone()
     from support.trl_trainers import build, patched
 
-    found = {}
-    # Llama's head is not tied to its embedding, so that FSDP2 shards it by itself
-    for kind, family in (("gkd", "llama"), ("uld", "qwen3")):
-        for is_patched in (False, True):
-            random.seed(0)
-            torch.manual_seed(0)
-            name = f"{kind} {is_patched}"
-            place = folder / name / str(torch.distributed.get_rank() if found else id(folder))
-            place.mkdir(parents=True)
-            options = {"dtype": torch.float32, "use_cpu": not needs_gpus(engine), **ENGINES[engine]}
-            trainer = build(kind, place, family=family, **options)
-            with patched(is_patched):
-                trainer.train()
-            kinds = [type(module).__name__ for module in trainer.model_wrapped.modules()]
-            logs = [log for log in trainer.state.log_history if "loss" in log]
-            found[name] = {"kinds": sorted(set(kinds)), "logs": logs}
+    found = []
+    for is_patched in (False, True):
+        random.seed(0)
+        torch.manual_seed(0)
+        place = folder / f"{is_patched} {os.environ['RANK']}"
+        place.mkdir()
+        options = {"dtype": torch.float32, "use_cpu": not needs_gpus(engine), **ENGINES[engine]}
+        # Llama's head is not tied to its embedding, so that FSDP2 shards it by itself
+        trainer = build("uld", place, family="llama", teacher_family="qwen3", **options)
+        with patched(is_patched):
+            trainer.train()
+        kinds = sorted({type(module).__name__ for module in trainer.model_wrapped.modules()})
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        found.append({"kinds": kinds, "logs": logs})
     if torch.distributed.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
