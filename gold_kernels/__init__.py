@@ -14,6 +14,7 @@ from gold_kernels.projection.linear import ProjectedMetrics, fused_linear_projec
 from gold_kernels.tokens.alignment import CompletionAligner, TokenAlignment
 from gold_kernels.tokens.projection import VocabProjection
 from gold_kernels.tokens.vocabulary import VocabOverlap
+from gold_kernels.topk.linear import fused_linear_top_k
 from gold_kernels.uld.linear import FusedLinearULDLoss, ULDMetrics, fused_linear_uld, uld_loss
 
 __version__ = "0.2.0"
@@ -37,6 +38,7 @@ __all__ = [
     "fused_linear_loss",
     "fused_linear_mean_kl",
     "fused_linear_projected_jsd",
+    "fused_linear_top_k",
     "fused_linear_uld",
     "head_means",
     "jsd_loss",

@@ -32,9 +32,10 @@ FOLDERS = {
     "uld": ("jsd", "engine", "triton", "tokens"),
     "likelihood": ("uld", "jsd", "engine", "triton", "tokens"),
     "projection": ("likelihood", "uld", "jsd", "engine", "triton", "tokens"),
+    "topk": ("uld", "jsd", "engine", "triton"),
     "means": ("uld", "engine", "triton"),
     "integrations": (
-        *("projection", "likelihood", "means", "losses", "uld", "jsd", "engine", "triton"),
+        *("topk", "projection", "likelihood", "means", "losses", "uld", "jsd", "engine", "triton"),
         "tokens",
     ),
 }

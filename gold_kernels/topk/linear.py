@@ -1,0 +1,157 @@
+"""The public function of the loss of a teacher's top k: from hidden states and head of the student.
+
+N scored rows, k entries a row, D hidden size, V vocabulary. P teacher, Q student.
+"""
+
+from typing import Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import LinearHead, float_dtype
+from gold_kernels.engine.heads import (
+    check_head,
+    first_entries,
+    label_weights_of,
+    row_weights_of,
+    term_weights,
+    without_gradient,
+)
+from gold_kernels.engine.linear import RowPlan, run_linear_loss
+from gold_kernels.engine.options import Reduction, resolve_options
+from gold_kernels.engine.shared import Metrics, RowValues
+from gold_kernels.topk.row_loss import TopK
+
+
+class TopKOptions(TypedDict, total=False):
+    """Options of fused_linear_top_k; see LinearOptions. They are the student's."""
+
+    student_bias: Tensor | None  # (V,)
+    labels: Tensor | None  # (N,) int64
+    label_weights: Tensor | None  # (N,)
+    vocab_size: int | None
+    chunk_size: int | None
+    budget_bytes: int
+    logits_dtype: torch.dtype | None
+    final_logit_softcapping: float | None
+    logit_scale: float
+    backend: str | None
+    reduction: Reduction
+
+
+@overload
+def fused_linear_top_k(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[TopKOptions],
+) -> Tensor: ...
+
+
+@overload
+def fused_linear_top_k(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    return_metrics: Literal[True],
+    **options: Unpack[TopKOptions],
+) -> tuple[Tensor, Metrics]: ...
+
+
+def fused_linear_top_k(
+    student_hidden: Tensor,  # (N, D)
+    student_weight: Tensor,  # (V, D)
+    teacher_ids: Tensor,  # (N, k) int64, different in a row; negative for none
+    teacher_log_probs: Tensor,  # (N, k) float, at the teacher's temperature
+    row_weights: Tensor | None = None,  # (N,), float32; None means 1 / N each
+    *,
+    beta: float = 0.0,
+    temperature: float = 1.0,  # of the student
+    return_metrics: bool = False,
+    **options: Unpack[TopKOptions],
+) -> Tensor | tuple[Tensor, Metrics]:  # (), float32; (N,) with reduction="none"
+    """Generalized JSD of k + 1 outcomes, from log-probabilities that a server or a file has.
+
+        loss = sum_i row_weights[i] * JSD_beta(P_i, Q_i) + sum_i label_weights[i] * CE_i
+
+    over the teacher's k entries and one outcome for all others, 1 minus their sum on either side:
+    no mass is left out, and nothing is renormalised. beta as in fused_linear_jsd; k = V - 1 or more
+    is that loss. Log-probabilities whose sum exceeds 1 by rounding count as a rest of 1e-18.
+
+    The gradient goes to student_hidden, student_weight and student_bias. Rows of weight 0 may hold
+    anything, ids beyond the vocabulary excepted. Extra memory is at most budget_bytes, plus one
+    float32 student_weight if a 16-bit one needs a gradient. On a GPU the rows run in torch: there
+    is no kernel yet. return_metrics=True returns (loss, dict): loss, cross_entropy,
+    student_top_mass and teacher_top_mass of every row. Raises ValueError for what does not fit.
+    """
+    function = "fused_linear_top_k"
+    chosen = resolve_options(function, options, TopKOptions)
+    checks.check_temperature(function, temperature)
+    checks.check_pairs(function, chosen)
+    scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
+    cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]
+    head = LinearHead(student_hidden, student_weight, chosen.student_bias, scale, cap)
+    student = check_head(function, "student", head)
+    chosen = checks.check_options(function, chosen, student.hidden)
+    v_student = student.weight.shape[0]
+    vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
+    checks.check_row_weights(function, row_weights, student.hidden)
+    checks.check_label_weights(function, chosen, student.hidden)
+    _check_targets(function, student.hidden, teacher_ids, teacher_log_probs, vocab_size)
+    log_probs = teacher_log_probs.detach().to(float_dtype(student.hidden))
+    row_loss = TopK(beta, temperature, [teacher_ids, log_probs])
+    row_loss.check(function)
+    weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
+    label_weights = label_weights_of(vocab_size, student.hidden, chosen)
+    labels = None if chosen.labels is None else chosen.labels.contiguous()
+    loss, values = run_linear_loss(
+        row_loss,
+        without_gradient(first_entries(student, vocab_size)),
+        None,
+        RowPlan(term_weights(weights, label_weights), labels),
+        chosen,
+        return_metrics,
+    )
+    rows = RowValues(row_loss.value_names, values, labels is not None)
+    return (loss, rows.by_name()) if return_metrics else loss
+
+
+def _check_targets(
+    function: str, hidden: Tensor, ids: Tensor, log_probs: Tensor, vocab_size: int
+) -> None:
+    """Ids are looked at on the CPU alone: elsewhere a look would wait for the device."""
+    shapes = tuple(ids.shape), tuple(log_probs.shape)
+    is_pair = ids.ndim == 2 and shapes[0] == shapes[1] and shapes[0][0] == hidden.shape[0]
+    kinds = ids.dtype == torch.int64 and log_probs.is_floating_point()
+    if not (is_pair and kinds and shapes[0][1]):
+        raise ValueError(
+            f"{function}: teacher_ids and teacher_log_probs must be (N, k) int64 and float with "
+            f"N={hidden.shape[0]} and k of at least 1, got {shapes[0]} {ids.dtype} and "
+            f"{shapes[1]} {log_probs.dtype}; pad rows with fewer entries with id -1."
+        )
+    for name, tensor in (("teacher_ids", ids), ("teacher_log_probs", log_probs)):
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{function}: {name} must be on {hidden.device} like the hidden states, got "
+                f"{tensor.device}; move them with .to(hidden.device)."
+            )
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    if int(ids.max()) >= vocab_size:
+        raise ValueError(
+            f"{function}: teacher_ids must be below {vocab_size}, the rows of the head, got "
+            f"{int(ids.max())}; they are token ids of the student's tokenizer."
+        )
