@@ -66,6 +66,14 @@ class LinearHead(NamedTuple):
         return logits
 
 
+def first_entries(head: LinearHead, vocab_size: int) -> LinearHead:
+    """The head of the first vocab_size entries; the others have probability 0."""
+    if vocab_size == head.weight.shape[0]:
+        return head
+    bias = None if head.bias is None else head.bias[:vocab_size]
+    return head._replace(weight=head.weight[:vocab_size], bias=bias)
+
+
 class Needs(NamedTuple):
     """Which gradients the caller will ask for."""
 
@@ -80,6 +88,13 @@ class ChunkedGradients(NamedTuple):
     hidden: Tensor | None  # (N, D_s)
     weight: Tensor | None  # (V_s, D_s)
     bias: Tensor | None  # (V_s,)
+
+    def of_entries(self, num_entries: int) -> "ChunkedGradients":
+        """Views, without the entries behind."""
+        return self._replace(
+            weight=None if self.weight is None else self.weight[:num_entries],
+            bias=None if self.bias is None else self.bias[:num_entries],
+        )
 
 
 class Limits(NamedTuple):
@@ -181,6 +196,7 @@ def run_chunks(
     *,
     grad_bound: float = 1.0,
     projection: Projection | None = None,
+    num_padded: int = 0,
 ) -> ChunkedGradients:
     """Call row_function on every chunk and return the gradients of the weighted sum of its losses.
 
@@ -188,7 +204,8 @@ def run_chunks(
     itself where the dtypes are the same. A row of weight 0 contributes exactly 0, whatever it
     holds. A teacher of fewer rows is paired with the first ones; chunks of the others come after
     and have teacher_logits None. grad_bound, at least 1, is what scales a gradient beside its row
-    weight: float16 must not overflow.
+    weight: float16 must not overflow. Gradients of weight and bias end with num_padded more
+    entries, zeros: autograd would copy the gradient of a slice into such a tensor.
     """
     hidden, weight = student.hidden, student.weight
     num_rows, has_grad = student.num_rows, any(needs)
@@ -196,7 +213,8 @@ def run_chunks(
     plan = plan_chunks(student, teacher, needs, limits, projection)
     wide = float_dtype(hidden)
     panel_dtype = hidden.dtype if projection is None else wide
-    grads = _empty_gradients(student, needs, plan, projection)
+    padded = _empty_gradients(student, needs, plan, projection, num_padded)
+    grads = padded.of_entries(weight.shape[0])
     row_weights = row_weights * student.logit_scale
     grad_scale = None
     if hidden.dtype == torch.float16 and has_grad and num_rows > 0:
@@ -230,7 +248,7 @@ def run_chunks(
         if grad_panel is not None:
             panel = grad_panel[: last - first]
             _add_panel(grads, student, panel, first, row_weights, projection)
-    return _finish(grads, student, grad_scale)
+    return _finish(padded, student, grad_scale)
 
 
 def _empty_panel(
@@ -254,7 +272,11 @@ def _chunks(first: int, last: int, num_paired: int, chunk: int) -> Iterator[slic
 
 
 def _empty_gradients(
-    student: LinearHead, needs: Needs, plan: ChunkPlan, projection: Projection | None
+    student: LinearHead,
+    needs: Needs,
+    plan: ChunkPlan,
+    projection: Projection | None,
+    num_padded: int,
 ) -> ChunkedGradients:
     hidden, weight, num_rows = student.hidden, student.weight, student.num_rows
     wide, is_float16 = float_dtype(hidden), hidden.dtype == torch.float16
@@ -265,13 +287,16 @@ def _empty_gradients(
     # tensor.
     weight_dtype = weight.dtype if num_rows <= plan.panel and not is_float16 else wide
     empty_hidden = torch.empty_like if student.row_index is None else torch.zeros_like
+    num_entries = weight.shape[0] + num_padded
     grads = ChunkedGradients(
         empty_hidden(hidden, dtype=wide if is_float16 else None) if needs.hidden else None,
-        weight.new_empty(weight.shape, dtype=weight_dtype) if needs.weight else None,
-        weight.new_zeros(weight.shape[0], dtype=wide) if needs.bias else None,
+        weight.new_empty(num_entries, weight.shape[1], dtype=weight_dtype)
+        if needs.weight
+        else None,
+        weight.new_zeros(num_entries, dtype=wide) if needs.bias else None,
     )
-    if num_rows == 0 and grads.weight is not None:
-        grads.weight.zero_()
+    if grads.weight is not None:
+        grads.weight[0 if num_rows == 0 else weight.shape[0] :].zero_()
     return grads
 
 

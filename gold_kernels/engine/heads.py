@@ -76,14 +76,6 @@ def without_gradient(student: LinearHead) -> LinearHead:
     return student if torch.is_grad_enabled() else _map_tensors(student, Tensor.detach)
 
 
-def first_entries(head: LinearHead, vocab_size: int) -> LinearHead:
-    """The head of the first vocab_size entries; the others have probability 0."""
-    if vocab_size == head.weight.shape[0]:
-        return head
-    bias = None if head.bias is None else head.bias[:vocab_size]
-    return head._replace(weight=head.weight[:vocab_size], bias=bias)
-
-
 def row_weights_of(
     row_weights: Tensor | None,  # (N,); None: 1 / N each, or 1 each where rows are not summed
     num_rows: int,

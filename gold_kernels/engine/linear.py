@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gold_kernels.engine.chunking import Limits, LinearHead, Needs, float_dtype, run_chunks
+from gold_kernels.engine.chunking import (
+    Limits,
+    LinearHead,
+    Needs,
+    first_entries,
+    float_dtype,
+    run_chunks,
+)
 from gold_kernels.engine.gradients import empty_gradients, empty_values, scaled_tensors
 from gold_kernels.engine.options import Options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss, Rows
@@ -60,6 +67,7 @@ class _Settings(NamedTuple):
     logits_dtype: torch.dtype | None
     logit_scales: Sequence[float]  # student, teacher
     softcaps: Sequence[float]  # 0: none
+    num_entries: int  # of the student's head that take part, from the first
 
 
 @torch.library.custom_op("gold_kernels::linear_loss", mutates_args=())
@@ -85,12 +93,13 @@ def _linear_loss_operator(
     logits_dtype: torch.dtype | None,
     logit_scales: Sequence[float],
     softcaps: Sequence[float],
+    num_entries: int,
 ) -> list[Tensor]:  # (number of value names, R) row values, then a gradient for each true need
     """An operator, so that torch.compile takes it as it is, for any R, instead of tracing it."""
     row_loss = ROW_LOSSES[loss].from_flat(numbers, tensors)
     caps = [cap or None for cap in softcaps]
     student_head = (student_hidden, student_weight, student_bias, logit_scales[0], caps[0])
-    student = LinearHead(*student_head, student_index)
+    student = first_entries(LinearHead(*student_head, student_index), num_entries)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher_head = (teacher_hidden, teacher_weight, teacher_bias, logit_scales[1], caps[1])
@@ -100,7 +109,7 @@ def _linear_loss_operator(
     )
     limits = Limits(chunk_size, budget_bytes, logits_dtype)
     rows = Rows(values, labels, limits, backend, has_metrics, student, teacher)
-    vocabularies = student_weight.shape[0], 0 if teacher is None else teacher.weight.shape[0]
+    vocabularies = num_entries, 0 if teacher is None else teacher.weight.shape[0]
     grads = run_chunks(
         student,
         teacher,
@@ -110,6 +119,7 @@ def _linear_loss_operator(
         row_loss.limits(limits, *vocabularies, rows),
         grad_bound=row_loss.grad_bound(),
         projection=row_loss.projection(),
+        num_padded=student_weight.shape[0] - num_entries,
     )
     return [values, *(grad for grad in grads if grad is not None)]
 
@@ -247,8 +257,11 @@ def run_linear_loss(
     plan: RowPlan,
     options: Options,  # checked
     has_metrics: bool,
+    num_entries: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # () or (P,) loss, (number of value names, R) values
-    """Run a row loss on heads that heads.check_heads returned."""
+    """Run a row loss on heads that heads.check_heads returned. num_entries of the student's take
+    part; autograd sees the whole head, so that no gradient of a slice is copied.
+    """
     side: Sequence[Any] = [None] * 3 if teacher is None else teacher[:3]
     others = plan.labels, plan.student_index, plan.teacher_index
     inputs = _Inputs(plan.weights, side[0], side[1], side[2], *others)
@@ -263,6 +276,7 @@ def run_linear_loss(
         options.logits_dtype,
         [head.logit_scale for head in (student, teacher or student)],
         [head.softcap or 0.0 for head in (student, teacher or student)],
+        num_entries or student.weight.shape[0],
     )
     device_type = student.hidden.device.type
     is_meta = device_type == "meta"  # shapes alone: nothing to cast

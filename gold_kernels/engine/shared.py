@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import first_entries
 from gold_kernels.engine.heads import (
     check_heads,
-    first_entries,
     label_weights_of,
     row_weights_of,
     term_weights,
@@ -73,11 +73,12 @@ def shared_linear_loss(
     labels = None if options.labels is None else options.labels.contiguous()
     loss, values = run_linear_loss(
         row_loss,
-        first_entries(student, vocab_size),
+        student,
         first_entries(teacher, vocab_size),
         RowPlan(term_weights(row_weights, label_weights), labels),
         options,
         has_metrics,
+        vocab_size,
     )
     return loss, RowValues(row_loss.value_names, values, labels is not None)
 

@@ -32,10 +32,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import Limits, LinearHead, Needs, float_dtype, run_chunks
+from gold_kernels.engine.chunking import (
+    Limits,
+    LinearHead,
+    Needs,
+    first_entries,
+    float_dtype,
+    run_chunks,
+)
 from gold_kernels.engine.heads import (
     check_head,
-    first_entries,
     label_weights_of,
     row_weights_of,
     term_weights,

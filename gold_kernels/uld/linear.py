@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.chunking import first_entries
 from gold_kernels.engine.heads import (
     check_heads,
-    first_entries,
     label_weights_of,
     row_weights_of,
     unit_stride,
@@ -112,7 +112,7 @@ def _linear_uld(
     sizes = uld_checks.check_vocab_sizes(
         function, student.weight.shape[0], teacher.weight.shape[0], options.vocab_size
     )
-    student, teacher = map(first_entries, (student, teacher), sizes)
+    teacher = first_entries(teacher, sizes[1])
     hidden, labels = student.hidden, options.labels
     num_groups = uld_checks.check_alignment(function, hidden, teacher.hidden, alignment)
     uld_checks.check_token_ids(function, alignment, *sizes)
@@ -129,7 +129,7 @@ def _linear_uld(
         student.num_rows,
         matched_tables(settings.overlap, *sizes, hidden.device),
     )
-    loss, values = run_linear_loss(row_loss, student, teacher, plan, options, has_metrics)
+    loss, values = run_linear_loss(row_loss, student, teacher, plan, options, has_metrics, sizes[0])
     if not has_metrics:
         return loss
     return loss, ULDMetrics.from_values(values, num_groups, labels, plan.student_index)

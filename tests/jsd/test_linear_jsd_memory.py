@@ -6,7 +6,7 @@ N scored rows, V vocabulary, D_s and D_t hidden sizes.
 import pytest
 import torch
 
-from gold_kernels import fused_linear_jsd, peak_extra_bytes
+from gold_kernels import fused_linear_jsd, fused_linear_uld, peak_extra_bytes
 from support.backends import on_every_backend
 from support.jsd_cases import (
     Case,
@@ -54,6 +54,24 @@ def test_peak_memory_stays_under_the_printed_formula(n, has_frozen_head):
     assert peak <= memory_bound(n, v, d, 64, has_frozen_head)
     full_logits = 2 * 4 * n * v
     assert n == 256 or peak < full_logits, "the bound must be below what eager code needs"
+
+
+@pytest.mark.parametrize("fused", [fused_linear_jsd, fused_linear_uld])
+def test_the_gradient_of_a_padded_head_is_made_in_place(fused):
+    """Not copied into a second one, which autograd does with the gradient of a slice."""
+    v, padding = 4096, 64
+    peaks = []
+    for num_padded in (0, padding):
+        sizes = (v + num_padded, 16, 16)
+        case = random_case(8, *sizes).to(torch.float32)
+        vocab_size = (v, v) if fused is fused_linear_uld else v
+
+        def step(case: Case = case, vocab_size: object = vocab_size) -> None:
+            fused(*case, vocab_size=vocab_size, backend="torch").backward()
+
+        peaks.append(peak_extra_bytes(step))
+    assert case.student_weight.grad[:v].any() and not case.student_weight.grad[v:].any()
+    assert peaks[1] <= peaks[0] + 3 * padding * 16 * 4, "more than the rows that pad it"
 
 
 @pytest.mark.gpu
