@@ -1,4 +1,4 @@
-"""Generalized JSD of logit rows and its gradient, one program a row, three passes over the row.
+"""Generalized JSD of logit rows and its gradient, one program a row, two or three passes over it.
 
 C rows of a chunk, V vocabulary. With r = log p - log q (temperature applied):
 
@@ -18,8 +18,12 @@ effect of the rounding of both log-sum-exps. Inside the kernel logarithms are in
 one instruction and exp four.
 
 Pass 1 takes both log-sum-exps, pass 2 the loss, sum q g and the metrics, pass 3 writes the
-gradient. Blocks are two-dimensional: a line is what a few threads load at once, so that each sums
-its line alone and carries one number for it; threads meet once at the end of a pass.
+gradient. The two KL divergences (beta 0 and 1) need no pass 3 where no column is masked: the
+gradient of the first hangs on the log-sum-exps alone, and sum q g of the second is the mean of a
+difference of logits, which pass 1 takes beside the student's log-sum-exp.
+
+Blocks are two-dimensional: a line is what a few threads load at once, so that each sums its line
+alone and carries one number for it; threads meet once at the end of a pass.
 """
 
 import triton
@@ -36,6 +40,7 @@ MAX_LOG_RATIO = tl.constexpr(115.0)  # bits: either p or q is then below 1e-34
 FORWARD_KL, REVERSE_KL, JSD, SYMMETRIC_JSD = 0, 1, 2, 3
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
+_JSD = tl.constexpr(JSD)
 _SYMMETRIC_JSD = tl.constexpr(SYMMETRIC_JSD)
 
 
@@ -152,7 +157,13 @@ def jsd_rows_kernel(
     teacher_ptr += row * teacher_row_stride
     values_ptr += row
     bits = inverse_temperature * BITS
-    row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms = open_row(
+    IS_ONE_SIDED: tl.constexpr = MODE != _JSD and MODE != _SYMMETRIC_JSD and not HAS_MASKS
+    HAS_GAP: tl.constexpr = IS_ONE_SIDED and MODE == _REVERSE_KL
+    offset = 0.0
+    if HAS_GAP:
+        offset = tl.load(student_ptr).to(tl.float32)
+        offset -= tl.load(teacher_ptr).to(tl.float32) * teacher_scale
+    row_weight, max_student, sum_student, max_teacher, sum_teacher, mean_gap, row_terms = open_row(
         student_ptr,
         teacher_ptr,
         weights_ptr,
@@ -163,8 +174,10 @@ def jsd_rows_kernel(
         vocab_size,
         bits,
         teacher_scale,
+        offset,
         HAS_PAIR,
         HAS_LABELS,
+        HAS_GAP,
         BLOCK_V,
         LINE,
     )
@@ -176,6 +189,12 @@ def jsd_rows_kernel(
     row_sums = (lse_gap, max_student, max_teacher, per_student, per_teacher)
 
     betas = (beta, one_minus_beta)
+    soft_scale = row_weight * inverse_temperature
+    if MODE != _FORWARD_KL:
+        soft_scale *= NATS
+        if MODE != _REVERSE_KL:
+            soft_scale *= one_minus_beta
+    grad_ptr += row * grad_row_stride
     lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     loss, mean_pull = lines, lines
     floored, rest = lines, lines  # q of columns at the floor of log p, and of the others
@@ -189,16 +208,30 @@ def jsd_rows_kernel(
             student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
         )
         loss += tl.sum(entry_loss, axis=1)
-        if MODE == _REVERSE_KL and HAS_MASKS:
+        if IS_ONE_SIDED:
+            if NEEDS_GRAD:
+                grad = q - p
+                if HAS_GAP:
+                    grad = q * (((student - teacher) - offset) - mean_gap) * bits
+                store_gradient(
+                    grad_ptr,
+                    grad * soft_scale,
+                    student,
+                    columns,
+                    is_column,
+                    row_terms,
+                    softcap,
+                    HAS_LABELS,
+                    HAS_SOFTCAP,
+                )
+        elif MODE == _REVERSE_KL:
             # 1e6 in one sum with the other pulls would cost float32 all the others
             is_floored = ratio <= LOG_ZERO
             floored += tl.sum(tl.where(is_floored, q, 0.0), axis=1)
             rest += tl.sum(tl.where(is_floored, 0.0, q), axis=1)
             pull = tl.where(is_floored, 0.0, pull)
-        if MODE != _FORWARD_KL:
-            mean_pull += tl.sum(q * pull, axis=1)
-        elif HAS_MASKS:
-            mean_pull += tl.sum(pull, axis=1)
+        if not IS_ONE_SIDED:
+            mean_pull += tl.sum(pull if MODE == _FORWARD_KL else q * pull, axis=1)
         if HAS_METRICS:
             student -= max_student
             teacher -= max_teacher
@@ -220,15 +253,9 @@ def jsd_rows_kernel(
         tl.store(out_ptr + 3 * values_stride, tl.where(is_live, tl.sum(reverse_kl, 0) * NATS, 0.0))
         tl.store(out_ptr + 4 * values_stride, tl.where(is_live, agreement, 0.0))
 
-    if NEEDS_GRAD:
-        grad_ptr += row * grad_row_stride
+    if NEEDS_GRAD and not IS_ONE_SIDED:
         mean_pull = tl.sum(mean_pull, 0)
         floored, rest = -LOG_ZERO * tl.sum(floored, 0), -LOG_ZERO * tl.sum(rest, 0)
-        soft_scale = row_weight * inverse_temperature
-        if MODE != _FORWARD_KL:
-            soft_scale *= NATS
-            if MODE != _REVERSE_KL:
-                soft_scale *= one_minus_beta
         for start in range(0, vocab_size, BLOCK_V):
             columns, is_column, student, teacher = load_pair(
                 student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
@@ -236,14 +263,12 @@ def jsd_rows_kernel(
             q, p, ratio, entry_loss, pull = _entries(
                 student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
             )
-            if MODE == _REVERSE_KL and HAS_MASKS:
+            if MODE == _REVERSE_KL:
                 pull = tl.where(ratio <= LOG_ZERO, rest, pull - floored)
-            if MODE != _FORWARD_KL:
-                grad = q * (pull - mean_pull)
-            elif HAS_MASKS:
+            if MODE == _FORWARD_KL:
                 grad = q * (1.0 - mean_pull) - (p - pull)
             else:
-                grad = q - p
+                grad = q * (pull - mean_pull)
             grad *= soft_scale
             store_gradient(
                 grad_ptr,

@@ -65,7 +65,7 @@ def formula_rows_kernel(
     teacher_ptr += row * teacher_row_stride
     values_ptr += row
     bits = inverse_temperature * BITS
-    row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms = open_row(
+    row_weight, max_student, sum_student, max_teacher, sum_teacher, _, row_terms = open_row(
         student_ptr,
         teacher_ptr,
         weights_ptr,
@@ -76,8 +76,10 @@ def formula_rows_kernel(
         vocab_size,
         bits,
         teacher_scale,
+        0.0,
         HAS_PAIR,
         HAS_LABELS,
+        False,
         BLOCK_V,
         LINE,
     )

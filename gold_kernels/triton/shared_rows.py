@@ -56,26 +56,37 @@ def _pair_sums(
     vocab_size,
     bits,
     teacher_scale,
+    offset,
     HAS_PAIR: tl.constexpr,
     HAS_LABELS: tl.constexpr,
+    HAS_GAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> largest logit and sum of exp2((logit - largest) bits) of both sides, and at temperature 1
     lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     max_student, max_teacher = lines - 1e30, lines - 1e30
-    sum_student, sum_teacher, sum_hard = lines, lines, lines
+    sum_student, sum_teacher, sum_hard, sum_gap = lines, lines, lines, lines
     for start in range(0, vocab_size, BLOCK_V):
         columns = block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
         student = load_logits(student_ptr, columns, is_column)
         new_max = tl.maximum(max_student, tl.max(student, axis=1))
-        sum_student *= tl.exp2((max_student - new_max) * bits)
-        sum_student += line_sums(student, new_max, bits)
+        shrink = tl.exp2((max_student - new_max) * bits)
+        sum_student *= shrink
+        if HAS_GAP:
+            teacher = _load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
+            values = tl.exp2((student - new_max[:, None]) * bits)
+            sum_student += tl.sum(values, axis=1)
+            gaps = tl.where(is_column, (student - teacher) - offset, 0.0)
+            sum_gap = sum_gap * shrink + tl.sum(values * gaps, axis=1)
+        else:
+            sum_student += line_sums(student, new_max, bits)
         if HAS_LABELS:  # cross-entropy at temperature 1
             sum_hard *= tl.exp2((max_student - new_max) * BITS)
             sum_hard += line_sums(student, new_max, BITS)
         max_student = new_max
-        teacher = _load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
+        if not HAS_GAP:
+            teacher = _load_teacher(teacher_ptr, columns, is_column, teacher_scale, HAS_PAIR)
         new_max = tl.maximum(max_teacher, tl.max(teacher, axis=1))
         sum_teacher *= tl.exp2((max_teacher - new_max) * bits)
         sum_teacher += line_sums(teacher, new_max, bits)
@@ -83,9 +94,12 @@ def _pair_sums(
     hard_total = 0.0
     if HAS_LABELS:
         hard_total = join_lines(max_student, sum_hard, BITS)[1]
+    mean_gap = 0.0
+    if HAS_GAP:
+        mean_gap = join_lines(max_student, sum_gap, bits)[1]
     max_student, sum_student = join_lines(max_student, sum_student, bits)
     max_teacher, sum_teacher = join_lines(max_teacher, sum_teacher, bits)
-    return max_student, sum_student, max_teacher, sum_teacher, hard_total
+    return max_student, sum_student, max_teacher, sum_teacher, hard_total, mean_gap / sum_student
 
 
 @triton.jit
@@ -100,25 +114,30 @@ def open_row(
     vocab_size,
     bits,
     teacher_scale,
+    offset,  # about what the student's logits are above the teacher's, read if HAS_GAP
     HAS_PAIR: tl.constexpr,
     HAS_LABELS: tl.constexpr,
+    HAS_GAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
     """Weight of the loss; largest logit and sum of exp2((logit - largest) * bits) of the student
-    and of the teacher; and what store_gradient needs to know of the row.
+    and of the teacher; with HAS_GAP the mean over q of student - teacher - offset, of their
+    logits; and what store_gradient needs to know of the row.
     """
     weights_ptr += row * (2 if HAS_LABELS else 1)
     row_weight = tl.load(weights_ptr)
     is_live = row_weight != 0.0  # a row of weight 0 may hold anything, NaN included
-    max_student, sum_student, max_teacher, sum_teacher, hard_total = _pair_sums(
+    max_student, sum_student, max_teacher, sum_teacher, hard_total, mean_gap = _pair_sums(
         student_ptr,
         teacher_ptr,
         vocab_size,
         bits,
         teacher_scale,
+        offset,
         HAS_PAIR,
         HAS_LABELS,
+        HAS_GAP,
         BLOCK_V,
         LINE,
     )
@@ -133,7 +152,7 @@ def open_row(
         tl.store(values_ptr + values_stride, tl.where(is_hard, cross_entropy, 0.0))
         is_hard &= cross_entropy < MAX_LOSS  # a masked label has no slope
     row_terms = (is_live, label, hard_weight, is_hard, max_student, hard_total)
-    return row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms
+    return row_weight, max_student, sum_student, max_teacher, sum_teacher, mean_gap, row_terms
 
 
 @triton.jit
