@@ -27,6 +27,36 @@ def _(tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str
     return [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
 
 
+def finished_gradients(
+    tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str
+) -> list[Tensor]:
+    """What a backward pass returns of the tensors that it saved: each times scale (), in dtype.
+
+    If the graph is freed after this pass, nobody sees the saved tensors again: they are scaled
+    where they lie and handed over, which saves a second gradient of the head, and, where the scale
+    is 1, reading and writing the first.
+    """
+    # A traced pass is not asked; dtypes differ for float16, whose gradients are float32 so far.
+    is_kept = torch.compiler.is_compiling() or _keeps_graph()
+    if is_kept or any(t.dtype != dtype or not t.is_contiguous() for t in tensors):
+        return scaled_tensors(tensors, scale, dtype, backend)
+    for tensor in tensors:
+        if backend == "triton":
+            from gold_kernels.triton.scale import scale_  # triton may be missing
+
+            scale_(tensor, scale)
+        else:
+            tensor.mul_(scale)
+    return list(tensors)
+
+
+def _keeps_graph() -> bool:
+    """True in a backward pass with retain_graph=True; torch itself asks so before it reuses the
+    buffers of compiled graphs.
+    """
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def empty_gradients(
     leaves: tuple[Tensor, Tensor, Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:

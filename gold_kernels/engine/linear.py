@@ -28,7 +28,7 @@ from gold_kernels.engine.chunking import (
     float_dtype,
     run_chunks,
 )
-from gold_kernels.engine.gradients import empty_gradients, empty_values, scaled_tensors
+from gold_kernels.engine.gradients import empty_gradients, empty_values, finished_gradients
 from gold_kernels.engine.options import Options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss, Rows
 
@@ -187,7 +187,7 @@ class LinearLossFunction(torch.autograd.Function):
             grads = _row_gradients(ctx, grad_loss)
         else:
             backend = ctx.settings.backend
-            grads = scaled_tensors(ctx.saved_tensors, grad_loss, ctx.dtype, backend)
+            grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.dtype, backend)
         needed = iter(grads)
         return (*(next(needed) if need else None for need in ctx.needs), *[None] * 5)
 

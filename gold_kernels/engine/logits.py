@@ -12,7 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gold_kernels.engine.chunking import Limits, float_dtype
-from gold_kernels.engine.gradients import empty_logits_gradient, empty_values
+from gold_kernels.engine.gradients import (
+    empty_logits_gradient,
+    empty_values,
+    finished_gradients,
+)
 from gold_kernels.engine.linear import reduce_rows
 from gold_kernels.engine.options import Options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss, Rows
@@ -86,6 +90,7 @@ class LogitsLossFunction(torch.autograd.Function):
         is_in_place: bool,
     ) -> tuple[Tensor, Tensor]:  # () or (N,) loss, (number of value names, N) values
         needs_grad = ctx.needs_input_grad[0]
+        ctx.backend = backend
         ctx.grad_in_place = None
         if is_in_place and needs_grad:
             ctx.grad_in_place = grad = student_logits.detach()
@@ -111,10 +116,13 @@ class LogitsLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        others = [None] * 8
+        if ctx.grad_in_place is None and ctx.is_live is None:
+            grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.logits_dtype, ctx.backend)
+            return grads[0], *others
         factor = grad_loss
         if ctx.is_live is not None:  # what comes from above may be anything for a row of weight 0
             factor = torch.where(ctx.is_live, grad_loss.unsqueeze(1), 0)
-        others = [None] * 8
         if ctx.grad_in_place is None:
             (grad,) = ctx.saved_tensors
             return (grad * factor).to(ctx.logits_dtype), *others

@@ -6,8 +6,8 @@ N scored rows, V vocabulary, D_s and D_t hidden sizes.
 import pytest
 import torch
 
-from gold_kernels import fused_linear_jsd, fused_linear_uld, peak_extra_bytes
-from support.backends import on_every_backend
+from gold_kernels import fused_linear_jsd, fused_linear_uld, jsd_loss, peak_extra_bytes
+from support.backends import IMPLEMENTATIONS, on_every_backend
 from support.jsd_cases import (
     Case,
     random_case,
@@ -72,6 +72,43 @@ def test_the_gradient_of_a_padded_head_is_made_in_place(fused):
         peaks.append(peak_extra_bytes(step))
     assert case.student_weight.grad[:v].any() and not case.student_weight.grad[v:].any()
     assert peaks[1] <= peaks[0] + 3 * padding * 16 * 4, "more than the rows that pad it"
+
+
+# the interpreter works on copies of its tensors
+@pytest.mark.parametrize(
+    ("device", "backend"), [where for where in IMPLEMENTATIONS if where != ("cpu", "triton")]
+)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_backward_pass_that_frees_the_graph_makes_no_second_gradient(scale, device, backend):
+    case = random_case(8, 4096, 64, 64).to(torch.float32, device)
+    expected = run_fused(case, backend=backend)
+    loss = fused_linear_jsd(*case, backend=backend) * scale
+    peak = peak_extra_bytes(loss.backward, device)
+    assert peak < case.student_weight.nbytes // 2
+    for leaf, grad in zip(case[:2], expected[1:], strict=True):
+        assert torch.equal(leaf.grad, grad * scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_backward_pass_to_logits_makes_no_second_gradient(scale):
+    student, teacher = torch.randn(2, 32, 1024).unbind(0)
+    leaf = student.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(jsd_loss(leaf, teacher, backend="torch"), leaf)
+    loss = jsd_loss(leaf, teacher, backend="torch") * scale
+    assert peak_extra_bytes(loss.backward) < leaf.nbytes // 2
+    assert torch.equal(leaf.grad, expected * scale)
+
+
+@on_every_backend
+def test_gradients_of_a_graph_that_is_kept_are_nobody_elses(device, backend):
+    case = random_case().to(torch.float32, device)
+    loss = fused_linear_jsd(*case, backend=backend)
+    first = torch.autograd.grad(2 * loss, case[:2], retain_graph=True)
+    for grad in first:  # as clipping does
+        grad.mul_(0)
+    last = torch.autograd.grad(4 * loss, case[:2])
+    for ours, truth in zip(last, run_fused(case, backend=backend)[1:], strict=True):
+        assert truth.any() and torch.equal(ours, 4 * truth)
 
 
 @pytest.mark.gpu

@@ -199,9 +199,14 @@ def projection_signatures():
 
 def scale_signatures():
     kernel = scale.scale_kernel
-    for tensor, out in (("*bf16", "*bf16"), ("*fp32", "*fp16"), ("*fp32", "*fp32")):
+    for tensor, out, is_in_place in (
+        ("*bf16", "*bf16", True),
+        ("*bf16", "*bf16", False),
+        ("*fp32", "*fp16", False),
+        ("*fp32", "*fp32", False),
+    ):
         types = {"out_ptr": out, "tensor_ptr": tensor, "scale_ptr": "*fp32"}
-        constexprs = {"BLOCK": 4096}
+        constexprs = {"IS_IN_PLACE": is_in_place, "BLOCK": 4096}
         yield kernel, signature_of(kernel, types, (), constexprs), constexprs
 
 
