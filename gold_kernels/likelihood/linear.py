@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.heads import check_heads, first_entries, label_weights_of, row_weights_of
+from gold_kernels.engine.chunking import first_entries
+from gold_kernels.engine.heads import check_heads, label_weights_of, row_weights_of
 from gold_kernels.engine.linear import run_linear_loss
 from gold_kernels.engine.options import LinearOptions, PerSide, per_side, resolve_options
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
@@ -114,7 +115,7 @@ def fused_linear_chunk_likelihood(
     sizes = group_checks.check_vocab_sizes(
         function, student.weight.shape[0], teacher.weight.shape[0], chosen.vocab_size
     )
-    student, teacher = map(first_entries, (student, teacher), sizes)
+    teacher = first_entries(teacher, sizes[1])
     hidden = student.hidden
     num_groups = group_checks.check_alignment(function, hidden, teacher.hidden, alignment)
     group_checks.check_token_ids(function, alignment, *sizes)
@@ -133,7 +134,9 @@ def fused_linear_chunk_likelihood(
         *(beta, group_temperature, row_loss.temperature, student_scalars, teacher_scalars),
         ends=[alignment.student_base_ids, alignment.teacher_base_ids],
     )
-    loss, values = run_linear_loss(row_loss, student, teacher, plan, chosen, return_metrics)
+    loss, values = run_linear_loss(
+        row_loss, student, teacher, plan, chosen, return_metrics, sizes[0]
+    )
     if not return_metrics:
         return loss
     rows = dict(zip(row_loss.value_names, values, strict=True))
