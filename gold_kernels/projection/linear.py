@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.heads import check_heads, first_entries, label_weights_of, row_weights_of
+from gold_kernels.engine.chunking import first_entries
+from gold_kernels.engine.heads import check_heads, label_weights_of, row_weights_of
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.options import LinearOptions, PerSide, per_side, resolve_options
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
@@ -119,7 +120,7 @@ def fused_linear_projected_jsd(
     sizes = group_checks.check_vocab_sizes(
         function, student.weight.shape[0], teacher.weight.shape[0], chosen.vocab_size
     )
-    student, teacher = map(first_entries, (student, teacher), sizes)
+    teacher = first_entries(teacher, sizes[1])
     hidden, labels = student.hidden, chosen.labels
     num_groups = group_checks.check_alignment(function, hidden, teacher.hidden, alignment)
     group_checks.check_token_ids(function, alignment, *sizes)
@@ -145,7 +146,9 @@ def fused_linear_projected_jsd(
             teacher_scalars=teacher_scalars,
             spans=firsts.span_ids() if has_spans else None,
         )
-    loss, values = run_linear_loss(row_loss, student, teacher, plan, chosen, return_metrics)
+    loss, values = run_linear_loss(
+        row_loss, student, teacher, plan, chosen, return_metrics, sizes[0]
+    )
     if not return_metrics:
         return loss
     rows = dict(zip(row_loss.value_names, values, strict=True))
