@@ -13,7 +13,6 @@ from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import LinearHead, float_dtype
 from gold_kernels.engine.heads import (
     check_head,
-    first_entries,
     label_weights_of,
     row_weights_of,
     term_weights,
@@ -119,11 +118,12 @@ def fused_linear_top_k(
     labels = None if chosen.labels is None else chosen.labels.contiguous()
     loss, values = run_linear_loss(
         row_loss,
-        without_gradient(first_entries(student, vocab_size)),
+        without_gradient(student),
         None,
         RowPlan(term_weights(weights, label_weights), labels),
         chosen,
         return_metrics,
+        vocab_size,
     )
     rows = RowValues(row_loss.value_names, values, labels is not None)
     return (loss, rows.by_name()) if return_metrics else loss
