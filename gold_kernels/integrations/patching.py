@@ -58,7 +58,9 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 
 
 class Patch:
-    """Functions that are replaced until undo(), or until the end of a with block."""
+    """Functions that are replaced until undo(), or until the end of a with block. Calling the patch
+    is undo() too.
+    """
 
     def __init__(self, replacements: Sequence[Replacement], settings: Any = None) -> None:
         self.settings = settings
@@ -75,6 +77,8 @@ class Patch:
         while self._replacements:
             target, before, _ = self._replacements.pop()
             setattr(target.owner, target.name, before)
+
+    __call__ = undo
 
     def __enter__(self) -> "Patch":
         return self

@@ -51,7 +51,7 @@ def register_fused_jsd(
             reduction="none",
         )
         padded = torch.zeros(mask.numel(), dtype=losses.dtype, device=losses.device)
-        metrics = {f"distillation/{name}": losses.detach().mean().item()}
+        metrics = {f"distillation/{name}": losses.detach().sum().item() / max(1, len(rows))}
         return padded.index_put((rows,), losses).view(mask.shape), metrics
 
     settings = DistillationLossSettings(names=[name], use_estimator=True)

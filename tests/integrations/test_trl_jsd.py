@@ -186,6 +186,18 @@ def test_head_of_another_kind_keeps_the_loss_of_trl_and_says_so(kind, tmp_path):
         assert_same_losses(trainer)
 
 
+def test_a_compiled_model_keeps_the_loss_of_trl(tmp_path):
+    trainer = build("gold", tmp_path)
+    batch = batch_of(trainer)
+    num_logits = batch["labels"].numel() * trainer.model.config.vocab_size
+    for is_compiled in (False, True):
+        trainer.args.torch_compile = is_compiled
+        trainer.model.zero_grad()
+        with patch_trl(), LargestTensor() as largest, torch.no_grad():
+            trainer.compute_loss(trainer.model, dict(batch))
+        assert (largest.numel >= num_logits) == is_compiled
+
+
 def test_logits_of_another_form_keep_the_loss_of_trl_and_say_so(tmp_path):
     student, teacher = tiny("llama")[0], tiny("llama", "teacher")[0]
 

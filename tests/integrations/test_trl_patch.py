@@ -37,6 +37,8 @@ def test_all_are_replaced_and_undo_restores_the_very_objects():
     patch.undo()
     assert all(now is then for now, then in zip(found(), before, strict=True))
     patch.undo()  # changes nothing
+    undo_it = patch_trl()
+    undo_it()
     assert all(now is then for now, then in zip(found(), before, strict=True))
 
 

@@ -40,6 +40,7 @@ def without_logits(
                 return_outputs
                 or is_read_elsewhere
                 or student in _NOT_TAKEN
+                or self.args.torch_compile  # which would trace what stands in for the model
                 or isinstance(model, nn.DataParallel)
                 or self.accelerator.is_fsdp2 != (self.accelerator.distributed_type == "FSDP")
             ):
