@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16_own_teacher": {"peft_config": lora(), "has_teacher": False, "bf16": True},
     "frozen_head": {"is_tied": False, "is_head_frozen": True},
     "lora": {"peft_config": lora()},
+    "compiled": {"is_tied": False, "compile_models": "regional", "gradient_checkpointing": True},
     "saved_head": {"is_tied": False, "peft_config": lora(modules_to_save=["lm_head"])},
     "saved_tied_head": {"peft_config": lora(modules_to_save=["lm_head"])},
     "own_teacher": {"peft_config": lora(), "has_teacher": False},

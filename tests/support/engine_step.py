@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gold_trainer import GOLDConfig, GOLDTrainer, models
+from gold_trainer.speed import compiling
 from support import engine_matrix
 from support.cross_cases import TEACHER_MERGES
 from support.engine_cases import CASES
@@ -87,6 +88,7 @@ def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
         for row in rows[1:]:
             del row["messages"][1]
     models.MOVED_BY_PADDING = MOVED_BY_PADDING
+    compiling.BACKEND = "eager"  # what is compiled is traced, and runs as it is
     if case.pop("writes_by_length", False):
         models.MOVED_BY_PADDING = (student.config.model_type,)
         rows[0]["messages"][0]["content"] += " What is it?"
@@ -119,6 +121,7 @@ def run(folder: Path, engine: str, case: dict[str, Any]) -> dict[str, Any]:
     result = {
         "eval_loss": trainer.evaluate()["eval_loss"],
         "losses": losses_of(trainer),
+        "compiled": [kind.name for kind in trainer.fast.compiled.kinds if kind.is_compiled],
         "norms": [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e],
     }
     trainer.save_model()

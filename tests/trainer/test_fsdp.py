@@ -17,18 +17,28 @@ EXACT = [name for name in ALONE if name not in NOT_EXACT]
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
     return run_engine(
-        tmp_path_factory.mktemp("ddp") / "runs", "ddp", [*EXACT, *BFLOAT16, "resumed"]
+        tmp_path_factory.mktemp("ddp") / "runs", "ddp", [*EXACT, *BFLOAT16, "resumed", "compiled"]
     )
 
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory):
-    return run_engine(tmp_path_factory.mktemp("fsdp") / "runs", "fsdp2", [*EXACT, *BFLOAT16])
+    return run_engine(
+        tmp_path_factory.mktemp("fsdp") / "runs", "fsdp2", [*EXACT, *BFLOAT16, "compiled"]
+    )
 
 
 @pytest.mark.parametrize("case", EXACT)
 def test_fsdp_gives_the_run_of_ddp(ddp, fsdp, case):
     assert_same_run(fsdp[case], ddp[case], relative=1e-5)
+
+
+def test_layers_in_parts_are_compiled(ddp, fsdp):
+    """Their weights are gathered by hooks, which are around what is compiled."""
+    assert_same_run(fsdp["compiled"], ddp["compiled"], relative=1e-5)
+    kinds = ["Qwen3DecoderLayer of the student", "Qwen3DecoderLayer of the teacher"]
+    assert ddp["compiled"]["compiled"] == kinds
+    assert fsdp["compiled"]["compiled"] == [f"FSDP{kinds[0]}", kinds[1]]
 
 
 @pytest.mark.parametrize("case", BFLOAT16)
