@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from PIL.Image import Resampling
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Idefics3Config,
@@ -58,7 +59,7 @@ FAMILIES = {
         ("<image>", "<fake_token_around_image>", "<global-img>"),
         IDEFICS_TEMPLATE,
     ),
-    "llava": (110, ("<s>", "</s>", "<pad>"), ("<image>",), LLAVA_TEMPLATE),
+    "llava": (260, ("<s>", "</s>", "<pad>"), ("<image>",), LLAVA_TEMPLATE),
 }
 
 
@@ -99,7 +100,9 @@ def build_processor(family: str, texts: Iterable[str]) -> ProcessorMixin:
     if family == "idefics3":
         side = {"longest_edge": SIZE}
         return Idefics3Processor(
-            image_processor=Idefics3ImageProcessor(size=side, max_image_size=side, **levels),
+            image_processor=Idefics3ImageProcessor(
+                size=side, max_image_size=side, resample=Resampling.BICUBIC, **levels
+            ),
             tokenizer=tokenizer,
             image_seq_len=IMAGE_TOKENS,
             chat_template=tokenizer.chat_template,

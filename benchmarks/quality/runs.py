@@ -37,6 +37,16 @@ def is_known(chosen: dict[str, Any]) -> bool:
     return True
 
 
+def texts_for(family: str, pictures: Pictures) -> list[str]:
+    """That its tokenizer is trained on. The teacher's family spells the words letter by letter: a
+    new word is to be read, not recognised.
+    """
+    spells = family == TEACHER_FAMILY
+    pairs = zip(pictures.kind, pictures.answer, strict=True)
+    answers = [answer for kind, answer in pairs if not (spells and kind == "word")]
+    return [*pictures.question, *answers]
+
+
 class Remembered:
     """A collator that renders a question with its answer once: the pictures, all of one size,
     change nothing but themselves.
@@ -88,8 +98,10 @@ class Bench:
     @cached_property
     def processors(self) -> dict[str, Any]:
         """Their tokenizers are trained on what students may see."""
-        texts = [*self.prompts.question, *self.prompts.answer]
-        return {name: build_processor(name, texts) for name in STUDENT_FAMILY.values()}
+        return {
+            family: build_processor(family, texts_for(family, self.prompts))
+            for family in STUDENT_FAMILY.values()
+        }
 
     def lessons(self, family: str, pictures: Pictures) -> Lessons:
         return Lessons.of(pictures, self.processors[family], self.device)
