@@ -31,6 +31,8 @@ LOSSES = (
     Loss("uld", PAIRS, ACROSS),
     Loss("hybrid_0", ("cross",), {**HYBRID, "beta": 0.0}),
     Loss("hybrid_0.5", ("cross",), {**HYBRID, "beta": 0.5}),
+    Loss("h_kl", ("cross",), {**HYBRID, "uld_relaxed_overlap": True, "beta": 0.0}),
+    Loss("p_kl", ("cross",), {**ACROSS, "uld_loss_type": "projected_jsd", "beta": 0.0}),
     # 1 / uld_group_temperature as large as the others
     Loss("chunk_likelihood", ("cross",), {**LIKELIHOOD, "beta": 0.0}, crossentropy_weight=0.01),
 )

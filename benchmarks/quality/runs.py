@@ -263,6 +263,7 @@ class Bench:
             max_completion_length=MOST_NEW_TOKENS,
             bf16=False,
             gradient_checkpointing=False,
+            compile_models="off",  # takes longer than a run
             dataloader_pin_memory=is_cuda,
             logging_first_step=False,
             logging_steps=num_steps + 1,

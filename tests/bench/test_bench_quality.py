@@ -173,6 +173,8 @@ def test_every_loss_has_both_policies_with_and_without_crossentropy_one_seed_aft
     for loss in rows.LOSSES:
         own = [case for case in cases if case.loss == loss.name]
         assert len(own) == 2 * 4 * len(loss.pairs)
+        assert runs.is_known(loss.fields), loss.name
+    assert not runs.is_known({"loss": "of_next_year"}) and not runs.is_known({"no_field": 1})
     seeds = [case.seed for case in cases]
     assert seeds == sorted(seeds)
     on = rows.config_fields(rows.Case("cross", "uld", "on", "yes", 0))
