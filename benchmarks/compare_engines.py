@@ -1,13 +1,20 @@
 """Short runs of tiny models under each engine on all GPUs (without one: two processes of the CPU),
 beside the run of one process. Writes results/engines.csv; without GPUs it only prints.
 
-Rollouts depend on the number of processes: those rows are compared with DDP's.
+Which rows are written, or padded, may depend on the number of processes: those cases are compared
+with DDP's. A case that ended its processes, or that --seconds left no time for, has a row that says
+so. --together starts all engines at once: tiny models leave most of a GPU idle.
 """
 
+import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +24,7 @@ from record import RESULTS, RowLog, environment, package_versions
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support.engine_cases import CASES
+from support.engine_matrix import OF_RANKS
 from support.engine_runs import differences
 from support.engine_step import save_models
 
@@ -35,41 +43,72 @@ FIELDS = (
 VERSIONS = ("accelerate", "peft", "deepspeed")
 ENGINES = ("ddp", "fsdp2", "fsdp2_sharded", "zero2", "zero3")
 REFUSED = {"early_evaluation", "saved_tied_head"}
-WRITTEN = {"on_policy", "on_policy_pictures", "on_policy_lora", "seq_kd", "by_name"}
 
 
-def run(folder: Path, engine: str, num_processes: int) -> dict[str, Any]:
-    """The cases that an engine can do; what went wrong is on stderr."""
+def names_of(engine: str, wanted: Sequence[str]) -> list[str]:
+    names = sorted(set(wanted or CASES.keys() - REFUSED))
+    return [name for name in names if engine != "fsdp2_sharded" or name == "resumed"]
+
+
+def run(
+    scratch: Path, wanted: Sequence[str], seconds: float | None, engine: str, num_processes: int
+) -> dict[str, Any]:
+    """What the cases came to; what went wrong is on stderr."""
+    folder = scratch / f"{engine}-{num_processes}"
     folder.mkdir()
     save_models(folder)
-    names = sorted(CASES.keys() - REFUSED) if engine != "fsdp2_sharded" else ["resumed"]
+    names = names_of(engine, wanted)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(num_processes), "-m", "support.engine_step"]
-    subprocess.run([*command, str(folder), engine, *names], cwd=ROOT / "tests", check=False)
+    command += [str(folder), engine, *names]
+    with subprocess.Popen(command, cwd=ROOT / "tests", start_new_session=True) as launcher:
+        try:
+            launcher.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(launcher.pid, signal.SIGKILL)
     states = {name: folder / f"{name}.pt" for name in names}
-    return {name: torch.load(path) for name, path in states.items() if path.exists()}
+    missing = {"error": "no result: this case, or one before it, ended its processes"}
+    return {n: torch.load(path) if path.exists() else missing for n, path in states.items()}
 
 
-def main() -> None:
+def row_of(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    if "error" in expected:
+        return {"error": f"nothing to compare with: {expected['error']}"}
+    return differences(actual, expected)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--together", action="store_true", help="all engines at once")
+    parser.add_argument("--seconds", type=float, help="of an engine")
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--cases", nargs="+", default=[], choices=CASES, help="default: all")
+    parser.add_argument("--output", type=Path, help="default with GPUs: results/engines.csv")
+    options = parser.parse_args(arguments)
     num_gpus = torch.cuda.device_count()
     num_processes = num_gpus if num_gpus > 1 else 2
     where = environment() | package_versions(VERSIONS)
     where["device"] = f"{num_processes} x {where['device']}"
-    log = RowLog(RESULTS / "engines.csv" if num_gpus > 1 else None, [*FIELDS, *where])
-    with tempfile.TemporaryDirectory() as scratch:
-        one = run(Path(scratch) / "one", "ddp", 1)
-        ddp: dict[str, Any] = {}
-        for engine in ENGINES:
-            runs = run(Path(scratch) / engine, engine, num_processes)
-            ddp = runs if engine == "ddp" else ddp
-            for case, result in runs.items():
-                reference, name = (ddp, "ddp") if case in WRITTEN else (one, "one process")
+    output = options.output or (RESULTS / "engines.csv" if num_gpus > 1 else None)
+    log = RowLog(output, [*FIELDS, *where])
+    engines = list(dict.fromkeys(["ddp", *options.engines]))
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ThreadPoolExecutor(1 + len(engines) if options.together else 1) as pool,
+    ):
+        start = partial(run, Path(scratch), options.cases, options.seconds)
+        runs = {"one process": pool.submit(start, "ddp", 1)}
+        runs |= {engine: pool.submit(start, engine, num_processes) for engine in engines}
+        for engine in engines:
+            for case, result in runs[engine].result().items():
+                name = "ddp" if case in OF_RANKS else "one process"
                 if engine == name:
                     continue
                 row = {"engine": engine, "case": case, "compared_with": name}
-                row |= differences(result, reference[case])
+                row |= row_of(result, runs[name].result()[case])
                 log.add(row | where)
                 sys.stdout.write(f"{row}\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":
