@@ -8,6 +8,7 @@ so. --together starts all engines at once: tiny models leave most of a GPU idle.
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ FIELDS = (
 )
 VERSIONS = ("accelerate", "peft", "deepspeed")
 ENGINES = ("ddp", "fsdp2", "fsdp2_sharded", "zero2", "zero3")
+MODELS = "models"
 REFUSED = {"early_evaluation", "saved_tied_head"}
 
 
@@ -53,10 +55,9 @@ def names_of(engine: str, wanted: Sequence[str]) -> list[str]:
 def run(
     scratch: Path, wanted: Sequence[str], seconds: float | None, engine: str, num_processes: int
 ) -> dict[str, Any]:
-    """What the cases came to; what went wrong is on stderr."""
+    """What the cases came to; what went wrong is on stderr. scratch has the models by name."""
     folder = scratch / f"{engine}-{num_processes}"
-    folder.mkdir()
-    save_models(folder)
+    shutil.copytree(scratch / MODELS, folder)
     names = names_of(engine, wanted)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(num_processes), "-m", "support.engine_step"]
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tempfile.TemporaryDirectory() as scratch,
         ThreadPoolExecutor(1 + len(engines) if options.together else 1) as pool,
     ):
+        save_models(Path(scratch) / MODELS)  # random: all engines get the same ones
         start = partial(run, Path(scratch), options.cases, options.seconds)
         runs = {"one process": pool.submit(start, "ddp", 1)}
         runs |= {engine: pool.submit(start, engine, num_processes) for engine in engines}

@@ -95,6 +95,8 @@ LAUNCHES = {
     "DDP": ("ddp", "resident"),
     "FSDP2": ("fsdp2", "resident"),
     "FSDP2, teacher in parts": ("fsdp2", "fsdp"),
+    "ZeRO-2": ("zero2", "resident"),
+    "ZeRO-3": ("zero3", "resident"),
 }
 
 
