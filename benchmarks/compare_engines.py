@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tempfile.TemporaryDirectory() as scratch,
         ThreadPoolExecutor(1 + len(engines) if options.together else 1) as pool,
     ):
-        save_models(Path(scratch) / MODELS)  # random: all engines get the same ones
+        save_models(Path(scratch) / MODELS, list(CASES))  # random: all engines get the same ones
         start = partial(run, Path(scratch), options.cases, options.seconds)
         runs = {"one process": pool.submit(start, "ddp", 1)}
         runs |= {engine: pool.submit(start, engine, num_processes) for engine in engines}

@@ -3,9 +3,10 @@
 Everything that a config can tell is checked before weights are read.
 """
 
+import os
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed
 from transformers.utils import is_peft_available
 
 from gold_trainer import models, quantised
@@ -32,6 +34,7 @@ from gold_trainer.nearest import nearest
 # line's JSON is read then.
 InitKwargs = dict[str, Any] | str | None
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder")
+ON_FIRST_RANK = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def check_configs(
@@ -52,6 +55,25 @@ def check_configs(
         processing_class = load_processor(student_config, args.model_init_kwargs)
     models.check_processor(processing_class, models.is_vision_language(student_config))
     return student_config, processing_class
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Models that are made here are whole on every rank. Under ZeRO-3 transformers leaves each rank
+    a part, which DeepSpeed gathers for the one model that it trains and for no other. Under FSDP
+    with cpu_ram_efficient_loading it reads weights on the first rank alone.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref  # it has a setter and no getter
+    config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    on_first_rank = os.environ.pop(ON_FIRST_RANK, None)
+    try:
+        yield
+    finally:
+        if on_first_rank is not None:
+            os.environ[ON_FIRST_RANK] = on_first_rank
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def load_student(model: PreTrainedModel | str, args: GOLDConfig, peft_config: Any) -> nn.Module:
@@ -182,7 +204,7 @@ def empty_model(
     options = hub_options(init_kwargs, revision)
     config = load_config(name_or_path, init_kwargs, revision)
     trust = {key: value for key, value in options.items() if key == "trust_remote_code"}
-    with torch.device("meta"):
+    with whole_weights(), torch.device("meta"):
         model = _auto_class(config).from_config(config, **trust)
     with suppress(OSError):  # a folder without one: that of the config stays
         options.pop("trust_remote_code", None)

@@ -4,9 +4,8 @@ All ranks gather a layer's weights and reduce its gradients together, so all mus
 layers.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,14 +21,9 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     register_fsdp_forward_method,
 )
-from transformers.integrations.deepspeed import (
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
 
 from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.collator import GOLDCollator
-from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, is_quantised
 from gold_trainer.optimizers import refuse_in_parts
 from gold_trainer.rows import Row
@@ -39,7 +33,6 @@ if TYPE_CHECKING:
     from gold_trainer.trainer import GOLDTrainer
 
 MEDIA = {"images": "image", "videos": "video"}  # of an Example, and their parts of a message
-ON_FIRST_RANK = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 PICTURE_SIZE = 64  # pixels of either side of the picture that nothing is learnt from
 
 
@@ -48,24 +41,6 @@ def runs_layers_together(accelerator: Accelerator) -> bool:
     gradient is reduced as soon as it is known (ZeRO-2).
     """
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-@contextmanager
-def whole_weights(args: GOLDConfig) -> Iterator[None]:
-    """Models that are loaded here are whole on every rank: under ZeRO-3 from_pretrained leaves each
-    rank a part, which DeepSpeed gathers for the one model that it trains and for no other. Under
-    FSDP with cpu_ram_efficient_loading it reads weights on the first rank alone.
-    """
-    config = getattr(args, "hf_deepspeed_config", None)  # TrainingArguments sets it with deepspeed
-    unset_hf_deepspeed_config()
-    on_first_rank = os.environ.pop(ON_FIRST_RANK, None)
-    try:
-        yield
-    finally:
-        if on_first_rank is not None:
-            os.environ[ON_FIRST_RANK] = on_first_rank
-        if config is not None:
-            set_hf_deepspeed_config(config)
 
 
 def is_sharded(model: nn.Module | None) -> bool:
@@ -78,6 +53,16 @@ def is_sharded(model: nn.Module | None) -> bool:
         any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
         or any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # of ZeRO-3
     )
+
+
+def gathered(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[Any]:
+    """What ZeRO-3 has left in parts is whole within the context, which all ranks enter together."""
+    if not any(hasattr(tensor, "ds_id") for tensor in tensors):
+        return nullcontext()
+    from deepspeed import zero
+
+    context: AbstractContextManager[Any] = zero.GatheredParameters(list(tensors))
+    return context
 
 
 def num_calls(model: nn.Module | None, own: int, device: torch.device) -> int:

@@ -57,6 +57,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "seq_kd": {"seq_kd": True},
     "by_name": {"family": "qwen3_vl", "images": 1, "lmbda": 0.5, "is_by_name": True},
+    # of the same teacher, which is not there: ranks differ in whether they have a picture
+    "cached": {**MIXED, "is_by_name": True, "teacher_cache": "hidden"},
+    "cached_means": {
+        **{**MIXED, "is_by_name": True, "teacher_cache": "head_means"},
+        **{"beta": 0.0, "peft_config": lora()},
+    },
     "resumed": {
         "is_resumed": True,
         "optim": "adamw_torch",

@@ -47,6 +47,8 @@ ALONE = (
         "mixed_media",
         "on_policy_media",
         "seq_kd_media",
+        "cached",
+        "cached_means",
     ),
     *("on_policy_rooms", "on_policy_lengths", "uneven", "evaluated_first", "early_evaluation"),
 )

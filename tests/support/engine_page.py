@@ -33,6 +33,8 @@ LABELS = {
     "mixed_media": "pictures and videos, ranks differ in which",
     "on_policy_media": "the same, on-policy",
     "seq_kd_media": "the same, `seq_kd`, a student that is its own teacher",
+    "cached": "a cached teacher, ranks differ in whether they have a picture",
+    "cached_means": "the same, means of a frozen head",
     "on_policy_rooms": "ranks whose completions end at different lengths",
     "on_policy_lengths": "a model whose prompts may not be padded",
     "uneven": "`num_generations`, epochs and evaluations that do not fill a batch",

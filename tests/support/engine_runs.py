@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gold_trainer import configs
-from support.engine_cases import CASES
 from support.engine_step import SECONDS, save_models
 from support.processes import start_ranks
 
@@ -25,8 +24,7 @@ def run_engine(folder: Path, engine: str, names: Sequence[str]) -> dict[str, Any
 def try_engine(folder: Path, engine: str, names: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The cases up to one that ends its process, and what was written to stderr."""
     folder.mkdir()
-    if any(CASES.get(name, {}).get("is_by_name") for name in names):
-        save_models(folder)
+    save_models(folder, names)
     num_processes, config = 2, None
     if engine == "one":
         num_processes, engine = 1, "ddp"

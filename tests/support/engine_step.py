@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 -m support.rank SECONDS
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gold_trainer import GOLDConfig, GOLDTrainer, models
+from gold_trainer.__main__ import main as main_of_gold_trainer
 from gold_trainer.speed import compiling
 from support import engine_matrix
+from support.cache_cases import save_rows
 from support.cross_cases import TEACHER_MERGES
 from support.engine_cases import CASES
 from support.engines import (
@@ -44,11 +47,34 @@ RUN = {
 }
 
 
-def save_models(folder: Path) -> None:
-    """For the cases by name; of a group of processes one alone would save."""
-    for case in CASES.values():
+def save_models(folder: Path, names: Sequence[str]) -> None:
+    """For the cases by name, and caches; of a group of processes one alone would save."""
+    for name in names:
+        case = CASES.get(name, {})
         if case.get("is_by_name"):
             save_tiny_pair(folder, case["family"])
+        if "teacher_cache" in case:
+            _save_cache(folder, case)
+
+
+def _save_cache(folder: Path, case: dict[str, Any]) -> None:
+    """In one process, of the rows that make() trains and evaluates with."""
+    save_rows(folder / "rows.jsonl", tiny_rows(NUM_ROWS, images=case["images"]))
+    form = case["teacher_cache"]
+    lengths = {name: FIELDS[name] for name in ("max_length", "use_cpu", "report_to")}
+    fields = lengths | {
+        "model_name_or_path": folder / "student",
+        "teacher_model_name_or_path": folder / "teacher",
+        "dataset_name": folder / "rows.jsonl",
+        "output_dir": folder / "caching",
+        "teacher_cache": folder / form,
+        "teacher_cache_form": form,
+        "cache_dtype": "float32",
+        "beta": case.get("beta", 0.5),
+        "lmbda": 0.0,
+        "use_peft": "peft_config" in case,
+    }
+    assert main_of_gold_trainer(["cache-teacher", *[f"--{k}={v}" for k, v in fields.items()]]) == 0
 
 
 def untie(model: Any) -> None:
@@ -65,6 +91,8 @@ def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
     if case.pop("is_by_name", False):
         student, options["teacher_model"] = (str(folder.parent / n) for n in ("student", "teacher"))
         processor = None
+        if "teacher_cache" in case:
+            case["teacher_cache"] = str(folder.parent / case["teacher_cache"])
     else:
         student, processor = tiny(family)
         if not case.pop("is_tied"):

@@ -10,10 +10,6 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from PIL import Image
-from transformers.integrations.deepspeed import (
-    HfDeepSpeedConfig,
-    is_deepspeed_zero3_enabled,
-)
 
 from gold_trainer import sharding
 from gold_trainer.batches import Example, WindowBatch
@@ -96,11 +92,3 @@ def test_layers_that_the_user_names_are_left_alone():
     accelerator = accelerator_of(DistributedType.FSDP, fsdp_plugin=plugin)
     sharding.prepare(accelerator, tiny("qwen3")[0])
     assert plugin.transformer_cls_names_to_wrap == ["Mine"]
-
-
-def test_a_teacher_is_loaded_whole_under_zero_3():
-    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
-    assert is_deepspeed_zero3_enabled()
-    with sharding.whole_weights(SimpleNamespace(hf_deepspeed_config=config)):
-        assert not is_deepspeed_zero3_enabled()
-    assert is_deepspeed_zero3_enabled()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gold_kernels import HeadMeans, fused_linear_mean_kl
 from gold_kernels.means.row_loss import MeanKL
+from gold_trainer import sharding
 from gold_trainer.batches import MicroBatch
 from gold_trainer.cache_config import check_head_means
 from gold_trainer.caching.facts import PRECISIONS, precision_of, refuse_other_facts
@@ -44,18 +45,14 @@ def facts_of_means(args: GOLDConfig, head: Head) -> dict[str, Any]:
     """What a cache of means was made with beside the teacher: the student's head as it computes,
     and the temperature of the teacher.
     """
-    for tensor in (head.weight, head.bias):
-        if tensor is not None and tensor.requires_grad:
+    tensors = [tensor for tensor in (head.weight, head.bias) if tensor is not None]
+    for tensor in tensors:
+        if tensor.requires_grad:
             raise ValueError(
                 "GOLDTrainer: the student's lm_head must be frozen where teacher_cache has "
                 "head_means, got one that is trained; train an adapter that leaves it alone (LoRA "
                 f"without modules_to_save), or {REMEDY}."
             )
-    if head.weight.numel() == 0:
-        raise ValueError(
-            "GOLDTrainer: the student's lm_head must be whole on each process where teacher_cache "
-            f"has head_means, got one that ZeRO-3 has partitioned; use another engine, or {REMEDY}."
-        )
     temperature = args.loss_teacher_temperature
     facts = {
         "teacher_temperature": args.loss_temperature if temperature is None else temperature,
@@ -63,10 +60,15 @@ def facts_of_means(args: GOLDConfig, head: Head) -> dict[str, Any]:
     if head.weight.is_meta:  # FSDP loads the weights on the main process alone, which looks at them
         return facts
     dtype = PRECISIONS.get(precision_of(args)) or head.weight.dtype
-    tensors = [t.detach().to(dtype) for t in (head.weight, head.bias) if t is not None]
-    parts: list[Any] = [t.contiguous().cpu().view(torch.uint8).numpy() for t in tensors]
-    computed = digest([str(dtype).encode(), *(part.tobytes() for part in parts)])
+    with sharding.gathered(tensors):
+        computed = digest([str(dtype).encode(), *(_bytes(tensor, dtype) for tensor in tensors)])
     return {**facts, "student_head": computed.hex()}
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
+    array: Any = tensor.detach().to(dtype).contiguous().cpu().view(torch.uint8).numpy()
+    content: bytes = array.tobytes()
+    return content
 
 
 def check_softcap(form: LogitForm) -> None:

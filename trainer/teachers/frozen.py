@@ -13,7 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gold_trainer import loading, loss_at_head, models, quantised, sharding
+from gold_trainer import loading, loss_at_head, models, quantised
 from gold_trainer.batches import SideInputs
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
@@ -65,7 +65,7 @@ class FrozenTeacher(Teacher):
         if isinstance(model, str):
             source = args.teacher_model_init_kwargs, args.teacher_model_revision
             device = torch.device(args.teacher_device or args.device)
-            with sharding.whole_weights(args):
+            with loading.whole_weights():
                 model = loading.load_model(model, *source, device=device)
         quantised.restore_head(model, "teacher")
         return model

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gold_trainer import loading, sharding
+from gold_trainer import loading
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers.frozen import FrozenTeacher, refuse_kinds
@@ -50,7 +50,7 @@ class OffloadedTeacher(FrozenTeacher):
         source = args.teacher_model_init_kwargs, args.teacher_model_revision
         hull = loading.empty_model(model, *source)
         options = {"device_map": _on_disk(hull), "offload_folder": folder.name}
-        with sharding.whole_weights(args):
+        with loading.whole_weights():
             loaded = loading.load_model(model, *source, device=args.device, **options)
         stored = _map_stored(loaded)
         refuse_kinds(loaded, "teacher_offload")
