@@ -144,6 +144,19 @@ def fake_parameter(fakes, parameter):
     return torch.nn.Parameter(fakes.from_tensor(parameter.detach()).to("cuda:1"), False)
 
 
+def test_the_current_gpu_has_two_names(tmp_path, monkeypatch):
+    """accelerate calls it cuda: nothing is copied there, and writers see a plain model."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    teacher, tokenizer = tiny("llama", "teacher")
+    frozen = FrozenTeacher(teacher, tokenizer, config(tmp_path))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        teacher.lm_head.weight = fake_parameter(fakes, teacher.lm_head.weight)
+        frozen.meet(torch.device("cuda"))
+        assert frozen.side.head is teacher.lm_head and not hasattr(teacher, "_hf_hook")
+        frozen.meet(torch.device("cuda:0"))
+        assert frozen.side.head is not teacher.lm_head and hasattr(teacher, "_hf_hook")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("seq_kd", [False, True])
 def test_on_a_gpu_a_teacher_may_be_on_another_device(seq_kd, tmp_path):

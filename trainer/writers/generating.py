@@ -94,6 +94,9 @@ def generate(
 ) -> tuple[Tensor, Tensor]:  # (B, R) ids with whatever stands behind an end, (B, R)
     """generate() of the model, with a sampler of ours."""
     base = base_model(model)
+    device = base.get_input_embeddings().weight.device
+    if device.type != "meta":  # pictures go into a teacher on another device before its forward()
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     ids, room = inputs["input_ids"], max(row.room for row in rows)
     num_entries = base.get_output_embeddings().out_features
     sampler = Sampler(sampling, [row.seed for row in rows], room, num_entries, ids.device)
