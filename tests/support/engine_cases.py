@@ -63,6 +63,8 @@ CASES: dict[str, dict[str, Any]] = {
         **{**MIXED, "is_by_name": True, "teacher_cache": "head_means"},
         **{"beta": 0.0, "peft_config": lora()},
     },
+    # compiling the step of torchao's optimizers takes minutes on a CPU
+    "adamw_8bit": {"optim": "adamw_torch_8bit", "learning_rate": 1e-2, "is_compiled": False},
     "resumed": {
         "is_resumed": True,
         "optim": "adamw_torch",

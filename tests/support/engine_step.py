@@ -85,6 +85,8 @@ def untie(model: Any) -> None:
 
 def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
     unset_hf_deepspeed_config()  # of the case before: models would be built in parts
+    is_compiled = case.get("is_compiled", True)
+    torch.compiler.set_stance("default" if is_compiled else "force_eager")
     case = {"family": "qwen3", "images": 0, "is_tied": True} | case
     family, teacher_family = case.pop("family"), case.pop("teacher_family", None)
     options: dict[str, Any] = {"teacher_model": None, "peft_config": case.pop("peft_config", None)}
@@ -104,7 +106,8 @@ def make(folder: Path, engine: str, case: dict[str, Any]) -> GOLDTrainer:
             options["teacher_model"], options["teacher_processing_class"] = teacher
         elif case.pop("has_teacher", True):
             options["teacher_model"] = tiny(family, "teacher")[0]
-    case.pop("is_tied", None)
+    for name in ("is_tied", "is_compiled"):
+        case.pop(name, None)
     rows = tiny_rows(case.pop("num_rows", NUM_ROWS), images=case.pop("images"))
     num_eval_rows = case.pop("num_eval_rows", BATCH)
     if case.pop("saves_parts", False) and engine == "fsdp2":

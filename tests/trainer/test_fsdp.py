@@ -2,6 +2,8 @@
 test_engine_matrix.
 """
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from support.engine_matrix import ALONE, REFUSED
 from support.engine_runs import assert_same_run, run_engine
 
 BFLOAT16 = ("bf16", "bf16_own_teacher")
+EIGHT_BITS = ("adamw_8bit",) if find_spec("torchao") else ()
+INEXACT = (*BFLOAT16, *EIGHT_BITS)
 NOT_EXACT = ("bf16", "early_evaluation", "saved_tied_head")
 EXACT = [name for name in ALONE if name not in NOT_EXACT]
 
@@ -17,14 +21,14 @@ EXACT = [name for name in ALONE if name not in NOT_EXACT]
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
     return run_engine(
-        tmp_path_factory.mktemp("ddp") / "runs", "ddp", [*EXACT, *BFLOAT16, "resumed", "compiled"]
+        tmp_path_factory.mktemp("ddp") / "runs", "ddp", [*EXACT, *INEXACT, "resumed", "compiled"]
     )
 
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory):
     return run_engine(
-        tmp_path_factory.mktemp("fsdp") / "runs", "fsdp2", [*EXACT, *BFLOAT16, "compiled"]
+        tmp_path_factory.mktemp("fsdp") / "runs", "fsdp2", [*EXACT, *INEXACT, "compiled"]
     )
 
 
@@ -39,6 +43,13 @@ def test_layers_in_parts_are_compiled(ddp, fsdp):
     kinds = ["Qwen3DecoderLayer of the student", "Qwen3DecoderLayer of the teacher"]
     assert ddp["compiled"]["compiled"] == kinds
     assert fsdp["compiled"]["compiled"] == [f"FSDP{kinds[0]}", kinds[1]]
+
+
+@pytest.mark.parametrize("case", EIGHT_BITS)
+def test_moments_in_8_bits_are_those_of_ddp(ddp, fsdp, case):
+    """Weights may differ by what 8 bits round: a part of one is cut into other blocks of 256."""
+    for name in ("losses", "norms", "eval_loss"):
+        assert fsdp[case][name] == pytest.approx(ddp[case][name], rel=1e-4), name
 
 
 @pytest.mark.parametrize("case", BFLOAT16)

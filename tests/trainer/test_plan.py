@@ -9,42 +9,17 @@ import pytest
 import torch
 
 from gold_kernels.engine.memory import peak_extra_bytes
-from gold_trainer import GOLDConfig, loading, models
+from gold_trainer import loading, models
 from gold_trainer.__main__ import main
 from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.planning.memory import PARTS, Planner, Setup, Subject
 from gold_trainer.planning.passes import Precision, run_passes
-from gold_trainer.planning.subject import repeated
-from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
-from gold_trainer.streams import read_rows
+from support.plan_cases import subject_of
 from support.tiny_models import FAMILIES, tiny, tiny_rows
 
 GIB = 2**30
 MIB_LINE = re.compile(r"peak +([\d.]+) GiB a GPU, in the (.*)")
-
-
-def subject_of(family: str, *, is_real: bool = False, **fields) -> Subject:
-    """A pair of one family; its models are on the meta device unless they are real."""
-    student, processor = tiny(family)
-    teacher = tiny(family, "teacher")[0]
-    args = GOLDConfig("unused", use_cpu=True, **({"lmbda": 0.0} | fields))
-    prepared = prepare(student, teacher, args, processor)
-    if not is_real:
-        student, teacher = student.to("meta"), teacher.to("meta")
-    sides = (
-        Side.of(student, "student", processor, args),
-        Side.of(teacher.requires_grad_(False), "teacher", processor, args),
-    )
-    objective = prepared.objective(args, *sides)
-    is_text = not models.is_vision_language(student.config)
-    rows = read_rows(tiny_rows(1, images=0 if is_text else 1), args, **prepared.row_options)
-    window = objective.collator([rows[0]])
-
-    def batch_of(size):
-        return objective.prepare(repeated(window, objective, size), lambda tensor: tensor)
-
-    return Subject(args, student, teacher, sides, objective, batch_of(2), batch_of)
 
 
 def passes_of(subject: Subject, *, is_checkpointed: bool, share: float = 1.0):

@@ -12,6 +12,7 @@ from gold_trainer.config_file import read_mapping
 from gold_trainer.planning.memory import ENGINES, PARTS, Plan, Planner, Setup, optimizer_of
 from gold_trainer.planning.remedies import Remedy, remedies
 from gold_trainer.planning.subject import find_subject, trained_numbers
+from gold_trainer.planning.uncounted import uncounted
 
 GIB = 2**30
 FREE = 0.05  # of a GPU, for what allocators round up and CUDA itself takes
@@ -38,6 +39,8 @@ def plan(argv: list[str]) -> int:
     for line in (f"a micro-batch: {found.assumption}", _precision(run, options.setup)):
         console.print(line, markup=False, soft_wrap=True)
     console.print(_table(result))
+    for line in uncounted(run.config, options.setup):
+        console.print(line, markup=False, soft_wrap=True)
     if options.gpu_bytes is None:
         return 0
     return _fit(console, planner, result, options.gpu_bytes)
@@ -66,7 +69,7 @@ def _own_arguments(argv: list[str]) -> tuple[Options, list[str]]:
     if own.gpu_memory is not None:
         gpu_bytes = int(_gib(own.gpu_memory) * GIB)
     num_tokens = None if own.tokens is None else _number("tokens", own.tokens, "a row")
-    return Options(Setup(engine, num_gpus), gpu_bytes, num_tokens), argv
+    return Options(Setup(engine, num_gpus, gpu_bytes), gpu_bytes, num_tokens), argv
 
 
 def _number(name: str, text: str, what: str) -> int:

@@ -27,7 +27,8 @@ from gold_trainer import models
 from gold_trainer.batches import MicroBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
-from gold_trainer.planning.passes import Passes, Precision, run_passes
+from gold_trainer.objectives.from_means import FromMeans
+from gold_trainer.planning.passes import Passes, Precision, Stored, run_passes
 from gold_trainer.sides import Side
 from gold_trainer.teachers.layer_stream import AHEAD, outermost_lists
 
@@ -66,6 +67,7 @@ WRITTEN_LOGITS = 3  # float32 copies of a row of logits that sampling makes
 class Setup:
     engine: str = "single"
     num_gpus: int = 1
+    gpu_bytes: int | None = None  # of which vLLM takes a share
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Subject:
     objective: Objective
     batch: MicroBatch
     batch_of: Callable[[int], MicroBatch]  # of so many rows
+    stored: Stored | None = None  # of a cache
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -125,6 +128,7 @@ class Planner:
                 subject.objective,
                 subject.batch,
                 self.precision,
+                subject.stored,
                 is_checkpointed=bool(subject.args.gradient_checkpointing),
                 kept_gradients=share,
             )
@@ -139,9 +143,11 @@ class Planner:
         state = Counter(weights=sizes.weights, optimizer=sizes.optimizer, gradients=sizes.buckets)
         teacher = teacher_sizes(self.subject, self.setup, args)
         state["teacher"] = teacher.held
-        rollouts = self._rollouts()
-        if rollouts:
-            yield "writing of rollouts", state + Counter(rollouts=rollouts)
+        rollouts, engine = self._rollouts(), self._vllm()
+        if rollouts or engine:
+            yield "writing of rollouts", state + Counter(rollouts=rollouts + engine)
+        if not args.vllm_enable_sleep_mode:
+            state["rollouts"] = engine
         if args.gradient_accumulation_steps > 1:
             state["gradients"] += sizes.gradients
         run = passes.teacher + teacher.running if teacher.runs else passes.teacher_hidden
@@ -180,6 +186,15 @@ class Planner:
             row += WRITTEN_LOGITS * 4 * config.vocab_size
             sizes.append(num_rows * row + self._cast_bytes(model))
         return max(sizes)
+
+    def _vllm(self) -> int:
+        """An engine in this process: its share of the GPU, or at least weights in 16 bits."""
+        args, size = self.subject.args, self.setup.gpu_bytes
+        if not args.use_vllm or args.vllm_mode != "colocate":
+            return 0
+        if size is not None:
+            return int(args.vllm_memory_share * size)
+        return 2 * sum(p.numel() for p in models.base_model(self.subject.student).parameters())
 
     def _cast_bytes(self, model: nn.Module) -> int:
         """Within autocast a writer has copies of linear layers' weights."""
@@ -254,7 +269,7 @@ def teacher_sizes(subject: Subject, setup: Setup, args: GOLDConfig) -> TeacherSi
     head = subject.sides[1].head.weight
     head_bytes = _bytes(head)
     if args.teacher_cache is not None:
-        held = 0 if args.teacher_cache_form == "head_means" else head_bytes
+        held = 0 if isinstance(subject.objective, FromMeans) else head_bytes
         return TeacherSizes(held, 0, 0, runs=False)
     model = subject.teacher
     if model is None or model is subject.student:

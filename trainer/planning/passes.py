@@ -39,6 +39,13 @@ class Precision(NamedTuple):
     params: torch.dtype | None  # what an engine makes of the student's weights; None: as they are
 
 
+class Stored(NamedTuple):
+    """What a cache has of a scored token."""
+
+    width: int
+    dtype: torch.dtype
+
+
 class Passes(NamedTuple):
     """Bytes above weights, of one micro-batch."""
 
@@ -67,11 +74,14 @@ def run_passes(
     objective: Objective,
     batch: MicroBatch,  # its tensors are real
     precision: Precision,
+    stored: Stored | None = None,
     *,
     is_checkpointed: bool,
     kept_gradients: float,  # part of each gradient that stays on this device
 ) -> Passes:
-    teacher_hidden, teacher_peak = _teacher_pass(teacher, sides[1], batch.teacher, precision)
+    teacher_hidden, teacher_peak = _teacher_pass(
+        teacher, sides[1], batch.teacher, precision, stored
+    )
     peaks = _student_passes(
         student, sides, objective, batch, teacher_hidden, precision, is_checkpointed, kept_gradients
     )
@@ -80,13 +90,16 @@ def run_passes(
 
 @torch.no_grad()
 def _teacher_pass(
-    teacher: nn.Module | None, side: Side, inputs: SideInputs, precision: Precision
+    teacher: nn.Module | None,
+    side: Side,
+    inputs: SideInputs,
+    precision: Precision,
+    stored: Stored | None,
 ) -> tuple[Tensor, int]:  # (N_t, D_t)
-    weight = side.head.weight
-    dtype = precision.autocast or weight.dtype
-    shape = (len(inputs.scored_rows), weight.shape[1])
     if teacher is None:
-        return torch.empty(shape, dtype=dtype, device="meta"), 0
+        weight = side.head.weight
+        width, dtype = stored or (weight.shape[1], precision.autocast or weight.dtype)
+        return torch.empty(len(inputs.scored_rows), width, dtype=dtype, device="meta"), 0
     ledger, kernels = Ledger(lambda *_: 0), Kernels(precision.autocast)
     found: list[Tensor] = []
 
@@ -221,19 +234,26 @@ def loss_buffers(func: Any, call: dict[str, Any]) -> int:
     student = LinearHead(
         call["student_hidden"], call["student_weight"], row_index=call["student_index"]
     )
-    teacher = LinearHead(
-        call["teacher_hidden"], call["teacher_weight"], row_index=call["teacher_index"]
-    )
+    teacher = None
+    if call["teacher_hidden"] is not None:
+        teacher = LinearHead(
+            call["teacher_hidden"], call["teacher_weight"], row_index=call["teacher_index"]
+        )
     needs = Needs(*call["needs"])
     limits = Limits(call.get("chunk_size"), call["budget_bytes"], call.get("logits_dtype"))
     row_loss = ROW_LOSSES[call["loss"]].from_flat(call["numbers"], call["tensors"])
     values = torch.empty(0, dtype=torch.float32)
     rows = Rows(values, call.get("labels"), limits, BACKEND, False, student, teacher)
-    limits = row_loss.limits(limits, student.weight.shape[0], teacher.weight.shape[0], rows)
-    plan = plan_chunks(student, teacher, needs, limits)
+    v_student = student.weight.shape[0]
+    v_teacher = 0 if teacher is None else teacher.weight.shape[0]
+    limits = row_loss.limits(limits, v_student, v_teacher, rows)
+    projection = row_loss.projection()
+    plan = plan_chunks(student, teacher, needs, limits, projection)
     size = student.hidden.element_size()
     logits = 4 if limits.logits_dtype is None else limits.logits_dtype.itemsize
-    v_student, v_teacher = student.weight.shape[0], teacher.weight.shape[0]
+    if projection is not None:  # logits become their gradient where they are
+        row = 4 * v_student + projection.row_bytes(student.weight)
+        return plan.panel * row + plan.chunk * limits.row_bytes
     total = plan.chunk * (logits * (v_student + v_teacher) + limits.row_bytes)
     if any(needs):
         total += plan.panel * size * (v_student + student.hidden.shape[1])

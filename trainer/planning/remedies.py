@@ -137,6 +137,16 @@ def _batch(planner: Planner) -> Iterator[Candidate]:
         )
 
 
+def _sleep(planner: Planner) -> Iterator[Candidate]:
+    args = planner.subject.args
+    if args.use_vllm and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode:
+        yield Candidate(
+            "vllm_enable_sleep_mode: true",
+            "the engine's memory is free while the student learns",
+            lambda: with_fields(planner, vllm_enable_sleep_mode=True),
+        )
+
+
 def _sizes(size: int, accumulation: int) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": size,
@@ -178,7 +188,7 @@ def _engine(planner: Planner) -> Iterator[Candidate]:
         yield Candidate(
             "accelerate launch --config_file fsdp2.yaml",
             "weights are gathered as they are used",
-            lambda: counted_anew(planner, Setup("fsdp2", planner.setup.num_gpus)),
+            lambda: counted_anew(planner, replace(planner.setup, engine="fsdp2")),
         )
 
 
@@ -259,6 +269,7 @@ def _with_adapter(planner: Planner) -> Planner:
 STEPS = (
     _checkpointing,
     _budget,
+    _sleep,
     _batch,
     _teacher_parts,
     _engine,

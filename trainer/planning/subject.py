@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 
 from gold_trainer import loading, refusals
 from gold_trainer.batches import Example, MicroBatch, WindowBatch
+from gold_trainer.caching.store import manifest_of
 from gold_trainer.command_line import Run
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
 from gold_trainer.planning.memory import Subject
+from gold_trainer.planning.passes import Stored
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
@@ -63,10 +65,15 @@ def find_subject(run: Run, num_tokens: int | None = None) -> Found:
 
     batch = batch_of(args.per_device_train_batch_size)
     is_cached = args.teacher_cache is not None
-    subject = Subject(
-        args, student, None if is_cached else teacher, sides, objective, batch, batch_of
-    )
+    models_and_sides = student, None if is_cached else teacher, sides
+    stored = _stored(args) if is_cached else None
+    subject = Subject(args, *models_and_sides, objective, batch, batch_of, stored)
     return Found(subject, _assumption(sample, batch, args, num_tokens))
+
+
+def _stored(args: GOLDConfig) -> Stored:
+    manifest = manifest_of(args)
+    return Stored(manifest.width, getattr(torch, manifest.dtype))
 
 
 def _empty(name: str, init_kwargs: Any, revision: str | None) -> PreTrainedModel:
