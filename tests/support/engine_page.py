@@ -2,6 +2,7 @@
 
 import csv
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 from support.engine_matrix import ALONE, ENGINES, FACTORS
@@ -105,7 +106,10 @@ def section(rows: Rows) -> str:
         for number, sentence in enumerate(sentences, 1)
     )
     count = sum(row["outcome"] == "yes" for row in rows)
-    head = f"{count} runs of {len(rows)}; the others are refused, with these sentences:\n\n"
+    commits = Counter(row["git_sha"] for row in rows).most_common()
+    when = ", ".join(f"{number} at {sha}" for sha, number in commits)
+    head = f"{count} runs of {len(rows)} ({when}); the others are refused, with these sentences:"
+    head = textwrap.fill(head, WIDTH) + "\n\n"
     return f"{BEGIN}\n{table(rows)}\n{head}{listed}\n{END}"
 
 

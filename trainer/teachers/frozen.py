@@ -31,8 +31,11 @@ def _bring_back(head: Any) -> None:
         head.to(device)
 
 
-def _is_current(device: torch.device) -> bool:
-    return device.index == torch.get_device_module(device).current_device()
+def _is_same_gpu(own: torch.device, device: torch.device) -> bool:
+    """device may be without an index: the current one."""
+    if own.type != device.type or device.index is not None:
+        return False
+    return bool(own.index == torch.get_device_module(own).current_device())
 
 
 def refuse_kinds(model: nn.Module, field: str) -> None:
@@ -96,7 +99,7 @@ class FrozenTeacher(Teacher):
         head: Any = self.side.head
         own = head.weight.device
         # a process of several on the CPU has cpu:0, accelerate's one GPU is cuda
-        if own == device or (own.type == device.type and (own.type == "cpu" or _is_current(own))):
+        if own == device or own.type == device.type == "cpu" or _is_same_gpu(own, device):
             return
         if own.type == "cpu" and self.own_device is None:
             raise ValueError(
