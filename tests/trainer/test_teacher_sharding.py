@@ -12,7 +12,7 @@ FSDP = ("seq_kd", "by_name")
 
 
 def run(folder, engine, names):
-    save_models(folder)
+    save_models(folder, ["by_name"])
     done = start_ranks("sharded_teacher_step", 2, str(folder), engine, *names, seconds=SECONDS)
     assert done.returncode == 0, done.stderr[-8000:]
     return torch.load(folder / "state.pt")
