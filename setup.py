@@ -44,6 +44,8 @@ TEMPLATES = [name for name in BENCH if name.startswith("trl==")]
 # whose losses, too, ours take the place of: gold_kernels/integrations/
 LIGER = [name for name in BENCH if name.startswith("liger-kernel==")]
 COVERAGE = ["pytest-cov"]
+# loads what hub/make_kernel.py makes; not in dev, since transformers and bitsandbytes would use it
+HUB = ["kernels"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
 setup(
@@ -107,6 +109,7 @@ setup(
         "quantized": QUANTIZED,
         "demo": TRAINER + DEMO,
         "bench": BENCH,
+        "hub": HUB,
         "types": TYPES,
         "docs": DOCS,
         "dev": [

@@ -98,7 +98,7 @@ def test_kernel_and_installed_package_live_in_one_process(kernel, monkeypatch):
     assert beside.fused_linear_jsd(*given, **size) == gold_kernels.fused_linear_jsd(*given, **size)
 
 
-@pytest.mark.skipif(not has_kernels, reason="the package kernels is not installed")
+@pytest.mark.skipif(not has_kernels, reason="kernels is of the extra hub")
 def test_the_package_kernels_loads_the_folder(kernel):
     assert "ran " in run(AS_USERS.format(folder=str(kernel)) + RUN, kernel)
     assert "is valid" in run(CHECK_BUILD.format(folder=str(kernel)), kernel)
