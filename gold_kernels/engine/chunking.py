@@ -20,7 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.products import Projection, matmul_
+from gold_kernels.engine.products import (
+    Projection,
+    cut_of,
+    project_,
+    pull_back_,
+    pull_back_weight_,
+)
 from gold_kernels.triton.launch import aligned_width, empty_rows
 
 DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
@@ -54,7 +60,7 @@ class LinearHead(NamedTuple):
 
     def project_(self, logits: Tensor, rows: slice) -> Tensor:
         """Overwrite logits (C, V) with softcap(logit_scale (hidden W^T + bias)) of some rows."""
-        matmul_(logits, self.rows_of(rows), self.weight.T)
+        project_(logits, self.rows_of(rows), self.weight)
         if self.bias is not None:
             logits.add_(self.bias)
         if self.logit_scale != 1.0:
@@ -151,9 +157,13 @@ def plan_chunks(
     # beside a panel: the copy of its hidden states without rows of weight 0
     panel_row = grad_row + (hidden.dtype.itemsize * hidden.shape[1] if needs.weight else 0)
     panel_row += _gathered_row(student)
+    is_cut = cut_of(student.weight.shape[0], hidden) < student.weight.shape[0]
+    cut_row = 4 * hidden.shape[1] if needs.hidden and is_cut else 0  # the sum of two products
+    panel_row += cut_row
     budget = limits.budget_bytes
     if not needs.weight:
-        chunk = _rows_within(num_rows, budget, chunk_row + grad_row, limits.chunk_size)
+        row = chunk_row + grad_row + cut_row
+        chunk = _rows_within(num_rows, budget, row, limits.chunk_size)
         return ChunkPlan(chunk, chunk)
     accumulator = 4 * student.weight.numel()
     if hidden.dtype == torch.bfloat16 and num_rows * grad_row <= accumulator:
@@ -315,16 +325,16 @@ def _add_panel(
         grads.hidden[rows] = projection.rows(grad_logits, student.weight, rows, row_weights)
         return
     if grads.hidden is not None and student.row_index is None:
-        matmul_(grads.hidden[rows], grad_logits, student.weight)
+        pull_back_(grads.hidden[rows], grad_logits, student.weight)
     elif grads.hidden is not None and student.row_index is not None:
         grad_hidden = grads.hidden.new_empty(grad_logits.shape[0], grads.hidden.shape[1])
-        matmul_(grad_hidden, grad_logits, student.weight)
+        pull_back_(grad_hidden, grad_logits, student.weight)
         grads.hidden.index_copy_(0, student.row_index[rows], grad_hidden)
     if grads.weight is not None:
         # 0 * NaN is NaN: a row of weight 0 must not reach the sum over rows
         is_live = row_weights[rows].reshape(grad_logits.shape[0], -1) != 0
         live = torch.where(is_live.any(-1, keepdim=True), student.rows_of(rows), 0)
-        matmul_(grads.weight, grad_logits.T, live, accumulate=first > 0)
+        pull_back_weight_(grads.weight, grad_logits, live, accumulate=first > 0)
     if grads.bias is not None:
         grads.bias.add_(grad_logits.sum(0, dtype=grads.bias.dtype))
 

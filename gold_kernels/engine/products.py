@@ -8,7 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.triton.launch import aligned_width, empty_rows
+from gold_kernels.triton.launch import ROW_ALIGNMENT, aligned_width, empty_rows
+
+# Where products of 16-bit operands are cut at a multiple of ROW_ALIGNMENT entries: tensor cores want
+# dimensions along which memory runs to be multiples of 16 bytes. A loss of 151669 of 151936 entries
+# took four times as long as one of all (benchmarks/NOTES.md).
+CUT_ON = ("cuda",)
 
 
 def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = False) -> None:
@@ -26,6 +31,53 @@ def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = Fals
             torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:  # no other device has a GEMM with a wider output
         matmul_(out, left.to(out.dtype), right.to(out.dtype), accumulate=accumulate)
+
+
+def cut_of(vocab_size: int, like: Tensor) -> int:
+    """Entries that go into a product of their own, the few others into a second; all: one product.
+
+    like: the 16-bit operand, if it is one.
+    """
+    cut = vocab_size - vocab_size % ROW_ALIGNMENT
+    is_cut = like.device.type in CUT_ON and like.dtype.itemsize == 2
+    return cut if is_cut and cut else vocab_size
+
+
+def project_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """logits (C, V) = hidden (C, D) weight (V, D)^T."""
+    cut = cut_of(weight.shape[0], hidden)
+    if cut == weight.shape[0]:
+        matmul_(logits, hidden, weight.T)
+    else:
+        matmul_(logits[:, :cut], hidden, weight[:cut].T)
+        matmul_(logits[:, cut:], hidden, weight[cut:].T)
+
+
+def pull_back_(grad_hidden: Tensor, grad_logits: Tensor, weight: Tensor) -> None:
+    """grad_hidden (P, D) = grad_logits (P, V) weight (V, D), rounded once."""
+    cut = cut_of(weight.shape[0], grad_logits)
+    if cut == weight.shape[0]:
+        matmul_(grad_hidden, grad_logits, weight)
+        return
+    wide = grad_hidden
+    if grad_hidden.dtype != torch.float32:
+        wide = torch.empty_like(grad_hidden, dtype=torch.float32)
+    matmul_(wide, grad_logits[:, :cut], weight[:cut])
+    matmul_(wide, grad_logits[:, cut:], weight[cut:], accumulate=True)
+    if wide is not grad_hidden:
+        grad_hidden.copy_(wide)
+
+
+def pull_back_weight_(
+    grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor, *, accumulate: bool
+) -> None:
+    """grad_weight (V, D) = grad_logits (P, V)^T hidden (P, D), or += that."""
+    cut = cut_of(grad_weight.shape[0], grad_logits)
+    if cut == grad_weight.shape[0]:
+        matmul_(grad_weight, grad_logits.T, hidden, accumulate=accumulate)
+    else:
+        for part in (slice(0, cut), slice(cut, None)):
+            matmul_(grad_weight[part], grad_logits[:, part].T, hidden, accumulate=accumulate)
 
 
 # Entries of the vocabulary that one GEMM of a projection sums. Tensor cores cut off what they add:
