@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gold_kernels.triton.launch import ROW_ALIGNMENT, aligned_width, empty_rows
 
-# Where products of 16-bit operands are cut at a multiple of ROW_ALIGNMENT entries: tensor cores want
-# dimensions along which memory runs to be multiples of 16 bytes. A loss of 151669 of 151936 entries
-# took four times as long as one of all (benchmarks/NOTES.md).
+# Where products of 16-bit operands are cut at a multiple of ROW_ALIGNMENT entries: tensor cores
+# want dimensions along which memory runs to be multiples of 16 bytes. A loss of 151669 of 151936
+# entries took four times as long as one of all (benchmarks/NOTES.md).
 CUT_ON = ("cuda",)
 
 
