@@ -1,5 +1,6 @@
 """A teacher whose layers stream to the device gives the loss of one that is there, to the bit."""
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,17 @@ def test_too_little_memory_or_disk_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(offloaded.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=9))
     with pytest.raises(ValueError, match=r"'disk' must have 1 MiB of free disk for the teacher's"):
         train(tmp_path, teacher_offload="disk")
+
+
+def test_what_layers_are_packed_from_goes_as_they_are_packed(monkeypatch):
+    """Never all of the teacher twice in host memory."""
+    model, there, pack = Stack(), [], Layer.pack
+    first = weakref.ref(model.layers[0].weight)
+    monkeypatch.setattr(
+        Layer, "pack", lambda layer, **o: (there.append(first() is not None), pack(layer, **o))
+    )
+    offloaded._pack(split_layers(model, {})[1:], is_pinned=False)  # its helpers are the first
+    assert there[0] and not any(there[1:]) and len(there) > 1
 
 
 class Stack(nn.Module):

@@ -1,5 +1,6 @@
 """Models beside the student are whole on every rank, whatever the student's engine asks of it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +79,17 @@ def test_a_teacher_on_disk_is_read_under_any_engine(engine, folder, tmp_path, re
 def test_a_model_of_a_config_alone_is_whole_under_zero_3(folder, zero_3):
     model = loading.empty_model(str(folder), None)
     assert all(p.is_meta and p.numel() and not hasattr(p, "ds_id") for p in model.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps of a process are Linux's")
+def test_a_teacher_by_name_is_mapped_and_not_read(folder, tmp_path):
+    """A process that shards it, or streams its layers, touches what it takes."""
+    model = FrozenTeacher.load_model(str(folder), fields(tmp_path))
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [
+        tuple(int(end, 16) for end in line[0].split("-"))
+        for line in maps
+        if line[-1].endswith(str(folder / "model.safetensors"))
+    ]
+    for parameter in model.parameters():
+        assert any(start <= parameter.data_ptr() < stop for start, stop in spans)

@@ -100,6 +100,7 @@ def _pack(layers: list[Layer], *, is_pinned: bool) -> None:
     try:
         for layer in layers:
             layer.pack(is_pinned=is_pinned)
+            layer.rest()  # what it was packed from goes, before the next one is packed
     except RuntimeError as error:  # of the allocator
         raise ValueError(
             f"GOLDTrainer: teacher_offload='cpu' must have {total} MiB of host memory for the "
