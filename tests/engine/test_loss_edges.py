@@ -9,7 +9,11 @@ from gold_kernels import (
     FusedLinearULDLoss,
     TokenAlignment,
     VocabOverlap,
+    VocabProjection,
+    fused_linear_chunk_likelihood,
     fused_linear_jsd,
+    fused_linear_projected_jsd,
+    fused_linear_top_k,
     fused_linear_uld,
     jsd_loss,
     reference,
@@ -180,6 +184,39 @@ def test_torch_compile_takes_every_entry_point_whole(loss, dynamic):
         case = random_case(n=n, v=30).to(torch.float32)
         for ours, truth in zip(run(compiled, case), run(step, case), strict=True):
             torch.testing.assert_close(ours, truth)
+
+
+def losses_of_groups(device="cpu"):
+    """Functions of student hidden states and head; the last has no teacher."""
+    case = uld_case("bayesian")
+    *_, teacher, teacher_weight, _ = (t.float().to(device) for t in case.tensors)
+    alignment, ids = case.options["alignment"], torch.arange(20, device=device).reshape(10, 2)
+    columns = torch.arange(300).unsqueeze(1)
+    projection = VocabProjection.from_entries(columns, torch.ones(300, 1), 400)
+    pair, groups = (teacher, teacher_weight), {"alignment": alignment, "reduction": "none"}
+    return case, {
+        "likelihood": lambda *side: fused_linear_chunk_likelihood(*side, *pair, alignment),
+        "projected": lambda *side: fused_linear_projected_jsd(*side, *pair, projection, **groups),
+        "top_k": lambda *side: fused_linear_top_k(*side, ids, -3.0 * torch.ones_like(ids).float()),
+    }
+
+
+@pytest.mark.parametrize("name", ["likelihood", "projected", "top_k"])
+def test_torch_compile_and_the_meta_device_take_losses_of_groups(name):
+    torch._dynamo.reset()
+    case, functions = losses_of_groups()
+    grads = []
+    for function in (
+        functions[name],
+        torch.compile(functions[name], backend="aot_eager", fullgraph=True),
+    ):
+        leaves = [leaf.float().requires_grad_() for leaf in case.tensors[:2]]
+        grads.append(torch.autograd.grad(function(*leaves).square().sum(), leaves))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+    case, functions = losses_of_groups("meta")
+    shape = functions[name](*(leaf.float().to("meta") for leaf in case.tensors[:2])).shape
+    assert shape == ((5,) if name == "projected" else ())
 
 
 def broken(**changes):
