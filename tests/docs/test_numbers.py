@@ -84,6 +84,19 @@ def test_training_steps(loss):
                 assert theirs == [row["status"], ""]
 
 
+def test_training_steps_with_compiled_layers():
+    lines = table("hardware.md", "(`train_step_compiled.csv`):")
+    assert lines
+    for name, cells in lines.items():
+        loss, tokens = name.lower().split()
+        case = {"loss": loss, "completion_tokens": tokens, "micro_batches": "1"}
+        for place, mode in enumerate(("regional", "off", "trl")):
+            pair = cells[2 * place : 2 * place + 2]
+            if any(pair):
+                row = record("train_step_compiled.csv", mode=mode, status="ok", **case)
+                assert_cells(pair, [row["seconds_median"], row["peak_gib"]])
+
+
 TEACHERS = {
     "in 16 bits": "resident",
     "in 8 bits (LLM.int8)": "int8",
