@@ -18,6 +18,9 @@ class Target(NamedTuple):
         path = self.owner.__name__ if home is None else f"{home}.{self.owner.__qualname__}"
         return f"{path}.{self.name}"
 
+    def is_of(self, other: "Target") -> bool:
+        return self.owner is other.owner and self.name == other.name
+
 
 class Replacement(NamedTuple):
     target: Target
@@ -57,14 +60,25 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     return [str(parameter.replace(annotation=empty)) for parameter in parameters]
 
 
+_patched: list[Target] = []  # by patches that are active
+
+
 class Patch:
     """Functions that are replaced until undo(), or until the end of a with block. Calling the patch
-    is undo() too.
+    is undo() too. ValueError for one that a patch has replaced already: which of two undo() calls
+    comes first would decide what is left.
     """
 
     def __init__(self, replacements: Sequence[Replacement], settings: Any = None) -> None:
+        for target, *_ in replacements:
+            if any(target.is_of(other) for other in _patched):
+                raise ValueError(
+                    f"gold_kernels: {target.label} as its package made it is expected, got one "
+                    "that is patched; call undo() of the first patch."
+                )
         self.settings = settings
         self._replacements = list(replacements)
+        _patched.extend(target for target, *_ in replacements)
         for (owner, name, _), _before, after in self._replacements:
             setattr(owner, name, after)
 
@@ -77,6 +91,7 @@ class Patch:
         while self._replacements:
             target, before, _ = self._replacements.pop()
             setattr(target.owner, target.name, before)
+            _patched[:] = [other for other in _patched if not target.is_of(other)]
 
     __call__ = undo
 

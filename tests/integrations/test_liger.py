@@ -102,6 +102,18 @@ def test_a_module_that_imported_liger_gets_ours_and_then_its_own():
     assert [getattr(trainer, value.__name__) for value in own] == list(own)
 
 
+def test_a_second_patch_is_refused_and_undo_of_the_first_puts_ligers_back():
+    trainer = types.ModuleType("my_trainer")
+    trainer.LigerFusedLinearJSDLoss = chunked.LigerFusedLinearJSDLoss
+    with liger.patch_liger(trainer):
+        with pytest.raises(ValueError, match=r"my_trainer.LigerFusedLinearJSDLoss .* call undo"):
+            liger.patch_liger(trainer)
+        assert trainer.LigerFusedLinearJSDLoss is liger.LigerFusedLinearJSDLoss
+    assert trainer.LigerFusedLinearJSDLoss is chunked.LigerFusedLinearJSDLoss
+    liger.patch_liger(trainer).undo()
+    assert trainer.LigerFusedLinearJSDLoss is chunked.LigerFusedLinearJSDLoss
+
+
 def test_a_module_without_liger_is_refused_by_name():
     with pytest.raises(ValueError, match=r"has imported LigerFusedLinearJSDLoss.* got empty; pass"):
         liger.patch_liger(types.ModuleType("empty"))
