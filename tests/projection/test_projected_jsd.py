@@ -264,7 +264,8 @@ def test_gradcheck_in_float64():
 # the interpreter of kernels copies what they are given
 @pytest.mark.parametrize(("device", "backend"), set(IMPLEMENTATIONS) - {("cpu", "triton")})
 def test_memory_stays_within_the_budget(device, backend):
-    n, v_student, v_teacher, budget = 24, 4000, 6000, 220_000
+    """Full logits of both sides alone would be several times the bound."""
+    n, v_student, v_teacher, budget = 400, 4000, 6000, 220_000
     shapes = ((n, 8), (v_student, 8), (n, 8), (v_teacher, 8))
     hidden, *others = (torch.randn(*shape, device=device) for shape in shapes)
     hidden.requires_grad_()
@@ -277,8 +278,9 @@ def test_memory_stays_within_the_budget(device, backend):
 
     step()
     room = 30 * 4 * 2**15 if backend == "torch" else 0  # temporaries of a block of rows
-    assert peak_extra_bytes(step, device) < budget + room + 2**16
-    assert 4 * n * (v_student + v_teacher) > 4 * budget
+    bound = budget + room + 2**16
+    assert 4 * n * (v_student + v_teacher) > 3 * bound
+    assert peak_extra_bytes(step, device) < bound
 
 
 def test_metrics_are_masses_of_what_is_compared():
