@@ -64,11 +64,11 @@ RECORD = Scale(
 SMALL = Scale(
     teacher=SMALL_TEACHER,
     student=SMALL_STUDENT,
-    teacher_pictures=4000,
+    teacher_pictures=3000,
     prompts=256,
     labelled=128,
     held_out=200,
-    teacher_schooling=Schooling(steps=200, batch_size=32, learning_rate=1e-3),
+    teacher_schooling=Schooling(steps=150, batch_size=32, learning_rate=1.5e-3),
     student_schooling=Schooling(steps=100, batch_size=32, learning_rate=1e-3),
     steps=20,
     batch_size=16,

@@ -25,8 +25,7 @@ def bench_of(folder: Path, scale: Scale) -> Any:
     from quality.runs import Bench
 
     is_cuda = torch.cuda.is_available()
-    if is_cuda:  # else it takes the cores that it is given
-        torch.set_num_threads(2)
+    torch.set_num_threads(2 if is_cuda else 1)  # one pair's process beside the other's
     torch.set_float32_matmul_precision("high")  # of runs: TF32, where there is a GPU
     gc.collect()
     gc.freeze()  # every run ends with a collection, of a second where it looks at all imports
