@@ -26,6 +26,8 @@ class DistillationArgs(BaseModel):
     distillation_teacher: str | None = None  # a model with the student's tokenizer; None: no plugin
     distillation_beta: float = 0.5
     distillation_temperature: float = 1.0
+    # entries that both vocabularies have, where heads of one tokenizer are padded differently
+    distillation_vocab_size: int | None = None
 
 
 class DistillationPlugin(BasePlugin):
@@ -48,6 +50,8 @@ class DistillationPlugin(BasePlugin):
             teacher = AutoModelForCausalLM.from_pretrained(cfg.distillation_teacher, dtype="auto")
             trainer.teacher = teacher.to(trainer.args.device).eval().requires_grad_(False)
             trainer.divergence = cfg.distillation_beta, cfg.distillation_temperature
+            _check_heads(trainer.model, trainer.teacher, cfg.distillation_vocab_size)
+            trainer.vocab_size = cfg.distillation_vocab_size
 
 
 class DistillationMixin:
@@ -56,6 +60,7 @@ class DistillationMixin:
     args: Any
     teacher: nn.Module
     divergence: tuple[float, float]  # beta, temperature
+    vocab_size: int | None
 
     def compute_loss(
         self: Any,
@@ -78,7 +83,9 @@ class DistillationMixin:
                 logits = sides[0](**batch).logits
                 beta, temperature = self.divergence
                 numbers = beta, temperature, num_items_in_batch
-                return fused_jsd(logits, expected, shifted, *numbers, {})
+                return fused_jsd(
+                    logits, expected, shifted, *numbers, {}, vocab_size=self.vocab_size
+                )
 
             with forward_is(student, at_model):
                 loss = model(inputs)
@@ -90,3 +97,13 @@ class DistillationMixin:
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of ranks
         return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def _check_heads(student: nn.Module, teacher: nn.Module, vocab_size: int | None) -> None:
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (student, teacher)]
+    if vocab_size is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"DistillationPlugin: one vocabulary is expected, got {sizes[0]} entries of a student "
+            f"and {sizes[1]} of its teacher; set distillation_vocab_size to the tokenizer's length "
+            "if both are padded heads of one tokenizer."
+        )

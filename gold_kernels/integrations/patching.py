@@ -1,8 +1,11 @@
 """Functions of another package replaced all together or not at all, and put back."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+MISSING = object()
 
 
 class Target(NamedTuple):
@@ -24,7 +27,7 @@ class Target(NamedTuple):
 
 class Replacement(NamedTuple):
     target: Target
-    before: Any  # the very object, a staticmethod where it is one
+    before: Any  # the very object, a staticmethod where it is one; MISSING: there was none
     after: Any
 
 
@@ -87,10 +90,18 @@ class Patch:
         return bool(self._replacements)
 
     def undo(self) -> None:
-        """Puts the very objects back; a second call changes nothing."""
+        """Puts the very objects back; a second call changes nothing. What somebody has put in the
+        place of ours since then stays, with a warning.
+        """
         while self._replacements:
-            target, before, _ = self._replacements.pop()
-            setattr(target.owner, target.name, before)
+            target, before, after = self._replacements.pop()
+            if vars(target.owner).get(target.name) is not after:
+                message = f"gold_kernels: {target.label} was replaced after the patch and stays"
+                warnings.warn(f"{message}; undo that first.", stacklevel=2)
+            elif before is MISSING:
+                delattr(target.owner, target.name)
+            else:
+                setattr(target.owner, target.name, before)
             _patched[:] = [other for other in _patched if not target.is_of(other)]
 
     __call__ = undo

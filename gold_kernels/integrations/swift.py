@@ -6,7 +6,7 @@ train that. Here the weights are 0 and 1 unless the caller says otherwise.
 
 from typing import Any
 
-from gold_kernels.integrations.patching import Patch, Replacement, Target
+from gold_kernels.integrations.patching import MISSING, Patch, Replacement, Target
 from gold_kernels.jsd.liger import FusedLinearJSDLoss
 
 LOSS, IS_THERE = "LigerFusedLinearJSDLoss", "_liger_kernel_available"
@@ -37,7 +37,9 @@ def patch_swift() -> Patch:
     replaced = {LOSS: DivergenceLoss, IS_THERE: True}
     return Patch(
         [
-            Replacement(Target(gkd_trainer, name, lambda before: before), names.get(name), after)
+            Replacement(
+                Target(gkd_trainer, name, lambda before: before), names.get(name, MISSING), after
+            )
             for name, after in replaced.items()
         ]
     )

@@ -24,6 +24,8 @@ def register_fused_jsd(
     name: str = "fused_jsd",
     beta: float = 0.0,
     temperature: float = 1.0,
+    vocab_size: int
+    | None = None,  # shared entries, where heads of one tokenizer are padded differently
 ) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """Register the loss under a name, and return it.
 
@@ -46,6 +48,7 @@ def register_fused_jsd(
             *(hidden[0], student_head.weight, hidden[1], teacher_head.weight),
             beta=beta,
             temperature=temperature,
+            vocab_size=vocab_size,
             student_bias=student_head.bias,
             teacher_bias=teacher_head.bias,
             reduction="none",

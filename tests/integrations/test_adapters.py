@@ -80,6 +80,41 @@ def test_axolotl_refuses_a_head_that_is_not_understood_by_name(axolotl, tmp_path
         trainer.train()
 
 
+def test_axolotl_takes_heads_that_are_padded_differently(axolotl, tmp_path):
+    """Their shared entries alone count, once they are named."""
+    student = tiny("qwen3")[0]
+    size = student.lm_head.out_features
+    student.resize_token_embeddings(size + 128)
+    with pytest.raises(ValueError, match=f"{size + 128} entries .* set distillation_vocab_size"):
+        axolotl_trainer(axolotl, tmp_path, student)
+    trainer, teacher, ids = axolotl_trainer(
+        axolotl, tmp_path, student, distillation_vocab_size=size
+    )
+    with torch.no_grad():
+        logits = [
+            model(input_ids=ids).logits[:, 2:-1, :size].flatten(0, 1)
+            for model in (student, teacher)
+        ]
+    expected = jsd_loss(*logits, beta=0.5)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_verl_takes_heads_that_are_padded_differently(monkeypatch):
+    registry = peer_contracts.verl(monkeypatch)
+    heads = nn.Linear(8, 16), nn.Linear(12, 11)
+    register_fused_jsd(*heads, vocab_size=11)
+    student, teacher = torch.randn(1, 3, 8), torch.randn(1, 3, 12)
+    losses, _ = registry["fused_jsd"](
+        config=None,
+        distillation_config=None,
+        model_output={"student_hidden_states": student},
+        data={"teacher_hidden_states": teacher, "response_mask": torch.ones(1, 3)},
+    )
+    logits = heads[0](student)[0, :, :11], heads[1](teacher)[0]
+    torch.testing.assert_close(losses[0], jsd_loss(*logits, beta=0.0, reduction="none"))
+
+
 def test_verl_gets_a_loss_for_every_response_token(monkeypatch):
     registry = peer_contracts.verl(monkeypatch)
     heads = nn.Linear(8, 11), nn.Linear(12, 11, bias=False)
@@ -126,6 +161,13 @@ def test_swift_gets_its_names_back(monkeypatch):
     with patch_swift():
         assert module.LigerFusedLinearJSDLoss is not liger and module._liger_kernel_available
     assert module.LigerFusedLinearJSDLoss is liger and not module._liger_kernel_available
+
+
+def test_swift_without_liger_has_no_name_of_it_left(monkeypatch):
+    module = peer_contracts.swift(monkeypatch)
+    assert not hasattr(module, "LigerFusedLinearJSDLoss")
+    patch_swift().undo()
+    assert not hasattr(module, "LigerFusedLinearJSDLoss")
 
 
 def test_swift_of_another_layout_is_refused_by_name(monkeypatch):

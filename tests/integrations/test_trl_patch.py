@@ -60,6 +60,17 @@ def test_with_block_ends_the_patch_after_an_error_too():
     assert all(now is then for now, then in zip(found(), before, strict=True))
 
 
+def test_what_was_put_on_top_of_a_patch_stays_with_a_warning():
+    before = vars(distillation_trainer)["_chunked_divergence_loss"]
+    patch = patch_trl()
+    of_the_user = object()
+    distillation_trainer._chunked_divergence_loss = of_the_user
+    with pytest.warns(UserWarning, match="_chunked_divergence_loss was replaced after the patch"):
+        patch.undo()
+    assert distillation_trainer._chunked_divergence_loss is of_the_user
+    distillation_trainer._chunked_divergence_loss = before
+
+
 @pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0.dev0"])
 def test_another_version_is_refused_by_name(version, monkeypatch):
     before = found()

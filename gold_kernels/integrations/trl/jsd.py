@@ -90,6 +90,8 @@ def fused_jsd(
     temperature: float,
     num_items: Tensor | int | None,
     options: PatchOptions,
+    *,
+    vocab_size: int | None = None,
 ) -> Tensor:  # ()
     assert labels is not None, "is_taken() has seen them"
     rows = (labels.flatten() != IGNORED).nonzero().squeeze(1)
@@ -100,6 +102,7 @@ def fused_jsd(
             mean_weights(student_rows, num_items),
             beta=beta,
             temperature=temperature,
+            vocab_size=vocab_size,
             **head_options(student, teacher),
             **options,
         )
