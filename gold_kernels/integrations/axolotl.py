@@ -58,6 +58,7 @@ class DistillationMixin:
     """compute_loss of a transformers.Trainer, with a teacher and a divergence."""
 
     args: Any
+    model: Any
     teacher: nn.Module
     divergence: tuple[float, float]  # beta, temperature
     vocab_size: int | None
@@ -99,7 +100,7 @@ class DistillationMixin:
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
-def _check_heads(student: nn.Module, teacher: nn.Module, vocab_size: int | None) -> None:
+def _check_heads(student: Any, teacher: Any, vocab_size: int | None) -> None:
     sizes = [model.get_input_embeddings().weight.shape[0] for model in (student, teacher)]
     if vocab_size is None and sizes[0] != sizes[1]:
         raise ValueError(

@@ -58,13 +58,17 @@ def test_what_is_hidden_is_never_looked_at(kernels):
 def test_attention_that_the_kernel_does_not_know_is_torchs(kernels):
     key = torch.randn(2, 1, 5, 8)
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
-    assert compiled_layers.has_kernel(key, key, mask) and compiled_layers.has_kernel(key, key, None)
+    for plain in (mask, None):
+        assert compiled_layers.has_kernel(key, key, key, plain)
+    turned = torch.randn(2, 1, 8, 5).transpose(2, 3)
     for other in (
-        (key, key[..., :4], mask),  # values of another width
-        (key, key, mask.float()),  # numbers to be added
-        (key, key, mask[:1]),
-        (torch.randn(2, 1, 5, 512),) * 2 + (mask,),
-        (torch.randn(2, 1, 8, 5).transpose(2, 3),) * 2 + (mask,),
+        (key, key, key[..., :4], mask),  # values of another width
+        (key, key, key, mask.float()),  # numbers to be added
+        (key, key, key, mask[:1]),
+        (torch.randn(2, 1, 5, 512),) * 3 + (mask,),
+        (turned, key, key, mask),
+        (key, turned, key, mask),
+        (key, key, turned, mask),
     ):
         assert not compiled_layers.has_kernel(*other)
 

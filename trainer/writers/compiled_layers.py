@@ -38,7 +38,7 @@ def attend(
     no key is copied; an operator, so that no compiler takes it apart.
     """
     num_rows, num_heads, _, width = query.shape
-    if has_kernel(key, value, mask):
+    if has_kernel(query, key, value, mask):
         from gold_trainer.writers.attention_kernel import attend_rows
 
         seen = None if mask is None else mask[:, 0, 0].contiguous()
@@ -49,9 +49,10 @@ def attend(
     return states.reshape(num_rows, 1, num_heads, value.shape[3])
 
 
-def has_kernel(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def has_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether kernels of ours can attend."""
-    is_plain = key.shape[3] == value.shape[3] <= MOST_WIDTH and key.stride(3) == 1
+    is_plain = key.shape[3] == value.shape[3] <= MOST_WIDTH
+    is_plain &= query.stride(3) == key.stride(3) == value.stride(3) == 1
     is_mask = mask is None or (mask.dtype == torch.bool and mask.shape[0] == len(key))
     return default_backend(key) == "triton" and is_plain and is_mask
 
