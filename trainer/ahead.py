@@ -53,14 +53,14 @@ class WindowSource:
         if asked is not None and asked.step == step:
             window = self.rollouts.complete(asked.batches, step, asked.written)
         else:
-            fetched = self._fetch(batches, num_batches)
+            fetched = self._fetch(batches, num_batches, step)
             window = self.rollouts.complete(fetched, step) if fetched else []
         if self.args.async_rollouts and step + 1 < state.max_steps:
-            following = self._fetch(batches, self.args.gradient_accumulation_steps)
+            following = self._fetch(batches, self.args.gradient_accumulation_steps, step + 1)
             if following:
                 written = self.rollouts.ask(following, step + 1)
                 self.asked = Asked(following, step + 1, written)
-        return self._grouped(window, step)
+        return window
 
     def look_ahead(self, state: TrainerState) -> WindowBatch | None:
         """Read the rows of the next window, within a step. Gives its first micro-batch, if that
@@ -71,8 +71,8 @@ class WindowSource:
             return None
         if self.asked is None:
             try:
-                rows = fetch_window(self.rest, self.args.gradient_accumulation_steps)
-                self.fetched = Fetched(self._grouped(rows, step))
+                rows = self._read(self.rest, self.args.gradient_accumulation_steps, step)
+                self.fetched = Fetched(rows)
             except Exception as error:  # of a row: this step does not end with it
                 self.fetched = Fetched([], error)
         following = self.asked or self.fetched
@@ -98,16 +98,24 @@ class WindowSource:
         is_wanted = self.args.device.type == "cuda" if is_wanted is None else is_wanted
         return is_wanted and is_split and is_free
 
-    def _grouped(self, window: list[WindowBatch], step: int) -> list[WindowBatch]:
-        if not self.may_group:
-            return window
-        return by_length(window, [self.rollouts.source(step, i) for i in range(len(window))])
-
-    def _fetch(self, batches: Iterator[WindowBatch], num_batches: int) -> list[WindowBatch]:
+    def _fetch(
+        self, batches: Iterator[WindowBatch], num_batches: int, step: int
+    ) -> list[WindowBatch]:
         fetched, self.fetched = self.fetched, None
         if fetched is None or batches is not self.rest:  # another epoch has begun
             self.rest = batches
-            return self.pictures_for_all.add(fetch_window(batches, num_batches))
+            fetched = Fetched(self._read(batches, num_batches, step))
         if fetched.error is not None:
             raise fetched.error
         return self.pictures_for_all.add(fetched.batches)
+
+    def _read(
+        self, batches: Iterator[WindowBatch], num_batches: int, step: int
+    ) -> list[WindowBatch]:
+        """Which rows share a micro-batch is settled here, before ranks agree on its pictures and
+        before anything is written: it follows from rows and step, also in a resumed run.
+        """
+        window = fetch_window(batches, num_batches)
+        if not self.may_group:
+            return window
+        return by_length(window, [self.rollouts.source(step, i) for i in range(len(window))])

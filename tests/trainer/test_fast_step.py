@@ -1,12 +1,13 @@
 """What is done ahead, on the host, or in another order, gives the same step."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from gold_trainer import models
+from gold_trainer import models, sharding
 from gold_trainer.speed import deepstack, on_host, segments
 from gold_trainer.speed.grouping import by_length
 from support.tiny_models import tiny, tiny_rows
@@ -50,17 +51,81 @@ def test_rows_grouped_by_length_have_less_padding_and_the_same_gradient(tmp_path
             torch.testing.assert_close(step_2[name], gradient, rtol=0, atol=bound)
 
 
-def test_only_rows_of_one_source_change_places(tmp_path):
+def batches_of(trainer, places):
+    return [trainer.data_collator([trainer.train_dataset[i] for i in own]) for own in places]
+
+
+def indices(batches):
+    return [[example.index for example in batch.examples] for batch in batches]
+
+
+def test_only_rows_that_learn_from_the_dataset_change_places(tmp_path):
     trainer = make_trainer(tmp_path, rows_of_lengths([1, 9, 2, 8, 3, 7]), "qwen3")
-    rows = trainer.train_dataset
-    batches = [trainer.data_collator([rows[i], rows[i + 1]]) for i in (0, 2, 4)]
-    lengths = [
-        [example.index for example in batch.examples]
-        for batch in by_length(batches, ["dataset", "student", "dataset"])
+    batches = batches_of(trainer, [(0, 1), (2, 3), (4, 5)])
+    assert indices(by_length(batches, ["dataset", "student", "dataset"])) == [
+        [1, 5],
+        [2, 3],
+        [4, 0],
     ]
-    assert lengths == [[1, 5], [3, 2], [4, 0]]
-    again = by_length(batches[:1], ["dataset"])
-    assert by_length(again, ["dataset"])[0] is again[0]
+    assert indices(by_length(batches, ["student", "dataset", "student"])) == [
+        [0, 1],
+        [3, 2],
+        [4, 5],
+    ]
+    assert indices(by_length(batches, ["teacher"] * 3)) == [[0, 1], [2, 3], [4, 5]]
+
+
+def seen_in(folder, resume=False, **fields):
+    """Micro-batches of each step, and the rows that a step asks a writer for."""
+    torch.manual_seed(0)
+    rows, seen = rows_of_lengths([1 + (7 * i) % 11 for i in range(18)]), []
+    fields |= {"group_by_length": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    trainer = make_trainer(folder, rows, "qwen3", max_completion_length=3, **sizes, **fields)
+    prepare = trainer.objective.prepare
+
+    def watched(batch, *args):
+        seen.append([example.index for example in batch.examples])
+        return prepare(batch, *args)
+
+    trainer.objective.prepare = watched
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    return seen
+
+
+@pytest.mark.parametrize("lmbda", [0.5, 1.0])
+def test_a_resumed_run_has_the_micro_batches_of_the_whole_run(lmbda, tmp_path):
+    whole = seen_in(tmp_path, lmbda=lmbda)  # an epoch has 3 steps
+    assert len(whole) == 12
+    assert seen_in(tmp_path, resume=True, lmbda=lmbda) == whole[6:]
+
+
+def test_rows_are_grouped_before_ranks_agree_on_the_pictures_of_a_micro_batch(tmp_path):
+    rows = tiny_rows(4, images=1)
+    rows[1:3] = tiny_rows(4)[1:3]  # with a picture: the first and the last
+    for row, length in zip(rows, [30, 1, 2, 20], strict=True):
+        row["messages"][-1]["content"] = "a b " * length
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tmp_path, rows, "qwen3_vl", group_by_length=True, **fields)
+    source, agreed = trainer.window_source, []
+    pictures = source.pictures_for_all
+    vars(pictures)["is_needed"] = True  # as under FSDP
+
+    def add(batches):
+        agreed.append(indices(batches))
+        own = [sharding.has_media(batch.examples, "images") for batch in batches]
+        assert own == [True, False]
+        return [
+            replace(batch, unscored=[] if has else [pictures.example("student", "images")])
+            for batch, has in zip(batches, own, strict=True)
+        ]
+
+    pictures.add = add
+    window = source.next(iter(batches_of(trainer, [(0, 1), (2, 3)])), 2, trainer.state)
+    assert agreed == [indices(window)] == [[[0, 3], [2, 1]]]
+    assert all(sharding.has_media(batch.examples + batch.unscored, "images") for batch in window), (
+        "the tower runs in every micro-batch, as on the other ranks"
+    )
 
 
 def test_an_error_of_the_next_windows_rows_leaves_this_step_whole(tmp_path):

@@ -21,9 +21,9 @@ class SpeedFields:
     group_by_length: bool | None = field(
         default=None,
         metadata={
-            "help": "Deal the rows of an optimizer step to its micro-batches by their length: less "
-            "padding, the same loss and gradient. Which rows a step has stays as it is. None: on a "
-            "CUDA GPU.",
+            "help": "Deal the rows of an optimizer step that learn from the dataset's completions "
+            "to its micro-batches by their length: less padding, the same loss and gradient. Which "
+            "rows a step has stays as it is. None: on a CUDA GPU.",
             "nargs": "?",
             "const": True,
         },
