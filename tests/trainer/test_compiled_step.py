@@ -219,6 +219,55 @@ def test_layers_that_the_user_has_compiled_are_left_to_him(graphs, tmp_path):
     ]
 
 
+def test_layers_with_a_forward_of_their_own_are_named_and_left_alone(graphs, caplog, tmp_path):
+    def halved(mode):
+        torch.manual_seed(0)
+        student, calls = tiny("qwen3")[0], []
+        for layer in layers_of(student):
+
+            def own(*args, forward=layer.forward, **kwargs):
+                calls.append(forward)
+                return 0.5 * forward(*args, **kwargs)
+
+            layer.forward = own
+        return run(tmp_path, student=student, compile_models=mode), calls
+
+    (expected, calls), (actual, calls_2) = halved("off"), halved("regional")
+    assert_same_run(expected, actual)
+    assert len(calls) == len(calls_2) > 0
+    compiled = actual[0].fast.compiled
+    assert [kind.name for kind in compiled.kinds] == ["Qwen3DecoderLayer of the teacher"]
+    told = [r.getMessage() for r in caplog.records if "without being compiled" in r.getMessage()]
+    assert told == [
+        "GOLDTrainer: 2 layers (Qwen3DecoderLayer of the student) run without being compiled: they "
+        "have a forward of their own."
+    ]
+
+
+class HookAtStep(TrainerCallback):
+    def __init__(self, module, step):
+        self.module, self.step = module, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.module.register_forward_hook(lambda module, args, output: 0.5 * output)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_hooks_in_layers_run_whenever_they_came(step, graphs, tmp_path):
+    def losses(mode):
+        torch.manual_seed(0)
+        student = tiny("qwen3")[0]
+        hook = HookAtStep(layers_of(student)[-1].mlp, step)
+        fields = {"student": student, "compile_models": mode, "callbacks": [hook]}
+        trainer = make_trainer(tmp_path, tiny_rows(8), "qwen3", max_steps=2, **fields)
+        trainer.train()
+        assert all(kind.is_compiled for kind in trainer.fast.compiled.kinds)
+        return losses_of(trainer)
+
+    torch.testing.assert_close(losses("regional"), losses("off"), rtol=1e-5, atol=1e-6)
+
+
 def test_an_error_of_the_layer_itself_is_raised(graphs, monkeypatch, tmp_path):
     def fail(self, hidden):
         raise RuntimeError("the layer's own")

@@ -1,14 +1,12 @@
 """What is done ahead, on the host, or in another order, gives the same step."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from gold_trainer import models, sharding
-from gold_trainer.speed import deepstack, on_host, segments
+from gold_trainer.speed import deepstack, on_host
 from gold_trainer.speed.grouping import by_length
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import GradientRecorder, losses_of, make_trainer
@@ -226,30 +224,3 @@ def test_features_are_added_where_the_model_adds_them(num_tokens):
         actual = kind._deepstack_process(None, hidden, mask, embeds)
     (grad,) = torch.autograd.grad(actual.square().sum(), hidden)
     assert actual.equal(expected) and grad.equal(expected_grad)
-
-
-def test_patches_attend_to_those_of_their_picture(monkeypatch):
-    query, key, value = torch.randn(3, 1, 2, 10, 8).unbind()
-    bounds = torch.tensor([0, 3, 4, 10], dtype=torch.int32)
-    actual, _ = segments.attend_segments(
-        nn.Module(), query, key, value, None, 0.3, cu_seq_lens_q=bounds, max_length_q=6
-    )
-    parts = [
-        nn.functional.scaled_dot_product_attention(
-            *(states[:, :, a:b] for states in (query, key, value)), scale=0.3
-        )
-        for a, b in ((0, 3), (3, 4), (4, 10))
-    ]
-    torch.testing.assert_close(actual, torch.cat(parts, dim=2).transpose(1, 2))
-
-
-def test_a_tower_is_told_and_left_as_it_was():
-    model = tiny("qwen3_vl")[0]
-    configs = segments.configs_of(list(model.model.visual.blocks))
-    assert configs == [model.config.vision_config]
-    assert segments.configs_of(list(model.model.language_model.layers)) == []
-    with segments.attention_of_segments(configs):
-        assert model.config.vision_config._attn_implementation == segments.NAME
-        assert model.config.text_config._attn_implementation == "sdpa"
-    assert model.config.vision_config._attn_implementation == "sdpa"
-    assert not segments.can_attend(SimpleNamespace(type="xpu"), torch.bfloat16)

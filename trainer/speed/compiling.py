@@ -27,7 +27,7 @@ from gold_trainer import models
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loss_at_head import forward_is
 from gold_trainer.speed.replacing import replaced
-from gold_trainer.speed.segments import attention_of_segments, can_attend, configs_of
+from gold_trainer.speed.segments import OF_SEGMENTS, STOCK, attention_is, can_attend, configs_of
 from gold_trainer.teachers.layer_stream import outermost_lists
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ DYNAMIC: bool | None = None  # sizes are fixed until a second one comes
 # Pieces of code of one kind of layers: with and without gradients, lengths that are fixed and that
 # are not, masks or none, attention that slides.
 LIMIT = 16
+# The code of a layer is no other's whose parts have hooks, nor its own once they have some.
+OPTIONS = {"recompile_limit": LIMIT, "skip_nnmodule_hook_guards": False}
 RECORDERS = "transformers.utils.output_capturing"
 
 
@@ -61,7 +63,8 @@ class LayerKind:
                 raise
             except Exception as error:  # whatever a compiler may raise
                 self._give_up(error)
-        return type(layer).forward(layer, *args, **kwargs)
+        with attention_is(STOCK, self.configs):
+            return type(layer).forward(layer, *args, **kwargs)
 
     def _give_up(self, error: Exception) -> None:
         """What is the layer's own error comes again without the compiler."""
@@ -74,7 +77,7 @@ class LayerKind:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(attention_of_segments(self.configs))
+            stack.enter_context(attention_is(OF_SEGMENTS, self.configs))
             for layer in self.layers:
                 for module in layer.modules():
                     if module is not layer and module._forward_hooks:
@@ -116,7 +119,7 @@ class CompiledStep:
             yield
             return
         with ExitStack() as stack:
-            stack.enter_context(torch._dynamo.config.patch(recompile_limit=LIMIT))
+            stack.enter_context(torch._dynamo.config.patch(**OPTIONS))
             stack.enter_context(self._timed())
             for kind in kinds:
                 stack.enter_context(kind.installed())
@@ -178,17 +181,24 @@ def is_regional(args: GOLDConfig) -> bool:
 def _kinds_of(side: str, model: nn.Module, args: GOLDConfig) -> Iterator[LayerKind]:
     for _, layers in outermost_lists(models.base_model(model)):
         by_class: dict[type, list[nn.Module]] = {}
+        of_own: dict[type, list[nn.Module]] = {}  # somebody has put another forward into them
         for layer in layers:
-            is_by_user = layer._compiled_call_impl is not None
             # what is computed again in a backward pass: no projector of a picture's features
-            if isinstance(layer, GradientCheckpointingLayer) and not is_by_user:
-                by_class.setdefault(type(layer), []).append(layer)
+            if isinstance(layer, GradientCheckpointingLayer) and layer._compiled_call_impl is None:
+                members = of_own if "forward" in vars(layer) else by_class
+                members.setdefault(type(layer), []).append(layer)
+        for kind, members in of_own.items():
+            logger.warning(
+                "GOLDTrainer: %d layers (%s of the %s) run without being compiled: they have a "
+                "forward of their own.",
+                *(len(members), kind.__name__, side),
+            )
         for kind, members in by_class.items():
             if len(members) > 1:
                 weight = next(members[0].parameters())
-                configs = configs_of(members)
-                if configs and not can_attend(weight.device, _dtype(weight, args)):
-                    configs = []
+                is_able = can_attend(weight.device, _dtype(weight, args))
+                # a tower has one config: layers that are left alone would read it too
+                configs = configs_of(members) if is_able and len(members) == len(layers) else []
                 yield LayerKind(f"{kind.__name__} of the {side}", members, configs)
 
 

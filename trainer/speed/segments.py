@@ -25,7 +25,10 @@ varlen_attn: Any = None  # before torch 2.10
 if find_spec("torch.nn.attention.varlen"):
     from torch.nn.attention.varlen import varlen_attn
 
-NAME = "gold_trainer_flash_segments"  # transformers gives lengths to what has flash in its name
+STOCK = "sdpa"
+OF_SEGMENTS = (
+    "gold_trainer_flash_segments"  # transformers gives lengths to what has flash in its name
+)
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -42,7 +45,8 @@ def attend_segments(
     max_length_q: int,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # (1, T, heads, D)
-    assert attention_mask is None and not dropout, "a tower attends to all patches of a picture"
+    if attention_mask is not None or dropout:  # the layer then runs as it is, without this
+        raise NotImplementedError("attention within pictures has neither a mask nor dropout")
     if query.device.type == "cuda":
         parts = [states[0].transpose(0, 1) for states in (query, key, value)]
         bounds = cu_seq_lens_q.to(torch.int32)
@@ -56,22 +60,25 @@ def attend_segments(
     return states.transpose(1, 2), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend_segments)
+ALL_ATTENTION_FUNCTIONS.register(OF_SEGMENTS, attend_segments)
 
 
 def configs_of(layers: list[nn.Module]) -> list[Any]:
     """Configs of layers whose attention is one of segments, of which torch has the kernel; empty
-    for others.
+    for others, and where attention drops out.
     """
     if "cu_seqlens" not in inspect.signature(type(layers[0]).forward).parameters:
         return []
-    found = {
-        id(module.config): module.config
-        for layer in layers
-        for module in layer.modules()
-        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
-    }
-    return list(found.values())
+    parts = [module for layer in layers for module in layer.modules()]
+    owners = [part for part in parts if _implementation(part) == STOCK]
+    numbers = [item for part in owners for item in vars(part).items() if isinstance(item[1], float)]
+    if any("dropout" in name and number for name, number in numbers):
+        return []
+    return list({id(part.config): part.config for part in owners}.values())
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
@@ -83,8 +90,8 @@ def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def attention_of_segments(configs: list[Any]) -> Iterator[None]:
+def attention_is(name: str, configs: list[Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for config in configs:
-            stack.enter_context(replaced(config, "_attn_implementation", NAME))
+            stack.enter_context(replaced(config, "_attn_implementation", name))
         yield
