@@ -185,8 +185,8 @@ def _kinds_of(side: str, model: nn.Module, args: GOLDConfig) -> Iterator[LayerKi
         for layer in layers:
             # what is computed again in a backward pass: no projector of a picture's features
             if isinstance(layer, GradientCheckpointingLayer) and layer._compiled_call_impl is None:
-                members = of_own if "forward" in vars(layer) else by_class
-                members.setdefault(type(layer), []).append(layer)
+                found = of_own if "forward" in vars(layer) else by_class
+                found.setdefault(type(layer), []).append(layer)
         for kind, members in of_own.items():
             logger.warning(
                 "GOLDTrainer: %d layers (%s of the %s) run without being compiled: they have a "
