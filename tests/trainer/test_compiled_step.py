@@ -268,6 +268,27 @@ def test_hooks_in_layers_run_whenever_they_came(step, graphs, tmp_path):
     torch.testing.assert_close(losses("regional"), losses("off"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_layers_that_need_many_pieces_of_code_have_as_many_as_the_user_allows(
+    limit, graphs, monkeypatch, caplog, tmp_path
+):
+    monkeypatch.setattr(compiling, "LIMIT", 1)
+    student, seen = tiny("qwen3")[0], []
+    for number, layer in enumerate(layers_of(student)):  # each is code of its own
+        layer.mlp.register_forward_hook(lambda *call, number=number: seen.append(number))
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        trainer, _ = run(tmp_path, num_steps=1, student=student, compile_models="regional")
+    assert set(seen) == {0, 1}
+    assert trainer.fast.compiled.kinds[0].is_compiled == (limit == 2)
+    told = (
+        "Qwen3DecoderLayer of the student runs without being compiled, which costs time: its "
+        "layers need more than 1 pieces of code, as hooks or settings differ from layer to layer "
+        "or from step to step; raise torch._dynamo.config.recompile_limit, or set "
+        "compile_models='off'."
+    )
+    assert (told in caplog.text) == (limit == 1)
+
+
 def test_an_error_of_the_layer_itself_is_raised(graphs, monkeypatch, tmp_path):
     def fail(self, hidden):
         raise RuntimeError("the layer's own")

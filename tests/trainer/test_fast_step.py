@@ -143,6 +143,26 @@ def test_an_error_of_the_next_windows_rows_leaves_this_step_whole(tmp_path):
     assert trainer.state.global_step == 1 and len(losses_of(trainer)) == 1
 
 
+def test_an_error_of_the_next_windows_tensors_leaves_this_step_whole(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows(12), "qwen3", max_steps=3)
+    prepare, seen = trainer.objective.prepare, []
+
+    def failing(*args):
+        seen.append(trainer.state.global_step)
+        if len(seen) == 2:
+            raise ValueError("the processor refuses row 5")
+        return prepare(*args)
+
+    trainer.objective.prepare = failing
+    before = [weight.clone() for weight in trainer.model.parameters()]
+    with pytest.raises(ValueError, match="the processor refuses row 5"):
+        trainer.train()
+    assert seen == [0, 0], "the second window's tensors are made within the first step, once"
+    assert trainer.state.global_step == 1 and len(losses_of(trainer)) == 1
+    weights = trainer.model.parameters()
+    assert any(not weight.equal(old) for weight, old in zip(weights, before, strict=True))
+
+
 def test_the_first_tensors_of_the_next_window_are_made_within_the_step(tmp_path):
     trainer = make_trainer(tmp_path, tiny_rows(12), "qwen3", max_steps=3)
     prepare, steps = trainer.objective.prepare, []
@@ -159,6 +179,8 @@ def test_the_first_tensors_of_the_next_window_are_made_within_the_step(tmp_path)
 class OnDevice(torch.Tensor):
     """A tensor of a device: reading its numbers is a wait."""
 
+    _version = 0
+
     @property
     def device(self):
         return torch.device("meta")
@@ -170,7 +192,7 @@ class OnDevice(torch.Tensor):
 
 def on_device(tensor):
     result = tensor.clone().as_subclass(OnDevice)
-    setattr(result, on_host.HOST, tensor)
+    setattr(result, on_host.HOST, on_host.Copied(tensor, 0))
     return result
 
 
@@ -192,6 +214,20 @@ def test_positions_are_those_that_the_model_makes(family, tmp_path):
     assert (actual == expected).all() and "position_ids" not in inputs
     text = {k: v for k, v in inputs.items() if "image" not in k and "pixel" not in k}
     assert "position_ids" not in on_host.with_positions(trainer.model, text)
+
+
+def test_a_mask_that_was_changed_on_the_device_is_given_to_the_model(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows(4, images=1), "qwen3_vl")
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    tensors = trainer._prepare_inputs(batch).student.tensors
+    inputs = models.forward_inputs(trainer.model, tensors)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    there = {name: on_host.moved(value, torch.device("meta")) for name, value in tensors.items()}
+    assert "attention_mask" not in on_host.with_positions(trainer.model, there)
+    there["attention_mask"][:, :3] = 0  # by a hook, say
+    assert on_host.host_of(there["attention_mask"]) is None
+    given = on_host.with_positions(trainer.model, there)
+    assert given["attention_mask"] is there["attention_mask"] and "position_ids" not in given
 
 
 def test_what_follows_from_sizes_of_pictures_alone_is_computed_on_the_host():

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch._dynamo import callback as compiler_events
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,9 +37,7 @@ BACKEND: str | Callable = "inductor"
 DYNAMIC: bool | None = None  # sizes are fixed until a second one comes
 # Pieces of code of one kind of layers: with and without gradients, lengths that are fixed and that
 # are not, masks or none, attention that slides.
-LIMIT = 16
-# The code of a layer is no other's whose parts have hooks, nor its own once they have some.
-OPTIONS = {"recompile_limit": LIMIT, "skip_nnmodule_hook_guards": False}
+LIMIT = 16  # at least: a user's own may be higher
 RECORDERS = "transformers.utils.output_capturing"
 
 
@@ -70,6 +69,12 @@ class LayerKind:
         """What is the layer's own error comes again without the compiler."""
         self.is_compiled = False
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, FailOnRecompileLimitHit):
+            reason = (
+                f"its layers need more than {torch._dynamo.config.recompile_limit} pieces of code, "
+                "as hooks or settings differ from layer to layer or from step to step; raise "
+                "torch._dynamo.config.recompile_limit, or set compile_models='off'."
+            )
         logger.warning(
             "GOLDTrainer: %s runs without being compiled, which costs time: %s", self.name, reason
         )
@@ -119,7 +124,10 @@ class CompiledStep:
             yield
             return
         with ExitStack() as stack:
-            stack.enter_context(torch._dynamo.config.patch(**OPTIONS))
+            limit = max(LIMIT, torch._dynamo.config.recompile_limit)
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=limit))
+            # a layer's code is no other's whose parts have hooks, nor its own once they have some
+            stack.enter_context(torch._dynamo.config.patch(skip_nnmodule_hook_guards=False))
             stack.enter_context(self._timed())
             for kind in kinds:
                 stack.enter_context(kind.installed())

@@ -18,7 +18,7 @@ from gold_trainer.speed.on_host import moved, pinned
 
 class Made(NamedTuple):
     batch: WindowBatch
-    inputs: MicroBatch  # on the host
+    inputs: MicroBatch | Exception  # on the host, or what making them has ended in
 
 
 class Inputs:
@@ -36,14 +36,20 @@ class Inputs:
     def make(self, batch: WindowBatch | None) -> None:
         """Of a batch whose turn comes next; None: it is not known, or has to be written first."""
         self.made = None
-        if batch is not None:
+        if batch is None:
+            return
+        try:
             self.made = Made(batch, self.objective.prepare(batch, self._pinned))
+        except Exception as error:  # of a row: the step that is computed does not end with it
+            self.made = Made(batch, error)
 
     def take(self, batch: WindowBatch) -> MicroBatch:
         """On the device."""
         made, self.made = self.made, None
         # what decides and counts makes new batches of the same examples
         if made is not None and made.batch.examples is batch.examples:
+            if isinstance(made.inputs, Exception):
+                raise made.inputs
             return made.inputs.to(self._moved)
         return self.objective.prepare(batch, lambda tensor: self._moved(self._pinned(tensor)))
 

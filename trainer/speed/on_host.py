@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ from gold_trainer.speed.replacing import replaced
 
 FUNCTIONS = "transformers.vision_utils"  # of sizes of pictures alone
 HOST = "gold_trainer_on_host"  # attribute of a tensor on a device
+
+
+class Copied(NamedTuple):
+    source: Tensor  # on the host
+    version: int  # of the tensor on the device, which counts its changes in place
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
@@ -36,14 +41,17 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     result = tensor.to(device, non_blocking=True)
-    if not tensor.is_floating_point():
-        setattr(result, HOST, tensor)
+    if not tensor.is_floating_point() and not result.is_inference():  # such have no version
+        setattr(result, HOST, Copied(tensor, result._version))
     return result
 
 
 def host_of(tensor: Tensor) -> Tensor | None:
     """The same numbers on the host, where they are known there."""
-    return tensor if tensor.device.type == "cpu" else getattr(tensor, HOST, None)
+    if tensor.device.type == "cpu":
+        return tensor
+    copied: Copied | None = getattr(tensor, HOST, None)
+    return copied.source if copied is not None and copied.version == tensor._version else None
 
 
 def with_positions(base: Any, inputs: dict[str, Any]) -> dict[str, Any]:
