@@ -144,7 +144,7 @@ class GOLDTrainer(Trainer):
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
         self.fast = FastStep(args, sides)
-        self.inputs = Inputs(self.objective, args, self._prepare_input)
+        self.inputs = Inputs(self.objective, args)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
@@ -235,7 +235,7 @@ class GOLDTrainer(Trainer):
     # into it in the methods below only.
     def _prepare_inputs(self, inputs: WindowBatch) -> MicroBatch:  # type: ignore[override]
         """Pictures and tokens become tensors here, one micro-batch at a time."""
-        return self.inputs.take(inputs)
+        return self.inputs.take(inputs, self._prepare_input)
 
     def compute_loss(  # type: ignore[override]
         self,

@@ -24,13 +24,8 @@ class Made(NamedTuple):
 class Inputs:
     """Tensors of micro-batches, in their turn or before it."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        args: GOLDConfig,
-        finish: Callable[[Tensor], Tensor],  # DeepSpeed's dtype
-    ) -> None:
-        self.objective, self.args, self.finish = objective, args, finish
+    def __init__(self, objective: Objective, args: GOLDConfig) -> None:
+        self.objective, self.args = objective, args
         self.made: Made | None = None
 
     def make(self, batch: WindowBatch | None) -> None:
@@ -43,18 +38,19 @@ class Inputs:
         except Exception as error:  # of a row: the step that is computed does not end with it
             self.made = Made(batch, error)
 
-    def take(self, batch: WindowBatch) -> MicroBatch:
-        """On the device."""
+    def take(self, batch: WindowBatch, finish: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """On the device, in DeepSpeed's dtype after `finish`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return finish(moved(tensor, self.args.device))
+
         made, self.made = self.made, None
         # what decides and counts makes new batches of the same examples
         if made is not None and made.batch.examples is batch.examples:
             if isinstance(made.inputs, Exception):
                 raise made.inputs
-            return made.inputs.to(self._moved)
-        return self.objective.prepare(batch, lambda tensor: self._moved(self._pinned(tensor)))
+            return made.inputs.to(move)
+        return self.objective.prepare(batch, lambda tensor: move(self._pinned(tensor)))
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return pinned(tensor, self.args.device) if self.args.dataloader_pin_memory else tensor
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return self.finish(moved(tensor, self.args.device))
