@@ -137,15 +137,15 @@ def test_log_has_the_row_values_of_the_loss_and_no_others(tmp_path):
 @pytest.mark.parametrize("across", [False, True])
 def test_memory_backend_and_type_of_the_logits_reach_the_loss(across, tmp_path, monkeypatch):
     calls = []
-    module = cross_tokenizer if across else same_vocabulary
-    name = "fused_linear_uld" if across else "fused_linear_loss"
-    loss = getattr(module, name)
+    owner = cross_tokenizer.CrossTokenizer if across else same_vocabulary
+    name = "function" if across else "fused_linear_loss"
+    loss = getattr(owner, name)
 
     def record(*args, **options):
         calls.append(options)
         return loss(*args, **options)
 
-    monkeypatch.setattr(module, name, record)
+    monkeypatch.setattr(owner, name, staticmethod(record) if across else record)
     fields = {"loss_budget_mib": 0.5, "logits_dtype": "bfloat16", "loss_backend": "torch"}
     fields |= {"max_completion_length": 64, "max_steps": 1}
     if across:
