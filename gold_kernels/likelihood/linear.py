@@ -10,14 +10,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import first_entries
-from gold_kernels.engine.heads import check_heads, label_weights_of, row_weights_of
 from gold_kernels.engine.linear import run_linear_loss
 from gold_kernels.engine.options import LinearOptions, PerSide, per_side, resolve_options
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.likelihood.row_loss import ChunkLikelihood
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.uld import checks as group_checks
+from gold_kernels.uld.group_call import check_group_call
 from gold_kernels.uld.plan import plan_groups, values_of_labels
 
 
@@ -109,37 +108,28 @@ def fused_linear_chunk_likelihood(
     row_loss = ChunkLikelihood(beta, group_temperature, per_side(temperature))
     row_loss.check(function)
     group_checks.check_chain_rule(function, alignment)
-    student, teacher, chosen = check_heads(
-        function, student_hidden, student_weight, teacher_hidden, teacher_weight, chosen
-    )
-    sizes = group_checks.check_vocab_sizes(
-        function, student.weight.shape[0], teacher.weight.shape[0], chosen.vocab_size
-    )
-    teacher = first_entries(teacher, sizes[1])
-    hidden = student.hidden
-    num_groups = group_checks.check_alignment(function, hidden, teacher.hidden, alignment)
-    group_checks.check_token_ids(function, alignment, *sizes)
-    group_checks.check_group_weights(function, row_weights, num_groups, hidden)
-    checks.check_label_weights(function, chosen, hidden)
-    group_checks.check_reduction(function, chosen, alignment)
-    alignment = alignment.to(hidden.device)
-    plan, student_scalars, teacher_scalars = plan_groups(
+    call = check_group_call(
+        function,
+        *(student_hidden, student_weight, teacher_hidden, teacher_weight),
+        row_weights,
         alignment,
-        row_weights_of(row_weights, num_groups, hidden, chosen),
-        chosen.labels,
-        label_weights_of(sizes[0], hidden, chosen),
-        student.num_rows,
+        chosen,
+    )
+    student, labels = call.student, call.options.labels
+    alignment = alignment.to(student.hidden.device)
+    plan, student_scalars, teacher_scalars = plan_groups(
+        alignment, call.row_weights, labels, call.label_weights, student.num_rows
     )
     row_loss = ChunkLikelihood(
         *(beta, group_temperature, row_loss.temperature, student_scalars, teacher_scalars),
         ends=[alignment.student_base_ids, alignment.teacher_base_ids],
     )
     loss, values = run_linear_loss(
-        row_loss, student, teacher, plan, chosen, return_metrics, sizes[0]
+        row_loss, student, call.teacher, plan, call.options, return_metrics, call.sizes[0]
     )
     if not return_metrics:
         return loss
     rows = dict(zip(row_loss.value_names, values, strict=True))
-    loss_rows, *sides = (rows[name][:num_groups] for name in LikelihoodMetrics._fields[:3])
-    cross_entropy = values_of_labels(rows[CROSS_ENTROPY], chosen.labels, plan.student_index)
+    loss_rows, *sides = (rows[name][: call.num_groups] for name in LikelihoodMetrics._fields[:3])
+    cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
     return loss, LikelihoodMetrics(loss_rows, sides[0], sides[1], cross_entropy)

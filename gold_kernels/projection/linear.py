@@ -11,8 +11,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import first_entries
-from gold_kernels.engine.heads import check_heads, label_weights_of, row_weights_of
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.options import LinearOptions, PerSide, per_side, resolve_options
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
@@ -20,6 +18,7 @@ from gold_kernels.projection.row_loss import ProjectedJSD
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.projection import VocabProjection
 from gold_kernels.uld import checks as group_checks
+from gold_kernels.uld.group_call import check_group_call
 from gold_kernels.uld.plan import plan_groups, two_terms, values_of_labels
 
 
@@ -114,30 +113,23 @@ def fused_linear_projected_jsd(
     row_loss.check(function)
     if alignment is not None:
         group_checks.check_chain_rule(function, alignment)
-    student, teacher, chosen = check_heads(
-        function, student_hidden, student_weight, teacher_hidden, teacher_weight, chosen
+    call = check_group_call(
+        function,
+        *(student_hidden, student_weight, teacher_hidden, teacher_weight),
+        row_weights,
+        alignment,
+        chosen,
     )
-    sizes = group_checks.check_vocab_sizes(
-        function, student.weight.shape[0], teacher.weight.shape[0], chosen.vocab_size
-    )
-    teacher = first_entries(teacher, sizes[1])
-    hidden, labels = student.hidden, chosen.labels
-    num_groups = group_checks.check_alignment(function, hidden, teacher.hidden, alignment)
-    group_checks.check_token_ids(function, alignment, *sizes)
-    _check_projection(function, projection, *sizes)
-    group_checks.check_group_weights(function, row_weights, num_groups, hidden)
-    checks.check_label_weights(function, chosen, hidden)
-    group_checks.check_reduction(function, chosen, alignment)
-    weights = row_weights_of(row_weights, num_groups, hidden, chosen)
-    label_weights = label_weights_of(sizes[0], hidden, chosen)
+    hidden, labels = call.student.hidden, call.options.labels
+    _check_projection(function, projection, *call.sizes)
     row_loss = dataclasses.replace(row_loss, folds=projection.to(hidden.device).folds.tensors())
     if alignment is None:
         own_labels = None if labels is None else labels.contiguous()
-        plan = RowPlan(two_terms(weights, label_weights), own_labels)
+        plan = RowPlan(two_terms(call.row_weights, call.label_weights), own_labels)
     else:
         firsts = alignment.to(hidden.device).with_first_base()
         plan, student_scalars, teacher_scalars = plan_groups(
-            firsts, weights, labels, label_weights, student.num_rows
+            firsts, call.row_weights, labels, call.label_weights, call.student.num_rows
         )
         has_spans = student_scalars is not None or teacher_scalars is not None
         row_loss = dataclasses.replace(
@@ -147,12 +139,12 @@ def fused_linear_projected_jsd(
             spans=firsts.span_ids() if has_spans else None,
         )
     loss, values = run_linear_loss(
-        row_loss, student, teacher, plan, chosen, return_metrics, sizes[0]
+        row_loss, call.student, call.teacher, plan, call.options, return_metrics, call.sizes[0]
     )
     if not return_metrics:
         return loss
     rows = dict(zip(row_loss.value_names, values, strict=True))
-    loss_rows, *masses = (rows[name][:num_groups] for name in ProjectedMetrics._fields[:3])
+    loss_rows, *masses = (rows[name][: call.num_groups] for name in ProjectedMetrics._fields[:3])
     cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
     return loss, ProjectedMetrics(loss_rows, masses[0], masses[1], cross_entropy)
 
@@ -166,12 +158,7 @@ def _check_projection(
             "pass VocabProjection.from_tokenizers(student, teacher)."
         )
     sizes = projection.student_vocab_size, projection.teacher_vocab_size
-    if sizes[0] > v_student or sizes[1] > v_teacher:
-        raise ValueError(
-            f"{function}: the projection is of tokenizers with {sizes[0]} and {sizes[1]} entries, "
-            f"got heads of V_s={v_student} and V_t={v_teacher} rows; build it from the tokenizers "
-            "of these models."
-        )
+    group_checks.check_entries(function, "projection", sizes, v_student, v_teacher)
     if not projection.folds.teacher_ids.shape[0]:
         raise ValueError(
             f"{function}: the projection must reach an entry of the teacher, got none; build it "

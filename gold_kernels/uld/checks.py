@@ -95,12 +95,18 @@ def check_columns(function: str, v_student: int, v_teacher: int) -> None:
 def check_overlap(
     function: str, overlap: VocabOverlap | None, v_student: int, v_teacher: int
 ) -> None:
-    if overlap is None:
-        return
-    sizes = overlap.student_vocab_size, overlap.teacher_vocab_size
+    if overlap is not None:
+        sizes = overlap.student_vocab_size, overlap.teacher_vocab_size
+        check_entries(function, "overlap", sizes, v_student, v_teacher)
+
+
+def check_entries(
+    function: str, name: str, sizes: tuple[int, int], v_student: int, v_teacher: int
+) -> None:
+    """What two tokenizers were compared for has no more entries than their models."""
     if sizes[0] > v_student or sizes[1] > v_teacher:
         raise ValueError(
-            f"{function}: the overlap is of tokenizers with {sizes[0]} and {sizes[1]} entries, "
+            f"{function}: the {name} is of tokenizers with {sizes[0]} and {sizes[1]} entries, "
             f"got heads of V_s={v_student} and V_t={v_teacher} rows; build it from the tokenizers "
             "of these models."
         )

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import first_entries
 from gold_kernels.engine.heads import (
-    check_heads,
     label_weights_of,
     row_weights_of,
     unit_stride,
@@ -34,6 +32,7 @@ from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld import checks as uld_checks
+from gold_kernels.uld.group_call import check_group_call
 from gold_kernels.uld.plan import (
     matched_tables,
     overlap_weights,
@@ -106,33 +105,31 @@ def _linear_uld(
 ) -> Tensor | tuple[Tensor, ULDMetrics]:
     """Validate, plan, run; behind the function and the module."""
     row_loss = settings.row_loss(function)
-    student, teacher, options = check_heads(
-        function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
+    call = check_group_call(
+        function,
+        *(student_hidden, student_weight, teacher_hidden, teacher_weight),
+        row_weights,
+        alignment,
+        options,
     )
-    sizes = uld_checks.check_vocab_sizes(
-        function, student.weight.shape[0], teacher.weight.shape[0], options.vocab_size
-    )
-    teacher = first_entries(teacher, sizes[1])
-    hidden, labels = student.hidden, options.labels
-    num_groups = uld_checks.check_alignment(function, hidden, teacher.hidden, alignment)
-    uld_checks.check_token_ids(function, alignment, *sizes)
-    uld_checks.check_overlap(function, settings.overlap, *sizes)
-    uld_checks.check_group_weights(function, row_weights, num_groups, hidden)
-    checks.check_label_weights(function, options, hidden)
-    uld_checks.check_reduction(function, options, alignment)
+    student, labels = call.student, call.options.labels
+    device = student.hidden.device
+    uld_checks.check_overlap(function, settings.overlap, *call.sizes)
     plan, row_loss = plan_rows(
         row_loss,
-        None if alignment is None else alignment.to(hidden.device),
-        row_weights_of(row_weights, num_groups, hidden, options),
+        None if alignment is None else alignment.to(device),
+        call.row_weights,
         labels,
-        label_weights_of(sizes[0], hidden, options),
+        call.label_weights,
         student.num_rows,
-        matched_tables(settings.overlap, *sizes, hidden.device),
+        matched_tables(settings.overlap, *call.sizes, device),
     )
-    loss, values = run_linear_loss(row_loss, student, teacher, plan, options, has_metrics, sizes[0])
+    loss, values = run_linear_loss(
+        row_loss, student, call.teacher, plan, call.options, has_metrics, call.sizes[0]
+    )
     if not has_metrics:
         return loss
-    return loss, ULDMetrics.from_values(values, num_groups, labels, plan.student_index)
+    return loss, ULDMetrics.from_values(values, call.num_groups, labels, plan.student_index)
 
 
 @overload

@@ -14,11 +14,13 @@ A row takes one pass for the log-sum-exps and one for the gradient, if there is 
 above 1/2 takes another: see entry_parts.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.jsd.triton_rows import FORWARD_KL, REVERSE_KL
+from gold_kernels.jsd.triton_rows import FORWARD_KL, JSD, REVERSE_KL
 from gold_kernels.triton.launch import row_block
 from gold_kernels.triton.lines import (
     BITS,
@@ -168,10 +170,40 @@ def token_rows_(
     temperature: float,
     softcap: float | None,
 ) -> None:
-    """Launch token_rows_kernel on the rows of a chunk."""
+    """-log-probabilities of tokens and labels, and their gradients."""
+    launch_token_rows_(
+        *(logits, grad_logits, ids, labels, weights, values),
+        temperature=temperature,
+        softcap=softcap,
+    )
+
+
+class Ends(NamedTuple):
+    """What rows that end groups have beside token rows."""
+
+    log_scales: Tensor | None  # (C,) float32 of the group's other tokens
+    log_p: Tensor  # (C,) float32 of the group, the teacher's
+    beta: float
+    group_temperature: float
+
+
+def launch_token_rows_(
+    logits: Tensor,  # (C, V), unit column stride
+    grad_logits: Tensor | None,  # (C, V), overwritten; may be logits; None: no gradient
+    ids: Tensor,  # (C,) int64
+    labels: Tensor,  # (C,) int64
+    weights: Tensor,  # (C, 2) float32, contiguous: of the token or the group, of the label
+    values: Tensor,  # (2, C) float32, overwritten; (5, C) of ends
+    ends: Ends | None = None,
+    *,
+    temperature: float,
+    softcap: float | None,
+) -> None:
     num_rows, vocab_size = logits.shape
     block_v, line, num_warps = row_block(vocab_size, logits.dtype)
     grad = logits if grad_logits is None else grad_logits
+    has_scales = ends is not None and ends.log_scales is not None
+    own = Ends(None, weights, 0.0, 1.0) if ends is None else ends
     token_rows_kernel[(num_rows,)](
         logits,
         grad,
@@ -179,20 +211,20 @@ def token_rows_(
         labels,
         weights,
         values,
-        weights,
-        weights,
+        own.log_scales if has_scales else own.log_p,
+        own.log_p,
         logits.stride(0),
         grad.stride(0),
         values.stride(0),
         vocab_size,
         BITS.value / temperature,
         1.0 if softcap is None else softcap,
-        0.0,
-        1.0,
-        1.0,
-        MODE=FORWARD_KL,
-        HAS_ENDS=False,
-        HAS_SCALES=False,
+        own.beta,
+        1.0 - own.beta,
+        1.0 / own.group_temperature,
+        MODE={0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(float(own.beta), JSD),
+        HAS_ENDS=ends is not None,
+        HAS_SCALES=has_scales,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
         BLOCK_V=block_v,
