@@ -1,10 +1,12 @@
 """Folders that several files of tests begin with."""
 
+import logging
 import shutil
 
 import pytest
 import torch
 
+from gold_trainer.speed import compiling
 from gold_trainer.writers import local
 from support.cache_cases import Pair, save_pair
 
@@ -43,5 +45,8 @@ def graphs(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(local, "COMPILER", backend)
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    # pytest listens to all that is logged: torch would write every graph down
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     yield seen
     torch._dynamo.reset()

@@ -2,8 +2,6 @@
 step.
 """
 
-import logging
-
 import pytest
 import torch
 from peft import LoraConfig
@@ -17,23 +15,6 @@ from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import FIELDS, GradientRecorder, losses_of, make_trainer
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Those that a backend which compiles nothing has seen."""
-    torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, examples):
-        seen.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(compiling, "BACKEND", backend)
-    # pytest listens to all that is logged: torch would write every graph down
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
-    yield seen
-    torch._dynamo.reset()
 
 
 def layers_of(*models):

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gold_kernels.engine.chunking import Limits, LinearHead, Needs, plan_chunks
+from gold_kernels.engine.logit_form import forward_is
 from gold_kernels.engine.row_loss import ROW_LOSSES, Rows
 from gold_trainer import models
 from gold_trainer.batches import MicroBatch, SideInputs
-from gold_trainer.loss_at_head import forward_is, gather_rows, head_replaced
+from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.objectives import Objective
 from gold_trainer.planning.kernels import Kernels
 from gold_trainer.planning.ledger import Ledger

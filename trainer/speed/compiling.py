@@ -24,9 +24,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gold_kernels.engine.logit_form import forward_is
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
-from gold_trainer.loss_at_head import forward_is
 from gold_trainer.speed.replacing import replaced
 from gold_trainer.speed.segments import OF_SEGMENTS, STOCK, attention_is, can_attend, configs_of
 from gold_trainer.teachers.layer_stream import outermost_lists
