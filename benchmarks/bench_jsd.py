@@ -35,7 +35,7 @@ from timing import MIB, milliseconds, release
 from torch import Tensor
 
 from gold_kernels import fused_linear_jsd, fused_linear_mean_kl, head_means, peak_extra_bytes
-from gold_kernels.engine.chunking import DEFAULT_BUDGET_BYTES
+from gold_kernels.engine.chunk_plan import DEFAULT_BUDGET_BYTES
 
 SHAPES = (
     "4096x151936x2048x4096",

@@ -12,7 +12,7 @@ from bench_jsd import preparation
 from jsd_pairs import Shape, errors, random_and_near_converged, random_case
 from peers import eager
 
-from gold_kernels.engine.chunking import DEFAULT_BUDGET_BYTES
+from gold_kernels.engine.chunk_plan import DEFAULT_BUDGET_BYTES
 
 IMPLEMENTATIONS = {
     "gold_kernels": preparation("gold_kernels", DEFAULT_BUDGET_BYTES),

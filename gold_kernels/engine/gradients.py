@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.chunking import float_dtype
+from gold_kernels.engine.chunk_plan import float_dtype
 
 
 @torch.library.custom_op("gold_kernels::scaled", mutates_args=())

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import LinearHead, float_dtype
+from gold_kernels.engine.chunk_plan import float_dtype
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Options, per_side
 
 

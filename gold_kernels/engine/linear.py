@@ -20,15 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gold_kernels.engine.chunking import (
-    Limits,
-    LinearHead,
-    Needs,
-    first_entries,
-    float_dtype,
-    run_chunks,
-)
+from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
+from gold_kernels.engine.chunking import run_chunks
 from gold_kernels.engine.gradients import empty_gradients, empty_values, finished_gradients
+from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss, Rows
 

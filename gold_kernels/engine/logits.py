@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gold_kernels.engine.chunking import Limits, float_dtype
+from gold_kernels.engine.chunk_plan import Limits, float_dtype
 from gold_kernels.engine.gradients import (
     empty_logits_gradient,
     empty_values,

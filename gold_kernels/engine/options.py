@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.chunking import DEFAULT_BUDGET_BYTES
+from gold_kernels.engine.chunk_plan import DEFAULT_BUDGET_BYTES
 
 Reduction = Literal["sum", "none"]
 PerSide = float | tuple[float, float]  # for both sides, or (student, teacher)

@@ -11,7 +11,9 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from gold_kernels.engine.chunking import Limits, LinearHead, RowFunction
+from gold_kernels.engine.chunk_plan import Limits
+from gold_kernels.engine.chunking import RowFunction
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.products import Projection
 
 LOSS, CROSS_ENTROPY = "loss", "cross_entropy"  # names of the first two row values of every loss

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import first_entries
 from gold_kernels.engine.heads import (
     check_heads,
     label_weights_of,
@@ -19,6 +18,7 @@ from gold_kernels.engine.heads import (
     unit_stride,
 )
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
+from gold_kernels.engine.linear_head import first_entries
 from gold_kernels.engine.logits import run_logits_loss
 from gold_kernels.engine.options import (
     CallTensors,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import float_dtype
+from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.options import LossOptions, Options, UnchunkedOptions
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS
 from gold_kernels.engine.shared import RowValues, shared_linear_loss

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import Limits, RowFunction
+from gold_kernels.engine.chunk_plan import Limits
+from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.options import PerSide, per_side
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT
 from gold_kernels.engine.row_loss import RowLoss, Rows

@@ -32,14 +32,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import (
-    Limits,
-    LinearHead,
-    Needs,
-    first_entries,
-    float_dtype,
-    run_chunks,
-)
+from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
+from gold_kernels.engine.chunking import run_chunks
 from gold_kernels.engine.heads import (
     check_head,
     label_weights_of,
@@ -48,6 +42,7 @@ from gold_kernels.engine.heads import (
     without_gradient,
 )
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
+from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Reduction, resolve_options
 from gold_kernels.engine.products import Projection
 from gold_kernels.engine.shared import Metrics, RowValues

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import LinearHead, RowFunction
+from gold_kernels.engine.chunking import RowFunction
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.products import Projection
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
 from gold_kernels.uld.group_rows import token_rows_of

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import LinearHead, float_dtype
+from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.heads import (
     check_head,
     label_weights_of,
@@ -19,6 +19,7 @@ from gold_kernels.engine.heads import (
     without_gradient,
 )
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Reduction, resolve_options
 from gold_kernels.engine.shared import Metrics, RowValues
 from gold_kernels.topk.row_loss import TopK

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import Limits, RowFunction
+from gold_kernels.engine.chunk_plan import Limits
+from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, SMALLEST_REST
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
 from gold_kernels.engine.torch_rows import BLOCK_ELEMENTS, Divergence, divergence_rows_

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import LinearHead, first_entries
 from gold_kernels.engine.heads import check_heads, label_weights_of, row_weights_of
+from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Options
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.uld import checks as group_checks

@@ -10,14 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.chunking import (
-    Limits,
-    LinearHead,
-    Needs,
-    RowFunction,
-    float_dtype,
-    run_chunks,
-)
+from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
+from gold_kernels.engine.chunking import RowFunction, run_chunks
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.probabilities import LOG_ZERO
 from gold_kernels.engine.row_loss import Rows
 from gold_kernels.uld import torch_rows

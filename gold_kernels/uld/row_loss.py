@@ -15,7 +15,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.chunking import Limits, RowFunction
+from gold_kernels.engine.chunk_plan import Limits
+from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
 from gold_kernels.jsd.row_loss import divergence_bound
 from gold_kernels.uld import torch_rows

@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from gold_kernels.engine.chunking import (
-    DEFAULT_BUDGET_BYTES,
-    Limits,
-    LinearHead,
-    Needs,
-    plan_chunks,
-    run_chunks,
-)
+from gold_kernels.engine.chunk_plan import DEFAULT_BUDGET_BYTES, Limits, Needs, plan_chunks
+from gold_kernels.engine.chunking import run_chunks
+from gold_kernels.engine.linear_head import LinearHead
 
 
 def planned(num_rows, v, d, dtype, needs, **limits):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from gold_kernels.engine.chunking import Limits, LinearHead, Needs, run_chunks
+from gold_kernels.engine.chunk_plan import Limits, Needs
+from gold_kernels.engine.chunking import run_chunks
 from gold_kernels.engine.gradients import empty_gradients
+from gold_kernels.engine.linear_head import LinearHead
 
 
 def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:

@@ -202,12 +202,12 @@ def test_backward_of_16_bit_inputs_makes_one_copy_in_float32(from_logits):
 
 
 def test_a_trained_head_costs_one_more_pass_of_the_logits_and_a_frozen_one_nothing(monkeypatch):
-    from gold_kernels.engine import chunking
+    from gold_kernels.engine.linear_head import LinearHead
 
     projected = []
-    project = chunking.LinearHead.project_
+    project = LinearHead.project_
     monkeypatch.setattr(
-        chunking.LinearHead,
+        LinearHead,
         "project_",
         lambda head, logits, rows: projected.append(rows) or project(head, logits, rows),
     )

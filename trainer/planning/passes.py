@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gold_kernels.engine.chunking import Limits, LinearHead, Needs, plan_chunks
+from gold_kernels.engine.chunk_plan import Limits, Needs, plan_chunks
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.logit_form import forward_is
 from gold_kernels.engine.row_loss import ROW_LOSSES, Rows
 from gold_trainer import models

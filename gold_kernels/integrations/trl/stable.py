@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.chunking import float_dtype
+from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.integrations.trl.options import PatchOptions
 from gold_kernels.integrations.trl.pending import gathered, whole
 from gold_kernels.jsd.linear import fused_linear_jsd
