@@ -58,8 +58,8 @@ HEADS = ("trainable", "frozen")
 MAX_ERRORS = {
     "gold_kernels": ((2e-5, 4e-3), (5e-3, 1e-2)),
     "gold_kernels_fast": ((5e-5, 1e-2), None),
-    # the loss to about 1e-6 nats, of 5e-5 in the second pair
-    MEANS: ((2e-5, 4e-3), (2e-2, 1e-2)),
+    # the loss to 2e-5 nats, of 5e-5 in the second pair: tensor cores cut off what they add
+    MEANS: ((2e-5, 4e-3), (0.4, 1e-2)),
 }
 ERROR_FIELDS = [f"{pair}{name}_error" for pair in ("", "near_") for name in Errors._fields]
 FIELDS = [

@@ -80,9 +80,10 @@ def pull_back_weight_(
             matmul_(grad_weight[part], grad_logits[:, part].T, hidden, accumulate=accumulate)
 
 
-# Entries of the vocabulary that one GEMM of a projection sums. Over 152k entries a sum was short by
-# 2.5e-5 of itself on an H200, near convergence all that matters; tensor cores may cut off what they
-# add. Whether shorter sums are better has not been measured.
+# Entries of the vocabulary that one GEMM of a projection sums. Tensor cores cut off what they add:
+# over 152k entries at once a sum was short by 2.5e-5 of itself on an H200, near convergence all
+# that matters. In sums of 4096 the gradient is 1.7e-3 off, and as much in sums of 256, which take
+# 14 times as long (benchmarks/NOTES.md).
 SUM_ENTRIES = 4096
 
 

@@ -18,8 +18,9 @@ head. They hold while W and b do. With W_y and b_y taken off both sides,
 where the entropy, the differences and log Q_y are small together if both models are sure of y. Near
 convergence grad_h is a small difference all the same, of two sums over the vocabulary: P W is kept
 in float32, and Q W computed from float32 Q, the column of y apart (engine/products.py). In bfloat16
-either would have an error of the size of grad_h. The value of the loss has an absolute error of
-less than 1e-6 nats.
+either would have an error of the size of grad_h. The value of the loss has an absolute error: less
+than 1e-6 nats on a CPU, about 1e-5 on a GPU, whose tensor cores cut off what they add and so make
+every logit 1e-6 of itself too small; P W . h knows nothing of that (benchmarks/NOTES.md).
 
 Heads: any scale, bias and temperature of either side, any softcap of the teacher. Not supported: a
 softcap of the student, whose logits are not linear in h; a head that is trained; biases of -inf.
