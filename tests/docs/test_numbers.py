@@ -164,6 +164,19 @@ def test_errors_near_convergence():
         assert_cells(cells, [row["near_loss_error"], row["near_grad_hidden_error"]])
 
 
+def test_other_losses_of_two_tokenizers():
+    names = {"hybrid with the relaxed overlap": "h_kl"}
+    lines = table("losses.md", "(`cross.csv`)")
+    assert len(lines) == 4
+    for name, cells in lines.items():
+        name = names.get(name, name.lower().replace(" ", "_"))
+        values = []
+        for implementation in (name, f"eager_{name}")[: 1 if name == "floor" else 2]:
+            row = record("cross.csv", implementation=implementation)
+            values += [row["median_ms"], row["peak_extra_mib"]]
+        assert_cells(cells[: len(values)], values)
+
+
 def test_rollouts():
     rows = table("hardware.md", "(`rollout.csv`)")
     assert len(rows) >= 2
