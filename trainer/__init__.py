@@ -11,12 +11,18 @@ if TYPE_CHECKING:
     from gold_trainer.collator import GOLDCollator
     from gold_trainer.config import GOLDConfig
     from gold_trainer.trainer import GOLDTrainer
+    from gold_trainer.weighting.tokens import ScoredTokens
 
     __version__: str
 
-__all__ = ["GOLDCollator", "GOLDConfig", "GOLDTrainer"]
+__all__ = ["GOLDCollator", "GOLDConfig", "GOLDTrainer", "ScoredTokens"]
 
-_MODULES = {"GOLDCollator": "collator", "GOLDConfig": "config", "GOLDTrainer": "trainer"}
+_MODULES = {
+    "GOLDCollator": "collator",
+    "GOLDConfig": "config",
+    "GOLDTrainer": "trainer",
+    "ScoredTokens": "weighting.tokens",
+}
 
 
 def __getattr__(name: str) -> Any:

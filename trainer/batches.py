@@ -147,12 +147,18 @@ class MicroBatch:
     teacher: SideInputs  # the student's own where one tokenizer serves both sides
     is_on_policy: bool
     alignment: BatchAlignment | None = None  # with two tokenizers
+    # What token_weighting may need and leave: a second look of the teacher, at pictures without
+    # detail, with its hidden states (N_t, D_t); whether a weight is one that cannot be.
+    without_detail: SideInputs | None = None
+    hidden_without_detail: Tensor | None = None
+    bad_weights: Tensor | None = None  # () bool
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
         student = self.student.to(move)
         teacher = student if self.teacher is self.student else self.teacher.to(move)
         alignment = None if self.alignment is None else self.alignment.to(move)
-        return MicroBatch(student, teacher, self.is_on_policy, alignment)
+        coarse = None if self.without_detail is None else self.without_detail.to(move)
+        return MicroBatch(student, teacher, self.is_on_policy, alignment, coarse)
 
     @property
     def num_completions(self) -> int:

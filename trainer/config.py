@@ -25,6 +25,7 @@ from gold_trainer.speed.fields import SpeedFields
 from gold_trainer.teacher_config import TeacherFields
 from gold_trainer.uld_config import ULDFields
 from gold_trainer.vllm_config import VLLMFields
+from gold_trainer.weighting.fields import WeightingFields
 
 
 @dataclass
@@ -35,6 +36,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     CacheFields,
     LossFields,
     ULDFields,
+    WeightingFields,
     RowFields,
     RolloutFields,
     VLLMFields,
@@ -54,6 +56,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         "model_init_kwargs",
         "teacher_model_init_kwargs",
         "loss_kwargs",
+        "token_weighting_kwargs",
         "chat_template_kwargs",
         "generation_kwargs",
     ]
@@ -135,6 +138,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     def _check(self) -> None:
         if isinstance(self.resume_from_checkpoint, bool):  # as train() takes it
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
+        self.name_weighting()
         check_fields(self, "GOLDConfig")
         self.check_rows()
         self.check_rollouts()
@@ -156,6 +160,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
                     "write: lower lmbda."
                 )
         self._check_generations()
+        self.check_weighting()
         if self.max_length is not None and self.max_completion_length >= self.max_length:
             raise ValueError(
                 "GOLDConfig: max_completion_length must be below max_length, got "

@@ -118,6 +118,7 @@ RANGES: dict[str, tuple[Range, str]] = {
 OPTIONS = "a dict of from_pretrained's arguments", 'write {"dtype": "bfloat16"}'
 TEXTS: dict[str, tuple[str, str]] = {
     "loss_kwargs": ("a dict of numbers", 'write {"alpha": 0.2}'),
+    "token_weighting_kwargs": ("a dict of numbers", 'write {"high_weight": 0.7}'),
     "model_init_kwargs": OPTIONS,
     "teacher_model_init_kwargs": OPTIONS,
     "chat_template_kwargs": (

@@ -26,6 +26,7 @@ GROUPS = (
     ("rollout_config.py", "RolloutFields", "sampling"),
     ("loss_config.py", "LossFields", "loss"),
     ("uld_config.py", "ULDFields", "two tokenizers"),
+    ("weighting/fields.py", "WeightingFields", "token weights"),
     ("row_config.py", "RowFields", "rows"),
     ("vllm_config.py", "VLLMFields", "vLLM"),
     ("speed/fields.py", "SpeedFields", "speed"),

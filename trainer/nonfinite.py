@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from gold_trainer.config import GOLDConfig
 
-TEACHER, LOSS, GRADIENT, STOP, EMPTY = range(5)  # places of the flags
+WEIGHTS, TEACHER, LOSS, GRADIENT, STOP, EMPTY = range(6)  # places of the flags
 SIDES = {
+    WEIGHTS: "token_weighting",
     TEACHER: "the teacher's hidden states",
     LOSS: "the student's loss",
     GRADIENT: "the student's gradient",
@@ -55,18 +56,26 @@ class NonFiniteGuard:
     def start(self) -> None:
         """A window begins."""
         self.rows: list[list[int]] = []  # of each micro-batch
-        self.flags: list[Tensor] = []  # (2,) bool: teacher, loss
+        self.flags: list[Tensor] = []  # (3,) bool: weights, teacher, loss
         self.losses: list[Tensor] = []
 
     def start_log(self) -> None:
         self.skipped = self.empty = self.accepted = 0
         self.accepted_loss = torch.zeros((), device=self.args.device)
 
-    def add(self, rows: Iterable[int], teacher_is_bad: Tensor, loss: Tensor) -> None:
+    def add(
+        self,
+        rows: Iterable[int],
+        teacher_is_bad: Tensor,
+        loss: Tensor,
+        weights_are_bad: Tensor | None = None,  # those of token_weighting; None: they are fine
+    ) -> None:
         """One micro-batch; no host sync."""
         loss = loss.detach()
+        weights = torch.zeros_like(teacher_is_bad) if weights_are_bad is None else weights_are_bad
+        flags = [flag.to(loss.device) for flag in (weights, teacher_is_bad)]
         self.rows.append(list(rows))
-        self.flags.append(torch.stack([teacher_is_bad.to(loss.device), ~torch.isfinite(loss)]))
+        self.flags.append(torch.stack([*flags, ~torch.isfinite(loss)]))
         self.losses.append(loss.to(self.args.device))
 
     def decide(
@@ -76,9 +85,9 @@ class NonFiniteGuard:
         taken and may not be left out.
         """
         device = self.args.device
-        bad = torch.zeros(5, device=device)
+        bad = torch.zeros(6, device=device)
         if self.flags:
-            bad[:2] = torch.stack([flags.to(device) for flags in self.flags]).any(0)
+            bad[:GRADIENT] = torch.stack([flags.to(device) for flags in self.flags]).any(0)
         # a scaler of float16 gradients meets inf as a matter of course, and skips the step itself
         if grad_norm is not None and self.accelerator.scaler is None:
             bad[GRADIENT] = ~torch.isfinite(_whole(torch.as_tensor(grad_norm))).to(device)
@@ -91,7 +100,7 @@ class NonFiniteGuard:
         verdict = Verdict(any(counts[:STOP]), must_stop=counts[STOP] > 0)
         if verdict.is_skipped:
             weights_are_bad = has_nonfinite(trained(model), self.accelerator, device)
-            if weights_are_bad or not self.can_skip:
+            if weights_are_bad or counts[WEIGHTS] or not self.can_skip:
                 raise self._error(step, counts, weights_are_bad)
             self.skipped += 1
         elif counts[EMPTY]:  # nothing was learnt: momentum and decay move no weight either
@@ -102,7 +111,7 @@ class NonFiniteGuard:
             self.accepted_loss = self.accepted_loss + torch.stack(self.losses).sum()
         return verdict
 
-    def _error(self, step: int, counts: list[float], weights_are_bad: bool) -> NonFiniteError:
+    def _error(self, step: int, counts: list[float], weights_are_bad: bool) -> Exception:
         kind = next(kind for kind in SIDES if counts[kind])
         own = {
             row
@@ -111,6 +120,12 @@ class NonFiniteGuard:
             for row in rows
         }
         rows = sorted(set(gather_object(list(own))))
+        if kind == WEIGHTS:
+            return ValueError(
+                "GOLDTrainer: token_weighting must return weights that are finite and not "
+                f"negative, got others in step {step}, dataset rows {_some(rows)}; the step was "
+                "not taken: clamp them."
+            )
         side, remedy = SIDES[kind], REMEDIES[kind]
         if weights_are_bad:
             side = "the student's weights"

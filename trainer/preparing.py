@@ -9,6 +9,7 @@ from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective, choose_objective
 from gold_trainer.videos import takes_videos
+from gold_trainer.weighting.fields import refuse_text
 
 
 class Prepared(NamedTuple):
@@ -34,6 +35,7 @@ def prepare(
     )
     is_text = not models.is_vision_language(student_config)
     refusals.refuse_cut_pictures(args, is_text)
+    refuse_text(args, is_text)
     if teacher_model is None:
         teacher_processor = processor
     else:

@@ -17,6 +17,7 @@ B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from gold_trainer.stopping import Stopper
 from gold_trainer.streams import read_rows
 from gold_trainer.survival import survive
 from gold_trainer.teachers import check_cached, make_teacher, source_of
+from gold_trainer.weighting.weighting import hidden_rows, make_weighting
 from gold_trainer.window import RepeatSampler, Rollouts, window_rows
 from gold_trainer.writers import connect, make_writers
 
@@ -68,10 +70,9 @@ class GOLDTrainer(Trainer):
     from where the teacher was. A student with an adapter needs no teacher_model: without one, the
     weights below the adapter are the teacher.
 
-    Models are objects, folders or hub ids; both vision-language or both text-only. Datasets are
-    map-style, or streams with args.max_steps; rows are those of docs/data.md. Loss and gradients do
-    not depend on how the global batch is split into micro-batches and ranks. compute_metrics needs
-    logits, which never exist here, and is refused.
+    Models are objects, folders or hub ids; both vision-language or both text-only. Rows are those
+    of docs/data.md. Loss and gradients do not depend on how the global batch is split into micro-
+    batches and ranks. token_weighting: see ScoredTokens and docs/training.md.
     """
 
     args: GOLDConfig
@@ -92,9 +93,11 @@ class GOLDTrainer(Trainer):
         preprocess_logits_for_metrics: Callable | None = None,
         peft_config: Any = None,
         teacher_processing_class: Processor | None = None,
+        token_weighting: Callable[..., Tensor] | str | None = None,  # of ScoredTokens
     ) -> None:
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
         refusals.refuse_other_config(args)
+        weighting = make_weighting(args, token_weighting)
         teacher_model = source_of(teacher_model, args)
         hooks = data_collator, compute_metrics, preprocess_logits_for_metrics
         refusals.refuse_unusable(model, teacher_model, args, *hooks, peft_config)
@@ -112,6 +115,7 @@ class GOLDTrainer(Trainer):
         self.student = Side.of(student, "student", processing_class, args)
         self.teacher = make_teacher(teacher_model, student, self.prepared.teacher_processor, args)
         self.objective: Objective = self.prepared.objective(args, self.student, self.teacher.side)
+        self.objective.weigh_tokens(weighting)
         own_collator = self.objective.collator
         check_cached(self.teacher, train_dataset, eval_dataset, own_collator)
         self.skipped = SkippedRows(args)
@@ -171,12 +175,8 @@ class GOLDTrainer(Trainer):
         """A signal ends the run with a checkpoint and KeyboardInterrupt or SystemExit(143); an
         error is raised once there is one.
         """
-        train = super().train
-        return survive(
-            self,
-            resume_from_checkpoint,
-            lambda checkpoint: train(checkpoint, trial, ignore_keys_for_eval),
-        )
+        run = partial(super().train, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        return survive(self, resume_from_checkpoint, run)
 
     @property
     def teacher_model(self) -> nn.Module | None:
@@ -246,7 +246,7 @@ class GOLDTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's part of the mean over the global batch."""
         with self.accelerator.autocast():  # the wrapper gives autocast to the student only
-            teacher_hidden = self.teacher.hidden_rows(inputs.teacher)
+            teacher_hidden = hidden_rows(self.teacher, inputs)
         item_weights = None
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks, num_items_in_batch counts all of them
@@ -273,7 +273,7 @@ class GOLDTrainer(Trainer):
         loss = with_router_loss(loss, output, student, window, steps, inputs.is_on_policy)
         if model.training:
             rows = (example.index for example in inputs.student.examples)
-            self.guard.add(rows, is_bad(teacher_hidden), loss)
+            self.guard.add(rows, is_bad(teacher_hidden), loss, inputs.bad_weights)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -46,9 +46,10 @@ def rows_of(family: str, count: int = 3, seed: int = 0) -> list[dict[str, Any]]:
 def cross_trainer(
     output_dir: Any, rows: Any, student: Side, teacher: Side, **options: Any
 ) -> tuple[GOLDTrainer, GradientRecorder]:
-    """options: eval_rows, peft_config, and fields of GOLDConfig."""
+    """options: eval_rows, peft_config, token_weighting, and fields of GOLDConfig."""
     recorder = GradientRecorder()
     eval_rows, peft_config = options.pop("eval_rows", None), options.pop("peft_config", None)
+    token_weighting = options.pop("token_weighting", None)
     batch = {"per_device_train_batch_size": len(rows), "max_completion_length": 64, "max_steps": 2}
     trainer = GOLDTrainer(
         model=student.model,
@@ -62,6 +63,7 @@ def cross_trainer(
         teacher_processing_class=teacher.processor,
         callbacks=[recorder],
         peft_config=peft_config,
+        token_weighting=token_weighting,
     )
     return trainer, recorder
 
@@ -177,6 +179,7 @@ def eager_cross_step(
     has_labels: list[bool] | None = None,  # of each row; None: all of them
     distillation_weight: float = 1.0,
     unit_loss: Callable[..., Tensor] | None = None,  # of logits, weights and alignment; None: ULD
+    unit_weights: Callable[..., Tensor] | None = None,  # of logits, completions and alignment
     **temperatures: float,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean ULD over all groups plus mean cross-entropy over all labels; gradients by name."""
@@ -198,6 +201,8 @@ def eager_cross_step(
             teacher_logits = scored_logits(models[1], inputs[1], ids[1])
         student_logits = scored_logits(models[0], inputs[0], ids[0])
         unit = torch.full((alignment.num_groups,), distillation_weight / max(num_groups, 1))
+        if unit_weights is not None:
+            unit = unit * unit_weights(student_logits, teacher_logits, ids, alignment).detach()
         own: Any = 0
         if unit_loss is not None:
             own, unit = unit_loss(student_logits, teacher_logits, alignment, unit), 0 * unit

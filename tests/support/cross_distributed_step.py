@@ -27,6 +27,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
         max_steps=2,
         logging_steps=2,
         learning_rate=0.1,
+        token_weighting="support.weightings:graded",
         **FIELDS,
     )
     trainer.train()

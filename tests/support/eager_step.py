@@ -101,18 +101,20 @@ def eager_step(
     beta: float = 0.5,
     row_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     weights: tuple[float, float] = (1.0, 0.0),
+    token_weights: Callable[..., Tensor] | None = None,
     vocab_size: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean loss over all completion tokens of the batch, and its gradient by parameter name.
 
     The loss is row_loss of student's and teacher's logits, else the JSD; weights are those of the
-    loss and of the cross-entropy.
+    loss and of the cross-entropy. token_weights gives the weights of a row's tokens from its place
+    in the batch, the logits and the completion.
     """
     student, teacher = deepcopy(student).to(dtype), deepcopy(teacher).to(dtype)
     num_items = sum(map(len, completions))
     total = 0.0
-    for row, completion_ids in zip(rows, completions, strict=True):
+    for place, (row, completion_ids) in enumerate(zip(rows, completions, strict=True)):
         inputs = prompt_inputs(processor, row)
         with torch.no_grad():
             teacher_logits = scored_logits(teacher, inputs, completion_ids)[:, :vocab_size]
@@ -121,6 +123,9 @@ def eager_step(
             loss_rows = jsd_rows(student_logits, teacher_logits, beta=beta)
         else:
             loss_rows = row_loss(student_logits, teacher_logits)
+        if token_weights is not None:
+            own = token_weights(place, student_logits, teacher_logits, torch.tensor(completion_ids))
+            loss_rows = loss_rows * own.detach()
         crossentropy = torch.nn.functional.cross_entropy(
             student_logits, torch.tensor(completion_ids), reduction="sum"
         )

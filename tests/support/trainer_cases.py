@@ -107,6 +107,7 @@ def make_trainer(
     eval_rows: Any = None,
     callbacks: list[TrainerCallback] | None = None,
     peft_config: Any = None,
+    token_weighting: Any = None,
     **fields: Any,
 ) -> GOLDTrainer:
     return GOLDTrainer(
@@ -118,6 +119,7 @@ def make_trainer(
         processing_class=tiny(family)[1] if processor is None else processor,
         callbacks=callbacks,
         peft_config=peft_config,
+        token_weighting=token_weighting,
     )
 
 

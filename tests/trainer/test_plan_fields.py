@@ -38,6 +38,7 @@ NAMED = {
     "auto_find_batch_size": True,
     "rollout_compile": True,
     "loss_backend": "torch",
+    "token_weighting": "picture_detail",
     "fsdp": True,
     "fsdp_config": {"version": 2},
     "deepspeed": {"zero_optimization": {"stage": 2}},

@@ -22,7 +22,13 @@ from gold_trainer.batches import BatchAlignment, Example, MicroBatch, SideInputs
 from gold_trainer.collator import Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head
-from gold_trainer.objectives.objective import Objective, form_options, memory_options
+from gold_trainer.objectives.objective import (
+    TOKEN_WEIGHT,
+    Objective,
+    form_options,
+    memory_options,
+    summed,
+)
 from gold_trainer.pairing import SKIP_REASONS, CompletionPairs, PairCollator
 from gold_trainer.sides import Side
 
@@ -113,6 +119,7 @@ class CrossTokenizer(Objective):
             else build_side(teacher, others, to_device, batch.teacher_unscored),
             batch.is_on_policy,
             alignment_of(batch).to(to_device),
+            self.without_detail(teacher, batch, to_device),
         )
 
     def num_units(self, batches: list[WindowBatch]) -> int:
@@ -129,7 +136,13 @@ class CrossTokenizer(Objective):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         alignment = alignment_of(batch).groups
         sizes = alignment.num_groups, student_hidden.shape[0]
-        weights = self.term_weights(item_weights, *sizes, student_hidden.device)
+        own = self.unit_weights(
+            batch,
+            (student_hidden, student_head),
+            (teacher_hidden, teacher_head),
+            may_wait=item_weights is None,
+        )
+        weights = self.term_weights(item_weights, *sizes, student_hidden.device, own)
         student_weight, teacher_weight = student_head.weight, teacher_head.weight
         loss, metrics = self.function(
             student_hidden,
@@ -149,8 +162,7 @@ class CrossTokenizer(Objective):
             **form_options(*self.forms),
             **self.options,
         )
-        values = metrics._asdict().items()
-        return loss, {name: value.sum() for name, value in values if value is not None}
+        return loss, summed(metrics._asdict(), own)
 
     def logged(self) -> tuple[str, ...]:
         """Metrics whose means over groups are logged."""
@@ -180,7 +192,8 @@ class CrossTokenizer(Objective):
         }
         if self.distillation_weight:
             result[self.loss_name] = unit_loss
-            result |= {name: totals[name] / num_groups for name in self.logged()}
+            weight = () if self.weighting is None else (TOKEN_WEIGHT,)
+            result |= {name: totals[name] / num_groups for name in (*self.logged(), *weight)}
         return result
 
 

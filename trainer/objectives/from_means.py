@@ -19,6 +19,7 @@ from gold_trainer.caching.store import manifest_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import Head
+from gold_trainer.objectives.objective import summed
 from gold_trainer.objectives.same_vocabulary import SameVocabulary
 from gold_trainer.sides import Side
 
@@ -102,8 +103,11 @@ class FromMeans(SameVocabulary):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         check_softcap(self.forms[0])
         num_rows = student_hidden.shape[0]
+        own = self.unit_weights(
+            batch, (student_hidden, student_head), None, may_wait=item_weights is None
+        )
         row_weights, label_weights = self.term_weights(
-            item_weights, num_rows, num_rows, student_hidden.device
+            item_weights, num_rows, num_rows, student_hidden.device, own
         )
         loss, values = fused_linear_mean_kl(
             student_hidden,
@@ -118,4 +122,4 @@ class FromMeans(SameVocabulary):
             logit_scale=self.forms[0].scale,
             **self.options,
         )
-        return loss, {name: value.sum() for name, value in values.items()}
+        return loss, summed(values, own)

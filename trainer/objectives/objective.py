@@ -4,22 +4,26 @@ N_s, N_t scored rows of student and teacher, D hidden size (D_s, D_t).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gold_trainer.batches import Example, MicroBatch, WindowBatch
-from gold_trainer.collator import GOLDCollator, Processor
+from gold_trainer.batches import Example, MicroBatch, SideInputs, WindowBatch
+from gold_trainer.collator import GOLDCollator, Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import Head
 from gold_trainer.pairing import PairCollator
 from gold_trainer.sides import Side
+from gold_trainer.weighting.log_probs import ScoredSide
+from gold_trainer.weighting.tokens import ScoredTokens
+from gold_trainer.weighting.weighting import Weighting
 
 CROSS_ENTROPY = "cross_entropy"  # name of its sum, as the fused losses return it
+TOKEN_WEIGHT = "token_weight"  # of token_weighting, of a unit
 
 
 class Objective(ABC):
@@ -30,7 +34,8 @@ class Objective(ABC):
     A unit is what the loss compares: a token, or an aligned group of tokens. Labels are the tokens
     of completions that the student did not write: on its own samples the gradient of the
     cross-entropy is 0 in expectation. Both means are over the global batch. Its units and labels
-    are counted on all ranks before the first loss of the window.
+    are counted on all ranks before the first loss of the window. With token_weighting a unit's
+    loss counts with its weight in the first mean, which stays one over the number of units.
     """
 
     counts: ClassVar[tuple[str, ...]]  # what batch_counts counts, beside tokens and completions
@@ -39,6 +44,8 @@ class Objective(ABC):
     collators: dict[str, GOLDCollator]  # with which "student" and "teacher" write
     distillation_weight: float
     crossentropy_weight: float
+    forms: tuple[LogitForm, LogitForm]  # of student and teacher
+    weighting: Weighting | None = None  # of tokens
 
     @abstractmethod
     def __init__(self, args: GOLDConfig, student: Side, teacher: Side) -> None: ...
@@ -126,18 +133,79 @@ class Objective(ABC):
                 result[name] = unit_mean
         return result
 
+    @property
+    def entries(self) -> tuple[int | None, int | None]:
+        """Of both heads, that take part; None: all."""
+        return self.forms[0].num_entries, self.forms[1].num_entries
+
+    def weigh_tokens(self, weighting: Weighting | None) -> None:
+        """Before the first loss; what the units weigh is logged then."""
+        self.weighting = weighting
+        if weighting is not None:
+            self.sums = (*self.sums, TOKEN_WEIGHT)
+
+    def without_detail(
+        self, processor: Processor, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]
+    ) -> SideInputs | None:
+        """The teacher's second look, where token_weighting takes one."""
+        detail = None if self.weighting is None else self.weighting.detail
+        has_pictures = any(example.images for example in batch.teacher_examples)
+        # several processes run a teacher together that is in parts
+        if (
+            self.weighting is None
+            or detail is None
+            or (self.weighting.is_alone and not has_pictures)
+        ):
+            return None
+        examples = [detail.without_detail(example) for example in batch.teacher_examples]
+        return build_side(processor, examples, to_device, batch.teacher_unscored)
+
+    def unit_weights(
+        self,
+        batch: MicroBatch,
+        student: tuple[Tensor, Head],  # (N_s, D_s) hidden states, and their head
+        teacher: tuple[Tensor, Head] | None,  # (N_t, D_t); None: there are means of it alone
+        *,
+        may_wait: bool,  # for the device
+    ) -> Tensor | None:  # (num_units,); None: all alike
+        if self.weighting is None:
+            return None
+        forms, entries = self.forms, self.entries
+        tokens = ScoredTokens(
+            batch,
+            self.collators["student"].tokenizer,
+            ScoredSide.of(*student, forms[0], entries[0]),
+            None if teacher is None else ScoredSide.of(*teacher, forms[1], entries[1]),
+        )
+        return self.weighting.units(tokens, may_wait=may_wait)
+
     def term_weights(
-        self, item_weights: Tensor | None, num_units: int, num_labels: int, device: torch.device
+        self,
+        item_weights: Tensor | None,
+        num_units: int,
+        num_labels: int,
+        device: torch.device,
+        unit_weights: Tensor | None = None,  # (num_units,)
     ) -> tuple[Tensor, Tensor]:  # (num_units,), (num_labels,)
         """What each unit and each label weighs in the loss of the batch."""
         if item_weights is None:
             shares = [1 / max(size, 1) for size in (num_units, num_labels)]
             item_weights = torch.tensor(shares, device=device)
         unit_weight, label_weight = item_weights.unbind()
+        units = (self.distillation_weight * unit_weight).expand(num_units)
         return (
-            (self.distillation_weight * unit_weight).expand(num_units),
+            units if unit_weights is None else units * unit_weights,
             (self.crossentropy_weight * label_weight).expand(num_labels),
         )
+
+
+def summed(values: Mapping[str, Tensor | None], weights: Tensor | None) -> dict[str, Tensor]:
+    """Sums over units, for the log; the loss counts with the weights of its units."""
+    sums = {name: value.sum() for name, value in values.items() if value is not None}
+    loss = values["loss"]
+    if weights is not None and loss is not None:
+        sums |= {"loss": (weights * loss).sum(), TOKEN_WEIGHT: weights.sum()}
+    return sums
 
 
 def count_tokens(batches: list[WindowBatch]) -> int:

@@ -23,6 +23,7 @@ from gold_trainer.objectives.objective import (
     count_tokens,
     form_options,
     memory_options,
+    summed,
 )
 from gold_trainer.sides import Side
 
@@ -52,6 +53,10 @@ class SameVocabulary(Objective):
         limits = (self.vocab_size, *(form.num_entries for form in self.forms))
         return min((size for size in limits if size is not None), default=None)
 
+    @property
+    def entries(self) -> tuple[int | None, int | None]:
+        return self.num_entries, self.num_entries
+
     @staticmethod
     def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
         models.check_modality(student, teacher)
@@ -80,8 +85,10 @@ class SameVocabulary(Objective):
         return replace(batch, examples=examples, teacher_examples=examples)
 
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
-        side = build_side(self.collator.processor, batch.examples, to_device, batch.unscored)
-        return MicroBatch(side, side, batch.is_on_policy)
+        processor = self.collator.processor
+        side = build_side(processor, batch.examples, to_device, batch.unscored)
+        coarse = self.without_detail(processor, batch, to_device)
+        return MicroBatch(side, side, batch.is_on_policy, without_detail=coarse)
 
     def num_units(self, batches: list[WindowBatch]) -> int:
         return count_tokens(batches)
@@ -96,8 +103,14 @@ class SameVocabulary(Objective):
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         num_rows = student_hidden.shape[0]
+        own = self.unit_weights(
+            batch,
+            (student_hidden, student_head),
+            (teacher_hidden, teacher_head),
+            may_wait=item_weights is None,
+        )
         row_weights, label_weights = self.term_weights(
-            item_weights, num_rows, num_rows, student_hidden.device
+            item_weights, num_rows, num_rows, student_hidden.device, own
         )
         loss, values = fused_linear_loss(
             self.row_loss,
@@ -114,7 +127,7 @@ class SameVocabulary(Objective):
             **form_options(*self.forms),
             **self.options,
         )
-        return loss, {name: value.sum() for name, value in values.items()}
+        return loss, summed(values, own)
 
     def batch_counts(self, batch: MicroBatch) -> dict[str, int]:
         num_tokens = len(batch.student.labels)

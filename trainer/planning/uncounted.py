@@ -66,6 +66,11 @@ FIELDS = (
     ),
     Uncounted("rollout_compile", _given("rollout_compile"), "what the compiler itself takes"),
     Uncounted("loss_backend", _given("loss_backend"), "buffers are those of triton's kernels"),
+    Uncounted(
+        "token_weighting",
+        _given("token_weighting"),
+        "log-probabilities of tokens, and picture_detail's second look of the teacher",
+    ),
     Uncounted("fsdp", _given("fsdp"), "--engine says the engine"),
     Uncounted("fsdp_config", _given("fsdp_config"), "weights are counted on the GPU, in layers"),
     Uncounted("deepspeed", _given("deepspeed"), "--engine says the engine, with its defaults"),

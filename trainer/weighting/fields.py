@@ -1,0 +1,99 @@
+"""Fields of GOLDConfig for weights of tokens in the loss."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gold_trainer.weighting.named import find_weighting, name_of
+from gold_trainer.weighting.picture_detail import PictureDetail
+
+
+@dataclass
+class WeightingFields:
+    """The loss between teacher and student is the mean over N units of the global batch:
+
+        sum of w_i loss_i / N
+
+    A unit is a token, or with two tokenizers a group, whose w is the mean over its tokens. N counts
+    units and not weights: weights whose mean is 1 leave the size of the loss as it is, and the loss
+    does not depend on the split into micro-batches and ranks. The cross-entropy has no weights.
+    """
+
+    token_weighting: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of tokens in the loss: picture_detail, by what the detail of the "
+            "pictures tells the teacher of a token, or module:function of a function of yours. "
+            "None: all alike."
+        },
+    )
+    token_weighting_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Arguments of that function, as {"high_weight": 0.7}; docs/training.md has '
+            "those of picture_detail."
+        },
+    )
+
+    def name_weighting(self) -> None:
+        """Of a function the name, which a checkpoint can hold."""
+        given: Any = self.token_weighting
+        if given is None or isinstance(given, str) or not callable(given):
+            return
+        self.token_weighting = name_of(given)
+        if self.token_weighting is None:
+            raise ValueError(
+                "GOLDConfig: token_weighting must be a function that a module has by its name, got "
+                f"{getattr(given, '__qualname__', type(given).__name__)}; pass it to "
+                "GOLDTrainer(token_weighting=)."
+            )
+
+    def check_weighting(self) -> None:
+        """ValueError for a function that cannot be found, and for runs in which it has no use."""
+        if isinstance(self.token_weighting_kwargs, str):  # of a command line
+            self.token_weighting_kwargs = json.loads(self.token_weighting_kwargs)
+        if self.token_weighting is None:
+            return  # a function may come as an argument of GOLDTrainer
+        self.weighting_function()
+        check_use(self, self.token_weighting)
+
+    def weighting_function(self) -> Callable[..., Any] | None:
+        kwargs = self.token_weighting_kwargs or {}
+        assert isinstance(kwargs, dict), "check_weighting has read the JSON"
+        name = self.token_weighting
+        return None if name is None else find_weighting(name, kwargs)
+
+
+def check_use(args: Any, name: str) -> None:  # a GOLDConfig
+    """ValueError for a loss that takes no weights, and for a teacher that cannot look again."""
+    weight = "uld_distillation_weight" if args.use_uld_loss else "distillation_weight"
+    if getattr(args, weight) == 0:
+        raise ValueError(
+            f"GOLDConfig: token_weighting weighs the loss between teacher and student, got {name} "
+            f"and {weight}=0; leave token_weighting out: the cross-entropy takes no weights."
+        )
+    if name != PictureDetail.name:
+        return
+    if args.teacher_cache is not None:
+        raise ValueError(
+            "GOLDConfig: token_weighting='picture_detail' needs a teacher that looks at pictures "
+            "without detail too, got teacher_cache; leave one of the two out."
+        )
+    numbers = args.token_weighting_kwargs or {}
+    is_together = args.per_device_train_batch_size % args.num_generations == 0
+    if not is_together and numbers.get("temperature", 1.0) is not None:
+        raise ValueError(
+            "GOLDConfig: per_device_train_batch_size must be a multiple of num_generations with "
+            "token_weighting='picture_detail', which weighs the completions of a prompt against "
+            f"each other, got {args.per_device_train_batch_size} and {args.num_generations}; set "
+            'it, or token_weighting_kwargs={"temperature": null}.'
+        )
+
+
+def refuse_text(args: Any, is_text: bool) -> None:  # a GOLDConfig
+    if is_text and args.token_weighting == PictureDetail.name:
+        raise ValueError(
+            "GOLDTrainer: token_weighting='picture_detail' needs a vision-language student, got a "
+            "text-only one; leave it out, or give a function of your own."
+        )

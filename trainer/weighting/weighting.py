@@ -1,0 +1,107 @@
+"""The weights of a run's tokens: the function that gives them, what is refused of its answers, and
+how they reach the loss.
+
+N scored tokens of the student, N_t rows of the teacher, D_t its hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gold_trainer.batches import MicroBatch
+from gold_trainer.config import GOLDConfig
+from gold_trainer.teachers.teacher import Teacher
+from gold_trainer.weighting.fields import check_use
+from gold_trainer.weighting.picture_detail import PictureDetail
+from gold_trainer.weighting.tokens import ScoredTokens, means_of_groups
+
+
+class Weighting:
+    """A function of ScoredTokens with its arguments."""
+
+    def __init__(self, function: Callable[..., Any], args: GOLDConfig) -> None:
+        self.function = function
+        kwargs = args.token_weighting_kwargs or {}
+        assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
+        self.detail = function if isinstance(function, PictureDetail) else None
+        self.kwargs = {} if self.detail is not None else kwargs
+        self.is_alone = args.world_size == 1
+        self.name = getattr(function, "name", getattr(function, "__qualname__", "its object"))
+
+    @torch.no_grad()
+    def units(self, tokens: ScoredTokens, *, may_wait: bool) -> Tensor:
+        """(N,) weights of tokens or, with two tokenizers, (G,) of groups."""
+        if not tokens.ids.shape[0]:
+            weights = torch.zeros(0, device=tokens.ids.device)
+        else:
+            weights = self._checked(self.function(tokens, **self.kwargs), tokens, may_wait)
+        return weights if tokens.groups is None else means_of_groups(tokens.groups, weights)
+
+    def _checked(self, weights: Any, tokens: ScoredTokens, may_wait: bool) -> Tensor:
+        """In float32 or float64; what is wrong with values that a device holds is found before the
+        optimizer's step, unless anybody may wait for it.
+        """
+        number = tokens.ids.shape[0]
+        if not isinstance(weights, Tensor) or weights.shape != (number,) or weights.is_complex():
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(
+                f"token_weighting: {self.name} must return a real tensor of shape (N,) = "
+                f"({number},), a weight for each of tokens.ids, got {got}; weigh every token."
+            )
+        weights = weights.detach()
+        weights = weights if weights.dtype == torch.float64 else weights.float()
+        is_bad = ~(weights.isfinite() & (weights >= 0))
+        if is_bad.device.type == "cpu" or may_wait:
+            self._refuse(weights, is_bad, tokens)
+        else:
+            tokens.batch.bad_weights = is_bad.any()
+        return tokens.to_device(weights) if weights.device != tokens.ids.device else weights
+
+    def _refuse(self, weights: Tensor, is_bad: Tensor, tokens: ScoredTokens) -> None:
+        if is_bad.any():
+            place = int(is_bad.nonzero()[0])
+            example = tokens.batch.student.examples[int(tokens.completions[place])]
+            raise ValueError(
+                f"{example.where}: token_weighting: {self.name} must return weights that are "
+                f"finite and not negative, got {weights[place].item():g} for token "
+                f"{int(tokens.positions[place])} of the completion; clamp them."
+            )
+
+
+def make_weighting(
+    args: GOLDConfig, given: Callable[..., Any] | str | None = None
+) -> Weighting | None:
+    """Of what GOLDTrainer was given, else of the config."""
+    if isinstance(given, str):
+        args.token_weighting, given = given, None
+        args.check_weighting()
+    if given is None:
+        function = args.weighting_function()
+        if function is None and args.token_weighting_kwargs:
+            raise ValueError(
+                "GOLDTrainer: token_weighting_kwargs must be None without token_weighting, got "
+                f"{args.token_weighting_kwargs}; set token_weighting."
+            )
+        return None if function is None else Weighting(function, args)
+    if not callable(given):
+        raise ValueError(
+            "GOLDTrainer: token_weighting must be a function of ScoredTokens, or its name, got "
+            f"{type(given).__name__}; None weighs all tokens alike."
+        )
+    if args.token_weighting is not None:
+        raise ValueError(
+            "GOLDTrainer: token_weighting must be given once, got a function and "
+            f"GOLDConfig(token_weighting={args.token_weighting!r}); leave one of them out."
+        )
+    weighting = Weighting(given, args)
+    check_use(args, weighting.name)
+    return weighting
+
+
+def hidden_rows(teacher: Teacher, batch: MicroBatch) -> Tensor:  # (N_t, D_t)
+    """The teacher's, and into the batch those of its second look, where there is one."""
+    if batch.without_detail is not None:
+        batch.hidden_without_detail = teacher.hidden_rows(batch.without_detail)
+    return teacher.hidden_rows(batch.teacher)
