@@ -4,6 +4,7 @@ N scored rows, C rows of a chunk, P rows of a panel, D hidden size (D_s, D_t), V
 V_t).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # Rows of a chunk are a multiple of one of these where the budget allows it: 256 rows are two
 # programs of a row kernel on each multiprocessor of a Hopper GPU, 128 and 16 fill tiles of GEMMs.
 ROW_MULTIPLES = (256, 128, 16)
+# More rows of logits at a time gain little: what a product reads of a head is hidden behind it.
+ENOUGH_ROWS = 1024
 
 
 class Needs(NamedTuple):
@@ -36,10 +39,31 @@ class Limits(NamedTuple):
 
 
 class ChunkPlan(NamedTuple):
-    """How many rows at a time; panel is at least chunk."""
+    """How many rows at a time; panel is at least chunk. What is lent lies in the memory of the
+    gradient of the head that a call returns, which is written last.
+    """
 
     chunk: int
     panel: int
+    lent: tuple[str, ...] = ()  # of "panel" and the logits of "student" and "teacher"
+
+
+class _RowBytes(NamedTuple):
+    """Bytes of a row of a chunk, and of a row of a panel."""
+
+    student: int  # its logits; 0 where they are made in the panel
+    teacher: int
+    beside_logits: int
+    grad: int  # 0 where no gradient is needed
+    beside_grad: int
+
+    @property
+    def chunk(self) -> int:
+        return self.student + self.teacher + self.beside_logits
+
+    @property
+    def panel(self) -> int:
+        return self.grad + self.beside_grad
 
 
 def float_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -55,45 +79,86 @@ def plan_chunks(
     projection: Projection | None = None,
 ) -> ChunkPlan:
     """Rows per chunk and per panel: their buffers stay within the budget, but for a panel of all
-    rows in place of the float32 accumulator of grad_weight, where it is no larger.
+    rows in place of the float32 accumulator of grad_weight, where it is no larger, and for what is
+    lent.
     """
+    row = _row_bytes(student, teacher, needs, limits, projection)
+    num_rows, budget = max(1, student.num_rows), limits.budget_bytes
+    is_bfloat16 = student.hidden.dtype == torch.bfloat16
+    # all rows in one panel: their gradients are multiplied once, and need no accumulator
+    is_one = needs.weight and is_bfloat16
+    is_one = is_one and num_rows * row.grad <= 4 * student.weight.numel()
+    if limits.chunk_size is not None:
+        chunk = min(limits.chunk_size, num_rows)
+        return ChunkPlan(chunk, num_rows if is_one else chunk)
+    if not needs.weight:
+        chunk = _even_rows(num_rows, budget // max(1, row.chunk + row.panel))
+        return ChunkPlan(chunk, chunk)
+    if not is_one and num_rows * (row.chunk + row.panel) <= budget:
+        return ChunkPlan(num_rows, num_rows)
+    lent = 2 * student.weight.numel() if is_bfloat16 else 0
+    if is_one:
+        plans = _plans_of_panel(num_rows, budget - num_rows * row.beside_grad, lent, row)
+    else:
+        plans = _plans_of_panels(num_rows, budget, lent, row)
+    # smaller chunks make the products of logits slow, smaller panels the sums into grad_weight
+    return max(plans, key=lambda plan: (min(plan.chunk, ENOUGH_ROWS), plan.panel))
+
+
+def _plans_of_panels(num_rows: int, budget: int, lent: int, row: _RowBytes) -> Iterator[ChunkPlan]:
+    """A panel in half of the budget, in all that is lent, or in half of that."""
+    panel = _even_rows(num_rows, budget // 2 // row.panel)
+    yield from _plans_of_panel(panel, budget - panel * row.panel, 0, row)
+    for part in (1, 2):
+        panel = _even_rows(num_rows, lent // part // row.grad)
+        if panel * row.grad <= lent // part:
+            room, left = budget - panel * row.beside_grad, lent - panel * row.grad
+            yield from _plans_of_panel(panel, room, left, row, ("panel",))
+
+
+def _plans_of_panel(
+    panel: int, room: int, lent: int, row: _RowBytes, lent_already: tuple[str, ...] = ()
+) -> Iterator[ChunkPlan]:
+    """Logits in the room of their own, in what is lent, or one side in each."""
+    lend: tuple[str, ...]
+    for lend in ((), ("student",), ("student", "teacher")):
+        inside = sum(getattr(row, side) for side in lend)
+        limit = room // max(1, row.chunk - inside)
+        if inside:
+            limit = min(limit, lent // inside)
+        if limit > 0 or not lend:
+            yield ChunkPlan(_even_rows(panel, limit), panel, (*lent_already, *lend))
+
+
+def _row_bytes(
+    student: LinearHead,
+    teacher: LinearHead | None,
+    needs: Needs,
+    limits: Limits,
+    projection: Projection | None,
+) -> _RowBytes:
     hidden, has_grad = student.hidden, any(needs)
     panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
-    num_rows = max(1, student.num_rows)
     v_student = aligned_width(student.weight.shape[0])
     v_teacher = 0 if teacher is None else aligned_width(teacher.weight.shape[0])
     logits_dtype = limits.logits_dtype or float_dtype(hidden)
     is_in_place = has_grad and logits_dtype == panel_dtype
-    chunk_row = logits_dtype.itemsize * (v_teacher + (0 if is_in_place else v_student))
+    student_logits = 0 if is_in_place else logits_dtype.itemsize * v_student
+    teacher_logits = logits_dtype.itemsize * v_teacher
+    beside_logits = limits.row_bytes
+    beside_logits += sum(_gathered_row(side) for side in (student, teacher) if side is not None)
     if logits_dtype.itemsize < hidden.dtype.itemsize:  # rounded after the GEMM, one side at a time
-        chunk_row += hidden.dtype.itemsize * max(v_student, v_teacher)
-    chunk_row += limits.row_bytes
-    chunk_row += sum(_gathered_row(side) for side in (student, teacher) if side is not None)
-    grad_row = panel_dtype.itemsize * v_student if has_grad else 0
+        beside_logits += hidden.dtype.itemsize * max(v_student, v_teacher)
+    grad = panel_dtype.itemsize * v_student if has_grad else 0
     if projection is not None:
-        grad_row += projection.row_bytes(student.weight)
+        grad += projection.row_bytes(student.weight)
     # beside a panel: the copy of its hidden states without rows of weight 0
-    panel_row = grad_row + (hidden.dtype.itemsize * hidden.shape[1] if needs.weight else 0)
-    panel_row += _gathered_row(student)
-    is_cut = cut_of(student.weight.shape[0], hidden) < student.weight.shape[0]
-    cut_row = 4 * hidden.shape[1] if needs.hidden and is_cut else 0  # the sum of two products
-    panel_row += cut_row
-    budget = limits.budget_bytes
-    if not needs.weight:
-        row = chunk_row + grad_row + cut_row
-        chunk = _rows_within(num_rows, budget, row, limits.chunk_size)
-        return ChunkPlan(chunk, chunk)
-    accumulator = 4 * student.weight.numel()
-    if hidden.dtype == torch.bfloat16 and num_rows * grad_row <= accumulator:
-        room = budget - num_rows * (panel_row - grad_row)
-        return ChunkPlan(_rows_within(num_rows, room, chunk_row, limits.chunk_size), num_rows)
-    if limits.chunk_size is not None:
-        return ChunkPlan(*[min(limits.chunk_size, num_rows)] * 2)
-    if num_rows * (chunk_row + panel_row) <= budget:
-        return ChunkPlan(num_rows, num_rows)
-    panel = _rows_within(num_rows, budget // 2, panel_row, None)
-    chunk = _rows_within(panel, budget - panel * panel_row, chunk_row, None)
-    return ChunkPlan(chunk, panel // chunk * chunk)
+    beside_grad = hidden.dtype.itemsize * hidden.shape[1] if needs.weight else 0
+    if needs.weight:
+        beside_grad += _gathered_row(student)
+    if needs.hidden and cut_of(student.weight.shape[0], hidden) < student.weight.shape[0]:
+        beside_grad += 4 * hidden.shape[1]  # the sum of two products
+    return _RowBytes(student_logits, teacher_logits, beside_logits, grad, beside_grad)
 
 
 def _gathered_row(side: LinearHead) -> int:
@@ -101,11 +166,9 @@ def _gathered_row(side: LinearHead) -> int:
     return 0 if side.row_index is None else side.hidden.dtype.itemsize * side.hidden.shape[1]
 
 
-def _rows_within(num_rows: int, num_bytes: int, row_bytes: int, chunk_size: int | None) -> int:
-    """At most chunk_size rows, else what the bytes hold, in parts of about equal size."""
-    if chunk_size is not None:
-        return min(chunk_size, num_rows)
-    limit = max(1, num_bytes // row_bytes)
+def _even_rows(num_rows: int, limit: int) -> int:
+    """At most limit rows, and 1 at least, in parts of about equal size."""
+    limit = max(1, limit)
     if num_rows <= limit:
         return num_rows
     multiple = next((m for m in ROW_MULTIPLES if m <= limit), 1)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import ChunkPlan, Limits, Needs, float_dtype, plan_chunks
+from gold_kernels.engine.lent import LentMemory, rows_in
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.products import Projection, pull_back_, pull_back_weight_
-from gold_kernels.triton.launch import aligned_width, empty_rows
+from gold_kernels.triton.launch import aligned_width
 
 # float16 ends at 6e-8, far above row_weight * probability: gradients travel as 2**14 / max
 # |row_weight| / grad_bound times themselves (no entry is beyond 3 row weights times grad_bound, see
@@ -87,42 +88,76 @@ def run_chunks(
         grad_scale = torch.where(peak > 0, FLOAT16_GRAD_LIMIT / grad_bound / peak, 1.0)
         row_weights = row_weights * grad_scale
 
-    logits_dtype = limits.logits_dtype or wide
-    teacher_buffer = None
-    if teacher is not None and num_paired:
-        teacher_buffer = empty_rows(hidden, plan.chunk, teacher.weight.shape[0], logits_dtype)
-    grad_panel = None
-    if has_grad:
-        grad_panel = _empty_panel(hidden, plan.panel, weight.shape[0], panel_dtype)
-    student_buffer = None
-    if not (has_grad and logits_dtype == panel_dtype):
-        student_buffer = empty_rows(hidden, plan.chunk, weight.shape[0], logits_dtype)
+    returned = padded.weight
+    if "panel" in plan.lent:  # not the accumulator, which is in use from the first panel on
+        returned = weight.new_empty(weight.shape[0] + num_padded, weight.shape[1])
+    lent = None if returned is None else LentMemory(returned[: weight.shape[0]])
+    buffers = _buffers(student, teacher, has_grad, limits, plan, panel_dtype, lent)
     for first in range(0, num_rows, plan.panel):
         last = min(first + plan.panel, num_rows)
         for rows in _chunks(first, last, num_paired, plan.chunk):
             size = rows.stop - rows.start
             in_panel = slice(rows.start - first, rows.stop - first)
-            grad_logits = None if grad_panel is None else grad_panel[in_panel]
-            buffer = grad_logits if student_buffer is None else student_buffer[:size]
+            grad_logits = None if buffers.panel is None else buffers.panel[in_panel]
+            buffer = grad_logits if buffers.student is None else buffers.student[:size]
             assert buffer is not None, "without a buffer of its own a chunk is made in the panel"
             student_logits = student.project_(buffer, rows)
             teacher_logits = None
-            if teacher is not None and teacher_buffer is not None and rows.start < num_paired:
-                teacher_logits = teacher.project_(teacher_buffer[:size], rows)
+            if teacher is not None and buffers.teacher is not None and rows.start < num_paired:
+                teacher_logits = teacher.project_(buffers.teacher[:size], rows)
             row_function(student_logits, teacher_logits, grad_logits, rows, row_weights[rows])
-        if grad_panel is not None:
-            panel = grad_panel[: last - first]
+        if buffers.panel is not None:
+            panel = buffers.panel[: last - first]
             _add_panel(grads, student, panel, first, row_weights, projection)
+    if "panel" in plan.lent and returned is not None and padded.weight is not None:
+        padded = padded._replace(weight=returned.copy_(padded.weight))
     return _finish(padded, student, grad_scale)
 
 
+class _Buffers(NamedTuple):
+    """What rows are made in; None where nobody needs them."""
+
+    student: Tensor | None  # (C, V_s); None: logits are made in the panel
+    teacher: Tensor | None  # (C, V_t)
+    panel: Tensor | None  # (P, V_s)
+
+
+def _buffers(
+    student: LinearHead,
+    teacher: LinearHead | None,
+    has_grad: bool,
+    limits: Limits,
+    plan: ChunkPlan,
+    panel_dtype: torch.dtype,
+    lent: LentMemory | None,  # until the last panel is done
+) -> _Buffers:
+    hidden, vocab_size = student.hidden, student.weight.shape[0]
+    logits_dtype = limits.logits_dtype or float_dtype(hidden)
+    panel = student_rows = teacher_rows = None
+    if has_grad:
+        memory = lent if "panel" in plan.lent else None
+        panel = _empty_panel(hidden, plan.panel, vocab_size, panel_dtype, memory)
+    if not (has_grad and logits_dtype == panel_dtype):
+        memory = lent if "student" in plan.lent else None
+        student_rows = rows_in(memory, hidden, plan.chunk, vocab_size, logits_dtype)
+    if teacher is not None and teacher.num_rows:
+        memory = lent if "teacher" in plan.lent else None
+        size = teacher.weight.shape[0]
+        teacher_rows = rows_in(memory, hidden, plan.chunk, size, logits_dtype)
+    return _Buffers(student_rows, teacher_rows, panel)
+
+
 def _empty_panel(
-    hidden: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype
+    hidden: Tensor,
+    num_rows: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    memory: LentMemory | None,
 ) -> Tensor:  # (P, V)
     """Rows for gradients, the operand of a GEMM: on a CPU without anything beside them, since the
     bfloat16 GEMM of CPUs with AMX (torch 2.14) multiplies what lies behind a row by 0.
     """
-    panel = empty_rows(hidden, num_rows, aligned_width(vocab_size), dtype)
+    panel = rows_in(memory, hidden, num_rows, aligned_width(vocab_size), dtype)
     if hidden.device.type == "cpu":
         panel[:, vocab_size:].zero_()
     return panel[:, :vocab_size]

@@ -24,13 +24,16 @@ def test_a_chunk_is_never_larger_than_asked_nor_than_the_budget(num_rows, dtype,
     for budget in (1 << 26, 1 << 28, DEFAULT_BUDGET_BYTES):
         plan = planned(num_rows, v, d, dtype, needs, budget_bytes=budget)
         assert 1 <= plan.chunk <= plan.panel <= num_rows
-        teacher_bytes = 4 * v * plan.chunk
-        student_bytes = 0 if dtype == torch.float32 else teacher_bytes
-        panel_bytes = dtype.itemsize * v * plan.panel
+        sizes = {"student": 4 * v * plan.chunk, "teacher": 4 * v * plan.chunk}
+        sizes["panel"] = dtype.itemsize * v * plan.panel
+        if dtype == torch.float32:  # made in the panel
+            sizes["student"] = 0
+        lent = sum(sizes.pop(name) for name in plan.lent)
+        assert lent <= (2 * v * d if needs.weight and dtype == torch.bfloat16 else 0)
         replaces_accumulator = needs.weight and dtype == torch.bfloat16 and plan.panel == num_rows
-        if replaces_accumulator and panel_bytes <= 4 * v * d:
-            panel_bytes = 0
-        assert teacher_bytes + student_bytes + panel_bytes <= budget
+        if replaces_accumulator and sizes.get("panel", 0) <= 4 * v * d:
+            sizes.pop("panel", None)
+        assert sum(sizes.values()) <= budget
 
 
 @pytest.mark.parametrize("needs", [Needs(True, False, False), Needs(True, True, False)])

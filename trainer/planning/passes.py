@@ -256,9 +256,13 @@ def loss_buffers(func: Any, call: dict[str, Any]) -> int:
     if projection is not None:  # logits become their gradient where they are
         row = 4 * v_student + projection.row_bytes(student.weight)
         return plan.panel * row + plan.chunk * limits.row_bytes
-    total = plan.chunk * (logits * (v_student + v_teacher) + limits.row_bytes)
+    # what is lent lies in what is returned
+    sides = {"student": v_student, "teacher": v_teacher}
+    total = plan.chunk * limits.row_bytes
+    total += plan.chunk * logits * sum(v for side, v in sides.items() if side not in plan.lent)
     if any(needs):
-        total += plan.panel * size * (v_student + student.hidden.shape[1])
+        v_panel = 0 if "panel" in plan.lent else v_student
+        total += plan.panel * size * (v_panel + student.hidden.shape[1])
     if needs.weight and plan.panel < student.num_rows:
         total += 4 * student.weight.numel()
     return total
