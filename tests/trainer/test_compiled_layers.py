@@ -46,6 +46,21 @@ def test_layers_share_a_graph_and_write_what_they_write_without(family, graphs, 
     run.train()
 
 
+def test_hooks_that_come_after_the_first_call_run(graphs, tmp_path):
+    run, writer, prompts = build(tmp_path, "qwen3", rollout_compile=True)
+    before = ids_of(writer, run, prompts)
+    assert writer.compiled is not None
+    parts = [layer.mlp.down_proj for layer in writer.compiled.layers]
+    hooks = [part.register_forward_hook(lambda module, args, out: -3 * out) for part in parts]
+    changed = ids_of(writer, run, prompts)
+    run.args.rollout_compile = False
+    plain = local.LocalWriter(writing=writer.writing, collator=writer.collator, args=run.args)
+    assert changed == ids_of(plain, run, prompts) != before
+    for hook in hooks:
+        hook.remove()
+    assert ids_of(writer, run, prompts) == before
+
+
 @pytest.mark.skipif(not is_interpreted(), reason="the tests of a GPU write with kernels anyway")
 def test_layers_with_kernels_write_the_same(graphs, tmp_path, monkeypatch):
     run, writer, prompts = build(tmp_path, "qwen3_vl")

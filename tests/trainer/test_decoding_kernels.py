@@ -1,5 +1,7 @@
 """Kernels of a decoding step beside torch, and which layers of a graph are joined for them."""
 
+import operator
+
 import pytest
 import torch
 from torch.nn import functional
@@ -109,6 +111,23 @@ def test_layers_that_share_an_input_become_one_operator(is_autocast, graphs, ker
     targets = [node.target for node in graphs[0].graph.nodes]
     assert targets.count(torch.ops.gold_trainer.linears.default) == 2
     assert targets.count(functional.linear) == 1, "alone with its input"
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.mul_(2), lambda x: x.__setitem__(0, 1), lambda x: operator.iadd(x, 1)]
+)
+def test_layers_whose_input_changes_between_them_stay_as_they_are(change, graphs, kernels):
+    layer = Layer().to(DEVICE, torch.float16).requires_grad_(False)
+
+    def forward(x):
+        x = x + 0
+        first = layer.up(x)
+        change(x)
+        return first + layer.gate(x)
+
+    x = torch.randn(3, 1, 32, device=DEVICE, dtype=torch.float16)
+    compiled = torch.compile(forward, backend=shared_inputs.shares_inputs(local.COMPILER))
+    torch.testing.assert_close(compiled(x), forward(x), atol=0.01, rtol=0.01)
 
 
 def test_layers_of_32_bits_stay_as_they_are(graphs, kernels):

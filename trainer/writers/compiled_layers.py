@@ -107,7 +107,9 @@ class CompiledLayers:
                 for module in layer.modules():
                     if hasattr(module, "layer_idx"):
                         change(module, "layer_idx", 0)
-            yield
+            # hooks that parts of a layer get after it was compiled have to run too
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                yield
         finally:
             ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
             for module, name, value in before:

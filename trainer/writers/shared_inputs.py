@@ -6,6 +6,7 @@ in one launch, gate and up projections a quarter more. Weights of 32 bits stay w
 sums as generate() does.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -18,6 +19,8 @@ from torch.nn import functional
 from gold_kernels.triton.launch import default_backend
 
 MOST_ROWS = 64  # of the kernel
+ARITHMETIC = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"
+IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in ARITHMETIC))
 
 
 @torch.library.custom_op("gold_trainer::linears", mutates_args=())
@@ -60,7 +63,7 @@ def share_inputs(module: fx.GraphModule) -> None:
         if node.target is functional.linear and _is_taken(node):
             by_input.setdefault(node.args[0], []).append(node)
     for nodes in by_input.values():
-        if len(nodes) == 1:
+        if len(nodes) == 1 or _is_changed(nodes):
             continue
         sizes = [_example(node.args[1]).shape[0] for node in nodes]
         with module.graph.inserting_before(nodes[0]):
@@ -85,6 +88,18 @@ def _is_taken(node: fx.Node) -> bool:
     weight, out = _example(node.args[1]), _example(node)
     is_fast = default_backend(weight) == "triton" and weight.is_contiguous()
     return is_fast and weight.element_size() == 2 and weight.dtype == out.dtype
+
+
+def _is_changed(nodes: Sequence[fx.Node]) -> bool:
+    """Whether anything is changed in place between the first and the last: perhaps their input."""
+    node = nodes[0]
+    while node is not nodes[-1]:
+        node = node.next
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        if is_in_place or "out" in node.kwargs or node.target in IN_PLACE:
+            return True
+    return False
 
 
 def _example(node: Any) -> Any:
