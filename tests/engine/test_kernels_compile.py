@@ -13,7 +13,7 @@ from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
 from gold_trainer.writers import attention_kernel, linear_kernel, sampling_kernel
-from support.processes import TESTS
+from support.forks import TESTS
 
 SHARED_BYTES = 48 << 10  # a program gets no more without asking the driver
 MOST_SHARED_BYTES = 99 << 10  # and no more at all on devices for desktops

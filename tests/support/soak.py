@@ -4,7 +4,7 @@ python tests/support/soak.py 20  # kills; make soak
 """
 
 import hashlib
-import multiprocessing
+import json
 import os
 import random
 import resource
@@ -19,19 +19,19 @@ import torch
 from transformers import TrainerCallback
 
 from gold_trainer import checkpoints
+from support.forks import Forked
 from support.resumed_runs import FIELDS
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 
-PRELOADED = ["support.soak", "gold_trainer.trainer"]
 SAVE_SECONDS = 0.06  # a save of the tiny model takes about 0.03 s
 
 
-def run(output_dir, num_steps, answer, kill=None, seed=0, step_seconds=0.0):
-    """In a process of its own: train to the end, or until the kill; answer: digest and seconds.
+def run(output_dir, num_steps, kill, seed, step_seconds):
+    """In a process of its own: train to the end, or until the kill; prints digest and seconds.
 
     kill: "save", within the save of one of the next steps; "any", at any moment of the next three
-    steps; "disk", a file cannot grow beyond some size.
+    steps; "disk", a file cannot grow beyond some size; "", none.
     """
     torch.set_num_threads(1)
     draw = random.Random(seed)
@@ -56,7 +56,7 @@ def run(output_dir, num_steps, answer, kill=None, seed=0, step_seconds=0.0):
     digest = hashlib.sha256()
     for weight in trainer.model.state_dict().values():
         digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
-    answer.put((digest.hexdigest(), time.perf_counter() - started))
+    print(json.dumps([digest.hexdigest(), time.perf_counter() - started]))  # noqa: T201
 
 
 def _kill_after(seconds):
@@ -93,26 +93,24 @@ def soak(folder, num_kills, seed=0, say=lambda text: None):
     ends with other weights than the uninterrupted one.
     """
     num_steps = 2 * num_kills + 4
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    answer = context.Queue()
 
-    def process(name, kill=None, number=0):
-        arguments = (str(folder / name), num_steps, answer, kill, f"{seed} {number}", step)
-        worker = context.Process(target=run, args=arguments)
-        worker.start()
-        worker.join(300)
-        return worker.exitcode
+    def process(name, kill="", number=0):
+        """How it ended, and what it wrote last."""
+        arguments = (str(folder / name), num_steps, kill, f"{seed} {number}", step)
+        output = folder / f"output of {name} {number} {kill}"
+        worker = Forked(output, "support.soak", "run", *map(str, arguments))
+        return worker.wait(300), worker.stdout.splitlines()[-1:]
 
     step = 0.0
-    assert process("whole") == 0
-    expected, seconds = answer.get()
+    code, last = process("whole")
+    assert code == 0
+    expected, seconds = json.loads(*last)
     step = seconds / num_steps
     within, killed = 0, 0
     for number in range(4 * num_kills):
         kill = "save" if within < (killed + 1) / 2 else "any"
         started = time.time()
-        code = process("killed", kill, number)
+        code, _ = process("killed", kill, number)
         assert code in (0, -signal.SIGKILL), f"run {number} ended with {code}"
         if code == 0:
             break  # it was done before its kill came
@@ -128,15 +126,25 @@ def soak(folder, num_kills, seed=0, say=lambda text: None):
         if killed == num_kills:
             break
     assert killed == num_kills, f"{killed} kills of {num_kills}: the run was over too early"
-    assert process("killed", "disk") == 1, "a save beyond the limit must fail"
+    assert process("killed", "disk")[0] == 1, "a save beyond the limit must fail"
     say("disk full: refused")
-    assert process("killed") == 0
-    assert answer.get()[0] == expected, "the weights differ from those of the uninterrupted run"
+    code, last = process("killed")
+    assert code == 0
+    assert json.loads(*last)[0] == expected, (
+        "the weights differ from those of the uninterrupted run"
+    )
     return within
 
 
-if __name__ == "__main__":
-    num_kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+def main(what="20", *arguments):
+    if what == "run":
+        output_dir, num_steps, kill, seed, step_seconds = arguments
+        run(output_dir, int(num_steps), kill, seed, float(step_seconds))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        within = soak(Path(folder), num_kills, say=lambda text: print(text, flush=True))  # noqa: T201
-    print(f"{num_kills} kills, {within} within a save: the weights are the same")  # noqa: T201
+        within = soak(Path(folder), int(what), say=lambda text: print(text, flush=True))  # noqa: T201
+    print(f"{what} kills, {within} within a save: the weights are the same")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

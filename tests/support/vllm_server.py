@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import requests
 
 from gold_trainer import GOLDConfig
 from gold_trainer.writers.vllm.command import server_environment, server_options
+from support.processes import free_port
 from support.trainer_cases import FIELDS
 
 ROOT = Path(__file__).parents[2]
@@ -52,12 +52,6 @@ def assert_installed() -> None:
     assert (PYTHON.parent.parent / "installed").exists(), (
         "tests of vLLM need its environment: make .venv-vllm/installed"
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The command line: fields from YAML and flags, datasets of every kind, errors in one message."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -194,8 +193,8 @@ def train_flags(models, json_rows, output_dir):
     ]
 
 
-def test_train_saves_a_student_that_answers(models, json_rows, tmp_path):
-    """A fresh process, as a user starts it, evaluation included."""
+def test_train_saves_a_student_that_answers(models, json_rows, tmp_path, capsys):
+    """Evaluation included."""
     output_dir = tmp_path / "out"
     flags = train_flags(models, json_rows, output_dir)
     flags += [
@@ -206,11 +205,8 @@ def test_train_saves_a_student_that_answers(models, json_rows, tmp_path):
         "--eval_dataset_name",
         str(json_rows),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "gold_trainer", "train", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"student saved in {output_dir}" in done.stdout
+    assert main(["train", *flags]) == 0
+    assert f"student saved in {output_dir}" in capsys.readouterr().out
     student = AutoModelForImageTextToText.from_pretrained(output_dir)
     processor = AutoProcessor.from_pretrained(output_dir)
     before = AutoModelForImageTextToText.from_pretrained(models / "student")

@@ -1,17 +1,15 @@
 """Ranks that wait for each other forever end, and say where they waited."""
 
 import ast
-from pathlib import Path
 
+from support.forks import TESTS
 from support.processes import start_ranks
-
-TESTS = Path(__file__).parents[1]
 
 
 def test_a_hang_prints_the_stacks_of_every_rank_and_ends_them():
-    done = start_ranks("hanging_step", 2, seconds=15)
+    done = start_ranks("hanging_step", 2, seconds=8)
     assert done.returncode != 0
-    assert done.stderr.count("Timeout (0:00:15)!") == 2
+    assert done.stderr.count("Timeout (0:00:08)!") == 2
     for name in ("wait_for_nobody", "wait_for_the_other"):
         assert f"in {name}\n" in done.stderr
 

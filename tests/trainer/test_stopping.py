@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from gold_trainer import command_line
 from gold_trainer.__main__ import main
 from gold_trainer.checkpoints import what_is_wrong
 from gold_trainer.objectives import same_vocabulary
+from support.forks import Forked
 from support.resumed_runs import FIELDS, assert_same_run
 from support.tiny_models import save_tiny_pair, tiny_rows
 from support.trainer_cases import make_trainer
@@ -40,23 +39,22 @@ def flags(tmp_path_factory):
     ]
 
 
+def stopped(command, folder, number, code, is_to_all=False):
+    """What a run wrote to stderr and stdout that got a signal after its first step, or it and the
+    processes that it has started.
+    """
+    run = Forked(folder / "output", "gold_trainer", "train", *command)
+    run.wait_until(lambda: "'loss'" in run.stdout or run.poll() is not None)
+    (os.killpg if is_to_all else os.kill)(run.pid, number)
+    assert run.wait(60) == code, run.stderr
+    return run.stderr, run.stdout
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_ends_the_command_with_a_checkpoint_one_line_and_its_exit_code(
     number, code, flags, tmp_path
 ):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gold_trainer", "train", *flags, "--output_dir", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    for line in process.stdout:
-        if "'loss'" in line:
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    err, out = stopped([*flags, "--output_dir", str(tmp_path)], tmp_path, number, code)
     assert "Traceback" not in err + out
     (line,) = [line for line in err.splitlines() if "is complete" in line]
     match = re.search(rf"stopped by {number.name} after step (\d+); (\S+) is complete", line)
@@ -70,20 +68,7 @@ def test_signal_ends_the_command_with_a_checkpoint_one_line_and_its_exit_code(
 def test_signal_to_the_workers_of_the_data_loader_too_ends_alike(number, code, flags, tmp_path):
     """As a terminal and a cluster send it: to all processes of the run."""
     command = [*flags, "--output_dir", str(tmp_path), "--dataloader_num_workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gold_trainer", "train", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if "'loss'" in line:
-            break
-    os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    err, out = stopped(command, tmp_path, number, code, is_to_all=True)
     assert "Traceback" not in err + out
     assert len([line for line in err.splitlines() if "is complete" in line]) == 1, err
     (folder,) = tmp_path.glob("checkpoint-*")

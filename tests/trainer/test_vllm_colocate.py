@@ -12,7 +12,7 @@ import pytest
 from gold_trainer import ranks, sampling_check
 from gold_trainer.writers.vllm import check as vllm_check
 from gold_trainer.writers.vllm import sync as vllm_sync
-from support.processes import TESTS
+from support.forks import TESTS
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 from support.vllm_cases import prompts_of

@@ -1,37 +1,19 @@
 """The end of a run whose rollouts a server writes: nothing waits for what nobody reads."""
 
-import os
-import subprocess
-import sys
 import time
 from threading import Event
 
 import pytest
 
 from gold_trainer.writers.background import Background
-from support.processes import TESTS
+from support.forks import Forked
 
 
 @pytest.mark.parametrize("name", ["RuntimeError", "KeyboardInterrupt"])
 def test_a_process_with_an_error_ends_while_a_server_is_answering(name, tmp_path):
-    run = subprocess.Popen(
-        [sys.executable, "-m", "support.vllm_leaving_step", str(tmp_path), name],
-        cwd=TESTS,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert run.stdout is not None
-        lines = iter(run.stdout.readline, "")
-        assert any(line == "LEAVING\n" for line in lines), run.communicate()[1][-4000:]
-        started = time.monotonic()
-        _, errors = run.communicate(timeout=30)
-        assert time.monotonic() - started < 20 and name in errors and run.returncode != 0
-    finally:
-        run.kill()
-        run.wait()
+    run = Forked(tmp_path / "output", "support.vllm_leaving_step", str(tmp_path), name)
+    run.wait_until(lambda: "LEAVING\n" in run.stdout)
+    assert run.wait(20) != 0 and name in run.stderr
 
 
 def test_what_has_not_begun_when_a_run_ends_is_not_asked_for():
