@@ -93,7 +93,7 @@ class WindowBatch:
     """The examples of one micro-batch, for student and teacher."""
 
     examples: list[Example]  # as the student sees them
-    teacher_examples: list[Example]  # the same list where one tokenizer serves both sides
+    teacher_examples: list[Example]  # the same list where both sides see the same
     alignment: BatchAlignment | None = None  # with two tokenizers, once completions are known
     source: str = "dataset"  # who wrote the completions: "student", "teacher" or "dataset"
     skipped: list[BadRow] = field(default_factory=list)  # rows that were left out of it
@@ -144,7 +144,7 @@ class MicroBatch:
     """What one forward and backward pass works on."""
 
     student: SideInputs
-    teacher: SideInputs  # the student's own where one tokenizer serves both sides
+    teacher: SideInputs  # the student's own where both sides see the same
     is_on_policy: bool
     alignment: BatchAlignment | None = None  # with two tokenizers
     # What token_weighting may need and leave: a second look of the teacher, at pictures without

@@ -24,6 +24,7 @@ from gold_trainer.frames import CONTENT, Piece
 from gold_trainer.in_context import InContext, end_ids_of_calls
 from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
 from gold_trainer.placeholders import placeholder_names, refuse_placeholders
+from gold_trainer.privileged.sides import batch_of
 from gold_trainer.rendering import Processor, Renderer
 from gold_trainer.row_errors import LongPromptError, PictureError, told
 from gold_trainer.rows import Row
@@ -82,8 +83,7 @@ class GOLDCollator:
         return tokenizer.eos_token_id, False
 
     def __call__(self, rows: list[Row]) -> WindowBatch:
-        examples = [self.example(row) for row in rows]
-        return WindowBatch(examples, examples)
+        return batch_of(self, rows, [self.example(row) for row in rows])
 
     def blank(self, index: int) -> WindowBatch:
         """A micro-batch of which no row is left: nothing in it is scored."""

@@ -11,7 +11,8 @@ from gold_trainer.messages import parsed_json, parsed_messages
 from gold_trainer.row_errors import ColumnsError, shown
 
 MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
-BESIDE_ALL = (*MEDIA[0], *MEDIA[1], "tools", "chat_template_kwargs")
+TEACHER_VIEW = ("teacher_images", "teacher_messages")  # what the teacher sees in their place
+BESIDE_ALL = (*MEDIA[0], *MEDIA[1], "tools", "chat_template_kwargs", *TEACHER_VIEW)
 # The column that tells how a row holds its conversation -> the columns that go with it.
 SHAPES: dict[str, tuple[str, ...]] = {
     "messages": (),
@@ -50,7 +51,7 @@ def names_of(rows: Any) -> list[str]:
     names: dict[str, None] = {}
     for row in rows:
         if isinstance(row, Mapping):
-            names.update((name, None) for name, value in row.items() if _holds(value))
+            names.update((name, None) for name, value in row.items() if holds(value))
     return list(names)
 
 
@@ -59,14 +60,14 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     neither part of that nor goes with it.
     """
     given = [name for name in SHAPES if columns.get(name) is not None]
-    shape = next((name for name in given if _holds(columns[name])), given[0] if given else None)
+    shape = next((name for name in given if holds(columns[name])), given[0] if given else None)
     if shape is None:
         raise ValueError(
             f"row {index}: `messages`, or `prompt` and `completion`, are expected, got "
             f"{sorted(map(printable, columns))}; rename the columns."
         )
     used = (shape, *SHAPES[shape], *BESIDE_ALL)
-    unused = sorted(printable(k) for k, v in columns.items() if k not in used and _holds(v))
+    unused = sorted(printable(k) for k, v in columns.items() if k not in used and holds(v))
     if unused:
         kind = ValueError if set(unused) <= set(KNOWN) else ColumnsError
         raise kind(
@@ -87,7 +88,7 @@ def printable(name: Any) -> str:
     return str(name).encode("ascii", "backslashreplace").decode()
 
 
-def _holds(value: Any) -> bool:
+def holds(value: Any) -> bool:
     return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
 
 

@@ -148,24 +148,37 @@ def _take(row: dict[str, Any], column: str, index: int) -> Any:
 
 
 def _text_as_messages(row: dict[str, Any]) -> None:
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
+    roles = {"prompt": "user", "completion": "assistant", "teacher_messages": "user"}
+    for name, role in roles.items():
         if isinstance(parsed_messages(row.get(name)), str):
             row[name] = [{"role": role, "content": row[name]}]
 
 
 def _prepend_system(row: dict[str, Any], text: str) -> None:
-    """A row's own system message wins."""
-    for name in ("messages", "conversations", "prompt"):
-        messages = parsed_messages(row.get(name))
-        if isinstance(messages, list) and messages:
-            first = messages[0]
-            is_own = isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
-            if not is_own and not row.get("system"):
-                messages = [{"role": "system", "content": text}, *messages]
-                row[name] = json.dumps(messages) if isinstance(row[name], str) else messages
-            return
-    if row.get("instruction") is not None and not row.get("system"):
+    """A conversation's own system message wins."""
+    names = ("messages", "conversations", "prompt")
+    shapes = [name for name in names if _is_conversation(row.get(name))]
+    has_own = bool(row.get("system"))
+    if shapes and not has_own:
+        row[shapes[0]] = _with_system(row[shapes[0]], text)
+    elif not shapes and row.get("instruction") is not None and not has_own:
         row["system"] = text
+    if _is_conversation(row.get("teacher_messages")):
+        row["teacher_messages"] = _with_system(row["teacher_messages"], text)
+
+
+def _is_conversation(value: Any) -> bool:
+    messages = parsed_messages(value)
+    return isinstance(messages, list) and bool(messages)
+
+
+def _with_system(value: Any, text: str) -> Any:
+    messages = parsed_messages(value)
+    first = messages[0]
+    if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
+        return value
+    messages = [{"role": "system", "content": text}, *messages]
+    return json.dumps(messages) if isinstance(value, str) else messages
 
 
 def source_of(

@@ -155,7 +155,7 @@ class CompletionPairs:
 class PairCollator:
     """Rows -> examples of both sides and, once completions are known, their alignment.
 
-    Pictures are the row's own objects on both sides.
+    Pictures are the row's own objects on both sides, unless the teacher sees others.
     """
 
     def __init__(self, student: GOLDCollator, teacher: GOLDCollator, pairs: CompletionPairs):
@@ -177,6 +177,7 @@ class PairCollator:
 
     def _teacher_example(self, row: Row) -> Example:
         # Plain text may end with the student's end of turn: the teacher gets what stands before.
+        row = row.seen_by_teacher()
         is_text = isinstance(row.prompt, str)
         try:
             example = self.teacher.example(replace(row, completion=None) if is_text else row)

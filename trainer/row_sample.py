@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gold_trainer.columns import MEDIA, as_conversation
+from gold_trainer.columns import MEDIA, TEACHER_VIEW, as_conversation
 from gold_trainer.dataset import RowDataset, conversations
 from gold_trainer.messages import parsed_messages
 
@@ -56,7 +56,8 @@ def sample_rows(rows: RowDataset, tokenizer: Any) -> RowSample:
             break
         try:
             columns = rows.reader.columns(columns_of[index])
-            texts_alone = {k: v for k, v in columns.items() if k not in (*MEDIA[0], *MEDIA[1])}
+            others = (*MEDIA[0], *MEDIA[1], *TEACHER_VIEW)
+            texts_alone = {k: v for k, v in columns.items() if k not in others}
             row = as_conversation(texts_alone, index)
         except Exception:  # of the dataset's own code too; the row says so when it is read
             continue

@@ -4,7 +4,7 @@ Errors name the row, and the turn where each is an example of its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gold_trainer.messages import (
 )
 from gold_trainer.pictures import MAX_PIXELS, PictureReader
 from gold_trainer.placing import PICTURE, VIDEO, Medium, num_parts_of, place, take
+from gold_trainer.privileged.reading import Place, TeacherView, read_view
 from gold_trainer.row_config import refuse_reserved
 from gold_trainer.row_errors import BadRow, NoAnswerError, renamed, shown
 from gold_trainer.turns import Conversation, read_conversation
@@ -53,10 +54,14 @@ class Row:
     is_prefill: bool = False  # the completion goes on where the prompt's last message stops
     videos: list[Video] = field(default_factory=list)
     turn: int | None = None  # which of the row's; None where a row is one example
+    view: TeacherView | None = None  # the teacher's; None: the same as the student's
 
     @property
     def where(self) -> str:
         return name_of(self.index, self.turn)
+
+    def seen_by_teacher(self) -> "Row":
+        return self if self.view is None else replace(self, **self.view._asdict(), view=None)
 
 
 @dataclass(frozen=True)
@@ -171,17 +176,17 @@ class RowReader:
         return read_conversation(columns, index, self.is_text, self.is_table)
 
     def _parse(self, columns: Mapping[str, Any], index: int, turn: int) -> Row:
-        """Messages, or prompt and completion, with image or images, tools and
-        chat_template_kwargs.
+        """Messages, or prompt and completion, with image or images, tools, chat_template_kwargs
+        and what the teacher sees.
 
         For a vision-language student a plain prompt becomes a user's turn, with or without
         pictures: all rows of a dataset are prompted alike.
         """
         pictures, videos = (_values(columns, names, index) for names in MEDIA)
-        conversation = self._conversation(columns, index)
+        conversation, at, num_videos = self._conversation(columns, index), 0, 0
         if conversation is None:
             _refuse_beside_text(columns, index)
-            self._refuse_media(pictures, videos, index)
+            self.refuse_media(pictures, videos, index)
             prompt: Messages | str = columns["prompt"]
             completion, answer, is_prefill = columns.get("completion"), None, False
         else:
@@ -191,7 +196,8 @@ class RowReader:
             completion = None if answer is None else text_of(answer, index)
             messages, pictures = self._placed(conversation.messages, pictures, PICTURE, index)
             messages, videos = self._placed(messages, videos, VIDEO, index)
-            self._refuse_media(pictures, videos, index)
+            self.refuse_media(pictures, videos, index)
+            num_videos = len(videos)
             prompt = conversation._replace(messages=messages).prompt(at)
             # later turns bring their own
             pictures = pictures[: num_parts_of(prompt, PICTURE)]
@@ -211,7 +217,12 @@ class RowReader:
         )
         for name in ("prompt", "completion", "answer", "tools", "chat_template_kwargs"):
             check_unicode(getattr(row, name), f"row {index}: {name}")
-        return row
+        place_of_answer = Place(conversation, at, num_videos)
+        return replace(row, view=read_view(columns, row, place_of_answer, self))
+
+    def column(self, columns: Mapping[str, Any], name: str, index: int) -> list[tuple[Any, str]]:
+        """What a column of several pictures holds, with the keys it stands under."""
+        return _values(columns, ("", name), index)
 
     def _warn_of_left_out(self, conversation: Conversation, index: int) -> None:
         """Whoever knows TRL expects all of a completion to be learnt."""
@@ -234,7 +245,7 @@ class RowReader:
             return messages, values  # refused below
         return place(messages, len(values), index, medium, has_placeholders), values
 
-    def _refuse_media(self, pictures: Sequence[Any], videos: Sequence[Any], index: int) -> None:
+    def refuse_media(self, pictures: Sequence[Any], videos: Sequence[Any], index: int) -> None:
         if self.is_text and pictures:
             raise ValueError(
                 f"row {index}: a text-only student takes no pictures, got {len(pictures)}; drop "

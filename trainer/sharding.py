@@ -189,18 +189,26 @@ class PicturesForAll:
         """Called on all ranks, with as many batches. Waits for the device, once a window."""
         if not self.is_needed:
             return batches
-        own = [[has_media(batch.examples, kind) for kind in MEDIA] for batch in batches]
+        places = [("student", kind) for kind in MEDIA]
+        if is_sharded(self.teacher):
+            places += [("teacher", kind) for kind in MEDIA]
+        seen = [{"student": b.examples, "teacher": b.teacher_examples} for b in batches]
+        own = [[has_media(sides[side], kind) for side, kind in places] for sides in seen]
         flags = torch.tensor(own, dtype=torch.float32, device=self.accelerator.device)
         counts = self.accelerator.reduce(flags, reduction="sum").tolist()
         result = []
         for batch, has, of_all in zip(batches, own, counts, strict=True):
-            due = [
-                k for k, here, count in zip(MEDIA, has, of_all, strict=True) if count and not here
-            ]
-            sides = ("student", "teacher") if is_sharded(self.teacher) else ("student",)
-            rows = {side: [self.example(side, kind) for kind in due] for side in sides}
-            teachers = rows.get("teacher", [])
-            result.append(replace(batch, unscored=rows["student"], teacher_unscored=teachers))
+            due = [p for p, here, n in zip(places, has, of_all, strict=True) if n and not here]
+            kinds = {side: [k for s, k in due if s == side] for side in ("student", "teacher")}
+            student, teacher = (
+                [self.example(side, kind) for kind in own] for side, own in kinds.items()
+            )
+            others = batch.teacher_examples
+            if len(places) > len(MEDIA) and kinds["student"] != kinds["teacher"]:
+                others = list(others)  # another list: the sides are made apart
+            result.append(
+                replace(batch, teacher_examples=others, unscored=student, teacher_unscored=teacher)
+            )
         return result
 
 

@@ -31,7 +31,7 @@ from gold_trainer.videos import Video
 from gold_trainer.writers import Completion, Prompt, Sampling, Writer
 
 RowKey = tuple[int, int | None]  # row of the dataset and turn
-Pictures = dict[RowKey, tuple[list[Image.Image], list[Video]]]
+Pictures = dict[tuple[str, RowKey], tuple[list[Image.Image], list[Video]]]  # by side
 SEED_BITS = 62  # of a prompt: what its number of completions adds stays a number of 64 bits
 
 
@@ -98,13 +98,18 @@ def fetch_window(batches: Iterator[WindowBatch], num_batches: int) -> list[Windo
 
 
 def _share_pictures(batch: WindowBatch, pictures: Pictures) -> WindowBatch:
-    examples, teacher_examples = (
-        [
-            _with_shared(e, *pictures.setdefault((e.index, e.turn), (e.images, e.videos)))
-            for e in side
+    def shared(side: str, example: Example) -> Example:
+        key = side, (example.index, example.turn)
+        return _with_shared(example, *pictures.setdefault(key, (example.images, example.videos)))
+
+    examples = teacher_examples = [shared("student", example) for example in batch.examples]
+    if batch.teacher_examples is not batch.examples:
+        teacher_examples = [
+            new if teacher is old else shared("teacher", teacher)
+            for new, old, teacher in zip(
+                examples, batch.examples, batch.teacher_examples, strict=True
+            )
         ]
-        for side in (batch.examples, batch.teacher_examples)
-    )
     return replace(batch, examples=examples, teacher_examples=teacher_examples)
 
 

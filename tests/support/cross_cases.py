@@ -180,6 +180,7 @@ def eager_cross_step(
     distillation_weight: float = 1.0,
     unit_loss: Callable[..., Tensor] | None = None,  # of logits, weights and alignment; None: ULD
     unit_weights: Callable[..., Tensor] | None = None,  # of logits, completions and alignment
+    teacher_rows: list[dict[str, Any]] | None = None,  # as the teacher sees them
     **temperatures: float,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean ULD over all groups plus mean cross-entropy over all labels; gradients by name."""
@@ -195,8 +196,12 @@ def eager_cross_step(
     num_groups = sum(alignment.num_groups for alignment in alignments)
     num_labels = sum(len(ids[0]) for ids, has in zip(completions, has_labels, strict=True) if has)
     total = 0.0
-    for row, ids, alignment, has in zip(rows, completions, alignments, has_labels, strict=True):
-        inputs = [prompt_inputs(side.processor, row) for side in (student, teacher)]
+    teacher_rows = rows if teacher_rows is None else teacher_rows
+    for row, seen, ids, alignment, has in zip(
+        rows, teacher_rows, completions, alignments, has_labels, strict=True
+    ):
+        views = (student, row), (teacher, seen)
+        inputs = [prompt_inputs(side.processor, view) for side, view in views]
         with torch.no_grad():
             teacher_logits = scored_logits(models[1], inputs[1], ids[1])
         student_logits = scored_logits(models[0], inputs[0], ids[0])

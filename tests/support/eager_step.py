@@ -102,6 +102,7 @@ def eager_step(
     row_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     weights: tuple[float, float] = (1.0, 0.0),
     token_weights: Callable[..., Tensor] | None = None,
+    teacher_rows: list[dict[str, Any]] | None = None,  # as the teacher sees them
     vocab_size: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[float, dict[str, Tensor]]:
@@ -116,8 +117,11 @@ def eager_step(
     total = 0.0
     for place, (row, completion_ids) in enumerate(zip(rows, completions, strict=True)):
         inputs = prompt_inputs(processor, row)
+        seen = inputs
+        if teacher_rows is not None:
+            seen = prompt_inputs(processor, teacher_rows[place])
         with torch.no_grad():
-            teacher_logits = scored_logits(teacher, inputs, completion_ids)[:, :vocab_size]
+            teacher_logits = scored_logits(teacher, seen, completion_ids)[:, :vocab_size]
         student_logits = scored_logits(student, inputs, completion_ids)[:, :vocab_size]
         if row_loss is None:
             loss_rows = jsd_rows(student_logits, teacher_logits, beta=beta)

@@ -34,7 +34,7 @@ class Part:
     """Of one batch."""
 
     refused: list[BadRow]
-    tokens: dict[str, list[Tokens]]  # by side; the student's alone where both have one tokenizer
+    tokens: dict[str, list[Tokens]]  # by side; the student's alone where both see the same
     pictures: list[list[tuple[int, int]]]  # width and height, by example
     sums: Counter[str]  # across tokenizers: groups, tokens, bytes, completions without a group
 
@@ -107,6 +107,7 @@ class SplitReport:
     tokens: dict[str, list[Tokens]] = field(default_factory=dict)
     pictures: list[list[tuple[int, int]]] = field(default_factory=list)
     sums: Counter[str] = field(default_factory=Counter)
+    is_one: bool = True  # both sides see the same of every row
 
     def add(self, part: Part) -> int:
         """How many rows the part has."""
@@ -116,7 +117,9 @@ class SplitReport:
             refusal.count += 1
             if len(refusal.rows) < NUM_PLACES and row.index not in refusal.rows:
                 refusal.rows.append(row.index)
-        for side, tokens in part.tokens.items():
+        self.is_one &= "teacher" not in part.tokens
+        for side in SIDES if part.tokens else ():
+            tokens = part.tokens.get(side, part.tokens["student"])
             self.tokens.setdefault(side, []).extend(tokens)
         self.pictures += part.pictures
         self.sums += part.sums
@@ -132,9 +135,9 @@ class SplitReport:
         return sorted(self.refusals.values(), key=lambda refusal: -refusal.count)
 
     def _sides(self) -> dict[str, list[Tokens]]:
-        if "teacher" in self.tokens:
-            return {side: self.tokens[side] for side in SIDES}
-        return {"student and teacher": self.tokens["student"]} if self.tokens else {}
+        if self.is_one and self.tokens:
+            return {"student and teacher": self.tokens["student"]}
+        return self.tokens
 
     def distributions(self) -> dict[str, dict[str, float]]:
         """Min, median, 95th percentile and maximum by what is counted."""

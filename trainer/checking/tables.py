@@ -68,11 +68,12 @@ def print_examples(
         if batch.teacher_examples is not batch.examples:
             sides = {"student": (student, "student"), "teacher": (teacher, "teacher")}
         table = Table(title=f"{student.where}: scored tokens {how}", show_lines=True)
+        is_other = teacher.images != student.images  # the teacher sees pictures of its own
         cells = []
         for title, (example, side) in sides.items():
             table.add_column(title, overflow="fold")
             scored = _scored(batch, side, example)
-            cells.append(_rendered(example, tokenizers[side], scored, has_colour))
+            cells.append(_rendered(example, tokenizers[side], scored, has_colour, is_other))
         table.add_row(*cells)
         console.print(table)
 
@@ -86,12 +87,17 @@ def _scored(batch: WindowBatch, side: str, example: Example) -> set[int]:
 
 
 def _rendered(
-    example: Example, tokenizer: PreTrainedTokenizerBase, scored: set[int], has_colour: bool
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    scored: set[int],
+    has_colour: bool,
+    shows_pictures: bool,
 ) -> Text:
     prompt = example.prompt_text
     if len(prompt) > PROMPT_CHARACTERS:
         prompt = f"... {prompt[-PROMPT_CHARACTERS:]}"
-    text = Text(prompt)
+    sizes = ", ".join(f"{image.width} x {image.height}" for image in example.images)
+    text = Text(f"({sizes}) {prompt}" if shows_pictures else prompt)
     if example.completion_ids is None:
         return text.append(" (the completion is written in training)", style="italic")
     for place, piece in enumerate(pieces_of(tokenizer, example.completion_ids[:NUM_TOKENS])):

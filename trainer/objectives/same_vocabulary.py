@@ -4,7 +4,6 @@ N scored rows, D hidden size (D_s, D_t). A unit of the loss is a token.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -12,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from gold_kernels import fused_linear_loss
 from gold_kernels.losses import make_loss
 from gold_trainer import loading, models
-from gold_trainer.batches import Example, MicroBatch, WindowBatch
+from gold_trainer.batches import Example, MicroBatch, SideInputs, WindowBatch
 from gold_trainer.collator import GOLDCollator, Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head
@@ -25,6 +24,7 @@ from gold_trainer.objectives.objective import (
     memory_options,
     summed,
 )
+from gold_trainer.privileged.sides import completed
 from gold_trainer.sides import Side
 
 
@@ -40,6 +40,7 @@ class SameVocabulary(Objective):
         self.distillation_weight = args.distillation_weight
         self.crossentropy_weight = args.crossentropy_weight
         self.forms = student.form, teacher.form
+        self.is_cached = args.teacher_cache is not None
         self.row_loss = make_loss(args.loss, **args.loss_numbers)
         self.sums = self.row_loss.value_names
         self.vocab_size = one_family.shared_vocab_size(
@@ -77,18 +78,23 @@ class SameVocabulary(Objective):
         return student
 
     def prompts(self, batch: WindowBatch, writer: str) -> list[Example]:
-        return batch.examples
+        return batch.examples if writer == "student" else batch.teacher_examples
 
     def with_completions(
         self, batch: WindowBatch, writer: str, examples: list[Example]
     ) -> WindowBatch:
-        return replace(batch, examples=examples, teacher_examples=examples)
+        return completed(self.collator, batch, writer, examples)
 
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
         processor = self.collator.processor
-        side = build_side(processor, batch.examples, to_device, batch.unscored)
+        student = teacher = build_side(processor, batch.examples, to_device, batch.unscored)
+        others = batch.teacher_examples
+        if others is not batch.examples and self.is_cached:
+            teacher = SideInputs.without_tensors(others)
+        elif others is not batch.examples:
+            teacher = build_side(processor, others, to_device, batch.teacher_unscored)
         coarse = self.without_detail(processor, batch, to_device)
-        return MicroBatch(side, side, batch.is_on_policy, without_detail=coarse)
+        return MicroBatch(student, teacher, batch.is_on_policy, without_detail=coarse)
 
     def num_units(self, batches: list[WindowBatch]) -> int:
         return count_tokens(batches)

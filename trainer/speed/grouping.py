@@ -11,15 +11,23 @@ from gold_trainer.batches import Example, WindowBatch
 
 def by_length(batches: Sequence[WindowBatch], sources: Sequence[str]) -> list[WindowBatch]:
     """Of one tokenizer: among the micro-batches that learn from the dataset, whose lengths are
-    known before anything is written, the longest rows come first. Sizes stay.
+    known before anything is written, the rows that are longest for the student come first. Sizes
+    stay.
     """
     own = [i for i, source in enumerate(sources) if source == "dataset" and _is_free(batches[i])]
-    order = sorted((e for i in own for e in batches[i].examples), key=_length, reverse=True)
+    pairs = [
+        pair
+        for i in own
+        for pair in zip(batches[i].examples, batches[i].teacher_examples, strict=True)
+    ]
+    pairs.sort(key=lambda pair: _length(pair[0]), reverse=True)
     result, start = list(batches), 0
     for i in own:
         stop = start + len(batches[i].examples)
-        examples = order[start:stop]
-        result[i] = replace(batches[i], examples=examples, teacher_examples=examples)
+        examples = teachers = [student for student, _ in pairs[start:stop]]
+        if any(teacher is not student for student, teacher in pairs[start:stop]):
+            teachers = [teacher for _, teacher in pairs[start:stop]]
+        result[i] = replace(batches[i], examples=examples, teacher_examples=teachers)
         start = stop
     return result
 

@@ -1,0 +1,1 @@
+"""A teacher that sees more than the student: other pictures, or another context."""
