@@ -62,6 +62,9 @@ sweep: .venv/installed-dev  ## every architecture of transformers, tiny, against
 matrix: .venv/installed-dev  ## every student, loss, rows and run under every engine; writes docs/hardware.md's table
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/engine_matrix.py
 
+served-teacher: .venv/installed-dev .venv-vllm/installed  ## a teacher behind vLLM's own server, on a CPU
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_environment/served_teacher.py
+
 coverage: .venv/installed-dev .venv-vllm/installed  ## all tests with a report; see CONTRIBUTING for what it cannot see
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
 		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage

@@ -39,6 +39,9 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
        gold-trainer train --help-all               those of transformers too
        gold-trainer vllm-command [RECIPE | CONFIG.yaml] [--field value ...]
                                                    the line that starts the run's vLLM server
+       gold-trainer teacher-command [RECIPE | CONFIG.yaml] [--field value ...]
+                                                   the line that starts the vLLM server of the run's
+                                                   teacher
        gold-trainer recipes                        files of recipes, and of engines for several GPUs
        gold-trainer demo [--output_dir runs/demo]  handwritten digits, no download
        gold-trainer --version
@@ -201,6 +204,11 @@ def _vllm_command(argv: list[str]) -> None:
     _load("writers.vllm.command", "vllm_command")(argv)
 
 
+def _teacher_command(argv: list[str]) -> None:
+    argv = _known(argv)
+    _load("teachers.served.start_line", "teacher_command")(argv)
+
+
 def _recipes(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"gold-trainer recipes: no arguments are expected, got {argv[0]!r}")
@@ -219,6 +227,7 @@ COMMANDS: dict[str | None, Callable[[list[str]], int | None]] = {
     "cache-teacher": _cache_teacher,
     "demo": _demo,
     "recipes": _recipes,
+    "teacher-command": _teacher_command,
     "vllm-command": _vllm_command,
 }
 

@@ -55,6 +55,9 @@ class Banner(TrainerCallback):
         if args.teacher_cache is not None:
             form = form_of_cache(args)
             self.sides[1] = ("teacher", f"cached in {args.teacher_cache} (form {form})")
+        elif args.teacher_model_server_url is not None:
+            name = args.teacher_model_name_or_path
+            self.sides[1] = ("teacher", f"{name}, served at {args.teacher_model_server_url}")
         console = Console(highlight=False)
         console.print(f"gold-trainer {__version__}", markup=False)
         for name, text in [*self.sides, *self.lines(args, state)]:

@@ -146,7 +146,7 @@ def read_run(argv: list[str]) -> Run:
     data_name = _given(data_args.dataset_name, "dataset_name")
     teacher = config.teacher_model_name_or_path
     if config.teacher_cache is None:
-        teacher = _given(teacher, "teacher_model_name_or_path")
+        teacher = _given(_served(config), "teacher_model_name_or_path")
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
     options = student_options(model_args)
@@ -164,6 +164,15 @@ def read_run(argv: list[str]) -> Run:
     eval_rows = load(data_args, "eval") if needs_eval else None
     peft_config = _lora_config(model_args)
     return Run(student, teacher, config, train_rows, eval_rows, peft_config, data_name)
+
+
+def _served(config: GOLDConfig) -> str | None:
+    """The checkpoint that a server was started with, where nothing else names it."""
+    if config.teacher_model_server_url is not None and config.teacher_model_name_or_path is None:
+        from gold_trainer.teachers.served.check import find_server  # slow to import
+
+        find_server(config)
+    return config.teacher_model_name_or_path
 
 
 def train(argv: list[str]) -> None:

@@ -22,7 +22,7 @@ from gold_trainer.run_config import (
     rename_checkpointing,
 )
 from gold_trainer.speed.fields import SpeedFields
-from gold_trainer.teacher_config import TeacherFields
+from gold_trainer.teacher_config import ServedFields, TeacherFields
 from gold_trainer.uld_config import ULDFields
 from gold_trainer.vllm_config import VLLMFields
 from gold_trainer.weighting.fields import WeightingFields
@@ -33,6 +33,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     RunFields,
     SpeedFields,
     TeacherFields,
+    ServedFields,
     CacheFields,
     LossFields,
     ULDFields,
@@ -46,9 +47,9 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
 
     The default loss is the generalized JSD (Agarwal et al. 2023, arXiv 2306.13649): beta = 0 is
     forward KL(P || Q), beta = 1 reverse KL(Q || P) of teacher P and student Q. LossFields has the
-    fields of the loss, TeacherFields and CacheFields those of the teacher. With use_uld_loss
-    teacher and student may have different tokenizers, and ULDFields has its fields. lmbda is the
-    share of on-policy micro-batches, whose completions the student writes.
+    fields of the loss, TeacherFields, ServedFields and CacheFields those of the teacher. With
+    use_uld_loss teacher and student may have different tokenizers, and ULDFields has its fields.
+    lmbda is the share of on-policy micro-batches, whose completions the student writes.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  # a field of the dataclass if it were annotated
@@ -151,6 +152,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         self.check_loss(is_across=self.use_uld_loss)
         self.check_uld()
         self.check_teacher()
+        self.check_served()
         self.check_teacher_cache()
         for name in ("distillation_weight", "uld_distillation_weight"):
             if getattr(self, name) == 0 and self.lmbda == 1:

@@ -84,6 +84,10 @@ RANGES: dict[str, tuple[Range, str]] = {
         Range("in (0, 1]", 0, 1, is_open=True),
         "None takes 0.9, in colocate 0.3",
     ),
+    # a served teacher
+    "teacher_server_timeout": (NOT_NEGATIVE, "240 seconds is the default"),
+    "teacher_request_timeout": (POSITIVE, "600 seconds is the default"),
+    "teacher_request_retries": (Range("at least 0", 0), "0 asks once"),
     # the adapter
     "lora_r": (AT_LEAST_1, "16 is usual"),
     "lora_alpha": (POSITIVE, "twice lora_r is usual"),

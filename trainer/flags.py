@@ -21,6 +21,7 @@ GROUPS = (
     ("command_line.py", "ModelArguments", "student"),
     ("data_files.py", "DataArguments", "data"),
     ("teacher_config.py", "TeacherFields", "teacher"),
+    ("teacher_config.py", "ServedFields", "a served teacher"),
     ("cache_config.py", "CacheFields", "a cached teacher"),
     ("config.py", "GOLDConfig", "completions"),
     ("rollout_config.py", "RolloutFields", "sampling"),

@@ -1,7 +1,9 @@
-"""Fields of GOLDConfig for the teacher: which model it is, and where its weights are."""
+"""Fields of GOLDConfig for the teacher: which model it is, and where its weights are: here, or in a
+vLLM server.
+"""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -103,3 +105,90 @@ def _check_device(name: str) -> None:
 
 def _count(kind: str) -> int:
     return torch.get_device_module(kind).device_count()
+
+
+# Where the weights of a teacher are that is here.
+PLACES = ("teacher_sharding", "teacher_device", "teacher_offload")
+
+
+@dataclass
+class ServedFields:
+    """teacher_model_name_or_path is the checkpoint that the server was started with."""
+
+    teacher_model_server_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a vLLM server that runs the teacher, `gold-trainer "
+            "teacher-command` prints its start line; of the checkpoint norm and head are read here."
+        },
+    )
+    teacher_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds to wait for that server when a run begins."}
+    )
+    teacher_request_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds that it may take for one row."}
+    )
+    teacher_request_retries: int = field(
+        default=3,
+        metadata={"help": "How often a row is asked for again where the server did not answer."},
+    )
+
+    @property
+    def has_absent_teacher(self) -> bool:
+        """Whether it is asked with examples, and needs no tensors of them."""
+        args: Any = self  # a GOLDConfig
+        return args.teacher_cache is not None or self.teacher_model_server_url is not None
+
+    def check_served(self) -> None:
+        """ValueError for what a server cannot do; an address in the teacher's place moves."""
+        args: Any = self
+        if is_address(args.teacher_model_name_or_path):
+            take_address(args, args.teacher_model_name_or_path)
+            args.teacher_model_name_or_path = None
+        url = self.teacher_model_server_url
+        if url is None:
+            for one in fields(ServedFields):
+                if getattr(self, one.name) != one.default:
+                    raise ValueError(
+                        f"GOLDConfig: {one.name} must be left out unless a server is the teacher, "
+                        f"got {getattr(self, one.name)!r}; set teacher_model_server_url."
+                    )
+            return
+        if not is_address(url):
+            raise ValueError(
+                "GOLDConfig: teacher_model_server_url must be an address like "
+                f"http://localhost:8002, got {url!r}; begin it with http://."
+            )
+        self.teacher_model_server_url = url.rstrip("/").removesuffix("/v1")
+        if args.seq_kd:
+            raise ValueError(
+                "GOLDConfig: seq_kd must be False with teacher_model_server_url, got True; the "
+                "server is asked for hidden states alone: put its completions into the dataset."
+            )
+        for name in PLACES:
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"GOLDConfig: {name} must be None with teacher_model_server_url, got "
+                    f"{getattr(args, name)!r}: its weights are where the server is; leave one of "
+                    "them out."
+                )
+        if "quantization_config" in (args.teacher_model_init_kwargs or {}):
+            raise ValueError(
+                "GOLDConfig: teacher_model_init_kwargs must be without quantization_config with "
+                "teacher_model_server_url, got one; start the server with --quantization."
+            )
+
+
+def is_address(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith(("http://", "https://"))
+
+
+def take_address(args: Any, url: str) -> None:  # a GOLDConfig
+    """An address that came in the place of the teacher's name."""
+    given = args.teacher_model_server_url
+    if given not in (None, url):
+        raise ValueError(
+            "GOLDTrainer: one server must be the teacher, got "
+            f"{url!r} and teacher_model_server_url={given!r}; leave one of them out."
+        )
+    args.teacher_model_server_url = url

@@ -41,6 +41,10 @@ class RunningServer:
         """Of GOLDConfig."""
         return {"use_vllm": True, "vllm_server_port": self.port, "vllm_server_timeout": 5.0}
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def kill(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # its engine is a process of its own
@@ -57,27 +61,35 @@ def assert_installed() -> None:
 @contextmanager
 def running_server(model: Path, folder: Path, rank: int | None = None) -> Iterator[RunningServer]:
     """With the options that the start line of such a run has."""
-    assert_installed()
-    port = free_port()
     config = GOLDConfig(
-        output_dir=str(folder), **(FIELDS | {"use_vllm": True, "lmbda": 1.0}), vllm_server_port=port
+        output_dir=str(folder),
+        **(FIELDS | {"use_vllm": True, "lmbda": 1.0}),
+        vllm_server_port=free_port(),
     )
+    options, environment = server_options(config, rank), server_environment(config, rank)
+    with running_command(model, folder, options, environment) as running:
+        yield running
+
+
+@contextmanager
+def running_command(
+    model: Path, folder: Path, options: list[str], environment: dict[str, str]
+) -> Iterator[RunningServer]:
+    assert_installed()
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += server_options(config, rank)
-    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
-    environment = os.environ | ENVIRONMENT | server_environment(config, rank)
-    environment.pop("PYTHONPATH", None)
+    command += [*options, "--enforce-eager", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     log = folder / "server.log"
     with log.open("w") as file:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=inherited | ENVIRONMENT | environment,
             cwd=folder,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = RunningServer(port, process, log)
+    server = RunningServer(int(options[options.index("--port") + 1]), process, log)
     try:
         wait_for(server)
         yield server
@@ -89,7 +101,7 @@ def wait_for(server: RunningServer) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and server.process.poll() is None:
         try:
-            if requests.get(f"http://127.0.0.1:{server.port}/health", timeout=5).ok:
+            if requests.get(f"{server.url}/health", timeout=5).ok:
                 return
         except requests.ConnectionError:
             time.sleep(0.5)

@@ -214,11 +214,15 @@ class Caching:
         return manifest
 
     def _load(self, split: Split, batches: list[list[int]], num_workers: int) -> Iterator[Scored]:
-        builder = Builder(split.name, self.collate, self.prepared.teacher_processor)
+        is_here = self.args.teacher_model_server_url is None
+        processor = self.prepared.teacher_processor if is_here else None
+        builder = Builder(split.name, self.collate, processor)
         return load(split.rows, batches, builder, num_workers)
 
     def _inputs(self, scored: Scored) -> SideInputs:
         device, inputs = self.args.device, scored.inputs
+        if isinstance(inputs, list):
+            return SideInputs.without_tensors(inputs)
         return SideInputs(
             [],
             {name: tensor.to(device) for name, tensor in inputs.tensors.items()},

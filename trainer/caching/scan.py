@@ -67,14 +67,17 @@ class Scored(NamedTuple):
 
     places: list[tuple[Place, Key]]
     lengths: list[int]  # how many positions of each are scored
-    inputs: ModelInputs
+    inputs: ModelInputs | list[Example]  # these for a teacher that is elsewhere
 
 
 class Builder:
     """A collator: rows of a split -> inputs of the teacher."""
 
     def __init__(
-        self, split: str, collate: Callable[[list[Any]], WindowBatch], processor: Processor
+        self,
+        split: str,
+        collate: Callable[[list[Any]], WindowBatch],
+        processor: Processor | None,  # None: no tensors are made
     ) -> None:
         self.split, self.collate, self.processor = split, collate, processor
 
@@ -89,6 +92,8 @@ class Builder:
             for example in examples
         ]
         lengths = [len(example.written_ids) for example in examples]
+        if self.processor is None:
+            return Scored(places, lengths, examples)
         return Scored(places, lengths, build_inputs(self.processor, examples))
 
 

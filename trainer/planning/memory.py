@@ -268,7 +268,7 @@ class TeacherSizes(NamedTuple):
 def teacher_sizes(subject: Subject, setup: Setup, args: GOLDConfig) -> TeacherSizes:
     head = subject.sides[1].head.weight
     head_bytes = _bytes(head)
-    if args.teacher_cache is not None:
+    if args.has_absent_teacher:
         held = 0 if isinstance(subject.objective, FromMeans) else head_bytes
         return TeacherSizes(held, 0, 0, runs=False)
     model = subject.teacher

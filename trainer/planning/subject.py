@@ -64,9 +64,8 @@ def find_subject(run: Run, num_tokens: int | None = None) -> Found:
         return objective.prepare(repeated(window, objective, size), lambda tensor: tensor)
 
     batch = batch_of(args.per_device_train_batch_size)
-    is_cached = args.teacher_cache is not None
-    models_and_sides = student, None if is_cached else teacher, sides
-    stored = _stored(args) if is_cached else None
+    models_and_sides = student, None if args.has_absent_teacher else teacher, sides
+    stored = None if args.teacher_cache is None else _stored(args)
     subject = Subject(args, *models_and_sides, objective, batch, batch_of, stored)
     return Found(subject, _assumption(sample, batch, args, num_tokens))
 

@@ -5,10 +5,12 @@ from transformers import PreTrainedModel
 
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
-from gold_trainer.teachers.cached import CachedTeacher, check_cached, source_of
+from gold_trainer.teachers.cached import CachedTeacher, check_cached
 from gold_trainer.teachers.frozen import FrozenTeacher
+from gold_trainer.teachers.named import source_of
 from gold_trainer.teachers.offloaded import OffloadedTeacher
 from gold_trainer.teachers.own_weights import OwnWeights
+from gold_trainer.teachers.served.teacher import ServedTeacher
 from gold_trainer.teachers.sharded import ShardedTeacher
 from gold_trainer.teachers.teacher import Teacher
 
@@ -17,6 +19,7 @@ __all__ = [
     "FrozenTeacher",
     "OffloadedTeacher",
     "OwnWeights",
+    "ServedTeacher",
     "ShardedTeacher",
     "Teacher",
     "check_cached",
@@ -43,7 +46,10 @@ def make_live_teacher(
     processor: Processor,
     args: GOLDConfig,
 ) -> Teacher:
-    """One that has weights, also where a cache of it is made."""
+    """One that can be asked about any row, also where a cache of it is made."""
+    if args.teacher_model_server_url is not None:
+        assert isinstance(teacher_model, str), "source_of has found its checkpoint"
+        return ServedTeacher.open(teacher_model, processor, args)
     if teacher_model is None:
         assert student is not None, "a teacher is named, or the student is its own"
         return OwnWeights(student, processor, args)

@@ -5,14 +5,13 @@ N_t scored rows, D_t hidden size, V_t vocabulary.
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from gold_trainer import loading
 from gold_trainer.batches import Example, SideInputs, WindowBatch
@@ -30,24 +29,13 @@ from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.sides import Side
+from gold_trainer.teachers.absent import AbsentTeacher, StoredHead
 from gold_trainer.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 NUM_CHECKED = 16  # rows of a dataset that are looked for before a run
 AGAIN = "run gold-trainer cache-teacher again, which"
-
-
-@dataclass
-class StoredHead:
-    """The teacher's head without the rest of it."""
-
-    weight: Tensor  # (V_t, D_t)
-    bias: Tensor | None  # (V_t,)
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
 
 
 def open_cache(args: GOLDConfig) -> Manifest:
@@ -94,21 +82,6 @@ def open_cache(args: GOLDConfig) -> Manifest:
 
 def _bytes(sizes: list[int] | None) -> str:
     return "0 bytes" if sizes is None else f"{sum(sizes)} bytes"
-
-
-def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
-    """The teacher, or, where it is cached, the folder with its config and processor."""
-    if isinstance(teacher_model, str):
-        args.teacher_model_name_or_path = teacher_model
-    if args.teacher_cache is None:
-        return args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    if teacher_model is not None and not isinstance(teacher_model, str):
-        raise ValueError(
-            "GOLDTrainer: teacher_model must be None or a name with teacher_cache, got "
-            f"{type(teacher_model).__name__}; the cache is read in its place: leave it out."
-        )
-    open_cache(args)
-    return str(Path(args.teacher_cache) / store.TEACHER)
 
 
 class StoredRows:
@@ -168,23 +141,20 @@ def _list(names: list[str], words: dict[str, str]) -> str:
     return ", ".join(words.get(name, name) for name in names) or "prompt and completion"
 
 
-class CachedTeacher(Teacher):
+class CachedTeacher(AbsentTeacher):
     """Answers with what a cache holds: hidden states, or what FromMeans takes of them. Its head
     alone is in memory, and that only for hidden states.
     """
 
-    model = None
-
     def __init__(self, stored: StoredRows, side: Side) -> None:
         self.stored, self.side = stored, side
-        self.device = torch.device("cpu")
 
     @classmethod
     def open(cls, processor: Processor, args: GOLDConfig) -> "CachedTeacher":
         """Where source_of has found nothing wrong; processor is the teacher's."""
         assert args.teacher_cache is not None, "there is a cache"
         folder = Path(args.teacher_cache)
-        for name in ("teacher_offload", "teacher_device"):
+        for name in ("teacher_offload", "teacher_device", "teacher_model_server_url"):
             if getattr(args, name) is not None:
                 logger.warning(
                     "GOLDTrainer: %s=%r is for gold-trainer cache-teacher alone: training from "
@@ -206,13 +176,6 @@ class CachedTeacher(Teacher):
         if manifest.form == "hidden":
             head = StoredHead(tensors["weight"], tensors.get("bias"))
         return cls(StoredRows(folder, manifest), replace(side, head=head, form=form))
-
-    def place(self, device: torch.device) -> None:
-        self.device = device
-        head = self.side.head
-        if isinstance(head, StoredHead):
-            head.weight = head.weight.to(device)
-            head.bias = None if head.bias is None else head.bias.to(device)
 
     def hidden_rows(self, inputs: SideInputs) -> Tensor:  # (N_t, D_t)
         parts = [self.stored.of(example) for example in inputs.examples if example.written_ids]
@@ -236,9 +199,6 @@ class CachedTeacher(Teacher):
             for example in batch.teacher_examples:
                 if example.completion_ids:
                     self.stored.of(example)
-
-    def writing(self) -> AbstractContextManager[nn.Module]:
-        raise AssertionError("a config with teacher_cache asks nobody to write")
 
 
 def check_cached(

@@ -7,7 +7,7 @@ from torch import nn
 
 from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
-from gold_trainer.teachers import Teacher
+from gold_trainer.teachers.teacher import Teacher
 from gold_trainer.writers.local import LocalWriter
 from gold_trainer.writers.vllm.check import ServerInfo, connect
 from gold_trainer.writers.vllm.engine import EngineWriter

@@ -73,11 +73,13 @@ def _cut(ids: list[int], example: Example) -> list[int]:
     return ids[-example.prompt_length :] if example.is_cut else ids
 
 
-def refuse_videos(example: Example) -> None:
+def refuse_videos(
+    example: Example, does: str = "writes for", remedy: str = "set use_vllm=False"
+) -> None:
     if example.videos:
         raise ValueError(
-            f"{example.where}: vLLM writes for rows of text and pictures, got "
-            f"{len(example.videos)} videos; set use_vllm=False, or leave the row out."
+            f"{example.where}: vLLM {does} rows of text and pictures, got {len(example.videos)} "
+            f"videos; {remedy}, or leave the row out."
         )
 
 
@@ -129,18 +131,25 @@ def _completion(choice: dict[str, Any], prompt: Prompt, step: int, version: str)
     return Completion(choice["token_ids"], logprobs, step)
 
 
-def check_expanded(answer: dict[str, Any], example: Example, processor: Processor) -> None:
-    """ValueError where the server saw another prompt than the student will."""
+def check_expanded(
+    answer: dict[str, Any],
+    example: Example,
+    processor: Processor,
+    behind: Sequence[int] = (),  # the prompt
+    side: str = "student",
+) -> None:
+    """ValueError where the server saw another prompt than this side has."""
     seen = answer["prompt_token_ids"]
     text, flag = example.prompt_text, example.adds_special_tokens
-    expected = _cut(prompt_ids(processor, text, example.images, flag), example)
+    expected = [*_cut(prompt_ids(processor, text, example.images, flag), example), *behind]
     if seen == expected:
         return
     at = next((i for i, (a, b) in enumerate(zip(seen, expected, strict=False)) if a != b), None)
     at = min(len(seen), len(expected)) if at is None else at
+    learns = "student learns from" if side == "student" else "teacher is shown"
     raise ValueError(
-        f"{example.where}: the vLLM server must see the prompt that the student learns from, got "
+        f"{example.where}: the vLLM server must see the prompt that the {learns}, got "
         f"{len(seen)} tokens for {len(expected)}, others from token {at} on, with pictures of "
-        f"{[image.size for image in example.images]}; serve the student's own folder, with its "
+        f"{[image.size for image in example.images]}; serve the {side}'s own folder, with its "
         "processor's settings, and the same version of transformers."
     )

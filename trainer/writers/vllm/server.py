@@ -27,6 +27,8 @@ class Server:
     url: str
     timeout: float  # seconds for one request
     start_line: str  # what a shell starts it with
+    # Fields of the two times, for messages: until it is healthy, and of one request.
+    fields: tuple[str, str] = ("vllm_server_timeout", "vllm_request_timeout")
 
     def wait(self, seconds: float) -> None:
         """Until it is healthy."""
@@ -38,7 +40,7 @@ class Server:
             if time.monotonic() + POLL_SECONDS > end:
                 raise ConnectionError(
                     f"GOLDTrainer: a vLLM server is expected at {self.url}, got {reason} within "
-                    f"{seconds:g} s (vllm_server_timeout); start it with: {self.start_line}"
+                    f"{seconds:g} s ({self.fields[0]}); start it with: {self.start_line}"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -71,7 +73,7 @@ class Server:
         except requests.Timeout as error:
             raise TimeoutError(
                 f"GOLDTrainer: the vLLM server at {self.url} must answer {path} within "
-                f"{self.timeout:g} s (vllm_request_timeout), got nothing; raise it, or look into "
+                f"{self.timeout:g} s ({self.fields[1]}), got nothing; raise it, or look into "
                 "the server's log and start it again."
             ) from error
         except requests.RequestException as error:

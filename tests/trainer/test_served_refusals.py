@@ -1,0 +1,256 @@
+"""What a served teacher is refused for, and what a run does when its server fails: one sentence
+each, with the address.
+"""
+
+import logging
+import re
+
+import pytest
+import torch
+
+from gold_trainer import GOLDConfig
+from gold_trainer.batches import SideInputs
+from gold_trainer.preparing import prepare
+from gold_trainer.rows import Row
+from gold_trainer.teachers import make_teacher, source_of
+from gold_trainer.teachers.served import client
+from gold_trainer.writers.vllm.requests import GENERATE
+from support.cache_cases import save_pair
+from support.served_stub import served_teacher
+from support.tiny_models import tiny
+from support.trainer_cases import FIELDS
+from support.vllm_stub import late
+
+URL = r"the vLLM server at http://127\.0\.0\.1:\d+ must "
+STARTED = r"start it with: vllm serve .*extract_hidden_states"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"), "qwen3", count=2)
+
+
+@pytest.fixture
+def served(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.0)
+    model, processor = tiny("qwen3", "teacher")
+    with served_teacher(model, processor, pair.folder / "teacher", tmp_path / "states") as running:
+        yield running
+
+
+def opened(pair, served, **fields):
+    """The teacher as a run has it before its first step, and two examples."""
+    student = str(pair.folder / "student")
+    given = {"teacher_model_name_or_path": str(pair.folder / "teacher"), **served.fields, **fields}
+    args = GOLDConfig(output_dir=str(pair.folder / "run"), **(FIELDS | given))
+    prepared = prepare(student, source_of(None, args), args)
+    name = args.teacher_model_name_or_path
+    teacher = make_teacher(name, None, prepared.teacher_processor, args)
+    rows = [{"prompt": "one", "completion": " two three"}, {"prompt": "4", "completion": " 5"}]
+    return teacher, teacher.side.collator([_row(i, row) for i, row in enumerate(rows)]).examples
+
+
+def _row(index, row):
+    return Row(index, row["prompt"], row["completion"], [])
+
+
+def asked(pair, served, **fields):
+    teacher, examples = opened(pair, served, **fields)
+    return lambda: teacher.hidden_rows(SideInputs.without_tensors(examples))
+
+
+def refuse(text):
+    return pytest.raises((ValueError, OSError), match=text)
+
+
+def one_sentence(error):
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "text"),
+    [
+        (
+            "/version",
+            {"version": "0.31.2"},
+            URL + r"be of version 0\.32 or newer, got 0\.31\.2",
+        ),
+        (GENERATE, 404, URL + "have /inference/v1/generate, got 404; .* --enable-scale-out: start"),
+        (
+            "/tokenize",
+            {"tokens": [1, 2]},
+            URL + r"have the tokenizer of the rows, got 2 tokens for \d+ .*; serve .*teacher, or",
+        ),
+    ],
+)
+def test_a_server_of_another_kind_is_refused(path, answer, text, pair, served):
+    served.stub.answers[path] = answer
+    with refuse(text) as error:
+        opened(pair, served)
+    one_sentence(error)
+
+
+def test_another_template_is_refused(pair, served):
+    tokenize = served.tokenize
+    served.stub.answers["/tokenize"] = lambda body: (
+        {"tokens": [7]} if "messages" in body else tokenize(body)
+    )
+    with refuse(URL + r"have the chat template of .*teacher, got another, 1 tokens .*" + STARTED):
+        opened(pair, served)
+
+
+def test_sequences_that_do_not_fit_are_refused_before_the_run(pair, served):
+    served.entry["max_model_len"] = 255
+    with refuse(URL + r"take sequences of max_length=256 tokens, got --max-model-len 255; lower"):
+        opened(pair, served)
+
+
+def test_another_layer_or_checkpoint_is_refused(pair, served):
+    served.layer -= 1
+    with refuse(
+        URL + r"run .*teacher and keep what its last layer makes, got the log-prob.*" + STARTED
+    ):
+        opened(pair, served)
+    served.model, served.layer = tiny("qwen3", "teacher", seed=9)[0], served.layer + 1
+    with refuse(URL + "run .*teacher and keep what its last layer makes, got the log-probability"):
+        opened(pair, served)
+    served.model = tiny("qwen3")[0]
+    served.layer = served.model.config.num_hidden_layers
+    with refuse(r"got hidden states of size \d+ where norm and head of that checkpoint give \d+"):
+        opened(pair, served)
+
+
+def test_another_name_of_the_checkpoint_is_told(pair, served, caplog):
+    served.entry["root"] = "Qwen/Qwen3-8B"
+    with caplog.at_level(logging.WARNING):
+        opened(pair, served)
+    assert f"at {served.stub.url} was started with Qwen/Qwen3-8B, and teacher_model" in caplog.text
+
+
+def test_a_server_without_hidden_states_is_refused(pair, served):
+    generate = served.generate
+
+    def plain(body):
+        answer = generate(body)
+        return answer | {"kv_transfer_params": None} if isinstance(answer, dict) else answer
+
+    served.stub.answers[GENERATE] = plain
+    with refuse(URL + r"keep hidden states, got an answer that names no file of them; " + STARTED):
+        opened(pair, served)
+
+
+def test_files_that_are_not_here_or_have_more_layers_are_refused(pair, served):
+    served.num_layers_kept = 2
+    with refuse(URL + r"keep one layer of all \d+ tokens, got hidden states of shape \(\d+, 2, \d"):
+        opened(pair, served)
+    generate = served.generate
+
+    def elsewhere(body):
+        answer = generate(body)
+        if isinstance(answer, dict):
+            answer["kv_transfer_params"] = {"hidden_states_path": "/nowhere/1.safetensors"}
+        return answer
+
+    served.stub.answers[GENERATE] = elsewhere
+    text = r"write hidden states where this process reads them, got /nowhere/1.*FileNotFoundError"
+    with refuse(URL + text + ".*run both on one machine, or share its folder") as error:
+        opened(pair, served)
+    one_sentence(error)
+
+
+def test_a_server_that_fails_is_asked_again(pair, served):
+    expected = asked(pair, served)()
+    ask = asked(pair, served, teacher_request_retries=2)
+    generate, failures = served.generate, [500, 0, 503, 500]  # 0: the connection is closed
+    served.stub.answers[GENERATE] = lambda body: failures.pop() if failures else generate(body)
+    torch.testing.assert_close(ask(), expected)
+    assert not failures
+    failures += [500] * 9
+    with refuse(URL + f"answer {GENERATE}, got 500: .*ended or failed, .*again with: vllm") as e:
+        ask()
+    one_sentence(e)
+    assert len(failures) >= 3, "each of two rows is asked for three times at most"
+
+
+def test_a_server_that_is_late_ends_the_run(pair, served):
+    ask = asked(pair, served, teacher_request_timeout=0.2, teacher_request_retries=0)
+    generate = served.generate
+    served.stub.answers[GENERATE] = late(0.5)
+    with refuse(URL + r"answer .* within 0\.2 s \(teacher_request_timeout\), got nothing; raise"):
+        ask()
+    served.stub.answers[GENERATE], served.is_held = generate, True
+    with refuse(URL + r"write .*safetensors within 0\.2 s \(teacher_request_timeout\), got a file"):
+        ask()
+
+
+def test_a_server_that_is_not_there_is_waited_for(pair, served):
+    served.stub.answers["/health"] = 503
+    with refuse(r"a vLLM server is expected at .*503 within 0 s \(teacher_server_timeout\); start"):
+        opened(pair, served, teacher_server_timeout=0)
+
+
+def test_a_row_that_the_server_sees_otherwise_or_refuses_is_named(pair, served):
+    ask = asked(pair, served)
+    inputs = served._inputs  # of the model
+    served._inputs = lambda body: ([*inputs(body)[0], 5], {})
+    with refuse(r"^row 0: the vLLM server must see the prompt that the teacher is shown, got \d+"):
+        ask()
+    served.stub.answers[GENERATE] = 400
+    with refuse(r"^row 0: " + URL + r"take the row, got a refusal \(refused with 400\) of \d+"):
+        ask()
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"teacher_model_server_url": "gpu7:8002"}, "must be an address like .*'gpu7:8002'; begin"),
+        (
+            {"teacher_request_retries": 2},
+            "teacher_request_retries must be left out unless",
+        ),
+        ({"teacher_model_server_url": "http://a:1", "seq_kd": True}, "seq_kd must be False with"),
+        (
+            {"teacher_model_server_url": "http://a:1", "teacher_offload": "cpu"},
+            "teacher_offload must be None with teacher_model_server_url, got 'cpu'",
+        ),
+        (
+            {
+                "teacher_model_server_url": "http://a:1",
+                "teacher_model_init_kwargs": {"quantization_config": {"load_in_4bit": True}},
+            },
+            "must be without quantization_config with teacher_model_server_url, got one; start",
+        ),
+        (
+            {
+                "teacher_model_server_url": "http://a:1",
+                "teacher_model_name_or_path": "http://b:1",
+            },
+            "one server must be the teacher, got 'http://b:1' and .*'http://a:1'; leave one",
+        ),
+        (
+            {"teacher_model_server_url": "http://a:1", "teacher_request_timeout": 0},
+            "teacher_request_timeout must be positive and finite, got 0; 600",
+        ),
+    ],
+)
+def test_fields_that_a_server_cannot_do_are_refused(fields, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        GOLDConfig(output_dir=str(tmp_path), **(FIELDS | fields))
+
+
+def test_an_object_beside_a_server_is_refused(tmp_path):
+    url = {"teacher_model_server_url": "http://a:1"}
+    args = GOLDConfig(output_dir=str(tmp_path), **(FIELDS | url))
+    text = "must be None or a name with teacher_model_server_url, got Qwen3ForCausalLM; the server"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        source_of(tiny("qwen3", "teacher")[0], args)
+
+
+def test_a_checkpoint_without_safetensors_is_refused(pair, served, monkeypatch):
+    file = pair.folder / "teacher" / "model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    try:
+        with pytest.raises(ValueError, match=r"must have safetensors files, .*teacher' without;"):
+            opened(pair, served)
+    finally:
+        file.with_suffix(".bin").rename(file)

@@ -1,0 +1,155 @@
+"""What the server of a teacher has to be, seen before the run: its version, its tokenizer and
+template, its weights.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from packaging.version import Version
+
+from gold_trainer.collator import Processor, tokenizer_of
+from gold_trainer.config import GOLDConfig
+from gold_trainer.loading import find_tokenizer, hub_options, load_config
+from gold_trainer.teachers.served.client import HiddenStates
+from gold_trainer.teachers.served.start_line import start_line
+from gold_trainer.teachers.served.tail import Tail
+from gold_trainer.writers.vllm.requests import GENERATE
+from gold_trainer.writers.vllm.server import Refused, Server
+
+logger = logging.getLogger(__name__)
+
+OLDEST = "0.32"  # what was tried
+FIELDS = "teacher_server_timeout", "teacher_request_timeout"
+PROBE = "The sum of 17 and 25 is 42, and water boils at 100 degrees; caf\u00e9, \u5317\u4eac."
+CHAT = [{"role": "user", "content": "What is 17 and 25?"}]
+# How far the log-probability that the server gives may be from what norm and head make of its
+# hidden states. In 16 bits a logit of 32 is rounded by up to 0.125; another layer, or another
+# checkpoint, is off by nats.
+MOST = {torch.float32: 0.01}
+MOST_16_BITS = 0.25
+
+
+class Served(NamedTuple):
+    """One model of a server."""
+
+    id: str  # the name to ask for
+    root: str  # the checkpoint that it was started with
+    max_model_len: int
+
+
+def find_server(args: GOLDConfig) -> tuple[Server, Served]:
+    """Waits for it; sets the checkpoint's name where the config has the address alone."""
+    assert args.teacher_model_server_url is not None, "a server is the teacher"
+    name = args.teacher_model_name_or_path
+    line = start_line(args, name)
+    server = Server(args.teacher_model_server_url, args.teacher_request_timeout, line, FIELDS)
+    server.wait(args.teacher_server_timeout)
+    version = server.get("/version").get("version", "none")
+    if Version(version) < Version(OLDEST):
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {server.url} must be of version {OLDEST} or newer, "
+            f"got {version}; pip install -U vllm where it runs."
+        )
+    if not server.is_there(GENERATE):
+        server.post(GENERATE, {})  # which says why
+    models = [model for model in server.get("/v1/models")["data"] if not model.get("parent")]
+    served = Served(models[0]["id"], models[0]["root"], models[0]["max_model_len"])
+    if name is None:
+        args.teacher_model_name_or_path = _readable(server, served, args)
+    elif Path(name).name != Path(served.root).name:
+        logger.warning(
+            "GOLDTrainer: the vLLM server at %s was started with %s, and "
+            "teacher_model_name_or_path is %s: norm and head are read from the latter.",
+            server.url,
+            served.root,
+            name,
+        )
+    if args.max_length is not None and served.max_model_len < args.max_length:
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {server.url} must take sequences of "
+            f"max_length={args.max_length} tokens, got --max-model-len {served.max_model_len}; "
+            f"lower max_length, or start it with: {line}"
+        )
+    return server, served
+
+
+def _readable(server: Server, served: Served, args: GOLDConfig) -> str:
+    """The checkpoint by the name that the server has for it."""
+    try:
+        load_config(served.root, args.teacher_model_init_kwargs, args.teacher_model_revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {server.url} must run a checkpoint that can be read "
+            f"here too, got {served.root!r}, which cannot; set teacher_model_name_or_path to where "
+            "it is."
+        ) from error
+    return served.root
+
+
+def check_teacher(states: HiddenStates, tail: Tail, processor: Processor, args: GOLDConfig) -> None:
+    """ValueError for a server that runs another teacher than the checkpoint's, or sees its rows in
+    other tokens.
+    """
+    name = str(args.teacher_model_name_or_path)
+    _check_tokenizer(states.server, states.model, processor, name)
+    options = hub_options(args.teacher_model_init_kwargs, args.teacher_model_revision)
+    _check_template(states.server, states.model, find_tokenizer(name, options), name)
+    _check_weights(states, tail, processor, name)
+
+
+def _check_tokenizer(server: Server, model: str, processor: Processor, name: str) -> None:
+    """With which rows are tokenised here: the server gets ids, and must mean the same by them."""
+    expected = tokenizer_of(processor)(PROBE, add_special_tokens=False)["input_ids"]
+    body = {"model": model, "prompt": PROBE, "add_special_tokens": False}
+    got = server.post("/tokenize", body)["tokens"]
+    if got != expected:
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {server.url} must have the tokenizer of the rows, "
+            f"got {len(got)} tokens for {len(expected)} of {PROBE!r}, or others; serve {name}, "
+            "or set use_uld_loss=True, the loss across tokenizers."
+        )
+
+
+def _check_template(server: Server, model: str, tokenizer: Any, name: str) -> None:
+    """Of the checkpoint: one of another kind (a base model) differs in it."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return
+    try:
+        expected = tokenizer.apply_chat_template(
+            CHAT, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        body = {"model": model, "messages": CHAT, "add_generation_prompt": True}
+        got = server.post("/tokenize", body)["tokens"]
+    except (Refused, ValueError):  # a template that does not take so short a conversation
+        return
+    if list(got) != list(expected):
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {server.url} must have the chat template of {name}, "
+            f"got another, {len(got)} tokens for {len(expected)} of a question; start it with: "
+            f"{server.start_line}"
+        )
+
+
+@torch.no_grad()
+def _check_weights(states: HiddenStates, tail: Tail, processor: Processor, name: str) -> None:
+    """Norm and head of the checkpoint make of the server's hidden states what the server makes."""
+    ids = tokenizer_of(processor)(PROBE)["input_ids"]
+    answer = states.ask(ids, [])
+    width = tail.side.head.weight.shape[1]
+    if answer.hidden.shape[1] != width:
+        raise _other_model(states, name, f"hidden states of size {answer.hidden.shape[1]}", width)
+    ours = float(tail.log_probs(answer.hidden[-1:])[0, answer.next_id])
+    most = MOST.get(answer.hidden.dtype, MOST_16_BITS)
+    if not abs(ours - answer.next_logprob) <= most:
+        got = f"the log-probability {answer.next_logprob:.3f} of a token"
+        raise _other_model(states, name, got, f"{ours:.3f} of its last layer's states")
+
+
+def _other_model(states: HiddenStates, name: str, got: str, expected: Any) -> ValueError:
+    return ValueError(
+        f"GOLDTrainer: the vLLM server at {states.server.url} must run {name} and keep what its "
+        f"last layer makes, got {got} where norm and head of that checkpoint give {expected}; "
+        f"start it with: {states.server.start_line}"
+    )

@@ -1,0 +1,137 @@
+"""A vLLM server that keeps hidden states: ids and pictures in, rows of its last layer out.
+
+The answer names a file, which the server writes meanwhile and holds a lock on. So both read one
+folder. L positions, N rows, D hidden size.
+"""
+
+import fcntl
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gold_trainer.writers.vllm.requests import GENERATE, picture_url
+from gold_trainer.writers.vllm.server import Server
+
+POLL_SECONDS = 0.002
+FIRST_PAUSE = 0.5  # seconds before the first retry; each waits twice as long as the one before
+
+
+class Answer(NamedTuple):
+    hidden: Tensor  # (L, D) behind the last layer, before the norm
+    seen_ids: list[int]  # as the server expanded them
+    next_id: int  # what it wrote behind them
+    next_logprob: float
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """One method: ask. May be called from several threads."""
+
+    server: Server
+    model: str  # the name to ask for
+    retries: int
+
+    def ask(
+        self,
+        token_ids: list[int],  # with one placeholder a picture
+        images: list[Image.Image],
+    ) -> Answer:
+        """Refused for what the server takes for wrong, OSError where it does not answer."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "token_ids": token_ids,
+            "return_token_ids": True,
+            # one token has to be written; its log-probability tells whether head and norm fit
+            "sampling_params": {
+                "max_tokens": 1,
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": 0,
+                "seed": 0,
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        if images:
+            parts = [{"type": "image_url", "url": picture_url(image)} for image in images]
+            body["content_parts"] = parts
+        answer = self._post(body)
+        choice = answer["choices"][0]
+        content = choice["logprobs"]["content"][0]
+        hidden = self._read(answer)
+        return Answer(
+            hidden, answer["prompt_token_ids"], choice["token_ids"][0], content["logprob"]
+        )
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        for attempt in range(self.retries + 1):
+            try:
+                return self.server.post(GENERATE, body)
+            except OSError:  # no answer, or one that says it failed
+                if attempt == self.retries:
+                    raise
+                time.sleep(FIRST_PAUSE * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read(self, answer: dict[str, Any]) -> Tensor:  # (L, D)
+        name = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
+        if name is None:
+            raise self._refusal("keep hidden states, got an answer that names no file of them")
+        path = Path(name)
+        try:
+            self._wait(path)
+            tensors = load_file(path)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise self._refusal(
+                f"write hidden states where this process reads them, got {path}, which it cannot "
+                f"read ({type(error).__name__}); run both on one machine, or share its folder "
+                "under one path"
+            ) from error
+        except SafetensorError as error:
+            raise self._refusal(f"write whole files, got {path} ({error})") from error
+        hidden, ids = tensors["hidden_states"], tensors["token_ids"].tolist()
+        for used in (path, _lock_of(path)):
+            with suppress(OSError):  # the folder is the server's
+                used.unlink()
+        if ids != answer["prompt_token_ids"] or hidden.ndim != 3 or hidden.shape[1] != 1:
+            raise self._refusal(
+                f"keep one layer of all {len(answer['prompt_token_ids'])} tokens, got hidden "
+                f"states of shape {tuple(hidden.shape)}"
+            )
+        return hidden[:, 0]
+
+    def _wait(self, path: Path) -> None:
+        """Until the server lets go of its lock, behind its last byte."""
+        end = time.monotonic() + self.server.timeout
+        with open(_lock_of(path), "rb") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise TimeoutError(
+                            f"GOLDTrainer: the vLLM server at {self.server.url} must write {path} "
+                            f"within {self.server.timeout:g} s ({self.server.fields[1]}), got a "
+                            "file that it still holds; raise it, or look into the server's log."
+                        ) from None
+                    time.sleep(POLL_SECONDS)
+
+    def _refusal(self, what: str) -> ValueError:
+        return ValueError(
+            f"GOLDTrainer: the vLLM server at {self.server.url} must {what}; start it with: "
+            f"{self.server.start_line}"
+        )
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
