@@ -1,6 +1,6 @@
 """Which loss makes the better student: accuracy on held-out questions about drawn pictures.
 
-    python benchmarks/bench_quality.py --workers 6 --rehearse --drawers 8     # one H200
+    python benchmarks/bench_quality.py --workers 12 --rehearse --drawers 8    # one H200
     python benchmarks/bench_quality.py --small                        # two CPU cores, two minutes
     python benchmarks/bench_quality.py --report                       # table and plot from the CSV
 
@@ -11,31 +11,32 @@ others, and answers the held-out questions greedily. A seed is of what a run dra
 rows, and what is sampled. quality/ has the pieces: pictures.py the task, models.py the models,
 scales.py the sizes, rows.py what is compared.
 
-A row is written as soon as its run ends. Rows that the CSV has are not run again; --folder keeps
-pictures and weights for that. A teacher that knows too little ends it: exit code 1.
+A row is written as soon as its run ends, what is most important first. Rows that the CSV has are
+not run again; --folder keeps pictures and weights for that. Every row has the teacher's accuracy:
+what a loss is worth shows only with a teacher that knows more than its student.
 """
 
 import argparse
 import csv
-import multiprocessing
 import sys
 import tempfile
 import time
-from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quality import pictures, rows, scales, tasks
 from quality.table import report
+from quality.workers import Workers, choose
 from rich.console import Console
 
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True)
 RESULTS = Path(__file__).with_name("results")
 FIELDS = (
     *("pair", "loss", "policy", "crossentropy", "seed", "status", "accuracy", *pictures.KINDS),
-    *("parameters", "seconds", "tokens", "steps", "batch_size", "learning_rate"),
+    *("teacher_accuracy", "parameters", "seconds", "tokens"),
+    *("steps", "batch_size", "learning_rate"),
     *("device", "torch", "triton", "transformers", "git_sha"),
 )
 
@@ -60,55 +61,37 @@ def rows_of(path: Path | None) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-class Pools:
-    """Processes for each pair: what one keeps of a run serves the next of its pair."""
-
-    def __init__(self, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would share what CUDA has begun
-        self.of_pair = {
-            pair: ProcessPoolExecutor(workers, mp_context=context) for pair in rows.PAIRS
-        }
-        self.workers = workers
-        for pool in self.of_pair.values():
-            for _ in range(workers):
-                pool.submit(tasks.warm)  # they import while pictures are drawn
-
-    def close(self) -> None:
-        for pool in self.of_pair.values():
-            pool.shutdown(cancel_futures=True)
-
-    def __getitem__(self, pair: str) -> ProcessPoolExecutor:
-        return self.of_pair[pair]
-
-
-def school_all(pools: Pools, folder: Path, scale: Any, options: argparse.Namespace) -> bool:
-    """Weights of the teacher, which learns alone, and of the students before their runs, unless
-    they are there. Other processes rehearse beside the students. False: the teacher knows too
-    little.
+def school_all(workers: Workers, folder: Path, scale: Any, options: argparse.Namespace) -> None:
+    """Weights of the teacher, which learns nearly alone, and of the students before their runs,
+    unless they are there. Other workers rehearse: one of each pair beside the teacher, so that its
+    kernels are compiled and kept, the others beside the students.
     """
+    rehearsed = {0}  # the teacher's worker has the least to do before the runs
+
+    def rehearse(place: int) -> None:
+        if options.rehearse and place not in rehearsed:
+            rehearsed.add(place)
+            pair = workers.pairs[place]
+            future = workers.submit(place, tasks.rehearse, folder, scale, pair)
+            future.add_done_callback(lambda done: tell(options, place, pair, done.result()))
+
     if not (folder / "teacher.pt").exists():
-        future = pools["same"].submit(tasks.school_teacher, folder, scale)
+        future = workers.submit(0, tasks.school_teacher, folder, scale)
+        for place in (1, 3):
+            if place < len(workers):
+                rehearse(place)
         import record  # noqa: F401  # of torch, while it learns
 
-        numbers = future.result()
-        tell(options, "teacher", rounded(numbers))
-        if numbers["accuracy"] < scale.least_teacher:
-            (folder / "teacher.pt").unlink()
-            tell(options, f"no student is judged by a teacher below {scale.least_teacher}")
-            return False
+        tell(options, "teacher", rounded(future.result()))
     schooled: dict[Future, str] = {}
     for pair, family in rows.STUDENT_FAMILY.items():
-        others = pools.workers
         if not (folder / f"{family}.pt").exists():
-            future = pools[pair].submit(tasks.school_student, folder, scale, family)
-            schooled[future] = f"student {family}"
-            others -= 1
-        for _ in range(others if options.rehearse else 0):
-            future = pools[pair].submit(tasks.rehearse, folder, scale, pair)
-            future.add_done_callback(lambda done, pair=pair: tell(options, pair, done.result()))
+            place = workers.first_of(pair)
+            schooled[workers.submit(place, tasks.school_student, folder, scale, family)] = family
+    for place in range(len(workers)):
+        rehearse(place)
     for future in as_completed(schooled):
-        tell(options, schooled[future], rounded(future.result()))
-    return True
+        tell(options, "student", schooled[future], rounded(future.result()))
 
 
 def tell(options: argparse.Namespace, *what: Any) -> None:
@@ -116,7 +99,7 @@ def tell(options: argparse.Namespace, *what: Any) -> None:
 
 
 def run_all(
-    pools: Pools,
+    workers: Workers,
     folder: Path,
     scale: Any,
     cases: list[Any],
@@ -128,23 +111,35 @@ def run_all(
 
     where = environment()
     sizes = {k: v for k, v in asdict(scale).items() if k in FIELDS}
-    running: dict[Future, Any] = {}
-    waiting = list(cases)
+    running: dict[Future, tuple[int, Any]] = {}
+    idle, waiting = set(range(len(workers))), list(cases)
     while waiting or running:
-        busy = Counter(case.pair for case in running.values())
         is_over = time.perf_counter() - options.started > options.seconds
-        for case in [] if is_over else list(waiting):
-            if busy[case.pair] < pools.workers:
-                busy[case.pair] += 1
-                waiting.remove(case)
-                running[pools[case.pair].submit(tasks.run, folder, scale, case)] = case
+        while idle and waiting and not is_over:
+            place = idle.pop()
+            case = choose(waiting, workers.pairs[place])
+            waiting.remove(case)
+            workers.pairs[place] = case.pair
+            running[workers.submit(place, tasks.run, folder, scale, case)] = place, case
         if not running:
             break
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            case, numbers = running.pop(future), rounded(future.result())
+            place, case = running.pop(future)
+            idle.add(place)
+            numbers = rounded(what_came(future))
+            if numbers.pop("is_lost", False):
+                workers.renew(place)
             log.add({**asdict(case), **sizes, **numbers, **where})
             tell(options, *case.key, numbers)
     return len(waiting)
+
+
+def what_came(future: Future) -> dict[str, Any]:
+    """A worker that dies in a run leaves a row as well."""
+    try:
+        return future.result()
+    except Exception as error:
+        return {"status": f"{type(error).__name__}: {error}"[: tasks.MOST_STATUS], "is_lost": True}
 
 
 def rounded(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +149,7 @@ def rounded(numbers: dict[str, Any]) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> int:
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    pools = Pools(options.workers)
+    workers = Workers(options.workers)
     try:
         scale = scales.SMALL if options.small else scales.RECORD
         draw(folder, scale, options.drawers)
@@ -163,14 +158,13 @@ def measure(options: argparse.Namespace) -> int:
         wanted = rows.cases_of(range(options.seeds), options.losses)
         wanted = rows.small_cases() if options.small else wanted
         cases = [case for case in wanted if case.key not in done]
-        if not school_all(pools, folder, scale, options):
-            return 1
+        school_all(workers, folder, scale, options)
         from record import RowLog
 
         log = RowLog(options.output, FIELDS, appends=True)
-        left = run_all(pools, folder, scale, cases, log, options)
+        left = run_all(workers, folder, scale, cases, log, options)
     finally:
-        pools.close()
+        workers.close()
     failed = sum(row["status"] != "ok" for row in log.rows)
     tell(options, f"{len(log.rows)} rows, {failed} of them failed; {left} left out")
     return 1 if failed else 0
@@ -182,7 +176,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="measures nothing")
     parser.add_argument("--output", type=Path, help="CSV; default: results/quality.csv")
     parser.add_argument("--folder", type=Path, help="of pictures and weights; default: a new one")
-    parser.add_argument("--workers", type=int, default=1, help="processes for each of two pairs")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--rehearse", action="store_true", help="beside the students' schooling")
     parser.add_argument("--drawers", type=int, default=1, help="processes that draw pictures")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run begins after them")

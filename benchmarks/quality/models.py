@@ -13,11 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
-    Idefics3ImageProcessor,
     Idefics3Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaImageProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -26,6 +24,7 @@ from transformers import (
 )
 
 from quality.pictures import DEVIATION, MEAN, SIZE
+from quality.remembered import Idefics3Pictures, LlavaPictures
 from quality.scales import Size
 
 PATCH, WIDE_PATCH, SHUFFLE = 8, 16, 2
@@ -100,7 +99,7 @@ def build_processor(family: str, texts: Iterable[str]) -> ProcessorMixin:
     if family == "idefics3":
         side = {"longest_edge": SIZE}
         return Idefics3Processor(
-            image_processor=Idefics3ImageProcessor(
+            image_processor=Idefics3Pictures(
                 size=side, max_image_size=side, resample=Resampling.BICUBIC, **levels
             ),
             tokenizer=tokenizer,
@@ -109,7 +108,7 @@ def build_processor(family: str, texts: Iterable[str]) -> ProcessorMixin:
         )
     crop = {"height": SIZE, "width": SIZE}
     return LlavaProcessor(
-        LlavaImageProcessor(size={"shortest_edge": SIZE}, crop_size=crop, **levels),
+        LlavaPictures(size={"shortest_edge": SIZE}, crop_size=crop, **levels),
         tokenizer,
         patch_size=WIDE_PATCH,
         vision_feature_select_strategy="default",

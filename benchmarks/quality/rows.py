@@ -3,7 +3,7 @@
 A new loss is one line of LOSSES. A field that GOLDConfig does not have makes a row that says so.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ LOSSES = (
     Loss("jsd_0", ("same",), {"beta": 0.0}),
     Loss("jsd_0.5", ("same",), {"beta": 0.5}),
     Loss("jsd_1", ("same",), {"beta": 1.0}),
+    Loss("skew_kl", ("same",), {"loss": "skew_kl", "loss_kwargs": {"alpha": 0.1}}),
     Loss("uld", PAIRS, ACROSS),
     Loss("hybrid_0", ("cross",), {**HYBRID, "beta": 0.0}),
     Loss("hybrid_0.5", ("cross",), {**HYBRID, "beta": 0.5}),
@@ -59,23 +60,33 @@ class Case:
         """Of its row in the CSV."""
         return self.pair, self.loss, self.policy, self.crossentropy, str(self.seed)
 
+    @property
+    def rank(self) -> int:
+        """0 is run first: what is given, cross-entropy alone, each loss alone off-policy."""
+        if self.loss in (*GIVEN, *LABELS):
+            return 0
+        return 2 * (self.policy == "on") + (self.crossentropy == "yes")
+
 
 def loss_of(name: str) -> Loss:
     return next(loss for loss in LOSSES if loss.name == name)
 
 
-def cases_of(seeds: Sequence[int], names: Sequence[str] = ()) -> Iterator[Case]:
-    """One seed of everything before the next; of the losses these, or all."""
+def cases_of(seeds: Sequence[int], names: Sequence[str] = ()) -> list[Case]:
+    """All seeds of what is more important before anything else; of the losses these, or all."""
     losses = [loss for loss in LOSSES if not names or loss.name in names]
-    yield Case("same", "teacher", "off", "yes", 0)
-    yield from (Case(pair, "before", "off", "yes", 0) for pair in PAIRS)
-    for seed in seeds:
-        yield from (Case(pair, name, "off", "yes", seed) for name in LABELS for pair in PAIRS)
-        for crossentropy in ("no", "yes"):
-            for policy in POLICIES:
-                for loss in losses:
-                    for pair in loss.pairs:
-                        yield Case(pair, loss.name, policy, crossentropy, seed)
+    given = [Case("same", "teacher", "off", "yes", 0)]
+    given += [Case(pair, "before", "off", "yes", 0) for pair in PAIRS]
+    labels = [Case(pair, n, "off", "yes", seed) for seed in seeds for n in LABELS for pair in PAIRS]
+    distilled = [
+        Case(pair, loss.name, policy, crossentropy, seed)
+        for seed in seeds
+        for loss in losses
+        for pair in loss.pairs
+        for policy in POLICIES
+        for crossentropy in ("no", "yes")
+    ]
+    return sorted([*given, *labels, *distilled], key=lambda case: (case.rank, case.seed))
 
 
 def small_cases() -> list[Case]:

@@ -5,7 +5,7 @@ greedy answers to the held-out questions.
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ import torch
 from PIL import Image
 from transformers import PrinterCallback
 
-from gold_kernels import TokenAlignment
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.banner import Banner
-from gold_trainer.batches import BatchAlignment, WindowBatch
-from gold_trainer.rows import Row
 from quality.models import build_model, build_processor
 from quality.pictures import Pictures
-from quality.rows import LOSSES, STUDENT_FAMILY, TEACHER_FAMILY, Case, config_fields
-from quality.scales import Scale, Schooling
+from quality.remembered import Remembered
+from quality.rows import GIVEN, LOSSES, STUDENT_FAMILY, TEACHER_FAMILY, Case, config_fields
+from quality.scales import Scale
 from quality.schooling import Lessons, accuracy, answers_of, prompt_of, school
 
 MOST_TOKENS, MOST_NEW_TOKENS = 96, 12
@@ -47,37 +45,6 @@ def texts_for(family: str, pictures: Pictures) -> list[str]:
     return [*pictures.question, *answers]
 
 
-class Remembered:
-    """A collator that renders a question with its answer once: the pictures, all of one size,
-    change nothing but themselves.
-    """
-
-    def __init__(self, collator: Any, batches: dict[tuple, WindowBatch]) -> None:
-        self.collator, self.batches = collator, batches
-
-    def __call__(self, rows: list[Row]) -> WindowBatch:
-        parts = [self._one(row) for row in rows]
-        examples = [part.examples[0] for part in parts]
-        is_one = parts[0].examples is parts[0].teacher_examples
-        teacher = examples if is_one else [part.teacher_examples[0] for part in parts]
-        if parts[0].alignment is None:
-            return WindowBatch(examples, teacher)
-        groups = TokenAlignment.concatenate([part.alignment.groups for part in parts])
-        reasons = [reason for part in parts for reason in part.alignment.skip_reasons]
-        return WindowBatch(examples, teacher, BatchAlignment(groups, reasons))
-
-    def _one(self, row: Row) -> WindowBatch:
-        key = repr(row.prompt), row.completion
-        if key not in self.batches:
-            self.batches[key] = self.collator([row])
-        batch = self.batches[key]
-        sides = [batch.examples]
-        if batch.teacher_examples is not batch.examples:
-            sides.append(batch.teacher_examples)
-        sides = [[replace(side[0], index=row.index, images=row.images)] for side in sides]
-        return replace(batch, examples=sides[0], teacher_examples=sides[-1])
-
-
 @dataclass
 class Bench:
     """What the runs of one process share."""
@@ -98,10 +65,11 @@ class Bench:
     @cached_property
     def processors(self) -> dict[str, Any]:
         """Their tokenizers are trained on what students may see."""
-        return {
-            family: build_processor(family, texts_for(family, self.prompts))
-            for family in STUDENT_FAMILY.values()
-        }
+        found = {}
+        for family in STUDENT_FAMILY.values():
+            found[family] = build_processor(family, texts_for(family, self.prompts))
+            found[family].image_processor.kept = {}
+        return found
 
     def lessons(self, family: str, pictures: Pictures) -> Lessons:
         return Lessons.of(pictures, self.processors[family], self.device)
@@ -141,27 +109,28 @@ class Bench:
         answers = answers_of(model, self.lessons(TEACHER_FAMILY, self.prompts), tokenizer)
         (self.folder / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
         self.__dict__["teacher"] = model
-        numbers = self.keep("teacher", model, self.scale.teacher_schooling, losses, started)
-        return numbers | self.grade(model, TEACHER_FAMILY)
+        return self.keep("teacher", TEACHER_FAMILY, model, losses, started)
 
     def school_student(self, family: str) -> dict[str, float]:
         started = time.perf_counter()
         model = self.student(family, is_fresh=True)
         labelled = self.lessons(family, self.prompts.first(self.scale.labelled))
         losses = school(model, labelled, self.scale.student_schooling, 0)
-        numbers = self.keep(family, model, self.scale.student_schooling, losses, started)
-        return numbers | self.grade(model, family)
+        return self.keep(family, family, model, losses, started)
 
     def keep(
-        self, name: str, model: Any, how: Schooling, losses: list[float], started: float
-    ) -> dict[str, float]:
-        """Weights and how they came about, for all processes."""
+        self, name: str, family: str, model: Any, losses: list[float], started: float
+    ) -> dict[str, Any]:
+        """Weights, how they came about and what they know, for all processes."""
+        is_teacher = name == "teacher"
+        how = self.scale.teacher_schooling if is_teacher else self.scale.student_schooling
         numbers = {
             "parameters": model.num_parameters(),
             "steps": len(losses),
             "batch_size": how.batch_size,
             "learning_rate": how.learning_rate,
             "seconds": time.perf_counter() - started,
+            **self.grade(model, family),
         }
         (self.folder / f"{name}.json").write_text(json.dumps(numbers), encoding="utf-8")
         torch.save(model.state_dict(), self.folder / f"{name}.pt")
@@ -172,6 +141,10 @@ class Bench:
 
     def kept(self, name: str) -> dict[str, float]:
         return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+    @property
+    def teacher_accuracy(self) -> float:
+        return self.kept("teacher")["accuracy"]
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -197,11 +170,9 @@ class Bench:
     def run(self, case: Case) -> dict[str, Any]:
         """The row's numbers."""
         family = STUDENT_FAMILY[case.pair]
-        if case.loss == "teacher":
-            return self.kept("teacher") | self.grade(self.teacher, TEACHER_FAMILY)
+        if case.loss in GIVEN:
+            return self.kept("teacher" if case.loss == "teacher" else family)
         student = self.student(family)
-        if case.loss == "before":
-            return self.kept(family) | self.grade(student, family)
         numbers = self.train(case, student, self.teacher, self.scale.steps)
         numbers["parameters"] = student.num_parameters()
         return numbers | self.grade(student, family)

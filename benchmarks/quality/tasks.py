@@ -51,14 +51,28 @@ def rehearse(folder: Path, scale: Scale, pair: str) -> dict[str, Any]:
 
 
 def run(folder: Path, scale: Scale, case: Case) -> dict[str, Any]:
-    """The row; a run that fails is one too."""
+    """The row; a run that fails is one too. is_lost: this process can do no other."""
+    bench, is_lost = bench_of(folder, scale), False
     try:
         with quiet():
-            numbers = bench_of(folder, scale).run(case)
+            numbers = bench.run(case)
     except Exception as error:
         traceback.print_exc()
         numbers = {"status": f"{type(error).__name__}: {error}"[:MOST_STATUS]}
-    return {"status": "ok", **numbers}
+        is_lost = not answers(bench.device)
+    teacher = {"teacher_accuracy": bench.teacher_accuracy}
+    return {"status": "ok", **teacher, **numbers, "is_lost": is_lost}
+
+
+def answers(device: Any) -> bool:
+    """Whether the GPU still does: after an illegal access it refuses all that follows."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ import math
 import operator
 import sys
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_quality as bench
-from quality import pictures, rows, runs, scales, schooling, table, tasks
+from quality import models, pictures, rows, runs, scales, schooling, table, tasks, workers
 
 from gold_trainer.collator import build_inputs
 
@@ -27,19 +29,27 @@ CPU = torch.device("cpu")
 KEYS = ("pair", "loss", "policy", "crossentropy", "seed")
 
 
-class Inline(dict):
-    """Pools whose tasks run where they are handed out."""
-
-    def __init__(self, workers: int) -> None:
-        super().__init__(dict.fromkeys(rows.PAIRS, self))
-        self.workers = workers
+class Inline:
+    """A pool whose tasks run where they are handed out."""
 
     def submit(self, task, *args) -> Future:
         done: Future = Future()
-        done.set_result(task(*args))
+        try:
+            done.set_result(task(*args))
+        except Exception as error:
+            done.set_exception(error)
         return done
 
-    def close(self) -> None: ...
+    def shutdown(self, **options) -> None: ...
+
+
+@pytest.fixture
+def inline(monkeypatch) -> list[Inline]:
+    """Every pool that a worker had."""
+    pools: list[Inline] = []
+    monkeypatch.setattr(bench.Workers, "_new", lambda self: pools.append(Inline()) or pools[-1])
+    monkeypatch.setattr(scales, "SMALL", scales.TINY)
+    return pools
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +144,9 @@ def test_a_remembered_question_is_collated_as_it_would_be(pair, folder, tmp_path
             assert same(part, whole)
 
 
-def test_a_run_of_each_kind_leaves_a_row_and_no_row_is_run_twice(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "Pools", Inline)
-    monkeypatch.setattr(scales, "SMALL", scales.TINY)
+def test_a_run_of_each_kind_leaves_a_row_and_no_row_is_run_twice(
+    folder, tmp_path, monkeypatch, inline
+):
     path = tmp_path / "quality.csv"
     options = ["--small", "--folder", str(folder), "--output", str(path)]
     assert bench.main(options) == 0
@@ -146,6 +156,7 @@ def test_a_run_of_each_kind_leaves_a_row_and_no_row_is_run_twice(folder, tmp_pat
     for row in found:
         assert row["status"] == "ok" and 0 <= float(row["accuracy"]) <= 1
         assert float(row["seconds"]) > 0 and int(row["parameters"]) > 0 and row["git_sha"]
+        assert row["teacher_accuracy"] == found[0]["accuracy"] and row["learning_rate"]
         assert row["loss"] in rows.GIVEN or int(row["tokens"]) > 0
     lost = found.pop(3)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -167,16 +178,47 @@ def test_a_run_that_fails_is_a_row_with_its_reason(folder, monkeypatch, capsys):
     assert "accuracy" not in row
 
 
-def test_every_loss_has_both_policies_with_and_without_crossentropy_one_seed_after_the_other():
-    cases = list(rows.cases_of([0, 1]))
+def test_a_worker_that_dies_leaves_a_row_and_another_takes_its_place(
+    folder, tmp_path, monkeypatch, inline
+):
+    def die(folder, scale, case):
+        if case.loss == "uld":
+            raise BrokenProcessPool("terminated abruptly")
+        return {"status": "ok", "is_lost": case.loss == "labels"}
+
+    monkeypatch.setattr(tasks, "run", die)
+    path = tmp_path / "quality.csv"
+    options = ["--small", "--folder", str(folder), "--output", str(path), "--workers", "2"]
+    assert bench.main(options) == 1
+    states = {row["loss"]: row["status"] for row in bench.rows_of(path)}
+    assert len(states) == len(rows.small_cases())
+    assert states.pop("uld") == "BrokenProcessPool: terminated abruptly"
+    assert set(states.values()) == {"ok"} and len(inline) == 2 + 2
+
+
+def test_workers_rehearse_once_each_and_the_teacher_learns_with_two_beside_it(
+    tmp_path, monkeypatch, inline, capsys
+):
+    order = []
+    for name in ("school_teacher", "school_student", "rehearse"):
+        task = partial(lambda name, *args: order.append((name, *args[2:])) or {}, name)
+        monkeypatch.setattr(tasks, name, task)
+    options = bench.parse_options(["--small", "--rehearse"])
+    bench.school_all(bench.Workers(5), tmp_path, scales.TINY, options)
+    beside = [("rehearse", "cross"), ("rehearse", "same")]
+    assert order[:3] == [("school_teacher",), *beside]
+    assert order[3:5] == [("school_student", "idefics3"), ("school_student", "llava")]
+    assert order[5:] == [("rehearse", "cross")] * 2  # the teacher's worker does not
+
+
+def test_every_loss_has_both_policies_with_and_without_crossentropy_all_seeds_in_turn():
+    cases = rows.cases_of([0, 1])
     assert len({case.key for case in cases}) == len(cases)
     for loss in rows.LOSSES:
         own = [case for case in cases if case.loss == loss.name]
         assert len(own) == 2 * 4 * len(loss.pairs)
         assert runs.is_known(loss.fields), loss.name
     assert not runs.is_known({"loss": "of_next_year"}) and not runs.is_known({"no_field": 1})
-    seeds = [case.seed for case in cases]
-    assert seeds == sorted(seeds)
     on = rows.config_fields(rows.Case("cross", "uld", "on", "yes", 0))
     assert on == {"use_uld_loss": True, "uld_crossentropy_weight": 1.0, "lmbda": 0.5}
     small = rows.config_fields(rows.Case("cross", "chunk_likelihood", "off", "yes", 0))
@@ -185,13 +227,18 @@ def test_every_loss_has_both_policies_with_and_without_crossentropy_one_seed_aft
     assert off == {"distillation_weight": 0.0, "crossentropy_weight": 1.0, "lmbda": 0.0}
 
 
-def test_a_teacher_that_knows_too_little_judges_no_student(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "Pools", Inline)
-    monkeypatch.setattr(scales, "SMALL", replace(scales.TINY, least_teacher=0.85))
-    path = tmp_path / "quality.csv"
-    options = ["--small", "--folder", str(tmp_path), "--output", str(path)]
-    assert bench.main(options) == 1
-    assert not path.exists() and not (tmp_path / "teacher.pt").exists()  # it is trained again
+def test_all_seeds_of_each_loss_alone_off_policy_come_before_what_is_added():
+    cases, names = rows.cases_of([0, 1, 2]), [loss.name for loss in rows.LOSSES]
+    kinds = [(case.policy, case.crossentropy) for case in cases if case.rank or case.loss in names]
+    firsts = sorted(dict.fromkeys(kinds), key=kinds.index)
+    assert firsts == [("off", "no"), ("off", "yes"), ("on", "no"), ("on", "yes")]
+    assert kinds == sorted(kinds, key=firsts.index)
+    assert [case.loss for case in cases[:3]] == ["teacher", "before", "before"]
+    # a worker leaves its pair where that has nothing as important
+    same, cross = (rows.Case(pair, "uld", "off", "no", 0) for pair in rows.PAIRS)
+    later = replace(same, policy="on")
+    assert workers.choose([same, cross, later], "cross") == cross
+    assert workers.choose([cross, later], "same") == cross
 
 
 def test_schooling_ends_at_its_steps_or_its_seconds(folder):
@@ -228,3 +275,34 @@ def test_the_table_has_mean_and_spread_and_a_failed_run_changes_neither(tmp_path
         assert min(picture.size) > 200
     options = SimpleNamespace(**vars(bench.parse_options(["--report"])))
     assert options.output == bench.RESULTS / "quality.csv"
+
+
+@pytest.mark.parametrize("family", rows.STUDENT_FAMILY.values())
+def test_a_kept_picture_is_what_its_processor_makes(family, folder):
+    own = runs.Bench(folder, scales.TINY, CPU)
+    kept = own.processors[family]
+    fresh = models.build_processor(family, runs.texts_for(family, own.prompts))
+    for some in (own.images[:3], own.images[1:5]):
+        examples = [[image] for image in some]
+        text = ["a <image>"] * len(some)
+        options = {"text": text, "images": examples, "return_tensors": "pt"}
+        mine, expected = kept(**options), fresh(**options)
+        assert mine.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(mine[name], expected[name], atol=0, rtol=0)
+    assert len(kept.image_processor.kept) == 5
+
+
+def test_a_run_makes_a_picture_of_its_rows_once(folder, tmp_path):
+    own = runs.Bench(folder, scales.TINY, CPU)
+    case = rows.Case("cross", "hybrid_0", "off", "no", 0)
+    trainer = own.trainer(case, own.student("llava"), own.teacher, 1, tmp_path)
+    some = [trainer.train_dataset[i] for i in (0, 3)]
+    for _ in range(2):
+        batch = trainer.data_collator(some)
+        build_inputs(own.processors["llava"], batch.examples)
+        build_inputs(own.processors["idefics3"], batch.teacher_examples)
+    for processor in own.processors.values():
+        pictures_of_rows = [image for image, _ in processor.image_processor.kept.values()]
+        assert all(any(image is one for one in pictures_of_rows) for image in own.images[:4:3])
+        assert len(pictures_of_rows) <= 4  # and the first one that rendering a prompt took
