@@ -1,6 +1,7 @@
 """Which loss makes the better student: accuracy on held-out questions about drawn pictures.
 
     python benchmarks/bench_quality.py --workers 12 --rehearse --drawers 8    # one H200
+    python benchmarks/bench_quality.py --task text --workers 6 --rehearse --drawers 8
     python benchmarks/bench_quality.py --small                        # two CPU cores, two minutes
     python benchmarks/bench_quality.py --report                       # table and plot from the CSV
 
@@ -10,6 +11,9 @@ row of the table takes a copy of such a student through GOLDTrainer, with as man
 others, and answers the held-out questions greedily. A seed is of what a run draws: the order of its
 rows, and what is sampled. quality/ has the pieces: pictures.py the task, models.py the models,
 scales.py the sizes, rows.py what is compared.
+
+--task text does the same with text: docstrings of packages that are there, a teacher of 31M from
+scratch, students of 8M, and the teacher itself fake-quantised to 4 bits (texts.py, text_rows.py).
 
 A row is written as soon as its run ends, what is most important first. Rows that the CSV has are
 not run again; --folder keeps pictures and weights for that. Every row has the teacher's accuracy:
@@ -22,36 +26,26 @@ import sys
 import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quality import pictures, rows, scales, tasks
+from quality import rows, tasks, text_rows
 from quality.table import report
 from quality.workers import Workers, choose
 from rich.console import Console
 
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True)
 RESULTS = Path(__file__).with_name("results")
-FIELDS = (
-    *("pair", "loss", "policy", "crossentropy", "seed", "status", "accuracy", *pictures.KINDS),
-    *("teacher_accuracy", "parameters", "seconds", "tokens"),
-    *("steps", "batch_size", "learning_rate"),
-    *("device", "torch", "triton", "transformers", "git_sha"),
-)
+TASKS: dict[str, Any] = {"pictures": rows, "text": text_rows}
 
 
-def draw(folder: Path, scale: Any, workers: int) -> None:
-    """Pictures of each part, unless they are there."""
-    for name, number, held_out in (
-        ("teacher", scale.teacher_pictures, False),
-        ("prompts", scale.prompts, False),
-        ("held_out", scale.held_out, True),
-    ):
-        path = folder / f"{name}.npz"
-        if not path.exists():
-            drawn = pictures.ask_many(number, seed=name, held_out=held_out, workers=workers)
-            pictures.save(drawn, path)
+def fields_of(task: Any) -> tuple[str, ...]:
+    """Columns of its CSV."""
+    return (
+        *(*task.KEYS, "status", *task.NUMBERS, "parameters", "seconds", "tokens"),
+        *("steps", "batch_size", "learning_rate"),
+        *("device", "torch", "triton", "transformers", "git_sha", *task.LAST),
+    )
 
 
 def rows_of(path: Path | None) -> list[dict[str, str]]:
@@ -84,7 +78,7 @@ def school_all(workers: Workers, folder: Path, scale: Any, options: argparse.Nam
 
         tell(options, "teacher", rounded(future.result()))
     schooled: dict[Future, str] = {}
-    for pair, family in rows.STUDENT_FAMILY.items():
+    for pair, family in options.task.STUDENTS.items():
         if not (folder / f"{family}.pt").exists():
             place = workers.first_of(pair)
             schooled[workers.submit(place, tasks.school_student, folder, scale, family)] = family
@@ -110,7 +104,7 @@ def run_all(
     from record import environment
 
     where = environment()
-    sizes = {k: v for k, v in asdict(scale).items() if k in FIELDS}
+    sizes = {name: getattr(scale, name) for name in ("steps", "batch_size", "learning_rate")}
     running: dict[Future, tuple[int, Any]] = {}
     idle, waiting = set(range(len(workers))), list(cases)
     while waiting or running:
@@ -129,7 +123,8 @@ def run_all(
             numbers = rounded(what_came(future))
             if numbers.pop("is_lost", False):
                 workers.renew(place)
-            log.add({**asdict(case), **sizes, **numbers, **where})
+            keys = dict(zip(options.task.KEYS, case.key, strict=True))
+            log.add({**keys, **sizes, **numbers, **where})
             tell(options, *case.key, numbers)
     return len(waiting)
 
@@ -143,25 +138,25 @@ def what_came(future: Future) -> dict[str, Any]:
 
 
 def rounded(numbers: dict[str, Any]) -> dict[str, Any]:
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()}
 
 
 def measure(options: argparse.Namespace) -> int:
-    folder = options.folder
+    folder, task = options.folder, options.task
     folder.mkdir(parents=True, exist_ok=True)
-    workers = Workers(options.workers)
+    workers = Workers(options.workers, task.TURNS)
     try:
-        scale = scales.SMALL if options.small else scales.RECORD
-        draw(folder, scale, options.drawers)
-        tell(options, "pictures are drawn")
-        done = {tuple(row[name] for name in FIELDS[:5]) for row in rows_of(options.output)}
-        wanted = rows.cases_of(range(options.seeds), options.losses)
-        wanted = rows.small_cases() if options.small else wanted
+        scale = task.SCALES["small" if options.small else "record"]
+        task.draw(folder, scale, options.drawers)
+        tell(options, "data is made")
+        done = {tuple(row[name] for name in task.KEYS) for row in rows_of(options.output)}
+        wanted = task.cases_of(range(options.seeds), options.losses)
+        wanted = task.small_cases() if options.small else wanted
         cases = [case for case in wanted if case.key not in done]
         school_all(workers, folder, scale, options)
         from record import RowLog
 
-        log = RowLog(options.output, FIELDS, appends=True)
+        log = RowLog(options.output, fields_of(task), appends=True)
         left = run_all(workers, folder, scale, cases, log, options)
     finally:
         workers.close()
@@ -172,9 +167,10 @@ def measure(options: argparse.Namespace) -> int:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="pictures")
     parser.add_argument("--small", action="store_true", help="a run of each kind, anywhere")
     parser.add_argument("--report", action="store_true", help="measures nothing")
-    parser.add_argument("--output", type=Path, help="CSV; default: results/quality.csv")
+    parser.add_argument("--output", type=Path, help="CSV; default: one of results/")
     parser.add_argument("--folder", type=Path, help="of pictures and weights; default: a new one")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--rehearse", action="store_true", help="beside the students' schooling")
@@ -184,8 +180,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--losses", nargs="*", default=[], help="only these; default: all")
     options = parser.parse_args(arguments)
     options.started = time.perf_counter()
+    options.task = TASKS[options.task]
     if options.output is None and not options.small:
-        options.output = RESULTS / "quality.csv"
+        options.output = RESULTS / options.task.OUTPUT
     return options
 
 

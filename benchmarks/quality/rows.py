@@ -5,8 +5,18 @@ A new loss is one line of LOSSES. A field that GOLDConfig does not have makes a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from quality import pictures
+from quality.scales import RECORD, SMALL, Scale
+
+KEYS = ("pair", "loss", "policy", "crossentropy", "seed")
+NUMBERS = ("accuracy", *pictures.KINDS, "teacher_accuracy")
+LAST = ()
+TURNS = ("same", "cross", "cross")  # which pairs the workers begin with: runs of same are shorter
+OUTPUT = "quality.csv"
+SCALES = {"record": RECORD, "small": SMALL}
 PAIRS = ("same", "cross")  # tokenizers of student and teacher
 POLICIES = {"off": 0.0, "on": 0.5}  # lmbda: the student writes no or half of the completions
 ACROSS = {"use_uld_loss": True}
@@ -43,6 +53,7 @@ LABELS = ("labels", "all_labels", "seq_kd")
 GIVEN = ("teacher", "before")  # nothing is trained: models as they are given
 TEACHER_FAMILY = "idefics3"
 STUDENT_FAMILY = {"same": "idefics3", "cross": "llava"}
+STUDENTS = STUDENT_FAMILY  # pair -> name of its weights
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Case:
     @property
     def key(self) -> tuple[str, ...]:
         """Of its row in the CSV."""
-        return self.pair, self.loss, self.policy, self.crossentropy, str(self.seed)
+        return tuple(str(getattr(self, name)) for name in KEYS)
 
     @property
     def rank(self) -> int:
@@ -114,3 +125,16 @@ def config_fields(case: Case) -> dict[str, Any]:
     prefix = "uld_" if fields.get("use_uld_loss") else ""
     weights = {prefix + name: value for name, value in weights.items()}
     return {**fields, **weights, "lmbda": POLICIES[case.policy]}
+
+
+def draw(folder: Path, scale: Scale, workers: int) -> None:
+    """Pictures of each part, unless they are there."""
+    for name, number, held_out in (
+        ("teacher", scale.teacher_pictures, False),
+        ("prompts", scale.prompts, False),
+        ("held_out", scale.held_out, True),
+    ):
+        path = folder / f"{name}.npz"
+        if not path.exists():
+            drawn = pictures.ask_many(number, seed=name, held_out=held_out, workers=workers)
+            pictures.save(drawn, path)

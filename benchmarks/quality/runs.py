@@ -142,9 +142,8 @@ class Bench:
     def kept(self, name: str) -> dict[str, float]:
         return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
 
-    @property
-    def teacher_accuracy(self) -> float:
-        return self.kept("teacher")["accuracy"]
+    def of_every_row(self) -> dict[str, float]:
+        return {"teacher_accuracy": self.kept("teacher")["accuracy"]}
 
     @cached_property
     def images(self) -> list[Image.Image]:

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from quality.texts import LICENCES
+
 
 @dataclass(frozen=True)
 class Size:
@@ -84,4 +86,79 @@ TINY = Scale(  # of the tests
     steps=2,
     batch_size=4,
     learning_rate=1e-3,
+)
+
+
+@dataclass(frozen=True)
+class TextSize:
+    hidden: int
+    layers: int
+    head_dim: int = 64
+
+
+@dataclass(frozen=True)
+class TextScale:
+    packages: tuple[str, ...]
+    most_files: int | None  # of each package
+    vocabulary: int
+    length: int  # tokens of a row
+    held_out: int  # rows
+    teacher: TextSize
+    student: TextSize
+    teacher_schooling: Schooling
+    student_schooling: Schooling
+    steps: int
+    batch_size: int
+    learning_rate: float
+    int4_learning_rate: float
+    group_size: int  # weights that share a scale
+
+
+TEXT_RECORD = TextScale(
+    packages=tuple(LICENCES),
+    most_files=None,
+    vocabulary=8192,
+    length=256,
+    held_out=512,
+    teacher=TextSize(512, 8),
+    student=TextSize(320, 4),
+    teacher_schooling=Schooling(steps=3000, batch_size=64, learning_rate=8e-4, most_seconds=70),
+    student_schooling=Schooling(steps=400, batch_size=32, learning_rate=1e-3, most_seconds=25),
+    steps=200,
+    batch_size=32,
+    learning_rate=5e-4,
+    int4_learning_rate=1e-4,
+    group_size=32,
+)
+TEXT_SMALL = TextScale(
+    packages=("python",),
+    most_files=200,
+    vocabulary=1024,
+    length=64,
+    held_out=64,
+    teacher=TextSize(128, 3, 32),
+    student=TextSize(64, 2, 32),
+    teacher_schooling=Schooling(steps=150, batch_size=16, learning_rate=2e-3),
+    student_schooling=Schooling(steps=50, batch_size=16, learning_rate=2e-3),
+    steps=30,
+    batch_size=8,
+    learning_rate=1e-3,
+    int4_learning_rate=2e-4,
+    group_size=32,
+)
+TEXT_TINY = TextScale(
+    packages=("python",),
+    most_files=100,
+    vocabulary=300,
+    length=16,
+    held_out=8,
+    teacher=TextSize(32, 1, 32),
+    student=TextSize(32, 1, 32),
+    teacher_schooling=Schooling(steps=2, batch_size=4, learning_rate=1e-3),
+    student_schooling=Schooling(steps=2, batch_size=4, learning_rate=1e-3),
+    steps=2,
+    batch_size=4,
+    learning_rate=1e-3,
+    int4_learning_rate=1e-3,
+    group_size=32,
 )

@@ -12,18 +12,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from quality.rows import Case
-from quality.scales import Scale
+from quality.scales import Scale, TextScale
 
 MOST_STATUS = 200  # characters
 
 
 @lru_cache(maxsize=1)
-def bench_of(folder: Path, scale: Scale) -> Any:
+def bench_of(folder: Path, scale: Scale | TextScale) -> Any:
     import torch
 
-    from quality.runs import Bench
-
+    if isinstance(scale, TextScale):
+        from quality.text_runs import TextBench as Bench
+    else:
+        from quality.runs import Bench
     is_cuda = torch.cuda.is_available()
     torch.set_num_threads(2 if is_cuda else 1)  # one pair's process beside the other's
     torch.set_float32_matmul_precision("high")  # of runs: TF32, where there is a GPU
@@ -37,20 +38,20 @@ def warm() -> None:
     import quality.runs  # noqa: F401
 
 
-def school_teacher(folder: Path, scale: Scale) -> dict[str, Any]:
+def school_teacher(folder: Path, scale: Scale | TextScale) -> dict[str, Any]:
     return bench_of(folder, scale).school_teacher()
 
 
-def school_student(folder: Path, scale: Scale, family: str) -> dict[str, Any]:
+def school_student(folder: Path, scale: Scale | TextScale, family: str) -> dict[str, Any]:
     return bench_of(folder, scale).school_student(family)
 
 
-def rehearse(folder: Path, scale: Scale, pair: str) -> dict[str, Any]:
+def rehearse(folder: Path, scale: Scale | TextScale, pair: str) -> dict[str, Any]:
     with quiet():
         return bench_of(folder, scale).rehearse(pair)
 
 
-def run(folder: Path, scale: Scale, case: Case) -> dict[str, Any]:
+def run(folder: Path, scale: Scale | TextScale, case: Any) -> dict[str, Any]:
     """The row; a run that fails is one too. is_lost: this process can do no other."""
     bench, is_lost = bench_of(folder, scale), False
     try:
@@ -60,8 +61,7 @@ def run(folder: Path, scale: Scale, case: Case) -> dict[str, Any]:
         traceback.print_exc()
         numbers = {"status": f"{type(error).__name__}: {error}"[:MOST_STATUS]}
         is_lost = not answers(bench.device)
-    teacher = {"teacher_accuracy": bench.teacher_accuracy}
-    return {"status": "ok", **teacher, **numbers, "is_lost": is_lost}
+    return {"status": "ok", **bench.of_every_row(), **numbers, "is_lost": is_lost}
 
 
 def answers(device: Any) -> bool:

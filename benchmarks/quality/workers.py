@@ -8,16 +8,15 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 from quality import tasks
-from quality.rows import Case
 
 
 class Workers:
     """A worker stays with a pair while that has cases as important as any: what it has rendered for
-    one run serves the next. Every third is of one tokenizer, whose runs take half as long.
+    one run serves the next.
     """
 
-    def __init__(self, number: int) -> None:
-        self.pairs = ["cross" if place % 3 else "same" for place in range(number)]
+    def __init__(self, number: int, turns: Sequence[str]) -> None:
+        self.pairs = [turns[place % len(turns)] for place in range(number)]
         self.pools = [self._new() for _ in range(number)]
 
     def __len__(self) -> int:
@@ -44,7 +43,7 @@ class Workers:
             pool.shutdown(cancel_futures=True)
 
 
-def choose(waiting: Sequence[Case], pair: str) -> Case:
+def choose(waiting: Sequence[Any], pair: str) -> Any:
     """The next case of a worker; what is most important waits first."""
     most = waiting[0].rank
     own = (case for case in waiting if case.rank == most and case.pair == pair)

@@ -26,7 +26,7 @@ from quality import models, pictures, rows, runs, scales, schooling, table, task
 from gold_trainer.collator import build_inputs
 
 CPU = torch.device("cpu")
-KEYS = ("pair", "loss", "policy", "crossentropy", "seed")
+KEYS = rows.KEYS
 
 
 class Inline:
@@ -48,7 +48,7 @@ def inline(monkeypatch) -> list[Inline]:
     """Every pool that a worker had."""
     pools: list[Inline] = []
     monkeypatch.setattr(bench.Workers, "_new", lambda self: pools.append(Inline()) or pools[-1])
-    monkeypatch.setattr(scales, "SMALL", scales.TINY)
+    monkeypatch.setitem(rows.SCALES, "small", scales.TINY)
     return pools
 
 
@@ -56,7 +56,7 @@ def inline(monkeypatch) -> list[Inline]:
 def folder(tmp_path_factory) -> Path:
     """Pictures and weights of the tiny scale."""
     folder = tmp_path_factory.mktemp("quality")
-    bench.draw(folder, scales.TINY, 1)
+    rows.draw(folder, scales.TINY, 1)
     tasks.school_teacher(folder, scales.TINY)
     for family in rows.STUDENT_FAMILY.values():
         tasks.school_student(folder, scales.TINY, family)
@@ -160,7 +160,7 @@ def test_a_run_of_each_kind_leaves_a_row_and_no_row_is_run_twice(
         assert row["loss"] in rows.GIVEN or int(row["tokens"]) > 0
     lost = found.pop(3)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, bench.FIELDS)
+        writer = csv.DictWriter(file, bench.fields_of(rows))
         writer.writeheader()
         writer.writerows(found)
     monkeypatch.setattr(tasks, "run", lambda *args: {"status": "ok", "accuracy": 0.5})
@@ -204,7 +204,7 @@ def test_workers_rehearse_once_each_and_the_teacher_learns_with_two_beside_it(
         task = partial(lambda name, *args: order.append((name, *args[2:])) or {}, name)
         monkeypatch.setattr(tasks, name, task)
     options = bench.parse_options(["--small", "--rehearse"])
-    bench.school_all(bench.Workers(5), tmp_path, scales.TINY, options)
+    bench.school_all(bench.Workers(5, rows.TURNS), tmp_path, scales.TINY, options)
     beside = [("rehearse", "cross"), ("rehearse", "same")]
     assert order[:3] == [("school_teacher",), *beside]
     assert order[3:5] == [("school_student", "idefics3"), ("school_student", "llava")]
@@ -252,7 +252,11 @@ def test_schooling_ends_at_its_steps_or_its_seconds(folder):
 
 
 def fake_row(loss: str, seed: int, accuracy: float, **others: str) -> dict[str, str]:
-    row = dict.fromkeys(bench.FIELDS, "") | {"pair": "same", "policy": "off", "crossentropy": "no"}
+    row = dict.fromkeys(bench.fields_of(rows), "") | {
+        "pair": "same",
+        "policy": "off",
+        "crossentropy": "no",
+    }
     row |= {"loss": loss, "seed": str(seed), "status": "ok", "accuracy": str(accuracy)}
     return row | {"seconds": "2.0", "tokens": "10", **others}
 

@@ -1,0 +1,116 @@
+"""The table of text: no file and no docstring is on both sides, every kind of row runs, and each
+precision is what it says.
+"""
+
+import csv
+import math
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import bench_quality as bench
+from quality import tasks, text_rows, text_runs, texts
+from quality.scales import TEXT_TINY
+
+CPU = torch.device("cpu")
+
+
+class Inline:
+    """A pool whose tasks run where they are handed out."""
+
+    def submit(self, task, *args) -> Future:
+        done: Future = Future()
+        done.set_result(task(*args))
+        return done
+
+    def shutdown(self, **options) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    text_rows.draw(folder, TEXT_TINY, 1)
+    tasks.school_teacher(folder, TEXT_TINY)
+    tasks.school_student(folder, TEXT_TINY, "small")
+    return folder
+
+
+@pytest.fixture
+def own(folder) -> text_runs.TextBench:
+    return text_runs.TextBench(folder, TEXT_TINY, CPU)
+
+
+def test_no_docstring_is_both_trained_on_and_held_out():
+    parts = texts.collect(("python",), most_files=100)
+    assert all(parts.values())
+    everything = [text for part in parts.values() for text in part]
+    assert len(everything) == len(set(everything))
+    assert "python " in texts.sources(("python",))
+    assert texts.files_of("a_package_that_is_not_here") == []
+
+
+def test_a_run_of_each_kind_leaves_a_row(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.Workers, "_new", lambda self: Inline())
+    monkeypatch.setitem(text_rows.SCALES, "small", TEXT_TINY)
+    path = tmp_path / "text.csv"
+    options = ["--task", "text", "--small", "--rehearse", "--folder", str(folder)]
+    assert bench.main([*options, "--output", str(path)]) == 0
+    with path.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    keys = [tuple(row[key] for key in text_rows.KEYS) for row in found]
+    assert sorted(keys) == sorted(case.key for case in text_rows.small_cases())
+    for row in found:
+        assert row["status"] == "ok" and row["text"].startswith("python ")
+        assert math.isclose(
+            math.log2(float(row["perplexity"])) / float(row["bits_per_byte"]),
+            math.log2(float(found[0]["perplexity"])) / float(found[0]["bits_per_byte"]),
+            rel_tol=1e-3,
+        )
+        assert row["teacher_perplexity"] == found[0]["perplexity"]
+    assert float(found[0]["agreement"]) == 1 and float(found[0]["kl"]) < 1e-5  # with itself
+
+
+def test_a_quantised_student_is_its_teacher_in_fifteen_values_a_group(own):
+    before = own.model("teacher").model.layers[0].mlp.up_proj
+    layer = own.model("int4").model.layers[0].mlp.up_proj
+    seen, kept = layer.weight, layer.parametrizations.weight.original
+    assert torch.equal(kept, before.weight)
+    scales = before.weight.unflatten(1, (-1, 32)).abs().amax(-1) / 7
+    assert all(len(group.unique()) <= 15 for row in seen for group in row.split(32))
+    far = (seen - before.weight).abs().unflatten(1, (-1, 32)) / scales[..., None]
+    assert 0.4 < far.max() < 0.5001
+    seen.mul(2).sum().backward()
+    assert torch.equal(kept.grad, torch.full_like(kept, 2))
+
+
+def test_precisions_are_of_one_loss_and_only_the_precise_one_is_exact_near_convergence(own):
+    ids = own.tokens["held_out"][:4].long()
+    student = own.model("teacher")
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.mul_(1 + 0.01 * torch.randn_like(weight))
+    tensors, _ = own.sides(student, ids, own.teacher)
+    log_q, log_p = (
+        (hidden.double() @ head.double().T).log_softmax(-1)
+        for hidden, head in (tensors[:2], tensors[2:])
+    )
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    errors = {}
+    for precision in text_rows.PRECISIONS:
+        case = text_rows.Case("int4", "jsd_0", precision)
+        errors[precision] = abs(own.loss(student, ids, case, None).item() - exact) / exact
+    assert errors["precise"] < 1e-3 < min(errors["fast"], errors["eager_bf16"])
+
+
+def test_the_most_important_rows_of_all_seeds_come_first():
+    cases = text_rows.cases_of(range(3))
+    assert len({case.key for case in cases}) == len(cases)
+    ranks = [case.rank for case in cases]
+    assert ranks == sorted(ranks)
+    first = {case.loss for case in cases if not case.rank and case.seed == 2}
+    assert first == {"labels", *text_rows.LOSSES}
