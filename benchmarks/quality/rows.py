@@ -11,7 +11,8 @@ from typing import Any
 from quality import pictures
 from quality.scales import RECORD, SMALL, Scale
 
-KEYS = ("pair", "loss", "policy", "crossentropy", "seed")
+KEYS = ("pair", "loss", "policy", "crossentropy", "seed", "rate")
+RATES = (0.1, 0.3, 3.0)  # other learning rates, of each loss alone, off-policy
 NUMBERS = ("accuracy", *pictures.KINDS, "teacher_accuracy")
 LAST = ()
 TURNS = ("same", "cross", "cross")  # which pairs the workers begin with: runs of same are shorter
@@ -65,6 +66,7 @@ class Case:
     policy: str  # off or on
     crossentropy: str  # yes or no
     seed: int
+    rate: float = 1.0  # of the learning rate that all others have
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -74,9 +76,12 @@ class Case:
     @property
     def rank(self) -> int:
         """0 is run first: what is given, cross-entropy alone, each loss alone off-policy."""
+        if self.rate != 1:
+            return 3
         if self.loss in (*GIVEN, *LABELS):
             return 0
-        return 2 * (self.policy == "on") + (self.crossentropy == "yes")
+        kinds = [("off", "no"), ("off", "yes"), ("on", "no"), (), ("on", "yes")]
+        return kinds.index((self.policy, self.crossentropy))
 
 
 def loss_of(name: str) -> Loss:
@@ -97,7 +102,14 @@ def cases_of(seeds: Sequence[int], names: Sequence[str] = ()) -> list[Case]:
         for policy in POLICIES
         for crossentropy in ("no", "yes")
     ]
-    return sorted([*given, *labels, *distilled], key=lambda case: (case.rank, case.seed))
+    rated = [
+        Case(pair, loss.name, "off", "no", 0, rate)
+        for rate in RATES
+        for loss in losses
+        for pair in loss.pairs
+    ]
+    rated += [Case(pair, "seq_kd", "off", "yes", 0, rate) for rate in RATES for pair in PAIRS]
+    return sorted([*given, *labels, *distilled, *rated], key=lambda case: (case.rank, case.seed))
 
 
 def small_cases() -> list[Case]:

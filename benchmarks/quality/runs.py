@@ -23,7 +23,7 @@ from quality.rows import GIVEN, LOSSES, STUDENT_FAMILY, TEACHER_FAMILY, Case, co
 from quality.scales import Scale
 from quality.schooling import Lessons, accuracy, answers_of, prompt_of, school
 
-MOST_TOKENS, MOST_NEW_TOKENS = 96, 12
+MOST_TOKENS, MOST_NEW_TOKENS = 128, 12
 
 
 def is_known(chosen: dict[str, Any]) -> bool:
@@ -174,6 +174,7 @@ class Bench:
         student = self.student(family)
         numbers = self.train(case, student, self.teacher, self.scale.steps)
         numbers["parameters"] = student.num_parameters()
+        numbers["learning_rate"] = self.scale.learning_rate * case.rate
         return numbers | self.grade(student, family)
 
     def rehearse(self, pair: str) -> dict[str, Any]:
@@ -225,7 +226,7 @@ class Bench:
             output_dir=folder,
             per_device_train_batch_size=scale.batch_size,
             max_steps=num_steps,
-            learning_rate=scale.learning_rate,
+            learning_rate=scale.learning_rate * case.rate,
             lr_scheduler_type="cosine",
             warmup_steps=num_steps // 20 + 1,
             seed=case.seed,

@@ -33,11 +33,13 @@ class Line(NamedTuple):
         return max(self.accuracies) - min(self.accuracies)
 
 
-def lines_of(rows: Sequence[dict[str, str]]) -> list[Line]:
-    """In the order of their first rows; rows that failed are left out here, and stay in the CSV."""
+def lines_of(rows: Sequence[dict[str, str]], rate: float = 1.0) -> list[Line]:
+    """Of one learning rate, in the order of their first rows; rows that failed are left out here,
+    and stay in the CSV.
+    """
     groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
-        if row["status"] == "ok":
+        if row["status"] == "ok" and float(row["rate"]) == rate:
             groups[row["pair"], row["loss"], row["policy"], row["crossentropy"]].append(row)
     return [
         Line(
@@ -74,7 +76,28 @@ def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
     """Both tables; the plot is drawn beside the CSV."""
     lines = lines_of(rows)
     draw(lines, rows[0], picture)
-    return "\n\n".join(f"{NAMES[pair]}\n\n{markdown(lines, pair)}" for pair in NAMES)
+    parts = [f"{NAMES[pair]}\n\n{markdown(lines, pair)}" for pair in NAMES]
+    return "\n\n".join([*parts, rates(rows)])
+
+
+def rates(rows: Sequence[dict[str, str]]) -> str:
+    """Right answers by learning rate, where a loss has run with several."""
+    factors = sorted({float(row["rate"]) for row in rows})
+    found = {
+        (x.pair, x.loss, x.policy, x.crossentropy, factor): x.mean
+        for factor in factors
+        for x in lines_of(rows, factor)
+    }
+    text = [
+        "| tokenizers | loss | " + " | ".join(f"{factor:g} x" for factor in factors) + " |",
+        "|---|---|" + "---|" * len(factors),
+    ]
+    for key in dict.fromkeys(key[:-1] for key in found):
+        cells = [found.get((*key, factor)) for factor in factors]
+        if len(cells) > 1 and None not in cells:
+            means = " | ".join(f"{cell:.1f}" for cell in cells)
+            text.append(f"| {NAMES[key[0]]} | {key[1]} | {means} |")
+    return "\n".join(text)
 
 
 def draw(lines: Sequence[Line], first: dict[str, str], path: Path) -> None:

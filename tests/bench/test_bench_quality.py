@@ -216,7 +216,7 @@ def test_every_loss_has_both_policies_with_and_without_crossentropy_all_seeds_in
     assert len({case.key for case in cases}) == len(cases)
     for loss in rows.LOSSES:
         own = [case for case in cases if case.loss == loss.name]
-        assert len(own) == 2 * 4 * len(loss.pairs)
+        assert len(own) == (2 * 4 + len(rows.RATES)) * len(loss.pairs)
         assert runs.is_known(loss.fields), loss.name
     assert not runs.is_known({"loss": "of_next_year"}) and not runs.is_known({"no_field": 1})
     on = rows.config_fields(rows.Case("cross", "uld", "on", "yes", 0))
@@ -229,10 +229,12 @@ def test_every_loss_has_both_policies_with_and_without_crossentropy_all_seeds_in
 
 def test_all_seeds_of_each_loss_alone_off_policy_come_before_what_is_added():
     cases, names = rows.cases_of([0, 1, 2]), [loss.name for loss in rows.LOSSES]
-    kinds = [(case.policy, case.crossentropy) for case in cases if case.rank or case.loss in names]
-    firsts = sorted(dict.fromkeys(kinds), key=kinds.index)
-    assert firsts == [("off", "no"), ("off", "yes"), ("on", "no"), ("on", "yes")]
-    assert kinds == sorted(kinds, key=firsts.index)
+    assert [case.rank for case in cases] == sorted(case.rank for case in cases)
+    distilled = [case for case in cases if case.loss in names and case.rate == 1]
+    kinds = list(dict.fromkeys((case.policy, case.crossentropy) for case in distilled))
+    assert kinds == [("off", "no"), ("off", "yes"), ("on", "no"), ("on", "yes")]
+    rated = [case for case in cases if case.rate != 1]
+    assert {case.rank for case in rated} == {3} and {case.seed for case in rated} == {0}
     assert [case.loss for case in cases[:3]] == ["teacher", "before", "before"]
     # a worker leaves its pair where that has nothing as important
     same, cross = (rows.Case(pair, "uld", "off", "no", 0) for pair in rows.PAIRS)
@@ -258,7 +260,7 @@ def fake_row(loss: str, seed: int, accuracy: float, **others: str) -> dict[str, 
         "crossentropy": "no",
     }
     row |= {"loss": loss, "seed": str(seed), "status": "ok", "accuracy": str(accuracy)}
-    return row | {"seconds": "2.0", "tokens": "10", **others}
+    return row | {"rate": "1.0", "seconds": "2.0", "tokens": "10", **others}
 
 
 def test_the_table_has_mean_and_spread_and_a_failed_run_changes_neither(tmp_path):
@@ -268,12 +270,14 @@ def test_the_table_has_mean_and_spread_and_a_failed_run_changes_neither(tmp_path
         fake_row("jsd_0", 1, 0.6),
         fake_row("jsd_0", 2, 0.0, status="ValueError: no"),
         fake_row("uld", 0, 0.3, pair="cross", policy="on", crossentropy="yes"),
+        fake_row("jsd_0", 0, 0.2, rate="0.3"),
     ]
     line = next(line for line in table.lines_of(found) if line.loss == "jsd_0")
     assert line.mean == pytest.approx(55) and line.spread == pytest.approx(10)
     text = table.report(found, tmp_path / "quality.png")
     assert "| jsd_0 | off | no | 55.0 | 10.0 | 2 | 2 | 10 |" in text
     assert "| uld | on | yes | 30.0 |  | 1 | 2 | 10 |" in text
+    assert "| one tokenizer | jsd_0 | 20.0 | 55.0 |" in text
     assert text.index("teacher") < text.index("jsd_0") < text.index("uld")  # best first
     with Image.open(tmp_path / "quality.png") as picture:
         assert min(picture.size) > 200
