@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from quality import rows, tasks, text_rows
-from quality.table import report
 from quality.workers import Workers, choose
 from rich.console import Console
 
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True)
 RESULTS = Path(__file__).with_name("results")
+PLOTS = Path(__file__).parents[1] / "docs" / "images"
 TASKS: dict[str, Any] = {"pictures": rows, "text": text_rows}
 
 
@@ -189,7 +189,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     if options.report:
-        CONSOLE.print(report(rows_of(options.output), options.output.with_suffix(".png")))
+        folder = PLOTS if options.output.parent == RESULTS else options.output.parent
+        picture = folder / options.output.with_suffix(".png").name
+        CONSOLE.print(options.task.report(rows_of(options.output), picture))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         options.folder = options.folder or Path(folder)

@@ -150,3 +150,9 @@ def draw(folder: Path, scale: Scale, workers: int) -> None:
         if not path.exists():
             drawn = pictures.ask_many(number, seed=name, held_out=held_out, workers=workers)
             pictures.save(drawn, path)
+
+
+def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
+    from quality import table
+
+    return table.report(rows, picture)

@@ -73,11 +73,34 @@ def markdown(lines: Sequence[Line], pair: str) -> str:
 
 
 def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
-    """Both tables; the plot is drawn beside the CSV."""
+    """Tables of all rows, those of docs/choosing.md; the plot."""
     lines = lines_of(rows)
     draw(lines, rows[0], picture)
-    parts = [f"{NAMES[pair]}\n\n{markdown(lines, pair)}" for pair in NAMES]
+    parts = [f"{name}\n\n{markdown(lines, pair)}" for pair, name in NAMES.items()]
+    parts += [f"{name}, in short\n\n{compact(rows, pair)}" for pair, name in NAMES.items()]
     return "\n\n".join([*parts, rates(rows)])
+
+
+def compact(rows: Sequence[dict[str, str]], pair: str) -> str:
+    """A line a loss, best first: means of right answers, and the widest spread among them."""
+    text = [
+        "| loss | off-policy | with cross-entropy | half on-policy | with cross-entropy | spread |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines = [line for line in lines_of(rows) if line.pair == pair or line.loss == "teacher"]
+    losses = {line.loss: max(x.mean for x in lines if x.loss == line.loss) for line in lines}
+    for loss in sorted(losses, key=lambda name: -losses[name]):
+        own = {(x.policy, x.crossentropy): x for x in lines if x.loss == loss}
+        if loss in (*LABELS, "before", "teacher"):
+            own = {("off", "no"): own["off", "yes"]}  # which is all there is
+        cells = [
+            f"{own[kind].mean:.1f}" if kind in own else ""
+            for kind in (("off", "no"), ("off", "yes"), ("on", "no"), ("on", "yes"))
+        ]
+        spreads = [x.spread for x in own.values() if len(x.accuracies) > 1]
+        cells.append(f"{max(spreads):.1f}" if spreads else "")
+        text.append(f"| `{loss}` | " + " | ".join(cells) + " |")
+    return "\n".join(text)
 
 
 def rates(rows: Sequence[dict[str, str]]) -> str:
@@ -96,7 +119,7 @@ def rates(rows: Sequence[dict[str, str]]) -> str:
         cells = [found.get((*key, factor)) for factor in factors]
         if len(cells) > 1 and None not in cells:
             means = " | ".join(f"{cell:.1f}" for cell in cells)
-            text.append(f"| {NAMES[key[0]]} | {key[1]} | {means} |")
+            text.append(f"| {NAMES[key[0]]} | `{key[1]}` | {means} |")
     return "\n".join(text)
 
 

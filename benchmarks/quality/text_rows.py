@@ -85,3 +85,9 @@ def draw(folder: Path, scale: TextScale, workers: int) -> None:
         np.savez(path, **texts.tokenise(parts, scale.vocabulary, scale.length))
         sources = texts.sources(scale.packages)
         (folder / "sources.txt").write_text(sources, encoding="utf-8")
+
+
+def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
+    from quality import text_table
+
+    return text_table.report(rows, picture)

@@ -277,7 +277,9 @@ def test_the_table_has_mean_and_spread_and_a_failed_run_changes_neither(tmp_path
     text = table.report(found, tmp_path / "quality.png")
     assert "| jsd_0 | off | no | 55.0 | 10.0 | 2 | 2 | 10 |" in text
     assert "| uld | on | yes | 30.0 |  | 1 | 2 | 10 |" in text
-    assert "| one tokenizer | jsd_0 | 20.0 | 55.0 |" in text
+    assert "| one tokenizer | `jsd_0` | 20.0 | 55.0 |" in text
+    assert "| `jsd_0` | 55.0 |  |  |  | 10.0 |" in text
+    assert "| `uld` |  |  |  | 30.0 |  |" in text
     assert text.index("teacher") < text.index("jsd_0") < text.index("uld")  # best first
     with Image.open(tmp_path / "quality.png") as picture:
         assert min(picture.size) > 200

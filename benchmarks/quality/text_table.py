@@ -1,0 +1,106 @@
+"""From the CSV of text to tables of means and spreads, and to a plot."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+MEASURES = ("perplexity", "bits_per_byte", "agreement", "kl")
+COLOURS = {"no": "#0072B2", "yes": "#D55E00"}  # Okabe and Ito's
+
+
+class Line(NamedTuple):
+    """Rows that differ in their seed alone."""
+
+    student: str
+    loss: str
+    precision: str
+    crossentropy: str
+    values: dict[str, list[float]]  # measure -> of each seed
+
+    def mean(self, name: str) -> float:
+        return mean(self.values[name])
+
+    def spread(self, name: str) -> float:
+        return max(self.values[name]) - min(self.values[name])
+
+
+def lines_of(rows: Sequence[dict[str, str]]) -> list[Line]:
+    """In the order of their first rows; rows that failed are left out here, and stay in the CSV."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok":
+            groups[row["student"], row["loss"], row["precision"], row["crossentropy"]].append(row)
+    return [
+        Line(*key, {name: [float(row[name]) for row in group] for name in MEASURES})
+        for key, group in groups.items()
+    ]
+
+
+def name_of(line: Line) -> str:
+    """As a table has it."""
+    if line.student == "small":
+        return f"`{line.loss}`" + (", labels" if is_added(line) else "")
+    names = {"precise": "float32 logits", "fast": "fast mode", "eager_bf16": "eager bf16"}
+    is_plain = line.loss in ("labels", "before")
+    return f"`{line.loss}`" if is_plain else f"`{line.loss}`, {names[line.precision]}"
+
+
+def is_added(line: Line) -> bool:
+    return line.crossentropy == "yes" and line.loss != "labels"
+
+
+def digits(name: str, value: float) -> str:
+    if name == "agreement":
+        return f"{100 * value:.2f}"
+    return f"{value:.3g}" if name == "kl" else f"{value:.3f}"
+
+
+def markdown(rows: Sequence[dict[str, str]], student: str) -> str:
+    """Nearest to the teacher first; int4 stands beside the teacher too."""
+    text = [
+        "| loss | perplexity | spread | agreement, % | KL to the teacher, nats | spread | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    own = [x for x in lines_of(rows) if x.student == student or x.loss == "teacher"]
+    for line in sorted(own, key=lambda x: x.mean("kl")):
+        seeds = len(line.values["kl"])
+        cells = [name_of(line) if line.loss != "teacher" else "`teacher`"]
+        cells.append(digits("perplexity", line.mean("perplexity")))
+        cells.append(f"{line.spread('perplexity'):.3f}" if seeds > 1 else "")
+        cells += [digits(name, line.mean(name)) for name in ("agreement", "kl")]
+        cells.append(digits("kl", line.spread("kl")) if seeds > 1 else "")
+        text.append("| " + " | ".join([*cells, str(seeds)]) + " |")
+    return "\n".join(text)
+
+
+def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
+    """Both tables; the plot."""
+    draw(rows, picture)
+    return "\n\n".join(f"{name}\n\n{markdown(rows, name)}" for name in ("small", "int4"))
+
+
+def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """A point a seed: perplexity of the small student, KL of the one in 4 bits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [line for line in lines_of(rows) if line.loss != "teacher"]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, student, name in zip(panels, ("small", "int4"), ("perplexity", "kl"), strict=True):
+        own = [line for line in lines if line.student == student]
+        own.sort(key=lambda line: -line.mean(name))
+        for place, line in enumerate(own):
+            values = line.values[name]
+            colour = COLOURS["yes" if is_added(line) else "no"]
+            axes.scatter(values, [place] * len(values), s=30, color=colour)
+        axes.set_yticks(range(len(own)), [name_of(line).replace("`", "") for line in own])
+        axes.set(title=f"{student}: {'perplexity' if student == 'small' else 'KL, nats'}")
+        axes.grid(alpha=0.3)
+    where = f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['git_sha']}"
+    figure.suptitle(f"Held-out text; a point is a seed. {where}", fontsize=9)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    plt.close(figure)
