@@ -1,7 +1,7 @@
 """Two stock families from configs, with tokenizers trained on the questions and answers.
 
-Idefics3   teacher and student; four patches of 8 pixels an image token, 16 of them; shorter tokens
-LLaVA      the student of another family; a patch an image token, 64 of them; longer tokens
+Idefics3   teacher and student; 64 patches of 8 pixels, 16 image tokens; shorter tokens
+LLaVA      the student of another family; 16 patches of 16 pixels; longer tokens
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ from quality.pictures import DEVIATION, MEAN, SIZE
 from quality.remembered import Idefics3Pictures, LlavaPictures
 from quality.scales import Size
 
-PATCH, SHUFFLE = 8, 2
+PATCH, WIDE_PATCH, SHUFFLE = 8, 16, 2
 IMAGE_TOKENS = (SIZE // PATCH // SHUFFLE) ** 2
 # A patch is mostly paper. Positions as weak as a fresh model has them are lost beside its ink.
 POSITION_SCALE = 8.0
@@ -110,7 +110,7 @@ def build_processor(family: str, texts: Iterable[str]) -> ProcessorMixin:
     return LlavaProcessor(
         LlavaPictures(size={"shortest_edge": SIZE}, crop_size=crop, **levels),
         tokenizer,
-        patch_size=PATCH,
+        patch_size=WIDE_PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=tokenizer.chat_template,
@@ -164,9 +164,9 @@ def build_model(family: str, size: Size, processor: Any, seed: int) -> PreTraine
         clip = {"model_type": "clip_vision_model", "projection_dim": size.vision_hidden}
         config = LlavaConfig(
             text_config=text_config(tokenizer, size),
-            vision_config={**vision, **clip, "patch_size": PATCH},
+            vision_config={**vision, **clip, "patch_size": WIDE_PATCH},
             image_token_index=image_token_id,
-            image_seq_length=(SIZE // PATCH) ** 2,
+            image_seq_length=(SIZE // WIDE_PATCH) ** 2,
             vision_feature_layer=-1,
             tie_word_embeddings=True,
         )

@@ -23,7 +23,7 @@ from quality.rows import GIVEN, LOSSES, STUDENT_FAMILY, TEACHER_FAMILY, Case, co
 from quality.scales import Scale
 from quality.schooling import Lessons, accuracy, answers_of, prompt_of, school
 
-MOST_TOKENS, MOST_NEW_TOKENS = 128, 12
+MOST_TOKENS, MOST_NEW_TOKENS = 96, 12
 
 
 def is_known(chosen: dict[str, Any]) -> bool:

@@ -78,7 +78,7 @@ def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
     draw(lines, rows[0], picture)
     parts = [f"{name}\n\n{markdown(lines, pair)}" for pair, name in NAMES.items()]
     parts += [f"{name}, in short\n\n{compact(rows, pair)}" for pair, name in NAMES.items()]
-    return "\n\n".join([*parts, rates(rows)])
+    return "\n\n".join([*parts, rates(rows)]).strip()
 
 
 def compact(rows: Sequence[dict[str, str]], pair: str) -> str:
@@ -92,7 +92,7 @@ def compact(rows: Sequence[dict[str, str]], pair: str) -> str:
     for loss in sorted(losses, key=lambda name: -losses[name]):
         own = {(x.policy, x.crossentropy): x for x in lines if x.loss == loss}
         if loss in (*LABELS, "before", "teacher"):
-            own = {("off", "no"): own["off", "yes"]}  # which is all there is
+            own = {("off", "no"): next(iter(own.values()))}  # which is all there is
         cells = [
             f"{own[kind].mean:.1f}" if kind in own else ""
             for kind in (("off", "no"), ("off", "yes"), ("on", "no"), ("on", "yes"))
@@ -104,8 +104,10 @@ def compact(rows: Sequence[dict[str, str]], pair: str) -> str:
 
 
 def rates(rows: Sequence[dict[str, str]]) -> str:
-    """Right answers by learning rate, where a loss has run with several."""
+    """Right answers by learning rate; nothing where all rows have one."""
     factors = sorted({float(row["rate"]) for row in rows})
+    if len(factors) == 1:
+        return ""
     found = {
         (x.pair, x.loss, x.policy, x.crossentropy, factor): x.mean
         for factor in factors
@@ -117,7 +119,7 @@ def rates(rows: Sequence[dict[str, str]]) -> str:
     ]
     for key in dict.fromkeys(key[:-1] for key in found):
         cells = [found.get((*key, factor)) for factor in factors]
-        if len(cells) > 1 and None not in cells:
+        if None not in cells:
             means = " | ".join(f"{cell:.1f}" for cell in cells)
             text.append(f"| {NAMES[key[0]]} | `{key[1]}` | {means} |")
     return "\n".join(text)

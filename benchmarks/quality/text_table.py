@@ -51,12 +51,6 @@ def is_added(line: Line) -> bool:
     return line.crossentropy == "yes" and line.loss != "labels"
 
 
-def digits(name: str, value: float) -> str:
-    if name == "agreement":
-        return f"{100 * value:.2f}"
-    return f"{value:.3g}" if name == "kl" else f"{value:.3f}"
-
-
 def markdown(rows: Sequence[dict[str, str]], student: str) -> str:
     """Nearest to the teacher first; int4 stands beside the teacher too."""
     text = [
@@ -65,12 +59,12 @@ def markdown(rows: Sequence[dict[str, str]], student: str) -> str:
     ]
     own = [x for x in lines_of(rows) if x.student == student or x.loss == "teacher"]
     for line in sorted(own, key=lambda x: x.mean("kl")):
-        seeds = len(line.values["kl"])
         cells = [name_of(line) if line.loss != "teacher" else "`teacher`"]
-        cells.append(digits("perplexity", line.mean("perplexity")))
-        cells.append(f"{line.spread('perplexity'):.3f}" if seeds > 1 else "")
-        cells += [digits(name, line.mean(name)) for name in ("agreement", "kl")]
-        cells.append(digits("kl", line.spread("kl")) if seeds > 1 else "")
+        cells += [f"{line.mean('perplexity'):.2f}", f"{line.spread('perplexity'):.2f}"]
+        cells.append(f"{100 * line.mean('agreement'):.1f}")
+        cells += [f"{line.mean('kl'):.4f}", f"{line.spread('kl'):.4f}"]
+        if (seeds := len(line.values["kl"])) == 1:
+            cells[2] = cells[5] = ""
         text.append("| " + " | ".join([*cells, str(seeds)]) + " |")
     return "\n".join(text)
 

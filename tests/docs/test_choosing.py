@@ -7,19 +7,23 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from quality import rows, scales, table, text_rows, text_table
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from quality import rows, scales, table
-
 PAGE = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 TABLES = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
 
 
+def read(name: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks" / "results" / name).open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(scope="module")
 def record() -> list[dict[str, str]]:
-    with (ROOT / "benchmarks" / "results" / rows.OUTPUT).open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read(rows.OUTPUT)
 
 
 @pytest.mark.parametrize("pair", rows.PAIRS)
@@ -27,13 +31,58 @@ def test_tables_of_accuracy_are_those_of_the_record(pair, record):
     assert table.compact(record, pair) + "\n" in TABLES
 
 
-def test_every_run_of_the_record_is_in_a_table(record):
-    assert {row["status"] for row in record} == {"ok"}
-    assert {row["loss"] for row in record} == {*(x.name for x in rows.LOSSES), *rows.LABELS} | {
-        *rows.GIVEN
+@pytest.mark.parametrize("student", ["small", "int4"])
+def test_tables_of_text_are_those_of_the_record(student):
+    assert text_table.markdown(read(text_rows.OUTPUT), student) + "\n" in TABLES
+
+
+def test_no_loss_and_no_failure_of_the_record_is_left_out(record):
+    names = {*(loss.name for loss in rows.LOSSES), *rows.LABELS, *rows.GIVEN}
+    assert {row["loss"] for row in record} == names
+    assert {row["loss"] for row in read(text_rows.OUTPUT)} == {
+        *(*text_rows.LOSSES, *text_rows.GIVEN, "labels")
     }
-    cells = sum(len(re.findall(r"(?<=\| )\d+\.\d(?= \|)", t)) for t in TABLES)
-    assert cells > len(table.lines_of(record))
+    assert {row["status"] for row in [*record, *read(text_rows.OUTPUT)]} == {"ok"}
+    short = {line[1:4]: line.accuracies for line in table.lines_of(record) if line.tokens}
+    assert [key for key, found in short.items() if len(found) != 3] == [
+        ("chunk_likelihood", "on", "yes")
+    ]
+
+
+def beyond(better: list[float], worse: list[float]) -> bool:
+    return min(better) > max(worse)
+
+
+def test_what_the_page_says_is_beyond_the_spread_is(record):
+    found = {line[:4]: line.accuracies for line in table.lines_of(record)}
+    same = {key[1:]: found[key] for key in found if key[0] == "same"}
+    cross = {key[1:]: found[key] for key in found if key[0] == "cross"}
+    uld, seq_kd = cross["uld", "off", "yes"], cross["seq_kd", "off", "yes"]
+    assert uld == max((v for k, v in cross.items() if k[0] == "uld"), key=max)
+    assert all(beyond(cross[loss, "off", "no"], uld) for loss in ("p_kl", "hybrid_0", "h_kl"))
+    assert not any(beyond(accuracies, seq_kd) for accuracies in cross.values())
+    worse = set()
+    for pair in (same, cross):
+        for (loss, policy, crossentropy), accuracies in pair.items():
+            if policy == "on":
+                off = pair[loss, "off", crossentropy]
+                assert not beyond(accuracies, off)
+                worse |= {(loss, crossentropy)} if beyond(off, accuracies) else set()
+    assert worse == {
+        *(("uld", "yes"), ("chunk_likelihood", "no"), ("chunk_likelihood", "yes")),
+        *(("jsd_0.5", "yes"), ("hybrid_0", "yes"), ("hybrid_0.5", "yes")),
+    }
+    text = {
+        line[1:4]: line.values["perplexity"]
+        for line in text_table.lines_of(
+            [row for row in read(text_rows.OUTPUT) if row["student"] == "small"]
+        )
+    }
+    best = text.pop(("jsd_0", "precise", "no"))
+    assert all(k[0] == "teacher" or beyond(v, best) for k, v in text.items())
+    for loss in text_rows.LOSSES:
+        alone = best if loss == "jsd_0" else text[loss, "precise", "no"]
+        assert beyond(text[loss, "precise", "yes"], alone) == (loss == "jsd_0")
 
 
 def test_prose_has_no_result_that_no_table_has():
