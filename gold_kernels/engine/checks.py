@@ -31,9 +31,14 @@ def check_matrix(function: str, name: str, tensor: Tensor, shape: str) -> None:
 
 
 def check_side(
-    function: str, side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    function: str,
+    side: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    is_slice: bool = False,
 ) -> None:
-    """One model's hidden states (N, D), head weight (V, D) and bias (V,)."""
+    """One model's hidden states (N, D), head weight (V, D) and bias (V,). A slice may be empty."""
     check_matrix(function, f"{side}_hidden", hidden, "(N, D)")
     check_matrix(function, f"{side}_weight", weight, "(V, D)")
     if hidden.shape[1] != weight.shape[1]:
@@ -41,7 +46,7 @@ def check_side(
             f"{function}: {side}_hidden and {side}_weight must share the hidden size, "
             f"got D={hidden.shape[1]} and D={weight.shape[1]}; pass lm_head.weight, (V, D)."
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not is_slice:
         raise ValueError(
             f"{function}: {side}_weight must have at least one vocabulary row, got shape "
             f"{tuple(weight.shape)}; under ZeRO-3 gather the head before the loss."

@@ -82,6 +82,7 @@ def plan_chunks(
     rows in place of the float32 accumulator of grad_weight, where it is no larger, and for what is
     lent.
     """
+    student, teacher = _of_widest(student), None if teacher is None else _of_widest(teacher)
     row = _row_bytes(student, teacher, needs, limits, projection)
     num_rows, budget = max(1, student.num_rows), limits.budget_bytes
     is_bfloat16 = student.hidden.dtype == torch.bfloat16
@@ -96,7 +97,8 @@ def plan_chunks(
         return ChunkPlan(chunk, chunk)
     if not is_one and num_rows * (row.chunk + row.panel) <= budget:
         return ChunkPlan(num_rows, num_rows)
-    lent = 2 * student.weight.numel() if is_bfloat16 else 0
+    # the gradient of a slice may be too small for what that of the widest one holds
+    lent = 2 * student.weight.numel() if is_bfloat16 and student.slices is None else 0
     if is_one:
         plans = _plans_of_panel(num_rows, budget - num_rows * row.beside_grad, lent, row)
     else:
@@ -159,6 +161,14 @@ def _row_bytes(
     if needs.hidden and cut_of(student.weight.shape[0], hidden) < student.weight.shape[0]:
         beside_grad += 4 * hidden.shape[1]  # the sum of two products
     return _RowBytes(student_logits, teacher_logits, beside_logits, grad, beside_grad)
+
+
+def _of_widest(head: LinearHead) -> LinearHead:
+    """For sizes alone: processes of a group take the same rows at a time, whatever their slice."""
+    if head.slices is None:
+        return head
+    size = head.weight.shape[1]
+    return head._replace(weight=head.weight.new_empty(1, size).expand(head.slices.widest, size))
 
 
 def _gathered_row(side: LinearHead) -> int:

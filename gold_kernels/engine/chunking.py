@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import ChunkPlan, Limits, Needs, float_dtype, plan_chunks
+from gold_kernels.engine.exchange import exchange_bytes, with_whole_rows
 from gold_kernels.engine.lent import LentMemory, rows_in
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.products import Projection, pull_back_, pull_back_weight_
@@ -63,6 +64,7 @@ def run_chunks(
     grad_bound: float = 1.0,
     projection: Projection | None = None,
     num_padded: int = 0,
+    values: Tensor | None = None,
 ) -> ChunkedGradients:
     """Call row_function on every chunk and return the gradients of the weighted sum of its losses.
 
@@ -72,7 +74,17 @@ def run_chunks(
     and have teacher_logits None. grad_bound, at least 1, is what scales a gradient beside its row
     weight: float16 must not overflow. Gradients of weight and bias end with num_padded more
     entries, zeros: autograd would copy the gradient of a slice into such a tensor.
+
+    Heads in slices: row_function sees the columns of this process and sums with the others itself;
+    or, where its row values (any, N), zeros so far, are given, whole rows and no others than these
+    are what it takes. grad_hidden is the sum over the processes.
     """
+    if values is not None and student.slices is not None:
+        others = None if teacher is None else teacher.slices
+        row_function = with_whole_rows(row_function, student.slices, others, values)
+        logits_dtype = limits.logits_dtype or float_dtype(student.hidden)
+        own_bytes = exchange_bytes(student.slices, others, logits_dtype, student.hidden.dtype)
+        limits = limits._replace(row_bytes=limits.row_bytes + own_bytes)
     hidden, weight = student.hidden, student.weight
     num_rows, has_grad = student.num_rows, any(needs)
     num_paired = 0 if teacher is None else teacher.num_rows
@@ -187,9 +199,10 @@ def _empty_gradients(
     # tensor.
     weight_dtype = weight.dtype if num_rows <= plan.panel and not is_float16 else wide
     empty_hidden = torch.empty_like if student.row_index is None else torch.zeros_like
+    is_wide = is_float16 or student.slices is not None  # a part of a sum, rounded once it is whole
     num_entries = weight.shape[0] + num_padded
     grads = ChunkedGradients(
-        empty_hidden(hidden, dtype=wide if is_float16 else None) if needs.hidden else None,
+        empty_hidden(hidden, dtype=wide if is_wide else None) if needs.hidden else None,
         weight.new_empty(num_entries, weight.shape[1], dtype=weight_dtype)
         if needs.weight
         else None,
@@ -232,9 +245,13 @@ def _add_panel(
 def _finish(
     grads: ChunkedGradients, student: LinearHead, grad_scale: Tensor | None
 ) -> ChunkedGradients:
-    """Undo the float16 scale; cast accumulators to the dtypes of their tensors (float16: at
-    backward).
+    """Sum grad_hidden over slices; undo the float16 scale; cast accumulators to the dtypes of their
+    tensors (float16: at backward).
     """
+    if student.slices is not None and grads.hidden is not None:
+        total = student.slices.sum_(grads.hidden.contiguous())
+        dtype = total.dtype if student.hidden.dtype == torch.float16 else student.hidden.dtype
+        grads = grads._replace(hidden=torch.empty_like(student.hidden, dtype=dtype).copy_(total))
     if grad_scale is not None:
         return ChunkedGradients(
             *(None if grad is None else grad.div_(grad_scale) for grad in grads)

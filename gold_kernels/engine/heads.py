@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import own_heads
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Options, per_side
@@ -38,12 +39,12 @@ def _map_tensors(head: LinearHead, change: Callable[[Tensor], Tensor]) -> Linear
     return head._replace(hidden=change(head.hidden), weight=change(head.weight), bias=bias)
 
 
-def check_head(function: str, side: str, head: LinearHead) -> LinearHead:
+def check_head(function: str, side: str, head: LinearHead, is_slice: bool = False) -> LinearHead:
     """The head in the dtype that it is computed in."""
     device_type = head.hidden.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         head = _autocast_like_linear(head)
-    checks.check_side(function, side, head.hidden, head.weight, head.bias)
+    checks.check_side(function, side, head.hidden, head.weight, head.bias, is_slice)
     checks.check_head_options(function, head.logit_scale, head.softcap)
     return _in_one_dtype(head)
 
@@ -64,9 +65,11 @@ def check_heads(
     caps = per_side(options.final_logit_softcapping)
     student = LinearHead(student_hidden, student_weight, options.student_bias, scales[0], caps[0])
     teacher = LinearHead(teacher_hidden, teacher_weight, options.teacher_bias, scales[1], caps[1])
-    student = check_head(function, "student", student)
+    (student, teacher), options = own_heads(function, (student, teacher), options)
+    is_slice = options.process_group is not None
+    student = check_head(function, "student", student, is_slice)
     with torch.no_grad():
-        teacher = check_head(function, "teacher", teacher)
+        teacher = check_head(function, "teacher", teacher, is_slice)
     checks.check_same_kind(function, student.hidden, teacher.hidden)
     options = checks.check_options(function, options, student.hidden)
     return without_gradient(student), teacher, options

@@ -26,6 +26,7 @@ from gold_kernels.engine.gradients import empty_gradients, empty_values, finishe
 from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss, Rows
+from gold_kernels.engine.slices import Slices
 
 
 class RowPlan(NamedTuple):
@@ -63,6 +64,9 @@ class _Settings(NamedTuple):
     logit_scales: Sequence[float]  # student, teacher
     softcaps: Sequence[float]  # 0: none
     num_entries: int  # of the student's head that take part, from the first
+    group: str  # name of the process group whose slices the heads are; empty: heads are whole
+    student_sizes: Sequence[int]  # Slices.sizes
+    teacher_sizes: Sequence[int]
 
 
 @torch.library.custom_op("gold_kernels::linear_loss", mutates_args=())
@@ -89,22 +93,27 @@ def _linear_loss_operator(
     logit_scales: Sequence[float],
     softcaps: Sequence[float],
     num_entries: int,
+    group: str,
+    student_sizes: Sequence[int],
+    teacher_sizes: Sequence[int],
 ) -> list[Tensor]:  # (number of value names, R) row values, then a gradient for each true need
     """An operator, so that torch.compile takes it as it is, for any R, instead of tracing it."""
     row_loss = ROW_LOSSES[loss].from_flat(numbers, tensors)
     caps = [cap or None for cap in softcaps]
     student_head = (student_hidden, student_weight, student_bias, logit_scales[0], caps[0])
     student = first_entries(LinearHead(*student_head, student_index), num_entries)
+    student = _in_slices(student, group, student_sizes)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher_head = (teacher_hidden, teacher_weight, teacher_bias, logit_scales[1], caps[1])
-        teacher = LinearHead(*teacher_head, teacher_index)
+        teacher = _in_slices(LinearHead(*teacher_head, teacher_index), group, teacher_sizes)
     values = student_hidden.new_zeros(
         len(row_loss.value_names), student.num_rows, dtype=float_dtype(student_hidden)
     )
     limits = Limits(chunk_size, budget_bytes, logits_dtype)
-    rows = Rows(values, labels, limits, backend, has_metrics, student, teacher)
-    vocabularies = num_entries, 0 if teacher is None else teacher.weight.shape[0]
+    slices = row_loss.slices(student, teacher)
+    rows = Rows(values, labels, limits, backend, has_metrics, student, teacher, slices)
+    vocabularies = student.vocab_size, 0 if teacher is None else teacher.vocab_size
     grads = run_chunks(
         student,
         teacher,
@@ -115,8 +124,13 @@ def _linear_loss_operator(
         grad_bound=row_loss.grad_bound(),
         projection=row_loss.projection(),
         num_padded=student_weight.shape[0] - num_entries,
+        values=values if slices is None else None,
     )
     return [values, *(grad for grad in grads if grad is not None)]
+
+
+def _in_slices(head: LinearHead, group: str, sizes: Sequence[int]) -> LinearHead:
+    return head._replace(slices=Slices(group, tuple(sizes))) if group else head
 
 
 @_linear_loss_operator.register_fake
@@ -252,7 +266,7 @@ def run_linear_loss(
     plan: RowPlan,
     options: Options,  # checked
     has_metrics: bool,
-    num_entries: int | None = None,
+    num_entries: int | None = None,  # of a head in slices those of all processes
 ) -> tuple[Tensor, Tensor]:  # () or (P,) loss, (number of value names, R) values
     """Run a row loss on heads that heads.check_heads returned. num_entries of the student's take
     part; autograd sees the whole head, so that no gradient of a slice is copied.
@@ -261,6 +275,8 @@ def run_linear_loss(
     others = plan.labels, plan.student_index, plan.teacher_index
     inputs = _Inputs(plan.weights, side[0], side[1], side[2], *others)
     assert options.backend is not None, "check_options names the backend"
+    live = first_entries(student, num_entries or student.vocab_size)
+    slices = [None if head is None else head.slices for head in (live, teacher)]
     settings = _Settings(
         row_loss.name,
         row_loss.numbers(),
@@ -271,7 +287,9 @@ def run_linear_loss(
         options.logits_dtype,
         [head.logit_scale for head in (student, teacher or student)],
         [head.softcap or 0.0 for head in (student, teacher or student)],
-        num_entries or student.weight.shape[0],
+        live.weight.shape[0],
+        "" if slices[0] is None else slices[0].group_name,
+        *([] if side is None else list(side.sizes) for side in slices),
     )
     device_type = student.hidden.device.type
     is_meta = device_type == "meta"  # shapes alone: nothing to cast

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.products import project_
+from gold_kernels.engine.slices import Slices
 
 
 class LinearHead(NamedTuple):
     """Hidden states and the language-model head that projects them; row_index says which rows of
-    hidden, each at most once, and in which order.
+    hidden, each at most once, and in which order. With slices the weight has the entries of this
+    process' slice alone.
     """
 
     hidden: Tensor  # (N, D), with a row_index any number of rows
@@ -22,6 +24,11 @@ class LinearHead(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
     row_index: Tensor | None = None  # (N,) int64
+    slices: Slices | None = None  # over the processes of a group
+
+    @property
+    def vocab_size(self) -> int:  # V, of all processes
+        return self.weight.shape[0] if self.slices is None else self.slices.total
 
     @property
     def num_rows(self) -> int:  # N
@@ -46,7 +53,10 @@ class LinearHead(NamedTuple):
 
 def first_entries(head: LinearHead, vocab_size: int) -> LinearHead:
     """The head of the first vocab_size entries; the others have probability 0."""
-    if vocab_size == head.weight.shape[0]:
+    if vocab_size == head.vocab_size:
         return head
+    if head.slices is not None:
+        slices = head.slices.of_first(vocab_size)
+        head, vocab_size = head._replace(slices=slices), slices.sizes[slices.rank]
     bias = None if head.bias is None else head.bias[:vocab_size]
     return head._replace(weight=head.weight[:vocab_size], bias=bias)

@@ -6,12 +6,15 @@ those of LossOptions at construction and the tensors at every call.
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import DEFAULT_BUDGET_BYTES
+
+if TYPE_CHECKING:  # a build without distributed has no such class
+    from torch.distributed import ProcessGroup
 
 Reduction = Literal["sum", "none"]
 PerSide = float | tuple[float, float]  # for both sides, or (student, teacher)
@@ -27,6 +30,7 @@ class UnchunkedOptions(TypedDict, total=False):
     logit_scale: PerSide
     backend: str | None
     reduction: Reduction
+    process_group: "ProcessGroup | None"
 
 
 class LossOptions(UnchunkedOptions, total=False):
@@ -43,6 +47,8 @@ class LossOptions(UnchunkedOptions, total=False):
     - backend: "triton", "torch", or None for the one that fits the device.
     - reduction: "sum" adds row_weights[i] * loss_i up to a scalar; "none" returns the rows' losses,
       which take any upstream gradient.
+    - process_group: heads and biases are this process' slices of the vocabulary, in the order of
+      the group's ranks; everything else is the same on all. A DTensor has its own.
     """
 
     chunk_size: int | None
@@ -93,6 +99,7 @@ class Options(NamedTuple):
     logit_scale: PerSide = 1.0
     backend: str | None = None
     reduction: Reduction = "sum"
+    process_group: "ProcessGroup | None" = None
 
 
 def per_side(value: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.products import Projection
+from gold_kernels.engine.slices import Slices
 
 LOSS, CROSS_ENTROPY = "loss", "cross_entropy"  # names of the first two row values of every loss
 
@@ -31,6 +32,7 @@ class Rows(NamedTuple):
     has_metrics: bool  # write the values beyond the loss and the cross-entropy too
     student: LinearHead | None = None  # None where the caller holds logits
     teacher: LinearHead | None = None
+    slices: Slices | None = None  # of which a row function sees this process'; None: whole rows
 
     @property
     def has_masks(self) -> bool:
@@ -59,6 +61,8 @@ class RowLoss:
     tensor_sizes: ClassVar[dict[str, int]] = {}
     is_shared: ClassVar[bool] = True  # student and teacher have one vocabulary
     backends: ClassVar[tuple[str, ...]] = ("torch", "triton")
+    # its row function takes slices of the vocabulary (Rows.slices); else processes exchange them
+    takes_slices: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -82,6 +86,11 @@ class RowLoss:
         cross-entropy. It writes sum_t weights[:, t] * gradient of term t, and unweighted values.
         """
         raise NotImplementedError
+
+    def slices(self, student: LinearHead, teacher: LinearHead | None) -> Slices | None:
+        """Rows.slices: both sides' must be of the same entries."""
+        is_same = teacher is not None and student.slices == teacher.slices
+        return student.slices if self.takes_slices and is_same else None
 
     def check(self, function: str) -> None:
         """Raise ValueError for numbers out of range, in the name of the public function."""

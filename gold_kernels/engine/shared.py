@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import join_slices
 from gold_kernels.engine.heads import (
     check_heads,
     label_weights_of,
@@ -66,7 +67,9 @@ def shared_linear_loss(
     checks.check_pair(function, student.hidden, teacher.hidden)
     checks.check_row_weights(function, row_weights, student.hidden)
     checks.check_label_weights(function, options, student.hidden)
-    sizes = student.weight.shape[0], teacher.weight.shape[0]
+    heads = student, teacher
+    student, teacher = join_slices(function, heads, options, row_weights, row_loss)
+    sizes = student.vocab_size, teacher.vocab_size
     vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
     row_weights = row_weights_of(row_weights, student.num_rows, student.hidden, options)
     label_weights = label_weights_of(vocab_size, student.hidden, options)

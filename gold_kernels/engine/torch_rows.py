@@ -9,10 +9,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, log_probs
+from gold_kernels.engine.slices import Slices, log_sum_exps
 
 # Temporaries are about eight times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
+# Where blocks are as large as memory allows: on a GPU each takes some twenty launches, with slices
+# of a vocabulary some messages.
+TEMPORARIES = 12  # (c, V) tensors of a block alive at once, at most
+SCRATCH_PART = 8  # of the budget, at most, is for them
+
+
+def without_scratch(limits: Limits) -> Limits:
+    """The limits less the memory of large blocks."""
+    scratch = limits.budget_bytes // SCRATCH_PART
+    return limits._replace(budget_bytes=max(1, limits.budget_bytes - scratch))
+
+
+def large_block(limits: Limits, dtype: torch.dtype) -> int:
+    """Elements of a block whose temporaries are within their part of the budget."""
+    return limits.budget_bytes // SCRATCH_PART // (TEMPORARIES * dtype.itemsize)
 
 
 class Divergence(NamedTuple):
@@ -27,15 +44,30 @@ class Divergence(NamedTuple):
 DivergenceFunction = Callable[[Tensor, Tensor], Divergence]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # (c, V), (c,)
+def cross_entropy(
+    logits: Tensor,  # (c, V)
+    labels: Tensor,  # (c,)
+    slices: Slices | None = None,  # of which the columns are this process'
+) -> tuple[Tensor, Tensor]:
     """(c,) -log q(label) and its (c, V) gradient; 0 for a label outside the vocabulary."""
-    log_q = log_probs(logits, 1.0)
-    is_label = (labels >= 0) & (labels < logits.shape[-1])
-    index = torch.where(is_label, labels, 0).unsqueeze(-1)
-    loss = -log_q.gather(-1, index).squeeze(-1)
-    grad = log_q.exp().scatter_add_(-1, index, -torch.ones_like(log_q[:, :1]))
+    first, vocab_size = (0, logits.shape[-1]) if slices is None else (slices.first, slices.total)
+    is_label = (labels >= 0) & (labels < vocab_size)
+    is_here, log_q = is_label, None
+    if slices is None:
+        log_q = log_probs(logits, 1.0)
+    else:
+        is_here = (labels >= first) & (labels < first + logits.shape[-1])
+        logits = logits.clamp_min(LOWEST_LOGIT)
+        log_q = (logits - log_sum_exps(logits, logits, slices)[0]).clamp_min(LOG_ZERO)
+    loss, moves = torch.zeros_like(labels, dtype=log_q.dtype), log_q.exp()
+    if logits.shape[-1]:  # a slice may have no entries
+        index = torch.where(is_here, labels - first, 0).unsqueeze(-1)
+        loss = torch.where(is_here, -log_q.gather(-1, index).squeeze(-1), 0)
+        moves.scatter_add_(-1, index, -is_here.to(log_q.dtype).unsqueeze(-1))
+    if slices is not None:
+        loss = slices.sum_(loss)
     has_slope = is_label & (loss < -LOG_ZERO)  # a masked label has the floor
-    return torch.where(is_label, loss, 0), torch.where(has_slope.unsqueeze(-1), grad, 0)
+    return loss, torch.where(has_slope.unsqueeze(-1), moves, 0)
 
 
 def divergence_rows_(
@@ -50,12 +82,14 @@ def divergence_rows_(
     temperature: float,  # of the student
     softcap: float | None,
     block_elements: int = BLOCK_ELEMENTS,
+    slices: Slices | None = None,
 ) -> None:
     """Values and gradient of every row of a chunk, a few rows at a time. softcap: the student's
-    logits went through softcap tanh(x / softcap), the gradient is that of x.
+    logits went through softcap tanh(x / softcap), the gradient is that of x. slices: columns are
+    this process', values those of the whole vocabulary.
     """
-    num_rows, vocab_size = student_logits.shape
-    step = max(1, block_elements // vocab_size)
+    num_rows = student_logits.shape[0]
+    step = max(1, block_elements // (student_logits.shape[1] if slices is None else slices.widest))
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         student = student_logits[rows].to(values.dtype)
@@ -67,7 +101,7 @@ def divergence_rows_(
             values[2:, rows] = torch.where(is_live, metrics, 0)
         grad = grad.mul_(1 / temperature).mul_(weight.unsqueeze(-1))
         if labels is not None:
-            hard_loss, hard_grad = cross_entropy(student, labels[rows])
+            hard_loss, hard_grad = cross_entropy(student, labels[rows], slices)
             hard_weight = weights[rows, 1]
             is_hard = hard_weight != 0
             values[1, rows] = torch.where(is_hard, hard_loss, 0)

@@ -3,15 +3,19 @@
 C rows of a chunk, V vocabulary. P teacher, Q student, M = beta P + (1 - beta) Q.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.options import PerSide, per_side
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
+from gold_kernels.engine.torch_rows import large_block, without_scratch
 from gold_kernels.jsd import torch_rows
 
 # An entry of the reverse KL's gradient has no bound, but a log-ratio of 64 takes a teacher's
@@ -41,6 +45,7 @@ class JSD(RowLoss):
         *("forward_kl", "reverse_kl", "top1_agreement"),
     )
     number_sizes: ClassVar[dict[str, int]] = {"temperature": 2}
+    takes_slices: ClassVar[bool] = True
 
     def check(self, function: str) -> None:
         checks.check_beta(function, self.beta)
@@ -49,8 +54,15 @@ class JSD(RowLoss):
     def grad_bound(self) -> float:
         return max(1.0, divergence_bound(self.beta) / per_side(self.temperature)[0])
 
+    def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
+        return limits if rows.slices is None else without_scratch(limits)
+
     def start(self, rows: Rows) -> RowFunction:
-        if rows.backend == "triton":
+        jsd_rows_: Callable[..., None]
+        if rows.slices is not None:
+            block = large_block(rows.limits, rows.values.dtype)
+            jsd_rows_ = partial(torch_rows.jsd_rows_, slices=rows.slices, block_elements=block)
+        elif rows.backend == "triton":
             from gold_kernels.jsd.triton_rows import jsd_rows_  # triton may be missing
         else:
             jsd_rows_ = torch_rows.jsd_rows_

@@ -22,10 +22,14 @@ from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.options import PerSide, per_side
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT
 from gold_kernels.engine.row_loss import RowLoss, Rows
-from gold_kernels.engine.torch_rows import BLOCK_ELEMENTS, Divergence, divergence_rows_
-
-TEMPORARIES = 12  # (c, V) tensors of a block alive at once, at most
-SCRATCH_PART = 8  # of the budget, at most, is for them
+from gold_kernels.engine.slices import Slices, log_sum_exps, row_sum
+from gold_kernels.engine.torch_rows import (
+    BLOCK_ELEMENTS,
+    Divergence,
+    divergence_rows_,
+    large_block,
+    without_scratch,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class FormulaLoss(RowLoss):
     temperature: PerSide = field(default=1.0, kw_only=True)
 
     number_sizes: ClassVar[dict[str, int]] = {"temperature": 2}
+    takes_slices: ClassVar[bool] = True
     # entries as a function for Triton, of (log_q, log_p, log_ratio, first number, second number);
     # None: torch on every device. Numbers are those of the subclass, at most two.
     kernel_entries: ClassVar[Any] = None
@@ -74,8 +79,7 @@ class FormulaLoss(RowLoss):
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
         if self._has_kernel(rows):
             return limits
-        scratch = limits.budget_bytes // SCRATCH_PART
-        return limits._replace(budget_bytes=max(1, limits.budget_bytes - scratch))
+        return without_scratch(limits)
 
     def start(self, rows: Rows) -> RowFunction:
         run = self._kernel_rows(rows) if self._has_kernel(rows) else self._torch_rows(rows)
@@ -94,7 +98,8 @@ class FormulaLoss(RowLoss):
         return row_function
 
     def _has_kernel(self, rows: Rows) -> bool:
-        return rows.backend == "triton" and self.kernel_entries is not None
+        has_kernel = self.kernel_entries is not None and rows.slices is None
+        return rows.backend == "triton" and has_kernel
 
     def _kernel_rows(self, rows: Rows) -> Callable[..., None]:
         from gold_kernels.triton.formula_rows import formula_rows_  # triton may be missing
@@ -115,17 +120,16 @@ class FormulaLoss(RowLoss):
         return run
 
     def _torch_rows(self, rows: Rows) -> Callable[..., None]:
-        temperatures = per_side(self.temperature)
-        bytes_each = TEMPORARIES * rows.values.dtype.itemsize
-        scratch = rows.limits.budget_bytes // SCRATCH_PART // bytes_each
-        # On a CPU small blocks stay in its caches; on a GPU each takes some twenty launches.
-        is_cpu = rows.values.device.type == "cpu"
+        temperatures, slices = per_side(self.temperature), rows.slices
+        block = large_block(rows.limits, rows.values.dtype)
+        if rows.values.device.type == "cpu" and slices is None:  # small blocks stay in its caches
+            block = min(block, BLOCK_ELEMENTS)
 
         def divergence(student: Tensor, teacher: Tensor) -> Divergence:
-            log_q, log_p, log_ratio = _log_probs(student, teacher, temperatures)
+            log_q, log_p, log_ratio = _log_probs(student, teacher, temperatures, slices)
             per_entry, slope = self.entries(log_q, log_p, log_ratio)
-            total = slope.sum(-1, keepdim=True)
-            return Divergence(per_entry.sum(-1), slope - log_q.exp_().mul_(total))
+            loss, total = row_sum(per_entry, slices), row_sum(slope, slices)
+            return Divergence(loss.squeeze(-1), slope - log_q.exp_().mul_(total))
 
         def run(*tensors: Any) -> None:
             divergence_rows_(
@@ -133,19 +137,20 @@ class FormulaLoss(RowLoss):
                 *tensors,
                 temperature=temperatures[0],
                 softcap=rows.softcap,
-                block_elements=min(scratch, BLOCK_ELEMENTS) if is_cpu else scratch,
+                block_elements=block,
+                slices=slices,
             )
 
         return run
 
 
 def _log_probs(
-    student: Tensor, teacher: Tensor, temperatures: tuple[float, float]
+    student: Tensor, teacher: Tensor, temperatures: tuple[float, float], slices: Slices | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # (c, V) each
     """log q, log p and log p - log q."""
     student = (student / temperatures[0]).clamp_min_(LOWEST_LOGIT)
     teacher = (teacher / temperatures[1]).clamp_min_(LOWEST_LOGIT)
-    student_lse, teacher_lse = (side.logsumexp(-1, keepdim=True) for side in (student, teacher))
+    student_lse, teacher_lse = log_sum_exps(student, teacher, slices)
     log_ratio = (teacher - student).sub_(teacher_lse - student_lse).clamp_(LOG_ZERO, -LOG_ZERO)
     log_q, log_p = student.sub_(student_lse), teacher.sub_(teacher_lse)
     return log_q.clamp_min_(LOG_ZERO), log_p.clamp_min_(LOG_ZERO), log_ratio

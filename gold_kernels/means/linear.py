@@ -33,6 +33,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import refuse_slices
 from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
 from gold_kernels.engine.chunking import run_chunks
 from gold_kernels.engine.heads import (
@@ -96,6 +97,7 @@ def head_means(
     """
     function = "head_means"
     chosen = resolve_options(function, options, MeansOptions)
+    refuse_slices(function, student_weight, teacher_weight, teacher_hidden)
     checks.check_temperature(function, temperature)
     cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]  # no pair here
     scale: float = chosen.logit_scale  # type: ignore[assignment]
@@ -186,6 +188,7 @@ def fused_linear_mean_kl(
     """
     function = "fused_linear_mean_kl"
     chosen = resolve_options(function, options, MeanKLOptions)
+    refuse_slices(function, student_weight, student_hidden)
     row_loss = MeanKL(temperature, teacher)
     row_loss.check(function)
     scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here

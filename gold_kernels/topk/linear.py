@@ -3,13 +3,14 @@
 N scored rows, k entries a row, D hidden size, V vocabulary. P teacher, Q student.
 """
 
-from typing import Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import join_slices, own_heads
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.heads import (
     check_head,
@@ -23,6 +24,9 @@ from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Reduction, resolve_options
 from gold_kernels.engine.shared import Metrics, RowValues
 from gold_kernels.topk.row_loss import TopK
+
+if TYPE_CHECKING:  # a build without distributed has no such class
+    from torch.distributed import ProcessGroup
 
 
 class TopKOptions(TypedDict, total=False):
@@ -39,6 +43,7 @@ class TopKOptions(TypedDict, total=False):
     logit_scale: float
     backend: str | None
     reduction: Reduction
+    process_group: "ProcessGroup | None"
 
 
 @overload
@@ -104,9 +109,11 @@ def fused_linear_top_k(
     scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
     cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]
     head = LinearHead(student_hidden, student_weight, chosen.student_bias, scale, cap)
-    student = check_head(function, "student", head)
+    (head,), chosen = own_heads(function, (head,), chosen)
+    student = check_head(function, "student", head, chosen.process_group is not None)
     chosen = checks.check_options(function, chosen, student.hidden)
-    v_student = student.weight.shape[0]
+    (student,) = join_slices(function, (student,), chosen, row_weights)
+    v_student = student.vocab_size
     vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
     checks.check_row_weights(function, row_weights, student.hidden)
     checks.check_label_weights(function, chosen, student.hidden)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import join_slices
 from gold_kernels.engine.heads import check_heads, label_weights_of, row_weights_of
 from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Options
@@ -42,15 +43,16 @@ def check_group_call(
     student, teacher, options = check_heads(
         function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
     )
+    num_groups = group_checks.check_alignment(function, student.hidden, teacher.hidden, alignment)
+    group_checks.check_group_weights(function, row_weights, num_groups, student.hidden)
+    checks.check_label_weights(function, options, student.hidden)
+    student, teacher = join_slices(function, (student, teacher), options, row_weights)
     sizes = group_checks.check_vocab_sizes(
-        function, student.weight.shape[0], teacher.weight.shape[0], options.vocab_size
+        function, student.vocab_size, teacher.vocab_size, options.vocab_size
     )
     teacher = first_entries(teacher, sizes[1])
     hidden = student.hidden
-    num_groups = group_checks.check_alignment(function, hidden, teacher.hidden, alignment)
     group_checks.check_token_ids(function, alignment, *sizes)
-    group_checks.check_group_weights(function, row_weights, num_groups, hidden)
-    checks.check_label_weights(function, options, hidden)
     group_checks.check_reduction(function, options, alignment)
     weights = row_weights_of(row_weights, num_groups, hidden, options)
     label_weights = label_weights_of(sizes[0], hidden, options)

@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
+from gold_kernels.engine.chunk_plan import Needs, float_dtype
 from gold_kernels.engine.chunking import RowFunction, run_chunks
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.probabilities import LOG_ZERO
 from gold_kernels.engine.row_loss import Rows
+from gold_kernels.engine.torch_rows import without_scratch
 from gold_kernels.uld import torch_rows
 
 NO_TOKEN = -1
-SCRATCH_PART = 8  # of the budget, at most, is working memory of a row kernel
 Scalars = Sequence[Tensor] | None  # rows, token ids, groups, (S,) int64 each; groups ascend
 
 
@@ -29,11 +29,6 @@ def token_rows_of(backend: str) -> Callable[..., None]:
 
         return token_rows_
     return torch_rows.token_rows_
-
-
-def without_scratch(limits: Limits) -> Limits:
-    budget = limits.budget_bytes
-    return limits._replace(budget_bytes=max(1, budget - budget // SCRATCH_PART))
 
 
 def group_rows(
@@ -137,7 +132,8 @@ def _log_scale(
         )
 
     needs, limits = Needs(False, False, False), without_scratch(rows.limits)
-    run_chunks(head._replace(row_index=index), None, weights, row_function, needs, limits)
+    head = head._replace(row_index=index)
+    run_chunks(head, None, weights, row_function, needs, limits, values=values)
     # groups ascend: a segmented sum gives the same bits in every run, index_add would not
     offsets = torch.searchsorted(groups, torch.arange(num_groups + 1, device=groups.device))
     sums = torch.segment_reduce(-values[0], "sum", offsets=offsets, initial=0, unsafe=True)

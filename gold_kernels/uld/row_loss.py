@@ -18,9 +18,10 @@ from gold_kernels.engine import checks
 from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
+from gold_kernels.engine.torch_rows import SCRATCH_PART, without_scratch
 from gold_kernels.jsd.row_loss import divergence_bound
 from gold_kernels.uld import torch_rows
-from gold_kernels.uld.group_rows import SCRATCH_PART, group_rows, log_scales, without_scratch
+from gold_kernels.uld.group_rows import group_rows, log_scales
 
 VALUE_NAMES = (
     *(LOSS, CROSS_ENTROPY, "matched_loss", "unmatched_loss"),

@@ -1,0 +1,210 @@
+"""A call on the processes of a group: whose slices its heads are, and whether all call alike.
+
+N scored rows of a side, D hidden size, V vocabulary, R processes.
+"""
+
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gold_kernels.engine.linear_head import LinearHead
+from gold_kernels.engine.options import Options
+from gold_kernels.engine.slices import Slices
+
+if TYPE_CHECKING:  # a build without distributed has no such class
+    from torch.distributed import ProcessGroup
+
+SAMPLE = 64  # columns of the hidden states that are compared
+# Of the norm of a sample: rounding that differs between processes moves a sum by 1e-3 of it, other
+# rows by about as much as it is.
+MAX_GAP = 1e-2
+SIDES = ("student", "teacher")
+Heads = tuple[LinearHead, ...]  # the student's and, if it has one, the teacher's
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether it is a DTensor, of which there are none without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor  # whoever has one has imported it
+
+    return isinstance(tensor, DTensor)
+
+
+def own_part(
+    function: str, name: str, tensor: Any, is_hidden: bool
+) -> tuple[Tensor, "ProcessGroup"]:
+    """The local tensor of a DTensor, and its group: hidden states are replicated, heads sharded
+    over the vocabulary.
+    """
+    mesh, placements = tensor.device_mesh, tensor.placements
+    is_known = placements[0].is_replicate() if is_hidden else placements[0].is_shard(0)
+    if mesh.ndim != 1 or not is_known:
+        expected = "Replicate()" if is_hidden else "Shard(0), over the vocabulary,"
+        raise ValueError(
+            f"{function}: {name} as a DTensor must be {expected} on a mesh of one dimension, got "
+            f"{tuple(placements)} on one of {mesh.ndim}; redistribute it, or pass "
+            f"{name}.full_tensor()."
+        )
+    return tensor.to_local(), mesh.get_group()
+
+
+def own_heads(function: str, heads: Heads, options: Options) -> tuple[Heads, Options]:
+    """Heads with this process' tensors in place of DTensors, whose group becomes process_group."""
+    group = options.process_group
+    if group is not None:
+        _check_group(function, group)
+    kinds = {name: is_sharded(head.weight) for name, head in zip(SIDES, heads, strict=False)}
+    if len(set(kinds.values())) > 1 and group is None:
+        sharded, plain = sorted(kinds, key=lambda side: not kinds[side])
+        raise ValueError(
+            f"{function}: {plain}_weight must be in slices like {sharded}_weight, a DTensor, got a "
+            "plain tensor; distribute it with Shard(0) on the same mesh, or pass "
+            f"{sharded}_weight.full_tensor()."
+        )
+    result = []
+    for side, head in zip(SIDES, heads, strict=False):
+        parts = [head.hidden, head.weight, head.bias]
+        for place, field in enumerate(("hidden", "weight", "bias")):
+            tensor, name = parts[place], f"{side}_{field}"
+            if not is_sharded(tensor):
+                continue
+            parts[place], own = own_part(function, name, tensor, field == "hidden")
+            if field == "hidden":
+                continue
+            group = own if group is None else group
+            ranks = [dist.get_process_group_ranks(one) for one in (own, group)]
+            if ranks[0] != ranks[1]:
+                raise ValueError(
+                    f"{function}: both heads must be in slices over one group of processes, got "
+                    f"{name} over ranks {ranks[0]} beside {ranks[1]}; distribute it on the same "
+                    "mesh."
+                )
+        hidden, weight, bias = parts
+        assert hidden is not None and weight is not None, "only a bias may be None"
+        result.append(head._replace(hidden=hidden, weight=weight, bias=bias))
+    return tuple(result), options._replace(process_group=group)
+
+
+def _check_group(function: str, group: Any) -> None:
+    is_group = dist.is_available() and isinstance(group, dist.ProcessGroup)
+    if is_group and dist.get_rank(group) >= 0:
+        return
+    # what new_group gives to a process that it leaves out
+    is_other = is_group or (dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER)
+    got = "a group without it" if is_other else type(group).__name__
+    raise ValueError(
+        f"{function}: process_group must be a process group of this process, over which both heads "
+        f"are in slices, got {got}; pass torch.distributed.group.WORLD or mesh.get_group(), on its "
+        "ranks alone."
+    )
+
+
+def refuse_slices(function: str, *tensors: Tensor) -> None:
+    """For losses whose heads must be whole, and which have no option process_group."""
+    if any(is_sharded(tensor) for tensor in tensors):
+        raise ValueError(
+            f"{function}: heads and hidden states must be whole, got a DTensor; pass "
+            "weight.full_tensor(), or use fused_linear_jsd, which takes slices of a vocabulary."
+        )
+
+
+def join_slices(
+    function: str,
+    heads: Heads,
+    options: Options,
+    row_weights: Tensor | None,
+    settings: object = None,  # of the loss
+) -> Heads:
+    """Heads that know the slices of all processes. Every process calls this; each of them raises
+    what one of them would have to. Waits for the device.
+    """
+    group = options.process_group
+    if group is None:
+        return heads
+    slices = Slices(group.group_name, (1,) * dist.get_world_size(group))
+    facts = slices.gather(_facts(heads, options, row_weights, settings)).tolist()
+    _compare(function, facts)
+    sizes = [tuple(int(own[place]) for own in facts) for place in range(len(heads))]
+    return tuple(
+        head._replace(slices=slices._replace(sizes=own))
+        for head, own in zip(heads, sizes, strict=True)
+    )
+
+
+def _facts(
+    heads: Heads, options: Options, row_weights: Tensor | None, settings: object
+) -> Tensor:  # (17,) float64
+    """Both sizes; a number of all that must be equal; a sum of the first entry of either head; and
+    sums of what rows have.
+    """
+    student = heads[0]
+    needs = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (student.hidden, student.weight, student.bias)
+    ]
+    plain = [value for value in options if isinstance(value, tuple | int | float | str)]
+    given = [t is not None for t in (*options[:4], row_weights)]  # tensors of a call
+    kinds = [(tuple(head.hidden.shape), head.weight.dtype, options.logits_dtype) for head in heads]
+    same = zlib.crc32(repr((needs, plain, given, kinds, settings)).encode())
+    hidden, sizes, entries = [head.hidden for head in heads], [], []
+    for head in heads:
+        sizes.append(head.weight.shape[0])
+        entries.append(head.weight.detach()[:1].sum(dtype=torch.float64).view(1))
+    is_alone = len(heads) == 1
+    numbers = [*sizes, 0, same] if is_alone else [*sizes, same]
+    parts = [student.hidden.new_tensor(numbers, dtype=torch.float64), *entries]
+    none = parts[0].new_zeros(3)
+    samples: list[Tensor | None] = [*hidden, row_weights, options.label_weights]
+    if is_alone:
+        parts.append(none[:1])
+        samples.append(None)
+    parts += [none if tensor is None else _sums(tensor.detach()) for tensor in samples]
+    return torch.cat(parts)
+
+
+def _sums(tensor: Tensor) -> Tensor:  # (N, D) or (N,) -> (3,)
+    """Two sums of a sample, its norm."""
+    sample = (tensor[:, :SAMPLE] if tensor.ndim == 2 else tensor).double()
+    sample = sample.nan_to_num(0.0, 0.0, 0.0)  # rows of weight 0 may hold anything
+    signs = 1 - 2 * (torch.arange(sample.numel(), device=sample.device) % 2)
+    return torch.stack([sample.sum(), (sample.flatten() * signs).sum(), sample.norm()])
+
+
+def _compare(function: str, facts: list[list[float]]) -> None:
+    """Facts of all processes, by rank."""
+    first, others = facts[0], list(enumerate(facts))[1:]
+    differ = [rank for rank, own in others if own[2] != first[2]]
+    if differ:
+        raise ValueError(
+            f"{function}: every process of the group must make the same call, got other options, "
+            f"shapes, dtypes or needed gradients on ranks {differ} than on rank 0; pass the same "
+            "on all of them."
+        )
+    differ = [rank for rank, own in others if _has_other_rows(own, first)]
+    if differ:
+        raise ValueError(
+            f"{function}: hidden states and weights of rows must be the same on all processes of "
+            f"the group, got other ones on ranks {differ} than on rank 0; a group shares its "
+            "batch. Weights that FSDP has in parts are no slices: pass weight.full_tensor()."
+        )
+    for place, side in ((3, "student"), (4, "teacher")):
+        if others and first[place] and all(own[place] == first[place] for _, own in others):
+            raise ValueError(
+                f"{function}: {side}_weight must be a slice of its own on each process of the "
+                "group, got the same first entry on all; pass weight.tensor_split(size)[rank], or "
+                "whole heads without process_group."
+            )
+
+
+def _has_other_rows(own: list[float], first: list[float]) -> bool:
+    for start in range(5, len(first), 3):
+        *sums, norm = own[start : start + 3]
+        *expected, other_norm = first[start : start + 3]
+        limit = MAX_GAP * max(norm, other_norm)
+        if any(abs(a - b) > limit for a, b in zip(sums, expected, strict=True)):
+            return True
+    return False

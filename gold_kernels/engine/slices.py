@@ -1,0 +1,89 @@
+"""A vocabulary that is cut over the processes of a group: each has the head's rows of its slice.
+
+C rows of a chunk, V vocabulary, R processes. Hidden states are the same on all of them.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:  # a build without distributed has no such class
+    from torch.distributed import ProcessGroup
+
+
+class Slices(NamedTuple):
+    """How many entries of a head each process has that take part, in the order of its ranks."""
+
+    group_name: str  # an operator takes strings
+    sizes: tuple[int, ...]  # may be 0
+
+    @property
+    def group(self) -> "ProcessGroup":
+        from torch.distributed.distributed_c10d import _resolve_process_group  # no public way
+
+        return _resolve_process_group(self.group_name)  # type: ignore[arg-type]  # newer: GroupName
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def first(self) -> int:
+        """The entry with which this process' slice begins."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def total(self) -> int:  # V
+        return sum(self.sizes)
+
+    @property
+    def widest(self) -> int:
+        """The same number on all processes, which have to take the same rows at a time."""
+        return max(self.sizes)
+
+    def of_first(self, vocab_size: int) -> "Slices":
+        """The first vocab_size entries; slices behind them are empty."""
+        sizes, left = [], vocab_size
+        for size in self.sizes:
+            sizes.append(min(size, left))
+            left -= sizes[-1]
+        return self._replace(sizes=tuple(sizes))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Overwrite a contiguous tensor with the sum of all processes'."""
+        if tensor.numel():
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:  # (any) -> (R, any)
+        """A contiguous tensor of every process."""
+        out = tensor.new_empty(len(self.sizes), *tensor.shape)
+        dist.all_gather(list(out.unbind(0)), tensor, group=self.group)
+        return out
+
+
+def row_sum(values: Tensor, slices: Slices | None) -> Tensor:  # (c, V) -> (c, 1)
+    """Sums over the vocabulary, of which this process may have a slice."""
+    total = values.sum(-1, keepdim=True)
+    return total if slices is None else slices.sum_(total)
+
+
+def row_max(values: Tensor, slices: Slices, empty: float) -> Tensor:  # (c, V) -> (c, 1)
+    """empty: what a slice without entries gives, below all others."""
+    if values.shape[-1] == 0:
+        values = values.new_full((values.shape[0], 1), empty)
+    return slices.gather(values.amax(-1, keepdim=True)).amax(0)
+
+
+def log_sum_exps(
+    student: Tensor,  # (c, V_s) finite logits
+    teacher: Tensor,  # (c, V_t)
+    slices: Slices | None,
+) -> tuple[Tensor, Tensor]:  # (c, 1) each
+    """Log-sum-exps over the vocabulary; with slices two numbers a row are exchanged."""
+    own = [side.logsumexp(-1, keepdim=True) for side in (student, teacher)]
+    if slices is not None:
+        own = list(slices.gather(torch.stack(own)).logsumexp(0))
+    return own[0], own[1]

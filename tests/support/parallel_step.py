@@ -1,0 +1,136 @@
+"""One of three processes of test_parallel: losses of slices over groups of one, two and three
+processes, beside those of whole heads.
+
+torchrun --nproc_per_node 3 -m support.rank SECONDS support.parallel_step
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from gold_kernels import (
+    fused_linear_jsd,
+    fused_linear_mean_kl,
+    fused_linear_uld,
+    head_means,
+    peak_extra_bytes,
+)
+from support.jsd_cases import random_case
+from support.parallel_cases import check_all
+from support.rank import leave_together
+
+
+def refusals(pair: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A part of the message, and the call; pair is the group of ranks 0 and 1, which runs them."""
+    rank = dist.get_rank()
+    hidden, weight, teacher, teacher_weight = random_case(n=6, v=20, d_s=4, d_t=5)
+    own, own_teacher = (w.tensor_split(2)[rank % 2] for w in (weight, teacher_weight))
+    mesh = DeviceMesh.from_group(pair, "cpu")
+    sharded, replicated = (distribute_tensor(weight, mesh, [p]) for p in (Shard(0), Replicate()))
+    of_columns = distribute_tensor(weight, mesh, [Shard(1)])
+    group = {"process_group": pair}
+
+    def jsd(*tensors: Any, **options: Any) -> Callable[[], object]:
+        return lambda: fused_linear_jsd(*tensors, **options)
+
+    usual = (hidden, own, teacher, own_teacher)
+    yield "got str; pass torch", jsd(*usual, process_group="world")
+    yield "needed gradients on ranks [1] than", jsd(*usual, beta=0.1 * rank, **group)
+    yield "needed gradients on ranks [1] than", jsd(*usual, chunk_size=1 + rank, **group)
+    yield "got other ones on ranks [1]", jsd(hidden + rank, *usual[1:], **group)
+    weights = torch.full((6,), 1.0 + rank)
+    yield "got other ones on ranks [1]", jsd(*usual, weights, **group)
+    whole = (hidden, weight, teacher, teacher_weight)
+    yield "student_weight must be a slice of its own", jsd(*whole, **group)
+    mixed = (hidden, own, teacher, teacher_weight)
+    yield (
+        "teacher_weight must be a slice of its own",
+        lambda: fused_linear_uld(*mixed, process_group=pair),
+    )
+    yield "got V=20 and V=18", jsd(hidden, own, teacher, own_teacher[:-1], **group)
+    yield (
+        "teacher_weight must be in slices like student_weight",
+        jsd(hidden, sharded, teacher, own_teacher),
+    )
+    for wrong in (of_columns, replicated):
+        yield "student_weight as a DTensor must be Shard(0)", jsd(hidden, wrong, teacher, wrong)
+    cut_hidden = distribute_tensor(hidden, mesh, [Shard(0)])
+    yield (
+        "student_hidden as a DTensor must be Replicate()",
+        jsd(cut_hidden, sharded, teacher, sharded),
+    )
+    yield (
+        "head_means: heads and hidden states must be whole",
+        lambda: head_means(teacher, teacher_weight, sharded),
+    )
+    yield (
+        "fused_linear_mean_kl: heads and hidden states must be whole",
+        lambda: fused_linear_mean_kl(hidden, sharded, None),
+    )
+
+
+def check_refusals(pair: Any, everyone: Any) -> list[str]:
+    wrong = []
+    rank = dist.get_rank()
+    case = random_case(n=6, v=20, d_s=4, d_t=4)
+    over_three = distribute_tensor(
+        case.teacher_weight, DeviceMesh.from_group(everyone, "cpu"), [Shard(0)]
+    )
+    own = case.student_weight.tensor_split(2)[rank % 2]
+    calls = list(refusals(pair)) if rank < 2 else []
+    calls.append(
+        (
+            "got a group without it" if rank == 2 else "over ranks [0, 1, 2] beside [0, 1]",
+            lambda: fused_linear_jsd(case[0], own, case[2], over_three, process_group=pair),
+        )
+    )
+    for expected, call in calls:
+        try:
+            call()
+            wrong.append(f"not refused: {expected}")
+        except ValueError as error:
+            if expected not in str(error):
+                wrong.append(f"{expected}: {error}")
+    return wrong
+
+
+def check_memory(group: Any) -> list[str]:
+    """Extra memory stays within the budget, whether rows are exchanged or not."""
+    wrong, budget = [], 1 << 23
+    hidden, weight, teacher, teacher_weight = random_case(n=384, v=8000, d_s=8, d_t=8)
+    own, other = (w.tensor_split(2)[dist.get_rank()] for w in (weight, teacher_weight))
+    hidden.requires_grad_()
+    for loss in (fused_linear_jsd, fused_linear_uld):
+
+        def step(loss: Any = loss) -> None:
+            loss(hidden, own, teacher, other, process_group=group, budget_bytes=budget).backward()
+
+        peak = peak_extra_bytes(step)
+        if not peak <= budget + 2 * hidden.nbytes + 4096:
+            wrong.append(f"{loss.__name__}: {peak} bytes")
+    return wrong
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    wrong = []
+    groups = [dist.new_group(list(range(size))) for size in (1, 2, 3)]
+    for size, group in zip((1, 2, 3), groups, strict=True):
+        if dist.get_rank() < size:
+            found = check_all(group, torch.float64, 1e-12, has_mesh=size == 2)
+            wrong += [f"{size} processes, {one}" for one in found]
+            if size == 2:  # as near to float64 as one process is
+                found = check_all(group, torch.float32, 1e-5, has_mesh=False)
+                wrong += [f"{size} processes, float32, {one}" for one in found]
+                wrong += check_memory(group)
+    wrong += check_refusals(groups[1], groups[2])
+    assert not wrong, "\n".join(wrong)
+    leave_together()
+
+
+if __name__ == "__main__":
+    main()
