@@ -1,0 +1,41 @@
+"""The benchmark of heads in slices runs with one process too, and prints no time of a wrong loss."""
+
+import csv
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import bench_parallel
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """What torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_every_loss_has_a_row_with_its_ratio_and_a_wrong_one_has_no_time(tmp_path, monkeypatch):
+    def wrong(*tensors, process_group=None):
+        factor = 1 if process_group is None else 2
+        return factor * bench_parallel.fused_linear_jsd(*tensors)
+
+    monkeypatch.setitem(bench_parallel.LOSSES, "skew_kl", wrong)
+    out = tmp_path / "parallel.csv"
+    assert bench_parallel.main(["--tiny", "--shapes", "16x200x8x12", "--out", str(out)]) == 1
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    assert [row["loss"] for row in rows] == ["jsd", "skew_kl", "uld"] * 2
+    for row in rows:
+        if row["loss"] == "skew_kl":
+            assert row["status"].startswith("refused") and not row["slices_ms"]
+        else:
+            ratio = float(row["slices_ms"]) / float(row["whole_ms"])
+            assert row["status"] == "ok" and abs(float(row["ratio"]) / ratio - 1) < 0.01
