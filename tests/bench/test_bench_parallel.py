@@ -1,4 +1,4 @@
-"""The benchmark of heads in slices runs with one process too, and prints no time of a wrong loss."""
+"""The benchmark of heads in slices runs with one process too; a wrong loss has no time."""
 
 import csv
 import socket
@@ -30,9 +30,10 @@ def test_every_loss_has_a_row_with_its_ratio_and_a_wrong_one_has_no_time(tmp_pat
 
     monkeypatch.setitem(bench_parallel.LOSSES, "skew_kl", wrong)
     out = tmp_path / "parallel.csv"
-    assert bench_parallel.main(["--tiny", "--shapes", "16x200x8x12", "--out", str(out)]) == 1
+    arguments = ["--tiny", "--only", "jsd", "skew_kl", "--shapes", "8x100x8x12"]
+    assert bench_parallel.main([*arguments, "--out", str(out)]) == 1
     rows = list(csv.DictReader(out.open(encoding="utf-8")))
-    assert [row["loss"] for row in rows] == ["jsd", "skew_kl", "uld"] * 2
+    assert [row["loss"] for row in rows] == ["jsd", "skew_kl"] * 2
     for row in rows:
         if row["loss"] == "skew_kl":
             assert row["status"].startswith("refused") and not row["slices_ms"]
