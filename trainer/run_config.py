@@ -111,6 +111,12 @@ def check_inherited(args: TrainingArguments) -> None:
             "within the forward pass, which cannot be compiled as a whole: set "
             "compile_models='regional', which compiles the layers."
         )
+    if args.use_liger_kernel:
+        raise ValueError(
+            "GOLDConfig: use_liger_kernel must be False, got True; it changes the forward pass in "
+            "whose head the loss sits, of the student alone: compile_models='regional' fuses the "
+            "same operations in both models."
+        )
     if args.include_for_metrics:
         raise ValueError(
             f"GOLDConfig: include_for_metrics must be empty, got {args.include_for_metrics}; "

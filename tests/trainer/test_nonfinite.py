@@ -166,6 +166,7 @@ def test_one_bad_value_is_found_and_large_ones_are_not_bad(dtype):
         ({"batch_eval_metrics": True}, "batch_eval_metrics must be False, got True"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end must be False without eval"),
         ({"torch_compile": True}, "torch_compile must be False.*set compile_models"),
+        ({"use_liger_kernel": True}, "use_liger_kernel must be False.*compile_models='regional'"),
         ({"torch_compile_backend": "inductor"}, "torch_compile must be False"),
     ],
 )

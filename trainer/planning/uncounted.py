@@ -54,7 +54,6 @@ FIELDS = (
         _checkpoints_otherwise,
         "activations are counted on the GPU, the input of every layer",
     ),
-    Uncounted("use_liger_kernel", _given("use_liger_kernel"), "its kernels keep something else"),
     Uncounted("neftune_noise_alpha", _given("neftune_noise_alpha"), "a copy of the embeddings"),
     Uncounted(
         "optim_target_modules",
