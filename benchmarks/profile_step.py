@@ -3,11 +3,12 @@
     python benchmarks/profile_step.py --tokens 1037 4096 --modes regional off trl --profile
 
 The models and rows of bench_train_step.py: Qwen3-VL-8B -> 2B shapes, LoRA, 4 rows with a picture.
-Modes: "regional" and "off" are values of compile_models, "dynamic" is regional with sizes that are
-not fixed, "trl" is the learning step of TRL's stable DistillationTrainer, whose generation is
-replaced by the rows' ids. --tokens takes lengths of answers, or several with commas between them,
-one a row of a batch. Our loss is first compared with full logits in float64 softmax; one that fails
-has no time. --profile adds kernels by their total time and the lines that wait for the device.
+Modes: "regional" and "off" are values of compile_models, "packed" is regional with
+padding_free=True, "dynamic" is regional with sizes that are not fixed, "trl" is the learning step
+of TRL's stable DistillationTrainer, whose generation is replaced by the rows' ids. --tokens takes
+lengths of answers, or several with commas between them, one a row of a batch. Our loss is first
+compared with full logits in float64 softmax; one that fails has no time. --profile adds kernels by
+their total time and the lines that wait for the device.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from record import RowLog, environment
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.speed import compiling
 
-MODES = ("off", "regional", "dynamic", "trl")
+MODES = ("off", "regional", "packed", "dynamic", "trl")
 STEPS, WARM_UP = 6, 2
 FIELDS = (
     *(
@@ -147,6 +148,7 @@ def ours(
             train_sampling_strategy=options.sampling,
             use_uld_loss=options.loss == "uld",
             compile_models="off" if mode == "off" else "regional",
+            padding_free=mode == "packed",
         ),
         train_dataset=rows_of(processor, lengths, fields),
         processing_class=processor,

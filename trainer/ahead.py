@@ -95,7 +95,8 @@ class WindowSource:
         is_free = collators["student"] is collators["teacher"]
         is_free = is_free and (student is None or not has_router_loss(student))
         is_wanted = self.args.group_by_length
-        is_wanted = self.args.device.type == "cuda" if is_wanted is None else is_wanted
+        if is_wanted is None:  # packed rows have no padding, and the longest need the most memory
+            is_wanted = self.args.device.type == "cuda" and not self.args.padding_free
         return is_wanted and is_split and is_free
 
     def _fetch(

@@ -43,7 +43,6 @@ USUAL = (
 )
 # What users of other trainers look for, and what to do here.
 VLLM_CHOICE = "completions are free text here: leave it out"
-ONE_ROW = "every row is a sequence of its own: leave it out"
 COMPLETION = "the completion alone is learnt, see docs/data.md: leave it out"
 PYTHON_LORA = "a command line has the lora_ fields of --help; from Python pass peft_config="
 QUANTISED = (
@@ -71,8 +70,7 @@ HINTS = {
     "chat_template_path": "the template is the tokenizer's own: save one with the model",
     "eos_token": "the end of a turn is the chat template's: leave it out",
     "pad_token": "it is the tokenizer's own: leave it out",
-    "packing": ONE_ROW,
-    "padding_free": ONE_ROW,
+    "packing": "did you mean padding_free?",
     "truncation_mode": "max_length cuts completions at their end: leave it out",
     "completion_only_loss": COMPLETION,
     "loss_type": "did you mean loss?",
@@ -96,7 +94,7 @@ SAME = {
     "teacher_model": "teacher",
     "packing_strategy": "packing",
     "eval_packing": "packing",
-    "pad_to_multiple_of": "padding_free",
+    "pad_to_multiple_of": "packing",
     "assistant_only_loss": "completion_only_loss",
     "use_liger*": "liger",
     "lora_target_parameters": "lora_modules_to_save",

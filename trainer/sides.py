@@ -7,11 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from gold_trainer import models
+from gold_trainer.batches import SideInputs
 from gold_trainer.collator import GOLDCollator, Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
-from gold_trainer.loss_at_head import run_to_head
+from gold_trainer.loss_at_head import gather_rows, run_to_head
 from gold_trainer.speed.on_host import with_positions
+from gold_trainer.speed.packing import packed
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,21 @@ class Side:
         self,
         model: nn.Module,
         wrapper: nn.Module,  # that is called: DDP, or the model itself
-        tensors: dict[str, Tensor],
+        inputs: SideInputs,
         function: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Any]:
-        """function(hidden (B, L, D)) in the place of the head, and the model's output."""
-        inputs = with_positions(models.base_model(model), models.forward_inputs(model, tensors))
-        return run_to_head(model, wrapper, self.place, self.form, inputs, function)
+        """function(hidden (N, D) at the scored rows) in the place of the head, and the model's
+        output.
+        """
+        tensors = models.forward_inputs(model, inputs.tensors)
+        tensors = with_positions(models.base_model(model), tensors)
+        mask = inputs.tensors["attention_mask"]
+        tensors, rows = packed(model, tensors, mask, inputs.scored_rows)
+
+        def at_head(hidden: Tensor) -> Tensor:  # (B, L, D)
+            return function(gather_rows(hidden, rows))
+
+        return run_to_head(model, wrapper, self.place, self.form, tensors, at_head)
 
     @classmethod
     def of(

@@ -36,7 +36,6 @@ from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.hub import pushing
 from gold_trainer.library_options import check_best_metric
-from gold_trainer.loss_at_head import gather_rows
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import card_facts, write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
@@ -253,9 +252,9 @@ class GOLDTrainer(Trainer):
             item_weights = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
         window = self.windows["train" if model.training else "eval"]
 
-        def loss_at_head(hidden: Tensor) -> Tensor:  # (B, L, D) -> ()
+        def loss_at_head(hidden: Tensor) -> Tensor:  # (N_s, D_s) -> ()
             loss, sums = self.objective.loss(
-                gather_rows(hidden, inputs.student.scored_rows),
+                hidden,
                 self.student.head,
                 teacher_hidden,
                 self.teacher.side.head,
@@ -268,7 +267,7 @@ class GOLDTrainer(Trainer):
             return loss
 
         student = self.accelerator.unwrap_model(model)
-        loss, output = self.student.run(student, model, inputs.student.tensors, loss_at_head)
+        loss, output = self.student.run(student, model, inputs.student, loss_at_head)
         steps = 1 if item_weights is None else self.current_gradient_accumulation_steps
         loss = with_router_loss(loss, output, student, window, steps, inputs.is_on_policy)
         if model.training:

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from gold_trainer.batches import Example, SideInputs, WindowBatch
 from gold_trainer.completions import print_completions
 from gold_trainer.config import GOLDConfig
-from gold_trainer.loss_at_head import gather_rows
 from gold_trainer.objectives import Objective
 from gold_trainer.sampling_check import SamplingCheck
 from gold_trainer.sharding import missing_media, num_calls
@@ -139,10 +138,9 @@ class Rollouts:
         collators = self.objective.collators
         return {name: Sampling.of(self.args, collators[name]) for name in self.writers}
 
-    def check(self, hidden: Tensor, side: Side, inputs: SideInputs) -> None:  # (B, L, D)
+    def check(self, hidden: Tensor, side: Side, inputs: SideInputs) -> None:  # (N, D)
         """Of what the student has written: whether it would give its tokens the same odds."""
-        rows = gather_rows(hidden, inputs.scored_rows)
-        self.sampling_check.add(rows, side.head, side.form, inputs, self.sampling["student"])
+        self.sampling_check.add(hidden, side.head, side.form, inputs, self.sampling["student"])
 
     def logs(self, accelerator: Accelerator) -> dict[str, float]:
         ages, self.ages = self.ages, []

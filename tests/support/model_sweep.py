@@ -21,10 +21,11 @@ from gold_trainer import GOLDConfig, models
 from gold_trainer.collator import process_prompts
 from gold_trainer.dataset import RowDataset
 from gold_trainer.loading import disable_dropout
-from gold_trainer.loss_at_head import gather_rows
 from gold_trainer.objectives import SameVocabulary
 from gold_trainer.router_loss import coefficient_of
 from gold_trainer.sides import Side
+from gold_trainer.speed import packing
+from gold_trainer.speed.segments import attention_is
 from gold_trainer.teachers import FrozenTeacher
 from support.eager_step import completion_of, eager_step
 from support.tiny_configs import architecture as architecture_of
@@ -117,12 +118,11 @@ def trainer_step(pair: Pair, padding_side: str) -> tuple[float, dict[str, Tensor
     teacher_hidden = teacher.hidden_rows(batch.teacher)
 
     def loss_at_head(hidden: Tensor) -> Tensor:
-        scored = gather_rows(hidden, batch.student.scored_rows)
         heads = student.head, teacher.side.head
-        return objective.loss(scored, heads[0], teacher_hidden, heads[1], batch, None)[0]
+        return objective.loss(hidden, heads[0], teacher_hidden, heads[1], batch, None)[0]
 
     model = pair.student
-    loss, _ = student.run(model, model, batch.student.tensors, loss_at_head)
+    loss, _ = student.run(model, model, batch.student, loss_at_head)
     loss.backward()
     gradients = {
         name: parameter.grad.clone()
@@ -181,6 +181,29 @@ def rollout_error(pair: Pair) -> float:
     alone = torch.cat([first_logits(pair, [prompt]) for prompt in prompts])
     is_finite = torch.isfinite(alone)
     return ((together - alone)[is_finite].abs().max() / alone[is_finite].std()).item()
+
+
+def packing_error(pair: Pair) -> float:
+    """How far other rows of one sequence move the student's logits, where rows may be packed."""
+    config = pair.student.config
+    if config.model_type not in (*packing.TEXT, *packing.PICTURES):
+        return 0.0
+    lengths = torch.tensor([[5], [13], [9]])
+    mask = (torch.arange(13) < lengths).long()
+    ids = torch.arange(4, 43).view(3, 13)
+    student = deepcopy(pair.student).eval()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        alone = torch.cat(
+            [
+                student(input_ids=row[None, :n]).logits[0]
+                for row, n in zip(ids, lengths, strict=True)
+            ]
+        )
+        with attention_is(packing.OF_ROWS, packing._configs(student)):
+            packed, _ = packing.packed(student, inputs, mask, mask.flatten().nonzero()[:, 0])
+            together = student(**packed).logits[0]
+    return ((together - alone).abs().max() / alone.std()).item()
 
 
 def router_outcome(pair: Pair) -> str:
@@ -277,6 +300,8 @@ def finish(result: Outcome, pair: Pair) -> None:
     """What an exact step does not show."""
     if pair.family == "llama" and (moved := causality_error(pair)) > MAX_ROLLOUT_ERROR:
         result.outcome, result.reason = FAILED, f"a later token moves logits by {moved:.1e}"
+    if (error := packing_error(pair)) > MAX_ROLLOUT_ERROR:
+        result.outcome, result.reason = FAILED, f"other rows move logits by {error:.1e}"
     result.routers = router_outcome(pair)
     if "wrong" in result.routers:
         result.outcome, result.reason = FAILED, result.routers

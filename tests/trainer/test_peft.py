@@ -155,7 +155,7 @@ def test_an_error_of_the_teacher_leaves_the_student_as_it_was(tmp_path, monkeypa
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(trainer.student.head, "forward", fail)
-    monkeypatch.setattr("gold_trainer.loss_at_head.gather_rows", fail)
+    monkeypatch.setattr("gold_trainer.sides.gather_rows", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         trainer.train()
     assert student.training and student.get_model_status().enabled is True

@@ -41,7 +41,7 @@ class MeansEncoder(Encoder):
         """No head: training needs none of the teacher."""
         device, args = self.args.device, self.args
         model = self.model.to(device).eval()
-        self.student.run(model, model, inputs.tensors, lambda hidden: hidden.sum())  # is measured
+        self.student.run(model, model, inputs, lambda hidden: hidden.sum())  # is measured
         check_softcap(self.student.form)
         head = self.student.head
         weight, bias = head.weight.detach(), head.bias

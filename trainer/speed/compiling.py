@@ -28,7 +28,14 @@ from gold_kernels.engine.logit_form import forward_is
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.replacing import replaced
-from gold_trainer.speed.segments import OF_SEGMENTS, STOCK, attention_is, can_attend, configs_of
+from gold_trainer.speed.segments import (
+    OF_SEGMENTS,
+    STOCK,
+    attention_is,
+    can_attend,
+    configs_of,
+    dtype_of_products,
+)
 from gold_trainer.teachers.layer_stream import outermost_lists
 
 logger = logging.getLogger(__name__)
@@ -204,17 +211,10 @@ def _kinds_of(side: str, model: nn.Module, args: GOLDConfig) -> Iterator[LayerKi
         for kind, members in by_class.items():
             if len(members) > 1:
                 weight = next(members[0].parameters())
-                is_able = can_attend(weight.device, _dtype(weight, args))
+                is_able = can_attend(weight.device, dtype_of_products(weight, args))
                 # a tower has one config: layers that are left alone would read it too
                 configs = configs_of(members) if is_able and len(members) == len(layers) else []
                 yield LayerKind(f"{kind.__name__} of the {side}", members, configs)
-
-
-def _dtype(weight: torch.Tensor, args: GOLDConfig) -> torch.dtype:
-    """In which products are computed."""
-    if args.bf16 or args.fp16:
-        return torch.bfloat16 if args.bf16 else torch.float16
-    return weight.dtype
 
 
 def _reason_against(model: nn.Module, args: GOLDConfig, side: str) -> str | None:

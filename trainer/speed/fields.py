@@ -7,7 +7,7 @@ COMPILE_MODELS = ("regional", "off")
 
 @dataclass
 class SpeedFields:
-    """Their defaults are what is fastest."""
+    """Their defaults are what is fastest of all that was measured."""
 
     compile_models: str | None = field(
         default=None,
@@ -26,5 +26,13 @@ class SpeedFields:
             "rows a step has stays as it is. None: on a CUDA GPU.",
             "nargs": "?",
             "const": True,
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "The rows of a micro-batch share one sequence, in which each sees itself "
+            "alone, in place of being padded to the longest: the same loss and gradient. Refused "
+            "for models that cannot.",
         },
     )

@@ -1,11 +1,12 @@
-"""Attention within each picture of a vision tower, in one call.
+"""Attention within each segment of one sequence, in one call.
 
 A tower takes the patches of all pictures as one sequence; a patch sees those of its own picture.
 Without flash attention transformers' towers read the pictures' lengths back from the device in each
 layer, and call attention once a picture, which neither a device that is never waited for nor a
-compiler can have. torch has a kernel for segments of different lengths, in 16 bits.
+compiler can have. torch has a kernel for segments of different lengths, in 16 bits. It also serves
+rows of text that share a sequence (packing.py).
 
-T patches, D entries of a head.
+T patches or tokens, H heads of queries, H_k of keys, D entries of a head.
 """
 
 import inspect
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.replacing import replaced
 
 varlen_attn: Any = None  # before torch 2.10
 if find_spec("torch.nn.attention.varlen"):
     from torch.nn.attention.varlen import varlen_attn
 
+PARAMETERS = () if varlen_attn is None else inspect.signature(varlen_attn).parameters
+TAKES_GROUPS = "enable_gqa" in PARAMETERS  # fewer heads of keys than of queries
 STOCK = "sdpa"
 OF_SEGMENTS = (
     "gold_trainer_flash_segments"  # transformers gives lengths to what has flash in its name
@@ -47,17 +51,48 @@ def attend_segments(
 ) -> tuple[Tensor, None]:  # (1, T, heads, D)
     if attention_mask is not None or dropout:  # the layer then runs as it is, without this
         raise NotImplementedError("attention within pictures has neither a mask nor dropout")
+    longest = max_length_q
+    return within(query, key, value, cu_seq_lens_q, longest, scaling, is_causal=False), None
+
+
+def within(
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, H_k, T, D), each head for H / H_k of queries
+    value: Tensor,
+    bounds: Tensor,  # (segments + 1,) where each begins, and where the last one ends
+    longest: int,  # segment
+    scaling: float | None,
+    *,
+    is_causal: bool,
+    window: int | None = None,  # tokens that one sees of its segment, itself with them
+) -> Tensor:  # (1, T, H, D)
+    """In 16 bits where a device has a kernel (can_attend); elsewhere by a mask of T x T."""
     if query.device.type == "cuda":
         parts = [states[0].transpose(0, 1) for states in (query, key, value)]
-        bounds = cu_seq_lens_q.to(torch.int32)
-        longest = max_length_q, max_length_q
-        states = varlen_attn(*parts, bounds, bounds, *longest, scale=scaling)
-        return states[None], None
+        before = -1 if window is None else window - 1
+        options: dict[str, Any] = {"window_size": (before, 0)} if is_causal else {}
+        if parts[1].shape[1] < parts[0].shape[1]:
+            if TAKES_GROUPS:
+                options["enable_gqa"] = True
+            else:
+                size = parts[0].shape[1] // parts[1].shape[1]
+                parts[1:] = [part.repeat_interleave(size, dim=1) for part in parts[1:]]
+        bounds = bounds.to(torch.int32)
+        states = varlen_attn(*parts, bounds, bounds, longest, longest, scale=scaling, **options)
+        return states[None]
     places = torch.arange(query.shape[2], device=query.device)
-    segments = torch.searchsorted(cu_seq_lens_q.to(places.dtype), places, right=True)
+    segments = torch.searchsorted(bounds.to(places.dtype), places, right=True)
     mask = segments[:, None] == segments
-    states = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return states.transpose(1, 2), None
+    if is_causal:
+        distances = places[:, None] - places
+        mask = mask & (distances >= 0)
+        if window is not None:
+            mask = mask & (distances < window)
+    is_grouped = key.shape[1] < query.shape[1]
+    states = scaled_dot_product_attention(
+        query, key, value, mask, scale=scaling, enable_gqa=is_grouped
+    )
+    return states.transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(OF_SEGMENTS, attend_segments)
@@ -71,10 +106,15 @@ def configs_of(layers: list[nn.Module]) -> list[Any]:
         return []
     parts = [module for layer in layers for module in layer.modules()]
     owners = [part for part in parts if _implementation(part) == STOCK]
-    numbers = [item for part in owners for item in vars(part).items() if isinstance(item[1], float)]
-    if any("dropout" in name and number for name, number in numbers):
+    if any(map(drops_out, owners)):
         return []
     return list({id(part.config): part.config for part in owners}.values())
+
+
+def drops_out(module: nn.Module) -> bool:
+    """By a rate that the module keeps as a number."""
+    rates = (value for name, value in vars(module).items() if "dropout" in name)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _implementation(module: nn.Module) -> str | None:
@@ -85,8 +125,15 @@ def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attend_segments runs there, in the dtype that the layers compute in."""
     if device.type != "cuda":
         return device.type == "cpu"
-    has_scale = varlen_attn is not None and "scale" in inspect.signature(varlen_attn).parameters
-    return has_scale and dtype in HALF and torch.cuda.get_device_capability(device) >= (8, 0)
+    has_options = "scale" in PARAMETERS and "window_size" in PARAMETERS
+    return has_options and dtype in HALF and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def dtype_of_products(weight: Tensor, args: GOLDConfig) -> torch.dtype:
+    """In which a layer with this weight computes them."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return weight.dtype
 
 
 @contextmanager

@@ -11,12 +11,14 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.compiling import CompiledStep
 from gold_trainer.speed.deepstack import adding, classes_with_features
 from gold_trainer.speed.on_host import answering, modules_with_functions
+from gold_trainer.speed.packing import Packing
 
 
 class FastStep:
     def __init__(self, args: GOLDConfig, sides: Mapping[str, nn.Module | None]) -> None:
         self.sides = sides
         self.compiled = CompiledStep(args, sides)
+        self.packing = Packing(args, sides)
 
     @cached_property
     def modules(self) -> list[ModuleType]:
@@ -29,5 +31,6 @@ class FastStep:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around forward and backward pass of a micro-batch."""
-        with self.compiled.running(), answering(self.modules), adding(self.classes):
+        answers, adds = answering(self.modules), adding(self.classes)
+        with self.packing.running(), answers, adds, self.compiled.running():
             yield

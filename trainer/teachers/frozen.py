@@ -13,7 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gold_trainer import loading, loss_at_head, models, quantised
+from gold_trainer import loading, models, quantised
 from gold_trainer.batches import SideInputs
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
@@ -118,11 +118,8 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def hidden_rows(self, inputs: SideInputs) -> Tensor:  # (N_t, D_t)
-        def at_head(hidden: Tensor) -> Tensor:
-            return loss_at_head.gather_rows(hidden, inputs.scored_rows)
-
         with self.writing() as model:
-            return self.side.run(model, model, inputs.tensors, at_head)[0]
+            return self.side.run(model, model, inputs, lambda hidden: hidden)[0]
 
     @contextmanager
     def writing(self) -> Iterator[nn.Module]:

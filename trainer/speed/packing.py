@@ -1,0 +1,173 @@
+"""Rows of a micro-batch one behind the other in one sequence, without padding.
+
+A token sees those of its own row alone, and its position is that within its row: each row is
+computed as if no other were there. What a layer does token by token, which is all but attention,
+then has no padding to work on.
+
+B rows, L positions of the longest, T tokens of all rows, N scored ones, H heads, D entries of a
+head.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gold_trainer import models
+from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.on_host import host_of, moved, pinned
+from gold_trainer.speed.segments import (
+    attention_is,
+    can_attend,
+    drops_out,
+    dtype_of_products,
+    within,
+)
+from gold_trainer.text_tensors import PLACES
+
+# transformers makes no mask for attention of a name that it does not know
+OF_ROWS = "gold_trainer_rows"
+# Whose layers mix tokens by attention alone, to which all arguments of the forward pass come.
+TEXT = (
+    *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4"),
+    *("granite", "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo"),
+    *("olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("seed_oss", "smollm3", "starcoder2"),
+)
+PICTURES = (
+    *("idefics3", "llava", "smolvlm"),
+    *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
+)
+LAYERS = {"full_attention", "sliding_attention"}
+KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3")
+# Arguments of attention that only other kernels know.
+UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+def attend_rows(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    cu_seq_lens_q: Tensor,  # (B + 1,) where each row begins, and where the last one ends
+    max_length_q: int,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # (1, T, H, D)
+    others = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if attention_mask is not None or dropout or others:
+        raise NotImplementedError(f"attention within rows has no mask, no dropout and no {others}")
+    if torch.is_autocast_enabled(query.device.type):  # norms of queries and keys are in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    bounds, longest = cu_seq_lens_q, max_length_q
+    window = sliding_window or None
+    states = within(query, key, value, bounds, longest, scaling, is_causal=True, window=window)
+    return states, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(OF_ROWS, attend_rows)
+
+
+class Packing:
+    """Within its context attention of student and teacher is one of rows."""
+
+    def __init__(self, args: GOLDConfig, sides: Mapping[str, nn.Module | None]) -> None:
+        self.models = {side: model for side, model in sides.items() if model is not None}
+        self.is_on = args.padding_free
+        for side, model in self.models.items() if self.is_on else ():
+            reason = _reason_against(model, args)
+            if reason is not None:
+                raise ValueError(
+                    "GOLDTrainer: padding_free must be False for models whose rows cannot share a "
+                    f"sequence, got True and a {side} {reason}."
+                )
+
+    @cached_property
+    def configs(self) -> list[Any]:
+        """Of the attention that is replaced."""
+        found = (c for model in self.models.values() for c in _configs(model)) if self.is_on else ()
+        return list({id(config): config for config in found}.values())
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around forward and backward pass, which computes again what is checkpointed."""
+        with attention_is(OF_ROWS, self.configs):
+            yield
+
+
+def packed(
+    model: nn.Module,
+    inputs: dict[str, Any],  # of its forward, (B, L)
+    mask: Tensor,  # (B, L) of the text
+    scored_rows: Tensor,  # (N,) flat positions b * L + l
+) -> tuple[dict[str, Any], Tensor]:  # (1, T), and (N,) positions within T
+    """As they were where the model's attention is not one of rows."""
+    is_known = models.base_model(model).config.model_type in (*TEXT, *PICTURES)
+    if not is_known or all(c._attn_implementation != OF_ROWS for c in _configs(model)):
+        return inputs, scored_rows
+    device = mask.device
+    is_text = _on_host(mask).bool()
+    lengths = is_text.sum(1)
+    made = {
+        name: _on_host(tensor)[is_text][None]
+        for name, tensor in inputs.items()
+        if name in PLACES and name != "attention_mask"
+    }
+    position_ids = inputs.get("position_ids")
+    if position_ids is None:
+        made["position_ids"] = (is_text.cumsum(1) - 1)[is_text][None]
+    else:  # (3, B, L)
+        made["position_ids"] = _on_host(position_ids)[:, is_text][:, None]
+    made["cu_seq_lens_q"] = functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    places = (is_text.flatten().cumsum(0) - 1)[_on_host(scored_rows)]
+    there = {name: moved(pinned(tensor, device), device) for name, tensor in made.items()}
+    rest = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    sizes = {"max_length_q": int(lengths.max())}
+    return rest | there | sizes, moved(pinned(places, device), device)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    known = host_of(tensor)
+    return tensor.cpu() if known is None else known  # of one that was changed on the device
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """That attention of the text's layers reads, and the model that makes their mask."""
+    parts = models.base_model(model).get_decoder().modules()
+    configs = (part.config for part in parts if hasattr(part, "config"))
+    return list({id(config): config for config in configs}.values())
+
+
+def _reason_against(model: nn.Module, args: GOLDConfig) -> str | None:
+    """Behind "a student" or "a teacher"."""
+    base = models.base_model(model)
+    config, text = base.config, base.config.get_text_config()
+    names = TEXT if text is config else PICTURES
+    if config.model_type not in names:
+        return f"of the type {config.model_type}; {', '.join(names)} are known"
+    if text.model_type not in (*TEXT, f"{config.model_type}_text"):
+        return f"whose text is of the type {text.model_type}; {', '.join(TEXT)} are known"
+    if others := set(getattr(text, "layer_types", None) or ()) - LAYERS:
+        return f"with layers of the kind {min(others)}; attention is known"
+    if text._attn_implementation not in (*KERNELS, OF_ROWS):
+        return f"with the attention {text._attn_implementation!r}; {', '.join(KERNELS)} are known"
+    is_trained = any(weight.requires_grad for weight in base.parameters())
+    if is_trained and any(map(drops_out, base.get_decoder().modules())):
+        return "that drops out attention; set disable_dropout=True"
+    dtype = dtype_of_products(base.get_output_embeddings().weight, args)
+    if not can_attend(args.device, dtype):
+        return (
+            f"that computes in {dtype} on {args.device}; on a GPU torch 2.11 has a kernel for "
+            "16 bits, from compute capability 8.0 on"
+        )
+    return None
