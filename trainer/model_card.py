@@ -72,6 +72,8 @@ def write_card(
     data = ", ".join(part for part in (dataset, rows) if part) or "unknown"
     loss = f"{args.uld_loss_type} (two tokenizers)" if args.use_uld_loss else args.loss
     numbers = {} if args.use_uld_loss else args.loss_numbers
+    if args.token_weighting is not None:
+        numbers = {**numbers, "token_weighting": args.token_weighting}
     parts = [
         f"---\n{card_data.to_yaml()}\n---",
         MARK,

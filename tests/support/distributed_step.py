@@ -1,5 +1,5 @@
 """One process of test_distributed: two steps on fixed rows between two evaluations, weights and
-losses from rank 0.
+losses from rank 0. Some rows have a view of the teacher's; what pictures tell weighs the tokens.
 
 torchrun --nproc_per_node 2 -m support.rank SECONDS
     support.distributed_step OUT_DIR BATCH_SIZE ACCUMULATION
@@ -17,6 +17,8 @@ from support.tiny_models import tiny, tiny_rows
 def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     student, processor = tiny("qwen3_vl")
     rows = tiny_rows(8, images="mixed")
+    rows[2]["teacher_images"] = rows[0]["images"]
+    rows[5]["teacher_messages"] = [{"role": "user", "content": "It is red, as you know."}]
     trainer = GOLDTrainer(
         model=student,
         teacher_model=tiny("qwen3_vl", "teacher")[0],
@@ -32,6 +34,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
             lmbda=0.0,
+            token_weighting="picture_detail",
             max_length=256,
             max_completion_length=64,
             logging_steps=1,

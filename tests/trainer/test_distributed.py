@@ -8,7 +8,8 @@ from support.tiny_models import tiny
 
 def test_two_processes_give_the_loss_and_weights_of_one(tmp_path):
     """Rows with one, two and no pictures; some micro-batches leave a rank without any picture. Both
-    runs evaluate first, which must not leave the model without DDP.
+    runs evaluate first, which must not leave the model without DDP. Tokens are weighed, and the
+    teacher has views of its own.
     """
     one = run_step("distributed_step", tmp_path / "one", processes=1, batch_size=4, accumulation=1)
     two = run_step("distributed_step", tmp_path / "two", processes=2, batch_size=1, accumulation=2)

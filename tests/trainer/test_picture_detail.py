@@ -12,6 +12,7 @@ from PIL import Image
 
 from gold_trainer import GOLDConfig
 from gold_trainer.weighting.picture_detail import PictureDetail
+from gold_trainer.weighting.weighting import make_weighting
 from support.cross_cases import (
     aligner_of,
     assert_equals,
@@ -211,6 +212,14 @@ def test_the_teacher_looks_twice_at_pictures_alone(tmp_path):
 def test_fields_that_cannot_be_are_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         GOLDConfig(output_dir=str(tmp_path), **DETAIL, **fields)
+
+
+def test_an_object_is_as_good_as_its_name(tmp_path):
+    args = GOLDConfig(output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=4)
+    detail = PictureDetail(high_weight=0.7)
+    assert make_weighting(args, detail).detail == detail
+    assert args.token_weighting == "picture_detail"
+    assert args.token_weighting_kwargs["high_weight"] == 0.7
 
 
 def test_text_and_videos_are_refused(tmp_path):

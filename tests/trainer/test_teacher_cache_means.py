@@ -43,6 +43,7 @@ def test_losses_gradients_and_logs_are_those_of_the_live_teacher(made):
         "eval_strategy": "steps",
         "eval_steps": 3,
         "teacher_model_init_kwargs": None,
+        "token_weighting": "support.weightings:graded",
     }
     live = train(made, "live", **options)
     made.weights.rename(made.folder / "away")  # nothing of the teacher is read, its head neither
@@ -56,7 +57,7 @@ def test_losses_gradients_and_logs_are_those_of_the_live_teacher(made):
         for run in (cached, live)
     ]
     names = ("forward_kl", "teacher_entropy", "top1_agreement", "crossentropy", "jsd_loss")
-    for name in (*names, "eval_loss", "eval_forward_kl"):
+    for name in (*names, "eval_loss", "eval_forward_kl", "token_weight"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4), name
     assert "reverse_kl" in logs[1] and "reverse_kl" not in logs[0]
 

@@ -164,14 +164,11 @@ def test_answers_that_cannot_be_weights_end_the_run_before_the_step(tmp_path):
         (undefined, r"row 1: token_weighting: undefined must return weights .*, got nan for token"),
         (found_later, r"token_weighting must return weights .* in step 1, dataset rows 0, 1; the"),
     ):
+        trainer.args.token_weighting = None
         trainer.objective.weighting = make_weighting(trainer.args, function)
         with pytest.raises(ValueError, match=message):
             trainer.train()
         assert not trainer.state.global_step
-
-
-def local(tokens):
-    return torch.ones_like(tokens.ids)
 
 
 @pytest.mark.parametrize(
@@ -213,11 +210,25 @@ def test_a_function_comes_from_a_module_by_name_or_as_an_argument(tmp_path, monk
     named = GOLDConfig(**fields, token_weighting=weightings.graded)
     assert named.token_weighting == GRADED
     plain = GOLDConfig(**fields)
-    assert make_weighting(plain, local).function is local
+    assert make_weighting(plain, lambda tokens: tokens) is not None
+    assert plain.token_weighting is None
     for given, config, message in (
         (None, plain, "token_weighting_kwargs must be None without token_weighting"),
         (3, plain, "must be a function of ScoredTokens, or its name, got int"),
-        (local, named, "must be given once, got a function and .*graded"),
+        (lambda tokens: tokens, named, "must be given once, got a function and .*graded"),
+        ("picture_detail", named, "must be given once, got picture_detail and .*graded"),
     ):
         with pytest.raises(ValueError, match=message):
             make_weighting(config, given)
+    for _ in range(2):  # the same arguments in a second trainer
+        assert make_weighting(plain, shorter).function is shorter
+        assert plain.token_weighting == f"{__name__}:shorter"
+
+
+def test_a_cache_of_means_has_no_log_probabilities_of_the_teacher():
+    tokens = ScoredTokens(None, None, None, teacher=None)
+    for ask in (tokens.teacher_log_probs, tokens.teacher_log_probs_without_detail):
+        with pytest.raises(
+            ValueError, match="the teacher's log-probabilities must be known, got a"
+        ):
+            ask()

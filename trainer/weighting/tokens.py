@@ -89,7 +89,7 @@ class ScoredTokens:
 
     def teacher_log_probs_without_detail(self) -> Tensor:  # (N,)
         """The same of a teacher that sees pictures without detail, for picture_detail."""
-        hidden, teacher = self.batch.hidden_without_detail, self._known_teacher()
+        teacher, hidden = self._known_teacher(), self.batch.hidden_without_detail
         return self._of_teacher(teacher if hidden is None else teacher._replace(hidden=hidden))
 
     def to_device(self, tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ how they reach the loss.
 N scored tokens of the student, N_t rows of the teacher, D_t its hidden size.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from gold_trainer.batches import MicroBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers.teacher import Teacher
 from gold_trainer.weighting.fields import check_use
+from gold_trainer.weighting.named import name_of
 from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.tokens import ScoredTokens, means_of_groups
 
@@ -73,11 +75,27 @@ class Weighting:
 def make_weighting(
     args: GOLDConfig, given: Callable[..., Any] | str | None = None
 ) -> Weighting | None:
-    """Of what GOLDTrainer was given, else of the config."""
-    if isinstance(given, str):
-        args.token_weighting, given = given, None
+    """Of what GOLDTrainer was given, else of the config, which gets the name of what it was given:
+    checkpoints and cards tell it.
+    """
+    if given is not None and not isinstance(given, str) and not callable(given):
+        raise ValueError(
+            "GOLDTrainer: token_weighting must be a function of ScoredTokens, or its name, got "
+            f"{type(given).__name__}; None weighs all tokens alike."
+        )
+    numbers = args.token_weighting_kwargs
+    if isinstance(given, PictureDetail):
+        numbers, given = dataclasses.asdict(given), given.name
+    name = given if given is None or isinstance(given, str) else name_of(given)
+    if given is not None and args.token_weighting not in (None, name):
+        raise ValueError(
+            f"GOLDTrainer: token_weighting must be given once, got {name or 'a function'} and "
+            f"GOLDConfig(token_weighting={args.token_weighting!r}); leave one of them out."
+        )
+    if name is not None:
+        args.token_weighting, args.token_weighting_kwargs = name, numbers
         args.check_weighting()
-    if given is None:
+    if given is None or isinstance(given, str):
         function = args.weighting_function()
         if function is None and args.token_weighting_kwargs:
             raise ValueError(
@@ -85,16 +103,6 @@ def make_weighting(
                 f"{args.token_weighting_kwargs}; set token_weighting."
             )
         return None if function is None else Weighting(function, args)
-    if not callable(given):
-        raise ValueError(
-            "GOLDTrainer: token_weighting must be a function of ScoredTokens, or its name, got "
-            f"{type(given).__name__}; None weighs all tokens alike."
-        )
-    if args.token_weighting is not None:
-        raise ValueError(
-            "GOLDTrainer: token_weighting must be given once, got a function and "
-            f"GOLDConfig(token_weighting={args.token_weighting!r}); leave one of them out."
-        )
     weighting = Weighting(given, args)
     check_use(args, weighting.name)
     return weighting
