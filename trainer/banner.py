@@ -77,12 +77,17 @@ class Banner(TrainerCallback):
             ("data", self._data(args, sample)),
             ("rows", sample.mixture if sample.is_mixed else kind),
             ("on-policy", shares),
-            ("loss", f"{args.uld_loss_type} across tokenizers" if args.use_uld_loss else args.loss),
+            ("loss", self._loss(args)),
             ("steps", f"{state.global_step} of {state.max_steps} are done"),
             ("precision", describe(args, self.dtypes)),
             ("memory", self._memory(args, sample)),
             ("output_dir", f"{args.output_dir}"),
         ]
+
+    def _loss(self, args: GOLDConfig) -> str:
+        loss = f"{args.uld_loss_type} across tokenizers" if args.use_uld_loss else args.loss
+        weighting = args.token_weighting
+        return loss if weighting is None else f"{loss}; tokens have the weights of {weighting}"
 
     def _data(self, args: GOLDConfig, sample: RowSample) -> str:
         sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size

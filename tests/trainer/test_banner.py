@@ -36,10 +36,12 @@ def test_tokens_precision_and_memory_are_said(tmp_path, capsys):
     assert lines["memory"].endswith("the loss up to 64.0 MiB")
 
 
-def test_mixed_precision_and_checkpointing_are_said(tmp_path, capsys):
-    lines = banner(tmp_path, tiny_rows(4), capsys, bf16=True, gradient_checkpointing=True)
+def test_mixed_precision_checkpointing_and_weights_of_tokens_are_said(tmp_path, capsys):
+    fields = {"gradient_checkpointing": True, "token_weighting": "support.weightings:graded"}
+    lines = banner(tmp_path, tiny_rows(4), capsys, bf16=True, **fields)
     expected = "weights in float32, computed in bf16; gradient_checkpointing is on"
     assert lines["precision"] == expected
+    assert lines["loss"] == "jsd; tokens have the weights of support.weightings:graded"
 
 
 @pytest.mark.parametrize("place", [1, 37, 63])

@@ -46,6 +46,7 @@ class Objective(ABC):
     crossentropy_weight: float
     forms: tuple[LogitForm, LogitForm]  # of student and teacher
     weighting: Weighting | None = None  # of tokens
+    is_absent: bool  # the teacher, which takes examples and no tensors
 
     @abstractmethod
     def __init__(self, args: GOLDConfig, student: Side, teacher: Side) -> None: ...
@@ -158,6 +159,8 @@ class Objective(ABC):
         ):
             return None
         examples = [detail.without_detail(example) for example in batch.teacher_examples]
+        if self.is_absent:
+            return SideInputs.without_tensors(examples)
         return build_side(processor, examples, to_device, batch.teacher_unscored)
 
     def unit_weights(
