@@ -1,7 +1,7 @@
 """Processes forked from one that has imported everything: a Python that imports torch, transformers
 and peft takes 8 s of a core before it does anything.
 
-What is forked ends like `python -m MODULE ARGUMENT ...`: it has a session, an environment, a folder
+What is forked ends like `python -m MODULE ARGUMENT ...`: it has a group, an environment, a folder
 and files of its own, and its exceptions, exit codes, signals and exit handlers are Python's. The
 process it comes from only imports: no threads, no state. Hash seeds are alike in all of them.
 """
@@ -133,22 +133,28 @@ def _serve() -> dict[str, Any]:
 
 
 def _answer(answers: TextIO) -> dict[str, Any]:
+    running = set()
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "start" in request:
             answer = os.fork()
             if answer == 0:
                 return request["start"]
+            os.setpgid(answer, answer)  # here too: a signal may be sent before it has begun
+            running.add(answer)
         else:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            running.discard(pid)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+    for pid in running:  # of tests that failed, or were interrupted
+        os.killpg(pid, signal.SIGKILL)
     sys.exit()
 
 
 def _become(request: dict[str, Any]) -> None:
-    os.setsid()
+    os.setpgid(0, 0)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -71,10 +71,12 @@ def test_a_short_run_writes_everything_it_promises(pair, tmp_path, capsys):
     AutoProcessor.from_pretrained(tmp_path / "student")
 
 
-def test_answers_that_look_like_mathematics_are_drawn_as_they_are(tmp_path):
-    _, held_out = load_pictures(4, 3)
-    draw_contact_sheet(held_out, ["a$``$ b", "$\\frac$", ""], tmp_path / "answers.png")
+def test_answers_that_no_font_can_show_are_drawn_as_they_are(tmp_path, recwarn):
+    _, held_out = load_pictures(4, 4)
+    answers = ["a$``$ b", "$\\frac$", "", "\x07 \n\U000858e3"]
+    draw_contact_sheet(held_out, answers, tmp_path / "answers.png")
     assert (tmp_path / "answers.png").exists()
+    assert not [str(each.message) for each in recwarn if "Glyph" in str(each.message)]
 
 
 def test_a_cached_teacher_counts_only_for_its_own_settings(tmp_path, caplog):

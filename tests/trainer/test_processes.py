@@ -7,9 +7,9 @@ from support.processes import start_ranks
 
 
 def test_a_hang_prints_the_stacks_of_every_rank_and_ends_them():
-    done = start_ranks("hanging_step", 2, seconds=8)
+    done = start_ranks("hanging_step", 2, seconds=10)
     assert done.returncode != 0
-    assert done.stderr.count("Timeout (0:00:08)!") == 2
+    assert done.stderr.count("Timeout (0:00:10)!") == 2
     for name in ("wait_for_nobody", "wait_for_the_other"):
         assert f"in {name}\n" in done.stderr
 

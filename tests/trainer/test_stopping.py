@@ -46,7 +46,7 @@ def stopped(command, folder, number, code, is_to_all=False):
     run = Forked(folder / "output", "gold_trainer", "train", *command)
     run.wait_until(lambda: "'loss'" in run.stdout or run.poll() is not None)
     (os.killpg if is_to_all else os.kill)(run.pid, number)
-    assert run.wait(60) == code, run.stderr
+    assert run.wait(120) == code, run.stderr
     return run.stderr, run.stdout
 
 

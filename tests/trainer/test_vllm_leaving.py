@@ -13,7 +13,7 @@ from support.forks import Forked
 def test_a_process_with_an_error_ends_while_a_server_is_answering(name, tmp_path):
     run = Forked(tmp_path / "output", "support.vllm_leaving_step", str(tmp_path), name)
     run.wait_until(lambda: "LEAVING\n" in run.stdout)
-    assert run.wait(20) != 0 and name in run.stderr
+    assert run.wait(40) != 0 and name in run.stderr
 
 
 def test_what_has_not_begun_when_a_run_ends_is_not_asked_for():
