@@ -20,6 +20,7 @@ than MAX_LOSS_ERROR, or a gradient by more than MAX_GRAD_ERROR, gets no time, an
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,10 @@ def sparse_matrix(projection: VocabProjection) -> Tensor:  # (V_t, V_s), CSR, fl
     index = torch.stack([projection.columns[rows, pieces], rows])
     sizes = projection.teacher_vocab_size, projection.student_vocab_size
     values = projection.weights[rows, pieces]
-    matrix = torch.sparse_coo_tensor(index, values, sizes).coalesce().to_sparse_csr()
+    matrix = torch.sparse_coo_tensor(index, values, sizes, check_invariants=True).coalesce()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix = matrix.to_sparse_csr()
     return matrix.to(projection.folds.ids.device)
 
 
@@ -175,7 +179,7 @@ def errors(name: str, inputs: Inputs) -> list[float]:
     )
     leaves = [leaf.requires_grad_() for leaf in wide[:2]]
     truth = eager.get(name, eager_hybrid)(inputs, wide)
-    expected = [truth, *torch.autograd.grad(truth, leaves)]
+    expected = [truth.detach(), *torch.autograd.grad(truth, leaves)]
     loss = loss_of(name, inputs, case)()
     actual = [loss, *torch.autograd.grad(loss, case.leaves())]
     copies = case.student_hidden.shape[0] // few.student_hidden.shape[0]

@@ -109,7 +109,8 @@ def draw_contact_sheet(digits: Digits, answers: Sequence[str], path: Path) -> No
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, shown, strict=False):
-        answer, is_right = answers[i], i not in set(wrong)
+        # without training it may hold anything: what no font has is written as an escape
+        answer, is_right = ascii(answers[i])[1:-1], i not in set(wrong)
         axis.imshow(digits.pictures[i])
         title = answer.replace(", ", ",\n", 1) if len(answer) < 60 else answer[:40] + "..."
         if not is_right:
