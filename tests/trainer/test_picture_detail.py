@@ -222,9 +222,6 @@ def test_an_object_is_as_good_as_its_name(tmp_path):
     assert args.token_weighting_kwargs["high_weight"] == 0.7
 
 
-def test_text_and_videos_are_refused(tmp_path):
+def test_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="picture_detail' needs a vision-language student"):
         make_trainer(tmp_path, tiny_rows(2), "qwen3", **DETAIL)
-    example = SimpleNamespace(videos=[1], where="row 3")
-    with pytest.raises(ValueError, match="row 3: token_weighting='picture_detail' must have pictu"):
-        PictureDetail().without_detail(example)

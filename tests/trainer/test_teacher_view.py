@@ -112,8 +112,13 @@ def test_a_student_that_is_its_own_teacher_learns_from_the_hint_alone(tmp_path):
     assert losses[0] < 1e-6 < 1e-3 < losses[1]
 
 
+WEIGHTED = {"token_weighting": "support.weightings:unsure"}
+
+
 def test_a_cache_knows_what_the_teacher_sees(tmp_path, capsys):
-    """Its loss is that of a teacher that is asked; another hint or picture is another row."""
+    """Its loss is that of a teacher that is asked, log-probabilities as well; another hint or
+    picture is another row.
+    """
     pair = save_pair(tmp_path)
     rows, _ = views("qwen3_vl")
     lines = []
@@ -129,7 +134,7 @@ def test_a_cache_knows_what_the_teacher_sees(tmp_path, capsys):
     cache = pair.cache("cache", "--dataloader_num_workers=1")
     live, cached = (
         run_of(pair, tmp_path / f"run{i}", rows=rows, **fields)[0]
-        for i, fields in enumerate(({}, {"teacher_cache": str(cache)}))
+        for i, fields in enumerate((WEIGHTED, WEIGHTED | {"teacher_cache": str(cache)}))
     )
     assert cached == pytest.approx(live, rel=1e-5)
     for place, column, value, part in (

@@ -6,7 +6,6 @@ arXiv 2605.21924) was read in its abstract and in the notes that its authors pub
 of the paper itself could not be read.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from gold_trainer.batches import Example
-from gold_trainer.row_errors import PictureError
 from gold_trainer.weighting.tokens import ScoredTokens
 
 EPS = 1e-6  # beside a standard deviation
@@ -44,9 +42,9 @@ class PictureDetail:
     the two groups (eq. 5 and 6), the numbers that are the defaults here, pictures that lose their
     detail by a bilinear reduction of each side to a tenth and a nearest enlargement. Chosen here:
     prompts count by their tokens, as in all of this trainer (in the paper each counts alike); rows
-    without pictures have weight 1; completions of another source than the student are weighed too;
-    max_weight. Of equal VA the earlier token is the higher. With two tokenizers a group's VA is
-    that of its bytes, in even parts to its tokens.
+    without pictures have weight 1, and videos keep their detail; completions of another source than
+    the student are weighed too; max_weight. Of equal VA the earlier token is the higher. With two
+    tokenizers a group's VA is that of its bytes, in even parts to its tokens.
     """
 
     name: ClassVar[str] = "picture_detail"
@@ -141,12 +139,6 @@ class PictureDetail:
 
     def without_detail(self, example: Example) -> Example:
         """The example with pictures of the same sizes, of which the detail is gone."""
-        if example.videos:
-            raise PictureError(
-                f"{example.where}: token_weighting='picture_detail' must have pictures, got a "
-                "video, whose detail it does not take away; give frames as images, or choose "
-                "another weighting."
-            )
         return replace(example, images=[coarse(image, self.scale) for image in example.images])
 
 
@@ -164,6 +156,3 @@ def _prompts(keys: Sequence[tuple[int, int | None]]) -> Tensor:  # (B,) int64 in
 
 def _is_positive_or_none(value: float | None) -> bool:
     return value is None or 0 < value < math.inf
-
-
-NUMBERS = tuple(field.name for field in dataclasses.fields(PictureDetail))

@@ -22,8 +22,7 @@ class ScoredTokens:
     """The student's N scored tokens of a micro-batch, one completion behind the other.
 
     Tensors are on the device, and without a gradient. Log-probabilities are computed when they are
-    asked for: each costs a product with the head. Under teacher_sharding and FSDP all processes
-    have to ask for the same ones.
+    asked for: each costs a product with the head.
     """
 
     batch: MicroBatch
