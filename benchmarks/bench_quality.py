@@ -14,6 +14,7 @@ scales.py the sizes, rows.py what is compared.
 
 --task text does the same with text: docstrings of packages that are there, a teacher of 31M from
 scratch, students of 8M, and the teacher itself fake-quantised to 4 bits (texts.py, text_rows.py).
+With --weights FILE.gguf the teacher is that model, and one layer of three the student (weights.py).
 
 A row is written as soon as its run ends, what is most important first. Rows that the CSV has are
 not run again; --folder keeps pictures and weights for that. Every row has the teacher's accuracy:
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from quality import rows, tasks, text_rows
+from quality.scales import with_weights
 from quality.workers import Workers, choose
 from rich.console import Console
 
@@ -147,6 +149,8 @@ def measure(options: argparse.Namespace) -> int:
     workers = Workers(options.workers, task.TURNS)
     try:
         scale = task.SCALES["small" if options.small else "record"]
+        if options.weights:
+            scale = with_weights(scale, options.weights)
         task.draw(folder, scale, options.drawers)
         tell(options, "data is made")
         done = {tuple(row[name] for name in task.KEYS) for row in rows_of(options.output)}
@@ -168,6 +172,7 @@ def measure(options: argparse.Namespace) -> int:
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="pictures")
+    parser.add_argument("--weights", type=Path, help="of text: a GGUF file, the teacher")
     parser.add_argument("--small", action="store_true", help="a run of each kind, anywhere")
     parser.add_argument("--report", action="store_true", help="measures nothing")
     parser.add_argument("--output", type=Path, help="CSV; default: one of results/")
@@ -181,8 +186,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.started = time.perf_counter()
     options.task = TASKS[options.task]
+    if options.weights and options.task is not text_rows:
+        parser.error("--weights is of --task text")
     if options.output is None and not options.small:
-        options.output = RESULTS / options.task.OUTPUT
+        name = "quality_weights.csv" if options.weights else options.task.OUTPUT
+        options.output = RESULTS / name
     return options
 
 

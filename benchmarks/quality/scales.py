@@ -1,7 +1,8 @@
 """Sizes of models, data and trainings: the record's, and small ones for two CPU cores."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from quality.texts import LICENCES
 
@@ -112,6 +113,21 @@ class TextScale:
     learning_rate: float
     int4_learning_rate: float
     group_size: int  # weights that share a scale
+    weights: str = ""  # a GGUF file: the teacher, and by one layer of three the student
+
+
+def with_weights(scale: TextScale, file: Path) -> TextScale:
+    """Larger models and their own vocabulary: fewer steps fit into the time, and smaller ones keep
+    what the weights know.
+    """
+    return replace(
+        scale,
+        weights=str(file),
+        student=replace(scale.student, layers=10),
+        steps=min(scale.steps, 120),
+        learning_rate=3e-4,
+        int4_learning_rate=3e-5,
+    )
 
 
 TEXT_RECORD = TextScale(

@@ -82,7 +82,15 @@ def draw(folder: Path, scale: TextScale, workers: int) -> None:
     path = folder / "tokens.npz"
     if not path.exists():
         parts = texts.collect(scale.packages, scale.most_files, workers)
-        np.savez(path, **texts.tokenise(parts, scale.vocabulary, scale.length))
+        if scale.weights:
+            from quality import weights
+
+            whole = weights.unpack(Path(scale.weights), folder)
+            tokenizer, end = whole.backend_tokenizer, whole.eos_token_id
+            del parts["teacher"]  # which has learnt already
+        else:
+            tokenizer, end = texts.build_tokenizer(parts["teacher"], scale.vocabulary), 0
+        np.savez(path, **texts.tokenise(parts, tokenizer, end, scale.length))
         sources = texts.sources(scale.packages)
         (folder / "sources.txt").write_text(sources, encoding="utf-8")
 

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from gold_kernels import fused_linear_loss
 from gold_kernels.losses import JSD, make_loss
+from quality import weights
 from quality.scales import Schooling, TextScale, TextSize
 from quality.schooling import batches, bfloat16
 from quality.text_rows import LOSSES, Case
@@ -89,8 +90,7 @@ class TextBench:
 
     def model(self, name: str, *, is_fresh: bool = False) -> LlamaForCausalLM:
         """teacher, small or int4, in float32 as they are before every run."""
-        size = self.scale.student if name == "small" else self.scale.teacher
-        model = build_model(size, self.scale.vocabulary, self.scale.length, int(name == "small"))
+        model = self._build(name)
         if not is_fresh:
             path = self.folder / f"{'small' if name == 'small' else 'teacher'}.pt"
             model.load_state_dict(torch.load(path, weights_only=True))
@@ -98,36 +98,55 @@ class TextBench:
             quantised_(model, self.scale.group_size)
         return model.to(self.device)
 
+    def _build(self, name: str) -> LlamaForCausalLM:
+        scale, is_small = self.scale, name == "small"
+        size = scale.student if is_small else scale.teacher
+        if not scale.weights:
+            return build_model(size, scale.vocabulary, scale.length, int(is_small))
+        config = LlamaConfig.from_pretrained(self.folder)
+        if is_small:
+            config.num_hidden_layers = size.layers
+        return LlamaForCausalLM(config)
+
     @cached_property
     def teacher(self) -> LlamaForCausalLM:
         return self.model("teacher").bfloat16().eval()
 
     def school_teacher(self) -> dict[str, Any]:
+        if self.scale.weights:
+            started = time.perf_counter()
+            model = weights.load(Path(self.scale.weights)).to(self.device)
+            return self._keep("teacher", model, Schooling(0, 0, 0.0), [], started)
         rows = torch.cat([self.tokens["teacher"], self.tokens["distil"]])
-        return self.school("teacher", rows, self.scale.teacher_schooling)
+        return self._school("teacher", rows, self.scale.teacher_schooling)
 
     def school_student(self, name: str) -> dict[str, Any]:
-        return self.school(name, self.tokens["distil"], self.scale.student_schooling)
+        return self._school(name, self.tokens["distil"], self.scale.student_schooling)
 
-    def school(self, name: str, rows: Tensor, how: Schooling) -> dict[str, Any]:
-        """From fresh weights on what follows in the text."""
+    def _school(self, name: str, rows: Tensor, how: Schooling) -> dict[str, Any]:
+        """On what follows in the text, from fresh weights or the teacher's layers."""
         started = time.perf_counter()
         model = self.model(name, is_fresh=True)
+        if self.scale.weights:
+            weights.thin_(model, self.model("teacher"))
         losses = self.train(model, rows, how, Case(name, "labels", "", "yes"))
+        return self._keep(name, model, how, losses, started)
+
+    def _keep(
+        self, name: str, model: Any, how: Schooling, losses: list[float], started: float
+    ) -> dict[str, Any]:
+        """Weights, how they came about and what they know, for all processes."""
         torch.save(model.state_dict(), self.folder / f"{name}.pt")
-        if name == "teacher":
-            self.__dict__["teacher"] = self.model("teacher").bfloat16().eval()
+        seconds = time.perf_counter() - started
         numbers = {
-            **{"parameters": model.num_parameters(), "steps": len(losses)},
+            **{"parameters": model.num_parameters(), "steps": len(losses), "seconds": seconds},
             **{"batch_size": how.batch_size, "learning_rate": how.learning_rate},
-            "seconds": time.perf_counter() - started,
             "tokens": len(losses) * how.batch_size * (self.scale.length - 1),
-            **(self.grade(model) if (self.folder / "teacher.pt").exists() else {}),
+            **self.grade(model),
         }
         (self.folder / f"{name}.json").write_text(json.dumps(numbers), encoding="utf-8")
-        curve = [
-            sum(losses[i : i + 100]) / len(losses[i : i + 100]) for i in range(0, len(losses), 100)
-        ]
+        every = range(0, len(losses), 100)
+        curve = [sum(losses[i : i + 100]) / len(losses[i : i + 100]) for i in every]
         return numbers | {"curve": [round(loss, 2) for loss in curve]}
 
     def kept(self, name: str) -> dict[str, Any]:

@@ -109,12 +109,14 @@ def build_tokenizer(texts: Sequence[str], size: int) -> Tokenizer:
     return bpe
 
 
-def tokenise(parts: dict[str, list[str]], size: int, length: int) -> dict[str, np.ndarray]:
+def tokenise(
+    parts: dict[str, list[str]], tokenizer: Tokenizer, end: int, length: int
+) -> dict[str, np.ndarray]:
     """part -> (rows, length) tokens, one text after the other; bytes_per_token of held-out text."""
-    tokenizer = build_tokenizer(parts["teacher"], size)
     found: dict[str, np.ndarray] = {}
     for part, texts in parts.items():
-        ids = np.array([i for e in tokenizer.encode_batch(texts) for i in (*e.ids, 0)], np.int32)
+        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+        ids = np.array([i for e in encoded for i in (*e.ids, end)], np.int32)
         found[part] = ids[: len(ids) // length * length].reshape(-1, length)
         if part == "held_out":
             size_of_all = sum(len(text.encode()) for text in texts)

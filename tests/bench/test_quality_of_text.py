@@ -6,7 +6,9 @@ import csv
 import math
 import sys
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_quality as bench
-from quality import tasks, text_rows, text_runs, texts
-from quality.scales import TEXT_TINY
+from quality import tasks, text_rows, text_runs, texts, weights
+from quality.scales import TEXT_TINY, with_weights
+from transformers import LlamaForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -32,9 +35,16 @@ class Inline:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def parts() -> dict[str, list[str]]:
+    return texts.collect(("python",), most_files=100)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, parts) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    text_rows.draw(folder, TEXT_TINY, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "collect", lambda *args: dict(parts))
+        text_rows.draw(folder, TEXT_TINY, 1)
     tasks.school_teacher(folder, TEXT_TINY)
     tasks.school_student(folder, TEXT_TINY, "small")
     return folder
@@ -45,8 +55,7 @@ def own(folder) -> text_runs.TextBench:
     return text_runs.TextBench(folder, TEXT_TINY, CPU)
 
 
-def test_no_docstring_is_both_trained_on_and_held_out():
-    parts = texts.collect(("python",), most_files=100)
+def test_no_docstring_is_both_trained_on_and_held_out(parts):
     assert all(parts.values())
     everything = [text for part in parts.values() for text in part]
     assert len(everything) == len(set(everything))
@@ -114,3 +123,38 @@ def test_the_most_important_rows_of_all_seeds_come_first():
     assert ranks == sorted(ranks)
     first = {case.loss for case in cases if not case.rank and case.seed == 2}
     assert first == {"labels", *text_rows.LOSSES}
+
+
+def test_public_weights_are_the_teacher_and_their_layers_the_student(
+    tmp_path, monkeypatch, own, parts
+):
+    """The file itself is 93 MB; its reader is transformers'."""
+    config = own.model("teacher").config
+    config.num_hidden_layers = 7
+    whole = LlamaForCausalLM(config)
+    tokenizer = texts.build_tokenizer(parts["teacher"], 300)
+
+    def unpack(file: Path, folder: Path) -> SimpleNamespace:
+        config.save_pretrained(folder)
+        return SimpleNamespace(backend_tokenizer=tokenizer, eos_token_id=5)
+
+    monkeypatch.setattr(texts, "collect", lambda *args: dict(parts))
+    monkeypatch.setattr(weights, "unpack", unpack)
+    monkeypatch.setattr(weights, "load", lambda file: whole)
+    scale = with_weights(TEXT_TINY, Path("any.gguf"))
+    scale = replace(scale, student=replace(scale.student, layers=3))
+    text_rows.draw(tmp_path, scale, 1)
+    mine = text_runs.TextBench(tmp_path, scale, CPU)
+    assert "teacher" not in mine.tokens and (mine.tokens["distil"] == 5).any()
+    assert mine.school_teacher()["agreement"] > 0.99
+    student = mine.model("small", is_fresh=True)
+    weights.thin_(student, mine.model("teacher"))
+    for layer, place in zip(student.model.layers, (1, 3, 6), strict=True):
+        theirs = whole.model.layers[place]
+        assert torch.equal(layer.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+    assert torch.equal(student.lm_head.weight, whole.model.embed_tokens.weight)
+    before = mine.school_student("small")
+    row = mine.run(text_rows.Case("small", "jsd_0"))
+    assert before["steps"] == 2 and math.isfinite(row["kl"]) and row["tokens"] > 0
+    with pytest.raises(SystemExit):
+        bench.parse_options(["--weights", "any.gguf"])
