@@ -149,16 +149,13 @@ class Objective(ABC):
         self, processor: Processor, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]
     ) -> SideInputs | None:
         """The teacher's second look, where token_weighting takes one."""
-        detail = None if self.weighting is None else self.weighting.detail
-        has_pictures = any(example.images for example in batch.teacher_examples)
-        # several processes run a teacher together that is in parts
-        if (
-            self.weighting is None
-            or detail is None
-            or (self.weighting.is_alone and not has_pictures)
-        ):
+        weighting = self.weighting
+        if weighting is None or weighting.detail is None:
             return None
-        examples = [detail.without_detail(example) for example in batch.teacher_examples]
+        has_pictures = any(example.images for example in batch.teacher_examples)
+        if weighting.is_alone and not has_pictures:  # others may run the teacher together
+            return None
+        examples = [weighting.detail.without_detail(e) for e in batch.teacher_examples]
         if self.is_absent:
             return SideInputs.without_tensors(examples)
         return build_side(processor, examples, to_device, batch.teacher_unscored)

@@ -42,8 +42,8 @@ class Weighting:
         return weights if tokens.groups is None else means_of_groups(tokens.groups, weights)
 
     def _checked(self, weights: Any, tokens: ScoredTokens, may_wait: bool) -> Tensor:
-        """In float32 or float64; what is wrong with values that a device holds is found before the
-        optimizer's step, unless anybody may wait for it.
+        """In float32; what is wrong with values that a device holds is found before the optimizer's
+        step, unless anybody may wait for it.
         """
         number = tokens.ids.shape[0]
         if not isinstance(weights, Tensor) or weights.shape != (number,) or weights.is_complex():
@@ -52,8 +52,7 @@ class Weighting:
                 f"token_weighting: {self.name} must return a real tensor of shape (N,) = "
                 f"({number},), a weight for each of tokens.ids, got {got}; weigh every token."
             )
-        weights = weights.detach()
-        weights = weights if weights.dtype == torch.float64 else weights.float()
+        weights = weights.detach().float()
         is_bad = ~(weights.isfinite() & (weights >= 0))
         if is_bad.device.type == "cpu" or may_wait:
             self._refuse(weights, is_bad, tokens)
