@@ -43,6 +43,7 @@ class Example:
     videos: list[Video] = field(default_factory=list)
     turn: int | None = None  # of the row, where every turn is an example of its own
     is_cut: bool = False  # of the prompt the last prompt_length tokens are seen
+    teacher_id: str | None = None  # whom it learns from, where there are several
     is_blank: bool = False  # no row: in the place of a micro-batch of which none is left
     # Of a completion that was sampled: what the tokens had in its writer's distribution.
     logprobs: list[float] | None = None
@@ -78,6 +79,7 @@ class BatchAlignment:
 
     groups: TokenAlignment  # of all completions of the batch
     skip_reasons: list[str | None]  # of every completion; None for one that is distilled
+    parts: list[TokenAlignment] | None = None  # of each, where several teachers divide them
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "BatchAlignment":
         tensors: dict[str, Any] = {
@@ -85,7 +87,7 @@ class BatchAlignment:
             for name, value in self.groups._asdict().items()
             if isinstance(value, Tensor)
         }
-        return BatchAlignment(self.groups._replace(**tensors), self.skip_reasons)
+        return BatchAlignment(self.groups._replace(**tensors), self.skip_reasons, self.parts)
 
 
 @dataclass
@@ -127,6 +129,8 @@ class SideInputs:
     tensors: dict[str, Tensor]  # what the model's forward takes, input_ids (B, L)
     scored_rows: Tensor  # (N,) flat positions b * L + l whose logits predict a completion token
     labels: Tensor  # (N,) int64, the tokens that they predict
+    # Of several teachers: what each says of its own rows, (N_t, D_t).
+    by_teacher: dict[str, Tensor] | None = None
 
     @classmethod
     def without_tensors(cls, examples: list[Example]) -> "SideInputs":

@@ -115,6 +115,7 @@ class GOLDCollator:
             videos=row.videos,
             turn=row.turn,
             is_cut=is_cut,
+            teacher_id=row.teacher_id,
         )
         if pieces is None:
             return example

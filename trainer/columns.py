@@ -2,17 +2,19 @@
 messages, or prompt and completion.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
 
 from gold_trainer.messages import parsed_json, parsed_messages
+from gold_trainer.nearest import did_you_mean
 from gold_trainer.row_errors import ColumnsError, shown
 
 MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
 TEACHER_VIEW = ("teacher_images", "teacher_messages")  # what the teacher sees in their place
-BESIDE_ALL = (*MEDIA[0], *MEDIA[1], "tools", "chat_template_kwargs", *TEACHER_VIEW)
+TEACHER_ID = "teacher_id"  # which of teacher_models the row learns from
+BESIDE_ALL = (*MEDIA[0], *MEDIA[1], "tools", "chat_template_kwargs", *TEACHER_VIEW, TEACHER_ID)
 # The column that tells how a row holds its conversation -> the columns that go with it.
 SHAPES: dict[str, tuple[str, ...]] = {
     "messages": (),
@@ -81,6 +83,27 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     if shape == "instruction":
         return row | _from_alpaca(columns, index)
     return row | {name: columns.get(name) for name in (shape, *SHAPES[shape])}
+
+
+def read_teacher_id(columns: Mapping[str, Any], index: int, known: Sequence[str]) -> str | None:
+    """known: ids of teacher_models, none where the run has one teacher."""
+    value = columns.get(TEACHER_ID)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not known:
+        if value is None:
+            return None
+        raise ValueError(
+            f"row {index}: teacher_id must stand in a run with teacher_models, got "
+            f"{shown(value)}; set teacher_models, or dataset_ignore_columns=['{TEACHER_ID}']."
+        )
+    if value not in known:
+        remedy = did_you_mean(str(value), known) or "; mend the row, or add its teacher."
+        raise ValueError(
+            f"row {index}: teacher_id must be one of teacher_models, {', '.join(known)}, got "
+            f"{shown(value)}{remedy}"
+        )
+    return str(value)
 
 
 def printable(name: Any) -> str:

@@ -20,6 +20,7 @@ from gold_trainer.field_checks import check_fields
 from gold_trainer.file_streams import load_stream
 from gold_trainer.flags import all_names, own_groups, read_fields, remedy
 from gold_trainer.resuming import as_wanted, earlier_run
+from gold_trainer.teacher_config import args_by_teacher
 
 
 @dataclass
@@ -145,8 +146,8 @@ def read_run(argv: list[str]) -> Run:
     student = _given(model_args.model_name_or_path, "model_name_or_path")
     data_name = _given(data_args.dataset_name, "dataset_name")
     teacher = config.teacher_model_name_or_path
-    if config.teacher_cache is None:
-        teacher = _given(_served(config), "teacher_model_name_or_path")
+    if config.teacher_cache is None or config.teacher_models is not None:
+        teacher = _given(_teacher(config), "teacher_model_name_or_path")
     given = config.model_init_kwargs or {}
     assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
     options = student_options(model_args)
@@ -166,8 +167,12 @@ def read_run(argv: list[str]) -> Run:
     return Run(student, teacher, config, train_rows, eval_rows, peft_config, data_name)
 
 
-def _served(config: GOLDConfig) -> str | None:
-    """The checkpoint that a server was started with, where nothing else names it."""
+def _teacher(config: GOLDConfig) -> str | None:
+    """The first of several; the checkpoint that a server was started with, where nothing else names
+    it.
+    """
+    for one in args_by_teacher(config).values():
+        return _teacher(one)
     if config.teacher_model_server_url is not None and config.teacher_model_name_or_path is None:
         from gold_trainer.teachers.served.check import find_server  # slow to import
 
@@ -185,7 +190,7 @@ def train(argv: list[str]) -> None:
 
     trainer = GOLDTrainer(
         model=run.student,
-        teacher_model=run.teacher,
+        teacher_model=None if config.teacher_models else run.teacher,
         args=config,
         train_dataset=run.train_rows,
         eval_dataset=run.eval_rows,

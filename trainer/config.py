@@ -56,6 +56,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "teacher_model_init_kwargs",
+        "teacher_models",
         "loss_kwargs",
         "token_weighting_kwargs",
         "chat_template_kwargs",

@@ -7,7 +7,14 @@ import datasets
 import torch
 from transformers.utils import logging
 
-from gold_trainer.columns import SHAPE_COLUMNS, has_shape, names_of, refuse_unused_columns
+from gold_trainer.columns import (
+    SHAPE_COLUMNS,
+    TEACHER_ID,
+    has_shape,
+    names_of,
+    read_teacher_id,
+    refuse_unused_columns,
+)
 from gold_trainer.data_files import MappedRows
 from gold_trainer.pictures import undecoded
 from gold_trainer.row_errors import ColumnsError, reading, shown
@@ -58,6 +65,17 @@ class RowDataset(torch.utils.data.Dataset):
                 self.first_index = index
                 return row
         raise ValueError(f"no row can be used; the first: {refused}") from refused
+
+    def check_teacher_ids(self) -> None:
+        """ValueError for the first row of no teacher, where the column can be read alone."""
+        rows, known = self.rows, self.reader.teacher_ids
+        if isinstance(rows, datasets.Dataset) and TEACHER_ID in rows.column_names:
+            rows = rows.with_format(None).select_columns(TEACHER_ID)
+        elif not isinstance(rows, list | tuple):
+            return
+        for index, columns in enumerate(rows):
+            if known and isinstance(columns, Mapping):
+                read_teacher_id(columns, index, known)
 
     @property
     def description(self) -> str:
@@ -123,6 +141,8 @@ def as_rows(
     if dataset is None or isinstance(dataset, RowDataset):
         return dataset
     rows = RowDataset(dataset, **options)
+    if not skips_bad:
+        rows.check_teacher_ids()
     # columns that do not fit show before weights are read and folders made
     first = rows.first(skips_bad=skips_bad)
     if not isinstance(first.prompt, str):

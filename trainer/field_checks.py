@@ -125,6 +125,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "token_weighting_kwargs": ("a dict of numbers", 'write {"high_weight": 0.7}'),
     "model_init_kwargs": OPTIONS,
     "teacher_model_init_kwargs": OPTIONS,
+    "teacher_models": ("a dict of models by id", 'write {"math": "PATH", "code": "PATH"}'),
     "chat_template_kwargs": (
         "a dict of arguments of the chat template",
         'write {"enable_thinking": false}',

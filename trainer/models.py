@@ -190,6 +190,18 @@ class Head(Protocol):
     def out_features(self) -> int: ...  # V, also where ZeRO-3 has the weight elsewhere
 
 
+@dataclass
+class StoredHead:
+    """A teacher's, without the rest of it."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
 @dataclass(frozen=True)
 class TokenRowsHead:
     """A head tied to embeddings of which LoRA's trainable_token_indices trains some rows: peft puts

@@ -197,6 +197,7 @@ class PairCollator:
 
 
 def _joined(batch: WindowBatch, pairs: list[Pair]) -> WindowBatch:
+    has_several = any(pair.student.teacher_id is not None for pair in pairs)
     return replace(
         batch,
         examples=[pair.student for pair in pairs],
@@ -204,5 +205,6 @@ def _joined(batch: WindowBatch, pairs: list[Pair]) -> WindowBatch:
         alignment=BatchAlignment(
             TokenAlignment.concatenate([pair.alignment for pair in pairs]),
             [pair.skip_reason for pair in pairs],
+            [pair.alignment for pair in pairs] if has_several else None,
         ),
     )

@@ -8,6 +8,7 @@ from gold_trainer import loading, models, refusals
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective, choose_objective
+from gold_trainer.teachers.by_id import check_teachers
 from gold_trainer.videos import takes_videos
 from gold_trainer.weighting.fields import refuse_text
 
@@ -42,6 +43,7 @@ def prepare(
         teacher_processor = objective.teacher_processor(
             teacher_model, args, teacher_processor, processor
         )
+    check_teachers(student_config, processor, teacher_processor, args, objective)
     options = {
         "is_text": is_text,
         "has_chat_template": processor.chat_template is not None,
@@ -50,6 +52,7 @@ def prepare(
         "picture_folder": args.picture_folder,
         "train_on": args.train_on,
         "takes_videos": takes_videos(processor),
+        "teacher_ids": tuple(args.teacher_models or ()),
     }
     return Prepared(
         objective,

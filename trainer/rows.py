@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from gold_trainer.columns import MEDIA, as_conversation
+from gold_trainer.columns import MEDIA, as_conversation, read_teacher_id
 from gold_trainer.data_files import MappedRows
 from gold_trainer.file_streams import MappedStream
 from gold_trainer.messages import (
@@ -54,6 +54,7 @@ class Row:
     is_prefill: bool = False  # the completion goes on where the prompt's last message stops
     videos: list[Video] = field(default_factory=list)
     turn: int | None = None  # which of the row's; None where a row is one example
+    teacher_id: str | None = None  # where the run has several
     view: TeacherView | None = None  # the teacher's; None: the same as the student's
 
     @property
@@ -79,6 +80,7 @@ class RowReader:
     is_table: bool  # keys may be filled up with None
     train_on: str  # "last" or "all"
     takes_videos: bool  # the student's processor does
+    teacher_ids: tuple[str, ...] = ()  # of several teachers
 
     @classmethod
     def of(
@@ -93,6 +95,7 @@ class RowReader:
         is_table: bool | None = None,  # None: looked up
         train_on: str = "last",
         takes_videos: bool = False,
+        teacher_ids: Sequence[str] = (),
     ) -> "RowReader":
         if isinstance(ignore_columns, str):
             raise ValueError(
@@ -114,6 +117,7 @@ class RowReader:
             is_table,
             train_on,
             takes_videos,
+            tuple(teacher_ids),
         )
 
     def columns(self, columns: Any) -> Any:
@@ -218,7 +222,9 @@ class RowReader:
         for name in ("prompt", "completion", "answer", "tools", "chat_template_kwargs"):
             check_unicode(getattr(row, name), f"row {index}: {name}")
         place_of_answer = Place(conversation, at, num_videos)
-        return replace(row, view=read_view(columns, row, place_of_answer, self))
+        teacher_id = read_teacher_id(columns, index, self.teacher_ids)
+        view = read_view(columns, row, place_of_answer, self)
+        return replace(row, view=view, teacher_id=teacher_id)
 
     def column(self, columns: Mapping[str, Any], name: str, index: int) -> list[tuple[Any, str]]:
         """What a column of several pictures holds, with the keys it stands under."""

@@ -2,14 +2,21 @@
 vLLM server.
 """
 
+import copy
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 SHARDINGS = ("fsdp",)
 OFFLOADS = ("cpu", "disk")
+# What is one teacher's, or runs a teacher on all processes together.
+NOT_OF_SEVERAL = (
+    *("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_server_url"),
+    *("teacher_sharding", "seq_kd", "token_weighting"),
+)
 # Arguments of from_pretrained with which transformers spreads one model over processes.
 DISTRIBUTED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
@@ -20,6 +27,13 @@ class TeacherFields:
 
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Teacher: folder or hub id."}
+    )
+    teacher_models: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers by id, as JSON: folders, hub ids or addresses of servers; "
+            "the column teacher_id says which of them a row learns from."
+        },
     )
     teacher_model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of a teacher from the hub."}
@@ -53,6 +67,7 @@ class TeacherFields:
         if isinstance(self.teacher_model_init_kwargs, str):  # of a command line
             self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
         self._check_init_kwargs()
+        self._check_several()
         if self.teacher_sharding is not None:
             for name in ("teacher_device", "teacher_offload"):
                 if getattr(self, name) is not None:
@@ -62,6 +77,32 @@ class TeacherFields:
                     )
         if self.teacher_device is not None:
             _check_device(self.teacher_device)
+
+    def _check_several(self) -> None:
+        args: Any = self  # a GOLDConfig
+        given = self.teacher_models
+        if isinstance(given, str):
+            given = self.teacher_models = json.loads(given)
+        if given is None:
+            return
+        assert isinstance(given, dict), "check_fields has looked at it"
+        is_text = all(isinstance(part, str) and part for pair in given.items() for part in pair)
+        if not given or not is_text or any({"/", "\\"} & set(key) for key in given):
+            raise ValueError(
+                "GOLDConfig: teacher_models must be a dict of ids without slashes and of models by "
+                f'name, got {given}; write {{"math": "PATH", "code": "PATH"}}.'
+            )
+        for name in NOT_OF_SEVERAL:
+            if getattr(args, name) not in (None, False):
+                raise ValueError(
+                    f"GOLDConfig: {name} must be left out with teacher_models, got "
+                    f"{getattr(args, name)!r}; train with one teacher, teacher_model_name_or_path."
+                )
+        if args.teacher_cache_form == "head_means":
+            raise ValueError(
+                "GOLDConfig: teacher_cache_form must be 'hidden' with teacher_models, got "
+                "'head_means', which belongs to one teacher; leave it out."
+            )
 
     def _check_init_kwargs(self) -> None:
         given = self.teacher_model_init_kwargs or {}
@@ -135,9 +176,15 @@ class ServedFields:
 
     @property
     def has_absent_teacher(self) -> bool:
-        """Whether it is asked with examples, and needs no tensors of them."""
+        """Whether its weights are elsewhere, but for its head."""
         args: Any = self  # a GOLDConfig
         return args.teacher_cache is not None or self.teacher_model_server_url is not None
+
+    @property
+    def is_told_by_examples(self) -> bool:
+        """Whether the teacher makes what it needs of examples, or needs no more."""
+        args: Any = self
+        return self.has_absent_teacher or args.teacher_models is not None
 
     def check_served(self) -> None:
         """ValueError for what a server cannot do; an address in the teacher's place moves."""
@@ -146,6 +193,8 @@ class ServedFields:
             take_address(args, args.teacher_model_name_or_path)
             args.teacher_model_name_or_path = None
         url = self.teacher_model_server_url
+        if url is None and any(map(is_address, (args.teacher_models or {}).values())):
+            return
         if url is None:
             for one in fields(ServedFields):
                 if getattr(self, one.name) != one.default:
@@ -192,3 +241,18 @@ def take_address(args: Any, url: str) -> None:  # a GOLDConfig
             f"{url!r} and teacher_model_server_url={given!r}; leave one of them out."
         )
     args.teacher_model_server_url = url
+
+
+def args_by_teacher(args: Any) -> dict[str, Any]:  # GOLDConfigs
+    """Of each of teacher_models: the config of a run with it alone. Each has a cache of its own."""
+    return {key: _of_one(args, key, name) for key, name in (args.teacher_models or {}).items()}
+
+
+def _of_one(args: Any, key: str, name: str) -> Any:
+    one = copy.copy(args)
+    one.teacher_models, one.teacher_model_name_or_path = None, name
+    if args.teacher_cache is not None:
+        one.teacher_cache, one.teacher_cache_form = str(Path(args.teacher_cache) / key), "hidden"
+    if is_address(name):
+        one.check_served()
+    return one

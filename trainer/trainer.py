@@ -39,7 +39,7 @@ from gold_trainer.library_options import check_best_metric
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import card_facts, write_card
 from gold_trainer.nonfinite import NonFiniteGuard, is_bad
-from gold_trainer.objectives import Objective
+from gold_trainer.objectives.by_teacher import Objective, make_objective
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
 from gold_trainer.resuming import settings_of_run
@@ -113,7 +113,7 @@ class GOLDTrainer(Trainer):
         student = loading.load_student(model, args, peft_config)
         self.student = Side.of(student, "student", processing_class, args)
         self.teacher = make_teacher(teacher_model, student, self.prepared.teacher_processor, args)
-        self.objective: Objective = self.prepared.objective(args, self.student, self.teacher.side)
+        self.objective: Objective = make_objective(self.prepared, args, self.student, self.teacher)
         self.objective.weigh_tokens(weighting)
         own_collator = self.objective.collator
         check_cached(self.teacher, train_dataset, eval_dataset, own_collator)

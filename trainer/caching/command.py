@@ -26,9 +26,11 @@ from gold_trainer.caching.means import MeansEncoder
 from gold_trainer.caching.run import Caching, Encoder
 from gold_trainer.caching.store import Manifest
 from gold_trainer.command_line import Run, read_run
-from gold_trainer.preparing import prepare
+from gold_trainer.preparing import Prepared, prepare
 from gold_trainer.ranks import on_main_process
 from gold_trainer.run_lock import RunLock
+from gold_trainer.teacher_config import args_by_teacher
+from gold_trainer.teachers.named import live_source
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -37,11 +39,28 @@ def cache_teacher(argv: list[str]) -> int:
     """The exit code; ValueError for what the user can mend."""
     own, argv = _own_arguments(argv)
     run = read_run(argv)
-    folder = _folder(run)
+    _folder(run)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     args, state = run.config, PartialState(cpu=run.config.use_cpu)
     refusals.refuse_unusable(run.student, run.teacher, args, None, None, None, run.peft_config)
     prepared = prepare(run.student, run.teacher, args)
+    several = args_by_teacher(args)
+    for key, one in several.items():
+        of_one = run._replace(teacher=live_source(one), config=one)
+        _cache(of_one, prepared, own, state, key)
+    if not several:
+        _cache(run, prepared, own, state)
+    return 0
+
+
+def _cache(
+    run: Run,
+    prepared: Prepared,
+    own: argparse.Namespace,
+    state: PartialState,
+    teacher_id: str | None = None,  # of several, whose rows are kept alone
+) -> None:
+    args, folder = run.config, _folder(run)
     facts = {
         "teacher_cache_form": args.teacher_cache_form or "hidden",
         "cache_dtype": own.cache_dtype,
@@ -57,7 +76,7 @@ def cache_teacher(argv: list[str]) -> int:
     on_main_process(state, lock.acquire)
     try:
         manifest = on_main_process(state, lambda: _earlier(folder, facts))
-        caching = Caching(run, prepared, folder, state, own.cache_batch_size)
+        caching = Caching(run, prepared, folder, state, own.cache_batch_size, teacher_id)
         if encoder is None:
             dtype = None if own.cache_dtype == "auto" else getattr(torch, own.cache_dtype)
             encoder = Encoder(dtype, caching.sides[1])
@@ -65,7 +84,6 @@ def cache_teacher(argv: list[str]) -> int:
     finally:
         if state.is_main_process:
             lock.release()
-    return 0
 
 
 def _own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -87,13 +87,16 @@ class Caching:
         folder: Path,
         state: PartialState,
         batch_size: int | None,
+        teacher_id: str | None = None,
     ) -> None:
         self.run_, self.args, self.prepared = run, run.config, prepared
         self.folder, self.state = folder, state
         self.batch_size = batch_size or run.config.per_device_train_batch_size
         self.num_workers = run.config.dataloader_num_workers or num_cores()
         _, self.sides = empty_sides(run, prepared)
-        self.collate = collator_of(self.args, prepared.objective(self.args, *self.sides))
+        self.collate = collator_of(
+            self.args, prepared.objective(self.args, *self.sides), teacher_id
+        )
         self.console = Console(quiet=not state.is_main_process, highlight=False)
 
     def run(

@@ -110,10 +110,32 @@ class _Numbered:
         return position, self.rows[position]
 
 
-def collator_of(args: GOLDConfig, objective: Objective) -> Callable[[list[Any]], WindowBatch]:
-    """A run's own, which leaves out the bad rows that the run leaves out."""
+def collator_of(
+    args: GOLDConfig, objective: Objective, teacher_id: str | None = None
+) -> Callable[[list[Any]], WindowBatch]:
+    """A run's own, which leaves out the bad rows that the run leaves out, and those of others than
+    this teacher.
+    """
     collator = objective.collator
-    return tolerant_collator(collator, collator.blank, args.skipped_reasons)
+    collate = tolerant_collator(collator, collator.blank, args.skipped_reasons)
+    return collate if teacher_id is None else OfTeacher(collate, collator.blank, teacher_id)
+
+
+class OfTeacher:
+    """A collator of single rows: those of other teachers are blank."""
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], WindowBatch],
+        blank: Callable[[int], WindowBatch],
+        teacher_id: str,
+    ) -> None:
+        self.collate, self.blank, self.teacher_id = collate, blank, teacher_id
+
+    def __call__(self, rows: list[Any]) -> WindowBatch:
+        batch = self.collate(rows)
+        (example,) = batch.teacher_examples
+        return batch if example.teacher_id == self.teacher_id else self.blank(example.index)
 
 
 def as_in_training(rows: Any, args: GOLDConfig) -> Any:

@@ -41,6 +41,12 @@ class Found(NamedTuple):
 def find_subject(run: Run, num_tokens: int | None = None) -> Found:
     """num_tokens: of each row, in place of what the rows have."""
     args = run.config
+    if args.teacher_models is not None:
+        raise ValueError(
+            "gold-trainer plan: one teacher is expected, got teacher_models with "
+            f"{', '.join(args.teacher_models)}; plan with the largest as "
+            "teacher_model_name_or_path, and add the weights of the others."
+        )
     refusals.refuse_unusable(run.student, run.teacher, args, None, None, None, run.peft_config)
     prepared = prepare(run.student, run.teacher, args)
     student: Any = _empty(run.student, args.model_init_kwargs, None)

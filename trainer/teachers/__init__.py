@@ -1,11 +1,17 @@
 """Where the teacher's hidden states come from: one file a kind, chosen here."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
+from gold_trainer.batches import WindowBatch
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
-from gold_trainer.teachers.cached import CachedTeacher, check_cached
+from gold_trainer.teacher_config import args_by_teacher
+from gold_trainer.teachers.by_id import TeachersById
+from gold_trainer.teachers.cached import CachedTeacher
 from gold_trainer.teachers.frozen import FrozenTeacher
 from gold_trainer.teachers.named import source_of
 from gold_trainer.teachers.offloaded import OffloadedTeacher
@@ -22,6 +28,7 @@ __all__ = [
     "ServedTeacher",
     "ShardedTeacher",
     "Teacher",
+    "TeachersById",
     "check_cached",
     "make_live_teacher",
     "make_teacher",
@@ -35,6 +42,12 @@ def make_teacher(
     processor: Processor,  # the teacher's
     args: GOLDConfig,
 ) -> Teacher:
+    if args.teacher_models is not None:
+        each = args_by_teacher(args).items()
+        made = {
+            key: make_teacher(source_of(None, one), student, processor, one) for key, one in each
+        }
+        return TeachersById(made, processor)
     if args.teacher_cache is not None:
         return CachedTeacher.open(processor, args)
     return make_live_teacher(teacher_model, student, processor, args)
@@ -57,3 +70,20 @@ def make_live_teacher(
         return OffloadedTeacher.load(teacher_model, processor, args)
     kind = FrozenTeacher if args.teacher_sharding is None else ShardedTeacher
     return kind.load(teacher_model, processor, args)
+
+
+def check_cached(
+    teacher: Teacher,
+    train_dataset: Any,
+    eval_dataset: Any,  # or a dict of them
+    collate: Callable[[list[Any]], WindowBatch],
+) -> None:
+    """Where a teacher is a cache, it is one of these rows; of several, of those with its id."""
+    several: dict[str | None, Teacher] = {None: teacher}
+    if isinstance(teacher, TeachersById):
+        several = dict(teacher.teachers.items())
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for key, one in several.items():
+        for rows in (train_dataset, *evaluated):
+            if isinstance(one, CachedTeacher) and rows is not None:
+                one.check_rows(rows, collate, key)

@@ -1,28 +1,13 @@
-"""Teachers whose model is not in this process: its last hidden states come from elsewhere.
-
-D_t hidden size, V_t vocabulary.
-"""
+"""Teachers whose model is not in this process: its last hidden states come from elsewhere."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from gold_trainer.models import StoredHead
 from gold_trainer.sides import Side
 from gold_trainer.teachers.teacher import Teacher
-
-
-@dataclass
-class StoredHead:
-    """The teacher's head without the rest of it."""
-
-    weight: Tensor  # (V_t, D_t)
-    bias: Tensor | None  # (V_t,)
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
 
 
 class AbsentTeacher(Teacher):
@@ -32,8 +17,12 @@ class AbsentTeacher(Teacher):
     side: Side
     device = torch.device("cpu")
 
-    def place(self, device: torch.device) -> None:
+    def place_rows(self, device: torch.device) -> None:
+        """Where its hidden states go."""
         self.device = device
+
+    def place(self, device: torch.device) -> None:
+        self.place_rows(device)
         head = self.side.head
         if isinstance(head, StoredHead):
             head.weight = head.weight.to(device)

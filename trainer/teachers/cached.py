@@ -28,9 +28,9 @@ from gold_trainer.caching.store import Index, Manifest, manifest_of
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
+from gold_trainer.models import StoredHead
 from gold_trainer.sides import Side
-from gold_trainer.teachers.absent import AbsentTeacher, StoredHead
-from gold_trainer.teachers.teacher import Teacher
+from gold_trainer.teachers.absent import AbsentTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,9 @@ class CachedTeacher(AbsentTeacher):
             hidden = hidden.pin_memory()
         return hidden.to(self.device, non_blocking=True)
 
-    def check_rows(self, rows: Any, collate: Callable[[list[Any]], WindowBatch]) -> None:
+    def check_rows(
+        self, rows: Any, collate: Callable[[list[Any]], WindowBatch], key: str | None = None
+    ) -> None:
         """ValueError for a dataset that is another than the one that was cached, as a few of its
         rows show; others are refused when they come.
         """
@@ -197,20 +199,5 @@ class CachedTeacher(AbsentTeacher):
             except ValueError:  # refused, or left out, when its turn comes
                 continue
             for example in batch.teacher_examples:
-                if example.completion_ids:
+                if example.completion_ids and (key is None or example.teacher_id == key):
                     self.stored.of(example)
-
-
-def check_cached(
-    teacher: Teacher,
-    train_dataset: Any,
-    eval_dataset: Any,  # or a dict of them
-    collate: Callable[[list[Any]], WindowBatch],
-) -> None:
-    """Where the teacher is a cache, it is one of these rows."""
-    if not isinstance(teacher, CachedTeacher):
-        return
-    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    for rows in (train_dataset, *evaluated):
-        if rows is not None:
-            teacher.check_rows(rows, collate)

@@ -5,15 +5,23 @@ from typing import Any
 
 from gold_trainer.caching import store
 from gold_trainer.config import GOLDConfig
-from gold_trainer.teacher_config import is_address, take_address
+from gold_trainer.teacher_config import args_by_teacher, is_address, take_address
 from gold_trainer.teachers.cached import open_cache
 from gold_trainer.teachers.served.check import find_server
 
 
 def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
     """The teacher: an object or a checkpoint's name; where it is cached, the folder with its config
-    and processor.
+    and processor. Of several, the first.
     """
+    if args.teacher_models is not None:
+        if teacher_model is not None:
+            got = teacher_model if isinstance(teacher_model, str) else type(teacher_model).__name__
+            raise ValueError(
+                f"GOLDTrainer: teacher_model must be None with teacher_models, got {got}; leave "
+                "one of them out."
+            )
+        return source_of(None, next(iter(args_by_teacher(args).values())))
     if is_address(teacher_model):
         take_address(args, teacher_model)
         args.check_served()
@@ -33,6 +41,13 @@ def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
     if args.teacher_model_server_url is not None:
         find_server(args)  # that it is there shows before weights are read
     return teacher_model if is_object else args.teacher_model_name_or_path
+
+
+def live_source(args: GOLDConfig) -> str:
+    """The teacher of which a cache is made."""
+    if args.teacher_model_server_url is not None:
+        find_server(args)
+    return str(args.teacher_model_name_or_path)
 
 
 def _other(name: str) -> str:

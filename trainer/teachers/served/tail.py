@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gold_trainer import loading, models
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.models import StoredHead
 from gold_trainer.sides import Side
-from gold_trainer.teachers.absent import StoredHead
 from gold_trainer.teachers.layer_stream import outermost_lists
 from gold_trainer.teachers.served.checkpoint import read_tensors
 

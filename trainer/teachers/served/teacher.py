@@ -36,8 +36,8 @@ class ServedTeacher(AbsentTeacher):
         check_teacher(states, tail, processor, args)
         return cls(states, tail, processor)
 
-    def place(self, device: torch.device) -> None:
-        super().place(device)
+    def place_rows(self, device: torch.device) -> None:
+        super().place_rows(device)
         self.tail.norm.to(device)
 
     @torch.no_grad()
