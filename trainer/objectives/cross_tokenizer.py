@@ -52,7 +52,7 @@ class CrossTokenizer(Objective):
         self.distillation_weight = args.uld_distillation_weight
         self.crossentropy_weight = args.uld_crossentropy_weight
         self.forms = student.form, teacher.form
-        self.is_told_by_examples = args.is_told_by_examples
+        self.is_absent = args.is_told_by_examples
         self.overlap = None
         tables = pairs.aligner.student, pairs.aligner.teacher
         if args.uld_use_hybrid_loss:
@@ -115,7 +115,7 @@ class CrossTokenizer(Objective):
         return MicroBatch(
             build_side(student, batch.examples, to_device, batch.unscored),
             SideInputs.without_tensors(others)
-            if self.is_told_by_examples
+            if self.is_absent
             else build_side(teacher, others, to_device, batch.teacher_unscored),
             batch.is_on_policy,
             alignment_of(batch).to(to_device),

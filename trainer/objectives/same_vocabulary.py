@@ -40,7 +40,7 @@ class SameVocabulary(Objective):
         self.distillation_weight = args.distillation_weight
         self.crossentropy_weight = args.crossentropy_weight
         self.forms = student.form, teacher.form
-        self.is_told_by_examples = args.is_told_by_examples
+        self.is_absent = args.is_told_by_examples
         self.row_loss = make_loss(args.loss, **args.loss_numbers)
         self.sums = self.row_loss.value_names
         self.vocab_size = one_family.shared_vocab_size(
@@ -89,7 +89,7 @@ class SameVocabulary(Objective):
         processor = self.collator.processor
         student = teacher = build_side(processor, batch.examples, to_device, batch.unscored)
         others = batch.teacher_examples
-        if others is not batch.examples and self.is_told_by_examples:
+        if others is not batch.examples and self.is_absent:
             teacher = SideInputs.without_tensors(others)
         elif others is not batch.examples:
             teacher = build_side(processor, others, to_device, batch.teacher_unscored)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from gold_trainer import loading, models
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.loss_at_head import run_to_head
 from gold_trainer.models import StoredHead
 from gold_trainer.sides import Side
+from gold_trainer.speed.on_host import with_positions
 from gold_trainer.teachers.layer_stream import outermost_lists
 from gold_trainer.teachers.served.checkpoint import read_tensors
 
@@ -125,8 +127,9 @@ def _find_norm(model: Any, side: Side) -> nn.Module:
         decoder = model.get_decoder()
         _make_real(decoder)
         hooks = [m.register_forward_hook(note) for m in decoder.modules() if not [*m.children()]]
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        side.run(model.eval(), model, inputs, take)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = with_positions(models.base_model(model), models.forward_inputs(model, given))
+        run_to_head(model.eval(), model, side.place, side.form, inputs, take)
         for hook in hooks:
             hook.remove()
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
