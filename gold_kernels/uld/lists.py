@@ -56,6 +56,14 @@ LIST_WORDS = 2 * NUM_BINS + 3 * (LIST_SIZE + MAX_LISTED)
 
 
 @triton.jit
+def parts_of_lists(lists_ptr, NUM_BINS: tl.constexpr, NUM_KEYS: tl.constexpr):
+    """Pointers to the parts of a program's working memory, in the order of LIST_WORDS."""
+    list_ptr = lists_ptr + 2 * NUM_BINS
+    keys_ptr = list_ptr + NUM_KEYS
+    return lists_ptr, lists_ptr + NUM_BINS, list_ptr, keys_ptr, keys_ptr + NUM_KEYS
+
+
+@triton.jit
 def _levels_of(logits, bins, origin):
     """Level of a value in its bin, 0 at the upper edge. A fused product is not rounded, so that
     logits which differ in the last bit get different levels (the interpreter does round it).

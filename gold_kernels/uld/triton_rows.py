@@ -32,36 +32,22 @@ from torch import Tensor
 
 from gold_kernels.jsd.triton_rows import FORWARD_KL, JSD, REVERSE_KL
 from gold_kernels.triton.launch import row_block
-from gold_kernels.triton.lines import (
-    BITS,
-    LOG2_ZERO,
-    LOWEST_LOGIT,
-    NATS,
-    block_columns,
-    entry_parts,
-    load_logits,
-    log_of,
-    row_sum,
-)
-from gold_kernels.uld.bin_table import (
-    NUM_BINS,
-    TABLE_WORDS,
-    load_table,
-    shared_table,
-)
-from gold_kernels.uld.bins import (
-    LIST_SIZE,
-    MAX_LISTED,
-    bins_of,
-    count_row,
-    matched_entries,
-    origin_of,
-    range_of,
-)
-from gold_kernels.uld.entries import span_entries, student_signs, sum_pairs
-from gold_kernels.uld.lists import LIST_WORDS, open_window, order_row, sum_signed
+from gold_kernels.triton.lines import BITS, NATS
+from gold_kernels.uld.bin_table import NUM_BINS, TABLE_WORDS, shared_table
+from gold_kernels.uld.bins import LIST_SIZE, MAX_LISTED, count_row
+from gold_kernels.uld.entries import sum_pairs
+from gold_kernels.uld.lists import LIST_WORDS, open_window, parts_of_lists
 from gold_kernels.uld.row_memory import working_memory
-from gold_kernels.uld.triton_sums import join_slices, uld_sums
+from gold_kernels.uld.row_parts import (
+    entries_of_row,
+    grid_of,
+    hard_label,
+    row_sides,
+    store_values,
+    sum_unmatched,
+    write_gradient,
+)
+from gold_kernels.uld.triton_sums import uld_sums
 
 SCAN_BINS = 1 << 11
 PAIR_BLOCK = 1 << 11
@@ -127,179 +113,67 @@ def uld_rows_kernel(
     SLICE: tl.constexpr,
     NUM_SLICES: tl.constexpr,
 ):
-    own_table = tl.program_id(0).to(tl.int64) * TABLE_WORDS
-    table = shared_table() if IS_SHARED else table_ptr + own_table
+    program = tl.program_id(0).to(tl.int64)
+    table = shared_table() if IS_SHARED else table_ptr + program * TABLE_WORDS
     counter = table + (4 * NUM_BINS if IS_SHARED else NUM_BINS)
-    offsets_ptr = lists_ptr + tl.program_id(0).to(tl.int64) * LIST_WORDS
-    befores_ptr = offsets_ptr + NUM_BINS
-    list_ptr = befores_ptr + NUM_BINS
-    keys_ptr = list_ptr + (LIST_SIZE + MAX_LISTED)
-    owners_ptr = keys_ptr + (LIST_SIZE + MAX_LISTED)
-    lists = (offsets_ptr, befores_ptr, list_ptr, keys_ptr, owners_ptr)
+    lists = parts_of_lists(lists_ptr + program * LIST_WORDS, NUM_BINS, LIST_SIZE + MAX_LISTED)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row_offset = tl.cast(row, tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
         student_row = student_ptr + row_offset * student_row_stride
         teacher_row = teacher_ptr + row_offset * teacher_row_stride
         weight, hard_weight = tl.load(weights_ptr + 2 * row), tl.load(weights_ptr + 2 * row + 1)
-        is_live, is_hard_live = weight != 0.0, hard_weight != 0.0
+        is_live = weight != 0.0
         betas = (beta, one_minus_beta)
-        student_max, student_total, student_lowest = join_slices(
-            sums_ptr, row_offset, student_vocab_size, student_bits, False, SLICE, NUM_SLICES
-        )
-        teacher_max, teacher_total, teacher_lowest = join_slices(
-            sums_ptr, row_offset, teacher_vocab_size, teacher_bits, True, SLICE, NUM_SLICES
-        )
-        # not the difference of two logarithms: both are about 17 bits, and near convergence their
-        # rounding would be all that is left
-        excess = ((teacher_total - student_total) / student_total).to(tl.float32)
-        student_total, teacher_total = student_total.to(tl.float32), teacher_total.to(tl.float32)
-        gap = log_of(excess, tl.log2(teacher_total / student_total) * NATS) * BITS
-        student_sum, teacher_sum = tl.log2(student_total), tl.log2(teacher_total)
-        student_scale, teacher_scale = 0.0, 0.0
-        if HAS_SCALES:
-            student_scale = tl.load(student_scales_ptr + row) * BITS
-            teacher_scale = tl.load(teacher_scales_ptr + row) * BITS
-        student_side = (student_max, student_scale - student_sum, student_bits)
-        teacher_side = (teacher_max, teacher_scale - teacher_sum, teacher_bits)
-        vocab_size = tl.maximum(student_vocab_size, teacher_vocab_size)
-        top, range_bits = range_of(
-            student_side, teacher_side, student_lowest, teacher_lowest,
-            (student_scale, teacher_scale), vocab_size, HAS_SCALES,
+        vocab_sizes = (student_vocab_size, teacher_vocab_size)
+        sides, lowest, scales, totals, gap = row_sides(
+            sums_ptr, student_scales_ptr, teacher_scales_ptr, row_offset, vocab_sizes,
+            (student_bits, teacher_bits), HAS_SCALES, SLICE, NUM_SLICES,
         )  # fmt: skip
-        per_bit = (NUM_BINS - 1.0) / range_bits
-        grid = (top, range_bits / (NUM_BINS - 1.0))
-
-        # A row of weight 0 counts nothing: it may hold NaN, whose place is another program's.
-        num_student = tl.where(is_live, student_vocab_size, 0)
-        num_teacher = tl.where(is_live, teacher_vocab_size, 0)
-        num_pairs = tl.where(is_live, num_matched, 0)
-        is_span, span = False, -1  # a row with a span has no unmatched and no matched entries
-        span_loss, span_slope, span_rest, student_span, teacher_span = 0.0, 0.0, 0.0, 0.0, 0.0
-        if HAS_SPANS:
-            span = tl.load(student_spans_ptr + row)
-            is_span = span >= 0
-            num_student = tl.where(is_span, 0, num_student)
-            num_teacher = tl.where(is_span, 0, num_teacher)
-            num_pairs = tl.where(is_span, 0, num_pairs)
-            partner = tl.load(teacher_spans_ptr + row)
-            student_span, span_rest = entry_parts(
-                student_row, span, is_span, student_vocab_size, student_max, student_total,
-                student_bits, BLOCK_V, LINE,
-            )  # fmt: skip
-            teacher_span, _ = entry_parts(
-                teacher_row, partner, is_span, teacher_vocab_size, teacher_max, teacher_total,
-                teacher_bits, BLOCK_V, LINE,
-            )  # fmt: skip
-            student_span = tl.minimum(student_span + student_scale, 0.0)
-            teacher_span = tl.minimum(teacher_span + teacher_scale, 0.0)
-            span_loss, span_slope = span_entries(student_span, teacher_span, betas, MODE)
-
-        base = (top - student_side[1]) * per_bit
-        gap = (gap + student_scale - teacher_scale) * per_bit
-        student_origin = origin_of(student_max, student_bits, per_bit, base, 0.0)
-        teacher_origin = origin_of(teacher_max, teacher_bits, per_bit, base, gap)
+        grid, origins = grid_of(sides, lowest, scales, gap, vocab_sizes, HAS_SCALES, NUM_BINS)
+        nums, span, log2_spans = entries_of_row(
+            student_row, teacher_row, student_spans_ptr + row, teacher_spans_ptr + row, is_live,
+            vocab_sizes, num_matched, sides, scales, totals, HAS_SPANS, BLOCK_V, LINE,
+        )  # fmt: skip
         edges, num_listed = count_row(
-            student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, offsets_ptr,
-            befores_ptr, (num_student, num_teacher), (student_origin, teacher_origin), grid,
-            HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS, MAX_LISTED, BLOCK_V, LINE,
+            student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, lists[0],
+            lists[1], nums, origins, grid, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS,
+            MAX_LISTED, BLOCK_V, LINE,
         )  # fmt: skip
-        sign_row = tl.cast(row if ARE_SIGNS_GRAD else tl.program_id(0), tl.int64)
-        own_signs = signs_ptr + sign_row * signs_row_stride
         if HAS_LISTS and num_listed > 0:
             tl.debug_barrier()
-            open_window(table, offsets_ptr, 0, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE)
+            open_window(table, lists[0], 0, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE)
         tl.debug_barrier()
-
+        own_signs = signs_ptr + (row_offset if ARE_SIGNS_GRAD else program) * signs_row_stride
+        unmatched = sum_unmatched(
+            student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, counter,
+            lists, own_signs, nums, sides, origins, grid, edges, num_listed, NEEDS_GRAD,
+            HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE, BLOCK_V, LINE,
+        )  # fmt: skip
         soft_weight = weight * student_bits * NATS  # 1 / temperature
-        signed_sum = sum_signed(
-            student_row, student_matched_ptr, table, counter, list_ptr, num_student, student_side,
-            student_origin, False, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
-        )  # fmt: skip
-        teacher_signed_sum = sum_signed(
-            teacher_row, teacher_matched_ptr, table, counter, list_ptr, num_teacher, teacher_side,
-            teacher_origin, True, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
-        )  # fmt: skip
-        listed_loss, listed_sign = 0.0, 0.0
-        if HAS_LISTS:
-            listed_loss, listed_sign = order_row(
-                student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, counter,
-                lists, own_signs, (num_student, num_teacher), (student_side, teacher_side),
-                (student_origin, teacher_origin), grid, num_listed,
-                NEEDS_GRAD, HAS_OVERLAP, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE, BLOCK_V, LINE,
-            )  # fmt: skip
-        matched_loss, matched_pull, student_mass, teacher_mass = 0.0, 0.0, 0.0, 0.0
+        matched = (0.0, 0.0, 0.0, 0.0)
         if HAS_OVERLAP:
-            matched_loss, matched_pull, student_mass, teacher_mass = sum_pairs(
+            matched = sum_pairs(
                 student_row, student_ids_ptr, partners_ptr + row_offset * partners_row_stride,
-                own_signs, num_pairs, student_side, teacher_side, (student_scale, teacher_scale),
-                betas, soft_weight * matched_weight,
-                MODE, NEEDS_GRAD, IS_SHARED, PAIR_BLOCK, PAIR_LINE,
+                own_signs, nums[2], sides[0], sides[1], scales, betas,
+                soft_weight * matched_weight, MODE, NEEDS_GRAD, IS_SHARED, PAIR_BLOCK, PAIR_LINE,
             )  # fmt: skip
             tl.debug_barrier()  # what was kept is read by other threads
-
-        unmatched_loss = signed_sum - teacher_signed_sum + (edges + listed_loss)
-        pull_sum = matched_weight * matched_pull + unmatched_weight * (signed_sum + listed_sign)
-        if HAS_SPANS:
-            matched_loss = tl.where(is_span, span_loss, matched_loss)
-            pull_sum = tl.where(is_span, matched_weight * span_slope, pull_sum)
-            student_mass = tl.where(is_span, tl.exp2(student_span), student_mass)
-            teacher_mass = tl.where(is_span, tl.exp2(teacher_span), teacher_mass)
-        loss = matched_weight * matched_loss + unmatched_weight * unmatched_loss
-        out_ptr = values_ptr + row
-        tl.store(out_ptr, tl.where(is_live, loss, 0.0))
-        tl.store(out_ptr + 2 * values_stride, tl.where(is_live, matched_loss, 0.0))
-        tl.store(out_ptr + 3 * values_stride, tl.where(is_live, unmatched_loss, 0.0))
-        tl.store(out_ptr + 4 * values_stride, tl.where(is_live, student_mass, 0.0))
-        tl.store(out_ptr + 5 * values_stride, tl.where(is_live, teacher_mass, 0.0))
-        tl.store(out_ptr + 6 * values_stride, tl.where(is_live, pull_sum, 0.0))
-        label, hard_sum, hard_rest = -1, 0.0, 0.0
-        if HAS_LABELS:  # cross-entropy at temperature 1
-            label = tl.load(labels_ptr + row)
-            is_hard_live &= (label >= 0) & (label < student_vocab_size)
-            hard_total = row_sum(student_row, 0, student_vocab_size, BITS, BLOCK_V, LINE)[1]
-            hard_total = hard_total.to(tl.float32)
-            hard_log2_q, hard_rest = entry_parts(
-                student_row, label, is_hard_live, student_vocab_size, student_max, hard_total,
-                BITS, BLOCK_V, LINE,
-            )  # fmt: skip
-            hard_sum = tl.log2(hard_total)
-            tl.store(out_ptr + values_stride, tl.where(is_hard_live, -hard_log2_q * NATS, 0.0))
-            is_hard_live &= hard_log2_q > LOG2_ZERO  # a masked label has no slope
-
+        pull_sum = store_values(
+            values_ptr + row, values_stride, matched, unmatched, matched_weight, unmatched_weight,
+            span, log2_spans, betas, is_live, MODE, HAS_SPANS,
+        )  # fmt: skip
+        hard = hard_label(
+            student_row, labels_ptr + row, values_ptr + row + values_stride, sides[0][0],
+            student_vocab_size, hard_weight, HAS_LABELS, BLOCK_V, LINE,
+        )  # fmt: skip
         if NEEDS_GRAD:
-            grad_row = grad_ptr + row_offset * grad_row_stride
-            for start in range(0, student_vocab_size, BLOCK_V):
-                columns = block_columns(start, BLOCK_V, LINE)
-                is_column = columns < student_vocab_size
-                logits = load_logits(student_row, columns, is_column)
-                is_matched = matched_entries(student_matched_ptr, columns, is_column, HAS_OVERLAP)
-                log2_s = (logits - student_max) * student_bits + student_side[1]
-                s = tl.exp2(log2_s)
-                q = s
-                if HAS_SCALES:  # not s / scale, which may be 0 / 0
-                    q = tl.exp2(log2_s - student_scale)
-                words = load_table(table, bins_of(logits, student_origin, NUM_BINS), IS_SHARED)
-                sign = student_signs(
-                    words, columns, is_column, is_matched, own_signs, HAS_LISTS, HAS_OVERLAP
-                )
-                pull = soft_weight * unmatched_weight * sign * s
-                if HAS_OVERLAP:
-                    pull = tl.where(is_matched, sign, pull)
-                grad = pull - soft_weight * pull_sum * q
-                if HAS_SPANS:
-                    q = tl.exp2((logits - student_max) * student_bits - student_sum)
-                    span_grad = tl.where(columns == span, span_rest, -q)
-                    grad = tl.where(is_span, soft_weight * pull_sum * span_grad, grad)
-                grad = tl.where(is_live, grad, 0.0)
-                if HAS_LABELS:
-                    hard_grad = tl.exp2((logits - student_max) * BITS - hard_sum)
-                    hard_grad = tl.where(columns == label, -hard_rest, hard_grad)
-                    grad += tl.where(is_hard_live, hard_weight * hard_grad, 0.0)
-                if HAS_SOFTCAP:  # logits are softcap tanh(x / softcap)
-                    capped = logits / softcap
-                    slope = tl.where(logits > LOWEST_LOGIT, 1.0 - capped * capped, 0.0)
-                    grad *= tl.where(is_live | is_hard_live, slope, 0.0)
-                tl.store(grad_row + columns, grad.to(grad_ptr.dtype.element_ty), mask=is_column)
+            write_gradient(
+                grad_ptr + row_offset * grad_row_stride, student_row, student_matched_ptr, table,
+                own_signs, student_vocab_size, sides[0], scales[0], origins[0],
+                (soft_weight, unmatched_weight, pull_sum, is_live), span, hard, softcap, HAS_SCALES,
+                HAS_LABELS, HAS_OVERLAP, HAS_SPANS, HAS_SOFTCAP, HAS_LISTS, IS_SHARED, NUM_BINS,
+                BLOCK_V, LINE,
+            )  # fmt: skip
 
 
 def uld_rows_(
@@ -323,78 +197,41 @@ def uld_rows_(
     """Launch uld_rows_kernel on the rows of a chunk. scratch_bytes: of working memory, at most.
     softcap: the student's logits are softcap tanh(x / softcap), and the gradient is that of x.
     """
-    num_rows, student_vocab_size = student_logits.shape
-    teacher_vocab_size = teacher_logits.shape[1]
     memory = working_memory(
         student_logits, teacher_logits, grad_logits, scratch_bytes, has_overlap=tables is not None
     )
+    vocab_sizes = student_logits.shape[1], teacher_logits.shape[1]
     block_v, line, num_warps = row_block(
-        student_vocab_size, student_logits.dtype, 4096 if memory.has_lists else 8192
+        vocab_sizes[0], student_logits.dtype, 4096 if memory.has_lists else 8192
     )
     # so many registers a thread that two programs of 16 warps fit a multiprocessor
     limits = {"maxnreg": 64} if memory.is_shared else {}
-    grad = student_logits if grad_logits is None else grad_logits
-    student_scales, teacher_scales = (weights, weights) if log_scales is None else log_scales
     bits = [BITS.value / temperature for temperature in temperatures]
     teacher_ids = None if tables is None else tables[1]
-    sums, partners, slice_size = uld_sums(student_logits, teacher_logits, teacher_ids, *bits)
-    student_ids, _, *is_matched = [memory.table] * 4 if tables is None else tables
-    student_spans, teacher_spans = (memory.table, memory.table) if spans is None else spans
+    sums = uld_sums(student_logits, teacher_logits, teacher_ids, *bits)
+    # what is not there is not read
+    nothing = memory.table
+    grad = student_logits if grad_logits is None else grad_logits
+    scales = (weights, weights) if log_scales is None else log_scales
+    labels_or_any = weights if labels is None else labels
+    partners = nothing if sums.partners is None else sums.partners
+    num_matched = 0 if sums.partners is None else partners.shape[1]
+    student_ids, _, *is_matched = [nothing] * 4 if tables is None else tables
+    spans_or_any = (nothing, nothing) if spans is None else spans
     uld_rows_kernel[(memory.num_programs,)](
-        student_logits,
-        teacher_logits,
-        grad,
-        weights,
-        student_scales,
-        teacher_scales,
-        weights if labels is None else labels,
-        student_ids,
-        memory.table if partners is None else partners,
-        sums,
-        *is_matched,
-        student_spans,
-        teacher_spans,
-        values,
-        memory.table,
-        memory.lists,
-        memory.signs,
-        student_logits.stride(0),
-        teacher_logits.stride(0),
-        grad.stride(0),
-        0 if partners is None else partners.stride(0),
-        values.stride(0),
-        memory.signs.stride(0),
-        num_rows,
-        student_vocab_size,
-        teacher_vocab_size,
-        0 if partners is None else partners.shape[1],
-        beta,
-        1.0 - beta,
-        *bits,
-        matched_weight,
-        unmatched_weight,
-        1.0 if softcap is None else softcap,
+        student_logits, teacher_logits, grad, weights, *scales, labels_or_any, student_ids,
+        partners, sums.sums, *is_matched, *spans_or_any, values, memory.table,
+        memory.lists, memory.signs, student_logits.stride(0), teacher_logits.stride(0),
+        grad.stride(0), partners.stride(0), values.stride(0), memory.signs.stride(0),
+        student_logits.shape[0], *vocab_sizes, num_matched, beta, 1.0 - beta, *bits,
+        matched_weight, unmatched_weight, 1.0 if softcap is None else softcap,
         MODE={0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(float(beta), JSD),
-        HAS_SCALES=log_scales is not None,
-        HAS_LABELS=labels is not None,
-        HAS_OVERLAP=tables is not None,
-        HAS_SPANS=spans is not None,
-        HAS_SOFTCAP=softcap is not None,
-        NEEDS_GRAD=grad_logits is not None,
-        HAS_LISTS=memory.has_lists,
-        ARE_SIGNS_GRAD=memory.signs is grad_logits,
-        IS_SHARED=memory.is_shared,
-        NUM_BINS=NUM_BINS,
-        TABLE_WORDS=TABLE_WORDS,
-        SCAN_BINS=SCAN_BINS,
-        LIST_SIZE=LIST_SIZE,
-        MAX_LISTED=MAX_LISTED,
-        LIST_WORDS=LIST_WORDS,
-        BLOCK_V=block_v,
-        LINE=line,
-        PAIR_BLOCK=PAIR_BLOCK,
-        SLICE=slice_size,
-        NUM_SLICES=sums.shape[2],
-        num_warps=num_warps,
-        **limits,
-    )
+        HAS_SCALES=log_scales is not None, HAS_LABELS=labels is not None,
+        HAS_OVERLAP=tables is not None, HAS_SPANS=spans is not None,
+        HAS_SOFTCAP=softcap is not None, NEEDS_GRAD=grad_logits is not None,
+        HAS_LISTS=memory.has_lists, ARE_SIGNS_GRAD=memory.signs is grad_logits,
+        IS_SHARED=memory.is_shared, NUM_BINS=NUM_BINS, TABLE_WORDS=TABLE_WORDS,
+        SCAN_BINS=SCAN_BINS, LIST_SIZE=LIST_SIZE, MAX_LISTED=MAX_LISTED, LIST_WORDS=LIST_WORDS,
+        BLOCK_V=block_v, LINE=line, PAIR_BLOCK=PAIR_BLOCK, SLICE=sums.slice_size,
+        NUM_SLICES=sums.sums.shape[2], num_warps=num_warps, **limits,
+    )  # fmt: skip

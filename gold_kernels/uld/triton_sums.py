@@ -47,6 +47,18 @@ class Slices(NamedTuple):
         return triton.next_power_of_2(max(self.student, self.teacher))
 
 
+class Sums(NamedTuple):
+    """What uld_sums_kernel leaves to a row kernel.
+
+    sums has, for student and teacher, and each slice, the largest logit, the sum of exp2(bits *
+    (logit - largest)) and the lowest logit.
+    """
+
+    sums: Tensor  # (C, 2, S, 3) float64
+    partners: Tensor | None  # (C, K) their logits
+    slice_size: int  # columns
+
+
 def row_bytes(v_student: int, v_teacher: int, num_matched: int, dtype: torch.dtype) -> int:
     """Bytes a row of the tensors that uld_sums returns."""
     sums = 2 * Slices.of(v_student, v_teacher, dtype).most * SLICE_VALUES
@@ -154,13 +166,8 @@ def uld_sums(
     teacher_ids: Tensor | None,  # (K,) int32
     student_bits: float,
     teacher_bits: float,
-) -> tuple[Tensor, Tensor | None, int]:
-    """Launch uld_sums_kernel on the rows of a chunk.
-
-    Returns sums (C, 2, S, 3) float64: for student and teacher, and each slice, the largest logit,
-    the sum of exp2(bits * (logit - largest)) and the lowest logit; the partners' logits (C, K), or
-    None; and the number of columns of a slice.
-    """
+) -> Sums:
+    """Launch uld_sums_kernel on the rows of a chunk."""
     num_rows, v_student = student_logits.shape
     v_teacher = teacher_logits.shape[1]
     slices = Slices.of(v_student, v_teacher, student_logits.dtype)
@@ -195,4 +202,4 @@ def uld_sums(
         HAS_OVERLAP=teacher_ids is not None,
         num_warps=slices.num_warps,
     )
-    return sums, partners, slices.size
+    return Sums(sums, partners, slices.size)

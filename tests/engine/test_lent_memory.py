@@ -36,7 +36,8 @@ def test_a_small_budget_makes_as_many_rows_at_a_time_as_products_need(num_rows, 
 
 def test_the_larger_the_budget_the_less_is_lent():
     assert planned(4096, 64 * MIB) == (512, 4096, ("student", "teacher"))
-    assert planned(4096, 1024 * MIB) == (1024, 4096, ("student",))
+    assert planned(4096, 256 * MIB) == (512, 4096, ("student", "teacher"))
+    assert planned(4096, 1024 * MIB) == (768, 4096, ())
     assert planned(4096, 8192 * MIB) == (4096, 4096, ())
 
 
