@@ -125,6 +125,60 @@ def _entries(student, teacher, row_sums, bits, betas, MODE: tl.constexpr, HAS_MA
 
 
 @triton.jit
+def _store_metrics(out_ptr, stride, sums, log_sums, bits, is_live):
+    """Entropies, both KL divergences and whether the likeliest tokens agree, from sums of lines."""
+    student_entropy = log_sums[0] - tl.sum(sums[0], 0) * bits
+    teacher_entropy = log_sums[1] - tl.sum(sums[1], 0) * bits
+    agreement = (tl.max(sums[4], 0) == 0.0).to(tl.float32)  # one column has both maxima
+    tl.store(out_ptr, tl.where(is_live, student_entropy * NATS, 0.0))
+    tl.store(out_ptr + stride, tl.where(is_live, teacher_entropy * NATS, 0.0))
+    tl.store(out_ptr + 2 * stride, tl.where(is_live, tl.sum(sums[2], 0) * NATS, 0.0))
+    tl.store(out_ptr + 3 * stride, tl.where(is_live, tl.sum(sums[3], 0) * NATS, 0.0))
+    tl.store(out_ptr + 4 * stride, tl.where(is_live, agreement, 0.0))
+
+
+@triton.jit
+def _write_gradient(
+    student_ptr,
+    teacher_ptr,
+    grad_ptr,
+    vocab_size,
+    teacher_scale,
+    row_sums,
+    bits,
+    betas,
+    pull_sums,  # mean pull, q of columns at the floor of log p, q of the others
+    soft_scale,
+    row_terms,
+    softcap,
+    MODE: tl.constexpr,
+    HAS_PAIR: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Pass 3."""
+    mean_pull = pull_sums[0]
+    floored, rest = -LOG_ZERO * pull_sums[1], -LOG_ZERO * pull_sums[2]
+    for start in range(0, vocab_size, BLOCK_V):
+        columns, is_column, student, teacher = load_pair(
+            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+        )
+        q, p, ratio, _, pull = _entries(student, teacher, row_sums, bits, betas, MODE, HAS_MASKS)
+        if MODE == _REVERSE_KL:
+            pull = tl.where(ratio <= LOG_ZERO, rest, pull - floored)
+        grad = q * (pull - mean_pull)
+        if MODE == _FORWARD_KL:
+            grad = q * (1.0 - mean_pull) - (p - pull)
+        store_gradient(
+            grad_ptr, grad * soft_scale, student, columns, is_column, row_terms, softcap,
+            HAS_LABELS, HAS_SOFTCAP,
+        )  # fmt: skip
+
+
+@triton.jit
 def jsd_rows_kernel(
     student_ptr,  # (C, V) logits
     teacher_ptr,  # (C, V) logits
@@ -164,23 +218,9 @@ def jsd_rows_kernel(
         offset = tl.load(student_ptr).to(tl.float32)
         offset -= tl.load(teacher_ptr).to(tl.float32) * teacher_scale
     row_weight, max_student, sum_student, max_teacher, sum_teacher, mean_gap, row_terms = open_row(
-        student_ptr,
-        teacher_ptr,
-        weights_ptr,
-        labels_ptr,
-        values_ptr,
-        values_stride,
-        row,
-        vocab_size,
-        bits,
-        teacher_scale,
-        offset,
-        HAS_PAIR,
-        HAS_LABELS,
-        HAS_GAP,
-        BLOCK_V,
-        LINE,
-    )
+        student_ptr, teacher_ptr, weights_ptr, labels_ptr, values_ptr, values_stride, row,
+        vocab_size, bits, teacher_scale, offset, HAS_PAIR, HAS_LABELS, HAS_GAP, BLOCK_V, LINE,
+    )  # fmt: skip
     is_live = row_terms[0]
     per_student, per_teacher = 1.0 / sum_student, 1.0 / sum_teacher
     log_sum_student = tl.log2(sum_student)
@@ -214,16 +254,9 @@ def jsd_rows_kernel(
                 if HAS_GAP:
                     grad = q * (((student - teacher) - offset) - mean_gap) * bits
                 store_gradient(
-                    grad_ptr,
-                    grad * soft_scale,
-                    student,
-                    columns,
-                    is_column,
-                    row_terms,
-                    softcap,
-                    HAS_LABELS,
-                    HAS_SOFTCAP,
-                )
+                    grad_ptr, grad * soft_scale, student, columns, is_column, row_terms, softcap,
+                    HAS_LABELS, HAS_SOFTCAP,
+                )  # fmt: skip
         elif MODE == _REVERSE_KL:
             # 1e6 in one sum with the other pulls would cost float32 all the others
             is_floored = ratio <= LOG_ZERO
@@ -243,44 +276,16 @@ def jsd_rows_kernel(
 
     tl.store(values_ptr, tl.where(is_live, tl.sum(loss, 0) * NATS, 0.0))
     if HAS_METRICS:
-        out_ptr = values_ptr + 2 * values_stride
-        student_entropy = log_sum_student - tl.sum(student_entropy, 0) * bits
-        teacher_entropy = log_sum_teacher - tl.sum(teacher_entropy, 0) * bits
-        agreement = (tl.max(top_sum, 0) == 0.0).to(tl.float32)  # one column has both maxima
-        tl.store(out_ptr, tl.where(is_live, student_entropy * NATS, 0.0))
-        tl.store(out_ptr + values_stride, tl.where(is_live, teacher_entropy * NATS, 0.0))
-        tl.store(out_ptr + 2 * values_stride, tl.where(is_live, tl.sum(forward_kl, 0) * NATS, 0.0))
-        tl.store(out_ptr + 3 * values_stride, tl.where(is_live, tl.sum(reverse_kl, 0) * NATS, 0.0))
-        tl.store(out_ptr + 4 * values_stride, tl.where(is_live, agreement, 0.0))
-
+        sums = (student_entropy, teacher_entropy, forward_kl, reverse_kl, top_sum)
+        log_sums = (log_sum_student, log_sum_teacher)
+        _store_metrics(values_ptr + 2 * values_stride, values_stride, sums, log_sums, bits, is_live)
     if NEEDS_GRAD and not IS_ONE_SIDED:
-        mean_pull = tl.sum(mean_pull, 0)
-        floored, rest = -LOG_ZERO * tl.sum(floored, 0), -LOG_ZERO * tl.sum(rest, 0)
-        for start in range(0, vocab_size, BLOCK_V):
-            columns, is_column, student, teacher = load_pair(
-                student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
-            )
-            q, p, ratio, entry_loss, pull = _entries(
-                student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
-            )
-            if MODE == _REVERSE_KL:
-                pull = tl.where(ratio <= LOG_ZERO, rest, pull - floored)
-            if MODE == _FORWARD_KL:
-                grad = q * (1.0 - mean_pull) - (p - pull)
-            else:
-                grad = q * (pull - mean_pull)
-            grad *= soft_scale
-            store_gradient(
-                grad_ptr,
-                grad,
-                student,
-                columns,
-                is_column,
-                row_terms,
-                softcap,
-                HAS_LABELS,
-                HAS_SOFTCAP,
-            )
+        pull_sums = (tl.sum(mean_pull, 0), tl.sum(floored, 0), tl.sum(rest, 0))
+        _write_gradient(
+            student_ptr, teacher_ptr, grad_ptr, vocab_size, teacher_scale, row_sums, bits, betas,
+            pull_sums, soft_scale, row_terms, softcap, MODE, HAS_PAIR, HAS_MASKS, HAS_LABELS,
+            HAS_SOFTCAP, BLOCK_V, LINE,
+        )  # fmt: skip
 
 
 def _mode(beta: float) -> int:
