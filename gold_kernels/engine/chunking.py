@@ -79,30 +79,19 @@ def run_chunks(
     or, where its row values (any, N), zeros so far, are given, whole rows and no others than these
     are what it takes. grad_hidden is the sum over the processes.
     """
-    if values is not None and student.slices is not None:
-        others = None if teacher is None else teacher.slices
-        row_function = with_whole_rows(row_function, student.slices, others, values)
-        logits_dtype = limits.logits_dtype or float_dtype(student.hidden)
-        own_bytes = exchange_bytes(student.slices, others, logits_dtype, student.hidden.dtype)
-        limits = limits._replace(row_bytes=limits.row_bytes + own_bytes)
+    if values is not None:
+        row_function, limits = _of_slices(student, teacher, row_function, limits, values)
     hidden, weight = student.hidden, student.weight
     num_rows, has_grad = student.num_rows, any(needs)
     num_paired = 0 if teacher is None else teacher.num_rows
     plan = plan_chunks(student, teacher, needs, limits, projection)
-    wide = float_dtype(hidden)
-    panel_dtype = hidden.dtype if projection is None else wide
+    panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
     padded = _empty_gradients(student, needs, plan, projection, num_padded)
     grads = padded.of_entries(weight.shape[0])
-    row_weights = row_weights * student.logit_scale
-    grad_scale = None
-    if hidden.dtype == torch.float16 and has_grad and num_rows > 0:
-        peak = row_weights.abs().amax()
-        grad_scale = torch.where(peak > 0, FLOAT16_GRAD_LIMIT / grad_bound / peak, 1.0)
-        row_weights = row_weights * grad_scale
-
+    row_weights, grad_scale = _scaled_weights(row_weights, student, has_grad, grad_bound)
     returned = padded.weight
-    if "panel" in plan.lent:  # not the accumulator, which is in use from the first panel on
-        returned = weight.new_empty(weight.shape[0] + num_padded, weight.shape[1])
+    if returned is not None and "panel" in plan.lent:  # panels are summed into padded.weight
+        returned = torch.empty_like(returned, dtype=weight.dtype)
     lent = None if returned is None else LentMemory(returned[: weight.shape[0]])
     buffers = _buffers(student, teacher, has_grad, limits, plan, panel_dtype, lent)
     for first in range(0, num_rows, plan.panel):
@@ -121,9 +110,36 @@ def run_chunks(
         if buffers.panel is not None:
             panel = buffers.panel[: last - first]
             _add_panel(grads, student, panel, first, row_weights, projection)
-    if "panel" in plan.lent and returned is not None and padded.weight is not None:
-        padded = padded._replace(weight=returned.copy_(padded.weight))
-    return _finish(padded, student, grad_scale)
+    return _finish(padded, student, grad_scale, returned)
+
+
+def _of_slices(
+    student: LinearHead,
+    teacher: LinearHead | None,
+    row_function: RowFunction,
+    limits: Limits,
+    values: Tensor,
+) -> tuple[RowFunction, Limits]:
+    """A row function that gets whole rows, and the limits less what it takes to exchange them."""
+    if student.slices is None:
+        return row_function, limits
+    others = None if teacher is None else teacher.slices
+    logits_dtype = limits.logits_dtype or float_dtype(student.hidden)
+    own_bytes = exchange_bytes(student.slices, others, logits_dtype, student.hidden.dtype)
+    limits = limits._replace(row_bytes=limits.row_bytes + own_bytes)
+    return with_whole_rows(row_function, student.slices, others, values), limits
+
+
+def _scaled_weights(
+    row_weights: Tensor, student: LinearHead, has_grad: bool, grad_bound: float
+) -> tuple[Tensor, Tensor | None]:
+    """Row weights as the row function takes them, and by what gradients of float16 are too large."""
+    row_weights = row_weights * student.logit_scale
+    if student.hidden.dtype != torch.float16 or not has_grad or student.num_rows == 0:
+        return row_weights, None
+    peak = row_weights.abs().amax()
+    grad_scale = torch.where(peak > 0, FLOAT16_GRAD_LIMIT / grad_bound / peak, 1.0)
+    return row_weights * grad_scale, grad_scale
 
 
 class _Buffers(NamedTuple):
@@ -243,11 +259,16 @@ def _add_panel(
 
 
 def _finish(
-    grads: ChunkedGradients, student: LinearHead, grad_scale: Tensor | None
+    grads: ChunkedGradients,
+    student: LinearHead,
+    grad_scale: Tensor | None,
+    returned: Tensor | None,  # (V_s + padded, D_s) what becomes of grads.weight, or the same
 ) -> ChunkedGradients:
     """Sum grad_hidden over slices; undo the float16 scale; cast accumulators to the dtypes of their
     tensors (float16: at backward).
     """
+    if returned is not None and grads.weight is not None and returned is not grads.weight:
+        grads = grads._replace(weight=returned.copy_(grads.weight))
     if student.slices is not None and grads.hidden is not None:
         total = student.slices.sum_(grads.hidden.contiguous())
         dtype = total.dtype if student.hidden.dtype == torch.float16 else student.hidden.dtype
