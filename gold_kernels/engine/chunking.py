@@ -133,7 +133,7 @@ def _of_slices(
 def _scaled_weights(
     row_weights: Tensor, student: LinearHead, has_grad: bool, grad_bound: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Row weights as the row function takes them, and by what gradients of float16 are too large."""
+    """Row weights of the row function, and by what gradients of float16 are too large so far."""
     row_weights = row_weights * student.logit_scale
     if student.hidden.dtype != torch.float16 or not has_grad or student.num_rows == 0:
         return row_weights, None
