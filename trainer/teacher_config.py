@@ -15,7 +15,7 @@ OFFLOADS = ("cpu", "disk")
 # What is one teacher's, or runs a teacher on all processes together.
 NOT_OF_SEVERAL = (
     *("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_server_url"),
-    *("teacher_sharding", "seq_kd", "token_weighting"),
+    *("teacher_sharding", "seq_kd"),
 )
 # Arguments of from_pretrained with which transformers spreads one model over processes.
 DISTRIBUTED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")

@@ -119,11 +119,13 @@ def counts(monkeypatch):
 
 
 def test_a_run_is_the_runs_of_its_teachers_together(pictures, tmp_path):
-    assert_sum_of_runs(pictures, tmp_path)
+    """Each teacher looks twice at its own rows, as token_weighting asks it."""
+    assert_sum_of_runs(pictures, tmp_path, token_weighting="picture_detail")
 
 
 def test_with_two_tokenizers_a_run_is_the_runs_of_its_teachers_together(across, tmp_path):
     fields = {"use_uld_loss": True, "uld_use_hybrid_loss": True}
+    fields["token_weighting"] = "support.weightings:unsure"
     assert_sum_of_runs(across, tmp_path, **fields)
 
 
@@ -269,17 +271,7 @@ def test_teachers_that_see_rows_otherwise_are_refused(across, texts, tmp_path):
         GOLDTrainer(model=tiny("qwen3")[0], teacher_model=tiny("qwen3")[0], args=args)
 
 
-def test_a_weighting_of_tokens_and_a_plan_are_refused(texts, tmp_path, capsys):
-    args = GOLDConfig(
-        output_dir=str(tmp_path), **(CACHE_FIELDS | {"teacher_models": models_of(texts)})
-    )
-    with pytest.raises(ValueError, match="token_weighting must be None with teacher_models, got"):
-        GOLDTrainer(
-            model=str(texts.folder / "student"),
-            args=args,
-            train_dataset=texts.rows,
-            token_weighting=lambda tokens: torch.ones(len(tokens.ids)),
-        )
+def test_a_plan_is_refused(texts, capsys):
     argv = texts.command(
         teacher_models=json.dumps(models_of(texts)), teacher_model_name_or_path=None
     )

@@ -49,11 +49,9 @@ class ByTeacher(Objective):
         self.sums = (*first.sums, *map(_loss, self.parts))
 
     def weigh_tokens(self, weighting: Weighting | None) -> None:
-        if weighting is not None:
-            raise ValueError(
-                "GOLDTrainer: token_weighting must be None with teacher_models, got "
-                f"{weighting.name}; leave it out, or train with one teacher."
-            )
+        for part in self.parts.values():
+            part.weigh_tokens(weighting)
+        self.sums = (*self.first.sums, *map(_loss, self.parts))
 
     @staticmethod
     def check_pair(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
@@ -107,6 +105,9 @@ class ByTeacher(Objective):
             if len(groups) > 1:
                 rows = _rows_of(batch.student.examples, places, student_hidden.device)
                 hidden, sub = student_hidden[rows], _part(batch, places, rows)
+            if batch.without_detail is not None:
+                looks = batch.without_detail.by_teacher or {}
+                sub = replace(sub, hidden_without_detail=looks.get(key))
             width = self.teachers.teachers[key].side.head.weight.shape[1]
             own_hidden = by_teacher.get(key)  # None: nothing of it is spelled on that side
             if own_hidden is None:
@@ -114,6 +115,9 @@ class ByTeacher(Objective):
             own, sums = self.parts[key].loss(
                 hidden, student_head, own_hidden, self.teachers.head(key), sub, item_weights
             )
+            if sub.bad_weights is not None:
+                before = batch.bad_weights
+                batch.bad_weights = sub.bad_weights if before is None else before | sub.bad_weights
             losses.append(own)
             sums |= {_loss(key): sums["loss"]}
             for name, value in sums.items():
