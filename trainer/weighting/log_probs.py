@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from gold_trainer.logit_form import LogitForm
@@ -28,8 +29,13 @@ class ScoredSide(NamedTuple):
     def of(
         cls, hidden: Tensor, head: Head, form: LogitForm, num_entries: int | None
     ) -> "ScoredSide":
-        """The head's weight is asked for here, once: of one in parts all processes gather it."""
-        return cls(hidden, head.weight, head.bias, form, num_entries)
+        """The head is asked for here, once: of one in parts all processes gather it."""
+        weight, bias = (
+            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for tensor in (head.weight, head.bias)
+        )
+        assert weight is not None, "a head has a weight"
+        return cls(hidden, weight, bias, form, num_entries)
 
     @torch.no_grad()
     def log_probs(self, rows: Tensor, ids: Tensor) -> Tensor:  # (n,), (n,) int64 -> (n,)
