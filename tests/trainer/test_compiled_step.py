@@ -88,9 +88,11 @@ def test_a_student_that_is_its_own_teacher_is_compiled_with_and_without_its_adap
     assert len(graphs) == 3, "the first layer's input, of frozen embeddings, needs no gradient"
 
 
-def test_layers_of_a_kind_share_their_code_whatever_the_lengths(graphs, tmp_path):
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_layers_of_a_kind_share_their_code_whatever_the_lengths(padding_free, graphs, tmp_path):
     lengths = [n for step in (3, 9, 5, 14, 11) for n in [step] * 4]
-    trainer, _ = run(tmp_path, num_steps=5, lengths=lengths, compile_models="regional")
+    fields = {"compile_models": "regional", "padding_free": padding_free}
+    trainer, _ = run(tmp_path, num_steps=5, lengths=lengths, **fields)
     kinds = trainer.fast.compiled.kinds
     assert [kind.name for kind in kinds] == [
         "Qwen3DecoderLayer of the student",
