@@ -84,6 +84,7 @@ RANGES: dict[str, tuple[Range, str]] = {
         Range("in (0, 1]", 0, 1, is_open=True),
         "None takes 0.9, in colocate 0.3",
     ),
+    "teacher_batch_size": (AT_LEAST_1, "None takes the rows of a micro-batch"),
     # a served teacher
     "teacher_server_timeout": (NOT_NEGATIVE, "240 seconds is the default"),
     "teacher_request_timeout": (POSITIVE, "600 seconds is the default"),

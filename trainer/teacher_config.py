@@ -15,7 +15,7 @@ OFFLOADS = ("cpu", "disk")
 # What is one teacher's, or runs a teacher on all processes together.
 NOT_OF_SEVERAL = (
     *("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_server_url"),
-    *("teacher_sharding", "seq_kd"),
+    *("teacher_sharding", "teacher_batch_size", "seq_kd"),
 )
 # Arguments of from_pretrained with which transformers spreads one model over processes.
 DISTRIBUTED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
@@ -62,6 +62,15 @@ class TeacherFields:
         },
     )
 
+    teacher_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a window over which the teacher runs at a time: a multiple of "
+            "per_device_train_batch_size merges micro-batches, less splits one. None: the rows of "
+            "a micro-batch."
+        },
+    )
+
     def check_teacher(self) -> None:
         """ValueError for a device that there is not, and for what cannot be together."""
         if isinstance(self.teacher_model_init_kwargs, str):  # of a command line
@@ -77,6 +86,23 @@ class TeacherFields:
                     )
         if self.teacher_device is not None:
             _check_device(self.teacher_device)
+        if self.teacher_batch_size is not None:
+            self._check_batch_size(self.teacher_batch_size)
+
+    def _check_batch_size(self, size: int) -> None:
+        args: Any = self  # a GOLDConfig
+        own, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if args.has_absent_teacher:
+            raise ValueError(
+                f"GOLDConfig: teacher_batch_size must be None for a teacher that does not run "
+                f"here, got {size} with teacher_cache or teacher_model_server_url; leave it out."
+            )
+        if size > own * steps or (size > own and size % own):
+            raise ValueError(
+                "GOLDConfig: teacher_batch_size must be below per_device_train_batch_size, or a "
+                "multiple of it within a window (times gradient_accumulation_steps), got "
+                f"{size} with {own} and {steps}; set {max(1, min(size // own, steps)) * own}."
+            )
 
     def _check_several(self) -> None:
         args: Any = self  # a GOLDConfig

@@ -147,7 +147,7 @@ class GOLDTrainer(Trainer):
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
         self.fast = FastStep(args, sides)
-        self.inputs = Inputs(self.objective, args)
+        self.inputs = Inputs(self.objective, args, self._prepare_input)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
@@ -221,6 +221,7 @@ class GOLDTrainer(Trainer):
         self.guard.start()
         with self.accelerator.autocast():
             batches = self.window_source.next(epoch_iterator, num_batches, self.state)
+        self.inputs.passes.start(batches)
         if not batches:
             return batches, None
         # full, not tensor: a fill on the device where a copy would wait for it
@@ -234,7 +235,7 @@ class GOLDTrainer(Trainer):
     # into it in the methods below only.
     def _prepare_inputs(self, inputs: WindowBatch) -> MicroBatch:  # type: ignore[override]
         """Pictures and tokens become tensors here, one micro-batch at a time."""
-        return self.inputs.take(inputs, self._prepare_input)
+        return self.inputs.take(inputs)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -245,7 +246,7 @@ class GOLDTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's part of the mean over the global batch."""
         with self.accelerator.autocast():  # the wrapper gives autocast to the student only
-            teacher_hidden = hidden_rows(self.teacher, inputs)
+            teacher_hidden = hidden_rows(self.teacher, inputs, self.inputs.passes)
         item_weights = None
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks, num_items_in_batch counts all of them

@@ -32,6 +32,7 @@ COUNTED = {
 NAMED = {
     "per_device_eval_batch_size": 64,
     "gradient_checkpointing_kwargs": {"offload": True},
+    "teacher_batch_size": 1,
     "neftune_noise_alpha": 5.0,
     "optim_target_modules": ["q_proj"],
     "auto_find_batch_size": True,

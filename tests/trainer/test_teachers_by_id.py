@@ -239,6 +239,7 @@ def test_the_column_without_several_teachers_is_refused(texts, tmp_path):
         ({"teacher_models": "no JSON"}, "teacher_models must be a dict of models by id, got 'no J"),
         ({"seq_kd": True}, "seq_kd must be left out with teacher_models, got True; train with one"),
         ({"teacher_sharding": "fsdp"}, "teacher_sharding must be left out with teacher_models"),
+        ({"teacher_batch_size": 2}, "teacher_batch_size must be left out with teacher_models"),
         ({"teacher_model_name_or_path": "x"}, "teacher_model_name_or_path must be left out with"),
         (
             {"teacher_cache": "c", "teacher_cache_form": "head_means", "beta": 0.0},

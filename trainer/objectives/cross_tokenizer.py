@@ -115,7 +115,7 @@ class CrossTokenizer(Objective):
         return MicroBatch(
             build_side(student, batch.examples, to_device, batch.unscored),
             SideInputs.without_tensors(others)
-            if self.is_absent
+            if self.is_absent or self.is_teacher_apart
             else build_side(teacher, others, to_device, batch.teacher_unscored),
             batch.is_on_policy,
             alignment_of(batch).to(to_device),

@@ -44,6 +44,7 @@ class Objective(ABC):
     collators: dict[str, GOLDCollator]  # with which "student" and "teacher" write
     distillation_weight: float
     crossentropy_weight: float
+    is_teacher_apart: bool = False  # its tensors are made for passes of their own
     forms: tuple[LogitForm, LogitForm]  # of student and teacher
     weighting: Weighting | None = None  # of tokens
     is_absent: bool  # the teacher, which takes examples and no tensors

@@ -89,7 +89,7 @@ class SameVocabulary(Objective):
         processor = self.collator.processor
         student = teacher = build_side(processor, batch.examples, to_device, batch.unscored)
         others = batch.teacher_examples
-        if others is not batch.examples and self.is_absent:
+        if self.is_teacher_apart or (others is not batch.examples and self.is_absent):
             teacher = SideInputs.without_tensors(others)
         elif others is not batch.examples:
             teacher = build_side(processor, others, to_device, batch.teacher_unscored)

@@ -54,6 +54,9 @@ FIELDS = (
         _checkpoints_otherwise,
         "activations are counted on the GPU, the input of every layer",
     ),
+    Uncounted(
+        "teacher_batch_size", _given("teacher_batch_size"), "the rows of a micro-batch are counted"
+    ),
     Uncounted("neftune_noise_alpha", _given("neftune_noise_alpha"), "a copy of the embeddings"),
     Uncounted(
         "optim_target_modules",

@@ -14,6 +14,7 @@ from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
 from gold_trainer.speed.on_host import moved, pinned
+from gold_trainer.speed.teacher_passes import TeacherPasses
 
 
 class Made(NamedTuple):
@@ -24,9 +25,15 @@ class Made(NamedTuple):
 class Inputs:
     """Tensors of micro-batches, in their turn or before it."""
 
-    def __init__(self, objective: Objective, args: GOLDConfig) -> None:
-        self.objective, self.args = objective, args
+    def __init__(
+        self,
+        objective: Objective,
+        args: GOLDConfig,
+        finish: Callable[[Tensor], Tensor],  # on the device: DeepSpeed's dtype
+    ) -> None:
+        self.objective, self.args, self.finish = objective, args, finish
         self.made: Made | None = None
+        self.passes = TeacherPasses(objective, args, self._to_device)
 
     def make(self, batch: WindowBatch | None) -> None:
         """Of a batch whose turn comes next; None: it is not known, or has to be written first."""
@@ -38,19 +45,23 @@ class Inputs:
         except Exception as error:  # of a row: the step that is computed does not end with it
             self.made = Made(batch, error)
 
-    def take(self, batch: WindowBatch, finish: Callable[[Tensor], Tensor]) -> MicroBatch:
-        """On the device, in DeepSpeed's dtype after `finish`."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return finish(moved(tensor, self.args.device))
-
+    def take(self, batch: WindowBatch) -> MicroBatch:
+        """On the device."""
+        if all(batch is not other for other in self.passes.window):  # of an evaluation
+            self.passes.start([batch])
         made, self.made = self.made, None
         # what decides and counts makes new batches of the same examples
         if made is not None and made.batch.examples is batch.examples:
             if isinstance(made.inputs, Exception):
                 raise made.inputs
-            return made.inputs.to(move)
-        return self.objective.prepare(batch, lambda tensor: move(self._pinned(tensor)))
+            return made.inputs.to(self._move)
+        return self.objective.prepare(batch, self._to_device)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return self.finish(moved(tensor, self.args.device))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return self._move(self._pinned(tensor))
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return pinned(tensor, self.args.device) if self.args.dataloader_pin_memory else tensor

@@ -6,7 +6,7 @@ N scored tokens of the student, N_t rows of the teacher, D_t its hidden size.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from gold_trainer.weighting.fields import check_use
 from gold_trainer.weighting.named import name_of
 from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.tokens import ScoredTokens, means_of_groups
+
+if TYPE_CHECKING:
+    from gold_trainer.speed.teacher_passes import TeacherPasses
 
 
 class Weighting:
@@ -107,8 +110,10 @@ def make_weighting(
     return weighting
 
 
-def hidden_rows(teacher: Teacher, batch: MicroBatch) -> Tensor:  # (N_t, D_t)
+def hidden_rows(  # (N_t, D_t)
+    teacher: Teacher, batch: MicroBatch, passes: "TeacherPasses"
+) -> Tensor:
     """The teacher's, and into the batch those of its second look, where there is one."""
     if batch.without_detail is not None:
         batch.hidden_without_detail = teacher.hidden_rows(batch.without_detail)
-    return teacher.hidden_rows(batch.teacher)
+    return passes.hidden_rows(teacher, batch.teacher)
