@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
@@ -259,13 +260,21 @@ def plain_head(head: Any, side: str) -> nn.Linear:
             "lm_head out of LoRA's target_modules (modules_to_save trains it whole) and out of "
             "quantisation (llm_int8_skip_modules=['lm_head'])."
         )
-    if not head.weight.is_floating_point() or type(head.weight) is not nn.Parameter:
+    is_plain = type(head.weight) is nn.Parameter or is_vocabulary_slice(head.weight)
+    if not head.weight.is_floating_point() or not is_plain:
         raise ValueError(
             f"GOLDTrainer: the {side}'s lm_head must hold plain floats, got "
             f"{type(head.weight).__name__} of {head.weight.dtype}; leave lm_head out of "
             "quantisation and of tensor parallelism."
         )
     return head
+
+
+def is_vocabulary_slice(weight: Tensor) -> bool:
+    """Of a head that tensor parallelism has cut over the vocabulary, as transformers' plans do."""
+    if not isinstance(weight, DTensor):
+        return False
+    return weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)
 
 
 def is_processor(processor: Processor) -> bool:
