@@ -265,13 +265,13 @@ def plain_head(head: Any, side: str) -> nn.Linear:
         raise ValueError(
             f"GOLDTrainer: the {side}'s lm_head must hold plain floats, got "
             f"{type(head.weight).__name__} of {head.weight.dtype}; leave lm_head out of "
-            "quantisation and of tensor parallelism."
+            "quantisation, and of tensor parallelism that is not over its vocabulary alone."
         )
     return head
 
 
 def is_vocabulary_slice(weight: Tensor) -> bool:
-    """Of a head that tensor parallelism has cut over the vocabulary, as transformers' plans do."""
+    """Of a head that transformers' tensor parallelism has cut, over the vocabulary."""
     if not isinstance(weight, DTensor):
         return False
     return weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)

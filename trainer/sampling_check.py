@@ -18,6 +18,7 @@ from gold_trainer.batches import SideInputs
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import Head
 from gold_trainer.writers.sampling import logprobs_of
+from gold_trainer.writers.weights import whole
 from gold_trainer.writers.writer import Sampling
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,7 @@ class SamplingCheck:
         places = [i * num_rows // size for i in range(size)]
         theirs = torch.tensor([logprobs[i] for i in places], device=hidden.device)
         rows = torch.tensor(places, device=hidden.device)
-        weight, bias = head.weight, head.bias
+        weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         logits = functional.linear(hidden[rows].to(weight.dtype), weight, bias).float()
         logits = form(logits)
         if len(self.is_banned) != logits.shape[1]:

@@ -24,14 +24,17 @@ from torch.distributed.fsdp import (
 
 from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.collator import GOLDCollator
-from gold_trainer.models import base_model, is_quantised
+from gold_trainer.models import base_model, has_adapter, is_quantised, is_vocabulary_slice
 from gold_trainer.optimizers import refuse_in_parts
 from gold_trainer.rows import Row
 from gold_trainer.videos import Video
 
 if TYPE_CHECKING:
+    from gold_trainer.config import GOLDConfig
+    from gold_trainer.teachers.teacher import Teacher
     from gold_trainer.trainer import GOLDTrainer
 
+SUMMED = "replicated_with_grad_allreduce"  # of transformers' plans
 MEDIA = {"images": "image", "videos": "video"}  # of an Example, and their parts of a message
 PICTURE_SIZE = 64  # pixels of either side of the picture that nothing is learnt from
 
@@ -127,6 +130,53 @@ def prepare(accelerator: Accelerator, model: nn.Module, optim: str = "adamw_torc
                 "stage3_gather_16bit_weights_on_model_save=false; set it to true in the config of "
                 "DeepSpeed, or zero3_save_16bit_model in accelerate's."
             )
+
+
+def check_tensor_parallel(student: nn.Module, teacher: "Teacher", args: "GOLDConfig") -> None:
+    """What transformers spreads over processes (tp_plan) is one model on the same rows, on both
+    sides alike; ValueError for the rest.
+    """
+    student_size, teacher_size = (tp_size(model) for model in (student, teacher.model))
+    if teacher_size > 1 and teacher_size != student_size:
+        raise ValueError(
+            "GOLDTrainer: a teacher in slices needs a student in as many, whose processes see the "
+            f"same rows, got tp_size={teacher_size} and {student_size}; load the student with the "
+            "same tp_plan, or set teacher_sharding='fsdp'."
+        )
+    if student_size == 1:
+        return
+    heads = base_model(student).get_output_embeddings(), teacher.side.head
+    is_cut = [is_vocabulary_slice(head.weight) for head in heads]
+    if is_cut[0] != is_cut[1]:
+        raise ValueError(
+            "GOLDTrainer: student and teacher must have their lm_head in slices of the same "
+            f"processes, or both whole, got {'a whole teacher' if is_cut[0] else 'a whole student'}"
+            "; load both with tp_plan='auto', or leave lm_head out of the plan."
+        )
+    if has_adapter(student):  # transformers 5.24, peft 0.21
+        raise ValueError(
+            "GOLDTrainer: an adapter's layers must be whole, got a student with "
+            f"tp_size={student_size}, where its gradients would be wrong; train it with FSDP or "
+            "ZeRO-3, or without an adapter."
+        )
+    plan: dict[str, str] = base_model(student).tp_plan or {}
+    names = {name.rpartition(".")[2] for name, kind in plan.items() if kind == SUMMED}
+    trained = {n.rpartition(".")[0] for n, p in student.named_parameters() if p.requires_grad}
+    trained = {name.rpartition(".")[2] for name in trained}
+    summed = sorted(names & trained)
+    if summed and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "GOLDTrainer: gradient_accumulation_steps must be 1 for a student whose plan sums "
+            f"gradients after each backward pass ({', '.join(summed)}), got "
+            f"{args.gradient_accumulation_steps}: transformers would sum those of earlier passes "
+            "again; raise per_device_train_batch_size."
+        )
+
+
+def tp_size(model: nn.Module | None) -> int:
+    """Over how many processes transformers has spread a model, which all of them run together."""
+    base: Any = None if model is None else base_model(model)
+    return getattr(base, "tp_size", None) or 1
 
 
 def _refuse_quantised(model: nn.Module) -> None:

@@ -138,7 +138,8 @@ class TeacherFields:
                 raise ValueError(
                     f"GOLDConfig: teacher_model_init_kwargs must be without {name}, got "
                     f"{given[name]!r}: its ranks would have to see the same rows; set "
-                    "teacher_sharding='fsdp'."
+                    "teacher_sharding='fsdp', or pass two models that are loaded with the same "
+                    "tp_plan."
                 )
         for name in ("teacher_sharding", "teacher_device", "teacher_offload"):
             if "device_map" in given and getattr(self, name) is not None:

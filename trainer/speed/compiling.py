@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gold_kernels.engine.logit_form import forward_is
-from gold_trainer import models
+from gold_trainer import models, sharding
 from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.replacing import replaced
 from gold_trainer.speed.segments import (
@@ -229,6 +229,8 @@ def _reason_against(model: nn.Module, args: GOLDConfig, side: str) -> str | None
         return "FSDP of version 1 keeps their weights flat"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "ZeRO-3 gathers their weights one by one"
+    if sharding.tp_size(model) > 1:
+        return "their weights are in slices, for which transformers has changed their parts"
     return None
 
 

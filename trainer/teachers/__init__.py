@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from gold_trainer import sharding
 from gold_trainer.batches import WindowBatch
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
@@ -49,8 +50,11 @@ def make_teacher(
         }
         return TeachersById(made, processor)
     if args.teacher_cache is not None:
-        return CachedTeacher.open(processor, args)
-    return make_live_teacher(teacher_model, student, processor, args)
+        teacher: Teacher = CachedTeacher.open(processor, args)
+    else:
+        teacher = make_live_teacher(teacher_model, student, processor, args)
+    sharding.check_tensor_parallel(student, teacher, args)
+    return teacher
 
 
 def make_live_teacher(

@@ -245,7 +245,7 @@ def _reason_to_generate(model: nn.Module, sampling: Sampling) -> str | None:
     places = getattr(base, "hf_device_map", None) or {}
     if sampling.generation_kwargs:
         return f"generation_kwargs has {', '.join(sampling.generation_kwargs)}"
-    if sharding.is_sharded(model):
+    if sharding.is_sharded(model) or sharding.tp_size(model) > 1:
         return "its weights are in parts"
     if is_offloaded(base) or len(set(places.values())) > 1:
         return "its weights are in several places"
