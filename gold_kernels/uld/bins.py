@@ -49,7 +49,9 @@ _WHOLE_MASK = tl.constexpr((1 << 22) - 1)
 _SOME_BINS = tl.constexpr((1 << 13) - 1)
 # Entries of the largest bin that is listed: each of them is compared with every other.
 MAX_LISTED = 1024
-LIST_SIZE = 1 << 15  # entries listed at a time; the last bin of a list may go beyond
+# Entries listed at a time, the last bin of a list may go beyond. Shorter lists take less memory and
+# a pass over the row each. Random rows of 151936 twice have up to 14,000 entries to list.
+LIST_SIZES = (1 << 15, 1 << 14, 1 << 13, 1 << 12)
 SIZE_BITS = tl.constexpr(11)  # low bits of an offset: number of student entries in the bin
 SIZE_MASK = tl.constexpr((1 << 11) - 1)
 # Which bins are listed. A bin of n entries leads D from d0 to d1. D can reach 0 inside only if

@@ -26,7 +26,6 @@ from gold_kernels.uld.bin_table import (
     take_from_table,
 )
 from gold_kernels.uld.bins import (
-    LIST_SIZE,
     MAX_LISTED,
     SIZE_BITS,
     SIZE_MASK,
@@ -50,14 +49,17 @@ _NO_KEY = tl.constexpr((1 << 31) - 1)  # larger than every key: no entry has the
 _UNROLL = tl.constexpr(8)
 _FIXED_POINT = tl.constexpr(2.0**50)  # sums are below 2**11
 
-# Words of a program's working memory: for each bin the offset of its keys and D above it; the list;
-# keys; for each key its bin.
-LIST_WORDS = 2 * NUM_BINS + 3 * (LIST_SIZE + MAX_LISTED)
+
+def list_words(list_size: int) -> int:
+    """Words of a program's working memory: for each bin the offset of its keys and D above it; the
+    list; keys; for each key its bin.
+    """
+    return 2 * NUM_BINS + 3 * (list_size + MAX_LISTED)
 
 
 @triton.jit
 def parts_of_lists(lists_ptr, NUM_BINS: tl.constexpr, NUM_KEYS: tl.constexpr):
-    """Pointers to the parts of a program's working memory, in the order of LIST_WORDS."""
+    """Pointers to the parts of a program's working memory, in the order of list_words."""
     list_ptr = lists_ptr + 2 * NUM_BINS
     keys_ptr = list_ptr + NUM_KEYS
     return lists_ptr, lists_ptr + NUM_BINS, list_ptr, keys_ptr, keys_ptr + NUM_KEYS

@@ -15,7 +15,8 @@ from gold_kernels.triton.launch import (
     is_interpreted,
 )
 from gold_kernels.uld.bin_table import TABLE_WORDS
-from gold_kernels.uld.lists import COLUMN_BITS, LIST_WORDS
+from gold_kernels.uld.bins import LIST_SIZES
+from gold_kernels.uld.lists import COLUMN_BITS, list_words
 
 MAX_PROGRAMS = 264  # two on every multiprocessor of a Hopper GPU, each with working memory
 
@@ -26,9 +27,16 @@ class Memory(NamedTuple):
     num_programs: int
     is_shared: bool
     table: Tensor  # (programs, TABLE_WORDS) int32
-    lists: Tensor  # (programs, LIST_WORDS) int32
+    lists: Tensor  # (programs, list_words(list_size)) int32
     signs: Tensor  # (C or programs, V_s)
     has_lists: bool
+    list_size: int
+
+
+def _list_size(num_bytes: int, num_programs: int) -> int:
+    """Entries of the longest list that so many programs have memory for, or of the shortest one."""
+    fitting = (size for size in LIST_SIZES if 4 * list_words(size) * num_programs <= num_bytes)
+    return next(fitting, LIST_SIZES[-1])
 
 
 def working_memory(
@@ -60,16 +68,19 @@ def working_memory(
         and grad_logits.data_ptr() == student_logits.data_ptr()
     )
     program_bytes = 0 if is_shared else 4 * TABLE_WORDS
-    program_bytes += 4 * LIST_WORDS if has_lists else 0
     program_bytes += student_logits.dtype.itemsize * aligned_width(vocab_size) if has_signs else 0
-    num_programs = num_rows
+    num_programs, list_size = num_rows, LIST_SIZES[0]
+    if has_lists:
+        enough = min(num_rows, MAX_PROGRAMS // 2)  # with fewer, multiprocessors have nothing to do
+        list_size = _list_size(scratch_bytes - enough * program_bytes, enough)
+        program_bytes += 4 * list_words(list_size)
     if program_bytes:
         most = scratch_bytes // program_bytes
         num_programs = 1 if is_interpreted() else max(1, min(num_rows, MAX_PROGRAMS, most))
     table = torch.empty(1 if is_shared else num_programs, TABLE_WORDS, dtype=integer, device=device)
     lists, signs = table, student_logits if grad_logits is None else grad_logits
     if has_lists:
-        lists = torch.empty(num_programs, LIST_WORDS, dtype=integer, device=device)
+        lists = torch.empty(num_programs, list_words(list_size), dtype=integer, device=device)
     if has_signs:
         signs = empty_rows(student_logits, num_programs, vocab_size, student_logits.dtype)
-    return Memory(num_programs, is_shared, table, lists, signs, has_lists)
+    return Memory(num_programs, is_shared, table, lists, signs, has_lists, list_size)

@@ -34,9 +34,9 @@ from gold_kernels.jsd.triton_rows import FORWARD_KL, JSD, REVERSE_KL
 from gold_kernels.triton.launch import row_block
 from gold_kernels.triton.lines import BITS, NATS
 from gold_kernels.uld.bin_table import NUM_BINS, TABLE_WORDS, shared_table
-from gold_kernels.uld.bins import LIST_SIZE, MAX_LISTED, count_row
+from gold_kernels.uld.bins import MAX_LISTED, count_row
 from gold_kernels.uld.entries import sum_pairs
-from gold_kernels.uld.lists import LIST_WORDS, open_window, parts_of_lists
+from gold_kernels.uld.lists import list_words, open_window, parts_of_lists
 from gold_kernels.uld.row_memory import working_memory
 from gold_kernels.uld.row_parts import (
     entries_of_row,
@@ -231,7 +231,8 @@ def uld_rows_(
         HAS_SOFTCAP=softcap is not None, NEEDS_GRAD=grad_logits is not None,
         HAS_LISTS=memory.has_lists, ARE_SIGNS_GRAD=memory.signs is grad_logits,
         IS_SHARED=memory.is_shared, NUM_BINS=NUM_BINS, TABLE_WORDS=TABLE_WORDS,
-        SCAN_BINS=SCAN_BINS, LIST_SIZE=LIST_SIZE, MAX_LISTED=MAX_LISTED, LIST_WORDS=LIST_WORDS,
+        SCAN_BINS=SCAN_BINS, LIST_SIZE=memory.list_size, MAX_LISTED=MAX_LISTED,
+        LIST_WORDS=list_words(memory.list_size),
         BLOCK_V=block_v, LINE=line, PAIR_BLOCK=PAIR_BLOCK, SLICE=sums.slice_size,
         NUM_SLICES=sums.sums.shape[2], num_warps=num_warps, **limits,
     )  # fmt: skip

@@ -21,6 +21,8 @@ from gold_kernels.triton.launch import ROW_ALIGNMENT
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
+from gold_kernels.uld.bins import LIST_SIZES
+from gold_kernels.uld.lists import list_words
 from gold_trainer.writers import attention_kernel, linear_kernel, sampling_kernel
 
 
@@ -105,9 +107,9 @@ def uld_signatures():
             "NUM_BINS": uld_rows.NUM_BINS,
             "TABLE_WORDS": uld_rows.TABLE_WORDS,
             "SCAN_BINS": uld_rows.SCAN_BINS,
-            "LIST_SIZE": uld_rows.LIST_SIZE,
+            "LIST_SIZE": LIST_SIZES[0],
             "MAX_LISTED": uld_rows.MAX_LISTED,
-            "LIST_WORDS": uld_rows.LIST_WORDS,
+            "LIST_WORDS": list_words(LIST_SIZES[0]),
             "BLOCK_V": 4096 if has_lists else 8192,
             "PAIR_BLOCK": uld_rows.PAIR_BLOCK,
             "SLICE": 1 << 14,

@@ -11,10 +11,11 @@ from gold_kernels import fused_linear_uld, uld_loss
 from gold_kernels.engine import linear
 from gold_kernels.triton.lines import block_columns, load_logits
 from gold_kernels.uld import reference as reference_uld
-from gold_kernels.uld import triton_rows as uld_rows
+from gold_kernels.uld import row_memory
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld.bin_table import NUM_BINS
-from gold_kernels.uld.bins import bins_of, count_side
+from gold_kernels.uld.bins import LIST_SIZES, bins_of, count_side
+from gold_kernels.uld.row_memory import MAX_PROGRAMS, working_memory
 from support.backends import on_every_backend
 from support.error_budget import assert_within_error_budget, relative_error
 from support.uld_cases import COUNTING_GRAD_ERROR, COUNTING_LOSS_ERROR, KINDS, uld_case
@@ -209,13 +210,25 @@ def test_lists_ordered_in_parts_give_the_same_bits(monkeypatch):
     student = torch.randn(2, 20_000, device=device)
     teacher = student + 0.01 * torch.randn(2, 20_000, device=device)
     results = []
-    for list_size in (uld_rows.LIST_SIZE, 1 << 12):
-        monkeypatch.setattr(uld_rows, "LIST_SIZE", list_size)
+    for list_sizes in (LIST_SIZES, LIST_SIZES[-1:]):
+        monkeypatch.setattr(row_memory, "LIST_SIZES", list_sizes)
         leaf = student.clone().requires_grad_()
         loss = uld_loss(leaf, teacher, backend="triton")
         results.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
     for whole, parts in zip(*results, strict=True):
         assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("rows", [5, 1024])
+@pytest.mark.parametrize("mib", [2, 8, 32, 128])
+def test_lists_are_shorter_where_they_leave_memory_to_few_programs(mib, rows, monkeypatch):
+    monkeypatch.setattr(row_memory, "is_interpreted", lambda: False)
+    student, grad, teacher = (torch.empty(rows, size, device="meta") for size in (64, 64, 96))
+    memory = working_memory(student, teacher, grad, mib << 20, has_overlap=False)
+    assert memory.lists.nbytes + memory.table.nbytes <= mib << 20
+    enough = min(rows, MAX_PROGRAMS // 2)
+    assert memory.num_programs >= enough or memory.list_size == LIST_SIZES[-1]
+    assert memory.num_programs <= 2 * enough or memory.list_size == LIST_SIZES[0]
 
 
 @pytest.mark.gpu
