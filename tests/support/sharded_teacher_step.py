@@ -21,8 +21,12 @@ OWN_CASES: dict[str, dict[str, Any]] = {
     "tied_teacher": {"family": "smolvlm", "images": "mixed"},
     # top_k: samples would differ by rounding
     "pictures": {**MIXED, "lmbda": 0.5, "top_k": 1},
-    "seq_kd": {**MIXED, "seq_kd": True, "top_k": 1},
-    "uld_pictures": {**MIXED, "teacher_family": "idefics3", **ULD},
+    # and all look at pictures twice, if one of them has any
+    "seq_kd": {**MIXED, "seq_kd": True, "top_k": 1, "token_weighting": "picture_detail"},
+    "uld_pictures": {
+        **(MIXED | ULD | {"teacher_family": "idefics3"}),
+        "token_weighting": "support.weightings:unsure",
+    },
     "by_name": {**CASES["by_name"], "lmbda": 0.0},
     "bf16": {"bf16": True},
 }
