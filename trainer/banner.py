@@ -1,7 +1,7 @@
 """What a run is going to do, in a few lines before its first step."""
 
 import logging
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset
 from gold_trainer.precision import describe
 from gold_trainer.row_sample import RowSample, sample_rows
+from gold_trainer.weighting.weighting import Weighting
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,14 @@ class Banner(TrainerCallback):
     """Printed by the main process. Sizes are taken before anything shards the weights."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, rows: Any, tokenizer: Any
+        self,
+        sides: Mapping[str, Any],  # "student", and "teacher" or None where it is not here
+        rows: Any,
+        tokenizer: Any,
+        weighting: Weighting | None,
     ) -> None:
+        student, teacher = sides["student"], sides["teacher"]
+        self.weighting = weighting
         self.num_rows = len(rows) if isinstance(rows, Sized) else None
         self.rows, self.tokenizer = rows, tokenizer
         self.config = models.base_model(student).config.get_text_config()
@@ -86,8 +93,9 @@ class Banner(TrainerCallback):
 
     def _loss(self, args: GOLDConfig) -> str:
         loss = f"{args.uld_loss_type} across tokenizers" if args.use_uld_loss else args.loss
-        weighting = args.token_weighting
-        return loss if weighting is None else f"{loss}; tokens have the weights of {weighting}"
+        if self.weighting is None:
+            return loss
+        return f"{loss}; tokens have the weights of {self.weighting.settings['token_weighting']}"
 
     def _data(self, args: GOLDConfig, sample: RowSample) -> str:
         sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size

@@ -32,6 +32,7 @@ def card_facts(trainer: "GOLDTrainer") -> dict[str, Any]:
     """What write_card says of a trainer's run."""
     student: Any = trainer.accelerator.unwrap_model(trainer.model)
     teacher, rows = trainer.teacher.model, trainer.train_dataset
+    weighting = trainer.objective.weighting
     name = trainer.args.teacher_model_name_or_path or ""  # of one that is cached
     if teacher is not None:
         name = models.base_model(teacher).config.name_or_path
@@ -39,6 +40,7 @@ def card_facts(trainer: "GOLDTrainer") -> dict[str, Any]:
         "student": models.base_model(student).config.name_or_path,
         "teacher": name,
         "has_adapter": models.has_adapter(student),
+        "weighting": None if weighting is None else weighting.settings["token_weighting"],
         "num_rows": len(rows) if isinstance(rows, Sized) else None,
         "step": trainer.state.global_step,
         "history": trainer.state.log_history,
@@ -51,6 +53,7 @@ def write_card(
     student: str,
     teacher: str,
     has_adapter: bool,
+    weighting: str | None,  # of tokens
     num_rows: int | None,  # of the training data; None: a stream
     dataset: str | None,  # its name
     step: int,
@@ -72,8 +75,8 @@ def write_card(
     data = ", ".join(part for part in (dataset, rows) if part) or "unknown"
     loss = f"{args.uld_loss_type} (two tokenizers)" if args.use_uld_loss else args.loss
     numbers = {} if args.use_uld_loss else args.loss_numbers
-    if args.token_weighting is not None:
-        numbers = {**numbers, "token_weighting": args.token_weighting}
+    if weighting is not None:
+        numbers = {**numbers, "token_weighting": weighting}
     parts = [
         f"---\n{card_data.to_yaml()}\n---",
         MARK,

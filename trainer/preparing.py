@@ -36,7 +36,7 @@ def prepare(
     )
     is_text = not models.is_vision_language(student_config)
     refusals.refuse_cut_pictures(args, is_text)
-    refuse_text(args, is_text)
+    refuse_text(args.token_weighting, is_text)
     if teacher_model is None:
         teacher_processor = processor
     else:

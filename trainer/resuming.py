@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from gold_trainer import checkpoints, models
 from gold_trainer.config import GOLDConfig
+from gold_trainer.weighting.weighting import Weighting
 
 logger = logging.getLogger(__name__)
 
@@ -117,15 +118,16 @@ def delete_earlier(output_dir: str) -> None:
         checkpoints.clear(folder)
 
 
-def settings_of_run(args: GOLDConfig) -> dict[str, Any]:
+def settings_of_run(args: GOLDConfig, weighting: Weighting | None = None) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {} if weighting is None else weighting.settings
     settings["optim"] = OptimizerNames(args.optim).value
     return json.loads(json.dumps(settings, default=str))  # as it is read: a tuple is a list
 
 
-def check_settings(folder: Path, args: GOLDConfig) -> None:
+def check_settings(folder: Path, args: GOLDConfig, weighting: Weighting | None = None) -> None:
     """Another optimizer cannot use a checkpoint's state. Other settings may change: a warning."""
-    there, here = checkpoints.settings_of(folder), settings_of_run(args)
+    there, here = checkpoints.settings_of(folder), settings_of_run(args, weighting)
     changed = {name: value for name, value in there.items() if here.get(name, value) != value}
     if "optim" in changed:
         raise ValueError(

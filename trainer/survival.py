@@ -59,7 +59,7 @@ def survive(
             num_ranks=args.world_size,
         )
         if checkpoint is not None:
-            check_settings(Path(checkpoint), args)
+            check_settings(Path(checkpoint), args, trainer.objective.weighting)
         return checkpoint
 
     try:

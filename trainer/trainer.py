@@ -159,7 +159,7 @@ class GOLDTrainer(Trainer):
         )
         self.window_source = WindowSource(args, self.rollouts, self.pictures_for_all)
         refusals.warn_of_tiny_rate(args)
-        banner = Banner(student, self.teacher.model, self.train_dataset, tokenizer)
+        banner = Banner(sides, self.train_dataset, tokenizer, self.objective.weighting)
         self.callback_handler.callbacks.insert(0, banner)  # before the progress bar's line
         self.stopper = Stopper()
         self.add_callback(self.stopper)
@@ -303,7 +303,7 @@ class GOLDTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Complete, with its mark, or absent."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        settings = settings_of_run(self.args)
+        settings = settings_of_run(self.args, self.objective.weighting)
         with checkpoints.saving(folder, self.accelerator, settings):
             self.stopper.is_saving = True
             self.skipped.keep(self.state)

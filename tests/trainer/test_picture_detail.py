@@ -215,13 +215,24 @@ def test_fields_that_cannot_be_are_refused(fields, message, tmp_path):
 
 
 def test_an_object_is_as_good_as_its_name(tmp_path):
-    args = GOLDConfig(output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=4)
-    detail = PictureDetail(high_weight=0.7)
-    assert make_weighting(args, detail).detail == detail
-    assert args.token_weighting == "picture_detail"
-    assert args.token_weighting_kwargs["high_weight"] == 0.7
+    args = GOLDConfig(
+        output_dir=str(tmp_path),
+        num_generations=4,
+        gradient_accumulation_steps=4,
+        per_device_train_batch_size=2,
+    )
+    detail = PictureDetail(high_weight=0.7, temperature=None)
+    weighting = make_weighting(args, detail)
+    assert weighting.detail == detail and weighting.settings["token_weighting"] == "picture_detail"
+    assert weighting.settings["token_weighting_kwargs"]["high_weight"] == 0.7
+    with pytest.raises(ValueError, match="must be a multiple of num_generations"):
+        make_weighting(args, PictureDetail())
+    with pytest.raises(ValueError, match="scale of picture_detail must be in"):
+        make_weighting(args, PictureDetail(scale=2))
 
 
 def test_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="picture_detail' needs a vision-language student"):
         make_trainer(tmp_path, tiny_rows(2), "qwen3", **DETAIL)
+    with pytest.raises(ValueError, match="picture_detail' needs a vision-language student"):
+        make_trainer(tmp_path, tiny_rows(2), "qwen3", token_weighting=PictureDetail())

@@ -7,6 +7,7 @@ import torch
 
 from gold_trainer import GOLDConfig, ScoredTokens
 from gold_trainer.resuming import settings_of_run
+from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.weighting import make_weighting
 from support import weightings
 from support.cross_cases import (
@@ -164,7 +165,6 @@ def test_answers_that_cannot_be_weights_end_the_run_before_the_step(tmp_path):
         (undefined, r"row 1: token_weighting: undefined must return weights .*, got nan for token"),
         (found_later, r"token_weighting must return weights .* in step 1, dataset rows 0, 1; the"),
     ):
-        trainer.args.token_weighting = None
         trainer.objective.weighting = make_weighting(trainer.args, function)
         with pytest.raises(ValueError, match=message):
             trainer.train()
@@ -201,28 +201,44 @@ def test_fields_that_cannot_be_are_refused(fields, message, tmp_path):
 
 
 def test_a_function_comes_from_a_module_by_name_or_as_an_argument(tmp_path, monkeypatch):
-    (tmp_path / "own_weights_of_tokens.py").write_text("def f(tokens, a):\n    return a\n")
+    """The config stays as it is: checkpoints have the name of what was given."""
+    (tmp_path / "own_weights_of_tokens.py").write_text("def f(tokens, most):\n    return most\n")
     monkeypatch.chdir(tmp_path)
-    fields = {"output_dir": str(tmp_path), "token_weighting_kwargs": '{"a": 2}'}
+    fields = {"output_dir": str(tmp_path), "token_weighting_kwargs": '{"most": 2}'}
     args = GOLDConfig(**fields, token_weighting="own_weights_of_tokens:f")
-    assert make_weighting(args).function(None, a=2) == 2
-    assert settings_of_run(args)["token_weighting_kwargs"] == {"a": 2}
+    assert make_weighting(args).function(None, **make_weighting(args).kwargs) == 2
     named = GOLDConfig(**fields, token_weighting=weightings.graded)
     assert named.token_weighting == GRADED
     plain = GOLDConfig(**fields)
-    assert make_weighting(plain, lambda tokens: tokens) is not None
-    assert plain.token_weighting is None
+    for given, name in (
+        (weightings.graded, GRADED),
+        (lambda tokens, most: most, "<lambda>"),
+        (GRADED, GRADED),
+    ):
+        weighting = make_weighting(plain, given)
+        settings = settings_of_run(plain, weighting)
+        assert settings["token_weighting"].endswith(name)
+        assert settings["token_weighting_kwargs"] == {"most": 2}
+        assert plain.token_weighting is None
     for given, config, message in (
         (None, plain, "token_weighting_kwargs must be None without token_weighting"),
         (3, plain, "must be a function of ScoredTokens, or its name, got int"),
-        (lambda tokens: tokens, named, "must be given once, got a function and .*graded"),
-        ("picture_detail", named, "must be given once, got picture_detail and .*graded"),
+        (lambda tokens: tokens, named, r"must be given once, got .*<lambda> and .*graded"),
+        ("picture_detail", named, r"must be given once, got picture_detail and .*graded"),
+        (
+            PictureDetail(),
+            plain,
+            r"token_weighting_kwargs must be None beside PictureDetail\(.*own",
+        ),
+        (shorter, plain, r"must be what shorter takes beside the tokens, nothing, got {'most': 2}"),
+        (weightings.unsure, plain, r"nothing, got {'most': 2} \(got an unexpected keyword argum"),
     ):
         with pytest.raises(ValueError, match=message):
             make_weighting(config, given)
-    for _ in range(2):  # the same arguments in a second trainer
-        assert make_weighting(plain, shorter).function is shorter
-        assert plain.token_weighting == f"{__name__}:shorter"
+    with pytest.raises(
+        ValueError, match=r"beside the tokens, most, got {'mots': 1.0} .* mean most"
+    ):
+        GOLDConfig(str(tmp_path), token_weighting=GRADED, token_weighting_kwargs={"mots": 1.0})
 
 
 def test_a_cache_of_means_has_no_log_probabilities_of_the_teacher():

@@ -18,6 +18,7 @@ from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import Head
 from gold_trainer.pairing import PairCollator
 from gold_trainer.sides import Side
+from gold_trainer.weighting.fields import refuse_text
 from gold_trainer.weighting.log_probs import ScoredSide
 from gold_trainer.weighting.tokens import ScoredTokens
 from gold_trainer.weighting.weighting import Weighting
@@ -144,6 +145,7 @@ class Objective(ABC):
         """Before the first loss; what the units weigh is logged then."""
         self.weighting = weighting
         if weighting is not None:
+            refuse_text(weighting.name, not self.collators["student"].is_vlm)
             self.sums = (*self.sums, TOKEN_WEIGHT)
 
     def without_detail(

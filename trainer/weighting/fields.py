@@ -55,17 +55,17 @@ class WeightingFields:
             self.token_weighting_kwargs = json.loads(self.token_weighting_kwargs)
         if self.token_weighting is None:
             return  # a function may come as an argument of GOLDTrainer
-        self.weighting_function()
-        check_use(self, self.token_weighting)
+        function = find_weighting(self.token_weighting, self.weighting_kwargs)
+        check_use(self, function, self.token_weighting)
 
-    def weighting_function(self) -> Callable[..., Any] | None:
+    @property
+    def weighting_kwargs(self) -> dict[str, Any]:
         kwargs = self.token_weighting_kwargs or {}
         assert isinstance(kwargs, dict), "check_weighting has read the JSON"
-        name = self.token_weighting
-        return None if name is None else find_weighting(name, kwargs)
+        return kwargs
 
 
-def check_use(args: Any, name: str) -> None:  # a GOLDConfig
+def check_use(args: Any, function: Callable[..., Any], name: str) -> None:  # args: a GOLDConfig
     """ValueError for a loss that takes no weights, and for a teacher that cannot look again."""
     weight = "uld_distillation_weight" if args.use_uld_loss else "distillation_weight"
     if getattr(args, weight) == 0:
@@ -73,16 +73,15 @@ def check_use(args: Any, name: str) -> None:  # a GOLDConfig
             f"GOLDConfig: token_weighting weighs the loss between teacher and student, got {name} "
             f"and {weight}=0; leave token_weighting out: the cross-entropy takes no weights."
         )
-    if name != PictureDetail.name:
+    if not isinstance(function, PictureDetail):
         return
     if args.teacher_cache is not None:
         raise ValueError(
             "GOLDConfig: token_weighting='picture_detail' needs a teacher that looks at pictures "
             "without detail too, got teacher_cache; leave one of the two out."
         )
-    numbers = args.token_weighting_kwargs or {}
     is_together = args.per_device_train_batch_size % args.num_generations == 0
-    if not is_together and numbers.get("temperature", 1.0) is not None:
+    if not is_together and function.temperature is not None:
         raise ValueError(
             "GOLDConfig: per_device_train_batch_size must be a multiple of num_generations with "
             "token_weighting='picture_detail', which weighs the completions of a prompt against "
@@ -91,8 +90,8 @@ def check_use(args: Any, name: str) -> None:  # a GOLDConfig
         )
 
 
-def refuse_text(args: Any, is_text: bool) -> None:  # a GOLDConfig
-    if is_text and args.token_weighting == PictureDetail.name:
+def refuse_text(name: str | None, is_text: bool) -> None:
+    if is_text and name == PictureDetail.name:
         raise ValueError(
             "GOLDTrainer: token_weighting='picture_detail' needs a vision-language student, got a "
             "text-only one; leave it out, or give a function of your own."

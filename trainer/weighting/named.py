@@ -4,6 +4,7 @@ A name is what a command line and a checkpoint can hold.
 """
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -44,7 +45,26 @@ def find_weighting(name: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
             f"{module_name} has {'none' if function is None else type(function).__name__}; write "
             "module:function."
         )
+    check_arguments(function, name, kwargs)
     return function
+
+
+def check_arguments(function: Callable[..., Any], name: str, kwargs: Mapping[str, Any]) -> None:
+    """ValueError for a function that cannot be called with these beside the tokens."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of C code
+        return
+    try:
+        signature.bind(None, **kwargs)
+    except TypeError as error:
+        others = list(signature.parameters)[1:]
+        unknown = next((given for given in kwargs if given not in others), "")
+        raise ValueError(
+            f"GOLDConfig: token_weighting_kwargs must be what {name} takes beside the tokens, "
+            f"{', '.join(others) or 'nothing'}, got {dict(kwargs)} ({told(error)})"
+            f"{did_you_mean(unknown, others)}."
+        ) from error
 
 
 def _built_in(name: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:

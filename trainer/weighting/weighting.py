@@ -5,7 +5,7 @@ N scored tokens of the student, N_t rows of the teacher, D_t its hidden size.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from gold_trainer.batches import MicroBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers.teacher import Teacher
 from gold_trainer.weighting.fields import check_use
-from gold_trainer.weighting.named import name_of
+from gold_trainer.weighting.named import check_arguments, find_weighting, name_of
 from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.tokens import ScoredTokens, means_of_groups
 
@@ -26,14 +26,22 @@ if TYPE_CHECKING:
 class Weighting:
     """A function of ScoredTokens with its arguments."""
 
-    def __init__(self, function: Callable[..., Any], args: GOLDConfig) -> None:
-        self.function = function
-        kwargs = args.token_weighting_kwargs or {}
-        assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
+    def __init__(
+        self, function: Callable[..., Any], kwargs: Mapping[str, Any], args: GOLDConfig
+    ) -> None:
+        self.function, self.kwargs = function, kwargs
         self.detail = function if isinstance(function, PictureDetail) else None
-        self.kwargs = {} if self.detail is not None else kwargs
         self.is_alone = args.world_size == 1
-        self.name = getattr(function, "name", getattr(function, "__qualname__", "its object"))
+        self.name = getattr(function, "__qualname__", type(function).__name__)
+        if self.detail is not None:
+            self.name = self.detail.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As a config would name it."""
+        kwargs = self.kwargs if self.detail is None else dataclasses.asdict(self.detail)
+        name = self.name if self.detail is not None else name_of(self.function) or self.name
+        return {"token_weighting": name, "token_weighting_kwargs": dict(kwargs)}
 
     @torch.no_grad()
     def units(self, tokens: ScoredTokens, *, may_wait: bool) -> Tensor:
@@ -77,36 +85,34 @@ class Weighting:
 def make_weighting(
     args: GOLDConfig, given: Callable[..., Any] | str | None = None
 ) -> Weighting | None:
-    """Of what GOLDTrainer was given, else of the config, which gets the name of what it was given:
-    checkpoints and cards tell it.
-    """
+    """Of what GOLDTrainer was given, else of the config, which stays as it is."""
     if given is not None and not isinstance(given, str) and not callable(given):
         raise ValueError(
             "GOLDTrainer: token_weighting must be a function of ScoredTokens, or its name, got "
             f"{type(given).__name__}; None weighs all tokens alike."
         )
-    numbers = args.token_weighting_kwargs
-    if isinstance(given, PictureDetail):
-        numbers, given = dataclasses.asdict(given), given.name
-    name = given if given is None or isinstance(given, str) else name_of(given)
-    if given is not None and args.token_weighting not in (None, name):
+    if given is not None and args.token_weighting is not None:
+        name = given if isinstance(given, str) else getattr(given, "__qualname__", given)
         raise ValueError(
-            f"GOLDTrainer: token_weighting must be given once, got {name or 'a function'} and "
+            f"GOLDTrainer: token_weighting must be given once, got {name} and "
             f"GOLDConfig(token_weighting={args.token_weighting!r}); leave one of them out."
         )
-    if name is not None:
-        args.token_weighting, args.token_weighting_kwargs = name, numbers
-        args.check_weighting()
-    if given is None or isinstance(given, str):
-        function = args.weighting_function()
-        if function is None and args.token_weighting_kwargs:
-            raise ValueError(
-                "GOLDTrainer: token_weighting_kwargs must be None without token_weighting, got "
-                f"{args.token_weighting_kwargs}; set token_weighting."
-            )
-        return None if function is None else Weighting(function, args)
-    weighting = Weighting(given, args)
-    check_use(args, weighting.name)
+    given, kwargs = given or args.token_weighting, args.weighting_kwargs
+    if kwargs and (given is None or isinstance(given, PictureDetail)):
+        what = "without token_weighting" if given is None else f"beside {given}, which has its own"
+        raise ValueError(
+            f"GOLDTrainer: token_weighting_kwargs must be None {what}, got {kwargs}; leave it out."
+        )
+    if given is None:
+        return None
+    function = find_weighting(given, kwargs) if isinstance(given, str) else given
+    is_built_in = isinstance(function, PictureDetail)
+    weighting = Weighting(function, {} if is_built_in else kwargs, args)
+    if is_built_in:
+        function.check()
+    else:
+        check_arguments(function, weighting.name, kwargs)
+    check_use(args, function, weighting.name)
     return weighting
 
 
