@@ -43,6 +43,7 @@ TYPES = ["mypy>=1.15", "types-PyYAML"]
 TEMPLATES = [name for name in BENCH if name.startswith("trl==")]
 # whose losses, too, ours take the place of: gold_kernels/integrations/
 LIGER = [name for name in BENCH if name.startswith("liger-kernel==")]
+LIGHTNING = ["lightning>=2.5"]  # for its example
 COVERAGE = ["pytest-cov"]
 # loads what hub/make_kernel.py makes; not in dev, since transformers and bitsandbytes would use it
 HUB = ["kernels"]
@@ -123,6 +124,7 @@ setup(
                 + VOCABULARIES
                 + TEMPLATES
                 + LIGER
+                + LIGHTNING
             ),
             *(LINT + TYPES + COVERAGE),
         ],
