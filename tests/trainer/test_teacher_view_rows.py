@@ -103,6 +103,12 @@ def test_a_view_that_cannot_be_is_refused_by_row_and_column(row, message):
     assert str(caught.value).startswith(("row 0: ", "RowDataset: "))
 
 
+@pytest.mark.parametrize("nothing", [None, [], "", "[]", "null"])
+def test_columns_that_hold_nothing_do_not_count(nothing):
+    row = {"messages": CHAT, "teacher_messages": nothing, "teacher_images": nothing}
+    assert RowDataset([row], needs_completion=True, is_text=False)[0].view is None
+
+
 def test_text_students_and_several_answers_are_refused():
     rows = [{"messages": CHAT, "teacher_images": [PICTURE]}]
     with pytest.raises(ValueError, match="row 0: teacher_images: a text-only student takes no"):

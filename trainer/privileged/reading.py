@@ -15,6 +15,7 @@ from gold_trainer.messages import (
     check_unicode,
     checked_messages,
     joined_text,
+    parsed_json,
     parsed_messages,
 )
 from gold_trainer.placing import PICTURE, VIDEO, num_parts_of, place, take
@@ -48,7 +49,8 @@ def read_view(
     columns: Mapping[str, Any], row: "Row", answer: Place, reader: "RowReader"
 ) -> TeacherView | None:
     """None where both columns hold nothing; ValueError names the row and the column."""
-    given = [name for name in TEACHER_VIEW if holds(columns.get(name))]
+    # JSON text of nothing, as a csv file has it, holds nothing
+    given = [name for name in TEACHER_VIEW if holds(parsed_json(columns.get(name)))]
     if not given:
         return None
     key, start = given[-1], f"row {row.index}: "

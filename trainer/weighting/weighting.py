@@ -30,11 +30,11 @@ class Weighting:
         self, function: Callable[..., Any], kwargs: Mapping[str, Any], args: GOLDConfig
     ) -> None:
         self.function, self.kwargs = function, kwargs
-        self.detail = function if isinstance(function, PictureDetail) else None
+        self.detail = None
         self.is_alone = args.world_size == 1
         self.name = getattr(function, "__qualname__", type(function).__name__)
-        if self.detail is not None:
-            self.name = self.detail.name
+        if isinstance(function, PictureDetail):  # which has its numbers
+            self.detail, self.name, self.kwargs = function, function.name, {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,10 +106,9 @@ def make_weighting(
     if given is None:
         return None
     function = find_weighting(given, kwargs) if isinstance(given, str) else given
-    is_built_in = isinstance(function, PictureDetail)
-    weighting = Weighting(function, {} if is_built_in else kwargs, args)
-    if is_built_in:
-        function.check()
+    weighting = Weighting(function, kwargs, args)
+    if weighting.detail is not None:
+        weighting.detail.check()
     else:
         check_arguments(function, weighting.name, kwargs)
     check_use(args, function, weighting.name)
