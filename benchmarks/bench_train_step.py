@@ -119,12 +119,15 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> Any:
 
 
 @torch.no_grad()
-def loss_error(trainer: GOLDTrainer) -> float:
-    """Relative error of one sample's loss against full logits with softmax in float64."""
-    batch = trainer.data_collator([trainer.train_dataset[0]])
+def loss_error(trainer: GOLDTrainer, num_rows: int = 1) -> float:
+    """Relative error of the loss of a few samples against full logits with softmax in float64.
+    Samples are packed where a step packs them; the oracle pads.
+    """
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(num_rows)])
     inputs = trainer._prepare_inputs(batch)
     model = trainer.model.eval()
-    fused = trainer.compute_loss(model, inputs)
+    with trainer.fast.packing.running():
+        fused = trainer.compute_loss(model, inputs)
     positions = inputs.student.scored_rows
 
     def logits(side: Any, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,8 @@ def measure(
             trainer = stable(pair, processor, lengths, options, folder)
         else:
             trainer = ours(pair, processor, lengths, mode, options, folder)
-            error, limit = loss_error(trainer), MAX_LOSS_ERRORS[options.loss]
+            num_rows = 2 if mode == "packed" else 1
+            error, limit = loss_error(trainer, num_rows), MAX_LOSS_ERRORS[options.loss]
             row["loss_error"] = f"{error:.1e}"
             if not error <= limit:  # a NaN too
                 return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
