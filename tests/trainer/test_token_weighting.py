@@ -224,6 +224,7 @@ def test_a_function_comes_from_a_module_by_name_or_as_an_argument(tmp_path, monk
         (None, plain, "token_weighting_kwargs must be None without token_weighting"),
         (3, plain, "must be a function of ScoredTokens, or its name, got int"),
         (lambda tokens: tokens, named, r"must be given once, got .*<lambda> and .*graded"),
+        ("", plain, "token_weighting must be one of picture_detail, or module:function .* got ''"),
         ("picture_detail", named, r"must be given once, got picture_detail and .*graded"),
         (
             PictureDetail(),

@@ -97,7 +97,7 @@ def make_weighting(
             f"GOLDTrainer: token_weighting must be given once, got {name} and "
             f"GOLDConfig(token_weighting={args.token_weighting!r}); leave one of them out."
         )
-    given, kwargs = given or args.token_weighting, args.weighting_kwargs
+    given, kwargs = args.token_weighting if given is None else given, args.weighting_kwargs
     if kwargs and (given is None or isinstance(given, PictureDetail)):
         what = "without token_weighting" if given is None else f"beside {given}, which has its own"
         raise ValueError(
