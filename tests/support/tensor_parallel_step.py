@@ -19,7 +19,10 @@ from support.rank import leave_together
 from support.tiny_models import tiny, tiny_rows
 
 CASES: dict[str, dict[str, Any]] = {
-    "rollouts": {"lmbda": 1.0, "max_completion_length": 6, "temperature": 1.3},
+    "rollouts": {
+        **{"lmbda": 1.0, "max_completion_length": 6, "temperature": 1.3},
+        "token_weighting": "support.weightings:by_gap",
+    },
     "hybrid": {
         "use_uld_loss": True,
         "uld_use_hybrid_loss": True,

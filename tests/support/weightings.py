@@ -1,5 +1,6 @@
 """Functions of token_weighting that a command line names."""
 
+import torch
 from torch import Tensor
 
 from gold_trainer import ScoredTokens
@@ -15,3 +16,10 @@ def unsure(tokens: ScoredTokens) -> Tensor:  # (N,)
 def graded(tokens: ScoredTokens, most: float = 3.0) -> Tensor:  # (N,)
     """Of places and ids alone."""
     return (1 + tokens.positions).clamp_max(most) + (tokens.ids % 2)
+
+
+def by_gap(tokens: ScoredTokens, power: float = 1.0) -> Tensor:  # (N,)
+    """Of everything that a function may ask for."""
+    gap = (tokens.teacher_log_probs() - tokens.student_log_probs()).abs()
+    even = torch.where(tokens.completions % 2 == 0, 1.0, 0.25)
+    return (tokens.positions % 3 + 1) * gap**power * even + (tokens.ids == tokens.ids[0])

@@ -33,13 +33,6 @@ from support.trainer_cases import (
 GRADED = "support.weightings:graded"
 
 
-def by_gap(tokens: ScoredTokens, power: float = 1.0):
-    """Of everything that a function may ask for."""
-    gap = (tokens.teacher_log_probs() - tokens.student_log_probs()).abs()
-    even = torch.where(tokens.completions % 2 == 0, 1.0, 0.25)
-    return (tokens.positions % 3 + 1) * gap**power * even + (tokens.ids == tokens.ids[0])
-
-
 def log_probs_of(logits, ids):
     return logits.log_softmax(-1)[torch.arange(len(ids)), ids]
 
@@ -64,7 +57,7 @@ def test_step_and_evaluation_equal_the_eager_float64_step(tmp_path):
         student=student,
         eval_rows=rows,
         callbacks=[recorder],
-        token_weighting=by_gap,
+        token_weighting=weightings.by_gap,
         token_weighting_kwargs={"power": 1.5},
         crossentropy_weight=0.3,
     )
