@@ -7,9 +7,10 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from gold_trainer import GOLDConfig, GOLDTrainer, models
 from gold_trainer.speed import on_host, packing
+from gold_trainer.speed.compiling import CompiledStep
 from gold_trainer.speed.segments import attention_is
 from support.cross_cases import cross_trainer, make_sides
-from support.tiny_models import tiny, tiny_rows
+from support.tiny_models import save_tiny, tiny, tiny_rows
 from support.trainer_cases import FIELDS, GradientRecorder, losses_of, make_trainer
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -102,6 +103,43 @@ def test_a_student_that_is_its_own_teacher_is_packed_with_and_without_its_adapte
         return finish(trainer, recorder)
 
     assert_packed(own(), own(padding_free=True))
+
+
+def test_each_of_several_teachers_is_packed_and_compiled(tmp_path):
+    def several(**fields):
+        recorder = GradientRecorder()
+        rows = [
+            row | {"teacher_id": "one" if i % 2 else "two"}
+            for i, row in enumerate(rows_of_lengths(has_pictures=False))
+        ]
+        trainer = GOLDTrainer(
+            model=tiny("qwen3")[0],
+            args=GOLDConfig(
+                output_dir=str(tmp_path / "run"),
+                **FIELDS,
+                teacher_models={key: str(tmp_path / key) for key in ("one", "two")},
+                **fields,
+            ),
+            train_dataset=rows,
+            processing_class=tiny("qwen3")[1],
+            callbacks=[recorder],
+        )
+        teachers = [teacher.model for teacher in trainer.teacher.teachers.values()]
+        shapes = [watch(model) for model in (trainer.model, *teachers)]
+        trainer.train()
+        return trainer, recorder, shapes
+
+    for seed, key in enumerate(("one", "two")):
+        save_tiny(tmp_path / key, "qwen3", "teacher", seed=seed)
+    free = several(padding_free=True)
+    assert_packed(several(), free)
+    free[0].args.compile_models = "regional"
+    names = [kind.name for kind in CompiledStep(free[0].args, free[0].fast.sides).kinds]
+    assert [name.partition(" of the ")[2] for name in names] == [
+        "student",
+        "teacher 'one'",
+        "teacher 'two'",
+    ]
 
 
 def test_outside_of_a_step_rows_are_padded_and_attention_is_the_models_own(tmp_path):

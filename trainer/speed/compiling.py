@@ -220,7 +220,7 @@ def _kinds_of(side: str, model: nn.Module, args: GOLDConfig) -> Iterator[LayerKi
 def _reason_against(model: nn.Module, args: GOLDConfig, side: str) -> str | None:
     if models.is_quantised(model):
         return "it is in 8 or 4 bits"
-    if side == "teacher" and args.teacher_offload is not None:
+    if side != "student" and args.teacher_offload is not None:
         return "they come to the device one after the other"
     lists = [layers for _, layers in outermost_lists(models.base_model(model))]
     if any(hasattr(module, "_hf_hook") for layers in lists for module in layers.modules()):

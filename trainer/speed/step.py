@@ -1,6 +1,6 @@
 """What surrounds the passes of a micro-batch so that they are fast; a run's rest is outside."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from types import ModuleType
@@ -12,10 +12,15 @@ from gold_trainer.speed.compiling import CompiledStep
 from gold_trainer.speed.deepstack import adding, classes_with_features
 from gold_trainer.speed.on_host import answering, modules_with_functions
 from gold_trainer.speed.packing import Packing
+from gold_trainer.teachers.by_id import TeachersById
+from gold_trainer.teachers.teacher import Teacher
 
 
 class FastStep:
-    def __init__(self, args: GOLDConfig, sides: Mapping[str, nn.Module | None]) -> None:
+    def __init__(self, args: GOLDConfig, student: nn.Module, teacher: Teacher) -> None:
+        sides = {"student": student, "teacher": teacher.model}
+        if isinstance(teacher, TeachersById):
+            sides |= {f"teacher {key!r}": one.model for key, one in teacher.teachers.items()}
         self.sides = sides
         self.compiled = CompiledStep(args, sides)
         self.packing = Packing(args, sides)
