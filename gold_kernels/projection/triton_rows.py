@@ -200,36 +200,18 @@ def projected_rows_(
     out = fold_rows(student_logits, folds, state, bits[0])
     block_v, line, num_warps = row_block(v_student, student_logits.dtype)
     pair_rows_kernel[(num_rows,)](
-        student_logits,
-        teacher_logits,
-        out,
-        weights,
-        folds.teacher_ids,
-        folds.places,
+        student_logits, teacher_logits, out, weights, folds.teacher_ids, folds.places,
         *((state, state) if spans is None else spans),
         *((state, state) if log_scales is None else log_scales),
-        state if labels is None else labels,
-        state,
-        values,
-        student_logits.stride(0),
-        teacher_logits.stride(0),
-        out.stride(0),
-        values.stride(0),
-        v_student,
-        v_teacher,
-        folds.teacher_ids.shape[0],
-        beta,
-        1.0 - beta,
-        *bits,
+        state if labels is None else labels, state, values, student_logits.stride(0),
+        teacher_logits.stride(0), out.stride(0), values.stride(0), v_student, v_teacher,
+        folds.teacher_ids.shape[0], beta, 1.0 - beta, *bits,
         MODE={0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(float(beta), JSD),
-        HAS_SPANS=spans is not None,
-        HAS_SCALES=log_scales is not None,
+        HAS_SPANS=spans is not None, HAS_SCALES=log_scales is not None,
         HAS_LABELS=labels is not None,
-        PAIR_BLOCK=1 << 16 if is_interpreted() else PAIR_BLOCK,
-        BLOCK_V=block_v,
-        LINE=line,
+        PAIR_BLOCK=1 << 16 if is_interpreted() else PAIR_BLOCK, BLOCK_V=block_v, LINE=line,
         num_warps=num_warps,
-    )
+    )  # fmt: skip
     if grad_logits is None:
         return
     grad_rows_(

@@ -152,10 +152,7 @@ def uld_rows_(
         log_s, log_t = map(_scaled, (log_q, log_p), scales)
         matched, unmatched, pull = _pull(log_s, log_t, tables, options)
         matched_entries: Sequence[Tensor | None] = (None, None) if tables is None else tables[2:]
-        masses = [
-            _mass(side, is_matched)
-            for side, is_matched in zip((log_q, log_p), matched_entries, strict=True)
-        ]
+        masses = [*map(_mass, (log_q, log_p), matched_entries)]
         slope = pull.sum(-1)
         pull.addcmul_(log_q.exp(), slope.unsqueeze(-1), value=-1)
         if spans is not None:
@@ -175,23 +172,40 @@ def uld_rows_(
                 torch.where(is_span, span.squeeze(1).exp(), mass)
                 for span, mass in zip(log_spans, masses, strict=True)
             ]
-        weight, hard_weight = weights[rows].unbind(1)
-        is_live, is_hard = weight != 0, hard_weight != 0  # weight 0: may hold anything
-        live: list[Tensor | None]
-        live = [matched_weight * matched + unmatched_weight * unmatched, None, matched, unmatched]
-        live += [*masses, slope]
-        for place, value in enumerate(live):
-            if value is not None:
-                values[place, rows] = torch.where(is_live, value, 0)
-        grad = pull * (weight / temperatures[0]).unsqueeze(-1)
-        grad = torch.where(is_live.unsqueeze(-1), grad, 0)
-        if labels is not None:
-            hard, hard_grad = cross_entropy(student, labels[rows], 1.0)
-            values[1, rows] = torch.where(is_hard, hard, 0)
-            hard_grad *= hard_weight.unsqueeze(-1)
-            grad += torch.where(is_hard.unsqueeze(-1), hard_grad, 0)
-        if grad_logits is not None:
-            store_gradient_(grad_logits[rows], grad, student, is_live | is_hard, softcap)
+        loss = matched_weight * matched + unmatched_weight * unmatched
+        grad = None if grad_logits is None else grad_logits[rows]
+        own_labels = None if labels is None else labels[rows]
+        numbers = [loss, None, matched, unmatched, *masses, slope]
+        settings = weights[rows], temperatures[0], softcap
+        _store_rows_(grad, values[:, rows], numbers, pull, student, own_labels, *settings)
+
+
+def _store_rows_(
+    grad_logits: Tensor | None,  # (c, V_s), overwritten
+    values: Tensor,  # (7, c), overwritten
+    numbers: Sequence[Tensor | None],  # (c,) of each value; None: the cross-entropy
+    pull: Tensor,  # (c, V_s) gradient of the loss, before weight and temperature
+    student: Tensor,  # (c, V_s) logits
+    labels: Tensor | None,  # (c,) int64
+    weights: Tensor,  # (c, 2)
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """Values and gradient of a few rows, and what their labels add to them."""
+    weight, hard_weight = weights.unbind(1)
+    is_live, is_hard = weight != 0, hard_weight != 0  # weight 0: may hold anything
+    for place, number in enumerate(numbers):
+        if number is not None:
+            values[place] = torch.where(is_live, number, 0)
+    grad = pull * (weight / temperature).unsqueeze(-1)
+    grad = torch.where(is_live.unsqueeze(-1), grad, 0)
+    if labels is not None:
+        hard, hard_grad = cross_entropy(student, labels, 1.0)
+        values[1] = torch.where(is_hard, hard, 0)
+        hard_grad *= hard_weight.unsqueeze(-1)
+        grad += torch.where(is_hard.unsqueeze(-1), hard_grad, 0)
+    if grad_logits is not None:
+        store_gradient_(grad_logits, grad, student, is_live | is_hard, softcap)
 
 
 def _mass(log_probs: Tensor, is_matched: Tensor | None) -> Tensor:  # (c,) of matched entries
