@@ -62,7 +62,12 @@ class Banner(TrainerCallback):
         if args.teacher_cache is not None:
             form = form_of_cache(args)
             self.sides[1] = ("teacher", f"cached in {args.teacher_cache} (form {form})")
-        elif args.teacher_model_server_url is not None:
+        several = args.teacher_models
+        if isinstance(several, dict):
+            of_each = "; ".join(f"{key}: {name}" for key, name in several.items())
+            cached = "" if args.teacher_cache is None else f", cached in {args.teacher_cache}"
+            self.sides[1] = ("teachers", of_each + cached)
+        elif args.teacher_model_server_url is not None and args.teacher_cache is None:
             name = args.teacher_model_name_or_path
             self.sides[1] = ("teacher", f"{name}, served at {args.teacher_model_server_url}")
         console = Console(highlight=False)

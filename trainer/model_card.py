@@ -34,6 +34,9 @@ def card_facts(trainer: "GOLDTrainer") -> dict[str, Any]:
     teacher, rows = trainer.teacher.model, trainer.train_dataset
     weighting = trainer.objective.weighting
     name = trainer.args.teacher_model_name_or_path or ""  # of one that is cached
+    several = trainer.args.teacher_models
+    if isinstance(several, dict):
+        name = ", ".join(several.values())
     if teacher is not None:
         name = models.base_model(teacher).config.name_or_path
     return {

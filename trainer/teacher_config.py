@@ -4,6 +4,7 @@ vLLM server.
 
 import copy
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def _count(kind: str) -> int:
 
 
 # Where the weights of a teacher are that is here.
+BARE = re.compile(r"[\w.-]+:\d{1,5}")
 PLACES = ("teacher_sharding", "teacher_device", "teacher_offload")
 
 
@@ -216,6 +218,7 @@ class ServedFields:
     def check_served(self) -> None:
         """ValueError for what a server cannot do; an address in the teacher's place moves."""
         args: Any = self
+        refuse_bare_address(args.teacher_model_name_or_path)
         if is_address(args.teacher_model_name_or_path):
             take_address(args, args.teacher_model_name_or_path)
             args.teacher_model_name_or_path = None
@@ -235,7 +238,7 @@ class ServedFields:
                 "GOLDConfig: teacher_model_server_url must be an address like "
                 f"http://localhost:8002, got {url!r}; begin it with http://."
             )
-        self.teacher_model_server_url = url.rstrip("/").removesuffix("/v1")
+        self.teacher_model_server_url = trimmed(url)
         if args.seq_kd:
             raise ValueError(
                 "GOLDConfig: seq_kd must be False with teacher_model_server_url, got True; the "
@@ -256,13 +259,26 @@ class ServedFields:
 
 
 def is_address(name: Any) -> bool:
-    return isinstance(name, str) and name.startswith(("http://", "https://"))
+    return isinstance(name, str) and name.lower().startswith(("http://", "https://"))
+
+
+def refuse_bare_address(name: Any) -> None:
+    """host:port, which no folder and no hub id is."""
+    if isinstance(name, str) and BARE.fullmatch(name):
+        raise ValueError(
+            "GOLDConfig: teacher_model_name_or_path must be a folder, a hub id or an address that "
+            f"begins with http://, got {name!r}; write http://{name}."
+        )
+
+
+def trimmed(url: str) -> str:
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def take_address(args: Any, url: str) -> None:  # a GOLDConfig
     """An address that came in the place of the teacher's name."""
-    given = args.teacher_model_server_url
-    if given not in (None, url):
+    given, url = args.teacher_model_server_url, trimmed(url)
+    if given is not None and trimmed(given) != url:
         raise ValueError(
             "GOLDTrainer: one server must be the teacher, got "
             f"{url!r} and teacher_model_server_url={given!r}; leave one of them out."

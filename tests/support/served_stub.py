@@ -104,9 +104,13 @@ class ServedTeacher:
         if self.is_held:
             self.held.append(lock)
             return
-        kept = hidden[:, None].expand(-1, self.num_layers_kept, -1).contiguous()
-        save_file({"hidden_states": kept, "token_ids": torch.tensor(ids)}, path)
+        save_file(self.tensors(hidden, torch.tensor(ids)), path)
         lock.close()
+
+    def tensors(self, hidden: Any, ids: Any) -> dict[str, Any]:  # (L, D), (L,)
+        """Of a file."""
+        kept = hidden[:, None].expand(-1, self.num_layers_kept, -1).contiguous()
+        return {"hidden_states": kept, "token_ids": ids}
 
     def _before_the_norm(self, ids: list[int], pixels: dict[str, Any]) -> Any:  # (L, D)
         """What comes out of layer self.layer: transformers has the norm behind the last one."""

@@ -116,7 +116,9 @@ def test_another_layer_or_checkpoint_is_refused(pair, served):
         opened(pair, served)
     served.model = tiny("qwen3")[0]
     served.layer = served.model.config.num_hidden_layers
-    with refuse(r"got hidden states of size \d+ where norm and head of that checkpoint give \d+"):
+    with refuse(
+        URL + r"keep hidden states of its last layer, of shape \(\d+, 1, 128\) .*, 1, 64\);"
+    ):
         opened(pair, served)
 
 
@@ -141,8 +143,9 @@ def test_a_server_without_hidden_states_is_refused(pair, served):
 
 def test_files_that_are_not_here_or_have_more_layers_are_refused(pair, served):
     served.num_layers_kept = 2
-    with refuse(URL + r"keep one layer of all \d+ tokens, got hidden states of shape \(\d+, 2, \d"):
+    with refuse(URL + r"keep hidden states of its last layer, .*, got those of shape \(\d+, 2, \d"):
         opened(pair, served)
+    served.num_layers_kept = 1
     generate = served.generate
 
     def elsewhere(body):
@@ -158,13 +161,60 @@ def test_files_that_are_not_here_or_have_more_layers_are_refused(pair, served):
     one_sentence(error)
 
 
-def test_a_server_that_fails_is_asked_again(pair, served):
+def test_a_file_that_lacks_rows_or_tensors_is_refused(pair, served):
+    """Of every row, and not of the first alone."""
+    ask, whole = asked(pair, served), served.tensors
+    served.tensors = lambda hidden, ids: whole(hidden[:-1], ids)
+    with refuse(
+        URL + r"keep hidden states of its last layer, .* of \d+ tokens .* shape \(\d+, 1, "
+    ):
+        ask()
+    served.tensors = lambda hidden, ids: {"token_ids": ids}
+    with refuse(URL + "keep hidden states of its last layer, .*, got none; " + STARTED):
+        ask()
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "what"),
+    [
+        ("/version", {}, "its version, got {}"),
+        ("/v1/models", {}, "a model, its root and its max_model_len, got {}"),
+        ("/v1/models", {"data": []}, "a model, its root and its max_model_len, got "),
+        ("/v1/models", {"data": [{"id": "m"}]}, "a model, its root and its max_model_len, got "),
+        (
+            "/v1/models",
+            {"data": [{"id": "m", "root": None, "max_model_len": None}]},
+            "a model, its root and its max_model_len, got ",
+        ),
+        ("/tokenize", {}, "tokens, got {}"),
+        (GENERATE, {"x": 1}, "token ids, a choice and its log-probability, got {'x': 1}"),
+        (GENERATE, {"choices": []}, "token ids, a choice and its log-probability, got "),
+    ],
+)
+def test_answers_that_are_no_vllms_are_refused_with_the_address(path, answer, what, pair, served):
+    served.stub.answers[path] = answer
+    with refuse(URL + re.escape(f"answer {path} with {what}")) as error:
+        opened(pair, served)
+    one_sentence(error)
+    assert "without what stands before it, started with: vllm serve" in str(error.value)
+
+
+def test_a_version_of_a_build_from_source_is_told(pair, served, caplog):
+    served.stub.answers["/version"] = {"version": "dev"}
+    with caplog.at_level(logging.WARNING):
+        opened(pair, served)
+    assert f"at {served.stub.url} is of version 'dev', which cannot be compared" in caplog.text
+
+
+def test_a_server_that_fails_is_asked_again(pair, served, caplog):
     expected = asked(pair, served)()
     ask = asked(pair, served, teacher_request_retries=2)
     generate, failures = served.generate, [503, 0]  # 0: the connection is closed
     served.stub.answers[GENERATE] = lambda body: failures.pop() if failures else generate(body)
-    torch.testing.assert_close(ask(), expected)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(ask(), expected)
     assert not failures
+    assert len([r for r in caplog.records if "; asking again, " in r.getMessage()]) == 2
     failures += [500] * 9
     with refuse(URL + f"answer {GENERATE}, got 500: .*ended or failed, .*again with: vllm") as e:
         ask()
@@ -173,11 +223,12 @@ def test_a_server_that_fails_is_asked_again(pair, served):
 
 
 def test_a_server_that_is_late_ends_the_run(pair, served):
-    ask = asked(pair, served, teacher_request_timeout=0.2, teacher_request_retries=0)
+    ask = asked(pair, served, teacher_request_timeout=0.2)
     generate = served.generate
     served.stub.answers[GENERATE] = late(0.5)
     with refuse(URL + r"answer .* within 0\.2 s \(teacher_request_timeout\), got nothing; raise"):
         ask()
+    assert len(served.rows) == 2, "what it is slow with is not sent once more"
     served.stub.answers[GENERATE], served.is_held = generate, True
     with refuse(URL + r"write .*safetensors within 0\.2 s \(teacher_request_timeout\), got a file"):
         ask()
@@ -203,6 +254,10 @@ def test_a_row_that_the_server_sees_otherwise_or_refuses_is_named(pair, served):
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
+        (
+            {"teacher_model_name_or_path": "gpu7:8002"},
+            "begins with http://, got 'gpu7:8002'; write",
+        ),
         ({"teacher_model_server_url": "gpu7:8002"}, "must be an address like .*'gpu7:8002'; begin"),
         (
             {"teacher_request_retries": 2},

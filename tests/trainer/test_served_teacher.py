@@ -1,11 +1,14 @@
 """A teacher that a vLLM server runs: the same losses, from files that it writes."""
 
+import ast
+import fcntl
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gold_trainer import GOLDConfig, models
 from gold_trainer.__main__ import main
@@ -17,6 +20,9 @@ from support.cross_cases import TEACHER_MERGES
 from support.served_stub import served_teacher
 from support.tiny_models import save_tiny, tiny
 from support.trainer_cases import FIELDS, assert_equal_gradients
+
+ROOT = Path(__file__).parents[2]
+CONNECTOR = "distributed/kv_transfer/kv_connector/v1/example_hidden_states_connector.py"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,9 @@ def test_an_address_in_the_teachers_place_is_enough(texts, serve, tmp_path):
     with serve(texts, "qwen3") as served:
         fields = {"teacher_model_name_or_path": f"{served.stub.url}/v1"}
         named = run_of(texts, tmp_path / "named", **served.fields)[0]
-        losses, _, trainer = run_of(texts, tmp_path / "run", **fields)
+        # the same one, twice
+        both = fields | {"teacher_model_server_url": f"{served.stub.url}/"}
+        losses, _, trainer = run_of(texts, tmp_path / "run", **both)
         assert losses == named
         assert trainer.args.teacher_model_name_or_path == str(texts.folder / "teacher")
         assert trainer.args.teacher_model_server_url == served.stub.url
@@ -93,6 +101,32 @@ def test_a_cache_is_made_of_a_served_teacher(texts, serve):
     assert len(indices[0]) == len(indices[1]) == len(texts.rows)
     rows = [StoredRows(f, m)._shard(0)[:] for f, m in zip(folders, manifests, strict=True)]
     torch.testing.assert_close(rows[1], rows[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_means_is_made_of_a_served_teacher(texts, serve):
+    fields = {"beta": 0.0, "teacher_cache_form": "head_means", "lora_target_modules": "q_proj"}
+    with serve(texts, "qwen3") as served:
+        folders = [
+            texts.cache(name, "--use_peft", **fields, **more)
+            for name, more in (("live_means", {}), ("served_means", served.fields))
+        ]
+    rows = [StoredRows(f, Manifest.read(f))._shard(0)[:] for f in folders]
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_stub_writes_what_vllms_own_reader_reads(texts, serve):
+    """The function of the installed vLLM, without the package around it, which takes seconds."""
+    (source,) = ROOT.glob(f".venv-vllm/lib/python*/site-packages/vllm/{CONNECTOR}")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    name = "load_hidden_states"
+    (function,) = [node for node in tree.body if getattr(node, "name", "") == name]
+    found = {"fcntl": fcntl, "load_file": load_file, "torch": torch}
+    exec(compile(ast.Module([function], []), str(source), "exec"), found)
+    with serve(texts, "qwen3") as served:
+        ids = [20, 21, 22]
+        answer = served.generate({"token_ids": ids})
+        tensors = found[name](answer["kv_transfer_params"]["hidden_states_path"])
+    assert tensors["token_ids"].tolist() == ids and tensors["hidden_states"].shape[:2] == (3, 1)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "lfm2_vl", "llama"])

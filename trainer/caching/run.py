@@ -30,6 +30,7 @@ from gold_trainer.caching.scan import (
     scan,
 )
 from gold_trainer.caching.store import Index, Manifest, Place, ShardWriter, head_bytes
+from gold_trainer.collator import build_side
 from gold_trainer.command_line import Run
 from gold_trainer.empty_sides import empty_sides
 from gold_trainer.preparing import Prepared
@@ -191,7 +192,7 @@ class Caching:
         inputs = self._inputs(next(self._load(with_rows, [first], 0)))
         with self._autocast():
             teacher.hidden_rows(inputs)
-            head = encoder.start(teacher, PRECISIONS.get(facts["precision"]), inputs)
+            head = encoder.start(teacher, PRECISIONS.get(facts["precision"]), self._whole(inputs))
         manifest = self._manifest(teacher, encoder, facts)
         if self.state.is_main_process:
             copy_description(args, str(self.run_.teacher), self.folder / store.TEACHER)
@@ -232,6 +233,13 @@ class Caching:
             inputs.scored_rows.to(device),
             inputs.labels,
         )
+
+    def _whole(self, inputs: SideInputs) -> SideInputs:
+        """With the tensors that a teacher elsewhere does without."""
+        if inputs.tensors:
+            return inputs
+        processor, device = self.prepared.teacher_processor, self.args.device
+        return build_side(processor, inputs.examples, lambda tensor: tensor.to(device))
 
     def _autocast(self) -> torch.autocast:
         dtype = PRECISIONS.get(precision_of(self.args))

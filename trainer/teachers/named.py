@@ -5,7 +5,12 @@ from typing import Any
 
 from gold_trainer.caching import store
 from gold_trainer.config import GOLDConfig
-from gold_trainer.teacher_config import args_by_teacher, is_address, take_address
+from gold_trainer.teacher_config import (
+    args_by_teacher,
+    is_address,
+    refuse_bare_address,
+    take_address,
+)
 from gold_trainer.teachers.cached import open_cache
 from gold_trainer.teachers.served.check import find_server
 
@@ -22,6 +27,7 @@ def source_of(teacher_model: Any, args: GOLDConfig) -> Any:
                 "one of them out."
             )
         return source_of(None, next(iter(args_by_teacher(args).values())))
+    refuse_bare_address(teacher_model)
     if is_address(teacher_model):
         take_address(args, teacher_model)
         args.check_served()

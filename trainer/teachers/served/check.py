@@ -3,11 +3,10 @@ template, its weights.
 """
 
 import logging
-from pathlib import Path
+import os
 from typing import Any, NamedTuple
 
 import torch
-from packaging.version import Version
 
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
@@ -38,6 +37,16 @@ class Served(NamedTuple):
     root: str  # the checkpoint that it was started with
     max_model_len: int
 
+    @classmethod
+    def of(cls, answer: dict[str, Any]) -> "Served":
+        first, *_ = (model for model in answer["data"] if not model.get("parent"))
+        return cls(str(first["id"]), os.fspath(first["root"]), int(first["max_model_len"]))
+
+
+def _is_same(name: str, root: str) -> bool:
+    """One folder, or one id of the hub."""
+    return name == root or (os.path.exists(root) and os.path.samefile(name, root))
+
 
 def find_server(args: GOLDConfig) -> tuple[Server, Served]:
     """Waits for it; sets the checkpoint's name where the config has the address alone."""
@@ -46,22 +55,18 @@ def find_server(args: GOLDConfig) -> tuple[Server, Served]:
     line = start_line(args, name)
     server = Server(args.teacher_model_server_url, args.teacher_request_timeout, line, FIELDS)
     server.wait(args.teacher_server_timeout)
-    version = server.get("/version").get("version", "none")
-    if Version(version) < Version(OLDEST):
-        raise ValueError(
-            f"GOLDTrainer: the vLLM server at {server.url} must be of version {OLDEST} or newer, "
-            f"got {version}; pip install -U vllm where it runs."
-        )
+    server.check_version(OLDEST)
     if not server.is_there(GENERATE):
         server.post(GENERATE, {})  # which says why
-    models = [model for model in server.get("/v1/models")["data"] if not model.get("parent")]
-    served = Served(models[0]["id"], models[0]["root"], models[0]["max_model_len"])
+    what = "a model, its root and its max_model_len"
+    served = server.read("/v1/models", server.get("/v1/models"), what, Served.of)
     if name is None:
         args.teacher_model_name_or_path = _readable(server, served, args)
-    elif Path(name).name != Path(served.root).name:
+    elif not _is_same(name, served.root):
         logger.warning(
             "GOLDTrainer: the vLLM server at %s was started with %s, and "
-            "teacher_model_name_or_path is %s: norm and head are read from the latter.",
+            "teacher_model_name_or_path is %s: norm and head are read from the latter, and layers "
+            "are not compared.",
             server.url,
             served.root,
             name,
@@ -103,7 +108,7 @@ def _check_tokenizer(server: Server, model: str, processor: Processor, name: str
     """With which rows are tokenised here: the server gets ids, and must mean the same by them."""
     expected = tokenizer_of(processor)(PROBE, add_special_tokens=False)["input_ids"]
     body = {"model": model, "prompt": PROBE, "add_special_tokens": False}
-    got = server.post("/tokenize", body)["tokens"]
+    got = _tokens(server, body)
     if got != expected:
         raise ValueError(
             f"GOLDTrainer: the vLLM server at {server.url} must have the tokenizer of the rows, "
@@ -120,10 +125,9 @@ def _check_template(server: Server, model: str, tokenizer: Any, name: str) -> No
         expected = tokenizer.apply_chat_template(
             CHAT, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        body = {"model": model, "messages": CHAT, "add_generation_prompt": True}
-        got = server.post("/tokenize", body)["tokens"]
-    except (Refused, ValueError):  # a template that does not take so short a conversation
+    except Exception:  # of a template that does not take so short a conversation
         return
+    got = _tokens(server, {"model": model, "messages": CHAT, "add_generation_prompt": True})
     if list(got) != list(expected):
         raise ValueError(
             f"GOLDTrainer: the vLLM server at {server.url} must have the chat template of {name}, "
@@ -132,24 +136,27 @@ def _check_template(server: Server, model: str, tokenizer: Any, name: str) -> No
         )
 
 
+def _tokens(server: Server, body: dict[str, Any]) -> list[int]:
+    try:
+        answer = server.post("/tokenize", body)
+    except Refused as error:
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {server.url} must turn a text into tokens, got a "
+            f"refusal ({error}); start it with: {server.start_line}"
+        ) from error
+    return server.read("/tokenize", answer, "tokens", lambda it: list(it["tokens"]))
+
+
 @torch.no_grad()
 def _check_weights(states: HiddenStates, tail: Tail, processor: Processor, name: str) -> None:
     """Norm and head of the checkpoint make of the server's hidden states what the server makes."""
     ids = tokenizer_of(processor)(PROBE)["input_ids"]
     answer = states.ask(ids, [])
-    width = tail.side.head.weight.shape[1]
-    if answer.hidden.shape[1] != width:
-        raise _other_model(states, name, f"hidden states of size {answer.hidden.shape[1]}", width)
     ours = float(tail.log_probs(answer.hidden[-1:])[0, answer.next_id])
-    most = MOST.get(answer.hidden.dtype, MOST_16_BITS)
-    if not abs(ours - answer.next_logprob) <= most:
-        got = f"the log-probability {answer.next_logprob:.3f} of a token"
-        raise _other_model(states, name, got, f"{ours:.3f} of its last layer's states")
-
-
-def _other_model(states: HiddenStates, name: str, got: str, expected: Any) -> ValueError:
-    return ValueError(
-        f"GOLDTrainer: the vLLM server at {states.server.url} must run {name} and keep what its "
-        f"last layer makes, got {got} where norm and head of that checkpoint give {expected}; "
-        f"start it with: {states.server.start_line}"
-    )
+    if not abs(ours - answer.next_logprob) <= MOST.get(answer.hidden.dtype, MOST_16_BITS):
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {states.server.url} must run {name} and keep what "
+            f"its last layer makes, got the log-probability {answer.next_logprob:.3f} of a token "
+            f"where norm and head of that checkpoint give {ours:.3f} of its last layer's states; "
+            f"start it with: {states.server.start_line}"
+        )

@@ -5,6 +5,7 @@ folder. L positions, N rows, D hidden size.
 """
 
 import fcntl
+import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from gold_trainer.writers.vllm.requests import GENERATE, picture_url
 from gold_trainer.writers.vllm.server import Server
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.002
 FIRST_PAUSE = 0.5  # seconds before the first retry; each waits twice as long as the one before
@@ -37,6 +40,7 @@ class HiddenStates:
     server: Server
     model: str  # the name to ask for
     retries: int
+    width: int  # D
 
     def ask(
         self,
@@ -63,28 +67,28 @@ class HiddenStates:
             parts = [{"type": "image_url", "url": picture_url(image)} for image in images]
             body["content_parts"] = parts
         answer = self._post(body)
-        choice = answer["choices"][0]
-        content = choice["logprobs"]["content"][0]
-        hidden = self._read(answer)
-        return Answer(
-            hidden, answer["prompt_token_ids"], choice["token_ids"][0], content["logprob"]
-        )
+        what = "token ids, a choice and its log-probability"
+        found = self.server.read(GENERATE, answer, what, _told)
+        path = found.path
+        if path is None:
+            raise self._refusal("keep hidden states, got an answer that names no file of them")
+        hidden = self._read(Path(path), found.seen_ids)
+        return Answer(hidden, found.seen_ids, found.next_id, found.next_logprob)
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         for attempt in range(self.retries + 1):
             try:
                 return self.server.post(GENERATE, body)
-            except OSError:  # no answer, or one that says it failed
+            except TimeoutError:  # it is slow, and has the row: once more would be more of it
+                raise
+            except OSError as error:  # no answer, or one that says it failed
                 if attempt == self.retries:
                     raise
+                logger.warning("%s; asking again, %d of %d.", error, attempt + 1, self.retries)
                 time.sleep(FIRST_PAUSE * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    def _read(self, answer: dict[str, Any]) -> Tensor:  # (L, D)
-        name = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
-        if name is None:
-            raise self._refusal("keep hidden states, got an answer that names no file of them")
-        path = Path(name)
+    def _read(self, path: Path, seen_ids: list[int]) -> Tensor:  # (L, D)
         try:
             self._wait(path)
             tensors = load_file(path)
@@ -98,14 +102,17 @@ class HiddenStates:
             ) from error
         except SafetensorError as error:
             raise self._refusal(f"write whole files, got {path} ({error})") from error
-        hidden, ids = tensors["hidden_states"], tensors["token_ids"].tolist()
+        hidden, ids = tensors.get("hidden_states"), tensors.get("token_ids")
         for used in (path, _lock_of(path)):
             with suppress(OSError):  # the folder is the server's
                 used.unlink()
-        if ids != answer["prompt_token_ids"] or hidden.ndim != 3 or hidden.shape[1] != 1:
+        expected = len(seen_ids), 1, self.width
+        is_whole = hidden is not None and hidden.shape == expected
+        if hidden is None or ids is None or not is_whole or ids.tolist() != seen_ids:
+            shape = "none" if hidden is None else f"those of shape {tuple(hidden.shape)}"
             raise self._refusal(
-                f"keep one layer of all {len(answer['prompt_token_ids'])} tokens, got hidden "
-                f"states of shape {tuple(hidden.shape)}"
+                f"keep hidden states of its last layer, of shape {expected} for a row of "
+                f"{len(seen_ids)} tokens of that checkpoint, got {shape}"
             )
         return hidden[:, 0]
 
@@ -131,6 +138,21 @@ class HiddenStates:
             f"GOLDTrainer: the vLLM server at {self.server.url} must {what}; start it with: "
             f"{self.server.start_line}"
         )
+
+
+class _Told(NamedTuple):
+    seen_ids: list[int]
+    next_id: int
+    next_logprob: float
+    path: str | None
+
+
+def _told(answer: dict[str, Any]) -> _Told:
+    choice = answer["choices"][0]
+    logprob = float(choice["logprobs"]["content"][0]["logprob"])
+    parameters = answer.get("kv_transfer_params") or {}
+    path = parameters.get("hidden_states_path")
+    return _Told(list(answer["prompt_token_ids"]), int(choice["token_ids"][0]), logprob, path)
 
 
 def _lock_of(path: Path) -> Path:

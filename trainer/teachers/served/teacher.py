@@ -32,7 +32,8 @@ class ServedTeacher(AbsentTeacher):
         """name: the checkpoint; processor is the one that its rows are made with."""
         server, served = find_server(args)
         tail = read_tail(name, processor, args)
-        states = HiddenStates(server, served.id, args.teacher_request_retries)
+        width = tail.side.head.weight.shape[1]
+        states = HiddenStates(server, served.id, args.teacher_request_retries, width)
         check_teacher(states, tail, processor, args)
         return cls(states, tail, processor)
 

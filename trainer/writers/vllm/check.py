@@ -67,12 +67,7 @@ def connect(
     line = start_line(args, name_of_student(student), rank)
     server = Server(args.vllm_url, args.vllm_request_timeout, line)
     server.wait(args.vllm_server_timeout)
-    served = server.get("/version").get("version", "none")
-    if Version(served) < Version(OLDEST):
-        raise ValueError(
-            f"GOLDTrainer: the vLLM server at {server.url} must be of version {OLDEST} or newer, "
-            f"got {served}; pip install -U vllm where it runs."
-        )
+    server.check_version(OLDEST)
     if not server.is_there(GENERATE):
         server.post(GENERATE, {})  # which says why
     info = ServerInfo.of(server)

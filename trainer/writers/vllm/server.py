@@ -1,11 +1,17 @@
 """Requests to a vLLM server, and what its answers mean."""
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import requests
+from packaging.version import InvalidVersion, Version
+
+logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 POLL_SECONDS = 1.0
 # What an answer of 403 or 404 says of how the server was started.
@@ -61,6 +67,38 @@ class Server:
         for wrong.
         """
         return self._answer("POST", path, json=body, params=params)
+
+    def read(self, path: str, answer: Any, what: str, reader: Callable[[Any], Found]) -> Found:
+        """What the reader finds in an answer; ValueError where it has not what vLLM's has."""
+        try:
+            return reader(answer)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            got = " ".join(str(answer).split())[:200]
+            raise ValueError(
+                f"GOLDTrainer: the vLLM server at {self.url} must answer {path} with {what}, got "
+                f"{got}; ask vLLM itself, without what stands before it, started with: "
+                f"{self.start_line}"
+            ) from error
+
+    def check_version(self, oldest: str) -> None:
+        answer = self.get("/version")
+        version = self.read("/version", answer, "its version", lambda it: str(it["version"]))
+        try:
+            is_older = Version(version) < Version(oldest)
+        except InvalidVersion:  # of a build from source
+            logger.warning(
+                "GOLDTrainer: the vLLM server at %s is of version %r, which cannot be compared; "
+                "%s or newer is expected.",
+                self.url,
+                version,
+                oldest,
+            )
+            return
+        if is_older:
+            raise ValueError(
+                f"GOLDTrainer: the vLLM server at {self.url} must be of version {oldest} or newer, "
+                f"got {version}; pip install -U vllm where it runs."
+            )
 
     def is_there(self, path: str) -> bool:
         """Whether it answers a POST without a body by asking for one."""
