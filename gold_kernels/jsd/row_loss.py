@@ -55,11 +55,16 @@ class JSD(RowLoss):
         return max(1.0, divergence_bound(self.beta) / per_side(self.temperature)[0])
 
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
-        return limits if rows.slices is None else without_scratch(limits)
+        has_scratch = rows.slices is not None and rows.backend == "torch"
+        return without_scratch(limits) if has_scratch else limits
 
     def start(self, rows: Rows) -> RowFunction:
         jsd_rows_: Callable[..., None]
-        if rows.slices is not None:
+        if rows.slices is not None and rows.backend == "triton":
+            from gold_kernels.jsd.triton_slices import jsd_slice_rows_  # triton may be missing
+
+            jsd_rows_ = partial(jsd_slice_rows_, slices=rows.slices)
+        elif rows.slices is not None:
             block = large_block(rows.limits, rows.values.dtype)
             jsd_rows_ = partial(torch_rows.jsd_rows_, slices=rows.slices, block_elements=block)
         elif rows.backend == "triton":

@@ -96,7 +96,9 @@ def mixture_entries(q, p, ratio, betas):
 
 
 @triton.jit
-def _entries(student, teacher, row_sums, bits, betas, MODE: tl.constexpr, HAS_MASKS: tl.constexpr):
+def jsd_entries(
+    student, teacher, row_sums, bits, betas, MODE: tl.constexpr, HAS_MASKS: tl.constexpr
+):
     """q, p, log p - log q, loss and pull of every entry, in bits; a logit of 1 is worth bits. The
     pull is log q - log m (beta 1: log q - log p; beta 0: the p of a masked column, else 0).
     """
@@ -138,7 +140,7 @@ def _store_metrics(out_ptr, stride, sums, log_sums, bits, is_live):
 
 
 @triton.jit
-def _write_gradient(
+def write_gradient(
     student_ptr,
     teacher_ptr,
     grad_ptr,
@@ -166,7 +168,7 @@ def _write_gradient(
         columns, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
         )
-        q, p, ratio, _, pull = _entries(student, teacher, row_sums, bits, betas, MODE, HAS_MASKS)
+        q, p, ratio, _, pull = jsd_entries(student, teacher, row_sums, bits, betas, MODE, HAS_MASKS)
         if MODE == _REVERSE_KL:
             pull = tl.where(ratio <= LOG_ZERO, rest, pull - floored)
         grad = q * (pull - mean_pull)
@@ -244,7 +246,7 @@ def jsd_rows_kernel(
         columns, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
         )
-        q, p, ratio, entry_loss, pull = _entries(
+        q, p, ratio, entry_loss, pull = jsd_entries(
             student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
         )
         loss += tl.sum(entry_loss, axis=1)
@@ -281,14 +283,14 @@ def jsd_rows_kernel(
         _store_metrics(values_ptr + 2 * values_stride, values_stride, sums, log_sums, bits, is_live)
     if NEEDS_GRAD and not IS_ONE_SIDED:
         pull_sums = (tl.sum(mean_pull, 0), tl.sum(floored, 0), tl.sum(rest, 0))
-        _write_gradient(
+        write_gradient(
             student_ptr, teacher_ptr, grad_ptr, vocab_size, teacher_scale, row_sums, bits, betas,
             pull_sums, soft_scale, row_terms, softcap, MODE, HAS_PAIR, HAS_MASKS, HAS_LABELS,
             HAS_SOFTCAP, BLOCK_V, LINE,
         )  # fmt: skip
 
 
-def _mode(beta: float) -> int:
+def mode_of(beta: float) -> int:
     return {0.0: FORWARD_KL, 1.0: REVERSE_KL, 0.5: SYMMETRIC_JSD}.get(float(beta), JSD)
 
 
@@ -330,7 +332,7 @@ def jsd_rows_(
         1.0 / temperatures[0],
         temperatures[0] / temperatures[1],
         1.0 if softcap is None else softcap,
-        MODE=_mode(beta),
+        MODE=mode_of(beta),
         HAS_PAIR=temperatures[0] != temperatures[1],
         HAS_LABELS=labels is not None,
         HAS_METRICS=has_metrics,

@@ -12,6 +12,7 @@ within the memory budget, and, where the loss has its formula for Triton too, th
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -98,18 +99,22 @@ class FormulaLoss(RowLoss):
         return row_function
 
     def _has_kernel(self, rows: Rows) -> bool:
-        has_kernel = self.kernel_entries is not None and rows.slices is None
-        return rows.backend == "triton" and has_kernel
+        return rows.backend == "triton" and self.kernel_entries is not None
 
     def _kernel_rows(self, rows: Rows) -> Callable[..., None]:
-        from gold_kernels.triton.formula_rows import formula_rows_  # triton may be missing
+        rows_: Callable[..., None]
+        if rows.slices is None:
+            from gold_kernels.triton.formula_rows import formula_rows_ as rows_  # may be missing
+        else:
+            from gold_kernels.triton.formula_slices import formula_slice_rows_
 
+            rows_ = partial(formula_slice_rows_, slices=rows.slices)
         numbers = self.numbers()[2:]  # behind both temperatures
         assert len(numbers) <= 2, "formula_rows_kernel takes two numbers"
         first, second = (*numbers, 0.0, 0.0)[:2]
 
         def run(*tensors: Any) -> None:
-            formula_rows_(
+            rows_(
                 type(self).kernel_entries,
                 *tensors,
                 numbers=(first, second),

@@ -23,7 +23,7 @@ LOG_ZERO = tl.constexpr(-1e6)  # nats
 
 
 @triton.jit
-def _log_probs(student, teacher, row_sums, bits):
+def log_probs(student, teacher, row_sums, bits):
     """log q, log p and log p - log q in nats, the last from the difference of the logits."""
     max_student, log_sum_student, max_teacher, log_sum_teacher = row_sums
     log_q = ((student - max_student) * bits - log_sum_student) * NATS
@@ -91,7 +91,7 @@ def formula_rows_kernel(
         columns, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
         )
-        log_q, log_p, log_ratio = _log_probs(student, teacher, row_sums, bits)
+        log_q, log_p, log_ratio = log_probs(student, teacher, row_sums, bits)
         entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
         loss += tl.sum(tl.where(is_column, entry_loss, 0.0), axis=1)
         slope_sum += tl.sum(tl.where(is_column, slope, 0.0), axis=1)
@@ -104,7 +104,7 @@ def formula_rows_kernel(
             columns, is_column, student, teacher = load_pair(
                 student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
             )
-            log_q, log_p, log_ratio = _log_probs(student, teacher, row_sums, bits)
+            log_q, log_p, log_ratio = log_probs(student, teacher, row_sums, bits)
             entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
             grad = (slope - tl.exp(log_q) * total) * (row_weight * inverse_temperature)
             store_gradient(

@@ -50,7 +50,7 @@ def load_pair(
 
 
 @triton.jit
-def _pair_sums(
+def pair_sums(
     student_ptr,
     teacher_ptr,
     vocab_size,
@@ -128,7 +128,7 @@ def open_row(
     weights_ptr += row * (2 if HAS_LABELS else 1)
     row_weight = tl.load(weights_ptr)
     is_live = row_weight != 0.0  # a row of weight 0 may hold anything, NaN included
-    max_student, sum_student, max_teacher, sum_teacher, hard_total, mean_gap = _pair_sums(
+    max_student, sum_student, max_teacher, sum_teacher, hard_total, mean_gap = pair_sums(
         student_ptr,
         teacher_ptr,
         vocab_size,

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 from gold_kernels.jsd import triton_rows as jsd_rows
+from gold_kernels.jsd import triton_slices as jsd_slices
 from gold_kernels.losses import LOSSES, FormulaLoss
 from gold_kernels.projection import triton_folds
 from gold_kernels.projection import triton_rows as projected_rows
-from gold_kernels.triton import formula_rows, scale
+from gold_kernels.triton import formula_rows, formula_slices, scale, slice_rows
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
@@ -43,14 +44,14 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
         assert process.returncode == 0, errors
         cubins += [line.split() for line in output.splitlines()]
     modules = (jsd_rows, formula_rows, scale, token_rows, uld_rows, uld_sums)
-    modules += (triton_folds, projected_rows)
+    modules += (triton_folds, projected_rows, slice_rows, jsd_slices, formula_slices)
     modules += (sampling_kernel, attention_kernel, linear_kernel)
     kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
     for architecture in ("sm_80", "sm_90", "sm_100"):
         compiled = {kernel for target, kernel, *_ in cubins if target == architecture}
         assert compiled == kernels, "a kernel without a signature in compile_kernels.py"
     formulas = sum(issubclass(loss, FormulaLoss) for loss in LOSSES.values())
-    assert len(cubins) == 3 * (15 + 2 * formulas + 4 + 6 + 3 + 6 + 10 + 6 + 6)
+    assert len(cubins) == 3 * (15 + 2 * formulas + 7 + 4 + 6 + 3 + 6 + 10 + 6 + 6)
     assert all(int(size) > 1000 for _, _, size, _ in cubins)
     for architecture, kernel, _, shared in cubins:
         most = MOST_SHARED_BYTES if kernel in ASKING else SHARED_BYTES

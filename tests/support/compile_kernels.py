@@ -13,10 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gold_kernels.jsd import triton_rows as jsd_rows
+from gold_kernels.jsd import triton_slices as jsd_slices
 from gold_kernels.losses import LOSSES, FormulaLoss
 from gold_kernels.projection import triton_folds as folds
 from gold_kernels.projection import triton_rows as projected_rows
-from gold_kernels.triton import formula_rows, scale
+from gold_kernels.triton import formula_rows, formula_slices, scale, slice_rows
 from gold_kernels.triton.launch import ROW_ALIGNMENT
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
@@ -80,6 +81,26 @@ def formula_signatures():
             types = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
             types |= {"weights_ptr": "*fp32", "labels_ptr": "*i64", "values_ptr": "*fp32"}
             yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+
+
+def slice_signatures():
+    """The passes over slices of rows, with everything that they may have."""
+    floats = ("beta", "one_minus_beta", "inverse_temperature", "teacher_scale", "softcap")
+    floats += ("first_number", "second_number")
+    entries = LOSSES["skew_kl"].kernel_entries
+    kernels = [(slice_rows.slice_sums_kernel, {})]
+    for mode in (jsd_rows.REVERSE_KL, jsd_rows.SYMMETRIC_JSD):
+        kernels.append((jsd_slices.jsd_slice_sums_kernel, {"MODE": mode, "HAS_METRICS": True}))
+        kernels.append((jsd_slices.jsd_slice_gradient_kernel, {"MODE": mode}))
+    kernels.append((formula_slices.formula_slice_sums_kernel, {"ENTRIES": entries}))
+    kernels.append((formula_slices.formula_slice_gradient_kernel, {"ENTRIES": entries}))
+    for kernel, own in kernels:
+        flags = [n for n in ("HAS_PAIR", "HAS_LABELS", "HAS_SOFTCAP") if n in kernel.arg_names]
+        constexprs = own | dict.fromkeys(flags, True) | {"BLOCK_V": 4096, "LINE": 4}
+        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+        given = {"labels_ptr": "*i64", "grad_ptr": "*bf16"}
+        types |= {name: kind for name, kind in given.items() if name in types}
+        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
 
 
 def uld_signatures():
@@ -288,6 +309,7 @@ def main() -> None:
         for kernel, signature, constexprs, *more in (
             *jsd_signatures(),
             *formula_signatures(),
+            *slice_signatures(),
             *scale_signatures(),
             *uld_signatures(),
             *uld_sums_signatures(),

@@ -1,0 +1,233 @@
+"""Generalized JSD of rows of which this process has a slice of the columns: the passes of
+triton_rows.py, each a kernel, with sums over the processes between them.
+
+C rows of a chunk, V_r columns of this process, T terms of the loss.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gold_kernels.engine.slices import Slices
+from gold_kernels.jsd.triton_rows import (
+    FORWARD_KL,
+    LOG_ZERO,
+    REVERSE_KL,
+    jsd_entries,
+    mode_of,
+    write_gradient,
+)
+from gold_kernels.triton.launch import row_block
+from gold_kernels.triton.lines import BITS, NATS, kl_entries
+from gold_kernels.triton.shared_rows import load_pair
+from gold_kernels.triton.slice_rows import open_slice_row, row_sums
+
+_FORWARD_KL = tl.constexpr(FORWARD_KL)
+_REVERSE_KL = tl.constexpr(REVERSE_KL)
+PULL_SUMS, NUM_SUMS = 3, 9  # of a row; those of metrics come behind the loss and its pulls
+NATS_PER_BIT, BITS_PER_NAT = NATS.value, BITS.value
+
+
+@triton.jit
+def _row_sums(max_student, sum_student, max_teacher, sum_teacher, bits):
+    """What jsd_entries takes."""
+    lse_gap = (max_teacher - max_student) * bits + (tl.log2(sum_teacher) - tl.log2(sum_student))
+    return lse_gap, max_student, max_teacher, 1.0 / sum_student, 1.0 / sum_teacher
+
+
+@triton.jit
+def jsd_slice_sums_kernel(
+    student_ptr,  # (C, V_r) logits
+    teacher_ptr,  # (C, V_r) logits
+    row_sums_ptr,  # (6, C) float32, see slice_rows.RowSums
+    sums_ptr,  # (9, C) float32, overwritten: mean pull, q at the floor of log p, q of the others,
+    # loss, mean logit over q, over p, both KL divergences, columns with both maxima
+    student_row_stride,
+    teacher_row_stride,
+    sums_stride,  # of both
+    vocab_size,
+    beta,
+    one_minus_beta,
+    inverse_temperature,
+    teacher_scale,
+    MODE: tl.constexpr,
+    HAS_PAIR: tl.constexpr,
+    HAS_METRICS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Pass 2. Any column may be masked."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
+    student_ptr += row * student_row_stride
+    teacher_ptr += row * teacher_row_stride
+    row_sums_ptr += row
+    sums_ptr += row
+    bits = inverse_temperature * BITS
+    max_student = tl.load(row_sums_ptr)
+    max_teacher = tl.load(row_sums_ptr + 2 * sums_stride)
+    row_sums = _row_sums(
+        max_student,
+        tl.load(row_sums_ptr + sums_stride),
+        max_teacher,
+        tl.load(row_sums_ptr + 3 * sums_stride),
+        bits,
+    )
+    lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
+    loss, mean_pull, floored, rest = lines, lines, lines, lines
+    student_mean, teacher_mean, forward_kl, reverse_kl, tops = lines, lines, lines, lines, lines
+    for start in range(0, vocab_size, BLOCK_V):
+        _, is_column, student, teacher = load_pair(
+            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+        )
+        q, p, ratio, entry_loss, pull = jsd_entries(
+            student, teacher, row_sums, bits, (beta, one_minus_beta), MODE, True
+        )
+        loss += tl.sum(entry_loss, axis=1)
+        if MODE == _REVERSE_KL:
+            # 1e6 in one sum with the other pulls would cost float32 all the others
+            is_floored = ratio <= LOG_ZERO
+            floored += tl.sum(tl.where(is_floored, q, 0.0), axis=1)
+            rest += tl.sum(tl.where(is_floored, 0.0, q), axis=1)
+            pull = tl.where(is_floored, 0.0, pull)
+        mean_pull += tl.sum(pull if MODE == _FORWARD_KL else q * pull, axis=1)
+        if HAS_METRICS:
+            student -= max_student
+            teacher -= max_teacher
+            student_mean += tl.sum(q * student, axis=1)
+            teacher_mean += tl.sum(p * teacher, axis=1)
+            forward_kl += tl.sum(kl_entries(p, q, ratio), axis=1)
+            reverse_kl += tl.sum(kl_entries(q, p, -ratio), axis=1)
+            is_top = is_column & (student == 0.0) & (teacher == 0.0)
+            tops += tl.sum(is_top.to(tl.float32), axis=1)
+    tl.store(sums_ptr, tl.sum(mean_pull, 0))
+    tl.store(sums_ptr + sums_stride, tl.sum(floored, 0))
+    tl.store(sums_ptr + 2 * sums_stride, tl.sum(rest, 0))
+    tl.store(sums_ptr + 3 * sums_stride, tl.sum(loss, 0))
+    tl.store(sums_ptr + 4 * sums_stride, tl.sum(student_mean, 0))
+    tl.store(sums_ptr + 5 * sums_stride, tl.sum(teacher_mean, 0))
+    tl.store(sums_ptr + 6 * sums_stride, tl.sum(forward_kl, 0))
+    tl.store(sums_ptr + 7 * sums_stride, tl.sum(reverse_kl, 0))
+    tl.store(sums_ptr + 8 * sums_stride, tl.sum(tops, 0))
+
+
+@triton.jit
+def jsd_slice_gradient_kernel(
+    student_ptr,  # (C, V_r) logits
+    teacher_ptr,  # (C, V_r) logits
+    grad_ptr,  # (C, V_r) overwritten with the gradient; may be student_ptr
+    weights_ptr,  # (C, T) float32: of the loss and, if HAS_LABELS, of the cross-entropy
+    labels_ptr,  # (C,) int64, read if HAS_LABELS
+    row_sums_ptr,  # (6, C) float32, see slice_rows.RowSums
+    sums_ptr,  # (9, C) float32, of all processes
+    student_row_stride,
+    teacher_row_stride,
+    grad_row_stride,
+    sums_stride,  # of both
+    vocab_size,
+    first_label,
+    total_size,
+    beta,
+    one_minus_beta,
+    inverse_temperature,
+    teacher_scale,
+    softcap,
+    MODE: tl.constexpr,
+    HAS_PAIR: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Pass 3."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
+    bits = inverse_temperature * BITS
+    sums_ptr += row
+    row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms = open_slice_row(
+        row_sums_ptr + row, sums_stride, weights_ptr, labels_ptr, row, first_label, total_size,
+        HAS_LABELS,
+    )  # fmt: skip
+    row_sums = _row_sums(max_student, sum_student, max_teacher, sum_teacher, bits)
+    soft_scale = row_weight * inverse_temperature
+    if MODE != _FORWARD_KL:
+        soft_scale *= NATS
+        if MODE != _REVERSE_KL:
+            soft_scale *= one_minus_beta
+    pull_sums = (
+        tl.load(sums_ptr),
+        tl.load(sums_ptr + sums_stride),
+        tl.load(sums_ptr + 2 * sums_stride),
+    )
+    write_gradient(
+        student_ptr + row * student_row_stride, teacher_ptr + row * teacher_row_stride,
+        grad_ptr + row * grad_row_stride, vocab_size, teacher_scale, row_sums, bits,
+        (beta, one_minus_beta), pull_sums, soft_scale, row_terms, softcap, MODE, HAS_PAIR, True,
+        HAS_LABELS, HAS_SOFTCAP, BLOCK_V, LINE,
+    )  # fmt: skip
+
+
+def jsd_slice_rows_(
+    student_logits: Tensor,  # (C, V_r), unit column stride
+    teacher_logits: Tensor,  # (C, V_r), unit column stride
+    grad_logits: Tensor | None,  # (C, V_r), overwritten; may be student_logits; None: no gradient
+    weights: Tensor,  # (C, T) float32, contiguous: of the loss and, with labels, of cross-entropy
+    labels: Tensor | None,  # (C,) int64
+    values: Tensor,  # (7, C) float32, overwritten, in the order of JSD.value_names
+    *,
+    slices: Slices,
+    beta: float,
+    temperatures: tuple[float, float],  # student, teacher
+    softcap: float | None,
+    has_metrics: bool,
+    has_masks: bool,  # for the kernel of whole rows, which saves a pass
+) -> None:
+    """Loss, metrics and gradient of every row of a chunk."""
+    num_rows, vocab_size = student_logits.shape
+    block_v, line, num_warps = row_block(max(1, vocab_size), student_logits.dtype)
+    rows = row_sums(student_logits, teacher_logits, labels, slices, temperatures)
+    sums = torch.empty(NUM_SUMS, num_rows, dtype=torch.float32, device=student_logits.device)
+    strides = student_logits.stride(0), teacher_logits.stride(0)
+    scales = beta, 1.0 - beta, 1.0 / temperatures[0], temperatures[0] / temperatures[1]
+    settings: dict[str, Any] = {
+        "MODE": mode_of(beta),
+        "HAS_PAIR": temperatures[0] != temperatures[1],
+        "BLOCK_V": block_v,
+        "LINE": line,
+        "num_warps": num_warps,
+    }
+    jsd_slice_sums_kernel[(num_rows,)](
+        *(student_logits, teacher_logits, rows.sums, sums, *strides),
+        *(sums.stride(0), vocab_size, *scales),
+        HAS_METRICS=has_metrics,
+        **settings,
+    )
+    slices.sum_(sums)
+    is_live = weights[:, 0] != 0
+    values[0] = torch.where(is_live, sums[PULL_SUMS] * NATS_PER_BIT, 0)
+    if labels is not None:
+        values[1] = rows.cross_entropy(labels, weights)
+    if has_metrics:
+        values[2:] = torch.where(is_live, _metrics(rows.sums, sums, temperatures[0]), 0)
+    if grad_logits is not None:
+        jsd_slice_gradient_kernel[(num_rows,)](
+            *(student_logits, teacher_logits, grad_logits, weights),
+            *(weights if labels is None else labels, rows.sums, sums),
+            *(*strides, grad_logits.stride(0), sums.stride(0)),
+            *(vocab_size, slices.first, slices.total, *scales),
+            1.0 if softcap is None else softcap,
+            HAS_LABELS=labels is not None,
+            HAS_SOFTCAP=softcap is not None,
+            **settings,
+        )
+
+
+def _metrics(row_sums: Tensor, sums: Tensor, temperature: float) -> Tensor:  # (5, C)
+    bits = BITS_PER_NAT / temperature
+    entropies = [
+        (row_sums[place].log2() - mean * bits) * NATS_PER_BIT
+        for place, mean in ((1, sums[4]), (3, sums[5]))
+    ]
+    divergences = [sums[6] * NATS_PER_BIT, sums[7] * NATS_PER_BIT]
+    return torch.stack([*entropies, *divergences, (sums[8] > 0).to(sums.dtype)])

@@ -1,0 +1,168 @@
+"""Rows of a loss that is a formula, of which this process has a slice of the columns: the passes of
+formula_rows.py, each a kernel, with sums over the processes between them.
+
+C rows of a chunk, V_r columns of this process, T terms of the loss.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gold_kernels.triton.formula_rows import log_probs
+from gold_kernels.triton.launch import row_block
+from gold_kernels.triton.lines import BITS
+from gold_kernels.triton.shared_rows import load_pair, store_gradient
+from gold_kernels.triton.slice_rows import Slices, open_slice_row, row_sums
+
+
+@triton.jit
+def formula_slice_sums_kernel(
+    student_ptr,  # (C, V_r) logits
+    teacher_ptr,  # (C, V_r) logits
+    row_sums_ptr,  # (6, C) float32, see slice_rows.RowSums
+    sums_ptr,  # (2, C) float32, overwritten: the loss, and the sum of s
+    student_row_stride,
+    teacher_row_stride,
+    sums_stride,  # of both
+    vocab_size,
+    inverse_temperature,
+    teacher_scale,
+    first_number,
+    second_number,
+    ENTRIES: tl.constexpr,  # (log_q, log_p, log_ratio, first_number, second_number) -> f, s
+    HAS_PAIR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Pass 2."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
+    student_ptr += row * student_row_stride
+    teacher_ptr += row * teacher_row_stride
+    row_sums_ptr += row
+    sums_ptr += row
+    bits = inverse_temperature * BITS
+    sides = (
+        tl.load(row_sums_ptr),
+        tl.log2(tl.load(row_sums_ptr + sums_stride)),
+        tl.load(row_sums_ptr + 2 * sums_stride),
+        tl.log2(tl.load(row_sums_ptr + 3 * sums_stride)),
+    )
+    loss = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
+    slope_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
+    for start in range(0, vocab_size, BLOCK_V):
+        _, is_column, student, teacher = load_pair(
+            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+        )
+        log_q, log_p, log_ratio = log_probs(student, teacher, sides, bits)
+        entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
+        loss += tl.sum(tl.where(is_column, entry_loss, 0.0), axis=1)
+        slope_sum += tl.sum(tl.where(is_column, slope, 0.0), axis=1)
+    tl.store(sums_ptr, tl.sum(loss, 0))
+    tl.store(sums_ptr + sums_stride, tl.sum(slope_sum, 0))
+
+
+@triton.jit
+def formula_slice_gradient_kernel(
+    student_ptr,  # (C, V_r) logits
+    teacher_ptr,  # (C, V_r) logits
+    grad_ptr,  # (C, V_r) overwritten with the gradient; may be student_ptr
+    weights_ptr,  # (C, T) float32: of the loss and, if HAS_LABELS, of the cross-entropy
+    labels_ptr,  # (C,) int64, read if HAS_LABELS
+    row_sums_ptr,  # (6, C) float32, see slice_rows.RowSums
+    sums_ptr,  # (2, C) float32, of all processes
+    student_row_stride,
+    teacher_row_stride,
+    grad_row_stride,
+    sums_stride,  # of both
+    vocab_size,
+    first_label,
+    total_size,
+    inverse_temperature,
+    teacher_scale,
+    softcap,
+    first_number,
+    second_number,
+    ENTRIES: tl.constexpr,  # see formula_slice_sums_kernel
+    HAS_PAIR: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Pass 3."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
+    student_ptr += row * student_row_stride
+    teacher_ptr += row * teacher_row_stride
+    grad_ptr += row * grad_row_stride
+    bits = inverse_temperature * BITS
+    row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms = open_slice_row(
+        row_sums_ptr + row, sums_stride, weights_ptr, labels_ptr, row, first_label, total_size,
+        HAS_LABELS,
+    )  # fmt: skip
+    sides = (max_student, tl.log2(sum_student), max_teacher, tl.log2(sum_teacher))
+    total = tl.load(sums_ptr + row + sums_stride)
+    for start in range(0, vocab_size, BLOCK_V):
+        columns, is_column, student, teacher = load_pair(
+            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+        )
+        log_q, log_p, log_ratio = log_probs(student, teacher, sides, bits)
+        _, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
+        grad = (slope - tl.exp(log_q) * total) * (row_weight * inverse_temperature)
+        store_gradient(
+            grad_ptr, grad, student, columns, is_column, row_terms, softcap, HAS_LABELS,
+            HAS_SOFTCAP,
+        )  # fmt: skip
+
+
+def formula_slice_rows_(
+    entries: Any,  # a triton.jit function, see ENTRIES
+    student_logits: Tensor,  # (C, V_r), unit column stride
+    teacher_logits: Tensor,  # (C, V_r), unit column stride
+    grad_logits: Tensor | None,  # (C, V_r), overwritten; may be student_logits; None: no gradient
+    weights: Tensor,  # (C, T) float32, contiguous
+    labels: Tensor | None,  # (C,) int64
+    values: Tensor,  # (2, C) float32, overwritten: loss and, with labels, cross-entropy
+    *,
+    slices: Slices,
+    numbers: tuple[float, float],
+    temperatures: tuple[float, float],  # student, teacher
+    softcap: float | None,
+) -> None:
+    """Loss and gradient of every row of a chunk."""
+    num_rows, vocab_size = student_logits.shape
+    block_v, line, num_warps = row_block(max(1, vocab_size), student_logits.dtype)
+    rows = row_sums(student_logits, teacher_logits, labels, slices, temperatures)
+    sums = torch.empty(2, num_rows, dtype=torch.float32, device=student_logits.device)
+    strides = student_logits.stride(0), teacher_logits.stride(0)
+    scales = 1.0 / temperatures[0], temperatures[0] / temperatures[1]
+    settings: dict[str, Any] = {
+        "ENTRIES": entries,
+        "HAS_PAIR": temperatures[0] != temperatures[1],
+        "BLOCK_V": block_v,
+        "LINE": line,
+        "num_warps": num_warps,
+    }
+    formula_slice_sums_kernel[(num_rows,)](
+        *(student_logits, teacher_logits, rows.sums, sums, *strides),
+        *(sums.stride(0), vocab_size, *scales, *numbers),
+        **settings,
+    )
+    slices.sum_(sums)
+    values[0] = torch.where(weights[:, 0] != 0, sums[0], 0)
+    if labels is not None:
+        values[1] = rows.cross_entropy(labels, weights)
+    if grad_logits is not None:
+        formula_slice_gradient_kernel[(num_rows,)](
+            *(student_logits, teacher_logits, grad_logits, weights),
+            *(weights if labels is None else labels, rows.sums, sums),
+            *(*strides, grad_logits.stride(0), sums.stride(0)),
+            *(vocab_size, slices.first, slices.total, *scales),
+            1.0 if softcap is None else softcap,
+            *numbers,
+            HAS_LABELS=labels is not None,
+            HAS_SOFTCAP=softcap is not None,
+            **settings,
+        )
