@@ -4,6 +4,7 @@ N scored rows of a side, D hidden size, V vocabulary, R processes.
 """
 
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,8 +117,9 @@ def join_slices(
     function: str,
     heads: Heads,
     options: Options,
-    row_weights: Tensor | None,
-    settings: object = None,  # of the loss
+    tensors: Sequence[Tensor | None],  # floats of the rows, two at most
+    settings: object,  # of the loss, and whether there are metrics
+    ids: Sequence[Tensor] = (),  # int64 of the call beside labels
 ) -> Heads:
     """Heads that know the slices of all processes. Every process calls this; each of them raises
     what one of them would have to. Waits for the device.
@@ -126,7 +128,7 @@ def join_slices(
     if group is None:
         return heads
     slices = Slices(group.group_name, (1,) * dist.get_world_size(group))
-    facts = slices.gather(_facts(heads, options, row_weights, settings)).tolist()
+    facts = slices.gather(_facts(heads, options, tensors, settings, ids)).tolist()
     _compare(function, facts)
     sizes = [tuple(int(own[place]) for own in facts) for place in range(len(heads))]
     return tuple(
@@ -136,42 +138,52 @@ def join_slices(
 
 
 def _facts(
-    heads: Heads, options: Options, row_weights: Tensor | None, settings: object
-) -> Tensor:  # (17,) float64
+    heads: Heads,
+    options: Options,
+    tensors: Sequence[Tensor | None],
+    settings: object,
+    ids: Sequence[Tensor],
+) -> Tensor:  # (26,) float64
     """Both sizes; a number of all that must be equal; a sum of the first entry of either head; and
     sums of what rows have.
     """
-    student = heads[0]
+    student, teacher = heads[0], heads[1] if len(heads) > 1 else None
+    device = student.hidden.device
+    joined = torch.cat([part.flatten().to(device) for part in ids]) if ids else None
+    samples = [student.hidden, None if teacher is None else teacher.hidden]
+    samples += [*tensors, *[None] * (2 - len(tensors))]
+    samples += [options.label_weights, options.labels, joined]
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (student.hidden, student.weight, student.bias)
     ]
-    plain = [value for value in options if isinstance(value, tuple | int | float | str)]
-    given = [t is not None for t in (*options[:4], row_weights)]  # tensors of a call
-    kinds = [(tuple(head.hidden.shape), head.weight.dtype, options.logits_dtype) for head in heads]
-    same = zlib.crc32(repr((needs, plain, given, kinds, settings)).encode())
-    hidden, sizes, entries = [head.hidden for head in heads], [], []
-    for head in heads:
-        sizes.append(head.weight.shape[0])
-        entries.append(head.weight.detach()[:1].sum(dtype=torch.float64).view(1))
-    is_alone = len(heads) == 1
-    numbers = [*sizes, 0, same] if is_alone else [*sizes, same]
-    parts = [student.hidden.new_tensor(numbers, dtype=torch.float64), *entries]
+    plain = [
+        (name, value)
+        for name, value in options._asdict().items()
+        if name != "process_group" and not isinstance(value, Tensor)
+    ]
+    shapes = [None if t is None else (tuple(t.shape), t.dtype) for t in samples]
+    dtypes = [(head.weight.dtype, head.bias is None) for head in heads]
+    same = zlib.crc32(repr((needs, plain, shapes, dtypes, settings)).encode())
+    sizes = [head.weight.shape[0] for head in heads] + [0] * (2 - len(heads))
+    parts = [student.hidden.new_tensor([*sizes, same], dtype=torch.float64)]
     none = parts[0].new_zeros(3)
-    samples: list[Tensor | None] = [*hidden, row_weights, options.label_weights]
-    if is_alone:
-        parts.append(none[:1])
-        samples.append(None)
+    for head in (student, teacher):
+        entry = none[:1] if head is None else head.weight.detach()[:1].sum(dtype=none.dtype).view(1)
+        parts.append(entry)
     parts += [none if tensor is None else _sums(tensor.detach()) for tensor in samples]
     return torch.cat(parts)
 
 
 def _sums(tensor: Tensor) -> Tensor:  # (N, D) or (N,) -> (3,)
-    """Two sums of a sample, its norm."""
+    """Two sums of a sample, its norm; of whole numbers, which must be equal, 0."""
+    is_whole = not tensor.is_floating_point()
     sample = (tensor[:, :SAMPLE] if tensor.ndim == 2 else tensor).double()
     sample = sample.nan_to_num(0.0, 0.0, 0.0)  # rows of weight 0 may hold anything
-    signs = 1 - 2 * (torch.arange(sample.numel(), device=sample.device) % 2)
-    return torch.stack([sample.sum(), (sample.flatten() * signs).sum(), sample.norm()])
+    places = torch.arange(sample.numel(), device=sample.device)
+    factors = 1 + places if is_whole else 1 - 2 * (places % 2)
+    norm = torch.zeros_like(sample.sum()) if is_whole else sample.norm()
+    return torch.stack([sample.sum(), (sample.flatten() * factors).sum(), norm])
 
 
 def _compare(function: str, facts: list[list[float]]) -> None:
@@ -187,9 +199,9 @@ def _compare(function: str, facts: list[list[float]]) -> None:
     differ = [rank for rank, own in others if _has_other_rows(own, first)]
     if differ:
         raise ValueError(
-            f"{function}: hidden states and weights of rows must be the same on all processes of "
-            f"the group, got other ones on ranks {differ} than on rank 0; a group shares its "
-            "batch. Weights that FSDP has in parts are no slices: pass weight.full_tensor()."
+            f"{function}: hidden states, weights, labels and ids of rows must be the same on all "
+            f"processes of the group, got other ones on ranks {differ} than on rank 0; a group "
+            "shares its batch. What FSDP has in parts are no slices: pass weight.full_tensor()."
         )
     for place, side in ((3, "student"), (4, "teacher")):
         if others and first[place] and all(own[place] == first[place] for _, own in others):

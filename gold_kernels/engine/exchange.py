@@ -27,7 +27,7 @@ def whole_rows(
     slices: Slices,
 ) -> Tensor:  # (its share of C, V)
     rows, rank = share_sizes(logits.shape[0], len(slices.sizes)), slices.rank
-    sent = logits.reshape(-1)
+    sent = logits.contiguous().view(-1)  # of one column reshape would make a view with gaps
     received = sent.new_empty(rows[rank] * slices.total)
     dist.all_to_all_single(
         received,

@@ -68,7 +68,8 @@ def shared_linear_loss(
     checks.check_row_weights(function, row_weights, student.hidden)
     checks.check_label_weights(function, options, student.hidden)
     heads = student, teacher
-    student, teacher = join_slices(function, heads, options, row_weights, row_loss)
+    settings = row_loss, has_metrics
+    student, teacher = join_slices(function, heads, options, (row_weights,), settings)
     sizes = student.vocab_size, teacher.vocab_size
     vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
     row_weights = row_weights_of(row_weights, student.num_rows, student.hidden, options)

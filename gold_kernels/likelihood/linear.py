@@ -114,6 +114,7 @@ def fused_linear_chunk_likelihood(
         row_weights,
         alignment,
         chosen,
+        (row_loss, return_metrics),
     )
     student, labels = call.student, call.options.labels
     alignment = alignment.to(student.hidden.device)

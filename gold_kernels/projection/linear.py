@@ -119,6 +119,7 @@ def fused_linear_projected_jsd(
         row_weights,
         alignment,
         chosen,
+        (row_loss, return_metrics),
     )
     hidden, labels = call.student.hidden, call.options.labels
     _check_projection(function, projection, *call.sizes)

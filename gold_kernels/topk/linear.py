@@ -112,7 +112,8 @@ def fused_linear_top_k(
     (head,), chosen = own_heads(function, (head,), chosen)
     student = check_head(function, "student", head, chosen.process_group is not None)
     chosen = checks.check_options(function, chosen, student.hidden)
-    (student,) = join_slices(function, (student,), chosen, row_weights)
+    settings, tensors = (beta, temperature, return_metrics), (row_weights, teacher_log_probs)
+    (student,) = join_slices(function, (student,), chosen, tensors, settings, (teacher_ids,))
     v_student = student.vocab_size
     vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
     checks.check_row_weights(function, row_weights, student.hidden)

@@ -4,6 +4,7 @@ N scored rows of a side (N_s, N_t), G aligned groups or pairs of rows, D hidden 
 vocabulary (V_s, V_t).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,6 +39,8 @@ def check_group_call(
     row_weights: Tensor | None,  # (G,)
     alignment: TokenAlignment | None,
     options: Options,
+    settings: object,  # of the loss, and whether there are metrics
+    ids: Sequence[Tensor] = (),  # int64 that the loss has beside the alignment
 ) -> GroupCall:
     """Raises ValueError with the remedy for what does not fit."""
     student, teacher, options = check_heads(
@@ -46,7 +49,10 @@ def check_group_call(
     num_groups = group_checks.check_alignment(function, student.hidden, teacher.hidden, alignment)
     group_checks.check_group_weights(function, row_weights, num_groups, student.hidden)
     checks.check_label_weights(function, options, student.hidden)
-    student, teacher = join_slices(function, (student, teacher), options, row_weights)
+    if alignment is not None:
+        ids = [*ids, *alignment.sides[0], *alignment.sides[1]]
+    heads = student, teacher
+    student, teacher = join_slices(function, heads, options, (row_weights,), settings, ids)
     sizes = group_checks.check_vocab_sizes(
         function, student.vocab_size, teacher.vocab_size, options.vocab_size
     )

@@ -111,6 +111,8 @@ def _linear_uld(
         row_weights,
         alignment,
         options,
+        (row_loss, has_metrics),
+        () if settings.overlap is None else settings.overlap[:2],
     )
     student, labels = call.student, call.options.labels
     device = student.hidden.device

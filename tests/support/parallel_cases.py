@@ -216,6 +216,11 @@ def cross_calls() -> Iterator[tuple[str, Call]]:
     case = uld_case("pairs", sizes=(41, 58))
     padded = {"vocab_size": (30, 50), "row_weights": case.tensors[4]}
     yield "uld padded", Call(fused_linear_uld, case.tensors[:4], padded)
+    for size in (22, 15):  # a slice of one entry, of two processes and of three
+        yield (
+            f"uld one entry {size}",
+            Call(fused_linear_uld, case.tensors[:4], {"vocab_size": (size, 50)}),
+        )
     yield "uld per row", Call(fused_linear_uld, case.tensors[:4], {"reduction": "none"})
     yield "uld module", Call(_module(FusedLinearULDLoss), case.tensors[:4], {})
     case = uld_case("bayesian", has_labels=True, sizes=(41, 58))

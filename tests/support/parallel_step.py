@@ -15,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from gold_kernels import (
     fused_linear_jsd,
     fused_linear_mean_kl,
+    fused_linear_top_k,
     fused_linear_uld,
     head_means,
     peak_extra_bytes,
@@ -42,6 +43,32 @@ def refusals(pair: Any) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "needed gradients on ranks [1] than", jsd(*usual, beta=0.1 * rank, **group)
     yield "needed gradients on ranks [1] than", jsd(*usual, chunk_size=1 + rank, **group)
     yield "got other ones on ranks [1]", jsd(hidden + rank, *usual[1:], **group)
+    yield "needed gradients on ranks [1] than", jsd(*usual, return_metrics=rank == 0, **group)
+    swapped = ({"vocab_size": 8}, {"chunk_size": 8})[rank % 2]
+    yield "needed gradients on ranks [1] than", jsd(*usual, **swapped, **group)
+    caps = {"final_logit_softcapping": [5.0 + rank, None]}
+    yield "needed gradients on ranks [1] than", jsd(*usual, **caps, **group)
+    labels = torch.zeros(6, dtype=torch.int64)
+    labels[5] = rank
+    yield "got other ones on ranks [1]", jsd(*usual, labels=labels, **group)
+    for warm in ({"temperature": 1.0 + rank}, {"beta": 0.1 * rank}):
+        yield (
+            "needed gradients on ranks [1] than",
+            lambda warm=warm: fused_linear_uld(*usual, **warm, **group),
+        )
+    ids, log_probs = torch.arange(12).view(6, 2), torch.full((6, 2), -1.0)
+    for other in ((ids + rank, log_probs), (ids, log_probs - rank)):
+        yield (
+            "got other ones on ranks [1]",
+            lambda other=other: fused_linear_top_k(hidden, own, *other, **group),
+        )
+    for beta, k in ((0.1 * rank, 2), (0.0, 1 + rank)):
+        yield (
+            "needed gradients on ranks [1] than",
+            lambda beta=beta, k=k: fused_linear_top_k(
+                *(hidden, own, ids[:, :k], log_probs[:, :k]), beta=beta, **group
+            ),
+        )
     weights = torch.full((6,), 1.0 + rank)
     yield "got other ones on ranks [1]", jsd(*usual, weights, **group)
     whole = (hidden, weight, teacher, teacher_weight)
