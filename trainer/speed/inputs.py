@@ -7,6 +7,7 @@ then begin to read rows and pictures.
 
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakMethod
 
 from torch import Tensor
 
@@ -22,18 +23,34 @@ class Made(NamedTuple):
     inputs: MicroBatch | Exception  # on the host, or what making them has ended in
 
 
+class Mover:
+    """Tensors of the host to the device."""
+
+    def __init__(self, args: GOLDConfig, finish: Callable[[Tensor], Tensor]) -> None:
+        self.args = args
+        self.finish = WeakMethod(finish)  # of the trainer, which holds this: DeepSpeed's dtype
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.move(self.pinned(tensor))
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        return pinned(tensor, self.args.device) if self.args.dataloader_pin_memory else tensor
+
+    def move(self, tensor: Tensor) -> Tensor:
+        finish = self.finish()
+        assert finish is not None, "the trainer is there while it trains"
+        return finish(moved(tensor, self.args.device))
+
+
 class Inputs:
     """Tensors of micro-batches, in their turn or before it."""
 
     def __init__(
-        self,
-        objective: Objective,
-        args: GOLDConfig,
-        finish: Callable[[Tensor], Tensor],  # on the device: DeepSpeed's dtype
+        self, objective: Objective, args: GOLDConfig, finish: Callable[[Tensor], Tensor]
     ) -> None:
-        self.objective, self.args, self.finish = objective, args, finish
+        self.objective, self.mover = objective, Mover(args, finish)
         self.made: Made | None = None
-        self.passes = TeacherPasses(objective, args, self._to_device)
+        self.passes = TeacherPasses(objective, args, self.mover)
 
     def make(self, batch: WindowBatch | None) -> None:
         """Of a batch whose turn comes next; None: it is not known, or has to be written first."""
@@ -41,7 +58,7 @@ class Inputs:
         if batch is None:
             return
         try:
-            self.made = Made(batch, self.objective.prepare(batch, self._pinned))
+            self.made = Made(batch, self.objective.prepare(batch, self.mover.pinned))
         except Exception as error:  # of a row: the step that is computed does not end with it
             self.made = Made(batch, error)
 
@@ -54,14 +71,5 @@ class Inputs:
         if made is not None and made.batch.examples is batch.examples:
             if isinstance(made.inputs, Exception):
                 raise made.inputs
-            return made.inputs.to(self._move)
-        return self.objective.prepare(batch, self._to_device)
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        return self.finish(moved(tensor, self.args.device))
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return self._move(self._pinned(tensor))
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return pinned(tensor, self.args.device) if self.args.dataloader_pin_memory else tensor
+            return made.inputs.to(self.mover.move)
+        return self.objective.prepare(batch, self.mover)
