@@ -59,7 +59,14 @@ TWO = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
         ),
         (
             {"teacher_messages": [HINT[0], {"role": "assistant", "content": "Blue."}]},
-            "teacher_messages: its answer must be the row's own, .* got 'Blue.' where the row",
+            "teacher_messages: its answer must be the row's own, .* got content 'Blue.' where the",
+        ),
+        (
+            {
+                "teacher_messages": HINT,
+                "messages": [CHAT[0], CHAT[1] | {"reasoning_content": "Hm"}],
+            },
+            "teacher_messages: its answer .*, got reasoning_content None where the row .* 'Hm'; l",
         ),
         (
             {"teacher_messages": HINT, "messages": CHAT[:1]},

@@ -2,11 +2,14 @@
 float64 step, however the batch is split; answers that cannot be are refused.
 """
 
+import json
+import re
+
 import pytest
 import torch
 
-from gold_trainer import GOLDConfig, ScoredTokens
-from gold_trainer.resuming import settings_of_run
+from gold_trainer import GOLDConfig, ScoredTokens, checkpoints
+from gold_trainer.resuming import check_settings, settings_of_run
 from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.weighting import make_weighting
 from support import weightings
@@ -233,6 +236,18 @@ def test_a_function_comes_from_a_module_by_name_or_as_an_argument(tmp_path, monk
         ValueError, match=r"beside the tokens, most, got {'mots': 1.0} .* mean most"
     ):
         GOLDConfig(str(tmp_path), token_weighting=GRADED, token_weighting_kwargs={"mots": 1.0})
+
+
+def test_a_run_that_is_resumed_without_its_weights_says_so(tmp_path, caplog):
+    """Also without those of a function that has no name."""
+    args = GOLDConfig(output_dir=str(tmp_path))
+    weighting = make_weighting(args, lambda tokens: tokens)
+    mark = {"settings": settings_of_run(args, weighting), "files": {}}
+    (tmp_path / checkpoints.MARK).write_text(json.dumps(mark))
+    check_settings(tmp_path, args, weighting)
+    assert not caplog.text
+    check_settings(tmp_path, args)
+    assert re.search(r"other settings: token_weighting .*<lambda> -> None", caplog.text)
 
 
 def test_a_cache_of_means_has_no_log_probabilities_of_the_teacher():

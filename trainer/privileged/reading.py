@@ -151,11 +151,14 @@ def _prompt_of(messages: Messages, row: "Row", answer: Place, reader: "RowReader
             f"row {row.index}: a conversation must have a message before its answer, got the "
             "answer alone; add what it answers."
         )
-    if row.answer is None or _told(last) != _told(row.answer):
-        own = "none, which is yet to be written" if row.answer is None else shown(row.completion)
+    given = _told(last)
+    own = {} if row.answer is None else _told(row.answer)
+    keys = [key for key in ("content", *given, *own) if given.get(key) != own.get(key)]
+    if keys:
+        has = f"{keys[0]} {shown(own.get(keys[0]))}" if own else "none, which is yet to be written"
         raise ValueError(
             f"row {row.index}: its answer must be the row's own, which both sides are compared on, "
-            f"got {shown(joined_text(last['content']))} where the row has {own}; leave it out."
+            f"got {keys[0]} {shown(given.get(keys[0]))} where the row has {has}; leave it out."
         )
     return prompt
 
