@@ -88,6 +88,8 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
 def read_teacher_id(columns: Mapping[str, Any], index: int, known: Sequence[str]) -> str | None:
     """known: ids of teacher_models, none where the run has one teacher."""
     value = columns.get(TEACHER_ID)
+    if isinstance(value, float) and value.is_integer():  # as pandas has them beside a gap
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not known:

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from gold_trainer import GOLDConfig, GOLDTrainer, loading
 from gold_trainer.__main__ import main
+from gold_trainer.columns import read_teacher_id
 from gold_trainer.metrics import MetricWindow
 from support.cache_cases import CACHE_FIELDS, save_pair, save_rows
 from support.cross_cases import TEACHER_MERGES
@@ -214,6 +215,21 @@ def test_a_micro_batch_of_which_no_row_is_left_still_has_a_graph(texts, tmp_path
     assert gradients["model.norm.weight"].norm() > 0
     assert {part["units/math"] for part in trainer.window_counts} == {0}
     assert 0 in {part["units/code"] for part in trainer.window_counts}
+    log = trainer.state.log_history[0]
+    assert "loss/code" in log and "loss/math" not in log, "a mean over nothing is no 0"
+
+
+@pytest.mark.parametrize("value", ["1", 1, 1.0])
+def test_an_id_may_be_a_whole_number(value):
+    assert read_teacher_id({"teacher_id": value}, 0, ("0", "1")) == "1"
+
+
+@pytest.mark.parametrize("value", [True, 1.5, float("nan"), float("inf"), "", ["1"]])
+def test_other_ids_are_refused(value):
+    with pytest.raises(
+        ValueError, match=r"^row 3: teacher_id must be one of teacher_models, 0, 1, got"
+    ):
+        read_teacher_id({"teacher_id": value}, 3, ("0", "1"))
 
 
 def test_the_column_without_several_teachers_is_refused(texts, tmp_path):

@@ -137,9 +137,9 @@ class ByTeacher(Objective):
         return counts
 
     def means(self, totals: dict[str, float]) -> dict[str, float]:
-        """The first's, and the mean of each teacher's own units."""
-        units = {key: max(totals[_units(key)], 1) for key in self.parts}
-        own = {f"loss/{key}": totals[_loss(key)] / count for key, count in units.items()}
+        """The first's, and the mean of each teacher's own units, where it has some."""
+        units = {key: totals[_units(key)] for key in self.parts}
+        own = {_loss(key): totals[_loss(key)] / count for key, count in units.items() if count}
         return self.first.means(totals) | own
 
 
