@@ -58,6 +58,7 @@ def refuse_unusable(
             "weights then are the teacher."
         )
     refuse_places(teacher_model, args)
+    refuse_split_teacher(args)
     if teacher_model is model and not isinstance(model, str):
         raise ValueError(
             "GOLDTrainer: student and teacher must be two objects, got one: the teacher is frozen; "
@@ -106,17 +107,20 @@ def refuse_places(teacher_model: Any, args: GOLDConfig) -> None:
             f"GOLDTrainer: teacher_device must be None with {args.world_size} processes, got "
             f"{device!r}, which all of them would fill; {instead}, or start one process."
         )
+    if sharding is not None and args.world_size == 1:
+        raise ValueError(
+            f"GOLDTrainer: teacher_sharding must be None with one process, got {sharding!r}; start "
+            "several with accelerate launch, or set teacher_offload='cpu'."
+        )
+
+
+def refuse_split_teacher(args: GOLDConfig) -> None:
     size, own = args.teacher_batch_size, args.per_device_train_batch_size
     if size is not None and size < own and args.world_size > 1:
         raise ValueError(
             f"GOLDTrainer: teacher_batch_size must be at least per_device_train_batch_size={own} "
             f"with {args.world_size} processes, got {size}: all of them run the teacher as often; "
             "lower per_device_train_batch_size."
-        )
-    if sharding is not None and args.world_size == 1:
-        raise ValueError(
-            f"GOLDTrainer: teacher_sharding must be None with one process, got {sharding!r}; start "
-            "several with accelerate launch, or set teacher_offload='cpu'."
         )
 
 

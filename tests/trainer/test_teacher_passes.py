@@ -100,4 +100,4 @@ def test_several_processes_run_the_teacher_as_often(monkeypatch):
     )
     monkeypatch.setattr(GOLDConfig, "world_size", 2)
     with pytest.raises(ValueError, match="at least per_device_train_batch_size=2 with 2 processes"):
-        refusals.refuse_places("teacher", args)
+        refusals.refuse_split_teacher(args)
