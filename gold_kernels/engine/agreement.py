@@ -18,9 +18,8 @@ from gold_kernels.engine.slices import Slices
 if TYPE_CHECKING:  # a build without distributed has no such class
     from torch.distributed import ProcessGroup
 
-SAMPLE = 64  # columns of the hidden states that are compared
-# Of the norm of a sample: rounding that differs between processes moves a sum by 1e-3 of it, other
-# rows by about as much as it is.
+# Of the norm of what is summed: rounding that differs between processes moves a sum by 1e-3 of it,
+# other rows by about as much as it is.
 MAX_GAP = 1e-2
 SIDES = ("student", "teacher")
 Heads = tuple[LinearHead, ...]  # the student's and, if it has one, the teacher's
@@ -36,15 +35,15 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 
 def own_part(
-    function: str, name: str, tensor: Any, is_hidden: bool
+    function: str, name: str, tensor: Any, is_replicated: bool
 ) -> tuple[Tensor, "ProcessGroup"]:
-    """The local tensor of a DTensor, and its group: hidden states are replicated, heads sharded
-    over the vocabulary.
+    """The local tensor of a DTensor, and its group: hidden states and weights of rows are
+    replicated, heads sharded over the vocabulary.
     """
     mesh, placements = tensor.device_mesh, tensor.placements
-    is_known = placements[0].is_replicate() if is_hidden else placements[0].is_shard(0)
+    is_known = placements[0].is_replicate() if is_replicated else placements[0].is_shard(0)
     if mesh.ndim != 1 or not is_known:
-        expected = "Replicate()" if is_hidden else "Shard(0), over the vocabulary,"
+        expected = "Replicate()" if is_replicated else "Shard(0), over the vocabulary,"
         raise ValueError(
             f"{function}: {name} as a DTensor must be {expected} on a mesh of one dimension, got "
             f"{tuple(placements)} on one of {mesh.ndim}; redistribute it, or pass "
@@ -87,7 +86,15 @@ def own_heads(function: str, heads: Heads, options: Options) -> tuple[Heads, Opt
         hidden, weight, bias = parts
         assert hidden is not None and weight is not None, "only a bias may be None"
         result.append(head._replace(hidden=hidden, weight=weight, bias=bias))
-    return tuple(result), options._replace(process_group=group)
+    labels = own_rows(function, "labels", options.labels)
+    label_weights = own_rows(function, "label_weights", options.label_weights)
+    options = options._replace(labels=labels, label_weights=label_weights, process_group=group)
+    return tuple(result), options
+
+
+def own_rows(function: str, name: str, tensor: Tensor | None) -> Tensor | None:  # (N,)
+    """What is the same on all processes, out of a DTensor too."""
+    return own_part(function, name, tensor, True)[0] if is_sharded(tensor) else tensor
 
 
 def _check_group(function: str, group: Any) -> None:
@@ -108,8 +115,8 @@ def refuse_slices(function: str, *tensors: Tensor) -> None:
     """For losses whose heads must be whole, and which have no option process_group."""
     if any(is_sharded(tensor) for tensor in tensors):
         raise ValueError(
-            f"{function}: heads and hidden states must be whole, got a DTensor; pass "
-            "weight.full_tensor(), or use fused_linear_jsd, which takes slices of a vocabulary."
+            f"{function}: heads, hidden states and logits must be whole, got a DTensor; pass its "
+            "full_tensor(), or use fused_linear_jsd, which takes slices of a vocabulary."
         )
 
 
@@ -144,13 +151,14 @@ def _facts(
     settings: object,
     ids: Sequence[Tensor],
 ) -> Tensor:  # (26,) float64
-    """Both sizes; a number of all that must be equal; a sum of the first entry of either head; and
-    sums of what rows have.
+    """Both sizes; a number of all that must be equal; a sum of either slice; and sums of what rows
+    have.
     """
     student, teacher = heads[0], heads[1] if len(heads) > 1 else None
     device = student.hidden.device
     joined = torch.cat([part.flatten().to(device) for part in ids]) if ids else None
-    samples = [student.hidden, None if teacher is None else teacher.hidden]
+    is_live = _live_rows(student.num_rows, tensors[0], options)
+    samples = [None if head is None else head.hidden for head in (student, teacher)]
     samples += [*tensors, *[None] * (2 - len(tensors))]
     samples += [options.label_weights, options.labels, joined]
     needs = [
@@ -169,21 +177,43 @@ def _facts(
     parts = [student.hidden.new_tensor([*sizes, same], dtype=torch.float64)]
     none = parts[0].new_zeros(3)
     for head in (student, teacher):
-        entry = none[:1] if head is None else head.weight.detach()[:1].sum(dtype=none.dtype).view(1)
-        parts.append(entry)
-    parts += [none if tensor is None else _sums(tensor.detach()) for tensor in samples]
+        parts.append(
+            none[:1] if head is None else head.weight.detach().sum(dtype=none.dtype).view(1)
+        )
+    parts += [none if tensor is None else _sums(tensor.detach(), is_live) for tensor in samples]
     return torch.cat(parts)
 
 
-def _sums(tensor: Tensor) -> Tensor:  # (N, D) or (N,) -> (3,)
-    """Two sums of a sample, its norm; of whole numbers, which must be equal, 0."""
+def _live_rows(
+    num_rows: int, row_weights: Tensor | None, options: Options
+) -> Tensor | None:  # (N,); None: all, or groups of rows have the weights
+    """Other rows may hold anything, and not the same on all processes."""
+    if row_weights is None or row_weights.shape != (num_rows,):
+        return None
+    is_live = row_weights != 0
+    if options.labels is not None:
+        weights = options.label_weights
+        is_live = is_live | ((options.labels >= 0) if weights is None else (weights != 0))
+    return is_live
+
+
+def _sums(tensor: Tensor, is_live: Tensor | None) -> Tensor:  # (N, D) or (N,) -> (3,)
+    """Two sums, the second of which sees the order, and the norm; of whole numbers, which must be
+    equal, 0.
+    """
     is_whole = not tensor.is_floating_point()
-    sample = (tensor[:, :SAMPLE] if tensor.ndim == 2 else tensor).double()
-    sample = sample.nan_to_num(0.0, 0.0, 0.0)  # rows of weight 0 may hold anything
-    places = torch.arange(sample.numel(), device=sample.device)
-    factors = 1 + places if is_whole else 1 - 2 * (places % 2)
-    norm = torch.zeros_like(sample.sum()) if is_whole else sample.norm()
-    return torch.stack([sample.sum(), (sample.flatten() * factors).sum(), norm])
+    rows = tensor
+    if tensor.ndim == 2 and not is_whole:  # hidden states: all columns, each by a factor of its own
+        columns = torch.arange(tensor.shape[1], device=tensor.device, dtype=torch.float32)
+        rows = tensor @ columns.cos().to(tensor.dtype)
+    rows = rows.flatten().double()
+    if is_live is not None and is_live.shape == rows.shape:
+        rows = torch.where(is_live, rows, 0)
+    rows = rows.nan_to_num(0.0, 0.0, 0.0)
+    places = torch.arange(len(rows), device=rows.device)
+    factors = 1 + places if is_whole else (1.3 * places).cos()
+    norm = rows.new_zeros(()) if is_whole else rows.norm()
+    return torch.stack([rows.sum(), (rows * factors).sum(), norm])
 
 
 def _compare(function: str, facts: list[list[float]]) -> None:
@@ -194,7 +224,7 @@ def _compare(function: str, facts: list[list[float]]) -> None:
         raise ValueError(
             f"{function}: every process of the group must make the same call, got other options, "
             f"shapes, dtypes or needed gradients on ranks {differ} than on rank 0; pass the same "
-            "on all of them."
+            "on all of them. What FSDP has in parts are no slices: pass weight.full_tensor()."
         )
     differ = [rank for rank, own in others if _has_other_rows(own, first)]
     if differ:
@@ -203,12 +233,14 @@ def _compare(function: str, facts: list[list[float]]) -> None:
             f"processes of the group, got other ones on ranks {differ} than on rank 0; a group "
             "shares its batch. What FSDP has in parts are no slices: pass weight.full_tensor()."
         )
-    for place, side in ((3, "student"), (4, "teacher")):
-        if others and first[place] and all(own[place] == first[place] for _, own in others):
+    for place, side in enumerate(SIDES):
+        size, total = first[place], first[3 + place]
+        is_same = [own[place] == size and own[3 + place] == total for _, own in others]
+        if others and total and all(is_same):
             raise ValueError(
                 f"{function}: {side}_weight must be a slice of its own on each process of the "
-                "group, got the same first entry on all; pass weight.tensor_split(size)[rank], or "
-                "whole heads without process_group."
+                "group, got the same on all; pass weight.tensor_split(size)[rank], or whole heads "
+                "without process_group."
             )
 
 

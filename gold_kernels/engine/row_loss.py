@@ -66,6 +66,8 @@ class RowLoss:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "start" in cls.__dict__ and "takes_slices" not in cls.__dict__:
+            cls.takes_slices = False  # a parent's rows are the parent's
         if not cls.__dict__.get("name"):  # an inherited name is the parent's: see checks
             return
         known = ROW_LOSSES.get(cls.name)

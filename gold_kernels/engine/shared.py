@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import join_slices
+from gold_kernels.engine.agreement import join_slices, own_rows, refuse_slices
 from gold_kernels.engine.heads import (
     check_heads,
     label_weights_of,
@@ -64,6 +64,7 @@ def shared_linear_loss(
     student, teacher, options = check_heads(
         function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
     )
+    row_weights = own_rows(function, "row_weights", row_weights)
     checks.check_pair(function, student.hidden, teacher.hidden)
     checks.check_row_weights(function, row_weights, student.hidden)
     checks.check_label_weights(function, options, student.hidden)
@@ -99,6 +100,7 @@ def shared_logits_loss(
 ) -> tuple[Tensor, "RowValues"]:
     """The same for logits that the caller holds; padded columns get gradient 0."""
     checks.check_row_loss(function, row_loss, options.backend)
+    refuse_slices(function, student_logits, teacher_logits)
     checks.check_logits(function, student_logits, teacher_logits, row_weights)
     options = checks.check_options(function, options, student_logits)
     checks.check_label_weights(function, options, student_logits)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import refuse_slices
 from gold_kernels.engine.heads import (
     label_weights_of,
     row_weights_of,
@@ -366,6 +367,7 @@ def uld_loss(
         *(matched_weight, unmatched_weight),
     )
     row_loss = settings.row_loss(function)
+    refuse_slices(function, student_logits, teacher_logits)
     checks.check_logits(function, student_logits, teacher_logits, row_weights)
     given = checks.check_options(function, given, student_logits)
     v_student, v_teacher = student_logits.shape[1], teacher_logits.shape[1]

@@ -5,7 +5,8 @@ torchrun --nproc_per_node 3 -m support.rank SECONDS support.parallel_step
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,17 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from gold_kernels import (
     fused_linear_jsd,
+    fused_linear_loss,
     fused_linear_mean_kl,
     fused_linear_top_k,
     fused_linear_uld,
     head_means,
+    jsd_loss,
     peak_extra_bytes,
+    uld_loss,
 )
+from gold_kernels.engine.row_loss import Rows
+from gold_kernels.losses import JSD
 from support.jsd_cases import random_case
 from support.parallel_cases import check_all
 from support.rank import leave_together
@@ -71,6 +77,10 @@ def refusals(pair: Any) -> Iterator[tuple[str, Callable[[], object]]]:
         )
     weights = torch.full((6,), 1.0 + rank)
     yield "got other ones on ranks [1]", jsd(*usual, weights, **group)
+    order = torch.arange(6).view(3, 2).flip(1).flatten() if rank else torch.arange(6)
+    rows = (hidden[order], own, teacher[order], own_teacher)
+    yield "got other ones on ranks [1]", jsd(*rows, **group)
+    weight[0] = 0  # of a padding token
     whole = (hidden, weight, teacher, teacher_weight)
     yield "student_weight must be a slice of its own", jsd(*whole, **group)
     mixed = (hidden, own, teacher, teacher_weight)
@@ -90,14 +100,53 @@ def refusals(pair: Any) -> Iterator[tuple[str, Callable[[], object]]]:
         "student_hidden as a DTensor must be Replicate()",
         jsd(cut_hidden, sharded, teacher, sharded),
     )
+    for loss in (jsd_loss, uld_loss):
+        yield (
+            f"{loss.__name__}: heads, hidden states and logits must be whole",
+            lambda loss=loss: loss(sharded.T.contiguous(), sharded.T.contiguous()),
+        )
+    cut_rows = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
+    yield "row_weights as a DTensor must be Replicate()", jsd(*usual, cut_rows, **group)
     yield (
-        "head_means: heads and hidden states must be whole",
+        "head_means: heads, hidden states and logits must be whole",
         lambda: head_means(teacher, teacher_weight, sharded),
     )
     yield (
-        "fused_linear_mean_kl: heads and hidden states must be whole",
+        "fused_linear_mean_kl: heads, hidden states and logits must be whole",
         lambda: fused_linear_mean_kl(hidden, sharded, None),
     )
+
+
+@dataclass(frozen=True)
+class WholeRows(JSD):
+    """A loss of one's own, whose rows must be whole, below one that takes slices."""
+
+    name: ClassVar[str] = "whole_rows"
+
+    def start(self, rows: Rows) -> Any:
+        return super().start(rows)
+
+
+def check_accepted(pair: Any) -> list[str]:
+    """Rows of weight 0 hold anything; weights of rows may be replicated DTensors; a subclass with
+    rows of its own gets whole ones.
+    """
+    rank = dist.get_rank()
+    case = random_case(n=6, v=20, d_s=4, d_t=5).to(torch.float64)
+    own = [case[place].detach().tensor_split(2)[rank] for place in (1, 3)]
+    weights = torch.tensor([1.0, 0, 1, 2, 1, 1], dtype=torch.float64)
+    expected = fused_linear_jsd(*case, weights)
+    hidden = case.student_hidden.detach().clone()
+    hidden[1] = (torch.nan, 7.0)[rank]
+    mesh = DeviceMesh.from_group(pair, "cpu")
+    given = distribute_tensor(weights, mesh, [Replicate()])
+    found = [
+        fused_linear_jsd(hidden, own[0], case[2], own[1], given, process_group=pair),
+        fused_linear_loss(
+            WholeRows(), hidden, own[0], case[2], own[1], weights, process_group=pair
+        ),
+    ]
+    return [f"accepted: {one} for {expected}" for one in found if not one.isclose(expected)]
 
 
 def check_refusals(pair: Any, everyone: Any) -> list[str]:
@@ -155,7 +204,7 @@ def main() -> None:
                 found = check_all(group, torch.float32, 1e-5, every=3)
                 found += check_all(group, torch.float32, 2e-5, backend="triton")
                 wrong += [f"{size} processes, float32, {one}" for one in found]
-                wrong += check_memory(group)
+                wrong += check_memory(group) + check_accepted(group)
     wrong += check_refusals(groups[1], groups[2])
     assert not wrong, "\n".join(wrong)
     leave_together()
