@@ -56,7 +56,7 @@ def own_heads(function: str, heads: Heads, options: Options) -> tuple[Heads, Opt
     """Heads with this process' tensors in place of DTensors, whose group becomes process_group."""
     group = options.process_group
     if group is not None:
-        _check_group(function, group)
+        check_group(function, group)
     kinds = {name: is_sharded(head.weight) for name, head in zip(SIDES, heads, strict=False)}
     if len(set(kinds.values())) > 1 and group is None:
         sharded, plain = sorted(kinds, key=lambda side: not kinds[side])
@@ -97,7 +97,7 @@ def own_rows(function: str, name: str, tensor: Tensor | None) -> Tensor | None: 
     return own_part(function, name, tensor, True)[0] if is_sharded(tensor) else tensor
 
 
-def _check_group(function: str, group: Any) -> None:
+def check_group(function: str, group: Any) -> None:
     is_group = dist.is_available() and isinstance(group, dist.ProcessGroup)
     if is_group and dist.get_rank(group) >= 0:
         return

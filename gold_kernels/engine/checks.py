@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gold_kernels.engine.agreement import check_group
 from gold_kernels.engine.options import LossOptions, Options, per_side, resolve_options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss
 from gold_kernels.triton import launch
@@ -319,6 +320,8 @@ def check_chosen(function: str, options: Options) -> None:
             "None chooses by the device of the tensors."
         )
     check_pairs(function, options)
+    if options.process_group is not None:
+        check_group(function, options.process_group)
     for scale, cap in zip(
         per_side(options.logit_scale), per_side(options.final_logit_softcapping), strict=True
     ):

@@ -176,6 +176,9 @@ def fused_linear_loss(
     row_loss_i (None: 1 each) plus the weighted cross-entropy of each row, (N,); with a trained head
     its backward pass makes the logits once more.
 
+    With process_group both heads are this process' slices of the vocabulary, and so is the gradient
+    of the student's; everything else is the same on all processes of the group.
+
     return_metrics=True returns (loss, dict): unweighted, detached values of every row by name.
     Not supported: a second derivative, torch.func transforms. Raises ValueError for shapes, dtypes,
     devices and numbers that do not fit, with the remedy.

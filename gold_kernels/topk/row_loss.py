@@ -21,12 +21,15 @@ from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, SMALLEST_REST
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
-from gold_kernels.engine.torch_rows import BLOCK_ELEMENTS, Divergence, divergence_rows_
+from gold_kernels.engine.torch_rows import (
+    BLOCK_ELEMENTS,
+    Divergence,
+    divergence_rows_,
+    large_block,
+    without_scratch,
+)
 from gold_kernels.jsd.row_loss import divergence_bound
 from gold_kernels.uld.torch_rows import matched_jsd
-
-TEMPORARIES = 8  # (c, V) tensors of a block alive at once, at most
-SCRATCH_PART = 8  # of the budget, at most, is for them
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,12 @@ class TopK(RowLoss):
         return max(1.0, divergence_bound(self.beta) / self.temperature)
 
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
-        scratch = limits.budget_bytes // SCRATCH_PART
-        return limits._replace(budget_bytes=max(1, limits.budget_bytes - scratch))
+        return without_scratch(limits)
 
     def start(self, rows: Rows) -> RowFunction:
         assert self.targets is not None, "a call has its teacher's entries"
         ids, log_probs = self.targets
-        scratch = rows.limits.budget_bytes // SCRATCH_PART // TEMPORARIES
-        scratch //= rows.values.dtype.itemsize
+        block = large_block(rows.limits, rows.values.dtype)
         is_cpu = rows.values.device.type == "cpu"  # small blocks stay in its caches
 
         def row_function(
@@ -74,7 +75,7 @@ class TopK(RowLoss):
                 rows.values[:, chunk],
                 temperature=self.temperature,
                 softcap=rows.softcap,
-                block_elements=min(scratch, BLOCK_ELEMENTS) if is_cpu else scratch,
+                block_elements=min(block, BLOCK_ELEMENTS) if is_cpu else block,
             )
 
         return row_function

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from gold_kernels import fused_linear_jsd, head_means, jsd_loss, uld_loss
+from gold_kernels import (
+    FusedLinearJSDLoss,
+    FusedLinearULDLoss,
+    fused_linear_jsd,
+    head_means,
+    jsd_loss,
+    uld_loss,
+)
 from support.jsd_cases import random_case
 from support.processes import start_ranks
 
@@ -22,6 +29,12 @@ def test_losses_without_slices_refuse_a_process_group_by_name(loss):
     number = 3 if loss is head_means else 2
     with pytest.raises(ValueError, match=f"{loss.__name__}: an option is .* got process_group="):
         loss(*tensors[:number], process_group=None)
+
+
+@pytest.mark.parametrize("module", [FusedLinearJSDLoss, FusedLinearULDLoss])
+def test_a_module_looks_at_its_group_when_it_is_built(module):
+    with pytest.raises(ValueError, match="process_group must be a process group of this process"):
+        module(process_group="world")
 
 
 def test_slices_that_are_short_of_the_tokenizer_are_refused():
