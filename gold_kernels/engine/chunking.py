@@ -29,7 +29,7 @@ from gold_kernels.triton.launch import aligned_width
 
 # float16 ends at 6e-8, far above row_weight * probability: gradients travel as 2**14 / max
 # |row_weight| / grad_bound times themselves (no entry is beyond 3 row weights times grad_bound, see
-# run_chunks) and are kept in float32 until backward.
+# run_chunks, but where log 0 is in it: docs/accuracy.md) and are kept in float32 until backward.
 FLOAT16_GRAD_LIMIT = 2.0**14
 
 

@@ -46,8 +46,9 @@ class LinearHead(NamedTuple):
             logits.mul_(self.logit_scale)
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
-            if self.bias is not None:  # a column masked with -inf is now -softcap
-                logits.add_(torch.where(self.bias == -torch.inf, self.bias, 0))
+        if self.bias is not None and (self.softcap is not None or self.logit_scale < 0):
+            # a column masked with -inf is -softcap, or +inf, by now
+            logits.masked_fill_(self.bias == -torch.inf, -torch.inf)
         return logits
 
 

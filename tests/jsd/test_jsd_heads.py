@@ -102,13 +102,15 @@ def test_soft_capped_and_scaled_heads(beta, dtype, device, backend):
 
 @on_every_backend
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_soft_capped_heads_with_a_bias_and_a_masked_column(beta, device, backend):
-    """A column masked with -inf keeps probability 0 through the cap."""
+@pytest.mark.parametrize(("cap", "scale"), [(2.0, 1.0), (None, -0.7)])
+def test_a_masked_column_has_probability_0_through_cap_and_scale(cap, scale, beta, device, backend):
     case = random_case(n=20)
     bias = torch.linspace(-2, 2, case.student_weight.shape[0])
     bias[7] = -torch.inf
     double = case.to(torch.float64)
-    logits = [2.0 * torch.tanh((double[i] @ double[i + 1].T + bias) / 2.0) for i in (0, 2)]
+    logits = [scale * (double[i] @ double[i + 1].T + bias) for i in (0, 2)]
+    if cap is not None:
+        logits = [cap * torch.tanh(side / cap) for side in logits]
     masked = [side.index_fill(1, torch.tensor(7), -torch.inf) for side in logits]
     truth = reference.jsd_rows(*masked, beta=beta).mean()
     expected = truth, *torch.autograd.grad(truth, double[:2])
@@ -116,7 +118,8 @@ def test_soft_capped_heads_with_a_bias_and_a_masked_column(beta, device, backend
     actual = run_fused(
         case.to(torch.float32, device),
         beta=beta,
-        final_logit_softcapping=2.0,
+        final_logit_softcapping=cap,
+        logit_scale=scale,
         chunk_size=6,
         backend=backend,
         **biases,
