@@ -199,6 +199,28 @@ def test_answers_that_are_no_vllms_are_refused_with_the_address(path, answer, wh
     assert "without what stands before it, started with: vllm serve" in str(error.value)
 
 
+@pytest.mark.parametrize("path", ["/version", "/v1/models", "/tokenize", GENERATE])
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (400, "(answer|turn|take) .*, got a refusal .refused with 400.; "),
+        (401, "take requests without a key, got 401 of .*; start it without --api-key"),
+        (404, "(expected at .*, got 404 of .*, which vLLM always has; start one|--enable-scale)"),
+        (429, "answer .*, got 429: refused with 429; "),
+    ],
+)
+def test_a_refusal_of_the_first_requests_names_the_address(status, text, path, pair, served):
+    generate = served.generate
+    # an empty body asks whether the path is there
+    served.stub.answers[path] = lambda body: (
+        generate(body) if path == GENERATE and not body and status != 404 else status
+    )
+    with refuse(f"(must|is) .*{text}") as error:
+        opened(pair, served, teacher_request_retries=0)
+    one_sentence(error)
+    assert served.stub.url in str(error.value) and "vllm serve" in str(error.value)
+
+
 def test_a_version_of_a_build_from_source_is_told(pair, served, caplog):
     served.stub.answers["/version"] = {"version": "dev"}
     with caplog.at_level(logging.WARNING):

@@ -151,7 +151,13 @@ def _tokens(server: Server, body: dict[str, Any]) -> list[int]:
 def _check_weights(states: HiddenStates, tail: Tail, processor: Processor, name: str) -> None:
     """Norm and head of the checkpoint make of the server's hidden states what the server makes."""
     ids = tokenizer_of(processor)(PROBE)["input_ids"]
-    answer = states.ask(ids, [])
+    try:
+        answer = states.ask(ids, [])
+    except Refused as error:
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {states.server.url} must take a row of {len(ids)} "
+            f"tokens, got a refusal ({error}); start it with: {states.server.start_line}"
+        ) from error
     ours = float(tail.log_probs(answer.hidden[-1:])[0, answer.next_id])
     if not abs(ours - answer.next_logprob) <= MOST.get(answer.hidden.dtype, MOST_16_BITS):
         raise ValueError(

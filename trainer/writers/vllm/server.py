@@ -19,6 +19,7 @@ MISSING: dict[str, str] = {
     "/inference/v1/generate": "--enable-scale-out",
     "/v1/load_lora_adapter": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment",
 }
+OF_ALL = ("/version", "/v1/models", "/tokenize")  # however it was started
 DEVELOPMENT = "VLLM_SERVER_DEV_MODE=1 in its environment"
 
 
@@ -58,7 +59,13 @@ class Server:
         return None if status == 200 else f"the answer {status}"
 
     def get(self, path: str, params: Mapping[str, str] | None = None) -> dict[str, Any]:
-        return self._answer("GET", path, params=params)
+        try:
+            return self._answer("GET", path, params=params)
+        except Refused as error:
+            raise ValueError(
+                f"GOLDTrainer: the vLLM server at {self.url} must answer {path}, got a refusal "
+                f"({error}); start it with: {self.start_line}"
+            ) from error
 
     def post(
         self, path: str, body: Any = None, params: Mapping[str, str] | None = None
@@ -120,6 +127,18 @@ class Server:
     def _answer(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         response = self._send(method, path, **options)
         text = _message(response)
+        if response.status_code == 401:
+            raise ValueError(
+                f"GOLDTrainer: the vLLM server at {self.url} must take requests without a key, got "
+                f"401 of {path}; start it without --api-key, within a network of your own: "
+                f"{self.start_line}"
+            )
+        if response.status_code in (403, 404, 405) and path in OF_ALL:
+            raise ValueError(
+                f"GOLDTrainer: a vLLM server is expected at {self.url}, got "
+                f"{response.status_code} of {path}, which vLLM always has; start one with: "
+                f"{self.start_line}"
+            )
         if response.status_code in (403, 404) and path != "/v1/unload_lora_adapter":
             if "model" in text and "does not exist" in text:
                 raise Refused(text)
@@ -129,7 +148,7 @@ class Server:
                 f"{response.status_code}; it was started without {needed}: start it with: "
                 f"{self.start_line}"
             )
-        if response.status_code >= 500:
+        if response.status_code == 429 or response.status_code >= 500:
             raise self._gone(path, f"{response.status_code}: {text}")
         if response.status_code != 200:
             raise Refused(text)
