@@ -25,6 +25,9 @@ FAST := \
 	tests/trainer/test_gold_trainer.py::test_accumulation_changes_neither_loss_nor_gradient \
 	tests/trainer/test_cross_family.py::test_off_policy_step_equals_the_eager_float64_step
 
+# files side by side, in the order of tests/conftest.py: xdist's own begins with those of many tests
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: help demo test fast fuzz soak sweep matrix lint types coverage bench docs clean
 
 help:  ## the targets
@@ -35,7 +38,7 @@ demo: .venv/installed-demo  ## handwritten digits: a teacher learns, a student l
 
 test:  ## linter, types and all tests: what CI runs
 	$(MAKE) -j2 lint types .venv-vllm/installed  # two environments are installed side by side
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 fast: .venv/installed-dev  ## the tests to run after every change
 	$(BIN)/python -m pytest -q $(FAST)
@@ -66,7 +69,7 @@ served-teacher: .venv/installed-dev .venv-vllm/installed  ## a teacher behind vL
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_environment/served_teacher.py
 
 coverage: .venv/installed-dev .venv-vllm/installed  ## all tests with a report; see CONTRIBUTING for what it cannot see
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) \
 		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 bench: .venv/installed-dev  ## small benchmarks, on any machine; records nothing

@@ -26,7 +26,18 @@ if not torch.cuda.is_available():
     patch_once_a_launch()
 
 
+# What takes longest begins first: at the end it would leave the other workers of xdist idle.
+LONGEST = (
+    *("test_engines.py", "test_engine_matrix.py", "test_vllm.py", "test_kernels_compile.py"),
+    *("test_frozen_bits.py", "test_linear_uld.py", "test_uld_kernel.py", "test_vllm_colocate.py"),
+    *("test_compiled_step.py", "test_family_pairs.py", "test_families.py", "test_benchmarks.py"),
+    *("test_linear_jsd.py", "test_loss_edges.py", "test_reduction.py", "test_uld_degenerate.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if torch.cuda.is_available():
         return
     for item in items:

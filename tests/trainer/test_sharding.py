@@ -1,6 +1,4 @@
-"""What is decided before weights are sharded; runs under each engine are in test_fsdp and
-test_deepspeed.
-"""
+"""What is decided before weights are sharded; runs under each engine are in test_engines."""
 
 from dataclasses import replace
 from types import SimpleNamespace
