@@ -207,7 +207,8 @@ class ServedFields:
     def has_absent_teacher(self) -> bool:
         """Whether its weights are elsewhere, but for its head."""
         args: Any = self  # a GOLDConfig
-        return args.teacher_cache is not None or self.teacher_model_server_url is not None
+        is_served = is_address(self.teacher_model_server_url or args.teacher_model_name_or_path)
+        return args.teacher_cache is not None or is_served
 
     @property
     def is_told_by_examples(self) -> bool:

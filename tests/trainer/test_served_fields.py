@@ -14,6 +14,10 @@ from support.trainer_cases import FIELDS
     ("fields", "text"),
     [
         (
+            {"teacher_model_name_or_path": "http://a:1", "teacher_batch_size": 8},
+            "teacher_batch_size must be None for a teacher that does not run here, got 8",
+        ),
+        (
             {"teacher_model_name_or_path": "gpu7:8002"},
             "begins with http://, got 'gpu7:8002'; write",
         ),
