@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a build without distributed has no such class
 # Of the norm of what is summed: rounding that differs between processes moves a sum by 1e-3 of it,
 # other rows by about as much as it is.
 MAX_GAP = 1e-2
+NUM_FACTS, REFUSED = 26, -1.0
 SIDES = ("student", "teacher")
 Heads = tuple[LinearHead, ...]  # the student's and, if it has one, the teacher's
 
@@ -97,10 +98,15 @@ def own_rows(function: str, name: str, tensor: Tensor | None) -> Tensor | None: 
     return own_part(function, name, tensor, True)[0] if is_sharded(tensor) else tensor
 
 
-def check_group(function: str, group: Any) -> None:
+def is_member(group: Any) -> bool:
     is_group = dist.is_available() and isinstance(group, dist.ProcessGroup)
-    if is_group and dist.get_rank(group) >= 0:
+    return is_group and dist.get_rank(group) >= 0
+
+
+def check_group(function: str, group: Any) -> None:
+    if is_member(group):
         return
+    is_group = dist.is_available() and isinstance(group, dist.ProcessGroup)
     # what new_group gives to a process that it leaves out
     is_other = is_group or (dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER)
     got = "a group without it" if is_other else type(group).__name__
@@ -144,13 +150,23 @@ def join_slices(
     )
 
 
+def tell_refusal(options: Options, hidden: Tensor, weight: Any) -> None:
+    """In join_slices' place: this process raises an error that the others may not see."""
+    group = options.process_group
+    if group is None and is_sharded(weight) and weight.device_mesh.ndim == 1:
+        group = weight.device_mesh.get_group()
+    if group is not None and is_member(group):
+        facts = torch.full((NUM_FACTS,), REFUSED, dtype=torch.float64, device=hidden.device)
+        Slices(group.group_name, (1,) * dist.get_world_size(group)).gather(facts)
+
+
 def _facts(
     heads: Heads,
     options: Options,
     tensors: Sequence[Tensor | None],
     settings: object,
     ids: Sequence[Tensor],
-) -> Tensor:  # (26,) float64
+) -> Tensor:  # (NUM_FACTS,) float64
     """Both sizes; a number of all that must be equal; a sum of either slice; and sums of what rows
     have.
     """
@@ -219,6 +235,12 @@ def _sums(tensor: Tensor, is_live: Tensor | None) -> Tensor:  # (N, D) or (N,) -
 def _compare(function: str, facts: list[list[float]]) -> None:
     """Facts of all processes, by rank."""
     first, others = facts[0], list(enumerate(facts))[1:]
+    refused = [rank for rank, own in enumerate(facts) if own[0] == REFUSED]
+    if refused:
+        raise ValueError(
+            f"{function}: every process of the group must make a call that fits, got errors on "
+            f"ranks {refused}; they say what to do."
+        )
     differ = [rank for rank, own in others if own[2] != first[2]]
     if differ:
         raise ValueError(

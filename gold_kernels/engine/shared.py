@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import join_slices, own_rows, refuse_slices
+from gold_kernels.engine.agreement import join_slices, own_rows, refuse_slices, tell_refusal
 from gold_kernels.engine.heads import (
     check_heads,
     label_weights_of,
@@ -60,14 +60,18 @@ def shared_linear_loss(
     has_metrics: bool,
 ) -> tuple[Tensor, "RowValues"]:
     """Validate, slice the vocabulary, run; behind every public function of one vocabulary."""
-    checks.check_row_loss(function, row_loss, options.backend)
-    student, teacher, options = check_heads(
-        function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
-    )
-    row_weights = own_rows(function, "row_weights", row_weights)
-    checks.check_pair(function, student.hidden, teacher.hidden)
-    checks.check_row_weights(function, row_weights, student.hidden)
-    checks.check_label_weights(function, options, student.hidden)
+    try:
+        checks.check_row_loss(function, row_loss, options.backend)
+        student, teacher, options = check_heads(
+            function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
+        )
+        row_weights = own_rows(function, "row_weights", row_weights)
+        checks.check_pair(function, student.hidden, teacher.hidden)
+        checks.check_row_weights(function, row_weights, student.hidden)
+        checks.check_label_weights(function, options, student.hidden)
+    except ValueError:
+        tell_refusal(options, student_hidden, student_weight)
+        raise
     heads = student, teacher
     settings = row_loss, has_metrics
     student, teacher = join_slices(function, heads, options, (row_weights,), settings)

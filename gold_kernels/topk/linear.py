@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import join_slices, own_heads, own_rows
+from gold_kernels.engine.agreement import join_slices, own_heads, own_rows, tell_refusal
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.heads import (
     check_head,
@@ -109,10 +109,14 @@ def fused_linear_top_k(
     scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
     cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]
     head = LinearHead(student_hidden, student_weight, chosen.student_bias, scale, cap)
-    (head,), chosen = own_heads(function, (head,), chosen)
-    student = check_head(function, "student", head, chosen.process_group is not None)
-    chosen = checks.check_options(function, chosen, student.hidden)
-    row_weights = own_rows(function, "row_weights", row_weights)
+    try:
+        (head,), chosen = own_heads(function, (head,), chosen)
+        student = check_head(function, "student", head, chosen.process_group is not None)
+        chosen = checks.check_options(function, chosen, student.hidden)
+        row_weights = own_rows(function, "row_weights", row_weights)
+    except ValueError:
+        tell_refusal(chosen, student_hidden, student_weight)
+        raise
     settings, tensors = (beta, temperature, return_metrics), (row_weights, teacher_log_probs)
     (student,) = join_slices(function, (student,), chosen, tensors, settings, (teacher_ids,))
     v_student = student.vocab_size

@@ -75,6 +75,23 @@ def refusals(pair: Any) -> Iterator[tuple[str, Callable[[], object]]]:
                 *(hidden, own, ids[:, :k], log_probs[:, :k]), beta=beta, **group
             ),
         )
+    short = torch.ones(6 - rank)
+    yield (
+        ("row_weights must be", "got errors on ranks [1]")[rank % 2 == 0],
+        jsd(*usual, short, **group),
+    )
+    yield (
+        ("beta must be in [0, 1]", "got errors on ranks [1]")[rank % 2 == 0],
+        jsd(*usual, beta=0.5 + rank, **group),
+    )
+    yield (
+        ("row_weights must be", "got errors on ranks [1]")[rank % 2 == 0],
+        lambda: fused_linear_uld(*usual, short, **group),
+    )
+    yield (
+        ("share the hidden size", "got errors on ranks [1]")[rank % 2 == 0],
+        lambda: fused_linear_top_k(hidden[:, rank:], own, ids, log_probs, **group),
+    )
     weights = torch.full((6,), 1.0 + rank)
     yield "got other ones on ranks [1]", jsd(*usual, weights, **group)
     order = torch.arange(6).view(3, 2).flip(1).flatten() if rank else torch.arange(6)
