@@ -44,6 +44,8 @@ PICTURES = (
     *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
 )
 LAYERS = {"full_attention", "sliding_attention"}
+# Whose window is in the mask alone, which packed rows do not have.
+WINDOW_IN_MASK = ("qwen2_moe",)
 KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3")
 # Arguments of attention that only other kernels know.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
@@ -157,10 +159,15 @@ def _reason_against(model: nn.Module, args: GOLDConfig) -> str | None:
         return f"of the type {config.model_type}; {', '.join(names)} are known"
     if text.model_type not in (*TEXT, f"{config.model_type}_text"):
         return f"whose text is of the type {text.model_type}; {', '.join(TEXT)} are known"
-    if others := set(getattr(text, "layer_types", None) or ()) - LAYERS:
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if others := kinds - LAYERS:
         return f"with layers of the kind {min(others)}; attention is known"
+    if "sliding_attention" in kinds and text.model_type in WINDOW_IN_MASK:
+        return f"of the type {text.model_type} with a window; use_sliding_window=False is known"
     if text._attn_implementation not in (*KERNELS, OF_ROWS):
         return f"with the attention {text._attn_implementation!r}; {', '.join(KERNELS)} are known"
+    if args.neftune_noise_alpha is not None:
+        return "whose noise goes by the length of its rows; neftune_noise_alpha must be unset"
     is_trained = any(weight.requires_grad for weight in base.parameters())
     if is_trained and any(map(drops_out, base.get_decoder().modules())):
         return "that drops out attention; set disable_dropout=True"
