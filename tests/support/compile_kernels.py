@@ -1,6 +1,8 @@
-"""Compile every Triton kernel for the compute capabilities given (80 Ampere, 90 Hopper, 100
-Blackwell), without a GPU; prints one line per cubin: architecture, kernel, its bytes and the bytes
-of shared memory that a program needs.
+"""Compile every Triton kernel for a compute capability (80 Ampere, 90 Hopper, 100 Blackwell),
+without a GPU; prints one line per cubin: architecture, kernel, its bytes and the bytes of shared
+memory that a program needs.
+
+The first variant of a kernel is compiled for all of them, each other one for one of them in turn.
 
 Run as a script in a process without TRITON_INTERPRET (the interpreter replaces triton.jit).
 """
@@ -25,6 +27,8 @@ from gold_kernels.uld import triton_token_rows as token_rows
 from gold_kernels.uld.bins import LIST_SIZES
 from gold_kernels.uld.lists import list_words
 from gold_trainer.writers import attention_kernel, linear_kernel, sampling_kernel
+
+CAPABILITIES = (80, 90, 100)
 
 
 def signature_of(kernel, types, floats, constexprs):
@@ -303,29 +307,33 @@ def shared_bytes(compiled) -> int:
     )
 
 
-def main() -> None:
-    for capability in map(int, sys.argv[1:]):
-        target = GPUTarget("cuda", capability, 32)
-        for kernel, signature, constexprs, *more in (
-            *jsd_signatures(),
-            *formula_signatures(),
-            *slice_signatures(),
-            *scale_signatures(),
-            *uld_signatures(),
-            *uld_sums_signatures(),
-            *token_signatures(),
-            *projection_signatures(),
-            *draw_signatures(),
-            *decoding_signatures(),
-        ):
-            attributes = alignment_of(kernel, signature, constexprs)
-            source = ASTSource(kernel, signature, constexprs, attributes)
-            options = {"num_warps": 16} | ({"maxnreg": 64} if "IS_SHARED" in constexprs else {})
-            options |= more[0] if more else {}
-            compiled = triton.compile(source, target=target, options=options)
-            size, shared = len(compiled.asm["cubin"]), shared_bytes(compiled)
-            sys.stdout.write(f"sm_{capability} {kernel.__name__} {size} {shared}\n")
+def main(capability: int) -> None:
+    target, turn = GPUTarget("cuda", capability, 32), CAPABILITIES.index(capability)
+    variants: dict[str, int] = {}
+    for kernel, signature, constexprs, *more in (
+        *jsd_signatures(),
+        *formula_signatures(),
+        *slice_signatures(),
+        *scale_signatures(),
+        *uld_signatures(),
+        *uld_sums_signatures(),
+        *token_signatures(),
+        *projection_signatures(),
+        *draw_signatures(),
+        *decoding_signatures(),
+    ):
+        variant = variants.setdefault(kernel.__name__, 0)
+        variants[kernel.__name__] += 1
+        if variant > 0 and variant % len(CAPABILITIES) != turn:
+            continue
+        attributes = alignment_of(kernel, signature, constexprs)
+        source = ASTSource(kernel, signature, constexprs, attributes)
+        options = {"num_warps": 16} | ({"maxnreg": 64} if "IS_SHARED" in constexprs else {})
+        options |= more[0] if more else {}
+        compiled = triton.compile(source, target=target, options=options)
+        size, shared = len(compiled.asm["cubin"]), shared_bytes(compiled)
+        sys.stdout.write(f"sm_{capability} {kernel.__name__} {size} {shared}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
