@@ -129,7 +129,7 @@ def test_the_stub_writes_what_vllms_own_reader_reads(texts, serve):
     assert tensors["token_ids"].tolist() == ids and tensors["hidden_states"].shape[:2] == (3, 1)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "lfm2_vl", "llama"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "idefics3", "llama"])
 def test_norm_and_head_alone_are_read_and_make_the_models_logits(family, tmp_path):
     """Of a checkpoint in which nothing else is left."""
     save_tiny(tmp_path, family, "teacher")
@@ -155,7 +155,7 @@ def test_norm_and_head_alone_are_read_and_make_the_models_logits(family, tmp_pat
         hook.remove()
         ours = tail.log_probs(seen[0][0])
     torch.testing.assert_close(ours, logits.log_softmax(-1)[:, : ours.shape[1]])
-    assert models.base_model(model).config.tie_word_embeddings == (family in ("gemma3", "lfm2_vl"))
+    assert models.base_model(model).config.tie_word_embeddings == (family == "gemma3")
 
 
 def test_the_start_line_serves_what_the_last_layer_makes(texts, capsys):

@@ -125,7 +125,7 @@ def _find_norm(model: Any, side: Side) -> nn.Module:
     try:
         model.set_input_embeddings(_Given(width, side.head.weight.dtype))
         decoder = model.get_decoder()
-        _make_real(decoder)
+        _make_real(model, side.head)
         hooks = [m.register_forward_hook(note) for m in decoder.modules() if not [*m.children()]]
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         inputs = with_positions(models.base_model(model), models.forward_inputs(model, given))
@@ -140,14 +140,21 @@ def _find_norm(model: Any, side: Side) -> nn.Module:
     return last[-1]
 
 
-def _make_real(decoder: nn.Module) -> None:
-    """What is left of it beside layers and embeddings: norms, tables of positions."""
-    for module in decoder.modules():
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        if any(tensor is not None and tensor.is_meta for tensor in tensors):
-            module.to_empty(device="cpu", recurse=False)
-    for tensor in (*decoder.parameters(), *decoder.buffers()):
-        tensor.zero_()
+def _make_real(model: nn.Module, head: Any) -> None:
+    """What is left of it beside layers, embeddings and head: norms, tables of positions, and what
+    stands before the pictures, whose device some models take for their own.
+    """
+    for module in model.modules():
+        if module is head or not any(tensor.is_meta for tensor in _own(module)):
+            continue
+        module.to_empty(device="cpu", recurse=False)
+        for tensor in _own(module):
+            tensor.zero_()
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _is_same(output: Tensor, hidden: Tensor) -> bool:
