@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import logging
 
 from gold_kernels.tokens.token_bytes import template_end_of_turn
 from gold_trainer import text_tensors
@@ -25,12 +24,18 @@ from gold_trainer.in_context import InContext, end_ids_of_calls
 from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
 from gold_trainer.placeholders import placeholder_names, refuse_placeholders
 from gold_trainer.privileged.sides import batch_of
+from gold_trainer.quiet import quiet
 from gold_trainer.rendering import Processor, Renderer
 from gold_trainer.row_errors import LongPromptError, PictureError, told
 from gold_trainer.rows import Row
 from gold_trainer.videos import Video, describe_videos, processor_videos, refuse_videos
 
 IGNORE_INDEX = -100
+# They say that a device other than the CPU resizes differently; the rows' own pass says the rest.
+WARN_OF_SHAPES = (
+    *("transformers.image_processing_backends", "transformers.video_processing_utils"),
+    *("transformers.processing_utils", "transformers.tokenization_utils_base"),
+)
 
 
 def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
@@ -237,16 +242,13 @@ def prompt_ids(
     gets the pictures.
     """
     shapes = [torch.empty(3, i.height, i.width, dtype=torch.uint8, device="meta") for i in images]
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # some warn that a device other than the CPU resizes differently
-    try:
-        options = processor_videos(processor, [videos], is_for_length=True)
-        inputs = process_prompts(processor, [text], [shapes], [adds_special_tokens], options)
-    except (RuntimeError, TypeError):  # torch's answers to reading a meta tensor
-        options = processor_videos(processor, [videos])
-        inputs = process_prompts(processor, [text], [images], [adds_special_tokens], options)
-    finally:
-        logging.set_verbosity(verbosity)
+    with quiet(*WARN_OF_SHAPES):
+        try:
+            options = processor_videos(processor, [videos], is_for_length=True)
+            inputs = process_prompts(processor, [text], [shapes], [adds_special_tokens], options)
+        except (RuntimeError, TypeError):  # torch's answers to reading a meta tensor
+            options = processor_videos(processor, [videos])
+            inputs = process_prompts(processor, [text], [images], [adds_special_tokens], options)
     return inputs["input_ids"][0].tolist()
 
 
