@@ -4,8 +4,6 @@ triton_rows.py, each a kernel, with sums over the processes between them.
 C rows of a chunk, V_r columns of this process, T terms of the loss.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,10 +18,9 @@ from gold_kernels.jsd.triton_rows import (
     mode_of,
     write_gradient,
 )
-from gold_kernels.triton.launch import row_block
 from gold_kernels.triton.lines import BITS, NATS, kl_entries
 from gold_kernels.triton.shared_rows import load_pair
-from gold_kernels.triton.slice_rows import open_slice_row, row_sums
+from gold_kernels.triton.slice_rows import open_slice_row, slice_passes
 
 _FORWARD_KL = tl.constexpr(FORWARD_KL)
 _REVERSE_KL = tl.constexpr(REVERSE_KL)
@@ -184,43 +181,23 @@ def jsd_slice_rows_(
     has_masks: bool,  # for the kernel of whole rows, which saves a pass
 ) -> None:
     """Loss, metrics and gradient of every row of a chunk."""
-    num_rows, vocab_size = student_logits.shape
-    block_v, line, num_warps = row_block(max(1, vocab_size), student_logits.dtype)
-    rows = row_sums(student_logits, teacher_logits, labels, slices, temperatures)
-    sums = torch.empty(NUM_SUMS, num_rows, dtype=torch.float32, device=student_logits.device)
-    strides = student_logits.stride(0), teacher_logits.stride(0)
-    scales = beta, 1.0 - beta, 1.0 / temperatures[0], temperatures[0] / temperatures[1]
-    settings: dict[str, Any] = {
-        "MODE": mode_of(beta),
-        "HAS_PAIR": temperatures[0] != temperatures[1],
-        "BLOCK_V": block_v,
-        "LINE": line,
-        "num_warps": num_warps,
-    }
-    jsd_slice_sums_kernel[(num_rows,)](
-        *(student_logits, teacher_logits, rows.sums, sums, *strides),
-        *(sums.stride(0), vocab_size, *scales),
-        HAS_METRICS=has_metrics,
-        **settings,
+    rows, sums = slice_passes(
+        (jsd_slice_sums_kernel, jsd_slice_gradient_kernel),
+        NUM_SUMS,
+        *(student_logits, teacher_logits, grad_logits, weights, labels),
+        slices=slices,
+        numbers=(beta, 1.0 - beta),
+        temperatures=temperatures,
+        softcap=softcap,
+        in_sums={"HAS_METRICS": has_metrics},
+        MODE=mode_of(beta),
     )
-    slices.sum_(sums)
     is_live = weights[:, 0] != 0
     values[0] = torch.where(is_live, sums[PULL_SUMS] * NATS_PER_BIT, 0)
     if labels is not None:
         values[1] = rows.cross_entropy(labels, weights)
     if has_metrics:
         values[2:] = torch.where(is_live, _metrics(rows.sums, sums, temperatures[0]), 0)
-    if grad_logits is not None:
-        jsd_slice_gradient_kernel[(num_rows,)](
-            *(student_logits, teacher_logits, grad_logits, weights),
-            *(weights if labels is None else labels, rows.sums, sums),
-            *(*strides, grad_logits.stride(0), sums.stride(0)),
-            *(vocab_size, slices.first, slices.total, *scales),
-            1.0 if softcap is None else softcap,
-            HAS_LABELS=labels is not None,
-            HAS_SOFTCAP=softcap is not None,
-            **settings,
-        )
 
 
 def _metrics(row_sums: Tensor, sums: Tensor, temperature: float) -> Tensor:  # (5, C)

@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.triton.formula_rows import log_probs
-from gold_kernels.triton.launch import row_block
 from gold_kernels.triton.lines import BITS
 from gold_kernels.triton.shared_rows import load_pair, store_gradient
-from gold_kernels.triton.slice_rows import Slices, open_slice_row, row_sums
+from gold_kernels.triton.slice_rows import Slices, open_slice_row, slice_passes
+
+NUM_SUMS = 2  # of a row
 
 
 @triton.jit
@@ -28,10 +29,10 @@ def formula_slice_sums_kernel(
     teacher_row_stride,
     sums_stride,  # of both
     vocab_size,
-    inverse_temperature,
-    teacher_scale,
     first_number,
     second_number,
+    inverse_temperature,
+    teacher_scale,
     ENTRIES: tl.constexpr,  # (log_q, log_p, log_ratio, first_number, second_number) -> f, s
     HAS_PAIR: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -80,11 +81,11 @@ def formula_slice_gradient_kernel(
     vocab_size,
     first_label,
     total_size,
+    first_number,
+    second_number,
     inverse_temperature,
     teacher_scale,
     softcap,
-    first_number,
-    second_number,
     ENTRIES: tl.constexpr,  # see formula_slice_sums_kernel
     HAS_PAIR: tl.constexpr,
     HAS_LABELS: tl.constexpr,
@@ -132,37 +133,16 @@ def formula_slice_rows_(
     softcap: float | None,
 ) -> None:
     """Loss and gradient of every row of a chunk."""
-    num_rows, vocab_size = student_logits.shape
-    block_v, line, num_warps = row_block(max(1, vocab_size), student_logits.dtype)
-    rows = row_sums(student_logits, teacher_logits, labels, slices, temperatures)
-    sums = torch.empty(2, num_rows, dtype=torch.float32, device=student_logits.device)
-    strides = student_logits.stride(0), teacher_logits.stride(0)
-    scales = 1.0 / temperatures[0], temperatures[0] / temperatures[1]
-    settings: dict[str, Any] = {
-        "ENTRIES": entries,
-        "HAS_PAIR": temperatures[0] != temperatures[1],
-        "BLOCK_V": block_v,
-        "LINE": line,
-        "num_warps": num_warps,
-    }
-    formula_slice_sums_kernel[(num_rows,)](
-        *(student_logits, teacher_logits, rows.sums, sums, *strides),
-        *(sums.stride(0), vocab_size, *scales, *numbers),
-        **settings,
+    rows, sums = slice_passes(
+        (formula_slice_sums_kernel, formula_slice_gradient_kernel),
+        NUM_SUMS,
+        *(student_logits, teacher_logits, grad_logits, weights, labels),
+        slices=slices,
+        numbers=numbers,
+        temperatures=temperatures,
+        softcap=softcap,
+        ENTRIES=entries,
     )
-    slices.sum_(sums)
     values[0] = torch.where(weights[:, 0] != 0, sums[0], 0)
     if labels is not None:
         values[1] = rows.cross_entropy(labels, weights)
-    if grad_logits is not None:
-        formula_slice_gradient_kernel[(num_rows,)](
-            *(student_logits, teacher_logits, grad_logits, weights),
-            *(weights if labels is None else labels, rows.sums, sums),
-            *(*strides, grad_logits.stride(0), sums.stride(0)),
-            *(vocab_size, slices.first, slices.total, *scales),
-            1.0 if softcap is None else softcap,
-            *numbers,
-            HAS_LABELS=labels is not None,
-            HAS_SOFTCAP=softcap is not None,
-            **settings,
-        )

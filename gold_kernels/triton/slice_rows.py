@@ -4,7 +4,8 @@ C rows of a chunk, V_r columns of this process, R processes, T terms of the loss
 keeps in registers between its passes goes through memory here, so that processes can add it up.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -156,3 +157,50 @@ def row_sums(
     hard_total = (parts[:, 4] * torch.exp2(below[:, 0])).sum(0)
     joined = [largest[0], sums[0], largest[1], sums[1], hard_total, parts[:, 5].sum(0)]
     return RowSums(torch.stack(joined), slices)
+
+
+def slice_passes(
+    kernels: tuple[Any, Any],  # of the second pass and of the third
+    num_sums: int,  # S, that the second pass has of a row
+    student_logits: Tensor,  # (C, V_r), unit column stride
+    teacher_logits: Tensor,  # (C, V_r), unit column stride
+    grad_logits: Tensor | None,  # (C, V_r), overwritten; may be student_logits; None: no gradient
+    weights: Tensor,  # (C, T) float32, contiguous: of the loss and, with labels, of cross-entropy
+    labels: Tensor | None,  # (C,) int64
+    *,
+    slices: Slices,
+    numbers: Sequence[float],  # of the loss
+    temperatures: tuple[float, float],  # student, teacher
+    softcap: float | None,
+    in_sums: dict[str, Any] | None = None,  # constants of the second pass alone
+    **constants: Any,  # of both
+) -> tuple[RowSums, Tensor]:  # and (S, C), both of the whole vocabulary
+    """Launch all passes on every row of a chunk, and join what processes have after each."""
+    num_rows, vocab_size = student_logits.shape
+    block_v, line, num_warps = row_block(max(1, vocab_size), student_logits.dtype)
+    rows = row_sums(student_logits, teacher_logits, labels, slices, temperatures)
+    sums = torch.empty(num_sums, num_rows, dtype=torch.float32, device=student_logits.device)
+    strides = student_logits.stride(0), teacher_logits.stride(0)
+    scales = *numbers, 1.0 / temperatures[0], temperatures[0] / temperatures[1]
+    constants |= {"HAS_PAIR": temperatures[0] != temperatures[1]}
+    constants |= {"BLOCK_V": block_v, "LINE": line, "num_warps": num_warps}
+    sums_kernel, gradient_kernel = kernels
+    sums_kernel[(num_rows,)](
+        *(student_logits, teacher_logits, rows.sums, sums, *strides),
+        *(sums.stride(0), vocab_size, *scales),
+        **(in_sums or {}),
+        **constants,
+    )
+    slices.sum_(sums)
+    if grad_logits is not None:
+        gradient_kernel[(num_rows,)](
+            *(student_logits, teacher_logits, grad_logits, weights),
+            *(weights if labels is None else labels, rows.sums, sums),
+            *(*strides, grad_logits.stride(0), sums.stride(0)),
+            *(vocab_size, slices.first, slices.total, *scales),
+            1.0 if softcap is None else softcap,
+            HAS_LABELS=labels is not None,
+            HAS_SOFTCAP=softcap is not None,
+            **constants,
+        )
+    return rows, sums
