@@ -35,6 +35,69 @@ def log_probs(student, teacher, row_sums, bits):
 
 
 @triton.jit
+def formula_sums(
+    student_ptr,  # of this row, like teacher_ptr
+    teacher_ptr,
+    vocab_size,
+    teacher_scale,
+    row_sums,
+    bits,
+    numbers,
+    ENTRIES: tl.constexpr,
+    HAS_PAIR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):  # -> sums of f and of s
+    """Pass 2."""
+    loss = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
+    slope_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
+    for start in range(0, vocab_size, BLOCK_V):
+        _, is_column, student, teacher = load_pair(
+            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+        )
+        log_q, log_p, log_ratio = log_probs(student, teacher, row_sums, bits)
+        entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, numbers[0], numbers[1])
+        loss += tl.sum(tl.where(is_column, entry_loss, 0.0), axis=1)
+        slope_sum += tl.sum(tl.where(is_column, slope, 0.0), axis=1)
+    return tl.sum(loss, 0), tl.sum(slope_sum, 0)
+
+
+@triton.jit
+def write_gradient(
+    student_ptr,  # of this row, like teacher_ptr and grad_ptr
+    teacher_ptr,
+    grad_ptr,
+    vocab_size,
+    teacher_scale,
+    row_sums,
+    bits,
+    numbers,
+    total,  # sum of s
+    scale,  # weight of the loss over the temperature
+    row_terms,
+    softcap,
+    ENTRIES: tl.constexpr,
+    HAS_PAIR: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Pass 3."""
+    for start in range(0, vocab_size, BLOCK_V):
+        columns, is_column, student, teacher = load_pair(
+            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
+        )
+        log_q, log_p, log_ratio = log_probs(student, teacher, row_sums, bits)
+        _, slope = ENTRIES(log_q, log_p, log_ratio, numbers[0], numbers[1])
+        grad = (slope - tl.exp(log_q) * total) * scale
+        store_gradient(
+            grad_ptr, grad, student, columns, is_column, row_terms, softcap, HAS_LABELS,
+            HAS_SOFTCAP,
+        )  # fmt: skip
+
+
+@triton.jit
 def formula_rows_kernel(
     student_ptr,  # (C, V) logits
     teacher_ptr,  # (C, V) logits
@@ -66,58 +129,23 @@ def formula_rows_kernel(
     values_ptr += row
     bits = inverse_temperature * BITS
     row_weight, max_student, sum_student, max_teacher, sum_teacher, _, row_terms = open_row(
-        student_ptr,
-        teacher_ptr,
-        weights_ptr,
-        labels_ptr,
-        values_ptr,
-        values_stride,
-        row,
-        vocab_size,
-        bits,
-        teacher_scale,
-        0.0,
-        HAS_PAIR,
-        HAS_LABELS,
-        False,
-        BLOCK_V,
-        LINE,
-    )
+        student_ptr, teacher_ptr, weights_ptr, labels_ptr, values_ptr, values_stride, row,
+        vocab_size, bits, teacher_scale, 0.0, HAS_PAIR, HAS_LABELS, False, BLOCK_V, LINE,
+    )  # fmt: skip
     is_live = row_terms[0]
     row_sums = (max_student, tl.log2(sum_student), max_teacher, tl.log2(sum_teacher))
-    loss = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    slope_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    for start in range(0, vocab_size, BLOCK_V):
-        columns, is_column, student, teacher = load_pair(
-            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
-        )
-        log_q, log_p, log_ratio = log_probs(student, teacher, row_sums, bits)
-        entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
-        loss += tl.sum(tl.where(is_column, entry_loss, 0.0), axis=1)
-        slope_sum += tl.sum(tl.where(is_column, slope, 0.0), axis=1)
-    tl.store(values_ptr, tl.where(is_live, tl.sum(loss, 0), 0.0))
-
+    numbers = (first_number, second_number)
+    loss, total = formula_sums(
+        student_ptr, teacher_ptr, vocab_size, teacher_scale, row_sums, bits, numbers, ENTRIES,
+        HAS_PAIR, BLOCK_V, LINE,
+    )  # fmt: skip
+    tl.store(values_ptr, tl.where(is_live, loss, 0.0))
     if NEEDS_GRAD:
-        grad_ptr += row * grad_row_stride
-        total = tl.sum(slope_sum, 0)
-        for start in range(0, vocab_size, BLOCK_V):
-            columns, is_column, student, teacher = load_pair(
-                student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
-            )
-            log_q, log_p, log_ratio = log_probs(student, teacher, row_sums, bits)
-            entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
-            grad = (slope - tl.exp(log_q) * total) * (row_weight * inverse_temperature)
-            store_gradient(
-                grad_ptr,
-                grad,
-                student,
-                columns,
-                is_column,
-                row_terms,
-                softcap,
-                HAS_LABELS,
-                HAS_SOFTCAP,
-            )
+        write_gradient(
+            student_ptr, teacher_ptr, grad_ptr + row * grad_row_stride, vocab_size, teacher_scale,
+            row_sums, bits, numbers, total, row_weight * inverse_temperature, row_terms, softcap,
+            ENTRIES, HAS_PAIR, HAS_LABELS, HAS_SOFTCAP, BLOCK_V, LINE,
+        )  # fmt: skip
 
 
 def formula_rows_(

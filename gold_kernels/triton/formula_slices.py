@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.triton.formula_rows import log_probs
+from gold_kernels.triton.formula_rows import formula_sums, write_gradient
 from gold_kernels.triton.lines import BITS
-from gold_kernels.triton.shared_rows import load_pair, store_gradient
 from gold_kernels.triton.slice_rows import Slices, open_slice_row, slice_passes
 
 NUM_SUMS = 2  # of a row
@@ -40,29 +39,21 @@ def formula_slice_sums_kernel(
 ):
     """Pass 2."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
-    student_ptr += row * student_row_stride
-    teacher_ptr += row * teacher_row_stride
     row_sums_ptr += row
     sums_ptr += row
-    bits = inverse_temperature * BITS
     sides = (
         tl.load(row_sums_ptr),
         tl.log2(tl.load(row_sums_ptr + sums_stride)),
         tl.load(row_sums_ptr + 2 * sums_stride),
         tl.log2(tl.load(row_sums_ptr + 3 * sums_stride)),
     )
-    loss = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    slope_sum = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    for start in range(0, vocab_size, BLOCK_V):
-        _, is_column, student, teacher = load_pair(
-            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
-        )
-        log_q, log_p, log_ratio = log_probs(student, teacher, sides, bits)
-        entry_loss, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
-        loss += tl.sum(tl.where(is_column, entry_loss, 0.0), axis=1)
-        slope_sum += tl.sum(tl.where(is_column, slope, 0.0), axis=1)
-    tl.store(sums_ptr, tl.sum(loss, 0))
-    tl.store(sums_ptr + sums_stride, tl.sum(slope_sum, 0))
+    loss, slope_sum = formula_sums(
+        student_ptr + row * student_row_stride, teacher_ptr + row * teacher_row_stride, vocab_size,
+        teacher_scale, sides, inverse_temperature * BITS, (first_number, second_number), ENTRIES,
+        HAS_PAIR, BLOCK_V, LINE,
+    )  # fmt: skip
+    tl.store(sums_ptr, loss)
+    tl.store(sums_ptr + sums_stride, slope_sum)
 
 
 @triton.jit
@@ -95,27 +86,18 @@ def formula_slice_gradient_kernel(
 ):
     """Pass 3."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
-    student_ptr += row * student_row_stride
-    teacher_ptr += row * teacher_row_stride
-    grad_ptr += row * grad_row_stride
-    bits = inverse_temperature * BITS
     row_weight, max_student, sum_student, max_teacher, sum_teacher, row_terms = open_slice_row(
         row_sums_ptr + row, sums_stride, weights_ptr, labels_ptr, row, first_label, total_size,
         HAS_LABELS,
     )  # fmt: skip
     sides = (max_student, tl.log2(sum_student), max_teacher, tl.log2(sum_teacher))
-    total = tl.load(sums_ptr + row + sums_stride)
-    for start in range(0, vocab_size, BLOCK_V):
-        columns, is_column, student, teacher = load_pair(
-            student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
-        )
-        log_q, log_p, log_ratio = log_probs(student, teacher, sides, bits)
-        _, slope = ENTRIES(log_q, log_p, log_ratio, first_number, second_number)
-        grad = (slope - tl.exp(log_q) * total) * (row_weight * inverse_temperature)
-        store_gradient(
-            grad_ptr, grad, student, columns, is_column, row_terms, softcap, HAS_LABELS,
-            HAS_SOFTCAP,
-        )  # fmt: skip
+    write_gradient(
+        student_ptr + row * student_row_stride, teacher_ptr + row * teacher_row_stride,
+        grad_ptr + row * grad_row_stride, vocab_size, teacher_scale, sides,
+        inverse_temperature * BITS, (first_number, second_number),
+        tl.load(sums_ptr + row + sums_stride), row_weight * inverse_temperature, row_terms, softcap,
+        ENTRIES, HAS_PAIR, HAS_LABELS, HAS_SOFTCAP, BLOCK_V, LINE,
+    )  # fmt: skip
 
 
 def formula_slice_rows_(
