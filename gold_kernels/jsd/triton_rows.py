@@ -127,11 +127,55 @@ def jsd_entries(
 
 
 @triton.jit
-def _store_metrics(out_ptr, stride, sums, log_sums, bits, is_live):
+def sums_of_row(max_student, sum_student, max_teacher, sum_teacher, bits):
+    """What jsd_entries takes."""
+    lse_gap = (max_teacher - max_student) * bits + (tl.log2(sum_teacher) - tl.log2(sum_student))
+    return lse_gap, max_student, max_teacher, 1.0 / sum_student, 1.0 / sum_teacher
+
+
+@triton.jit
+def scale_of_row(row_weight, inverse_temperature, one_minus_beta, MODE: tl.constexpr):
+    """By what the gradient's pulls are multiplied."""
+    scale = row_weight * inverse_temperature
+    if MODE != _FORWARD_KL:
+        scale *= NATS
+        if MODE != _REVERSE_KL:
+            scale *= one_minus_beta
+    return scale
+
+
+@triton.jit
+def add_pulls(sums, q, ratio, pull, MODE: tl.constexpr):
+    """Sums of lines, mean pull, q of columns at the floor of log p, q of the others, with those of
+    a block. 1e6 in one sum with the other pulls would cost float32 all the others.
+    """
+    mean_pull, floored, rest = sums
+    if MODE == _REVERSE_KL:
+        is_floored = ratio <= LOG_ZERO
+        floored += tl.sum(tl.where(is_floored, q, 0.0), axis=1)
+        rest += tl.sum(tl.where(is_floored, 0.0, q), axis=1)
+        pull = tl.where(is_floored, 0.0, pull)
+    mean_pull += tl.sum(pull if MODE == _FORWARD_KL else q * pull, axis=1)
+    return mean_pull, floored, rest
+
+
+@triton.jit
+def add_metrics(sums, q, p, ratio, student, teacher):
+    """Sums of lines, mean logit over q, over p, both KL divergences, with those of a block."""
+    student_mean, teacher_mean, forward_kl, reverse_kl = sums
+    student_mean += tl.sum(q * student, axis=1)
+    teacher_mean += tl.sum(p * teacher, axis=1)
+    forward_kl += tl.sum(kl_entries(p, q, ratio), axis=1)
+    reverse_kl += tl.sum(kl_entries(q, p, -ratio), axis=1)
+    return student_mean, teacher_mean, forward_kl, reverse_kl
+
+
+@triton.jit
+def _store_metrics(out_ptr, stride, sums, top_sum, log_sums, bits, is_live):
     """Entropies, both KL divergences and whether the likeliest tokens agree, from sums of lines."""
     student_entropy = log_sums[0] - tl.sum(sums[0], 0) * bits
     teacher_entropy = log_sums[1] - tl.sum(sums[1], 0) * bits
-    agreement = (tl.max(sums[4], 0) == 0.0).to(tl.float32)  # one column has both maxima
+    agreement = (tl.max(top_sum, 0) == 0.0).to(tl.float32)  # one column has both maxima
     tl.store(out_ptr, tl.where(is_live, student_entropy * NATS, 0.0))
     tl.store(out_ptr + stride, tl.where(is_live, teacher_entropy * NATS, 0.0))
     tl.store(out_ptr + 2 * stride, tl.where(is_live, tl.sum(sums[2], 0) * NATS, 0.0))
@@ -224,23 +268,12 @@ def jsd_rows_kernel(
         vocab_size, bits, teacher_scale, offset, HAS_PAIR, HAS_LABELS, HAS_GAP, BLOCK_V, LINE,
     )  # fmt: skip
     is_live = row_terms[0]
-    per_student, per_teacher = 1.0 / sum_student, 1.0 / sum_teacher
-    log_sum_student = tl.log2(sum_student)
-    log_sum_teacher = tl.log2(sum_teacher)
-    lse_gap = (max_teacher - max_student) * bits + (log_sum_teacher - log_sum_student)
-    row_sums = (lse_gap, max_student, max_teacher, per_student, per_teacher)
-
+    row_sums = sums_of_row(max_student, sum_student, max_teacher, sum_teacher, bits)
     betas = (beta, one_minus_beta)
-    soft_scale = row_weight * inverse_temperature
-    if MODE != _FORWARD_KL:
-        soft_scale *= NATS
-        if MODE != _REVERSE_KL:
-            soft_scale *= one_minus_beta
+    soft_scale = scale_of_row(row_weight, inverse_temperature, one_minus_beta, MODE)
     grad_ptr += row * grad_row_stride
     lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    loss, mean_pull = lines, lines
-    floored, rest = lines, lines  # q of columns at the floor of log p, and of the others
-    student_entropy, teacher_entropy, forward_kl, reverse_kl = lines, lines, lines, lines
+    loss, pulls, metrics = lines, (lines, lines, lines), (lines, lines, lines, lines)
     top_sum = lines - 1e30
     for start in range(0, vocab_size, BLOCK_V):
         columns, is_column, student, teacher = load_pair(
@@ -259,30 +292,22 @@ def jsd_rows_kernel(
                     grad_ptr, grad * soft_scale, student, columns, is_column, row_terms, softcap,
                     HAS_LABELS, HAS_SOFTCAP,
                 )  # fmt: skip
-        elif MODE == _REVERSE_KL:
-            # 1e6 in one sum with the other pulls would cost float32 all the others
-            is_floored = ratio <= LOG_ZERO
-            floored += tl.sum(tl.where(is_floored, q, 0.0), axis=1)
-            rest += tl.sum(tl.where(is_floored, 0.0, q), axis=1)
-            pull = tl.where(is_floored, 0.0, pull)
-        if not IS_ONE_SIDED:
-            mean_pull += tl.sum(pull if MODE == _FORWARD_KL else q * pull, axis=1)
+        else:
+            pulls = add_pulls(pulls, q, ratio, pull, MODE)
         if HAS_METRICS:
             student -= max_student
             teacher -= max_teacher
-            student_entropy += tl.sum(q * student, axis=1)
-            teacher_entropy += tl.sum(p * teacher, axis=1)
-            forward_kl += tl.sum(kl_entries(p, q, ratio), axis=1)
-            reverse_kl += tl.sum(kl_entries(q, p, -ratio), axis=1)
+            metrics = add_metrics(metrics, q, p, ratio, student, teacher)
             top_sum = tl.maximum(top_sum, tl.max(student + teacher, axis=1))
 
     tl.store(values_ptr, tl.where(is_live, tl.sum(loss, 0) * NATS, 0.0))
     if HAS_METRICS:
-        sums = (student_entropy, teacher_entropy, forward_kl, reverse_kl, top_sum)
-        log_sums = (log_sum_student, log_sum_teacher)
-        _store_metrics(values_ptr + 2 * values_stride, values_stride, sums, log_sums, bits, is_live)
+        log_sums = (tl.log2(sum_student), tl.log2(sum_teacher))
+        _store_metrics(
+            values_ptr + 2 * values_stride, values_stride, metrics, top_sum, log_sums, bits, is_live
+        )
     if NEEDS_GRAD and not IS_ONE_SIDED:
-        pull_sums = (tl.sum(mean_pull, 0), tl.sum(floored, 0), tl.sum(rest, 0))
+        pull_sums = (tl.sum(pulls[0], 0), tl.sum(pulls[1], 0), tl.sum(pulls[2], 0))
         write_gradient(
             student_ptr, teacher_ptr, grad_ptr, vocab_size, teacher_scale, row_sums, bits, betas,
             pull_sums, soft_scale, row_terms, softcap, MODE, HAS_PAIR, HAS_MASKS, HAS_LABELS,

@@ -11,28 +11,20 @@ from torch import Tensor
 
 from gold_kernels.engine.slices import Slices
 from gold_kernels.jsd.triton_rows import (
-    FORWARD_KL,
-    LOG_ZERO,
-    REVERSE_KL,
+    add_metrics,
+    add_pulls,
     jsd_entries,
     mode_of,
+    scale_of_row,
+    sums_of_row,
     write_gradient,
 )
-from gold_kernels.triton.lines import BITS, NATS, kl_entries
+from gold_kernels.triton.lines import BITS, NATS
 from gold_kernels.triton.shared_rows import load_pair
 from gold_kernels.triton.slice_rows import open_slice_row, slice_passes
 
-_FORWARD_KL = tl.constexpr(FORWARD_KL)
-_REVERSE_KL = tl.constexpr(REVERSE_KL)
 PULL_SUMS, NUM_SUMS = 3, 9  # of a row; those of metrics come behind the loss and its pulls
 NATS_PER_BIT, BITS_PER_NAT = NATS.value, BITS.value
-
-
-@triton.jit
-def _row_sums(max_student, sum_student, max_teacher, sum_teacher, bits):
-    """What jsd_entries takes."""
-    lse_gap = (max_teacher - max_student) * bits + (tl.log2(sum_teacher) - tl.log2(sum_student))
-    return lse_gap, max_student, max_teacher, 1.0 / sum_student, 1.0 / sum_teacher
 
 
 @triton.jit
@@ -65,7 +57,7 @@ def jsd_slice_sums_kernel(
     bits = inverse_temperature * BITS
     max_student = tl.load(row_sums_ptr)
     max_teacher = tl.load(row_sums_ptr + 2 * sums_stride)
-    row_sums = _row_sums(
+    row_sums = sums_of_row(
         max_student,
         tl.load(row_sums_ptr + sums_stride),
         max_teacher,
@@ -73,8 +65,7 @@ def jsd_slice_sums_kernel(
         bits,
     )
     lines = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
-    loss, mean_pull, floored, rest = lines, lines, lines, lines
-    student_mean, teacher_mean, forward_kl, reverse_kl, tops = lines, lines, lines, lines, lines
+    loss, pulls, metrics, tops = lines, (lines, lines, lines), (lines, lines, lines, lines), lines
     for start in range(0, vocab_size, BLOCK_V):
         _, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
@@ -83,30 +74,18 @@ def jsd_slice_sums_kernel(
             student, teacher, row_sums, bits, (beta, one_minus_beta), MODE, True
         )
         loss += tl.sum(entry_loss, axis=1)
-        if MODE == _REVERSE_KL:
-            # 1e6 in one sum with the other pulls would cost float32 all the others
-            is_floored = ratio <= LOG_ZERO
-            floored += tl.sum(tl.where(is_floored, q, 0.0), axis=1)
-            rest += tl.sum(tl.where(is_floored, 0.0, q), axis=1)
-            pull = tl.where(is_floored, 0.0, pull)
-        mean_pull += tl.sum(pull if MODE == _FORWARD_KL else q * pull, axis=1)
+        pulls = add_pulls(pulls, q, ratio, pull, MODE)
         if HAS_METRICS:
             student -= max_student
             teacher -= max_teacher
-            student_mean += tl.sum(q * student, axis=1)
-            teacher_mean += tl.sum(p * teacher, axis=1)
-            forward_kl += tl.sum(kl_entries(p, q, ratio), axis=1)
-            reverse_kl += tl.sum(kl_entries(q, p, -ratio), axis=1)
+            metrics = add_metrics(metrics, q, p, ratio, student, teacher)
             is_top = is_column & (student == 0.0) & (teacher == 0.0)
             tops += tl.sum(is_top.to(tl.float32), axis=1)
-    tl.store(sums_ptr, tl.sum(mean_pull, 0))
-    tl.store(sums_ptr + sums_stride, tl.sum(floored, 0))
-    tl.store(sums_ptr + 2 * sums_stride, tl.sum(rest, 0))
+    for place in tl.static_range(3):
+        tl.store(sums_ptr + place * sums_stride, tl.sum(pulls[place], 0))
     tl.store(sums_ptr + 3 * sums_stride, tl.sum(loss, 0))
-    tl.store(sums_ptr + 4 * sums_stride, tl.sum(student_mean, 0))
-    tl.store(sums_ptr + 5 * sums_stride, tl.sum(teacher_mean, 0))
-    tl.store(sums_ptr + 6 * sums_stride, tl.sum(forward_kl, 0))
-    tl.store(sums_ptr + 7 * sums_stride, tl.sum(reverse_kl, 0))
+    for place in tl.static_range(4):
+        tl.store(sums_ptr + (4 + place) * sums_stride, tl.sum(metrics[place], 0))
     tl.store(sums_ptr + 8 * sums_stride, tl.sum(tops, 0))
 
 
@@ -146,12 +125,8 @@ def jsd_slice_gradient_kernel(
         row_sums_ptr + row, sums_stride, weights_ptr, labels_ptr, row, first_label, total_size,
         HAS_LABELS,
     )  # fmt: skip
-    row_sums = _row_sums(max_student, sum_student, max_teacher, sum_teacher, bits)
-    soft_scale = row_weight * inverse_temperature
-    if MODE != _FORWARD_KL:
-        soft_scale *= NATS
-        if MODE != _REVERSE_KL:
-            soft_scale *= one_minus_beta
+    row_sums = sums_of_row(max_student, sum_student, max_teacher, sum_teacher, bits)
+    soft_scale = scale_of_row(row_weight, inverse_temperature, one_minus_beta, MODE)
     pull_sums = (
         tl.load(sums_ptr),
         tl.load(sums_ptr + sums_stride),
