@@ -250,6 +250,36 @@ def order_lists(
 
 
 @triton.jit
+def sum_both(
+    student_row,
+    teacher_row,
+    student_matched_ptr,
+    teacher_matched_ptr,
+    table,
+    counter,
+    list_ptr,
+    vocab_sizes,  # of student and teacher, like sides and origins
+    sides,
+    origins,
+    HAS_OVERLAP: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LINE: tl.constexpr,
+):  # -> see sum_signed, of either side
+    student_sum = sum_signed(
+        student_row, student_matched_ptr, table, counter, list_ptr, vocab_sizes[0], sides[0],
+        origins[0], False, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+    )  # fmt: skip
+    teacher_sum = sum_signed(
+        teacher_row, teacher_matched_ptr, table, counter, list_ptr, vocab_sizes[1], sides[1],
+        origins[1], True, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+    )  # fmt: skip
+    return student_sum, teacher_sum
+
+
+@triton.jit
 def order_row(
     student_row,
     teacher_row,
@@ -281,13 +311,10 @@ def order_row(
             open_window(table, offsets_ptr, base, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE)
             store_table(table, NUM_BINS, 0, IS_SHARED)
             tl.debug_barrier()
-            sum_signed(  # for the list alone
-                student_row, student_matched_ptr, table, counter, list_ptr, vocab_sizes[0],
-                sides[0], origins[0], False, HAS_OVERLAP, True, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
-            )  # fmt: skip
-            sum_signed(
-                teacher_row, teacher_matched_ptr, table, counter, list_ptr, vocab_sizes[1],
-                sides[1], origins[1], True, HAS_OVERLAP, True, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+            sum_both(  # for the list alone
+                student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, counter,
+                list_ptr, vocab_sizes, sides, origins, HAS_OVERLAP, True, IS_SHARED, NUM_BINS,
+                BLOCK_V, LINE,
             )  # fmt: skip
         tl.debug_barrier()
         num_entries = load_table(table, NUM_BINS, IS_SHARED)

@@ -22,7 +22,7 @@ from gold_kernels.triton.lines import (
 from gold_kernels.uld.bin_table import load_table
 from gold_kernels.uld.bins import bins_of, matched_entries, origin_of, range_of
 from gold_kernels.uld.entries import span_entries, student_signs
-from gold_kernels.uld.lists import order_row, sum_signed
+from gold_kernels.uld.lists import order_row, sum_both
 from gold_kernels.uld.triton_sums import join_slices
 
 
@@ -148,13 +148,10 @@ def sum_unmatched(
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> () loss of the unmatched entries, () sum of s times its sign; edges: what bins add to it
-    student_sum = sum_signed(
-        student_row, student_matched_ptr, table, counter, lists[2], vocab_sizes[0], sides[0],
-        origins[0], False, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
-    )  # fmt: skip
-    teacher_sum = sum_signed(
-        teacher_row, teacher_matched_ptr, table, counter, lists[2], vocab_sizes[1], sides[1],
-        origins[1], True, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
+    student_sum, teacher_sum = sum_both(
+        student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, counter,
+        lists[2], vocab_sizes, sides, origins, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, BLOCK_V,
+        LINE,
     )  # fmt: skip
     listed_loss, listed_sum = 0.0, 0.0
     if HAS_LISTS:
