@@ -4,6 +4,7 @@ N scored rows of a side (N_s, N_t), G aligned groups, D hidden size (D_s, D_t), 
 V_t). P teacher, Q student.
 """
 
+import dataclasses
 from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
@@ -121,8 +122,10 @@ def fused_linear_chunk_likelihood(
     plan, student_scalars, teacher_scalars = plan_groups(
         alignment, call.row_weights, labels, call.label_weights, student.num_rows
     )
-    row_loss = ChunkLikelihood(
-        *(beta, group_temperature, row_loss.temperature, student_scalars, teacher_scalars),
+    row_loss = dataclasses.replace(
+        row_loss,
+        student_scalars=student_scalars,
+        teacher_scalars=teacher_scalars,
         ends=[alignment.student_base_ids, alignment.teacher_base_ids],
     )
     loss, values = run_linear_loss(
