@@ -21,7 +21,7 @@ from quality.pictures import Pictures
 from quality.remembered import Remembered
 from quality.rows import GIVEN, LOSSES, STUDENT_FAMILY, TEACHER_FAMILY, Case, config_fields
 from quality.scales import Scale
-from quality.schooling import Lessons, accuracy, answers_of, prompt_of, school
+from quality.schooling import Lessons, accuracy, answers_of, curve_of, prompt_of, school
 
 MOST_TOKENS, MOST_NEW_TOKENS = 96, 12
 
@@ -134,10 +134,7 @@ class Bench:
         }
         (self.folder / f"{name}.json").write_text(json.dumps(numbers), encoding="utf-8")
         torch.save(model.state_dict(), self.folder / f"{name}.pt")
-        curve = [
-            sum(losses[i : i + 100]) / len(losses[i : i + 100]) for i in range(0, len(losses), 100)
-        ]
-        return numbers | {"curve": [round(loss, 2) for loss in curve]}
+        return numbers | {"curve": curve_of(losses)}
 
     def kept(self, name: str) -> dict[str, float]:
         return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ N pictures, B of a batch, L_p tokens of the longest prompt, L_a of the longest a
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -107,14 +107,31 @@ def bfloat16(device: torch.device) -> AbstractContextManager:
 def school(model: Any, lessons: Lessons, how: Schooling, seed: int) -> list[float]:
     """Train in place on the answers' cross-entropy; losses of the steps taken."""
     device = lessons.pixels.device
-    model.to(device).train()
+
+    def loss_of(rows: Tensor) -> Tensor:
+        with bfloat16(device):
+            return model(**lessons.answered(rows, model), use_cache=False).loss
+
+    return train(model.to(device), loss_of, len(lessons), how, seed)
+
+
+def train(
+    model: Any,
+    loss_of: Callable[[Tensor], Tensor],  # of rows (B,)
+    number: int,  # of rows
+    how: Schooling,
+    seed: int,
+) -> list[float]:
+    """In place; losses of the steps taken."""
+    model.train()
+    device = model.device
     is_cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         model.parameters(), how.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=is_cuda
     )
     losses: list[Tensor] = []
     started = time.perf_counter()
-    for rows in batches(len(lessons), how, seed, device):
+    for rows in batches(number, how, seed, device):
         seconds = time.perf_counter() - started
         share = max(len(losses) / how.steps, seconds / how.most_seconds)
         if losses and share >= 1:
@@ -122,8 +139,7 @@ def school(model: Any, lessons: Lessons, how: Schooling, seed: int) -> list[floa
         warm = min(1.0, 20 * (len(losses) + 1) / how.steps)
         for group in optimizer.param_groups:
             group["lr"] = how.learning_rate * warm * (1 + math.cos(math.pi * min(1, share))) / 2
-        with bfloat16(device):
-            loss = model(**lessons.answered(rows, model), use_cache=False).loss
+        loss = loss_of(rows)
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0, foreach=is_cuda)
         optimizer.step()
@@ -131,6 +147,12 @@ def school(model: Any, lessons: Lessons, how: Schooling, seed: int) -> list[floa
         losses.append(loss.detach())
     model.eval()
     return torch.stack(losses).tolist()
+
+
+def curve_of(losses: Sequence[float]) -> list[float]:
+    """Means of a hundred steps each."""
+    parts = (losses[i : i + 100] for i in range(0, len(losses), 100))
+    return [round(sum(part) / len(part), 2) for part in parts]
 
 
 def batches(number: int, how: Schooling, seed: int, device: torch.device) -> Iterator[Tensor]:

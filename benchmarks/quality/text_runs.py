@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from peers import eager_jsd
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -26,7 +25,7 @@ from gold_kernels import fused_linear_loss
 from gold_kernels.losses import JSD, make_loss
 from quality import weights
 from quality.scales import Schooling, TextScale, TextSize
-from quality.schooling import batches, bfloat16
+from quality.schooling import bfloat16, curve_of, train
 from quality.text_rows import LOSSES, Case
 
 
@@ -145,9 +144,7 @@ class TextBench:
             **self.grade(model),
         }
         (self.folder / f"{name}.json").write_text(json.dumps(numbers), encoding="utf-8")
-        every = range(0, len(losses), 100)
-        curve = [sum(losses[i : i + 100]) / len(losses[i : i + 100]) for i in every]
-        return numbers | {"curve": [round(loss, 2) for loss in curve]}
+        return numbers | {"curve": curve_of(losses)}
 
     def kept(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -187,29 +184,11 @@ class TextBench:
         self, model: Any, rows: Tensor, how: Schooling, case: Case, teacher: Any = None
     ) -> list[float]:
         """In place; losses of the steps taken."""
-        model.train()
-        is_cuda = self.device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            model.parameters(), how.learning_rate, (0.9, 0.98), weight_decay=0.01, fused=is_cuda
-        )
-        losses: list[Tensor] = []
-        started = time.perf_counter()
-        for chosen in batches(len(rows), how, case.seed, self.device):
-            share = max(len(losses) / how.steps, (time.perf_counter() - started) / how.most_seconds)
-            if losses and share >= 1:
-                break
-            warm = min(1.0, 20 * (len(losses) + 1) / how.steps)
-            for group in optimizer.param_groups:
-                falling = (1 + math.cos(math.pi * min(1, share))) / 2
-                group["lr"] = how.learning_rate * warm * falling
-            loss = self.loss(model, rows[chosen].long(), case, teacher)
-            loss.backward()
-            clip_grad_norm_(model.parameters(), 1.0, foreach=is_cuda)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-        model.eval()
-        return torch.stack(losses).tolist()
+
+        def loss_of(chosen: Tensor) -> Tensor:
+            return self.loss(model, rows[chosen].long(), case, teacher)
+
+        return train(model, loss_of, len(rows), how, case.seed)
 
     def sides(self, model: Any, ids: Tensor, teacher: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         """((student's hidden states (N, D_s) and head (V, D_s), the teacher's), labels (N,))."""
