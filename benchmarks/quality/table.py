@@ -6,9 +6,10 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+from quality.rows import GIVEN, LABELS
+
 NAMES = {"same": "one tokenizer", "cross": "two tokenizers"}
 POLICIES = {"off": "off-policy", "on": "half on-policy"}
-LABELS = ("labels", "all_labels", "seq_kd")  # cross-entropy alone
 COLOURS = {"off": "#0072B2", "on": "#D55E00"}  # Okabe and Ito's
 
 
@@ -91,7 +92,7 @@ def compact(rows: Sequence[dict[str, str]], pair: str) -> str:
     losses = {line.loss: max(x.mean for x in lines if x.loss == line.loss) for line in lines}
     for loss in sorted(losses, key=lambda name: -losses[name]):
         own = {(x.policy, x.crossentropy): x for x in lines if x.loss == loss}
-        if loss in (*LABELS, "before", "teacher"):
+        if loss in (*LABELS, *GIVEN):
             own = {("off", "no"): next(iter(own.values()))}  # which is all there is
         cells = [
             f"{own[kind].mean:.1f}" if kind in own else ""

@@ -5,7 +5,7 @@ int4     the teacher itself with linear layers fake-quantised to 4 bits (QAD)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +41,11 @@ class Case:
     precision: str = "precise"
     crossentropy: str = "no"  # beside the loss, on what follows in the text
     seed: int = 0
-    pair: str = field(init=False, repr=False, default="")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pair", self.student)
+    @property
+    def pair(self) -> str:
+        """What a worker stays with."""
+        return self.student
 
     @property
     def key(self) -> tuple[str, ...]:
