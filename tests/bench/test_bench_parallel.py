@@ -1,7 +1,6 @@
 """The benchmark of heads in slices runs with one process too; a wrong loss has no time."""
 
 import csv
-import socket
 import sys
 from pathlib import Path
 
@@ -11,14 +10,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_parallel
 
+from support.processes import free_port
+
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """What torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    names = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in names.items():
         monkeypatch.setenv(name, str(value))
 

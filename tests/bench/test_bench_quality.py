@@ -6,7 +6,6 @@ import csv
 import math
 import operator
 import sys
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
@@ -24,23 +23,10 @@ import bench_quality as bench
 from quality import models, pictures, rows, runs, scales, schooling, table, tasks, workers
 
 from gold_trainer.collator import build_inputs
+from support.inline_pool import Inline
 
 CPU = torch.device("cpu")
 KEYS = rows.KEYS
-
-
-class Inline:
-    """A pool whose tasks run where they are handed out."""
-
-    def submit(self, task, *args) -> Future:
-        done: Future = Future()
-        try:
-            done.set_result(task(*args))
-        except Exception as error:
-            done.set_exception(error)
-        return done
-
-    def shutdown(self, **options) -> None: ...
 
 
 @pytest.fixture

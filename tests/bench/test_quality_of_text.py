@@ -2,10 +2,8 @@
 precision is what it says.
 """
 
-import csv
 import math
 import sys
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,18 +18,9 @@ from quality import tasks, text_rows, text_runs, texts, weights
 from quality.scales import TEXT_TINY, with_weights
 from transformers import LlamaForCausalLM
 
+from support.inline_pool import Inline
+
 CPU = torch.device("cpu")
-
-
-class Inline:
-    """A pool whose tasks run where they are handed out."""
-
-    def submit(self, task, *args) -> Future:
-        done: Future = Future()
-        done.set_result(task(*args))
-        return done
-
-    def shutdown(self, **options) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +58,7 @@ def test_a_run_of_each_kind_leaves_a_row(folder, tmp_path, monkeypatch):
     path = tmp_path / "text.csv"
     options = ["--task", "text", "--small", "--rehearse", "--folder", str(folder)]
     assert bench.main([*options, "--output", str(path)]) == 0
-    with path.open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
+    found = bench.rows_of(path)
     keys = [tuple(row[key] for key in text_rows.KEYS) for row in found]
     assert sorted(keys) == sorted(case.key for case in text_rows.small_cases())
     for row in found:
