@@ -1,6 +1,7 @@
 """Rows of pictures and sentences for the tiny models."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ def tiny_rows(count: int, images: int | str = 0, seed: int = 0) -> list[dict[str
         _row(index, (1, 2, 0)[index % 3] if images == "mixed" else images, images, seed)
         for index in range(count)
     ]
+
+
+def with_lengths(rows: list[dict[str, Any]], lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """Those rows, changed in place: answers of 2 * length words."""
+    for row, length in zip(rows, lengths, strict=True):
+        row["messages"][-1]["content"] = "a b " * length
+    return rows
 
 
 def _row(index: int, num_images: int, images: int | str, seed: int) -> dict[str, Any]:

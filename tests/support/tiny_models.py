@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from support.tiny_data import tiny_picture, tiny_rows
+from support.tiny_data import tiny_picture, tiny_rows, with_lengths
 from support.tiny_processors import (
     FAMILIES,
     NUM_MERGES,
@@ -37,6 +37,7 @@ __all__ = [
     "tiny_picture",
     "tiny_processor",
     "tiny_rows",
+    "with_lengths",
 ]
 
 

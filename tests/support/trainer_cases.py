@@ -137,6 +137,19 @@ def record_completions(trainer: GOLDTrainer, name: str) -> list[list[int]]:
     return written
 
 
+def record_widths(trainer: GOLDTrainer) -> list[int]:
+    """Positions of the student's side of each micro-batch, as it is made."""
+    prepare, widths = trainer.objective.prepare, []
+
+    def record(*args: Any) -> Any:
+        batch = prepare(*args)
+        widths.append(batch.student.tensors["input_ids"].shape[1])
+        return batch
+
+    trainer.objective.prepare = record
+    return widths
+
+
 def losses_of(trainer: GOLDTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -147,6 +160,17 @@ def one_step(output_dir: Any, rows: list[dict[str, Any]], *args: Any, **options:
     trainer = make_trainer(output_dir, rows, *args, callbacks=[recorder], **options)
     trainer.train()
     return losses_of(trainer)[0], recorder.gradients
+
+
+def assert_equal_steps(
+    actual: GradientRecorder, expected: GradientRecorder, tolerance: float = 1e-5
+) -> None:
+    """In every step each entry of a gradient within `tolerance` of its largest one."""
+    for step, step_2 in zip(expected.steps, actual.steps, strict=True):
+        assert step.keys() == step_2.keys() and step
+        for name, gradient in step.items():
+            bound = tolerance * float(gradient.abs().max()) + 1e-9
+            torch.testing.assert_close(step_2[name], gradient, rtol=0, atol=bound)
 
 
 def assert_equal_gradients(actual: dict, expected: dict, relative: float = 1e-5) -> None:

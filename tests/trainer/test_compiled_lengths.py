@@ -2,8 +2,8 @@
 
 from transformers import TrainerCallback
 
-from support.tiny_models import tiny_rows
-from support.trainer_cases import make_trainer
+from support.tiny_models import tiny_rows, with_lengths
+from support.trainer_cases import make_trainer, record_widths
 
 NUM_STEPS, MOST = 5, 3  # pieces of code of a kind: with the first length, with any, without a mask
 
@@ -20,9 +20,8 @@ class Count(TrainerCallback):
 
 def test_rows_of_many_lengths_share_a_few_pieces_of_code(graphs, tmp_path):
     rows = tiny_rows(4 * NUM_STEPS, images="mixed")
-    for i, row in enumerate(rows):
-        row["messages"][-1]["content"] = "a b " * (1 + 7 * i % 23)
-    count, widths = Count(graphs), set()
+    with_lengths(rows, [1 + 7 * i % 23 for i in range(len(rows))])
+    count = Count(graphs)
     trainer = make_trainer(
         *(tmp_path, rows, "qwen3_vl"),
         eval_rows=rows[:3],
@@ -34,16 +33,9 @@ def test_rows_of_many_lengths_share_a_few_pieces_of_code(graphs, tmp_path):
         eval_steps=2,
         compile_models="regional",
     )
-    prepare = trainer.objective.prepare
-
-    def watched(*args):
-        batch = prepare(*args)
-        widths.add(batch.student.tensors["input_ids"].shape[1])
-        return batch
-
-    trainer.objective.prepare = watched
+    widths = record_widths(trainer)
     trainer.train()
     kinds = trainer.fast.compiled.kinds
-    assert len(widths) >= 8 and len(kinds) == 4 and all(kind.is_compiled for kind in kinds)
+    assert len(set(widths)) >= 8 and len(kinds) == 4 and all(kind.is_compiled for kind in kinds)
     assert count.counts == [count.counts[0]] * NUM_STEPS
     assert len(graphs) == count.counts[0] <= MOST * len(kinds)

@@ -11,8 +11,14 @@ from transformers import TrainerCallback
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.speed import compiling
 from gold_trainer.teachers.layer_stream import outermost_lists
-from support.tiny_models import tiny, tiny_rows
-from support.trainer_cases import FIELDS, GradientRecorder, losses_of, make_trainer
+from support.tiny_models import tiny, tiny_rows, with_lengths
+from support.trainer_cases import (
+    FIELDS,
+    GradientRecorder,
+    assert_equal_steps,
+    losses_of,
+    make_trainer,
+)
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
@@ -24,8 +30,8 @@ def layers_of(*models):
 def run(folder, family="qwen3", num_steps=2, lengths=None, **fields):
     torch.manual_seed(0)
     rows = tiny_rows(4 * num_steps, **({} if family == "qwen3" else {"images": "mixed"}))
-    for row, length in zip(rows, lengths or [], strict=False):
-        row["messages"][-1]["content"] = "a b " * length
+    if lengths is not None:
+        with_lengths(rows, lengths)
     recorder = GradientRecorder()
     trainer = make_trainer(
         folder, rows, family, max_steps=num_steps, callbacks=[recorder], **fields
@@ -37,11 +43,7 @@ def run(folder, family="qwen3", num_steps=2, lengths=None, **fields):
 def assert_same_run(one, other, tolerance=1e-5):
     (trainer, recorder), (trainer_2, recorder_2) = one, other
     torch.testing.assert_close(losses_of(trainer), losses_of(trainer_2), rtol=1e-5, atol=1e-6)
-    for step, step_2 in zip(recorder.steps, recorder_2.steps, strict=True):
-        assert step.keys() == step_2.keys() and step
-        for name, gradient in step.items():
-            bound = tolerance * float(gradient.abs().max()) + 1e-9
-            torch.testing.assert_close(step_2[name], gradient, rtol=0, atol=bound)
+    assert_equal_steps(recorder_2, recorder, tolerance)
 
 
 @pytest.mark.parametrize(

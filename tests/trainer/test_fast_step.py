@@ -8,45 +8,38 @@ import torch
 from gold_trainer import models, sharding
 from gold_trainer.speed import deepstack, on_host
 from gold_trainer.speed.grouping import by_length
-from support.tiny_models import tiny, tiny_rows
-from support.trainer_cases import GradientRecorder, losses_of, make_trainer
+from support.tiny_models import tiny, tiny_rows, with_lengths
+from support.trainer_cases import (
+    GradientRecorder,
+    assert_equal_steps,
+    losses_of,
+    make_trainer,
+    record_widths,
+)
 
 
 def rows_of_lengths(lengths):
-    rows = tiny_rows(len(lengths))
-    for row, length in zip(rows, lengths, strict=True):
-        row["messages"][-1]["content"] = "a b " * length
-    return rows
+    return with_lengths(tiny_rows(len(lengths)), lengths)
 
 
 def gradients(folder, rows, **fields):
     torch.manual_seed(0)
-    recorder, widths = GradientRecorder(), []
+    recorder = GradientRecorder()
     trainer = make_trainer(folder, rows, "qwen3", callbacks=[recorder], **fields)
-    prepare = trainer.objective.prepare
-
-    def watched(*args):
-        batch = prepare(*args)
-        widths.append(batch.student.tensors["input_ids"].shape[1])
-        return batch
-
-    trainer.objective.prepare = watched
+    widths = record_widths(trainer)
     trainer.train()
-    return trainer, recorder.steps, widths
+    return trainer, recorder, widths
 
 
 def test_rows_grouped_by_length_have_less_padding_and_the_same_gradient(tmp_path):
     rows = rows_of_lengths([1, 30, 2, 29, 31, 3, 28, 4] * 2)
     fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
-    run, steps, widths = gradients(tmp_path, rows, **fields, group_by_length=True)
-    mixed, steps_2, widths_2 = gradients(tmp_path, rows, **fields)
+    run, recorder, widths = gradients(tmp_path, rows, **fields, group_by_length=True)
+    mixed, recorder_2, widths_2 = gradients(tmp_path, rows, **fields)
     assert len(widths) == len(widths_2) == 8, "each micro-batch is made once, also the first"
     assert sum(widths) < 0.75 * sum(widths_2)
     torch.testing.assert_close(losses_of(run), losses_of(mixed), rtol=1e-6, atol=1e-7)
-    for step, step_2 in zip(steps, steps_2, strict=True):
-        for name, gradient in step.items():
-            bound = 1e-5 * float(gradient.abs().max()) + 1e-9
-            torch.testing.assert_close(step_2[name], gradient, rtol=0, atol=bound)
+    assert_equal_steps(recorder_2, recorder)
 
 
 def batches_of(trainer, places):
@@ -101,8 +94,7 @@ def test_a_resumed_run_has_the_micro_batches_of_the_whole_run(lmbda, tmp_path):
 def test_rows_are_grouped_before_ranks_agree_on_the_pictures_of_a_micro_batch(tmp_path):
     rows = tiny_rows(4, images=1)
     rows[1:3] = tiny_rows(4)[1:3]  # with a picture: the first and the last
-    for row, length in zip(rows, [30, 1, 2, 20], strict=True):
-        row["messages"][-1]["content"] = "a b " * length
+    with_lengths(rows, [30, 1, 2, 20])
     fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer = make_trainer(tmp_path, rows, "qwen3_vl", group_by_length=True, **fields)
     source, agreed = trainer.window_source, []

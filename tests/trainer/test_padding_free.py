@@ -14,8 +14,14 @@ from gold_trainer.speed import on_host, packing
 from gold_trainer.speed.compiling import CompiledStep
 from gold_trainer.speed.segments import attention_is
 from support.cross_cases import cross_trainer, make_sides
-from support.tiny_models import save_tiny, tiny, tiny_rows
-from support.trainer_cases import FIELDS, GradientRecorder, losses_of, make_trainer
+from support.tiny_models import save_tiny, tiny, tiny_rows, with_lengths
+from support.trainer_cases import (
+    FIELDS,
+    GradientRecorder,
+    assert_equal_steps,
+    losses_of,
+    make_trainer,
+)
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 LENGTHS = (1, 30, 7, 19)
@@ -23,10 +29,7 @@ TWO_BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 
 
 
 def rows_of_lengths(has_pictures=True):
-    rows = tiny_rows(len(LENGTHS), images="mixed" if has_pictures else 0)
-    for row, length in zip(rows, LENGTHS, strict=True):
-        row["messages"][-1]["content"] = "a b " * length
-    return rows
+    return with_lengths(tiny_rows(len(LENGTHS), images="mixed" if has_pictures else 0), LENGTHS)
 
 
 def watch(model):
@@ -56,11 +59,7 @@ def assert_packed(padded, free):
     """The same losses and gradients, of models that have seen rows and no padding."""
     (trainer, recorder, shapes), (trainer_2, recorder_2, shapes_2) = padded, free
     torch.testing.assert_close(losses_of(trainer), losses_of(trainer_2), rtol=1e-5, atol=1e-6)
-    for step, step_2 in zip(recorder.steps, recorder_2.steps, strict=True):
-        assert step.keys() == step_2.keys() and step
-        for name, gradient in step.items():
-            bound = 1e-5 * float(gradient.abs().max()) + 1e-9
-            torch.testing.assert_close(step_2[name], gradient, rtol=0, atol=bound)
+    assert_equal_steps(recorder_2, recorder)
     for seen, seen_2 in zip(shapes, shapes_2, strict=True):
         assert len(seen_2) == len(seen) and {shape[0] for shape in seen_2} == {1}
         assert sum(shape.numel() for shape in seen_2) < sum(shape.numel() for shape in seen)
