@@ -6,6 +6,7 @@ torchrun --nproc_per_node 3 -m support.rank SECONDS support.parallel_step
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -30,107 +31,102 @@ from support.jsd_cases import random_case
 from support.parallel_cases import check_all
 from support.rank import leave_together
 
+OTHER_CALL, OTHER_VALUES = "needed gradients on ranks [1] than", "got other ones on ranks [1]"
+Refusals = Iterator[tuple[str, Callable[[], object]]]  # a part of the message, and the call
 
-def refusals(pair: Any) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A part of the message, and the call; pair is the group of ranks 0 and 1, which runs them."""
+
+def other_calls(pair: Any) -> Refusals:
+    """Options, values and errors of rank 1 that are not those of rank 0; pair is their group."""
     rank = dist.get_rank()
     hidden, weight, teacher, teacher_weight = random_case(n=6, v=20, d_s=4, d_t=5)
-    own, own_teacher = (w.tensor_split(2)[rank % 2] for w in (weight, teacher_weight))
-    mesh = DeviceMesh.from_group(pair, "cpu")
-    sharded, replicated = (distribute_tensor(weight, mesh, [p]) for p in (Shard(0), Replicate()))
-    of_columns = distribute_tensor(weight, mesh, [Shard(1)])
-    group = {"process_group": pair}
-
-    def jsd(*tensors: Any, **options: Any) -> Callable[[], object]:
-        return lambda: fused_linear_jsd(*tensors, **options)
-
+    own, own_teacher = (w.tensor_split(2)[rank] for w in (weight, teacher_weight))
     usual = (hidden, own, teacher, own_teacher)
-    yield "got str; pass torch", jsd(*usual, process_group="world")
-    yield "needed gradients on ranks [1] than", jsd(*usual, beta=0.1 * rank, **group)
-    yield "needed gradients on ranks [1] than", jsd(*usual, chunk_size=1 + rank, **group)
-    yield "got other ones on ranks [1]", jsd(hidden + rank, *usual[1:], **group)
-    yield "needed gradients on ranks [1] than", jsd(*usual, return_metrics=rank == 0, **group)
-    swapped = ({"vocab_size": 8}, {"chunk_size": 8})[rank % 2]
-    yield "needed gradients on ranks [1] than", jsd(*usual, **swapped, **group)
-    caps = {"final_logit_softcapping": [5.0 + rank, None]}
-    yield "needed gradients on ranks [1] than", jsd(*usual, **caps, **group)
-    labels = torch.zeros(6, dtype=torch.int64)
-    labels[5] = rank
-    yield "got other ones on ranks [1]", jsd(*usual, labels=labels, **group)
-    for warm in ({"temperature": 1.0 + rank}, {"beta": 0.1 * rank}):
-        yield (
-            "needed gradients on ranks [1] than",
-            lambda warm=warm: fused_linear_uld(*usual, **warm, **group),
-        )
+    jsd, uld, top_k = (
+        partial(loss, process_group=pair)
+        for loss in (fused_linear_jsd, fused_linear_uld, fused_linear_top_k)
+    )
+    for options in (
+        {"beta": 0.1 * rank},
+        {"chunk_size": 1 + rank},
+        {"return_metrics": rank == 0},
+        ({"vocab_size": 8}, {"chunk_size": 8})[rank],
+        {"final_logit_softcapping": [5.0 + rank, None]},
+    ):
+        yield OTHER_CALL, partial(jsd, *usual, **options)
+    for options in ({"temperature": 1.0 + rank}, {"beta": 0.1 * rank}):
+        yield OTHER_CALL, partial(uld, *usual, **options)
     ids, log_probs = torch.arange(12).view(6, 2), torch.full((6, 2), -1.0)
-    for other in ((ids + rank, log_probs), (ids, log_probs - rank)):
-        yield (
-            "got other ones on ranks [1]",
-            lambda other=other: fused_linear_top_k(hidden, own, *other, **group),
-        )
     for beta, k in ((0.1 * rank, 2), (0.0, 1 + rank)):
-        yield (
-            "needed gradients on ranks [1] than",
-            lambda beta=beta, k=k: fused_linear_top_k(
-                *(hidden, own, ids[:, :k], log_probs[:, :k]), beta=beta, **group
-            ),
-        )
-    short = torch.ones(6 - rank)
-    yield (
-        ("row_weights must be", "got errors on ranks [1]")[rank % 2 == 0],
-        jsd(*usual, short, **group),
-    )
-    yield (
-        ("beta must be in [0, 1]", "got errors on ranks [1]")[rank % 2 == 0],
-        jsd(*usual, beta=0.5 + rank, **group),
-    )
-    yield (
-        ("row_weights must be", "got errors on ranks [1]")[rank % 2 == 0],
-        lambda: fused_linear_uld(*usual, short, **group),
-    )
-    yield (
-        ("share the hidden size", "got errors on ranks [1]")[rank % 2 == 0],
-        lambda: fused_linear_top_k(hidden[:, rank:], own, ids, log_probs, **group),
-    )
-    weights = torch.full((6,), 1.0 + rank)
-    yield "got other ones on ranks [1]", jsd(*usual, weights, **group)
+        yield OTHER_CALL, partial(top_k, hidden, own, ids[:, :k], log_probs[:, :k], beta=beta)
+
+    labels, weights = torch.zeros(6, dtype=torch.int64), torch.full((6,), 1.0 + rank)
+    labels[5] = rank
     order = torch.arange(6).view(3, 2).flip(1).flatten() if rank else torch.arange(6)
-    rows = (hidden[order], own, teacher[order], own_teacher)
-    yield "got other ones on ranks [1]", jsd(*rows, **group)
+    yield OTHER_VALUES, partial(jsd, hidden + rank, *usual[1:])
+    yield OTHER_VALUES, partial(jsd, *usual, labels=labels)
+    yield OTHER_VALUES, partial(jsd, *usual, weights)
+    yield OTHER_VALUES, partial(jsd, hidden[order], own, teacher[order], own_teacher)
+    yield OTHER_VALUES, partial(top_k, hidden, own, ids + rank, log_probs)
+    yield OTHER_VALUES, partial(top_k, hidden, own, ids, log_probs - rank)
+
+    short = torch.ones(6 - rank)
+    for message, call in (
+        ("row_weights must be", partial(jsd, *usual, short)),
+        ("beta must be in [0, 1]", partial(jsd, *usual, beta=0.5 + rank)),
+        ("row_weights must be", partial(uld, *usual, short)),
+        ("share the hidden size", partial(top_k, hidden[:, rank:], own, ids, log_probs)),
+    ):
+        yield message if rank == 1 else "got errors on ranks [1]", call
+
+
+def wrong_slices(pair: Any) -> Refusals:
+    """What is no slice of its own, or where slices cannot be; pair is the group of two ranks."""
+    hidden, weight, teacher, teacher_weight = random_case(n=6, v=20, d_s=4, d_t=5)
     weight[0] = 0  # of a padding token
+    own, own_teacher = (w.tensor_split(2)[dist.get_rank()] for w in (weight, teacher_weight))
+    jsd, uld = (partial(loss, process_group=pair) for loss in (fused_linear_jsd, fused_linear_uld))
+    usual = (hidden, own, teacher, own_teacher)
+    yield "got str; pass torch", partial(fused_linear_jsd, *usual, process_group="world")
     whole = (hidden, weight, teacher, teacher_weight)
-    yield "student_weight must be a slice of its own", jsd(*whole, **group)
+    yield "student_weight must be a slice of its own", partial(jsd, *whole)
     mixed = (hidden, own, teacher, teacher_weight)
-    yield (
-        "teacher_weight must be a slice of its own",
-        lambda: fused_linear_uld(*mixed, process_group=pair),
+    yield "teacher_weight must be a slice of its own", partial(uld, *mixed)
+    yield "got V=20 and V=18", partial(jsd, hidden, own, teacher, own_teacher[:-1])
+
+    mesh = DeviceMesh.from_group(pair, "cpu")
+    sharded, replicated, of_columns = (
+        distribute_tensor(weight, mesh, [place]) for place in (Shard(0), Replicate(), Shard(1))
     )
-    yield "got V=20 and V=18", jsd(hidden, own, teacher, own_teacher[:-1], **group)
     yield (
         "teacher_weight must be in slices like student_weight",
-        jsd(hidden, sharded, teacher, own_teacher),
+        partial(fused_linear_jsd, hidden, sharded, teacher, own_teacher),
     )
     for wrong in (of_columns, replicated):
-        yield "student_weight as a DTensor must be Shard(0)", jsd(hidden, wrong, teacher, wrong)
-    cut_hidden = distribute_tensor(hidden, mesh, [Shard(0)])
+        yield (
+            "student_weight as a DTensor must be Shard(0)",
+            partial(fused_linear_jsd, hidden, wrong, teacher, wrong),
+        )
+    cut_hidden, cut_rows = (
+        distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (hidden, torch.ones(6))
+    )
     yield (
         "student_hidden as a DTensor must be Replicate()",
-        jsd(cut_hidden, sharded, teacher, sharded),
+        partial(fused_linear_jsd, cut_hidden, sharded, teacher, sharded),
     )
+    yield "row_weights as a DTensor must be Replicate()", partial(jsd, *usual, cut_rows)
+    logits = sharded.T.contiguous()
     for loss in (jsd_loss, uld_loss):
         yield (
             f"{loss.__name__}: heads, hidden states and logits must be whole",
-            lambda loss=loss: loss(sharded.T.contiguous(), sharded.T.contiguous()),
+            partial(loss, logits, logits),
         )
-    cut_rows = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
-    yield "row_weights as a DTensor must be Replicate()", jsd(*usual, cut_rows, **group)
     yield (
         "head_means: heads, hidden states and logits must be whole",
-        lambda: head_means(teacher, teacher_weight, sharded),
+        partial(head_means, teacher, teacher_weight, sharded),
     )
     yield (
         "fused_linear_mean_kl: heads, hidden states and logits must be whole",
-        lambda: fused_linear_mean_kl(hidden, sharded, None),
+        partial(fused_linear_mean_kl, hidden, sharded, None),
     )
 
 
@@ -174,7 +170,7 @@ def check_refusals(pair: Any, everyone: Any) -> list[str]:
         case.teacher_weight, DeviceMesh.from_group(everyone, "cpu"), [Shard(0)]
     )
     own = case.student_weight.tensor_split(2)[rank % 2]
-    calls = list(refusals(pair)) if rank < 2 else []
+    calls = [*other_calls(pair), *wrong_slices(pair)] if rank < 2 else []
     calls.append(
         (
             "got a group without it" if rank == 2 else "over ranks [0, 1, 2] beside [0, 1]",
