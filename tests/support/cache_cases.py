@@ -68,12 +68,15 @@ def save_pair(
 
 
 def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """With the pictures of both sides as files beside it."""
     lines = []
     for number, row in enumerate(rows):
-        names = [f"{number}-{i}.png" for i in range(len(row.get("images", ())))]
-        for name, image in zip(names, row.get("images", ()), strict=True):
-            image.save(path.parent / name)
-        lines.append(json.dumps(row | ({"images": names} if "images" in row else {})))
+        named = dict(row)
+        for column in {"images", "teacher_images"} & row.keys():
+            named[column] = [f"{column}-{number}-{i}.png" for i in range(len(row[column]))]
+            for name, image in zip(named[column], row[column], strict=True):
+                image.save(path.parent / name)
+        lines.append(json.dumps(named))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -2,14 +2,13 @@
 same completion: the step equals the eager float64 step with two prompts.
 """
 
-import json
 from copy import deepcopy
 
 import pytest
 from peft import LoraConfig
 
 from gold_trainer import GOLDConfig, GOLDTrainer
-from support.cache_cases import run_of, save_pair
+from support.cache_cases import run_of, save_pair, save_rows
 from support.cross_cases import (
     aligner_of,
     assert_equals,
@@ -121,16 +120,7 @@ def test_a_cache_knows_what_the_teacher_sees(tmp_path, capsys):
     """
     pair = save_pair(tmp_path)
     rows, _ = views("qwen3_vl")
-    lines = []
-    for number, row in enumerate(rows):
-        row = dict(row)
-        for column in ("images", "teacher_images"):
-            names = [f"{column}-{number}-{i}.png" for i in range(len(row.get(column, ())))]
-            for name, image in zip(names, row.get(column, ()), strict=True):
-                image.save(tmp_path / name)
-            row |= {column: names} if column in row else {}
-        lines.append(json.dumps(row))
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    save_rows(tmp_path / "rows.jsonl", rows)
     cache = pair.cache("cache", "--dataloader_num_workers=1")
     live, cached = (
         run_of(pair, tmp_path / f"run{i}", rows=rows, **fields)[0]
