@@ -46,12 +46,8 @@ def opened(pair, served, **fields):
     prepared = prepare(student, source_of(None, args), args)
     name = args.teacher_model_name_or_path
     teacher = make_teacher(name, None, prepared.teacher_processor, args)
-    rows = [{"prompt": "one", "completion": " two three"}, {"prompt": "4", "completion": " 5"}]
-    return teacher, teacher.side.collator([_row(i, row) for i, row in enumerate(rows)]).examples
-
-
-def _row(index, row):
-    return Row(index, row["prompt"], row["completion"], [])
+    rows = [Row(0, "one", " two three", []), Row(1, "4", " 5", [])]
+    return teacher, teacher.side.collator(rows).examples
 
 
 def asked(pair, served, **fields):
