@@ -77,13 +77,13 @@ def alone(pair, output_dir, key, **fields):
     )
 
 
-def assert_sum_of_runs(pair, tmp_path, **fields):
+def assert_sum_of_runs(pair, tmp_path, counts, **fields):
     """One mean over all units: those of separate runs, weighed by how many each has."""
     together, gradients = run_of(
         pair, tmp_path, pair.rows, teacher_models=models_of(pair), **fields
     )
     counted = dict.fromkeys(IDS, 0)
-    for part in together.window_counts:
+    for part in counts:
         for key in IDS:
             counted[key] += part[f"units/{key}"]
     runs = {key: alone(pair, tmp_path / key, key, **fields) for key in IDS}
@@ -101,12 +101,11 @@ def assert_sum_of_runs(pair, tmp_path, **fields):
         name: sum(counted[key] / total * runs[key][1][name] for key in IDS) for name in gradients
     }
     assert_equal_gradients(gradients, summed, 2e-5)
-    return together
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def counts(monkeypatch):
-    """Counts of every micro-batch, kept on the trainer."""
+    """Those of every micro-batch of the test, as it comes."""
     kept = []
     add = MetricWindow.add
 
@@ -115,19 +114,18 @@ def counts(monkeypatch):
         add(self, counts, sums, is_on_policy)
 
     monkeypatch.setattr(MetricWindow, "add", note)
-    monkeypatch.setattr(GOLDTrainer, "window_counts", kept, raising=False)
     return kept
 
 
-def test_a_run_is_the_runs_of_its_teachers_together(pictures, tmp_path):
+def test_a_run_is_the_runs_of_its_teachers_together(pictures, tmp_path, counts):
     """Each teacher looks twice at its own rows, as token_weighting asks it."""
-    assert_sum_of_runs(pictures, tmp_path, token_weighting="picture_detail")
+    assert_sum_of_runs(pictures, tmp_path, counts, token_weighting="picture_detail")
 
 
-def test_with_two_tokenizers_a_run_is_the_runs_of_its_teachers_together(across, tmp_path):
+def test_with_two_tokenizers_a_run_is_the_runs_of_its_teachers_together(across, tmp_path, counts):
     fields = {"use_uld_loss": True, "uld_use_hybrid_loss": True}
     fields["token_weighting"] = "support.weightings:unsure"
-    assert_sum_of_runs(across, tmp_path, **fields)
+    assert_sum_of_runs(across, tmp_path, counts, **fields)
 
 
 def test_caches_and_servers_are_teachers_among_others(texts, tmp_path):
@@ -202,7 +200,7 @@ def test_a_row_of_no_teacher_is_refused_before_weights_are_read(
         run_of(texts, tmp_path, kind(rows), teacher_models=models_of(texts))
 
 
-def test_a_micro_batch_of_which_no_row_is_left_still_has_a_graph(texts, tmp_path):
+def test_a_micro_batch_of_which_no_row_is_left_still_has_a_graph(texts, tmp_path, counts):
     rows = [row | {"teacher_id": "maths"} for row in texts.rows[:1]] + texts.rows[1:2]
     trainer, gradients = run_of(
         texts,
@@ -213,8 +211,8 @@ def test_a_micro_batch_of_which_no_row_is_left_still_has_a_graph(texts, tmp_path
         **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     )
     assert gradients["model.norm.weight"].norm() > 0
-    assert {part["units/math"] for part in trainer.window_counts} == {0}
-    assert 0 in {part["units/code"] for part in trainer.window_counts}
+    assert {part["units/math"] for part in counts} == {0}
+    assert 0 in {part["units/code"] for part in counts}
     log = trainer.state.log_history[0]
     assert "loss/code" in log and "loss/math" not in log, "a mean over nothing is no 0"
 
