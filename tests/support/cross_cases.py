@@ -142,9 +142,14 @@ def parts_of(
 
 
 def off_policy_parts(
-    student: Side, teacher: Side, rows: list[dict[str, Any]], aligner: CompletionAligner
+    student: Side,
+    teacher: Side,
+    rows: list[dict[str, Any]],
+    aligner: CompletionAligner | None = None,  # None: that of both tokenizers
 ) -> tuple[list[tuple[list[int], list[int]]], list[TokenAlignment]]:
     """Completions of both sides and their alignments, for the eager step."""
+    if aligner is None:
+        aligner = aligner_of(student, teacher)
     completions, alignments = parts_of(student, teacher, completions_of(student, rows), aligner)
     num_groups = sum(alignment.num_groups for alignment in alignments)
     assert num_groups < sum(len(teacher_ids) for _, teacher_ids in completions)

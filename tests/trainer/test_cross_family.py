@@ -46,7 +46,7 @@ HYBRID_EAGER = {"is_hybrid": True, "crossentropy_weight": 0.3}
 def test_off_policy_step_equals_the_eager_float64_step(student, teacher, is_hybrid, tmp_path):
     student, teacher = make_sides(student, teacher)
     rows = rows_of(student.family)
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     expected = eager_cross_step(
         student, teacher, rows, *parts, **(HYBRID_EAGER if is_hybrid else {})
     )
@@ -150,7 +150,7 @@ def test_teacher_writes_and_the_student_learns_its_text_in_own_tokens(student, t
 def test_accumulation_changes_neither_loss_nor_gradient(accumulation, tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
     rows = rows_of("lfm2_vl", count=4)
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     groups = [alignment.num_groups for alignment in parts[1]]
     assert len(set(groups)) > 1, "a mean of means would differ"
     expected = eager_cross_step(student, teacher, rows, *parts, **HYBRID_EAGER)
@@ -180,7 +180,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(accumulation, tmp_path):
 def test_how_a_step_is_computed_changes_nothing(fields, tmp_path):
     student, teacher = make_sides("smolvlm", "qwen3_vl")
     rows = rows_of("smolvlm")
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     expected = eager_cross_step(student, teacher, rows, *parts)
     trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, max_steps=1, **fields)
     trainer.train()
@@ -191,7 +191,7 @@ def test_how_a_step_is_computed_changes_nothing(fields, tmp_path):
 def test_padding_sides_may_differ_and_change_nothing(sides, tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
     rows = rows_of("lfm2_vl")
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     expected = eager_cross_step(student, teacher, rows, *parts)
     student.tokenizer.padding_side, teacher.tokenizer.padding_side = sides
     trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, max_steps=1)
@@ -202,7 +202,7 @@ def test_padding_sides_may_differ_and_change_nothing(sides, tmp_path):
 def test_bf16_autocast_is_close_to_float32(tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
     rows = rows_of("lfm2_vl")
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     expected, gradients = eager_cross_step(student, teacher, rows, *parts, **HYBRID_EAGER)
     options = {"max_steps": 1, "bf16": True, "eval_rows": rows}
     trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **options, **HYBRID)
@@ -272,7 +272,7 @@ def test_observed_merging_is_that_of_trl(tmp_path):
 def test_plain_uld_pairs_tokens_by_position(skips, tmp_path):
     student, teacher = make_sides("llama", "qwen3")
     rows = rows_of("llama")
-    completions, alignments = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    completions, alignments = off_policy_parts(student, teacher, rows)
     positions = by_position(completions, alignments, skips)
     expected = eager_cross_step(student, teacher, rows, completions, positions)
     trainer, recorder = cross_trainer(
@@ -311,7 +311,7 @@ def test_plain_uld_takes_what_a_student_sampled_beyond_its_tokens(tmp_path):
 def test_evaluation_is_a_mean_over_groups_for_any_batch_size(batch_size, tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
     rows = rows_of("lfm2_vl", count=4)
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     expected, _ = eager_cross_step(student, teacher, rows, *parts, **HYBRID_EAGER)
     trainer, _ = cross_trainer(
         tmp_path,

@@ -11,7 +11,6 @@ from tokenizers import models
 from support.cross_cases import (
     TEACHER_MERGES,
     Side,
-    aligner_of,
     assert_equals,
     by_position,
     cross_trainer,
@@ -73,7 +72,7 @@ def test_identical_models_of_two_tokenizers_have_the_loss_of_the_oracle(
     for row in rows:
         own, other = (prompt_inputs(side.processor, row) for side in (student, teacher))
         assert own["input_ids"].shape != other["input_ids"].shape
-    completions, alignments = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    completions, alignments = off_policy_parts(student, teacher, rows)
     assert all(len(own) < len(other) for own, other in completions)
     if not is_extended:
         alignments = by_position(completions, alignments, skips=False)

@@ -8,7 +8,6 @@ import pytest
 
 from gold_kernels import VocabProjection, reference
 from support.cross_cases import (
-    aligner_of,
     assert_equals,
     cross_trainer,
     eager_cross_step,
@@ -42,7 +41,7 @@ def eager_likelihood(student_logits, teacher_logits, alignment, weights):
 def test_the_chunk_likelihood_equals_the_eager_float64_step(student, teacher, tmp_path):
     student, teacher = make_sides(student, teacher)
     rows = rows_of(student.family)
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     expected = eager_cross_step(
         student, teacher, rows, *parts, unit_loss=eager_likelihood, crossentropy_weight=0.3
     )
@@ -63,7 +62,7 @@ def test_the_chunk_likelihood_equals_the_eager_float64_step(student, teacher, tm
 def test_the_projected_jsd_equals_the_eager_float64_step(student, teacher, tmp_path):
     student, teacher = make_sides(student, teacher)
     rows = rows_of(student.family)
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     projection = VocabProjection.from_tokenizers(student.tokenizer, teacher.tokenizer)
     assert (projection.columns[:, 1] >= 0).any()
     expected = eager_cross_step(

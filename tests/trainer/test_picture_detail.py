@@ -14,7 +14,6 @@ from gold_trainer import GOLDConfig
 from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.weighting import make_weighting
 from support.cross_cases import (
-    aligner_of,
     assert_equals,
     cross_trainer,
     eager_cross_step,
@@ -145,7 +144,7 @@ def test_on_policy_step_equals_the_eager_step_with_a_second_look(tmp_path):
 def test_across_families_a_group_has_the_advantage_of_its_bytes(tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
     rows = rows_of("lfm2_vl")[:2]
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     looks, places = deepcopy(teacher.model).double(), iter(rows)
 
     def of_groups(student_logits, teacher_logits, ids, groups):

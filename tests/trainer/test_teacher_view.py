@@ -10,7 +10,6 @@ from peft import LoraConfig
 from gold_trainer import GOLDConfig, GOLDTrainer
 from support.cache_cases import run_of, save_pair, save_rows
 from support.cross_cases import (
-    aligner_of,
     assert_equals,
     cross_trainer,
     eager_cross_step,
@@ -86,7 +85,7 @@ def test_what_either_side_writes_stands_behind_both_prompts(writer, tmp_path):
 def test_across_families_the_teacher_sees_its_view_in_its_own_template(tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
     rows, seen = views("lfm2_vl")
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     expected = eager_cross_step(student, teacher, rows, *parts, teacher_rows=seen)
     trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, max_steps=1)
     trainer.train()

@@ -14,7 +14,6 @@ from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.weighting import make_weighting
 from support import weightings
 from support.cross_cases import (
-    aligner_of,
     assert_equals,
     by_position,
     cross_trainer,
@@ -95,7 +94,7 @@ def test_a_group_weighs_as_much_as_its_tokens_do_on_average(kind, tmp_path):
     """
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
     rows = rows_of("lfm2_vl")
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher))
+    parts = off_policy_parts(student, teacher, rows)
     fields = {"uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.3}
     eager = {"is_hybrid": True, "crossentropy_weight": 0.3}
     if kind == "by_position":

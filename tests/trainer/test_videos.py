@@ -9,7 +9,6 @@ from gold_trainer import videos
 from gold_trainer.collator import GOLDCollator, process_examples
 from gold_trainer.dataset import RowDataset
 from support.cross_cases import (
-    aligner_of,
     assert_equals,
     cross_trainer,
     eager_cross_step,
@@ -106,10 +105,7 @@ def test_a_step_equals_the_eager_one(family, tmp_path):
 def test_a_step_across_families_equals_the_eager_one(tmp_path):
     student, teacher = make_sides("qwen3_vl", "qwen2_5_vl")
     rows = ROWS[:3]
-    aligner = aligner_of(student, teacher)
-    expected = eager_cross_step(
-        student, teacher, rows, *off_policy_parts(student, teacher, rows, aligner)
-    )
+    expected = eager_cross_step(student, teacher, rows, *off_policy_parts(student, teacher, rows))
     trainer, recorder = cross_trainer(
         tmp_path, rows, student, teacher, max_length=None, uld_token_merge_strategy="bayesian"
     )
