@@ -114,8 +114,9 @@ def packed(
     scored_rows: Tensor,  # (N,) flat positions b * L + l
 ) -> tuple[dict[str, Any], Tensor]:  # (1, T), and (N,) positions within T
     """As they were where the model's attention is not one of rows."""
-    is_known = models.base_model(model).config.model_type in (*TEXT, *PICTURES)
-    if not is_known or all(c._attn_implementation != OF_ROWS for c in _configs(model)):
+    base = models.base_model(model)
+    is_known = base.config.model_type in (*TEXT, *PICTURES)
+    if not is_known or base.get_decoder().config._attn_implementation != OF_ROWS:
         return inputs, scored_rows
     device = mask.device
     is_text = _on_host(mask).bool()
