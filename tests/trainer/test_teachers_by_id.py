@@ -117,9 +117,10 @@ def counts(monkeypatch):
     return kept
 
 
-def test_a_run_is_the_runs_of_its_teachers_together(pictures, tmp_path, counts):
-    """Each teacher looks twice at its own rows, as token_weighting asks it."""
+def test_a_run_is_the_runs_of_its_teachers_together(pictures, tmp_path, counts, capsys):
+    """Each teacher looks twice at its own rows, as token_weighting asks it. All runs say so."""
     assert_sum_of_runs(pictures, tmp_path, counts, token_weighting="picture_detail")
+    assert capsys.readouterr().out.count("tokens have the weights of picture_detail") == 3
 
 
 def test_with_two_tokenizers_a_run_is_the_runs_of_its_teachers_together(across, tmp_path, counts):

@@ -49,6 +49,7 @@ class ByTeacher(Objective):
         self.sums = (*first.sums, *map(_loss, self.parts))
 
     def weigh_tokens(self, weighting: Weighting | None) -> None:
+        self.weighting = weighting  # for those who say what it is; the parts weigh
         for part in self.parts.values():
             part.weigh_tokens(weighting)
         self.sums = (*self.first.sums, *map(_loss, self.parts))
