@@ -69,12 +69,14 @@ class RowDataset(torch.utils.data.Dataset):
     def check_teacher_ids(self) -> None:
         """ValueError for the first row of no teacher, where the column can be read alone."""
         rows, known = self.rows, self.reader.teacher_ids
+        if not known:  # the row that has one is refused when it is read
+            return
         if isinstance(rows, datasets.Dataset) and TEACHER_ID in rows.column_names:
             rows = rows.with_format(None).select_columns(TEACHER_ID)
         elif not isinstance(rows, list | tuple):
             return
         for index, columns in enumerate(rows):
-            if known and isinstance(columns, Mapping):
+            if isinstance(columns, Mapping):
                 read_teacher_id(columns, index, known)
 
     @property
