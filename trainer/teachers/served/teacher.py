@@ -1,4 +1,4 @@
-"""A teacher that a vLLM server runs, on other GPUs or another machine: serving/ has who is asked.
+"""A teacher that a vLLM server runs, on other GPUs or another machine.
 
 N_t scored rows of a batch, D_t hidden size.
 """
@@ -46,8 +46,8 @@ class ServedTeacher(AbsentTeacher):
         examples = [example for example in inputs.examples if example.written_ids]
         asked = Background(self._rows_of, examples, REQUESTS)
         weight = self.side.head.weight
-        empty = torch.empty(0, weight.shape[1], dtype=weight.dtype)
-        rows = torch.cat([*asked.results(), empty.to(device="cpu")])
+        empty = torch.empty(0, weight.shape[1], dtype=weight.dtype, device="cpu")
+        rows = torch.cat([*asked.results(), empty])
         return self.tail(rows.to(self.device))
 
     def _rows_of(self, example: Example) -> Tensor:  # (n, D_t) of the last layer
@@ -64,6 +64,5 @@ class ServedTeacher(AbsentTeacher):
                 f"pictures of {[image.size for image in example.images]}; change the row, or how "
                 "the server is started."
             ) from error
-        seen = {"prompt_token_ids": answer.seen_ids}
-        check_expanded(seen, example, self.processor, behind, "teacher")
+        check_expanded(answer.seen_ids, example, self.processor, behind, "teacher")
         return answer.hidden[-1 - len(behind) :]

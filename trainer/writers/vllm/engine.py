@@ -99,8 +99,7 @@ class EngineWriter(Writer):
             options.append(SamplingParams(**params, **numbers))
         outputs = self.engine.generate(asked, options, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
-            seen = list(output.prompt_token_ids)
-            check_expanded({"prompt_token_ids": seen}, prompt.example, processor)
+            check_expanded(output.prompt_token_ids, prompt.example, processor)
         tokenizer = tokenizer_of(processor)
         return [
             [_completion(c, self.step).kept(prompt, sampling, tokenizer) for c in output.outputs]

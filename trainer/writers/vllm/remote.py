@@ -99,5 +99,5 @@ class VLLMWriter(Writer):
                 f"{example.prompt_text[:80]!r} with pictures of {pictures}, got a refusal ({error})"
                 "; change the row, or how the server is started."
             ) from error
-        check_expanded(answer, example, processor)
+        check_expanded(answer["prompt_token_ids"], example, processor)
         return read_completions(answer, prompt, self.step, self.version)

@@ -132,17 +132,16 @@ def _completion(choice: dict[str, Any], prompt: Prompt, step: int, version: str)
 
 
 def check_expanded(
-    answer: dict[str, Any],
+    seen: Sequence[int],  # by the server
     example: Example,
     processor: Processor,
     behind: Sequence[int] = (),  # the prompt
     side: str = "student",
 ) -> None:
     """ValueError where the server saw another prompt than this side has."""
-    seen = answer["prompt_token_ids"]
     text, flag = example.prompt_text, example.adds_special_tokens
     expected = [*_cut(prompt_ids(processor, text, example.images, flag), example), *behind]
-    if seen == expected:
+    if list(seen) == expected:
         return
     at = next((i for i, (a, b) in enumerate(zip(seen, expected, strict=False)) if a != b), None)
     at = min(len(seen), len(expected)) if at is None else at
