@@ -56,8 +56,7 @@ def find_server(args: GOLDConfig) -> tuple[Server, Served]:
     server = Server(args.teacher_model_server_url, args.teacher_request_timeout, line, FIELDS)
     server.wait(args.teacher_server_timeout)
     server.check_version(OLDEST)
-    if not server.is_there(GENERATE):
-        server.post(GENERATE, {})  # which says why
+    server.require(GENERATE)
     what = "a model, its root and its max_model_len"
     served = server.read("/v1/models", server.get("/v1/models"), what, Served.of)
     if name is None:

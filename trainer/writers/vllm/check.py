@@ -68,8 +68,7 @@ def connect(
     server = Server(args.vllm_url, args.vllm_request_timeout, line)
     server.wait(args.vllm_server_timeout)
     server.check_version(OLDEST)
-    if not server.is_there(GENERATE):
-        server.post(GENERATE, {})  # which says why
+    server.require(GENERATE)
     info = ServerInfo.of(server)
     check_info(args, server, info, rank, merges=not known_as_quantised(args, student))
     return server, info
@@ -140,8 +139,7 @@ def check_info(
                 f"GOLDTrainer: {where} must take adapters of rank {rank}, got {got}; "
                 f"{other}{remedy}"
             )
-        if not server.is_there("/v1/load_lora_adapter"):
-            server.post("/v1/load_lora_adapter", {})
+        server.require("/v1/load_lora_adapter")
     elif args.vllm_weight_sync == "nccl" and not info.has_transfer:
         raise ValueError(
             f"GOLDTrainer: {where} must take weights by nccl, got no --weight-transfer-config; set "

@@ -107,10 +107,11 @@ class Server:
                 f"got {version}; pip install -U vllm where it runs."
             )
 
-    def is_there(self, path: str) -> bool:
-        """Whether it answers a POST without a body by asking for one."""
+    def require(self, path: str) -> None:
+        """ValueError unless it answers a POST without a body by asking for one."""
         response = self._send("POST", path, json={})
-        return response.status_code not in (403, 404, 405)
+        if response.status_code in (403, 404, 405):
+            self.post(path, {})  # which says why
 
     def _send(self, method: str, path: str, **options: Any) -> requests.Response:
         try:
