@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gold_trainer.writers.vllm.requests import GENERATE, picture_url
+from gold_trainer.writers.vllm.requests import GENERATE, content_parts
 from gold_trainer.writers.vllm.server import Server
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class HiddenStates:
         images: list[Image.Image],
     ) -> Answer:
         """Refused for what the server takes for wrong, OSError where it does not answer."""
-        body: dict[str, Any] = {
+        body = {
             "model": self.model,
             "token_ids": token_ids,
             "return_token_ids": True,
@@ -63,16 +63,12 @@ class HiddenStates:
                 "detokenize": False,
             },
         }
-        if images:
-            parts = [{"type": "image_url", "url": picture_url(image)} for image in images]
-            body["content_parts"] = parts
-        answer = self._post(body)
+        answer = self._post(body | content_parts(images))
         what = "token ids, a choice and its log-probability"
         found = self.server.read(GENERATE, answer, what, _told)
-        path = found.path
-        if path is None:
+        if found.path is None:
             raise self._refusal("keep hidden states, got an answer that names no file of them")
-        hidden = self._read(Path(path), found.seen_ids)
+        hidden = self._read(Path(found.path), found.seen_ids)
         return Answer(hidden, found.seen_ids, found.next_id, found.next_logprob)
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def request_body(
     prompt: Prompt, params: dict[str, Any], processor: Processor, model: str
 ) -> dict[str, Any]:
     example = prompt.example
-    body: dict[str, Any] = {
+    body = {
         "model": model,
         "token_ids": unexpanded_ids(processor, example),
         "return_token_ids": True,
@@ -57,11 +57,13 @@ def request_body(
             "seed": prompt.seed,  # completion i gets seed + i
         },
     }
-    if example.images:
-        body["content_parts"] = [
-            {"type": "image_url", "url": picture_url(image)} for image in example.images
-        ]
-    return body
+    return body | content_parts(example.images)
+
+
+def content_parts(images: Sequence[Image.Image]) -> dict[str, Any]:
+    """Of a request's body: the pictures, where the prompt has some."""
+    parts = [{"type": "image_url", "url": _picture_url(image)} for image in images]
+    return {"content_parts": parts} if parts else {}
 
 
 def unexpanded_ids(processor: Processor, example: Example) -> list[int]:
@@ -94,7 +96,7 @@ def check_room(prompt: Prompt, most: int, other: str) -> None:
         )
 
 
-def picture_url(image: Image.Image) -> str:
+def _picture_url(image: Image.Image) -> str:
     """Without loss, and hardly compressed: the server is near, and it takes a tenth of the time."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
