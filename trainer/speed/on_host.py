@@ -46,6 +46,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return result
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without anybody waiting for it."""
+    return moved(pinned(tensor, device), device)
+
+
 def host_of(tensor: Tensor) -> Tensor | None:
     """The same numbers on the host, where they are known there."""
     if tensor.device.type == "cpu":
@@ -105,7 +110,7 @@ def answered(function: Callable) -> Callable:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return moved(pinned(value, device), device) if isinstance(value, Tensor) else value
+    return sent(value, device) if isinstance(value, Tensor) else value
 
 
 def _is_of_sizes(value: Any) -> bool:

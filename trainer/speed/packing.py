@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
-from gold_trainer.speed.on_host import host_of, moved, pinned
+from gold_trainer.speed.on_host import host_of, sent
 from gold_trainer.speed.segments import (
     attention_is,
     can_attend,
@@ -133,10 +133,10 @@ def packed(
         made["position_ids"] = _on_host(position_ids)[:, is_text][:, None]
     made["cu_seq_lens_q"] = functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     places = (is_text.flatten().cumsum(0) - 1)[_on_host(scored_rows)]
-    there = {name: moved(pinned(tensor, device), device) for name, tensor in made.items()}
+    there = {name: sent(tensor, device) for name, tensor in made.items()}
     rest = {name: value for name, value in inputs.items() if name != "attention_mask"}
     sizes = {"max_length_q": int(lengths.max())}
-    return rest | there | sizes, moved(pinned(places, device), device)
+    return rest | there | sizes, sent(places, device)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from gold_trainer.caching.store import form_of_cache
 from gold_trainer.collator import Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head, StoredHead
-from gold_trainer.speed.on_host import moved, pinned
+from gold_trainer.speed.on_host import sent
 from gold_trainer.teacher_config import args_by_teacher
 from gold_trainer.teachers.absent import AbsentTeacher
 from gold_trainer.teachers.named import live_source, source_of
@@ -68,11 +68,7 @@ class TeachersById(Teacher):
     def _inputs(self, key: str, examples: list[Example]) -> SideInputs:
         if isinstance(self.teachers[key], AbsentTeacher):
             return SideInputs.without_tensors(examples)
-
-        def move(tensor: Tensor) -> Tensor:
-            return moved(pinned(tensor, self.device), self.device)
-
-        return build_side(self.processor, examples, move)
+        return build_side(self.processor, examples, lambda tensor: sent(tensor, self.device))
 
     def writing(self) -> AbstractContextManager[nn.Module]:
         raise AssertionError("a config with several teachers asks none to write")

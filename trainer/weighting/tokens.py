@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gold_kernels import TokenAlignment
 from gold_trainer.batches import MicroBatch
-from gold_trainer.speed.on_host import moved, pinned
+from gold_trainer.speed.on_host import sent
 from gold_trainer.weighting.log_probs import ScoredSide
 
 
@@ -93,7 +93,7 @@ class ScoredTokens:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """From the host, without waiting for the device."""
-        return moved(pinned(tensor, self.ids.device), self.ids.device)
+        return sent(tensor, self.ids.device)
 
     def _known_teacher(self) -> ScoredSide:
         if self.teacher is None:
