@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -201,6 +202,10 @@ class StoredHead:
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
+
+    def to(self, device: torch.device) -> "StoredHead":
+        bias = None if self.bias is None else self.bias.to(device)
+        return StoredHead(self.weight.to(device), bias)
 
 
 @dataclass(frozen=True)

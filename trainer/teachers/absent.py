@@ -25,8 +25,8 @@ class AbsentTeacher(Teacher):
         self.place_rows(device)
         head = self.side.head
         if isinstance(head, StoredHead):
-            head.weight = head.weight.to(device)
-            head.bias = None if head.bias is None else head.bias.to(device)
+            there = head.to(device)
+            head.weight, head.bias = there.weight, there.bias
 
     def writing(self) -> AbstractContextManager[nn.Module]:
         raise AssertionError("a config with such a teacher asks nobody to write")

@@ -51,10 +51,7 @@ class TeachersById(Teacher):
     def head(self, key: str) -> Head:
         """On the device, for as long as the caller holds it."""
         head = self.teachers[key].side.head
-        if not isinstance(head, StoredHead):
-            return head
-        bias = None if head.bias is None else head.bias.to(self.device)
-        return StoredHead(head.weight.to(self.device), bias)
+        return head.to(self.device) if isinstance(head, StoredHead) else head
 
     def hidden_rows(self, inputs: SideInputs) -> Tensor:  # (sum of N_t * D_t,)
         """inputs.by_teacher holds them as they are; all in one row is for who looks for NaN."""
