@@ -13,6 +13,9 @@ import torch
 
 SHARDINGS = ("fsdp",)
 OFFLOADS = ("cpu", "disk")
+# Where the weights of a teacher are that is here.
+PLACES = ("teacher_sharding", "teacher_device", "teacher_offload")
+BARE = re.compile(r"[\w.-]+:\d{1,5}")  # an address without http://
 # What is one teacher's, or runs a teacher on all processes together.
 NOT_OF_SEVERAL = (
     *("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_server_url"),
@@ -62,7 +65,6 @@ class TeacherFields:
             "choices": OFFLOADS,
         },
     )
-
     teacher_batch_size: int | None = field(
         default=None,
         metadata={
@@ -142,7 +144,7 @@ class TeacherFields:
                     "teacher_sharding='fsdp', or pass two models that are loaded with the same "
                     "tp_plan."
                 )
-        for name in ("teacher_sharding", "teacher_device", "teacher_offload"):
+        for name in PLACES:
             if "device_map" in given and getattr(self, name) is not None:
                 raise ValueError(
                     f"GOLDConfig: teacher_model_init_kwargs must be without device_map where "
@@ -174,11 +176,6 @@ def _check_device(name: str) -> None:
 
 def _count(kind: str) -> int:
     return torch.get_device_module(kind).device_count()
-
-
-# Where the weights of a teacher are that is here.
-BARE = re.compile(r"[\w.-]+:\d{1,5}")
-PLACES = ("teacher_sharding", "teacher_device", "teacher_offload")
 
 
 @dataclass
@@ -224,15 +221,9 @@ class ServedFields:
             take_address(args, args.teacher_model_name_or_path)
             args.teacher_model_name_or_path = None
         url = self.teacher_model_server_url
-        if url is None and any(map(is_address, (args.teacher_models or {}).values())):
-            return
         if url is None:
-            for one in fields(ServedFields):
-                if getattr(self, one.name) != one.default:
-                    raise ValueError(
-                        f"GOLDConfig: {one.name} must be left out unless a server is the teacher, "
-                        f"got {getattr(self, one.name)!r}; set teacher_model_server_url."
-                    )
+            if not any(map(is_address, (args.teacher_models or {}).values())):
+                self._refuse_fields_of_servers()
             return
         if not is_address(url):
             raise ValueError(
@@ -257,6 +248,14 @@ class ServedFields:
                 "GOLDConfig: teacher_model_init_kwargs must be without quantization_config with "
                 "teacher_model_server_url, got one; start the server with --quantization."
             )
+
+    def _refuse_fields_of_servers(self) -> None:
+        for one in fields(ServedFields):
+            if getattr(self, one.name) != one.default:
+                raise ValueError(
+                    f"GOLDConfig: {one.name} must be left out unless a server is the teacher, "
+                    f"got {getattr(self, one.name)!r}; set teacher_model_server_url."
+                )
 
 
 def is_address(name: Any) -> bool:
