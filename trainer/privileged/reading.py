@@ -64,9 +64,9 @@ def read_view(
         check_unicode(view.prompt, f"{start}{key}")
     except ValueError as error:
         text = str(error).removeprefix(start)
-        raise renamed(
-            error, str(error) if text.startswith(tuple(given)) else f"{start}{key}: {text}"
-        ) from error
+        if text.startswith(tuple(given)):  # it names its column
+            raise
+        raise renamed(error, f"{start}{key}: {text}") from error
     return view
 
 
