@@ -16,7 +16,7 @@ from gold_trainer.batches import BatchAlignment, Example, MicroBatch, SideInputs
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head
-from gold_trainer.objectives.objective import Objective
+from gold_trainer.objectives.objective import Objective, even_weights
 from gold_trainer.preparing import Prepared
 from gold_trainer.sides import Side
 from gold_trainer.teachers.by_id import TeachersById, places_by_teacher
@@ -94,8 +94,8 @@ class ByTeacher(Objective):
         assert by_teacher is not None, "the teachers were asked"
         if item_weights is None:  # means of the whole batch, not of a teacher's part
             counts = self.first.batch_counts(batch)
-            shares = [1 / max(count, 1) for count in (_num_units(counts), counts["tokens"])]
-            item_weights = torch.tensor(shares, device=student_hidden.device)
+            sizes = counts.get("groups", counts["tokens"]), counts["tokens"]
+            item_weights = even_weights(*sizes, student_hidden.device)
         losses: list[Tensor] = []
         total: dict[str, Tensor] = {}
         groups = places_by_teacher(batch.student.examples, self.parts)
@@ -150,10 +150,6 @@ def _units(key: str) -> str:
 
 def _loss(key: str) -> str:
     return f"loss/{key}"
-
-
-def _num_units(counts: dict[str, int]) -> int:
-    return counts.get("groups", counts["tokens"])
 
 
 def _rows_of(examples: list[Example], places: list[int], device: torch.device) -> Tensor:

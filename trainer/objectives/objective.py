@@ -192,14 +192,19 @@ class Objective(ABC):
     ) -> tuple[Tensor, Tensor]:  # (num_units,), (num_labels,)
         """What each unit and each label weighs in the loss of the batch."""
         if item_weights is None:
-            shares = [1 / max(size, 1) for size in (num_units, num_labels)]
-            item_weights = torch.tensor(shares, device=device)
+            item_weights = even_weights(num_units, num_labels, device)
         unit_weight, label_weight = item_weights.unbind()
         units = (self.distillation_weight * unit_weight).expand(num_units)
         return (
             units if unit_weights is None else units * unit_weights,
             (self.crossentropy_weight * label_weight).expand(num_labels),
         )
+
+
+def even_weights(num_units: int, num_labels: int, device: torch.device) -> Tensor:  # (2,)
+    """What a unit and a label weigh where the batch is all that there is."""
+    shares = [1 / max(size, 1) for size in (num_units, num_labels)]
+    return torch.tensor(shares, device=device)
 
 
 def summed(values: Mapping[str, Tensor | None], weights: Tensor | None) -> dict[str, Tensor]:
