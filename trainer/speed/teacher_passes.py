@@ -28,7 +28,8 @@ class TeacherPasses:
         objective.is_teacher_apart = self.num_rows is not None
         own = args.per_device_train_batch_size
         self.num_batches = max(1, (self.num_rows or own) // own)  # that share a pass
-        self.is_split = self.num_rows is not None and self.num_rows < own
+        is_split = self.num_rows is not None and self.num_rows < own
+        self.part_size = self.num_rows if is_split else None  # rows at a time; None: all
         self.window: list[WindowBatch] = []
         self.hidden: dict[int, Tensor] = {}  # (N of it, D) by the id of an example of the window
 
@@ -57,7 +58,7 @@ class TeacherPasses:
             is_one = batch.teacher_examples is batch.examples
             rows += batch.teacher_examples
             unscored += batch.unscored if is_one else batch.teacher_unscored
-        size = self.num_rows if self.is_split and self.num_rows else len(rows)
+        size = self.part_size or len(rows)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             processor = self.objective.collators["teacher"].processor
