@@ -239,23 +239,21 @@ class PicturesForAll:
         """Called on all ranks, with as many batches. Waits for the device, once a window."""
         if not self.is_needed:
             return batches
-        places = [("student", kind) for kind in MEDIA]
-        if is_sharded(self.teacher):
-            places += [("teacher", kind) for kind in MEDIA]
+        sides = ("student", "teacher") if is_sharded(self.teacher) else ("student",)
+        places = [(side, kind) for side in sides for kind in MEDIA]
         seen = [{"student": b.examples, "teacher": b.teacher_examples} for b in batches]
-        own = [[has_media(sides[side], kind) for side, kind in places] for sides in seen]
+        own = [[has_media(batch[side], kind) for side, kind in places] for batch in seen]
         flags = torch.tensor(own, dtype=torch.float32, device=self.accelerator.device)
         counts = self.accelerator.reduce(flags, reduction="sum").tolist()
         result = []
         for batch, has, of_all in zip(batches, own, counts, strict=True):
             due = [p for p, here, n in zip(places, has, of_all, strict=True) if n and not here]
-            kinds = {side: [k for s, k in due if s == side] for side in ("student", "teacher")}
-            student, teacher = (
-                [self.example(side, kind) for kind in own] for side, own in kinds.items()
-            )
+            kinds = {side: [k for s, k in due if s == side] for side in sides}
+            rows = {side: [self.example(side, kind) for kind in kinds[side]] for side in sides}
             others = batch.teacher_examples
-            if len(places) > len(MEDIA) and kinds["student"] != kinds["teacher"]:
+            if kinds.get("teacher", kinds["student"]) != kinds["student"]:
                 others = list(others)  # another list: the sides are made apart
+            student, teacher = rows["student"], rows.get("teacher", [])
             result.append(
                 replace(batch, teacher_examples=others, unscored=student, teacher_unscored=teacher)
             )
