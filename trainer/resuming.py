@@ -21,15 +21,9 @@ SETTINGS = (
     *("max_length", "token_weighting", "token_weighting_kwargs"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"),
     *("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs"),
-    *(
-        "teacher_models",
-        "teacher_cache",
-        "teacher_cache_form",
-        "max_completion_length",
-        "temperature",
-        "top_p",
-    ),
-    *("top_k", "min_p", "repetition_penalty", "stop_strings", "generation_kwargs", "use_vllm"),
+    *("teacher_models", "teacher_cache", "teacher_cache_form"),
+    *("max_completion_length", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "stop_strings", "generation_kwargs", "use_vllm"),
     *("vllm_mode", "vllm_sync_frequency", "async_rollouts"),
 )
 WORDS = {"true": True, "false": False, "none": None}
