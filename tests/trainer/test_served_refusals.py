@@ -123,6 +123,7 @@ def test_another_name_of_the_checkpoint_is_told(pair, served, caplog):
     with caplog.at_level(logging.WARNING):
         opened(pair, served)
     assert f"at {served.stub.url} was started with Qwen/Qwen3-8B, and teacher_model" in caplog.text
+    assert caplog.text.count("was started with") == 1
 
 
 def test_a_server_without_hidden_states_is_refused(pair, served):

@@ -43,11 +43,6 @@ class Served(NamedTuple):
         return cls(str(first["id"]), os.fspath(first["root"]), int(first["max_model_len"]))
 
 
-def _is_same(name: str, root: str) -> bool:
-    """One folder, or one id of the hub."""
-    return name == root or (os.path.exists(root) and os.path.samefile(name, root))
-
-
 def find_server(args: GOLDConfig) -> tuple[Server, Served]:
     """Waits for it; sets the checkpoint's name where the config has the address alone."""
     assert args.teacher_model_server_url is not None, "a server is the teacher"
@@ -61,15 +56,6 @@ def find_server(args: GOLDConfig) -> tuple[Server, Served]:
     served = server.read("/v1/models", server.get("/v1/models"), what, Served.of)
     if name is None:
         args.teacher_model_name_or_path = _readable(server, served, args)
-    elif not _is_same(name, served.root):
-        logger.warning(
-            "GOLDTrainer: the vLLM server at %s was started with %s, and "
-            "teacher_model_name_or_path is %s: norm and head are read from the latter, and layers "
-            "are not compared.",
-            server.url,
-            served.root,
-            name,
-        )
     if args.max_length is not None and served.max_model_len < args.max_length:
         raise ValueError(
             f"GOLDTrainer: the vLLM server at {server.url} must take sequences of "
@@ -90,6 +76,20 @@ def _readable(server: Server, served: Served, args: GOLDConfig) -> str:
             "it is."
         ) from error
     return served.root
+
+
+def warn_of_another(server: Server, served: Served, name: str) -> None:
+    """name: the checkpoint. Unless the server has it from the same folder, or id of the hub."""
+    root = served.root
+    if name == root or (os.path.exists(root) and os.path.samefile(name, root)):
+        return
+    logger.warning(
+        "GOLDTrainer: the vLLM server at %s was started with %s, and teacher_model_name_or_path is "
+        "%s: norm and head are read from the latter, and layers are not compared.",
+        server.url,
+        root,
+        name,
+    )
 
 
 def check_teacher(states: HiddenStates, tail: Tail, processor: Processor, args: GOLDConfig) -> None:

@@ -10,7 +10,7 @@ from gold_trainer.batches import Example, SideInputs
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.teachers.absent import AbsentTeacher
-from gold_trainer.teachers.served.check import check_teacher, find_server
+from gold_trainer.teachers.served.check import check_teacher, find_server, warn_of_another
 from gold_trainer.teachers.served.client import HiddenStates
 from gold_trainer.teachers.served.tail import Tail, read_tail
 from gold_trainer.writers.background import Background
@@ -31,6 +31,7 @@ class ServedTeacher(AbsentTeacher):
     def open(cls, name: str, processor: Processor, args: GOLDConfig) -> "ServedTeacher":
         """name: the checkpoint; processor is the one that its rows are made with."""
         server, served = find_server(args)
+        warn_of_another(server, served, name)
         tail = read_tail(name, processor, args)
         width = tail.side.head.weight.shape[1]
         states = HiddenStates(server, served.id, args.teacher_request_retries, width)
