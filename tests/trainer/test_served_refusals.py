@@ -14,7 +14,9 @@ from gold_trainer.preparing import prepare
 from gold_trainer.rows import Row
 from gold_trainer.teachers import make_teacher, source_of
 from gold_trainer.teachers.served import client
+from gold_trainer.teachers.served.check import Served, warn_of_another
 from gold_trainer.writers.vllm.requests import GENERATE
+from gold_trainer.writers.vllm.server import Server
 from support.cache_cases import save_pair
 from support.served_stub import served_teacher
 from support.tiny_models import tiny
@@ -124,6 +126,15 @@ def test_another_name_of_the_checkpoint_is_told(pair, served, caplog):
         opened(pair, served)
     assert f"at {served.stub.url} was started with Qwen/Qwen3-8B, and teacher_model" in caplog.text
     assert caplog.text.count("was started with") == 1
+
+
+def test_a_folder_that_the_server_has_of_an_id_of_the_hub_is_told(tmp_path, caplog):
+    server, served = Server("http://127.0.0.1:1", 1.0, ""), Served("teacher", str(tmp_path), 8)
+    with caplog.at_level(logging.WARNING):
+        warn_of_another(server, served, "Qwen/Qwen3-8B")
+        warn_of_another(server, served, str(tmp_path))
+    assert caplog.text.count("was started with") == 1
+    assert f"{tmp_path}, and teacher_model_name_or_path is Qwen/Qwen3-8B: norm" in caplog.text
 
 
 def test_a_server_without_hidden_states_is_refused(pair, served):

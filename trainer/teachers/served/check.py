@@ -81,7 +81,8 @@ def _readable(server: Server, served: Served, args: GOLDConfig) -> str:
 def warn_of_another(server: Server, served: Served, name: str) -> None:
     """name: the checkpoint. Unless the server has it from the same folder, or id of the hub."""
     root = served.root
-    if name == root or (os.path.exists(root) and os.path.samefile(name, root)):
+    are_folders = os.path.exists(name) and os.path.exists(root)
+    if name == root or (are_folders and os.path.samefile(name, root)):
         return
     logger.warning(
         "GOLDTrainer: the vLLM server at %s was started with %s, and teacher_model_name_or_path is "
