@@ -275,6 +275,12 @@ def plain_head(head: Any, side: str) -> nn.Linear:
     return head
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Collective for the parts of FSDP2 and of tensor parallelism."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def is_vocabulary_slice(weight: Tensor) -> bool:
     """Of a head that transformers' tensor parallelism has cut, over the vocabulary."""
     if not isinstance(weight, DTensor):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.models import whole
 
 WEIGHTS, TEACHER, LOSS, GRADIENT, STOP, EMPTY = range(6)  # places of the flags
 SIDES = {
@@ -90,7 +91,7 @@ class NonFiniteGuard:
             bad[:GRADIENT] = torch.stack([flags.to(device) for flags in self.flags]).any(0)
         # a scaler of float16 gradients meets inf as a matter of course, and skips the step itself
         if grad_norm is not None and self.accelerator.scaler is None:
-            bad[GRADIENT] = ~torch.isfinite(_whole(torch.as_tensor(grad_norm))).to(device)
+            bad[GRADIENT] = ~torch.isfinite(whole(torch.as_tensor(grad_norm))).to(device)
         bad[STOP] = float(wants_stop)
         # the scaler of float16 gradients takes no step without gradients
         can_be_empty = self.can_be_empty and self.accelerator.scaler is None
@@ -183,10 +184,6 @@ def trained(model: nn.Module) -> Iterator[Tensor]:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             yield parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _some(rows: list[int], limit: int = 16) -> str:

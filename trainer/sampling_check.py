@@ -16,9 +16,8 @@ from transformers.utils import logging
 
 from gold_trainer.batches import SideInputs
 from gold_trainer.logit_form import LogitForm
-from gold_trainer.models import Head
+from gold_trainer.models import Head, whole
 from gold_trainer.writers.sampling import logprobs_of
-from gold_trainer.writers.weights import whole
 from gold_trainer.writers.writer import Sampling
 
 logger = logging.get_logger(__name__)

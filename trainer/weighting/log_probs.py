@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from gold_trainer.logit_form import LogitForm
-from gold_trainer.models import Head
+from gold_trainer.models import Head, whole
 
 CHUNK_BYTES = 256 << 20  # of a chunk's logits in float32
 
@@ -30,12 +29,8 @@ class ScoredSide(NamedTuple):
         cls, hidden: Tensor, head: Head, form: LogitForm, num_entries: int | None
     ) -> "ScoredSide":
         """The head is asked for here, once: of one in parts all processes gather it."""
-        weight, bias = (
-            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            for tensor in (head.weight, head.bias)
-        )
-        assert weight is not None, "a head has a weight"
-        return cls(hidden, weight, bias, form, num_entries)
+        weight, bias = whole(head.weight), head.bias
+        return cls(hidden, weight, None if bias is None else whole(bias), form, num_entries)
 
     @torch.no_grad()
     def log_probs(self, rows: Tensor, ids: Tensor) -> Tensor:  # (n,), (n,) int64 -> (n,)

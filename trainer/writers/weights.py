@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_peft_available
 
-from gold_trainer.models import base_model, has_adapter
+from gold_trainer.models import base_model, has_adapter, whole
 from gold_trainer.ranks import raise_on_all
 
 # What stands in the names of layers that are checkpointed or compiled.
@@ -28,12 +27,6 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Collective for FSDP2's parts."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_copy(module: nn.Module) -> nn.Module:
