@@ -119,8 +119,8 @@ def refuse_split_teacher(args: GOLDConfig) -> None:
     if size is not None and size < own and args.world_size > 1:
         raise ValueError(
             f"GOLDTrainer: teacher_batch_size must be at least per_device_train_batch_size={own} "
-            f"with {args.world_size} processes, got {size}: all of them run the teacher as often; "
-            "lower per_device_train_batch_size."
+            f"with {args.world_size} processes, got {size}: all of them must run the "
+            "teacher equally often; lower per_device_train_batch_size."
         )
 
 
