@@ -14,6 +14,7 @@ from gold_kernels.projection.linear import ProjectedMetrics, fused_linear_projec
 from gold_kernels.tokens.alignment import CompletionAligner, TokenAlignment
 from gold_kernels.tokens.projection import VocabProjection
 from gold_kernels.tokens.vocabulary import VocabOverlap
+from gold_kernels.topk.entries import head_top_k
 from gold_kernels.topk.linear import fused_linear_top_k
 from gold_kernels.uld.linear import FusedLinearULDLoss, ULDMetrics, fused_linear_uld, uld_loss
 
@@ -41,6 +42,7 @@ __all__ = [
     "fused_linear_top_k",
     "fused_linear_uld",
     "head_means",
+    "head_top_k",
     "jsd_loss",
     "peak_extra_bytes",
     "uld_loss",

@@ -98,6 +98,7 @@ class Banner(TrainerCallback):
 
     def _loss(self, args: GOLDConfig) -> str:
         loss = f"{args.uld_loss_type} across tokenizers" if args.use_uld_loss else args.loss
+        loss += f" of the teacher's {args.loss_top_k} likeliest tokens" if args.loss_top_k else ""
         if self.weighting is None:
             return loss
         return f"{loss}; tokens have the weights of {self.weighting.settings['token_weighting']}"

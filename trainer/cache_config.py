@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-CACHE_FORMS = ("hidden", "head_means")
+CACHE_FORMS = ("hidden", "head_means", "top_k")
 
 
 @dataclass
@@ -21,11 +21,18 @@ class CacheFields:
         default=None,
         metadata={
             "help": "What the cache holds a token: hidden, the teacher's last hidden states; "
-            "head_means, what the forward KL of a frozen head takes of them. None: hidden where a "
-            "cache is made, in training what there is.",
+            "head_means, what the forward KL of a frozen head takes of them; top_k, the tokens of "
+            "loss_top_k. None: in training what there is, else top_k with loss_top_k, hidden "
+            "without.",
             "choices": CACHE_FORMS,
         },
     )
+
+    @property
+    def form_to_make(self) -> str:
+        """Of a cache that gold-trainer cache-teacher makes."""
+        args: Any = self  # a GOLDConfig
+        return self.teacher_cache_form or ("top_k" if args.loss_top_k else "hidden")
 
     def check_teacher_cache(self) -> None:
         """ValueError for runs that need a teacher who can still be asked."""
@@ -61,6 +68,23 @@ class CacheFields:
             )
         if self.teacher_cache_form == "head_means":
             check_head_means(args)
+        if self.teacher_cache_form == "top_k":
+            check_top_k(args)
+
+
+def check_top_k(args: Any) -> None:  # a GOLDConfig
+    """ValueError for losses that need more of the teacher than its likeliest tokens."""
+    if args.use_uld_loss:
+        raise ValueError(
+            "GOLDConfig: use_uld_loss must be False where teacher_cache has the teacher's top_k, "
+            "got True; they belong to one vocabulary: make a cache of teacher_cache_form=hidden."
+        )
+    if not args.loss_top_k:
+        raise ValueError(
+            "GOLDConfig: loss_top_k must be at least 1 where teacher_cache has the teacher's "
+            "top_k, got 0; set how many tokens the loss takes, 64 for instance, or make a cache of "
+            "teacher_cache_form=hidden."
+        )
 
 
 def check_head_means(args: Any) -> None:  # a GOLDConfig
@@ -69,6 +93,11 @@ def check_head_means(args: Any) -> None:  # a GOLDConfig
         raise ValueError(
             "GOLDConfig: use_uld_loss must be False where teacher_cache has head_means, got True; "
             "they belong to one vocabulary: make a cache of teacher_cache_form=hidden."
+        )
+    if args.loss_top_k:
+        raise ValueError(
+            "GOLDConfig: loss_top_k must be 0 where teacher_cache has head_means, got "
+            f"{args.loss_top_k}; leave it out, or make a cache of teacher_cache_form=top_k."
         )
     if args.loss != "jsd" or args.beta != 0:
         got = f"beta={args.beta}" if args.loss == "jsd" else f"loss={args.loss!r}"

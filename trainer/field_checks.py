@@ -42,6 +42,7 @@ RAISE = "raise it"
 RANGES: dict[str, tuple[Range, str]] = {
     # the loss
     "beta": (SHARE, "0 is forward KL, 1 reverse KL"),
+    "loss_top_k": (Range("at least 0", 0), "0 compares all tokens"),
     "loss_temperature": (POSITIVE, AS_THEY_ARE),
     "loss_teacher_temperature": (POSITIVE, AS_THEY_ARE),
     "distillation_weight": (NOT_NEGATIVE, LEFT_OUT),

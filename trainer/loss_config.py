@@ -22,6 +22,7 @@ ACROSS = {
     "loss_teacher_temperature": "uld_student_temperature and uld_teacher_temperature",
     "loss": "uld_use_hybrid_loss, or leave it out",
     "loss_kwargs": "the uld_ fields",
+    "loss_top_k": "0: the k tokens belong to one vocabulary",
 }
 
 
@@ -50,6 +51,13 @@ class LossFields:
         default=0.5,
         metadata={
             "help": "Of jsd and the hybrid loss: 0 is forward KL, 1 reverse KL, between them JSD."
+        },
+    )
+    loss_top_k: int = field(
+        default=0,
+        metadata={
+            "help": "Of jsd: the teacher's k likeliest tokens, and one outcome for all others; "
+            "gold-trainer cache-teacher then keeps these alone. 0: all tokens."
         },
     )
     loss_temperature: float = field(
@@ -91,6 +99,11 @@ class LossFields:
     )
 
     @property
+    def teacher_temperature(self) -> float:
+        given = self.loss_teacher_temperature
+        return self.loss_temperature if given is None else given
+
+    @property
     def loss_numbers(self) -> dict[str, Any]:
         """The numbers of the loss, by its own names."""
         names = numbers_of(self.loss)
@@ -119,6 +132,7 @@ class LossFields:
         else:
             self._check_name()
             self._check_kwargs()
+            self._check_top_k()
 
     def _check_none_is_given(self) -> None:
         for name, remedy in ACROSS.items():
@@ -144,6 +158,18 @@ class LossFields:
                         f"GOLDConfig: {name} must be left out with loss={self.loss!r}, which has "
                         f"no {number}, got {value}; its numbers are {_list(names)}."
                     )
+
+    def _check_top_k(self) -> None:
+        if self.loss_top_k and self.loss != "jsd":
+            raise ValueError(
+                f"GOLDConfig: loss must be 'jsd' with loss_top_k={self.loss_top_k}, got "
+                f"{self.loss!r}; leave one of the two out: the k tokens have the generalized JSD."
+            )
+        if self.loss_top_k and self.loss_backend == "triton":
+            raise ValueError(
+                f"GOLDConfig: loss_backend must be None or 'torch' with loss_top_k="
+                f"{self.loss_top_k}, got 'triton'; leave it out: there is no kernel of it."
+            )
 
     def _check_kwargs(self) -> None:
         names = [name for name in numbers_of(self.loss) if name not in NUMBER_FIELDS]

@@ -24,7 +24,8 @@ SETTINGS = (
 )
 METRICS = (
     *("loss", "forward_kl", "reverse_kl", "top1_agreement", "student_entropy"),
-    *("uld_loss", "matched_loss", "unmatched_loss", "eval_loss", "eval_top1_agreement"),
+    *("uld_loss", "matched_loss", "unmatched_loss", "student_top_mass", "teacher_top_mass"),
+    *("eval_loss", "eval_top1_agreement"),
 )
 
 
@@ -78,6 +79,8 @@ def write_card(
     data = ", ".join(part for part in (dataset, rows) if part) or "unknown"
     loss = f"{args.uld_loss_type} (two tokenizers)" if args.use_uld_loss else args.loss
     numbers = {} if args.use_uld_loss else args.loss_numbers
+    if args.loss_top_k:
+        numbers = {**numbers, "loss_top_k": args.loss_top_k}
     if weighting is not None:
         numbers = {**numbers, "token_weighting": weighting}
     parts = [

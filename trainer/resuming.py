@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 # What a run learns and from whom, from which rows in which order; kept with each checkpoint.
 SETTINGS = (
-    *("loss", "beta", "use_uld_loss", "uld_loss_type", "lmbda", "seq_kd", "train_on", "seed"),
-    *("max_length", "token_weighting", "token_weighting_kwargs"),
+    *("loss", "loss_top_k", "beta", "use_uld_loss", "uld_loss_type", "lmbda", "seq_kd"),
+    *("train_on", "seed", "max_length", "token_weighting", "token_weighting_kwargs"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"),
     *("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs"),
     *("teacher_models", "teacher_cache", "teacher_cache_form"),

@@ -1,8 +1,8 @@
 """Student or teacher, as the loss and the data see it: head, form of its logits, collator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,12 +16,20 @@ from gold_trainer.speed.on_host import with_positions
 from gold_trainer.speed.packing import packed
 
 
+class StoredEntries(NamedTuple):
+    """A cache that has a teacher's likeliest tokens in the place of hidden states."""
+
+    folder: str
+    facts: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Side:
     head: models.Head  # weight (V, D)
     place: nn.Module  # where the model calls it
     form: LogitForm
     collator: GOLDCollator
+    entries: StoredEntries | None = None  # None: it gives hidden states
 
     def run(
         self,

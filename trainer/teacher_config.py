@@ -129,8 +129,8 @@ class TeacherFields:
                 )
         if args.teacher_cache_form == "head_means":
             raise ValueError(
-                "GOLDConfig: teacher_cache_form must be 'hidden' with teacher_models, got "
-                "'head_means', which belongs to one teacher; leave it out."
+                "GOLDConfig: teacher_cache_form must be 'hidden' or 'top_k' with teacher_models, "
+                "got 'head_means', which belongs to one teacher; leave it out."
             )
 
     def _check_init_kwargs(self) -> None:
@@ -295,7 +295,9 @@ def _of_one(args: Any, key: str, name: str) -> Any:
     one = copy.copy(args)
     one.teacher_models, one.teacher_model_name_or_path = None, name
     if args.teacher_cache is not None:
-        one.teacher_cache, one.teacher_cache_form = str(Path(args.teacher_cache) / key), "hidden"
+        one.teacher_cache = str(Path(args.teacher_cache) / key)
+        if not args.loss_top_k:
+            one.teacher_cache_form = "hidden"
     if is_address(name):
         one.check_served()
     return one

@@ -46,6 +46,7 @@ class TopK(RowLoss):
     )
     tensor_sizes: ClassVar[dict[str, int]] = {"targets": 2}
     is_shared: ClassVar[bool] = False
+    backends: ClassVar[tuple[str, ...]] = ("torch",)  # whatever a call says
 
     def check(self, function: str) -> None:
         checks.check_beta(function, self.beta)

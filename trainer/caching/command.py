@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 
@@ -25,6 +24,7 @@ from gold_trainer.caching.facts import (
 from gold_trainer.caching.means import MeansEncoder
 from gold_trainer.caching.run import Caching, Encoder
 from gold_trainer.caching.store import Manifest
+from gold_trainer.caching.top_k import TopKEncoder
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.preparing import Prepared, prepare
 from gold_trainer.ranks import on_main_process
@@ -61,29 +61,37 @@ def _cache(
     teacher_id: str | None = None,  # of several, whose rows are kept alone
 ) -> None:
     args, folder = run.config, _folder(run)
+    caching = Caching(run, prepared, folder, state, own.cache_batch_size, teacher_id)
+    encoder = _encoder(run, prepared, own.cache_dtype, caching)
     facts = {
-        "teacher_cache_form": args.teacher_cache_form or "hidden",
-        "cache_dtype": own.cache_dtype,
+        "teacher_cache_form": encoder.form,
         **facts_of_args(args),
         **facts_of_teacher(args, str(run.teacher)),
         **facts_of_processor(prepared.teacher_processor),
+        **encoder.facts,
     }
-    encoder: Encoder | None = None
-    if args.teacher_cache_form == "head_means":
-        encoder = MeansEncoder(run, prepared)
-        facts |= encoder.facts
     lock = RunLock(str(folder), "teacher_cache")
     on_main_process(state, lock.acquire)
     try:
         manifest = on_main_process(state, lambda: _earlier(folder, facts))
-        caching = Caching(run, prepared, folder, state, own.cache_batch_size, teacher_id)
-        if encoder is None:
-            dtype = None if own.cache_dtype == "auto" else getattr(torch, own.cache_dtype)
-            encoder = Encoder(dtype, caching.sides[1])
         caching.run(encoder, manifest, facts, int(own.cache_shard_mib * 2**20))
     finally:
         if state.is_main_process:
             lock.release()
+
+
+def _encoder(run: Run, prepared: Prepared, dtype: str, caching: Caching) -> Encoder:
+    form = run.config.form_to_make
+    if form == "hidden":
+        return Encoder(dtype, caching.sides[1])
+    if dtype not in ("auto", "float32"):
+        raise ValueError(
+            f"gold-trainer cache-teacher: cache_dtype must be float32 or auto with "
+            f"teacher_cache_form={form}, got {dtype!r}; leave it out."
+        )
+    if form == "top_k":
+        return TopKEncoder(run.config, *caching.sides)
+    return MeansEncoder(run, prepared)
 
 
 def _own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -43,6 +43,7 @@ REMEDIES = {
     "image_processor": "its sizes or normalisation are others",
     "student_head": "the student's lm_head is another, or of another dtype",
     "teacher_temperature": "loss_teacher_temperature or loss_temperature is it",
+    "vocabulary": "the heads of student and teacher have another number of tokens in common",
     "video_processor": "its frames or sizes are others",
 }
 

@@ -55,9 +55,11 @@ class Encoder:
     """What is kept of the teacher's hidden states: themselves, and the head they go through."""
 
     form = "hidden"
+    facts: dict[str, Any]  # that it adds to those of the teacher
 
-    def __init__(self, dtype: torch.dtype | None, teacher: Side) -> None:  # without weights
-        self.dtype = dtype  # None: 16-bit, the teacher's where it has one
+    def __init__(self, dtype: str, teacher: Side) -> None:  # without weights
+        self.facts = {"cache_dtype": dtype}
+        self.dtype = None if dtype == "auto" else getattr(torch, dtype)  # None: 16-bit
         weight = teacher.head.weight
         self.width, self.head_bytes = weight.shape[1], weight.numel() * weight.element_size()
 

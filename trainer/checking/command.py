@@ -31,6 +31,7 @@ from gold_trainer.progress import num_cores, progress
 from gold_trainer.row_errors import REASONS, BadRow
 from gold_trainer.streams import RowStream, open_rows
 from gold_trainer.teachers import source_of
+from gold_trainer.teachers.cached import as_stored
 
 BATCH_SIZE = 16
 
@@ -103,6 +104,7 @@ def _own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _objective(run: Run, prepared: Prepared) -> tuple[Objective, list[str]]:
     """The loss of the pair without its weights, and what is known of the pair."""
     (student, teacher), sides = empty_sides(run, prepared)
+    sides = sides[0], as_stored(sides[1], run.config)
     objective = prepared.objective(run.config, *sides)
     processors = prepared.student_processor, prepared.teacher_processor
     facts = []

@@ -54,10 +54,7 @@ def facts_of_means(args: GOLDConfig, head: Head) -> dict[str, Any]:
                 "head_means, got one that is trained; train an adapter that leaves it alone (LoRA "
                 f"without modules_to_save), or {REMEDY}."
             )
-    temperature = args.loss_teacher_temperature
-    facts = {
-        "teacher_temperature": args.loss_temperature if temperature is None else temperature,
-    }
+    facts: dict[str, Any] = {"teacher_temperature": args.teacher_temperature}
     if head.weight.is_meta:  # FSDP loads the weights on the main process alone, which looks at them
         return facts
     dtype = PRECISIONS.get(precision_of(args)) or head.weight.dtype

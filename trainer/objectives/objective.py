@@ -167,7 +167,7 @@ class Objective(ABC):
         self,
         batch: MicroBatch,
         student: tuple[Tensor, Head],  # (N_s, D_s) hidden states, and their head
-        teacher: tuple[Tensor, Head] | None,  # (N_t, D_t); None: there are means of it alone
+        teacher: tuple[Tensor, Head] | None,  # (N_t, D_t); None: no hidden states are known
         *,
         may_wait: bool,  # for the device
     ) -> Tensor | None:  # (num_units,); None: all alike

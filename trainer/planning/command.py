@@ -9,7 +9,15 @@ from rich.table import Table
 
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.config_file import read_mapping
-from gold_trainer.planning.memory import ENGINES, PARTS, Plan, Planner, Setup, optimizer_of
+from gold_trainer.planning.memory import (
+    ENGINES,
+    PARTS,
+    Plan,
+    Planner,
+    Setup,
+    Subject,
+    optimizer_of,
+)
 from gold_trainer.planning.remedies import Remedy, remedies
 from gold_trainer.planning.subject import find_subject, trained_numbers
 from gold_trainer.planning.uncounted import uncounted
@@ -35,7 +43,8 @@ def plan(argv: list[str]) -> int:
     console = Console(highlight=False)
     for name, model in (("student", found.subject.student), ("teacher", found.subject.teacher)):
         source = run.student if name == "student" else run.teacher
-        console.print(f"{name}: {source}{_numbers(model)}", markup=False, soft_wrap=True)
+        numbers = _elsewhere(found.subject) if model is None else _numbers(model)
+        console.print(f"{name}: {source}, {numbers}", markup=False, soft_wrap=True)
     for line in (f"a micro-batch: {found.assumption}", _precision(run, options.setup)):
         console.print(line, markup=False, soft_wrap=True)
     console.print(_table(result))
@@ -114,11 +123,16 @@ def _precision(run: Run, setup: Setup) -> str:
     )
 
 
+def _elsewhere(subject: Subject) -> str:
+    """Of a teacher."""
+    if subject.stored is None:
+        return "in its server"
+    return f"from its cache, {subject.stored.num_bytes} bytes a scored token"
+
+
 def _numbers(model: Any) -> str:
-    if model is None:
-        return ", from its cache"
     total, trained = trained_numbers(model)
-    text = f", {total / 1e9:.3g}B parameters"
+    text = f"{total / 1e9:.3g}B parameters"
     return f"{text}, {trained / 1e6:.4g}M of them trained" if trained else text
 
 

@@ -27,7 +27,6 @@ from gold_trainer import models
 from gold_trainer.batches import MicroBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
-from gold_trainer.objectives.from_means import FromMeans
 from gold_trainer.planning.passes import Passes, Precision, Stored, run_passes
 from gold_trainer.sides import Side
 from gold_trainer.teachers.layer_stream import AHEAD, outermost_lists
@@ -269,7 +268,7 @@ def teacher_sizes(subject: Subject, setup: Setup, args: GOLDConfig) -> TeacherSi
     head = subject.sides[1].head.weight
     head_bytes = _bytes(head)
     if args.has_absent_teacher:
-        held = 0 if isinstance(subject.objective, FromMeans) else head_bytes
+        held = head_bytes if subject.stored is None or subject.stored.has_head else 0
         return TeacherSizes(held, 0, 0, runs=False)
     model = subject.teacher
     if model is None or model is subject.student:

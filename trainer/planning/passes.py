@@ -24,6 +24,7 @@ from gold_kernels.engine.chunk_plan import Limits, Needs, plan_chunks
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.logit_form import forward_is
 from gold_kernels.engine.row_loss import ROW_LOSSES, Rows
+from gold_kernels.engine.torch_rows import TEMPORARIES
 from gold_trainer import models
 from gold_trainer.batches import MicroBatch, SideInputs
 from gold_trainer.loss_at_head import gather_rows, head_replaced
@@ -46,6 +47,11 @@ class Stored(NamedTuple):
 
     width: int
     dtype: torch.dtype
+    has_head: bool  # beside it, through which it goes
+
+    @property
+    def num_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
 
 
 class Passes(NamedTuple):
@@ -100,7 +106,9 @@ def _teacher_pass(
 ) -> tuple[Tensor, int]:  # (N_t, D_t)
     if teacher is None:
         weight = side.head.weight
-        width, dtype = stored or (weight.shape[1], precision.autocast or weight.dtype)
+        width, dtype = weight.shape[1], precision.autocast or weight.dtype
+        if stored is not None:
+            width, dtype = stored.width, stored.dtype
         return torch.empty(len(inputs.scored_rows), width, dtype=dtype, device="meta"), 0
     ledger, kernels = Ledger(lambda *_: 0), Kernels(precision.autocast)
     found: list[Tensor] = []
@@ -256,9 +264,13 @@ def loss_buffers(func: Any, call: dict[str, Any]) -> int:
     if projection is not None:  # logits become their gradient where they are
         row = 4 * v_student + projection.row_bytes(student.weight)
         return plan.panel * row + plan.chunk * limits.row_bytes
+    own_rows = 0
+    if "triton" not in row_loss.backends:  # temporaries of its rows, which run in torch
+        most = call["budget_bytes"] - limits.budget_bytes
+        own_rows = min(most, plan.chunk * TEMPORARIES * 4 * v_student)
     # what is lent lies in what is returned
     sides = {"student": v_student, "teacher": v_teacher}
-    total = plan.chunk * limits.row_bytes
+    total = plan.chunk * limits.row_bytes + own_rows
     total += plan.chunk * logits * sum(v for side, v in sides.items() if side not in plan.lent)
     if any(needs):
         v_panel = 0 if "panel" in plan.lent else v_student

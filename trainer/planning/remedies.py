@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from gold_trainer import loading
@@ -26,7 +27,7 @@ from gold_trainer.planning.memory import (
     optimizer_of,
     quantised_bits,
 )
-from gold_trainer.planning.passes import Passes
+from gold_trainer.planning.passes import Passes, Stored
 from gold_trainer.sides import Side
 
 ENOUGH = 0.99  # of the peak before: what saves less is no remedy
@@ -219,11 +220,26 @@ def _teacher_elsewhere(planner: Planner) -> Iterator[Candidate]:
         lambda: with_fields(planner, teacher_offload="cpu"),
     )
     if args.lmbda == 0 and not args.seq_kd:
+        stored = _to_store(planner.subject)
         yield Candidate(
             "teacher_cache: DIR",
-            "the same loss; gold-trainer cache-teacher runs first and needs disk",
-            lambda: with_fields(planner, teacher_cache="DIR"),
+            "the same loss; gold-trainer cache-teacher runs first, "
+            f"{stored.num_bytes} bytes of disk a scored token",
+            lambda: _with_cache(planner, stored),
         )
+
+
+def _to_store(subject: Subject) -> Stored:
+    """What gold-trainer cache-teacher would keep."""
+    if subject.args.form_to_make == "top_k":
+        return Stored(2 * subject.args.loss_top_k, torch.float32, has_head=False)
+    return Stored(subject.sides[1].head.weight.shape[1], torch.bfloat16, has_head=True)
+
+
+def _with_cache(planner: Planner, stored: Stored) -> Planner:
+    changed = with_fields(planner, teacher_cache="DIR")
+    changed.subject = replace(changed.subject, stored=stored)
+    return changed
 
 
 def _is_whole(subject: Subject) -> bool:

@@ -19,6 +19,7 @@ from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
 from gold_trainer.streams import RowStream, open_rows
+from gold_trainer.teachers.cached import as_stored
 
 NUM_ROWS = 64
 SECONDS = 2.0  # rows that are slow to read are looked at less
@@ -59,7 +60,7 @@ def find_subject(run: Run, num_tokens: int | None = None) -> Found:
     teacher = _empty(str(run.teacher), *source).requires_grad_(False)
     sides = (
         Side.of(student, "student", prepared.student_processor, args),
-        Side.of(teacher, "teacher", prepared.teacher_processor, args),
+        as_stored(Side.of(teacher, "teacher", prepared.teacher_processor, args), args),
     )
     objective = prepared.objective(args, *sides)
     rows = open_rows(run.train_rows, args, **prepared.row_options)
@@ -78,7 +79,8 @@ def find_subject(run: Run, num_tokens: int | None = None) -> Found:
 
 def _stored(args: GOLDConfig) -> Stored:
     manifest = manifest_of(args)
-    return Stored(manifest.width, getattr(torch, manifest.dtype))
+    dtype = getattr(torch, manifest.dtype)
+    return Stored(manifest.width, dtype, has_head=manifest.form == "hidden")
 
 
 def _empty(name: str, init_kwargs: Any, revision: str | None) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gold_trainer import loading
 from gold_trainer.batches import Example, SideInputs, WindowBatch
-from gold_trainer.cache_config import check_head_means
+from gold_trainer.cache_config import check_head_means, check_top_k
 from gold_trainer.caching import store
 from gold_trainer.caching.facts import (
     facts_of_args,
@@ -24,12 +24,12 @@ from gold_trainer.caching.facts import (
     refuse_other_facts,
 )
 from gold_trainer.caching.keys import Key, key_of
-from gold_trainer.caching.store import Index, Manifest, manifest_of
+from gold_trainer.caching.store import Index, Manifest, form_of_cache, manifest_of
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import StoredHead
-from gold_trainer.sides import Side
+from gold_trainer.sides import Side, StoredEntries
 from gold_trainer.teachers.absent import AbsentTeacher
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,9 @@ def open_cache(args: GOLDConfig) -> Manifest:
         )
     if manifest.form == "head_means":
         check_head_means(args)
+    if manifest.form == "top_k":
+        check_top_k(args)
+        _check_number(folder, manifest, args)
     refuse_other_facts(str(folder), manifest.facts, facts_of_args(args))
     name = args.teacher_model_name_or_path
     if name is not None:
@@ -78,6 +81,26 @@ def open_cache(args: GOLDConfig) -> Manifest:
             "it anew."
         )
     return manifest
+
+
+def _check_number(folder: Path, manifest: Manifest, args: GOLDConfig) -> None:
+    """A smaller k takes the first of a cache's tokens, which is exact: their probabilities are
+    those of the whole vocabulary, and what is left has none of its own.
+    """
+    there = manifest.width // 2
+    if args.loss_top_k > there:
+        raise ValueError(
+            f"GOLDConfig: loss_top_k must be at most {there}, the tokens that teacher_cache "
+            f"{folder} has of a position, got {args.loss_top_k}; lower it, or make another cache "
+            "with gold-trainer cache-teacher."
+        )
+
+
+def as_stored(side: Side, args: GOLDConfig) -> Side:
+    """The teacher's, of which a cache may have the likeliest tokens alone."""
+    if form_of_cache(args) != "top_k":
+        return side
+    return replace(side, entries=StoredEntries(str(args.teacher_cache), manifest_of(args).facts))
 
 
 def _bytes(sizes: list[int] | None) -> str:
@@ -142,8 +165,8 @@ def _list(names: list[str], words: dict[str, str]) -> str:
 
 
 class CachedTeacher(AbsentTeacher):
-    """Answers with what a cache holds: hidden states, or what FromMeans takes of them. Its head
-    alone is in memory, and that only for hidden states.
+    """Answers with what a cache holds: hidden states, or what FromMeans or FromTopK take of them.
+    Its head alone is in memory, and that only for hidden states.
     """
 
     def __init__(self, stored: StoredRows, side: Side) -> None:
@@ -169,10 +192,10 @@ class CachedTeacher(AbsentTeacher):
             args.teacher_model_init_kwargs,
             args.teacher_model_revision,
         )
-        side = Side.of(empty, "teacher", processor, args)
+        side = as_stored(Side.of(empty, "teacher", processor, args), args)
         form = LogitForm("teacher", is_measured=True, **manifest.logit_form)
         tensors = store.load_head(folder)
-        head = side.head  # of head_means: its size alone is asked for
+        head = side.head  # where nothing goes through it: its size alone is asked for
         if manifest.form == "hidden":
             head = StoredHead(tensors["weight"], tensors.get("bias"))
         return cls(StoredRows(folder, manifest), replace(side, head=head, form=form))

@@ -28,7 +28,7 @@ class ScoredTokens:
     batch: MicroBatch
     tokenizer: PreTrainedTokenizerBase  # the student's
     student: ScoredSide
-    teacher: ScoredSide | None  # None: a cache has means of it
+    teacher: ScoredSide | None  # None: a cache has no hidden states of it
 
     @property
     def ids(self) -> Tensor:  # (N,) int64
@@ -99,8 +99,8 @@ class ScoredTokens:
         if self.teacher is None:
             raise ValueError(
                 "token_weighting: the teacher's log-probabilities must be known, got a "
-                "teacher_cache of head_means, which has none; make one of "
-                "teacher_cache_form=hidden, or weigh tokens without them."
+                "teacher_cache of head_means or top_k, which has not those of all tokens; make one "
+                "of teacher_cache_form=hidden, or weigh tokens without them."
             )
         return self.teacher
 
