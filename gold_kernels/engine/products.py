@@ -14,6 +14,8 @@ from gold_kernels.triton.launch import ROW_ALIGNMENT, aligned_width, empty_rows
 # want dimensions along which memory runs to be multiples of 16 bytes. A loss of 151669 of 151936
 # entries took four times as long as one of all (benchmarks/NOTES.md).
 CUT_ON = ("cuda",)
+# Where a GEMM of 16-bit operands has a float32 result; sizes on the meta device are those of a GPU.
+WIDER_ON = ("cuda", "meta")
 
 
 def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = False) -> None:
@@ -24,7 +26,7 @@ def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = Fals
         torch.addmm(out, left, right, out=out) if accumulate else torch.mm(left, right, out=out)
     elif out.dtype.itemsize < left.dtype.itemsize:  # 16-bit logits of float32 inputs
         out.copy_(left @ right)
-    elif left.device.type == "cuda" and out.dtype == torch.float32:
+    elif left.device.type in WIDER_ON and out.dtype == torch.float32:
         if accumulate:
             torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
         else:

@@ -68,8 +68,8 @@ def head_top_k(
     )
     _check_number(function, k, teacher.weight.shape[0])
     wide = float_dtype(teacher.hidden)
-    ids = torch.empty(teacher.num_rows, k, dtype=torch.int64, device=teacher.hidden.device)
-    log_probs = torch.empty_like(ids, dtype=wide)
+    log_probs = teacher.hidden.new_empty(teacher.num_rows, k, dtype=wide)
+    ids = torch.empty_like(log_probs, dtype=torch.int64)
 
     def row_function(logits: Tensor, _: None, __: Tensor | None, rows: slice, ___: Tensor) -> None:
         logits.div_(temperature)

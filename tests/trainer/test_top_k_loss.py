@@ -1,5 +1,5 @@
-"""loss_top_k: the generalized JSD of the teacher's k likeliest tokens and all others, with a teacher
-that is here.
+"""loss_top_k: the generalized JSD of the k likeliest tokens of a teacher that is here, and all
+others.
 """
 
 import pytest
@@ -93,7 +93,7 @@ def test_what_is_logged_and_evaluated_is_known_of_k_tokens(tmp_path, capsys):
     assert "jsd of the teacher's 4 likeliest tokens" in capsys.readouterr().out
     fields |= {"metric_for_best_model": "eval_top1_agreement", "load_best_model_at_end": True}
     fields |= {"save_strategy": "steps", "save_steps": 1}
-    with pytest.raises(ValueError, match="metric_for_best_model .*top_k_loss.*got .*top1_agreem"):
+    with pytest.raises(ValueError, match=r"metric_for_best_model .*top_k_loss.*got .*top1_agreem"):
         step(tmp_path / "best", "qwen3", rows, eval_rows=rows, eval_steps=1, **fields)
 
 

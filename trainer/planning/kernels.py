@@ -53,7 +53,8 @@ class Kernels(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.dtype is not None and (func in LOWER or func in WIDER):
+        # autocast leaves calls alone that say where the result goes
+        if self.dtype is not None and "out" not in kwargs and (func in LOWER or func in WIDER):
             cast = self.lower if func in LOWER else _wider
             args = _mapped(cast, args)
             kwargs = {name: _mapped(cast, value) for name, value in kwargs.items()}

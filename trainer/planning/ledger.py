@@ -67,6 +67,7 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = list(_tensors((args, kwargs.values())))
+        given = args, kwargs
         args, kwargs = _placed(func, tensors, args, kwargs)
         known = {tensor.untyped_storage()._cdata for tensor in tensors}
         is_plain = func in POINTWISE and not kwargs and any(not is_real(t) for t in tensors)
@@ -77,7 +78,8 @@ class Ledger(TorchDispatchMode):
                 self._add(storage)
         if func.namespace == "gold_kernels":
             names = [argument.name for argument in func._schema.arguments]
-            extra = self.inside(func, dict(zip(names, args, strict=False)) | kwargs)
+            # as they came: sizes of buffers may follow from numbers that are known
+            extra = self.inside(func, dict(zip(names, given[0], strict=False)) | given[1])
             self.add("loss", extra)
             self.add("loss", -extra)
         return result

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -135,6 +135,8 @@ def _student_passes(
 ) -> tuple[Counter[str], Counter[str]]:
     ledger, kernels = Ledger(loss_buffers), Kernels(precision.autocast)
     base = models.base_model(student)
+    labels = torch.empty_like(batch.student.labels, device="meta")  # as hidden states are
+    batch = replace(batch, student=replace(batch.student, labels=labels))
     with ExitStack() as stack:
         if is_checkpointed:
             _checkpoint(base, kernels)
