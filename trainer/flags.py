@@ -75,6 +75,8 @@ HINTS = {
     "truncation_mode": "max_length cuts completions at their end: leave it out",
     "completion_only_loss": COMPLETION,
     "loss_type": "did you mean loss?",
+    "loss_add_tail": "with loss_top_k all other tokens always are an outcome: leave it out",
+    "teacher_top_k": "did you mean loss_top_k?",
     "activation_offloading": "did you mean gradient_checkpointing?",
     "liger": "the loss is fused already: leave it out",
     "no_cuda": "did you mean use_cpu?",
@@ -102,6 +104,9 @@ SAME = {
     "use_rslora": "lora_modules_to_save",
     "use_dora": "lora_modules_to_save",
     "wandb_*": "wandb_project",
+    "add_tail_bucket": "loss_add_tail",
+    "distillation_add_tail": "loss_add_tail",
+    "distillation_topk": "teacher_top_k",
 }
 WIDTH = 100
 

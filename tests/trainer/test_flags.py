@@ -90,6 +90,8 @@ def test_help_and_usage_errors_import_nothing_slow(argv):
         ("--use_dora", "from Python pass peft_config="),
         ("--wandb_entity", "WANDB_PROJECT"),
         ("--loss_type", "did you mean loss?"),
+        ("--add_tail_bucket", "all other tokens always are an outcome: leave it out"),
+        ("--teacher_top_k", "did you mean loss_top_k?"),
         ("--no_cuda", "did you mean use_cpu?"),
         ("--save_safetensors", "always saved that way"),
         ("--lr", "did you mean learning_rate?"),

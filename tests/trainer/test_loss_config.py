@@ -12,6 +12,7 @@ DEFAULTS = {
     "loss": "jsd",
     "loss_kwargs": None,
     "beta": 0.5,
+    "loss_top_k": 0,
     "loss_temperature": 1.0,
     "loss_teacher_temperature": None,
     "distillation_weight": 1.0,
