@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
         **{"lmbda": 1.0, "max_completion_length": 6, "temperature": 1.3},
         "token_weighting": "support.weightings:by_gap",
     },
+    "top_k": {"loss_top_k": 8, "crossentropy_weight": 0.5, "lmbda": 0.0},
     "hybrid": {
         "use_uld_loss": True,
         "uld_use_hybrid_loss": True,

@@ -258,7 +258,7 @@ def test_the_column_without_several_teachers_is_refused(texts, tmp_path):
         ({"teacher_model_name_or_path": "x"}, "teacher_model_name_or_path must be left out with"),
         (
             {"teacher_cache": "c", "teacher_cache_form": "head_means", "beta": 0.0},
-            "teacher_cache_form must be 'hidden' with teacher_models, got 'head_means', which",
+            "teacher_cache_form must be 'hidden' or 'top_k' with teacher_models, got 'head_means'",
         ),
     ],
 )
