@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "saved_head": {"is_tied": False, "peft_config": lora(modules_to_save=["lm_head"])},
     "saved_tied_head": {"peft_config": lora(modules_to_save=["lm_head"])},
     "own_teacher": {"peft_config": lora(), "has_teacher": False},
+    "own_top_k": {"peft_config": lora(), "has_teacher": False, "loss_top_k": 8},
     "mixed_pictures": MIXED,
     "mixed_media": MEDIA,
     "uld": {"is_tied": False, "teacher_family": "llama", **ULD},
