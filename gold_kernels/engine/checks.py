@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.agreement import check_group
+from gold_kernels.engine.kinds import check_factor, check_number, check_tensors, is_number
 from gold_kernels.engine.options import LossOptions, Options, per_side, resolve_options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss
 from gold_kernels.triton import launch
 
 BACKENDS = ("triton", "torch")
+MOST = 1 << 62  # rows or bytes: an operator takes numbers of 64 bits
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_matrix(function: str, name: str, tensor: Tensor, shape: str) -> None:
+    check_tensors(function, **{name: tensor})
     if tensor.ndim != 2:
         raise ValueError(
             f"{function}: {name} must be {shape}, got shape {tuple(tensor.shape)}; "
@@ -129,9 +132,10 @@ def check_logits(
 def check_row_weights(
     function: str, row_weights: Tensor | None, hidden: Tensor, name: str = "row_weights"
 ) -> None:
-    num_rows = hidden.shape[0]
     if row_weights is None:
         return
+    check_tensors(function, **{name: row_weights})
+    num_rows = hidden.shape[0]
     if row_weights.shape != (num_rows,) or not row_weights.is_floating_point():
         raise ValueError(
             f"{function}: {name} must be a float tensor of shape (N,) = ({num_rows},), got "
@@ -150,13 +154,17 @@ def check_row_weights(
 
 
 def check_labels(function: str, labels: Tensor | None, hidden: Tensor) -> None:
+    if labels is None:
+        return
+    check_tensors(function, labels=labels)
     num_rows = hidden.shape[0]
-    if labels is not None and (labels.shape != (num_rows,) or labels.dtype != torch.int64):
+    if labels.shape != (num_rows,) or labels.dtype != torch.int64:
+        remedy = "labels[:, 1:]" if labels.dtype == torch.int64 else "labels.long()"
         raise ValueError(
             f"{function}: labels must be an int64 tensor of shape (N,) = ({num_rows},), one per "
-            f"row, already shifted, got {tuple(labels.shape)} {labels.dtype}; use labels[:, 1:]."
+            f"row, already shifted, got {tuple(labels.shape)} {labels.dtype}; use {remedy}."
         )
-    if labels is not None and labels.device != hidden.device:
+    if labels.device != hidden.device:
         raise ValueError(
             f"{function}: labels must be on {hidden.device} like the hidden states, got "
             f"{labels.device}; move them with .to(hidden.device)."
@@ -164,7 +172,8 @@ def check_labels(function: str, labels: Tensor | None, hidden: Tensor) -> None:
 
 
 def check_beta(function: str, beta: float) -> None:
-    if not isinstance(beta, int | float) or not 0 <= beta <= 1:
+    check_number(function, "beta", beta)
+    if not 0 <= beta <= 1:
         raise ValueError(
             f"{function}: beta must be in [0, 1] (0 forward KL, 1 reverse KL), got {beta}; "
             "0.5 is the symmetric Jensen-Shannon divergence."
@@ -173,18 +182,18 @@ def check_beta(function: str, beta: float) -> None:
 
 def check_temperature(function: str, temperature: float | tuple[float, float]) -> None:
     """One temperature, or a pair of student and teacher."""
-    sides = temperature if isinstance(temperature, tuple | list) else (temperature, temperature)
+    sides = per_side(temperature)
     if len(sides) != 2:
         raise ValueError(
             f"{function}: temperature must be one number or (student, teacher), got "
             f"{len(sides)} numbers; pass two."
         )
     for side in sides:
-        if not isinstance(side, int | float) or not 0 < side < math.inf:
-            raise ValueError(
-                f"{function}: temperature must be positive and finite, got {side}; "
-                "1.0 leaves the logits as they are."
-            )
+        check_one_temperature(function, side)
+
+
+def check_one_temperature(function: str, temperature: float) -> None:
+    check_factor(function, "temperature", temperature, "1.0 leaves the logits as they are.")
 
 
 def check_label_weights(function: str, options: Options, hidden: Tensor) -> None:
@@ -244,16 +253,17 @@ def check_pairs(function: str, options: Options) -> None:
 
 
 def check_head_options(function: str, logit_scale: float, softcap: float | None) -> None:
+    check_number(function, "logit_scale", logit_scale)
+    remedy = "pass model.config.logit_scale, or 1.0 for models without it."
     if not (logit_scale != 0 and -math.inf < logit_scale < math.inf):
         raise ValueError(
-            f"{function}: logit_scale must be finite and not 0, got {logit_scale}; pass "
-            "model.config.logit_scale, or 1.0 for models without it."
+            f"{function}: logit_scale must be finite and not 0, got {logit_scale}; {remedy}"
         )
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(
-            f"{function}: final_logit_softcapping must be None or positive and finite, got "
-            f"{softcap}; pass model.config.final_logit_softcapping."
-        )
+    check_factor(function, "logit_scale without its sign", abs(logit_scale), remedy)
+    if softcap is not None:
+        remedy = "pass model.config.final_logit_softcapping, or None for models without it."
+        expected = "None or positive and finite"
+        check_factor(function, "final_logit_softcapping", softcap, remedy, expected)
 
 
 def check_in_place(function: str, in_place: bool, logits: Tensor, vocab_size: int) -> None:
@@ -287,7 +297,9 @@ def check_options(function: str, options: Options, hidden: Tensor) -> Options:
             f"{options.logits_dtype}; None keeps logits as precise as the loss."
         )
     backend = resolve_backend(function, options.backend, hidden)
-    return options._replace(backend=backend, budget_bytes=int(options.budget_bytes))
+    chunk_size = None if options.chunk_size is None else min(options.chunk_size, MOST)
+    budget_bytes = int(min(options.budget_bytes, MOST))
+    return options._replace(backend=backend, chunk_size=chunk_size, budget_bytes=budget_bytes)
 
 
 def check_chosen(function: str, options: Options) -> None:
@@ -299,7 +311,7 @@ def check_chosen(function: str, options: Options) -> None:
             f"{function}: chunk_size must be a whole number of rows, 1 at least, got {chunk_size}; "
             "pass None to take it from the memory budget."
         )
-    if not isinstance(budget_bytes, int | float) or not 1 <= budget_bytes < math.inf:
+    if not is_number(budget_bytes) or not 1 <= budget_bytes < math.inf:
         raise ValueError(
             f"{function}: budget_bytes must be at least 1, got {budget_bytes}; 1 << 30 is the "
             "default, a row of logits of both sides the least that is used."

@@ -11,6 +11,7 @@ from torch import Tensor
 from gold_kernels.engine import checks
 from gold_kernels.engine.agreement import own_heads
 from gold_kernels.engine.chunk_plan import float_dtype
+from gold_kernels.engine.kinds import check_tensors
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Options, per_side
 
@@ -41,12 +42,19 @@ def _map_tensors(head: LinearHead, change: Callable[[Tensor], Tensor]) -> Linear
 
 def check_head(function: str, side: str, head: LinearHead, is_slice: bool = False) -> LinearHead:
     """The head in the dtype that it is computed in."""
+    check_head_tensors(function, side, head)
     device_type = head.hidden.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         head = _autocast_like_linear(head)
     checks.check_side(function, side, head.hidden, head.weight, head.bias, is_slice)
     checks.check_head_options(function, head.logit_scale, head.softcap)
     return _in_one_dtype(head)
+
+
+def check_head_tensors(function: str, side: str, head: LinearHead) -> None:
+    check_tensors(function, **{f"{side}_hidden": head.hidden, f"{side}_weight": head.weight})
+    if head.bias is not None:
+        check_tensors(function, **{f"{side}_bias": head.bias})
 
 
 def check_heads(
@@ -65,6 +73,8 @@ def check_heads(
     caps = per_side(options.final_logit_softcapping)
     student = LinearHead(student_hidden, student_weight, options.student_bias, scales[0], caps[0])
     teacher = LinearHead(teacher_hidden, teacher_weight, options.teacher_bias, scales[1], caps[1])
+    for side, head in (("student", student), ("teacher", teacher)):
+        check_head_tensors(function, side, head)
     (student, teacher), options = own_heads(function, (student, teacher), options)
     is_slice = options.process_group is not None
     student = check_head(function, "student", student, is_slice)

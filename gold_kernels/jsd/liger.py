@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunk_plan import float_dtype
+from gold_kernels.engine.kinds import check_tensors, check_weight
 from gold_kernels.engine.options import LossOptions, Options, UnchunkedOptions
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS
 from gold_kernels.engine.shared import RowValues, shared_linear_loss
@@ -54,6 +55,13 @@ class FusedLinearJSDLoss(nn.Module):
             )
         self.row_loss = JSD(beta, temperature)
         self.row_loss.check(FUNCTION)
+        check_weight(FUNCTION, "weight_hard_loss", weight_hard_loss)
+        check_weight(FUNCTION, "weight_soft_loss", weight_soft_loss)
+        if not isinstance(ignore_index, int) or not -(1 << 63) <= ignore_index < 1 << 63:
+            raise ValueError(
+                f"{FUNCTION}: ignore_index must be a whole number of 64 bits, got "
+                f"{ignore_index!r}; -100 is the one of transformers' collators."
+            )
         self.weight_hard_loss = weight_hard_loss
         self.weight_soft_loss = weight_soft_loss
         self.ignore_index = ignore_index
@@ -69,6 +77,14 @@ class FusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # (), or loss, soft loss and hard loss, each ()
+        check_tensors(
+            FUNCTION,
+            student_input=student_input,
+            student_weight=student_weight,
+            teacher_input=teacher_input,
+            teacher_weight=teacher_weight,
+            true_labels=true_labels,
+        )
         labels = true_labels.flatten()
         student_hidden = student_input.reshape(-1, student_input.shape[-1])
         teacher_hidden = teacher_input.reshape(-1, teacher_input.shape[-1])

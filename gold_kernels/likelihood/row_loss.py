@@ -7,7 +7,6 @@ are scalar rows, as in the hybrid loss: their log-probabilities come first, and 
 (uld/group_rows.py).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunking import RowFunction
+from gold_kernels.engine.kinds import check_factor
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
 from gold_kernels.jsd.row_loss import divergence_bound
 from gold_kernels.likelihood import torch_rows
@@ -59,12 +59,8 @@ class ChunkLikelihood(RowLoss):
     def check(self, function: str) -> None:
         checks.check_beta(function, self.beta)
         checks.check_temperature(function, self.temperature)
-        is_number = isinstance(self.group_temperature, int | float)
-        if not is_number or not 0 < self.group_temperature < math.inf:
-            raise ValueError(
-                f"{function}: group_temperature must be positive and finite, got "
-                f"{self.group_temperature}; 1.0 compares the likelihoods themselves."
-            )
+        remedy = "1.0 compares the likelihoods themselves."
+        check_factor(function, "group_temperature", self.group_temperature, remedy)
 
     def grad_bound(self) -> float:
         bound = divergence_bound(self.beta) / self.group_temperature

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gold_kernels.engine.kinds import check_number
 from gold_kernels.losses.formula import FormulaLoss
 from gold_kernels.triton.launch import has_triton
 
@@ -28,6 +29,7 @@ class SkewReverseKL(FormulaLoss):
 
     def check(self, function: str) -> None:
         super().check(function)
+        check_number(function, "alpha", self.alpha)
         if not 0 < self.alpha < 1:
             raise ValueError(
                 f"{function}: alpha must be in (0, 1), got {self.alpha}; 0.1 is DistiLLM's, and "

@@ -38,11 +38,13 @@ from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
 from gold_kernels.engine.chunking import run_chunks
 from gold_kernels.engine.heads import (
     check_head,
+    check_head_tensors,
     label_weights_of,
     row_weights_of,
     term_weights,
     without_gradient,
 )
+from gold_kernels.engine.kinds import check_tensors
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Reduction, resolve_options
@@ -98,10 +100,11 @@ def head_means(
     function = "head_means"
     chosen = resolve_options(function, options, MeansOptions)
     refuse_slices(function, student_weight, teacher_weight, teacher_hidden)
-    checks.check_temperature(function, temperature)
+    checks.check_one_temperature(function, temperature)
     cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]  # no pair here
     scale: float = chosen.logit_scale  # type: ignore[assignment]
     teacher = LinearHead(teacher_hidden, teacher_weight, chosen.teacher_bias, scale, cap)
+    check_tensors(function, student_weight=student_weight)
     teacher = check_head(function, "teacher", teacher)
     none = student_weight.new_empty(0, student_weight.shape[-1])  # hidden states, for the check
     student = check_head(function, "student", LinearHead(none, student_weight, chosen.student_bias))
@@ -193,6 +196,7 @@ def fused_linear_mean_kl(
     row_loss.check(function)
     scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
     student = LinearHead(student_hidden, student_weight, chosen.student_bias, scale)
+    check_head_tensors(function, "student", student)
     _check_frozen(function, student)
     student = check_head(function, "student", student)
     chosen = checks.check_options(function, chosen, student.hidden)

@@ -48,7 +48,7 @@ class MeanKL(RowLoss):
     is_shared: ClassVar[bool] = False  # it is no loss of two heads
 
     def check(self, function: str) -> None:
-        checks.check_temperature(function, self.temperature)
+        checks.check_one_temperature(function, self.temperature)
 
     def grad_bound(self) -> float:
         return max(1.0, 1.0 / self.temperature)

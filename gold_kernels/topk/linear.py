@@ -14,11 +14,13 @@ from gold_kernels.engine.agreement import join_slices, own_heads, own_rows, tell
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.heads import (
     check_head,
+    check_head_tensors,
     label_weights_of,
     row_weights_of,
     term_weights,
     without_gradient,
 )
+from gold_kernels.engine.kinds import check_tensors
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Reduction, resolve_options
@@ -104,11 +106,12 @@ def fused_linear_top_k(
     """
     function = "fused_linear_top_k"
     chosen = resolve_options(function, options, TopKOptions)
-    checks.check_temperature(function, temperature)
+    checks.check_one_temperature(function, temperature)
     checks.check_pairs(function, chosen)
     scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
     cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]
     head = LinearHead(student_hidden, student_weight, chosen.student_bias, scale, cap)
+    check_head_tensors(function, "student", head)
     try:
         (head,), chosen = own_heads(function, (head,), chosen)
         student = check_head(function, "student", head, chosen.process_group is not None)
@@ -147,6 +150,7 @@ def _check_targets(
     function: str, hidden: Tensor, ids: Tensor, log_probs: Tensor, vocab_size: int
 ) -> None:
     """Ids are looked at on the CPU alone: elsewhere a look would wait for the device."""
+    check_tensors(function, teacher_ids=ids, teacher_log_probs=log_probs)
     shapes = tuple(ids.shape), tuple(log_probs.shape)
     is_pair = ids.ndim == 2 and shapes[0] == shapes[1] and shapes[0][0] == hidden.shape[0]
     kinds = ids.dtype == torch.int64 and log_probs.is_floating_point()

@@ -50,7 +50,7 @@ class TopK(RowLoss):
 
     def check(self, function: str) -> None:
         checks.check_beta(function, self.beta)
-        checks.check_temperature(function, self.temperature)
+        checks.check_one_temperature(function, self.temperature)
 
     def grad_bound(self) -> float:
         return max(1.0, divergence_bound(self.beta) / self.temperature)

@@ -3,12 +3,11 @@
 N scored rows of a side (N_s, N_t), G groups, V vocabulary (V_s, V_t).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.kinds import check_tensors, check_weight
 from gold_kernels.engine.options import Options
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
@@ -29,6 +28,11 @@ def check_alignment(
                 "CompletionAligner.align(...) for completions of two tokenizers."
             )
         return num_student
+    if not isinstance(alignment, TokenAlignment):
+        raise ValueError(
+            f"{function}: alignment must be a TokenAlignment, got {type(alignment).__name__}; "
+            "build it with CompletionAligner.align."
+        )
     expected = alignment.num_student_rows, alignment.num_teacher_rows
     if expected != (num_student, num_teacher):
         raise ValueError(
@@ -118,7 +122,11 @@ def check_weights(
     matched_weight: float | None,
     unmatched_weight: float | None,
 ) -> None:
-    weights = [w for w in (matched_weight, unmatched_weight) if w is not None]
+    if overlap is not None and not isinstance(overlap, VocabOverlap):
+        raise ValueError(
+            f"{function}: overlap must be a VocabOverlap, got {type(overlap).__name__}; build it "
+            "with VocabOverlap.from_tokenizers(student, teacher)."
+        )
     if (matched_weight is None) != (unmatched_weight is None):
         raise ValueError(
             f"{function}: matched_weight and unmatched_weight must be given both or not at all, "
@@ -130,17 +138,21 @@ def check_weights(
             f"got {matched_weight} and {unmatched_weight} without an overlap; pass overlap="
             "VocabOverlap.from_tokenizers(student, teacher), or row_weights to scale plain ULD."
         )
-    if not all(w >= 0 and w < math.inf for w in weights):
-        raise ValueError(
-            f"{function}: matched_weight and unmatched_weight must be finite and not negative, got "
-            f"{matched_weight} and {unmatched_weight}; 0 leaves a part out."
-        )
+    for name, weight in (
+        ("matched_weight", matched_weight),
+        ("unmatched_weight", unmatched_weight),
+    ):
+        if weight is not None:
+            check_weight(function, name, weight)
 
 
 def check_group_weights(
     function: str, row_weights: Tensor | None, num_groups: int, hidden: Tensor
 ) -> None:
-    if row_weights is not None and row_weights.shape != (num_groups,):
+    if row_weights is None:
+        return
+    check_tensors(function, row_weights=row_weights)
+    if row_weights.shape != (num_groups,):
         raise ValueError(
             f"{function}: row_weights must be (G,) = ({num_groups},), one per group or pair of "
             f"rows, got {tuple(row_weights.shape)}; index the weights of your rows with "

@@ -45,7 +45,7 @@ def call(**changes):
         ({"matched_weight": 1.0, "unmatched_weight": 1.0}, "without an overlap", "from_tokenizers"),
         (
             {"overlap": OVERLAP, "matched_weight": -1.0, "unmatched_weight": 1.0},
-            "not negative, got -1.0 and 1.0",
+            r"matched_weight must be in \[0, 1e\+20\], got -1.0",
             "0 leaves",
         ),
         (

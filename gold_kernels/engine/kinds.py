@@ -1,0 +1,63 @@
+"""Arguments of another kind than a function takes: a list for a tensor, text for a number.
+
+Unchecked they end in an error of torch or Python that names neither function nor remedy.
+"""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+# Of numbers that logits are multiplied with, divided by or cut at: beyond, float32 makes 0 or inf
+# of them or of their product with logits, and NaN of the loss.
+LARGEST_FACTOR = 1e20
+LONGEST = 60  # characters of a value in a message
+
+
+def check_tensors(function: str, **tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            remedy = "its weight" if isinstance(tensor, nn.Module) else "torch.as_tensor(...) of it"
+            got = type(tensor).__name__
+            raise ValueError(
+                f"{function}: {name} must be a tensor, got {got}; pass "
+                f"{'one' if tensor is None else remedy}."
+            )
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_number(function: str, name: str, value: Any) -> None:
+    if not is_number(value):
+        is_pair = isinstance(value, tuple | list)
+        remedy = "one number, not a pair" if is_pair else "float(...) of what holds it"
+        raise ValueError(
+            f"{function}: {name} must be a number of Python, got {repr(value)[:LONGEST]}; pass "
+            f"{remedy}."
+        )
+
+
+def check_factor(
+    function: str, name: str, value: Any, remedy: str, expected: str = "positive and finite"
+) -> None:
+    """A positive number that float32 can multiply logits with and divide them by."""
+    check_number(function, name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{function}: {name} must be {expected}, got {value}; {remedy}")
+    if not 1 / LARGEST_FACTOR <= value <= LARGEST_FACTOR:
+        raise ValueError(
+            f"{function}: {name} must be in [{1 / LARGEST_FACTOR:g}, {LARGEST_FACTOR:g}], got "
+            f"{value:g}, which float32 cannot multiply logits with or divide them by; {remedy}"
+        )
+
+
+def check_weight(function: str, name: str, value: Any) -> None:
+    """The weight of a part of a loss."""
+    check_number(function, name, value)
+    if not 0 <= value <= LARGEST_FACTOR:
+        raise ValueError(
+            f"{function}: {name} must be in [0, {LARGEST_FACTOR:g}], got {value}; 0 leaves a part "
+            "out."
+        )
