@@ -63,8 +63,9 @@ class WindowSource:
         return window
 
     def look_ahead(self, state: TrainerState) -> WindowBatch | None:
-        """Read the rows of the next window, within a step. Gives its first micro-batch, if that
-        can become tensors before the window's turn: nobody has to write for it.
+        """Read the rows of the next window, within a step, and let its writers see the prompts.
+        Gives its first micro-batch, if that can become tensors before the window's turn: nobody has
+        to write for it.
         """
         step = state.global_step + 1
         if step >= state.max_steps:
@@ -76,10 +77,11 @@ class WindowSource:
             except Exception as error:  # of a row: this step does not end with it
                 self.fetched = Fetched([], error)
         following = self.asked or self.fetched
-        is_known = self.rollouts.source(step, 0) == "dataset"
-        if following is None or not is_known or self.pictures_for_all.is_needed:
+        if following is None or self.pictures_for_all.is_needed:  # ranks agree on them in its turn
             return None
-        return next(iter(following.batches), None)
+        self.rollouts.look_ahead(following.batches, step)
+        is_known = self.rollouts.source(step, 0) == "dataset"
+        return next(iter(following.batches), None) if is_known else None
 
     def close(self) -> None:
         """The run has ended, or its next one begins elsewhere."""

@@ -7,7 +7,7 @@ tensors on the device.
 B sequences, L positions (L_s, L_t), N scored rows of a side (N_s, N_t), G aligned groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -53,6 +53,11 @@ class Example:
         return name_of(self.index, self.turn)
 
     @property
+    def prompt(self) -> tuple[str, int, bool, bool | None]:
+        """What becomes of it, beside its pictures and videos."""
+        return self.prompt_text, self.prompt_length, self.is_cut, self.adds_special_tokens
+
+    @property
     def written_ids(self) -> list[int]:
         assert self.completion_ids is not None, "a completion is written before it is scored"
         return self.completion_ids
@@ -70,6 +75,21 @@ class Example:
         text, length = self.generation_prompt or (self.prompt_text, self.prompt_length)
         return replace(
             self, prompt_text=text, prompt_length=length, completion_ids=None, pieces=None
+        )
+
+
+@dataclass
+class PromptTensors:
+    """What the processor makes of prompts, on the host: made before somebody needs them."""
+
+    examples: list[Example]
+    tensors: dict[str, Tensor]  # padded on the left
+
+    def are_of(self, examples: Sequence[Example]) -> bool:
+        """Whether they are those of these prompts, whatever stands behind them."""
+        return [e.prompt for e in self.examples] == [e.prompt for e in examples] and all(
+            own.images is other.images and own.videos is other.videos
+            for own, other in zip(self.examples, examples, strict=True)
         )
 
 
@@ -103,6 +123,7 @@ class WindowBatch:
     # for one that is sharded.
     unscored: list[Example] = field(default_factory=list)
     teacher_unscored: list[Example] = field(default_factory=list)
+    made: PromptTensors | None = None  # of the student's side, where a writer has made them
 
     @property
     def is_on_policy(self) -> bool:

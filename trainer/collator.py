@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from gold_kernels.tokens.token_bytes import template_end_of_turn
 from gold_trainer import text_tensors
-from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
+from gold_trainer.batches import Example, ModelInputs, PromptTensors, SideInputs, WindowBatch
 from gold_trainer.frames import CONTENT, Piece
 from gold_trainer.in_context import InContext, end_ids_of_calls
 from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
@@ -306,26 +306,10 @@ def process_prompts(
     return text_tensors.with_all_rows(tensors, [bool(row) for row in images])
 
 
-def cut_prompts(
-    processor: Processor, inputs: dict[str, Tensor], examples: Sequence[Example]
-) -> dict[str, Tensor]:
-    """The left-padded inputs with the last tokens alone of prompts that are cut."""
-    if not any(example.is_cut for example in examples):
-        return inputs
-    shape = inputs["input_ids"].shape
-    texts = {name for name in inputs if text_tensors.places_of(processor, name) is not None}
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    for b, example in enumerate(examples):
-        if example.is_cut:
-            lengths[b] = min(lengths[b], example.prompt_length)
-            for name in texts:
-                fill = tokenizer_of(processor).pad_token_id if name == "input_ids" else 0
-                inputs[name][b, : shape[1] - lengths[b]] = fill
-    return {n: t[:, shape[1] - max(lengths) :] if n in texts else t for n, t in inputs.items()}
-
-
 def process_examples(processor: Processor, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """process_prompts of examples with their pictures and videos; those that are cut are."""
+    """process_prompts of examples with their pictures and videos; of a prompt that is cut its last
+    tokens alone.
+    """
     inputs = process_prompts(
         processor,
         [e.prompt_text for e in examples],
@@ -333,7 +317,10 @@ def process_examples(processor: Processor, examples: Sequence[Example]) -> dict[
         [e.adds_special_tokens for e in examples],
         processor_videos(processor, [e.videos for e in examples]),
     )
-    return cut_prompts(processor, inputs, examples)
+    if not any(example.is_cut for example in examples):
+        return inputs
+    lengths = [example.prompt_length if example.is_cut else None for example in examples]
+    return text_tensors.cut(processor, inputs, lengths, tokenizer_of(processor).pad_token_id)
 
 
 def _has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -351,7 +338,9 @@ def tokenizer_with_template(processor: Processor) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInputs:
+def build_inputs(
+    processor: Processor, examples: Sequence[Example], made: PromptTensors | None = None
+) -> ModelInputs:
     """Prompts, pictures and completions of a micro-batch, padded on the right whatever side the
     tokenizer pads for generation: what stands behind a text changes nothing in a causal model, also
     in one that takes no positions, or no mask.
@@ -360,7 +349,10 @@ def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInpu
     through.
     """
     tokenizer = tokenizer_of(processor)
-    prompts = process_examples(processor, examples)
+    if made is not None and made.are_of(examples):
+        prompts = made.tensors
+    else:
+        prompts = process_examples(processor, examples)
     prompt_lengths = prompts["attention_mask"].sum(1).tolist()
     lengths = [p + len(e.written_ids) for p, e in zip(prompt_lengths, examples, strict=True)]
     tensors: dict[str, Tensor] = {}
@@ -389,9 +381,10 @@ def build_side(
     examples: list[Example],
     to_device: Callable[[Tensor], Tensor],
     unscored: Sequence[Example] = (),  # without completions; they only run through the model
+    made: PromptTensors | None = None,
 ) -> SideInputs:
     """build_inputs on the device, with the labels of the scored rows only."""
-    inputs = build_inputs(processor, [*examples, *unscored])
+    inputs = build_inputs(processor, [*examples, *unscored], made)
     return SideInputs(
         examples,
         {name: to_device(tensor) for name, tensor in inputs.tensors.items()},

@@ -68,6 +68,23 @@ def with_all_rows(
     return result
 
 
+def cut(
+    processor: Processor,
+    inputs: dict[str, Tensor],  # of prompts, padded on the left
+    most: Sequence[int | None],  # last tokens that are kept of each; None: all
+    pad: int,
+) -> dict[str, Tensor]:
+    shape = inputs["input_ids"].shape
+    texts = {name for name in inputs if places_of(processor, name) is not None}
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    for b, limit in enumerate(most):
+        if limit is not None:
+            lengths[b] = min(lengths[b], limit)
+            for name in texts:
+                inputs[name][b, : shape[1] - lengths[b]] = pad if name == "input_ids" else 0
+    return {n: t[:, shape[1] - max(lengths) :] if n in texts else t for n, t in inputs.items()}
+
+
 def extended(
     prompts: Tensor,  # (B, L_p, ...), padded on the left
     prompt_lengths: list[int],

@@ -156,6 +156,16 @@ class Rollouts:
             return "student"
         return "teacher" if self.args.seq_kd else "dataset"
 
+    def look_ahead(self, batches: list[WindowBatch], step: int) -> None:
+        """Writers see the prompts of the window of a later step, within the step before it."""
+        for name, writer in self.writers.items():
+            own = [
+                batch
+                for i, batch in enumerate(batches)
+                if self.source(step, i) == name and not batch.is_blank
+            ]
+            writer.look_ahead(self._prompts(name, own, step, None))
+
     def ask(self, batches: list[WindowBatch], step: int) -> Callable[[], Iterator[Example]] | None:
         """Have a server write the student's completions of the window of a later step, with the
         weights of the step before it. They are there when the answer is called, on all ranks.
@@ -213,7 +223,11 @@ class Rollouts:
         before: Mapping[RowKey, int] | None = None,  # completions of a row that others write
     ) -> list[WindowBatch]:
         """The batches with completions of one writer's call."""
-        return self._with(self._completed(name, batches, step, before), name, batches)
+        completed = self._with(self._completed(name, batches, step, before), name, batches)
+        collators = self.objective.collators
+        is_all = len(completed) == 1 and collators[name] is collators["student"]
+        made = self.writers[name].take_made(completed[0].examples if is_all else [])
+        return completed if made is None else [replace(completed[0], made=made)]
 
     def _with(
         self, examples: Iterator[Example], name: str, batches: list[WindowBatch]

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from gold_trainer.speed.replacing import replaced
 
 FUNCTIONS = "transformers.vision_utils"  # of sizes of pictures alone
+INDEX = "get_rope_index"  # of a model, from ids, masks and sizes of pictures
 HOST = "gold_trainer_on_host"  # attribute of a tensor on a device
 
 
@@ -105,6 +106,36 @@ def answered(function: Callable) -> Callable:
             return function(grid_thw, *args, **kwargs)
         answer = function(host, *args, **kwargs)
         return tree_map(lambda value: _to(value, grid_thw.device), answer)
+
+    return run
+
+
+@contextmanager
+def positions_answered(base: Any) -> Iterator[None]:
+    """Within the context a model that counts positions row by row does so on the host."""
+    kind = type(getattr(base, base.base_model_prefix, base))
+    if INDEX not in vars(kind):
+        yield
+        return
+    with replaced(kind, INDEX, index_answered(vars(kind)[INDEX])):
+        yield
+
+
+def index_answered(function: Callable) -> Callable:
+    signature = inspect.signature(function)
+    others = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        given = {name: value for name, value in given.items() if name not in others}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        known = {name: host_of(tensor) for name, tensor in tensors.items()}
+        if any(tensor is None for tensor in known.values()):
+            return function(*args, **kwargs)
+        answer = function(**(given | known))
+        devices = [tensor.device for tensor in tensors.values()]
+        return tree_map(lambda value: _to(value, devices[0]), answer)
 
     return run
 

@@ -64,6 +64,7 @@ class Batch:
     type_ids: dict[str, Tensor]  # (B, 1)
     cache_name: str  # of the model's argument
     options: dict[str, Any]  # more arguments of every step
+    width: int  # of the prompts, all of which end there
 
     @property
     def num_bytes(self) -> int:
@@ -111,14 +112,14 @@ class Batch:
             zeros(num_rows, dtype=torch.bool),
             torch.tensor(rooms, device=device),
             {name: zeros(num_rows, 1) for name in part.type_ids},
-            *(part.cache_name, part.options),
+            *(part.cache_name, part.options, width),
         )
 
     def fill(self, start: int, part: Prefilled, index: Tensor) -> None:
         """Rows from start on begin with the prompts of these indices. Every prompt ends at the same
         place of the cache, whatever its length.
         """
-        rows, width = slice(start, start + len(index)), int(self.position)
+        rows, width = slice(start, start + len(index)), self.width
 
         def put(buffer: Tensor, states: Tensor) -> None:  # (B, heads, L, D), (P, heads, w, D)
             buffer[rows, :, width - states.shape[2] : width] = states[index]

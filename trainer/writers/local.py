@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from gold_trainer import sharding
-from gold_trainer.batches import Example
+from gold_trainer.batches import Example, PromptTensors
 from gold_trainer.collator import GOLDCollator, process_examples
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, is_offloaded, may_pad_left
+from gold_trainer.speed.on_host import moved, pinned
 from gold_trainer.writers.cast_weights import cast_weights
 from gold_trainer.writers.compiled_layers import CompiledLayers, decoder_layers
 from gold_trainer.writers.decoding import Decoder, check_step
+from gold_trainer.writers.fast_prefill import FastPrefill
 from gold_trainer.writers.fixed_cache import Batch, cache_length
 from gold_trainer.writers.generating import generate, writing_mode
 from gold_trainer.writers.prefill import CannotDecode, Prefilled, prefill
@@ -54,14 +56,37 @@ class LocalWriter(Writer):
         self.bytes_per_token = 0  # of the cache, for one row; 0: not known yet
         self.is_told = False
         self.compiled: CompiledLayers | None = None
+        self.made: PromptTensors | None = None  # of the next call's first prompts, or the last's
+        self.fast: FastPrefill | None = None
         self.warm: set[tuple[int, ...]] = set()
         self.compile_seconds = self.record_seconds = 0.0  # of all calls
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         self.version = step
 
+    def look_ahead(self, prompts: Sequence[Prompt]) -> None:
+        """Those that go through the model first become tensors. After the first call: before it
+        nobody knows how many they are.
+        """
+        self.made = None
+        if not prompts or self.refusal is not None or not self.bytes_per_token:
+            return
+        rows = _rows_of(prompts)
+        _, examples, _ = next(_parts(rows[: self._rows_at_a_time(rows)]))
+        try:
+            self._make(examples)
+        except Exception:  # the step that is computed does not end with it: its call has it again
+            self.made = None
+
+    def take_made(self, examples: Sequence[Example]) -> PromptTensors | None:
+        made, self.made = self.made, None
+        return made if made is not None and made.are_of(examples) else None
+
+    def close(self) -> None:
+        self.made = None
+
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        rows = [replace(p, seed=seed, num_completions=1) for p in prompts for seed in p.seeds]
+        rows = _rows_of(prompts)
         completed: dict[int, Completion] = {}
         with self.writing() as model:
             groups = [list(range(len(rows)))]
@@ -106,12 +131,26 @@ class LocalWriter(Writer):
         pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
         return [Completion(*pair, self.version) for pair in pairs]
 
-    def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        inputs = process_examples(self.collator.processor, examples)
-        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+    def _make(self, examples: Sequence[Example]) -> PromptTensors:
+        tensors = process_examples(self.collator.processor, examples)
+        if self.args.dataloader_pin_memory:
+            tensors = {name: pinned(t, self.args.device) for name, t in tensors.items()}
+        self.made = PromptTensors(list(examples), tensors)
+        return self.made
 
-    def _prefill(self, base: Any, examples: Sequence[Example]) -> Prefilled:
-        return prefill(base, self._inputs(examples), self.collator.tokenizer.pad_token_id)
+    def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        made = self.made
+        if made is None or not made.are_of(examples):
+            made = self._make(examples)
+        return {name: moved(tensor, self.args.device) for name, tensor in made.tensors.items()}
+
+    def _prefill(
+        self, base: Any, examples: Sequence[Example], *, goes_on: bool = False
+    ) -> Prefilled:
+        inputs, pad_token_id = self._inputs(examples), self.collator.tokenizer.pad_token_id
+        if self.fast is None:
+            self.fast = FastPrefill(base, self.args)
+        return self.fast.run(partial(prefill, base, inputs, pad_token_id, goes_on=goes_on))
 
     @torch.no_grad()
     def _decode(self, base: Any, rows: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -129,11 +168,7 @@ class LocalWriter(Writer):
     def _try(self, base: Any, examples: Sequence[Example]) -> None:
         """A step of the shortest and the longest prompt: CannotDecode, or what the cache takes."""
         by_length = sorted(examples, key=lambda example: example.prompt_length)
-        inputs, pad = (
-            self._inputs([by_length[0], by_length[-1]]),
-            self.collator.tokenizer.pad_token_id,
-        )
-        part = prefill(base, inputs, pad, goes_on=True)
+        part = self._prefill(base, [by_length[0], by_length[-1]], goes_on=True)
         check_step(base, part)
         self.bytes_per_token = part.bytes_per_token
         is_cuda = self.args.device.type == "cuda"
@@ -184,7 +219,7 @@ class LocalWriter(Writer):
         started = time.perf_counter()
         width, rooms = max(row.example.prompt_length for row in rows), [row.room for row in rows]
         logits, batch, sampler = [], None, None
-        for start, examples, repeats in _parts(rows, width):
+        for start, examples, repeats in _parts(rows):
             part = self._prefill(base, examples)
             if batch is None or sampler is None:
                 batch = Batch.empty(part, rooms, width)
@@ -226,10 +261,16 @@ class LocalWriter(Writer):
         )
 
 
-def _parts(rows: Sequence[Prompt], width: int) -> Iterator[tuple[int, list[Example], list[int]]]:
+def _rows_of(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Of one completion each."""
+    return [replace(p, seed=seed, num_completions=1) for p in prompts for seed in p.seeds]
+
+
+def _parts(rows: Sequence[Prompt]) -> Iterator[tuple[int, list[Example], list[int]]]:
     """Prompts that go through the model together: the first one's row, each prompt once, and how
     many rows begin with it.
     """
+    width = max(row.example.prompt_length for row in rows)
     runs = [list(run) for _, run in groupby(rows, lambda row: id(row.example))]
     size = max(1, PREFILL_TOKENS // width)
     start = 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gold_trainer.batches import Example
+from gold_trainer.batches import Example, PromptTensors
 from gold_trainer.collator import GOLDCollator, token_ids_of, until_end
 from gold_trainer.config import GOLDConfig
 
@@ -128,6 +128,14 @@ class Writer(Protocol):
     ) -> Callable[[], list[list[Completion]]]:
         """complete(), in the background where the writer can: the answer waits for it."""
         return partial(self.complete, prompts, sampling)
+
+    def look_ahead(self, prompts: Sequence[Prompt]) -> None:
+        """complete() may be asked for these next: what needs no weights can be done before."""
+        return
+
+    def take_made(self, examples: Sequence[Example]) -> PromptTensors | None:
+        """Of these, where the last call has made them; nobody else will ask for them."""
+        return None
 
     def close(self) -> None:
         """A run has ended, perhaps with an error: nobody waits for what was started."""

@@ -1,0 +1,68 @@
+"""What surrounds a prompts' pass so that the host does not wait for the device within it, as in a
+training step (speed/step.py), and pictures attend in one call a layer.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.deepstack import adding, classes_with_features
+from gold_trainer.speed.on_host import answering, modules_with_functions, positions_answered
+from gold_trainer.speed.segments import (
+    OF_SEGMENTS,
+    attention_is,
+    can_attend,
+    configs_of,
+    dtype_of_products,
+)
+from gold_trainer.teachers.layer_stream import outermost_lists
+from gold_trainer.writers.prefill import CannotDecode, Prefilled
+
+logger = logging.get_logger(__name__)
+
+
+class FastPrefill:
+    def __init__(self, base: Any, args: GOLDConfig) -> None:  # a transformers model
+        self.base = base
+        self.modules = modules_with_functions([base])
+        self.classes = classes_with_features([base])
+        self.configs = towers_of(base, args) if args.device.type == "cuda" else []
+
+    def run(self, prefill: Callable[[], Prefilled]) -> Prefilled:
+        if self.configs:
+            try:
+                return self._run(prefill)
+            except (torch.OutOfMemoryError, CannotDecode):
+                raise
+            except Exception as error:  # the model's own comes again
+                logger.warning(
+                    "%s writes with its own attention of pictures, which costs time: %s.",
+                    type(self.base).__name__,
+                    str(error).partition("\n")[0] or type(error).__name__,
+                )
+                self.configs = []
+        return self._run(prefill)
+
+    def _run(self, prefill: Callable[[], Prefilled]) -> Prefilled:
+        with ExitStack() as stack:
+            stack.enter_context(answering(self.modules))
+            stack.enter_context(positions_answered(self.base))
+            stack.enter_context(adding(self.classes))
+            stack.enter_context(attention_is(OF_SEGMENTS, self.configs))
+            return prefill()
+
+
+def towers_of(base: Any, args: GOLDConfig) -> list[Any]:
+    """Configs of layers whose attention can be that of segments: each is read by these alone."""
+    configs: list[Any] = []
+    for _, layers in outermost_lists(base):
+        weight = next(layers[0].parameters(), None) if len(layers) else None
+        if weight is None or len({type(layer) for layer in layers}) > 1:
+            continue
+        if can_attend(weight.device, dtype_of_products(weight, args)):
+            configs += configs_of(list(layers))
+    return configs
