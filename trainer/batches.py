@@ -47,6 +47,8 @@ class Example:
     is_blank: bool = False  # no row: in the place of a micro-batch of which none is left
     # Of a completion that was sampled: what the tokens had in its writer's distribution.
     logprobs: list[float] | None = None
+    # The prompts' tensors of a micro-batch with this one, where its writer has made them.
+    made: "PromptTensors | None" = field(default=None, repr=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -80,16 +82,22 @@ class Example:
 
 @dataclass
 class PromptTensors:
-    """What the processor makes of prompts, on the host: made before somebody needs them."""
+    """What a processor makes of prompts, on the host: made before somebody needs them."""
 
+    processor: Any
     examples: list[Example]
     tensors: dict[str, Tensor]  # padded on the left
 
-    def are_of(self, examples: Sequence[Example]) -> bool:
-        """Whether they are those of these prompts, whatever stands behind them."""
-        return [e.prompt for e in self.examples] == [e.prompt for e in examples] and all(
-            own.images is other.images and own.videos is other.videos
-            for own, other in zip(self.examples, examples, strict=True)
+    def are_of(self, processor: Any, examples: Sequence[Example]) -> bool:
+        """Whether they are what it makes of these prompts, whatever stands behind them."""
+        prompts = [[e.prompt for e in own] for own in (self.examples, examples)]
+        return (
+            processor is self.processor
+            and prompts[0] == prompts[1]
+            and all(
+                own.images is other.images and own.videos is other.videos
+                for own, other in zip(self.examples, examples, strict=True)
+            )
         )
 
 
@@ -123,7 +131,6 @@ class WindowBatch:
     # for one that is sharded.
     unscored: list[Example] = field(default_factory=list)
     teacher_unscored: list[Example] = field(default_factory=list)
-    made: PromptTensors | None = None  # of the student's side, where a writer has made them
 
     @property
     def is_on_policy(self) -> bool:

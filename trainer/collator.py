@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from gold_kernels.tokens.token_bytes import template_end_of_turn
 from gold_trainer import text_tensors
-from gold_trainer.batches import Example, ModelInputs, PromptTensors, SideInputs, WindowBatch
+from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.frames import CONTENT, Piece
 from gold_trainer.in_context import InContext, end_ids_of_calls
 from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
@@ -338,9 +338,7 @@ def tokenizer_with_template(processor: Processor) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_inputs(
-    processor: Processor, examples: Sequence[Example], made: PromptTensors | None = None
-) -> ModelInputs:
+def build_inputs(processor: Processor, examples: Sequence[Example]) -> ModelInputs:
     """Prompts, pictures and completions of a micro-batch, padded on the right whatever side the
     tokenizer pads for generation: what stands behind a text changes nothing in a causal model, also
     in one that takes no positions, or no mask.
@@ -349,7 +347,8 @@ def build_inputs(
     through.
     """
     tokenizer = tokenizer_of(processor)
-    if made is not None and made.are_of(examples):
+    made = examples[0].made  # by who wrote what stands behind them
+    if made is not None and made.are_of(processor, examples):
         prompts = made.tensors
     else:
         prompts = process_examples(processor, examples)
@@ -381,10 +380,9 @@ def build_side(
     examples: list[Example],
     to_device: Callable[[Tensor], Tensor],
     unscored: Sequence[Example] = (),  # without completions; they only run through the model
-    made: PromptTensors | None = None,
 ) -> SideInputs:
     """build_inputs on the device, with the labels of the scored rows only."""
-    inputs = build_inputs(processor, [*examples, *unscored], made)
+    inputs = build_inputs(processor, [*examples, *unscored])
     return SideInputs(
         examples,
         {name: to_device(tensor) for name, tensor in inputs.tensors.items()},

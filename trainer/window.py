@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gold_trainer.batches import Example, SideInputs, WindowBatch
+from gold_trainer.batches import Example, PromptTensors, SideInputs, WindowBatch
 from gold_trainer.completions import print_completions
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
@@ -223,11 +223,7 @@ class Rollouts:
         before: Mapping[RowKey, int] | None = None,  # completions of a row that others write
     ) -> list[WindowBatch]:
         """The batches with completions of one writer's call."""
-        completed = self._with(self._completed(name, batches, step, before), name, batches)
-        collators = self.objective.collators
-        is_all = len(completed) == 1 and collators[name] is collators["student"]
-        made = self.writers[name].take_made(completed[0].examples if is_all else [])
-        return completed if made is None else [replace(completed[0], made=made)]
+        return self._with(self._completed(name, batches, step, before), name, batches)
 
     def _with(
         self, examples: Iterator[Example], name: str, batches: list[WindowBatch]
@@ -259,15 +255,21 @@ class Rollouts:
     ) -> Iterator[Example]:
         prompts = self._prompts(name, batches, step, before)
         written = self.writers[name].complete(prompts, self.sampling[name])
-        return self._examples(prompts, written, step)
+        made = self.writers[name].take_made()
+        return self._examples(prompts, written, step, made if len(batches) == 1 else None)
 
     def _examples(
-        self, prompts: list[Prompt], written: list[list[Completion]], step: int | str
+        self,
+        prompts: list[Prompt],
+        written: list[list[Completion]],
+        step: int | str,
+        made: PromptTensors | None = None,  # of a micro-batch that is all that was written
     ) -> Iterator[Example]:
         for prompt, completions in zip(prompts, written, strict=True):
             for completion in completions:
                 self.ages += [step - completion.version] if isinstance(step, int) else []
-                yield prompt.example.with_sample(completion.token_ids, completion.logprobs)
+                example = prompt.example.with_sample(completion.token_ids, completion.logprobs)
+                yield replace(example, made=made)
 
     def _prompts(
         self,

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,15 @@ def test_rows_that_have_ended_leave_and_the_cache_with_them(tmp_path, monkeypatc
     assert sizes == sorted(sizes, reverse=True)
     gc.collect()
     assert layers and not any(layer() for layer in layers)
+
+
+def test_a_smaller_batch_is_recorded_where_it_saves_more_than_that_takes():
+    """Recording takes as long as 50 steps, and a row is a hundredth of one."""
+    recorded, plain = SimpleNamespace(is_recorded=True), SimpleNamespace(is_recorded=False)
+    pays = decoding.Decoder._pays
+    assert not pays(recorded, 3, 240) and not pays(recorded, 15, 240)
+    assert pays(recorded, 48, 200) and pays(recorded, 8, 4000)
+    assert pays(plain, 1, 1) and not pays(plain, 0, 4000) and not pays(recorded, 0, 4000)
 
 
 def test_a_stop_string_ends_a_completion_and_stays_in_it(tmp_path):

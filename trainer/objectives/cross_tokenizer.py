@@ -113,7 +113,7 @@ class CrossTokenizer(Objective):
         student, teacher = self.collator.student.processor, self.collator.teacher.processor
         others = batch.teacher_examples
         return MicroBatch(
-            build_side(student, batch.examples, to_device, batch.unscored, batch.made),
+            build_side(student, batch.examples, to_device, batch.unscored),
             SideInputs.without_tensors(others)
             if self.is_absent or self.is_teacher_apart
             else build_side(teacher, others, to_device, batch.teacher_unscored),

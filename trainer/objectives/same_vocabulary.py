@@ -87,8 +87,7 @@ class SameVocabulary(Objective):
 
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
         processor = self.collator.processor
-        own = batch.examples, to_device, batch.unscored, batch.made
-        student = teacher = build_side(processor, *own)
+        student = teacher = build_side(processor, batch.examples, to_device, batch.unscored)
         others = batch.teacher_examples
         if self.is_teacher_apart or (others is not batch.examples and self.is_absent):
             teacher = SideInputs.without_tensors(others)

@@ -95,7 +95,7 @@ class CompiledLayers:
 
         def change(module: nn.Module, name: str, value: Any) -> None:
             before.append((module, name, getattr(module, name)))
-            setattr(module, name, value)
+            put(module, name, value)
 
         attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_of_one_token(attention)
@@ -113,7 +113,12 @@ class CompiledLayers:
         finally:
             ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
             for module, name, value in before:
-                setattr(module, name, value)
+                put(module, name, value)
+
+
+def put(module: nn.Module, name: str, value: Any) -> None:
+    """Neither a parameter nor a module, for which nn.Module would look first."""
+    object.__setattr__(module, name, value)
 
 
 def with_own(function: Callable, own: dict[str, Any]) -> Callable:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
+from gold_trainer.speed.on_host import sent
 from gold_trainer.writers.prefill import Prefilled
 
 MULTIPLE = 64  # lengths of the cache are multiples of it: kernels of attention like them
@@ -110,7 +111,7 @@ class Batch:
             zeros(*shape),
             zeros(*shape, dtype=torch.float32),
             zeros(num_rows, dtype=torch.bool),
-            torch.tensor(rooms, device=device),
+            sent(torch.tensor(rooms), device),
             {name: zeros(num_rows, 1) for name in part.type_ids},
             *(part.cache_name, part.options, width),
         )

@@ -18,7 +18,7 @@ from gold_trainer.batches import Example, PromptTensors
 from gold_trainer.collator import GOLDCollator, process_examples
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, is_offloaded, may_pad_left
-from gold_trainer.speed.on_host import moved, pinned
+from gold_trainer.speed.on_host import moved, pinned, sent
 from gold_trainer.writers.cast_weights import cast_weights
 from gold_trainer.writers.compiled_layers import CompiledLayers, decoder_layers
 from gold_trainer.writers.decoding import Decoder, check_step
@@ -78,9 +78,9 @@ class LocalWriter(Writer):
         except Exception:  # the step that is computed does not end with it: its call has it again
             self.made = None
 
-    def take_made(self, examples: Sequence[Example]) -> PromptTensors | None:
+    def take_made(self) -> PromptTensors | None:
         made, self.made = self.made, None
-        return made if made is not None and made.are_of(examples) else None
+        return made
 
     def close(self) -> None:
         self.made = None
@@ -131,18 +131,20 @@ class LocalWriter(Writer):
         pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
         return [Completion(*pair, self.version) for pair in pairs]
 
-    def _make(self, examples: Sequence[Example]) -> PromptTensors:
-        tensors = process_examples(self.collator.processor, examples)
+    def _make(self, examples: Sequence[Example]) -> None:
+        self.made = None  # before there are others
+        processor = self.collator.processor
+        tensors = process_examples(processor, examples)
         if self.args.dataloader_pin_memory:
             tensors = {name: pinned(t, self.args.device) for name, t in tensors.items()}
-        self.made = PromptTensors(list(examples), tensors)
-        return self.made
+        self.made = PromptTensors(processor, list(examples), tensors)
 
     def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        made = self.made
-        if made is None or not made.are_of(examples):
-            made = self._make(examples)
-        return {name: moved(tensor, self.args.device) for name, tensor in made.tensors.items()}
+        if self.made is None or not self.made.are_of(self.collator.processor, examples):
+            self._make(examples)
+        assert self.made is not None, "they were there, or are made"
+        tensors = self.made.tensors
+        return {name: moved(tensor, self.args.device) for name, tensor in tensors.items()}
 
     def _prefill(
         self, base: Any, examples: Sequence[Example], *, goes_on: bool = False
@@ -225,7 +227,7 @@ class LocalWriter(Writer):
                 batch = Batch.empty(part, rooms, width)
                 seeds, num_entries = [row.seed for row in rows], part.logits.shape[1]
                 sampler = Sampler(sampling, seeds, max(rooms), num_entries, part.logits.device)
-            index = torch.repeat_interleave(torch.tensor(repeats)).to(part.logits.device)
+            index = sent(torch.repeat_interleave(torch.tensor(repeats)), part.logits.device)
             batch.fill(start, part, index)
             sampler.see(start, part.input_ids[index], part.mask[index])
             logits.append(part.logits[index])

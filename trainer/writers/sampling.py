@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.triton.launch import default_backend
+from gold_trainer.speed.on_host import sent
 from gold_trainer.writers.writer import Sampling
 
 NEVER = -torch.inf
@@ -40,8 +41,8 @@ class Sampler:
         self.sampling = sampling
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         draws = [torch.randint(*KEYS, (room, 2), generator=g) for g in generators]
-        self.keys = torch.stack(draws).to(device, torch.int32)  # (B, R, 2)
-        is_banned = sampling.is_banned(num_entries).to(device)
+        self.keys = sent(torch.stack(draws).to(torch.int32), device)  # (B, R, 2)
+        is_banned = sent(sampling.is_banned(num_entries), device)
         self.bans = torch.zeros(num_entries, device=device).masked_fill(is_banned, NEVER)
         self.is_seen: Tensor | None = None  # (B, V), with a penalty of repetition alone
 

@@ -133,8 +133,8 @@ class Writer(Protocol):
         """complete() may be asked for these next: what needs no weights can be done before."""
         return
 
-    def take_made(self, examples: Sequence[Example]) -> PromptTensors | None:
-        """Of these, where the last call has made them; nobody else will ask for them."""
+    def take_made(self) -> PromptTensors | None:
+        """Of the last call's prompts, where it has made them; nobody else will ask for them."""
         return None
 
     def close(self) -> None:
