@@ -3,10 +3,11 @@
     python benchmarks/profile_rollout_call.py --batch-sizes 16 4 64
 
 The 2B shape and the prompts of bench_rollout.py, one 448 x 448 picture each, 256 new tokens. Before
-each call memory is taken and given back, as learning does. Printed for each number of rows: seconds
-of calls as they are, then of one in which the device is waited for around every stage, with what
-each stage took (one has those that lie in it), and the functions of Python that took most of one
-more. `--tiny` runs the same code on small models anywhere.
+each call memory is taken and given back, and the prompts become tensors, as within a step. Printed
+for each number of rows: seconds of calls as they are and of what is done before, then of a call in
+which the device is waited for around every stage, with what each stage took (one has those that lie
+in it), and the functions of Python that took most of one more. `--tiny` runs the same code on small
+models anywhere.
 """
 
 import argparse
@@ -64,12 +65,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def as_after_learning() -> None:
-    """Blocks in the allocator's cache, on the device."""
+def as_after_learning(trainer: Any, batch: Any) -> float:
+    """Blocks in the allocator's cache, and tensors of the prompts; seconds of these."""
     if torch.cuda.is_available():
         kept = [torch.empty(LEARNT[1], dtype=torch.uint8, device="cuda") for _ in range(LEARNT[0])]
         del kept
     synchronize()
+    started = time.perf_counter()
+    trainer.rollouts.look_ahead([batch], 0)
+    return time.perf_counter() - started
 
 
 @contextmanager
@@ -96,7 +100,6 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    as_after_learning()
     started = time.perf_counter()
     call()
     synchronize()
@@ -104,7 +107,6 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def say_host(call: Callable[[], Any], shown: int) -> None:
-    as_after_learning()
     profiler = cProfile.Profile()
     profiler.runcall(call)
     text = io.StringIO()
@@ -143,15 +145,19 @@ def main() -> int:
         for num_rows in options.batch_sizes:
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(num_rows)])
             call = partial(trainer.rollouts.write, "student", [batch], 0)
+            prepare = partial(as_after_learning, trainer, batch)
             with trainer.accelerator.autocast():
-                taken = [seconds_of(call) for _ in range(4)]
-                say(f"{num_rows} rows: {' '.join(f'{t:.3f}' for t in taken)} s")
+                taken = [(prepare(), seconds_of(call)) for _ in range(4)]
+                say(f"{num_rows} rows: {' '.join(f'{t:.3f}' for _, t in taken)} s")
+                say(f"  before: {' '.join(f'{t:.3f}' for t, _ in taken)} s")
                 stages: dict[str, float] = defaultdict(float)
+                prepare()
                 with timed(stages):
                     whole = seconds_of(call)
                 say(f"  waited for: {whole:.3f} s")
                 for name, value in stages.items():
                     say(f"  {1000 * value:8.1f} ms  {name}")
+                prepare()
                 say_host(call, options.shown)
     return 0
 
