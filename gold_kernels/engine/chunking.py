@@ -14,14 +14,15 @@ asked otherwise, row functions in float32, grad_weight accumulated in float32 ov
 rounded once. float64 inputs are computed in float64 throughout.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import ChunkPlan, Limits, Needs, float_dtype, plan_chunks
-from gold_kernels.engine.exchange import exchange_bytes, with_whole_rows
+from gold_kernels.engine.exchange import WholeRows
 from gold_kernels.engine.lent import LentMemory, rows_in
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.products import Projection, pull_back_, pull_back_weight_
@@ -79,13 +80,16 @@ def run_chunks(
     or, where its row values (any, N), zeros so far, are given, whole rows and no others than these
     are what it takes. grad_hidden is the sum over the processes.
     """
-    if values is not None:
-        row_function, limits = _of_slices(student, teacher, row_function, limits, values)
     hidden, weight = student.hidden, student.weight
+    panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
+    exchange = None
+    if values is not None and student.slices is not None:
+        dtype = limits.logits_dtype or float_dtype(hidden)
+        exchange = WholeRows(row_function, student, teacher, values, dtype)
+        limits = limits._replace(row_bytes=limits.row_bytes + exchange.row_bytes(panel_dtype))
     num_rows, has_grad = student.num_rows, any(needs)
     num_paired = 0 if teacher is None else teacher.num_rows
     plan = plan_chunks(student, teacher, needs, limits, projection)
-    panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
     padded = _empty_gradients(student, needs, plan, projection, num_padded)
     grads = padded.of_entries(weight.shape[0])
     row_weights, grad_scale = _scaled_weights(row_weights, student, has_grad, grad_bound)
@@ -93,41 +97,26 @@ def run_chunks(
     if returned is not None and "panel" in plan.lent:  # panels are summed into padded.weight
         returned = torch.empty_like(returned, dtype=weight.dtype)
     lent = None if returned is None else LentMemory(returned[: weight.shape[0]])
-    buffers = _buffers(student, teacher, has_grad, limits, plan, panel_dtype, lent)
+    has_own = exchange is None
+    buffers = _buffers(student, teacher, has_grad, limits, plan, panel_dtype, lent, has_own)
+    sums: list[dist.Work] = []
     for first in range(0, num_rows, plan.panel):
         last = min(first + plan.panel, num_rows)
         for rows in _chunks(first, last, num_paired, plan.chunk):
-            size = rows.stop - rows.start
             in_panel = slice(rows.start - first, rows.stop - first)
             grad_logits = None if buffers.panel is None else buffers.panel[in_panel]
-            buffer = grad_logits if buffers.student is None else buffers.student[:size]
-            assert buffer is not None, "without a buffer of its own a chunk is made in the panel"
-            student_logits = student.project_(buffer, rows)
-            teacher_logits = None
-            if teacher is not None and buffers.teacher is not None and rows.start < num_paired:
-                teacher_logits = teacher.project_(buffers.teacher[:size], rows)
-            row_function(student_logits, teacher_logits, grad_logits, rows, row_weights[rows])
+            is_paired = rows.start < num_paired
+            if exchange is not None:
+                exchange.run(rows, grad_logits, row_weights[rows], is_paired=is_paired)
+            else:
+                logits = buffers.logits(student, teacher if is_paired else None, grad_logits, rows)
+                row_function(*logits, grad_logits, rows, row_weights[rows])
+        if exchange is not None:
+            exchange.finish(last)
         if buffers.panel is not None:
             panel = buffers.panel[: last - first]
-            _add_panel(grads, student, panel, first, row_weights, projection)
-    return _finish(padded, student, grad_scale, returned)
-
-
-def _of_slices(
-    student: LinearHead,
-    teacher: LinearHead | None,
-    row_function: RowFunction,
-    limits: Limits,
-    values: Tensor,
-) -> tuple[RowFunction, Limits]:
-    """A row function that gets whole rows, and the limits less what it takes to exchange them."""
-    if student.slices is None:
-        return row_function, limits
-    others = None if teacher is None else teacher.slices
-    logits_dtype = limits.logits_dtype or float_dtype(student.hidden)
-    own_bytes = exchange_bytes(student.slices, others, logits_dtype, student.hidden.dtype)
-    limits = limits._replace(row_bytes=limits.row_bytes + own_bytes)
-    return with_whole_rows(row_function, student.slices, others, values), limits
+            _add_panel(grads, student, panel, first, row_weights, sums, projection)
+    return _finish(padded, student, grad_scale, returned, sums)
 
 
 def _scaled_weights(
@@ -149,6 +138,22 @@ class _Buffers(NamedTuple):
     teacher: Tensor | None  # (C, V_t)
     panel: Tensor | None  # (P, V_s)
 
+    def logits(
+        self,
+        student: LinearHead,
+        teacher: LinearHead | None,
+        grad_logits: Tensor | None,  # (C, V_s) of the panel
+        rows: slice,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of a chunk."""
+        size = rows.stop - rows.start
+        own = grad_logits if self.student is None else self.student[:size]
+        assert own is not None, "without a buffer of its own a chunk is made in the panel"
+        student_logits = student.project_(own, rows)
+        if teacher is None or self.teacher is None:
+            return student_logits, None
+        return student_logits, teacher.project_(self.teacher[:size], rows)
+
 
 def _buffers(
     student: LinearHead,
@@ -158,6 +163,7 @@ def _buffers(
     plan: ChunkPlan,
     panel_dtype: torch.dtype,
     lent: LentMemory | None,  # until the last panel is done
+    has_own: bool,  # logits; else whoever exchanges rows makes them
 ) -> _Buffers:
     hidden, vocab_size = student.hidden, student.weight.shape[0]
     logits_dtype = limits.logits_dtype or float_dtype(hidden)
@@ -165,10 +171,10 @@ def _buffers(
     if has_grad:
         memory = lent if "panel" in plan.lent else None
         panel = _empty_panel(hidden, plan.panel, vocab_size, panel_dtype, memory)
-    if not (has_grad and logits_dtype == panel_dtype):
+    if has_own and not (has_grad and logits_dtype == panel_dtype):
         memory = lent if "student" in plan.lent else None
         student_rows = rows_in(memory, hidden, plan.chunk, vocab_size, logits_dtype)
-    if teacher is not None and teacher.num_rows:
+    if has_own and teacher is not None and teacher.num_rows:
         memory = lent if "teacher" in plan.lent else None
         size = teacher.weight.shape[0]
         teacher_rows = rows_in(memory, hidden, plan.chunk, size, logits_dtype)
@@ -235,9 +241,12 @@ def _add_panel(
     grad_logits: Tensor,  # (P, V_s)
     first: int,
     row_weights: Tensor,  # (N,) or (N, W)
+    sums: list["dist.Work"],  # quoted: a build without distributed has no such class
     projection: Projection | None = None,
 ) -> None:
-    """The gradient GEMMs of the rows first to first + P."""
+    """The gradient GEMMs of the rows first to first + P. Of heads in slices the sum of grad_hidden
+    over the processes begins, which the next GEMM hides; sums has what to wait for.
+    """
     rows = slice(first, first + grad_logits.shape[0])
     if projection is not None:
         assert grads.hidden is not None, "a projection is of gradients of hidden states"
@@ -245,6 +254,8 @@ def _add_panel(
         return
     if grads.hidden is not None and student.row_index is None:
         pull_back_(grads.hidden[rows], grad_logits, student.weight)
+        if student.slices is not None and grads.hidden.is_contiguous():
+            sums.append(student.slices.start_sum_(grads.hidden[rows]))
     elif grads.hidden is not None and student.row_index is not None:
         grad_hidden = grads.hidden.new_empty(grad_logits.shape[0], grads.hidden.shape[1])
         pull_back_(grad_hidden, grad_logits, student.weight)
@@ -263,6 +274,7 @@ def _finish(
     student: LinearHead,
     grad_scale: Tensor | None,
     returned: Tensor | None,  # (V_s + padded, D_s) what becomes of grads.weight, or the same
+    sums: Sequence["dist.Work"],  # of grad_hidden; none: its sum has not begun
 ) -> ChunkedGradients:
     """Sum grad_hidden over slices; undo the float16 scale; cast accumulators to the dtypes of their
     tensors (float16: at backward).
@@ -270,7 +282,9 @@ def _finish(
     if returned is not None and grads.weight is not None and returned is not grads.weight:
         grads = grads._replace(weight=returned.copy_(grads.weight))
     if student.slices is not None and grads.hidden is not None:
-        total = student.slices.sum_(grads.hidden.contiguous())
+        for work in sums:
+            work.wait()
+        total = grads.hidden if sums else student.slices.sum_(grads.hidden.contiguous())
         dtype = total.dtype if student.hidden.dtype == torch.float16 else student.hidden.dtype
         grads = grads._replace(hidden=torch.empty_like(student.hidden, dtype=dtype).copy_(total))
     if grad_scale is not None:

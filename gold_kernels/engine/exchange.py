@@ -1,114 +1,228 @@
 """Whole rows of logits from slices of a vocabulary: each process gets a share of a chunk's rows.
 
-C rows of a chunk, V vocabulary (V_s, V_t), R processes, each with a slice of every row. A loss that
-compares entries of a row with all others, as one that sorts, needs whole rows. So processes send
-each other parts of their slices, run the row function on C / R whole rows, and send gradients back:
-exact, and for a row of float32 logits (V_s + V_t) (R - 1) / R 4 bytes, and its gradient's.
+C rows of a chunk, V vocabulary (V_s, V_t), V_r entries of rank r, R processes, each with a slice of
+every row. A loss that compares entries of a row with all others, as one that sorts, needs whole
+rows. So processes send each other parts of their slices, run the row function on C / R whole rows,
+and send gradients back. That is exact. A process sends about 4 (V_s + V_t) (R - 1) / R^2 bytes of
+float32 logits a row, and the gradient of its share.
+
+Others' rows are projected first. They travel while a process projects its own share, and gradients
+travel while it projects the next chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.slices import Slices
-from gold_kernels.triton.launch import empty_rows
+from gold_kernels.triton.launch import ROW_ALIGNMENT, aligned_width, empty_rows
+
+Shape = tuple[int, int]  # rows, entries
 
 
-def share_sizes(num_rows: int, num_parts: int) -> list[int]:
-    """Rows that each process gets, by rank."""
-    least, more = divmod(num_rows, num_parts)
-    return [least + (part < more) for part in range(num_parts)]
+def shares_of(rows: slice, num_parts: int) -> list[slice]:
+    """The rows of a chunk that each process gets whole, by rank."""
+    least, more = divmod(rows.stop - rows.start, num_parts)
+    shares, start = [], rows.start
+    for part in range(num_parts):
+        shares.append(slice(start, start + least + (part < more)))
+        start = shares[-1].stop
+    return shares
 
 
-def whole_rows(
-    logits: Tensor,  # (C, V_r), this process' slice
-    slices: Slices,
-) -> Tensor:  # (its share of C, V)
-    rows, rank = share_sizes(logits.shape[0], len(slices.sizes)), slices.rank
-    sent = logits.contiguous().view(-1)  # of one column reshape would make a view with gaps
-    received = sent.new_empty(rows[rank] * slices.total)
-    dist.all_to_all_single(
-        received,
-        sent,
-        [rows[rank] * size for size in slices.sizes],
-        [count * slices.sizes[rank] for count in rows],
-        group=slices.group,
-    )
-    whole = empty_rows(logits, rows[rank], slices.total, logits.dtype)
-    parts = received.split([rows[rank] * size for size in slices.sizes])
-    for columns, part in zip(whole.split(list(slices.sizes), 1), parts, strict=True):
-        columns.copy_(part.view(columns.shape))
-    return whole
+class _Parcels:
+    """Parts of rows on their way, by rank; none to this process itself. Rows are aligned."""
 
-
-def return_rows_(
-    logits: Tensor,  # (C, V_r), overwritten
-    whole: Tensor,  # (its share of C, V)
-    slices: Slices,
-) -> None:
-    """The inverse of whole_rows."""
-    rows, rank = share_sizes(logits.shape[0], len(slices.sizes)), slices.rank
-    sent = torch.cat([columns.reshape(-1) for columns in whole.split(list(slices.sizes), 1)])
-    received = sent.new_empty(logits.numel())
-    dist.all_to_all_single(
-        received,
-        sent,
-        [count * slices.sizes[rank] for count in rows],
-        [rows[rank] * size for size in slices.sizes],
-        group=slices.group,
-    )
-    logits.copy_(received.view(logits.shape))
-
-
-def own_share(rows: slice, slices: Slices) -> slice:
-    """Of the rows of a chunk those that this process gets whole."""
-    sizes = share_sizes(rows.stop - rows.start, len(slices.sizes))
-    start = rows.start + sum(sizes[: slices.rank])
-    return slice(start, start + sizes[slices.rank])
-
-
-def exchange_bytes(
-    own: Slices, others: Slices | None, dtype: torch.dtype, grad_dtype: torch.dtype
-) -> int:
-    """Memory of a row beside its slices: what is sent, what is received, and whole rows."""
-    numbers = [3 * side.widest + side.total // len(own.sizes) for side in (own, others or own)]
-    sides = numbers[:1] if others is None else numbers
-    return sum(sides) * dtype.itemsize + numbers[0] * grad_dtype.itemsize
-
-
-def with_whole_rows(
-    row_function: Callable[..., None],  # a chunking.RowFunction that takes whole rows
-    own: Slices,  # the student's
-    others: Slices | None,  # the teacher's
-    values: Tensor,  # (any, N) zeros, of which row_function writes the rows that it is given
-) -> Callable[..., None]:
-    """A row function of slices: exchanges them, runs row_function on this process' share of a
-    chunk's rows, and returns gradients. Afterwards the values are known to all.
-    """
-
-    def exchanged(
-        student_logits: Tensor,  # (C, V_r)
-        teacher_logits: Tensor | None,
-        grad_logits: Tensor | None,  # may be student_logits
-        rows: slice,
-        weights: Tensor,
+    def __init__(
+        self,
+        like: Tensor,
+        dtype: torch.dtype,
+        slices: Slices,
+        sent: Sequence[Shape],
+        received: Sequence[Shape],
     ) -> None:
-        share = own_share(rows, own)
-        whole, partner, grad = whole_rows(student_logits, own), None, None
-        if teacher_logits is not None:
-            assert others is not None, "both heads are in slices"
-            partner = whole_rows(teacher_logits, others)
-        if grad_logits is not None:
-            grad = whole
-            if grad_logits.dtype != whole.dtype:
-                grad = empty_rows(whole, whole.shape[0], own.total, grad_logits.dtype)
-        if share.start < share.stop:
-            in_chunk = slice(share.start - rows.start, share.stop - rows.start)
-            row_function(whole, partner, grad, share, weights[in_chunk])
-        if grad_logits is not None and grad is not None:
-            return_rows_(grad_logits, grad, own)
-        values[:, rows] = own.sum_(values[:, rows].contiguous())
+        self._group = slices.group
+        self._work: dist.Work | None = None
+        self._sides: list[Tensor] = []
+        self._counts: list[list[int]] = []
+        views = []
+        for shapes in (sent, received):
+            counts = [rows * aligned_width(size) for rows, size in shapes]
+            counts[slices.rank] = 0
+            buffer = like.new_empty(sum(counts), dtype=dtype)
+            self._sides.append(buffer)
+            self._counts.append(counts)
+            parts = zip(buffer.split(counts), counts, shapes, strict=True)
+            views.append(
+                [
+                    part.view(rows if count else 0, aligned_width(size))[:, :size]
+                    for part, count, (rows, size) in parts
+                ]
+            )
+        self.sent, self.received = views
 
-    return exchanged
+    def post(self) -> None:
+        (sent, received), (counts, received_counts) = self._sides, self._counts
+        self._work = dist.all_to_all_single(
+            received, sent, received_counts, counts, group=self._group, async_op=True
+        )
+
+    def wait(self) -> None:
+        assert self._work is not None, "what was not posted does not come"
+        self._work.wait()
+
+
+class WholeRows:
+    """Runs a row function that takes whole rows on this process' share of every chunk."""
+
+    def __init__(
+        self,
+        row_function: Callable[..., None],  # a chunking.RowFunction
+        student: LinearHead,
+        teacher: LinearHead | None,
+        values: Tensor,  # (any, N) zeros, of which row_function writes the rows that it is given
+        logits_dtype: torch.dtype,
+    ) -> None:
+        assert student.slices is not None, "heads are in slices"
+        self._row_function, self._student, self._teacher = row_function, student, teacher
+        self._slices, self._values, self._dtype = student.slices, values, logits_dtype
+        self._num_summed = 0  # rows whose values all processes know
+        self._returning: tuple[_Parcels, list[Tensor]] | None = None
+
+    def row_bytes(self, grad_dtype: torch.dtype) -> int:
+        """Memory of a row of a chunk beside logits of the widest slices: parts that are sent and
+        received, whole rows, gradients on their way back.
+        """
+        own, dtype, number = self._slices, self._dtype, len(self._slices.sizes)
+        heads = [self._student] if self._teacher is None else [self._student, self._teacher]
+        moved = wide = 0
+        for side in map(_slices_of, heads):
+            received = (side.total - min(side.sizes)) // number
+            moved += received + side.widest - side.widest // number
+            wide += received + (side.total - side.widest) // number
+        if dtype == grad_dtype:  # no logits are counted, since a panel could hold them
+            wide += own.widest
+        grads = (own.total - min(own.sizes)) // number + own.widest - own.widest // number
+        if dtype != grad_dtype:  # where parts that were sent and received have been
+            grads += max(0, own.total // number - moved * dtype.itemsize // grad_dtype.itemsize)
+        return wide * dtype.itemsize + grads * grad_dtype.itemsize
+
+    def run(
+        self,
+        rows: slice,
+        grad_logits: Tensor | None,  # (C, V_r), overwritten until finish returns
+        weights: Tensor,  # (C,) or (C, T)
+        *,
+        is_paired: bool,
+    ) -> None:
+        if not is_paired and self._teacher is not None:  # rows behind look at values of paired ones
+            self._sum_values(self._teacher.num_rows)
+        shares = shares_of(rows, len(self._slices.sizes))
+        share = shares[self._slices.rank]
+        heads = [self._student]
+        if is_paired and self._teacher is not None:
+            heads.insert(0, self._teacher)  # its products are mostly the longer ones, and hide more
+        *teacher_rows, student_rows = self._whole_rows(heads, shares)
+        grad = None
+        if grad_logits is not None:
+            grad = student_rows
+            if grad_logits.dtype != student_rows.dtype:
+                shape = len(student_rows), self._slices.total
+                grad = empty_rows(student_rows, *shape, grad_logits.dtype)
+        if share.start < share.stop:
+            own = weights[share.start - rows.start : share.stop - rows.start]
+            partner = teacher_rows[0] if teacher_rows else None
+            self._row_function(student_rows, partner, grad, share, own)
+            del partner
+        del student_rows, teacher_rows
+        self._receive()
+        if grad is not None and grad_logits is not None:
+            parts = [
+                grad_logits[part.start - rows.start : part.stop - rows.start] for part in shares
+            ]
+            self._return(grad, parts)
+
+    def finish(self, stop: int) -> None:
+        """Wait for gradients of the rows before stop, and sum their values over the processes."""
+        self._receive()
+        self._sum_values(stop)
+
+    def _whole_rows(self, heads: Sequence[LinearHead], shares: list[slice]) -> list[Tensor]:
+        """(C / R, V) of each head."""
+        posted = [self._post(head, shares) for head in heads]
+        whole = [self._own_columns(head, shares) for head in heads]
+        for head, parcels, out in zip(heads, posted, whole, strict=True):
+            parcels.wait()
+            columns = out.split(list(_slices_of(head).sizes), 1)
+            for part, into in zip(parcels.received, columns, strict=True):
+                if part.numel():
+                    into.copy_(part)
+        return whole
+
+    def _post(self, head: LinearHead, shares: list[slice]) -> _Parcels:
+        """Project the rows of others, and send them."""
+        slices = _slices_of(head)
+        sizes = [share.stop - share.start for share in shares]
+        own_rows, own_size = sizes[slices.rank], slices.sizes[slices.rank]
+        sent = [(size, own_size) for size in sizes]
+        received = [(own_rows, size) for size in slices.sizes]
+        parcels = _Parcels(head.hidden, self._dtype, slices, sent, received)
+        for share, part in zip(shares, parcels.sent, strict=True):
+            if part.numel():
+                head.project_(part, share)
+        parcels.post()
+        return parcels
+
+    def _own_columns(self, head: LinearHead, shares: list[slice]) -> Tensor:  # (C / R, V)
+        """Whole rows, of which this process' columns are there."""
+        slices = _slices_of(head)
+        share, size = shares[slices.rank], slices.sizes[slices.rank]
+        num_rows, first = share.stop - share.start, slices.first
+        whole = empty_rows(head.hidden, num_rows, slices.total, self._dtype)
+        if num_rows and size:
+            columns = whole[:, first : first + size]
+            if first % ROW_ALIGNMENT == 0:
+                head.project_(columns, share)
+            else:  # products want aligned memory
+                columns.copy_(head.project_(torch.empty_like(columns), share))
+        return whole
+
+    def _return(self, grad: Tensor, parts: list[Tensor]) -> None:
+        """Send the gradients (C / R, V) of whole rows; parts are (rows, V_r) of each process'."""
+        slices, rank = self._slices, self._slices.rank
+        sent = [(len(grad), size) for size in slices.sizes]
+        received = [(len(part), slices.sizes[rank]) for part in parts]
+        parcels = _Parcels(grad, grad.dtype, slices, sent, received)
+        columns = grad.split(list(slices.sizes), 1)
+        for part, own in zip(parcels.sent, columns, strict=True):
+            if part.numel():
+                part.copy_(own)
+        parcels.post()
+        parts[rank].copy_(columns[rank])
+        self._returning = parcels, parts
+
+    def _receive(self) -> None:
+        """Gradients that are on their way."""
+        if self._returning is None:
+            return
+        parcels, parts = self._returning
+        parcels.wait()
+        for part, into in zip(parcels.received, parts, strict=True):
+            if part.numel():
+                into.copy_(part)
+        self._returning = None
+
+    def _sum_values(self, stop: int) -> None:
+        if stop <= self._num_summed:
+            return
+        rows = slice(self._num_summed, stop)
+        self._values[:, rows] = self._slices.sum_(self._values[:, rows].contiguous())
+        self._num_summed = stop
+
+
+def _slices_of(head: LinearHead) -> Slices:
+    assert head.slices is not None, "both heads are in slices"
+    return head.slices

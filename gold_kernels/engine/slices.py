@@ -57,11 +57,15 @@ class Slices(NamedTuple):
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def start_sum_(self, tensor: Tensor) -> "dist.Work":
+        """sum_ of a tensor with entries, which is written until the work has been waited for."""
+        return dist.all_reduce(tensor, group=self.group, async_op=True)
+
     def gather(self, tensor: Tensor) -> Tensor:  # (any) -> (R, any)
         """A contiguous tensor of every process."""
-        out = tensor.new_empty(len(self.sizes), *tensor.shape)
-        dist.all_gather(list(out.unbind(0)), tensor, group=self.group)
-        return out
+        out = tensor.new_zeros(len(self.sizes), *tensor.shape)
+        out[self.rank] = tensor
+        return self.sum_(out)  # for few numbers faster than all_gather, which copies lists
 
 
 def row_sum(values: Tensor, slices: Slices | None) -> Tensor:  # (c, V) -> (c, 1)
