@@ -4,15 +4,20 @@ N scored rows of a side, D hidden size, V vocabulary, R processes.
 """
 
 import zlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gold_kernels.engine.linear_head import LinearHead
-from gold_kernels.engine.options import Options
+from gold_kernels.engine.options import (
+    CallTensors,
+    LinearOptions,
+    Options,
+    resolve_options,
+)
 from gold_kernels.engine.slices import Slices
 
 if TYPE_CHECKING:  # a build without distributed has no such class
@@ -22,8 +27,11 @@ if TYPE_CHECKING:  # a build without distributed has no such class
 # other rows by about as much as it is.
 MAX_GAP = 1e-2
 NUM_FACTS, REFUSED = 26, -1.0
+NUM_FLOATS = 5  # of the samples that processes compare; behind them are whole numbers
+SAMPLE_ENTRIES = 64  # of a slice, by which it is told from another
 SIDES = ("student", "teacher")
 Heads = tuple[LinearHead, ...]  # the student's and, if it has one, the teacher's
+Checked = TypeVar("Checked")
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -150,13 +158,52 @@ def join_slices(
     )
 
 
-def tell_refusal(options: Options, hidden: Tensor, weight: Any) -> None:
-    """In join_slices' place: this process raises an error that the others may not see."""
-    group = options.process_group
+def told(
+    group: Any,  # the process group that was given, if any
+    hidden: Tensor,
+    weight: Any,
+    check: Callable[[], Checked],
+) -> Checked:
+    """What a check before join_slices returns. It may raise on this process alone: then the others,
+    which wait in join_slices, learn of it.
+    """
+    try:
+        return check()
+    except ValueError:
+        tell_refusal(group, hidden, weight)
+        raise
+
+
+def linear_options(
+    function: str,
+    given: Mapping[str, Any],
+    hidden: Tensor,
+    weight: Any,
+    known: type = LinearOptions,
+) -> Options:
+    """resolve_options of a call of linear heads."""
+    group = given.get("process_group")
+    return told(group, hidden, weight, lambda: resolve_options(function, given, known))
+
+
+def module_options(
+    function: str, own: Mapping[str, Any], tensors: Mapping[str, Any], hidden: Tensor, weight: Any
+) -> Options:
+    """Options of a module and the tensors of its call."""
+    group = own.get("process_group")
+    told(group, hidden, weight, lambda: resolve_options(function, tensors, CallTensors))
+    return Options(**own, **tensors)
+
+
+def tell_refusal(group: Any, hidden: Any, weight: Any) -> None:
+    """In join_slices' place: this process raises an error that the others may not see, perhaps
+    because something is no tensor.
+    """
     if group is None and is_sharded(weight) and weight.device_mesh.ndim == 1:
         group = weight.device_mesh.get_group()
-    if group is not None and is_member(group):
-        facts = torch.full((NUM_FACTS,), REFUSED, dtype=torch.float64, device=hidden.device)
+    devices = [one.device for one in (hidden, weight) if isinstance(one, Tensor)]
+    if group is not None and is_member(group) and devices:
+        facts = torch.full((NUM_FACTS,), REFUSED, dtype=torch.float64, device=devices[0])
         Slices(group.group_name, (1,) * dist.get_world_size(group)).gather(facts)
 
 
@@ -167,8 +214,8 @@ def _facts(
     settings: object,
     ids: Sequence[Tensor],
 ) -> Tensor:  # (NUM_FACTS,) float64
-    """Both sizes; a number of all that must be equal; a sum of either slice; and sums of what rows
-    have.
+    """Both sizes; a number of all that must be equal; sums of some entries of either slice, and of
+    what rows have.
     """
     student, teacher = heads[0], heads[1] if len(heads) > 1 else None
     device = student.hidden.device
@@ -190,14 +237,20 @@ def _facts(
     dtypes = [(head.weight.dtype, head.bias is None) for head in heads]
     same = zlib.crc32(repr((needs, plain, shapes, dtypes, settings)).encode())
     sizes = [head.weight.shape[0] for head in heads] + [0] * (2 - len(heads))
-    parts = [student.hidden.new_tensor([*sizes, same], dtype=torch.float64)]
-    none = parts[0].new_zeros(3)
+    facts = [student.hidden.new_tensor([*sizes, same], dtype=torch.float64)]
     for head in (student, teacher):
-        parts.append(
-            none[:1] if head is None else head.weight.detach().sum(dtype=none.dtype).view(1)
-        )
-    parts += [none if tensor is None else _sums(tensor.detach(), is_live) for tensor in samples]
-    return torch.cat(parts)
+        facts.append(facts[0].new_zeros(1) if head is None else _sample_sum(head.weight))
+    for kind, is_whole in ((samples[:NUM_FLOATS], False), (samples[NUM_FLOATS:], True)):
+        facts.append(_sums(kind, is_live, is_whole, facts[0]).flatten())
+    return torch.cat(facts)
+
+
+def _sample_sum(weight: Tensor) -> Tensor:  # (V_r, D) -> (1,)
+    """Of some entries, all over the slice: two slices that differ do not share them. A sum of all
+    would read the head, and make float64 numbers of it.
+    """
+    step = max(1, weight.shape[0] // SAMPLE_ENTRIES)
+    return weight.detach()[::step].double().sum().view(1)
 
 
 def _live_rows(
@@ -213,23 +266,36 @@ def _live_rows(
     return is_live
 
 
-def _sums(tensor: Tensor, is_live: Tensor | None) -> Tensor:  # (N, D) or (N,) -> (3,)
-    """Two sums, the second of which sees the order, and the norm; of whole numbers, which must be
-    equal, 0.
+def _sums(
+    samples: Sequence[Tensor | None],
+    is_live: Tensor | None,  # (N,)
+    is_whole: bool,
+    like: Tensor,
+) -> Tensor:  # (number of samples, 3)
+    """Two sums of each, the second of which sees the order, and the norm; of whole numbers, which
+    must be equal, 0. All at once: each operator is a launch that the device waits for.
     """
-    is_whole = not tensor.is_floating_point()
-    rows = tensor
-    if tensor.ndim == 2 and not is_whole:  # hidden states: all columns, each by a factor of its own
+    rows = [like[:0] if one is None else _row_numbers(one.detach(), is_live) for one in samples]
+    size = max(map(len, rows))
+    if not size:
+        return like.new_zeros(len(samples), 3)
+    pads = [torch.nn.functional.pad(one, (0, size - len(one))) for one in rows]
+    stacked = torch.stack(pads).nan_to_num(0.0, 0.0, 0.0)
+    places = torch.arange(size, device=like.device, dtype=like.dtype)
+    factors = 1 + places if is_whole else (1.3 * places).cos()
+    norms = torch.zeros_like(stacked[:, 0]) if is_whole else stacked.norm(dim=1)
+    return torch.stack([stacked.sum(1), stacked @ factors, norms], dim=1)
+
+
+def _row_numbers(tensor: Tensor, is_live: Tensor | None) -> Tensor:  # (N, D) or (N,) -> float64
+    """A number of each row: of hidden states all columns, each by a factor of its own."""
+    if tensor.ndim == 2 and tensor.is_floating_point():
         columns = torch.arange(tensor.shape[1], device=tensor.device, dtype=torch.float32)
-        rows = tensor @ columns.cos().to(tensor.dtype)
-    rows = rows.flatten().double()
+        tensor = tensor @ columns.cos().to(tensor.dtype)
+    rows = tensor.flatten().double()
     if is_live is not None and is_live.shape == rows.shape:
         rows = torch.where(is_live, rows, 0)
-    rows = rows.nan_to_num(0.0, 0.0, 0.0)
-    places = torch.arange(len(rows), device=rows.device)
-    factors = 1 + places if is_whole else (1.3 * places).cos()
-    norm = rows.new_zeros(()) if is_whole else rows.norm()
-    return torch.stack([rows.sum(), (rows * factors).sum(), norm])
+    return rows
 
 
 def _compare(function: str, facts: list[list[float]]) -> None:

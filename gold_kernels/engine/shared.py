@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import join_slices, own_rows, refuse_slices, tell_refusal
+from gold_kernels.engine.agreement import (
+    join_slices,
+    linear_options,
+    module_options,
+    own_rows,
+    refuse_slices,
+    tell_refusal,
+)
 from gold_kernels.engine.heads import (
     check_heads,
     label_weights_of,
@@ -26,7 +33,6 @@ from gold_kernels.engine.options import (
     LinearOptions,
     LossOptions,
     Options,
-    resolve_options,
 )
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, RowLoss
 
@@ -70,7 +76,7 @@ def shared_linear_loss(
         checks.check_row_weights(function, row_weights, student.hidden)
         checks.check_label_weights(function, options, student.hidden)
     except ValueError:
-        tell_refusal(options, student_hidden, student_weight)
+        tell_refusal(options.process_group, student_hidden, student_weight)
         raise
     heads = student, teacher
     settings = row_loss, has_metrics
@@ -192,7 +198,7 @@ def fused_linear_loss(
         function,
         row_loss,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
-        resolve_options(function, options),
+        linear_options(function, options, student_hidden, student_weight),
         return_metrics,
     )
     return (loss, rows.by_name()) if return_metrics else loss
@@ -224,12 +230,12 @@ class FusedLinearLoss(nn.Module):
         row_weights: Tensor | None = None,  # (N,)
         **tensors: Unpack[CallTensors],
     ) -> Tensor | tuple[Tensor, Metrics]:
-        resolve_options("FusedLinearLoss", tensors, CallTensors)
+        name = "FusedLinearLoss"
         loss, rows = shared_linear_loss(
-            "FusedLinearLoss",
+            name,
             self.row_loss,
             *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
-            Options(**self.options, **tensors),
+            module_options(name, self.options, tensors, student_hidden, student_weight),
             self.return_metrics,
         )
         return (loss, rows.by_name()) if self.return_metrics else loss

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
+from gold_kernels.engine.agreement import linear_options
 from gold_kernels.engine.options import LinearOptions, LogitsOptions, PerSide, resolve_options
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.engine.shared import Metrics, shared_linear_loss, shared_logits_loss
@@ -106,7 +107,7 @@ def fused_linear_jsd(
         function,
         JSD(beta, temperature),
         *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
-        resolve_options(function, options),
+        linear_options(function, options, student_hidden, student_weight),
         return_metrics,
     )
     return (loss, JSDMetrics.from_rows(rows.by_name())) if return_metrics else loss

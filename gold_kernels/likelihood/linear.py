@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import linear_options, told
 from gold_kernels.engine.linear import run_linear_loss
-from gold_kernels.engine.options import LinearOptions, PerSide, per_side, resolve_options
+from gold_kernels.engine.options import LinearOptions, PerSide, per_side
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.likelihood.row_loss import ChunkLikelihood
 from gold_kernels.tokens.alignment import TokenAlignment
@@ -104,11 +105,16 @@ def fused_linear_chunk_likelihood(
     fit, with the remedy.
     """
     function = "fused_linear_chunk_likelihood"
-    chosen = resolve_options(function, options)
-    checks.check_temperature(function, temperature)
-    row_loss = ChunkLikelihood(beta, group_temperature, per_side(temperature))
-    row_loss.check(function)
-    group_checks.check_chain_rule(function, alignment)
+    chosen = linear_options(function, options, student_hidden, student_weight)
+
+    def checked() -> ChunkLikelihood:
+        checks.check_temperature(function, temperature)
+        row_loss = ChunkLikelihood(beta, group_temperature, per_side(temperature))
+        row_loss.check(function)
+        group_checks.check_chain_rule(function, alignment)
+        return row_loss
+
+    row_loss = told(chosen.process_group, student_hidden, student_weight, checked)
     call = check_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),

@@ -7,12 +7,14 @@ vocabulary (V_s, V_t). P teacher, Q student.
 import dataclasses
 from typing import Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import linear_options, told
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
-from gold_kernels.engine.options import LinearOptions, PerSide, per_side, resolve_options
+from gold_kernels.engine.options import LinearOptions, PerSide, per_side
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.projection.row_loss import ProjectedJSD
 from gold_kernels.tokens.alignment import TokenAlignment
@@ -107,12 +109,19 @@ def fused_linear_projected_jsd(
     transforms. Raises ValueError for what does not fit, with the remedy.
     """
     function = "fused_linear_projected_jsd"
-    chosen = resolve_options(function, options)
-    checks.check_temperature(function, temperature)
-    row_loss = ProjectedJSD(beta, per_side(temperature))
-    row_loss.check(function)
-    if alignment is not None:
-        group_checks.check_chain_rule(function, alignment)
+    chosen = linear_options(function, options, student_hidden, student_weight)
+
+    def checked() -> ProjectedJSD:
+        checks.check_temperature(function, temperature)
+        row_loss = ProjectedJSD(beta, per_side(temperature))
+        row_loss.check(function)
+        if alignment is not None:
+            group_checks.check_chain_rule(function, alignment)
+        _check_kind(function, projection)
+        return row_loss
+
+    row_loss = told(chosen.process_group, student_hidden, student_weight, checked)
+    folds = projection.folds
     call = check_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),
@@ -120,6 +129,7 @@ def fused_linear_projected_jsd(
         alignment,
         chosen,
         (row_loss, return_metrics),
+        (folds.teacher_ids, folds.places, folds.row_weights.view(torch.int32)),
     )
     hidden, labels = call.student.hidden, call.options.labels
     _check_projection(function, projection, *call.sizes)
@@ -150,14 +160,17 @@ def fused_linear_projected_jsd(
     return loss, ProjectedMetrics(loss_rows, masses[0], masses[1], cross_entropy)
 
 
-def _check_projection(
-    function: str, projection: VocabProjection, v_student: int, v_teacher: int
-) -> None:
+def _check_kind(function: str, projection: VocabProjection) -> None:
     if not isinstance(projection, VocabProjection):
         raise ValueError(
             f"{function}: projection must be a VocabProjection, got {type(projection).__name__}; "
             "pass VocabProjection.from_tokenizers(student, teacher)."
         )
+
+
+def _check_projection(
+    function: str, projection: VocabProjection, v_student: int, v_teacher: int
+) -> None:
     sizes = projection.student_vocab_size, projection.teacher_vocab_size
     group_checks.check_entries(function, "projection", sizes, v_student, v_teacher)
     if not projection.folds.teacher_ids.shape[0]:

@@ -10,7 +10,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import join_slices, own_heads, own_rows, tell_refusal
+from gold_kernels.engine.agreement import (
+    join_slices,
+    linear_options,
+    own_heads,
+    own_rows,
+    tell_refusal,
+)
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.heads import (
     check_head,
@@ -23,7 +29,7 @@ from gold_kernels.engine.heads import (
 from gold_kernels.engine.kinds import check_tensors
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.linear_head import LinearHead
-from gold_kernels.engine.options import Reduction, resolve_options
+from gold_kernels.engine.options import Reduction
 from gold_kernels.engine.shared import Metrics, RowValues
 from gold_kernels.topk.row_loss import TopK
 
@@ -105,31 +111,32 @@ def fused_linear_top_k(
     student_top_mass and teacher_top_mass of every row. Raises ValueError for what does not fit.
     """
     function = "fused_linear_top_k"
-    chosen = resolve_options(function, options, TopKOptions)
-    checks.check_one_temperature(function, temperature)
-    checks.check_pairs(function, chosen)
+    chosen = linear_options(function, options, student_hidden, student_weight, TopKOptions)
     scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
     cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]
     head = LinearHead(student_hidden, student_weight, chosen.student_bias, scale, cap)
-    check_head_tensors(function, "student", head)
+    group = chosen.process_group
     try:
+        TopK(beta, temperature).check(function)
+        checks.check_pairs(function, chosen)
+        check_head_tensors(function, "student", head)
         (head,), chosen = own_heads(function, (head,), chosen)
         student = check_head(function, "student", head, chosen.process_group is not None)
         chosen = checks.check_options(function, chosen, student.hidden)
         row_weights = own_rows(function, "row_weights", row_weights)
+        checks.check_row_weights(function, row_weights, student.hidden)
+        checks.check_label_weights(function, chosen, student.hidden)
+        check_tensors(function, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs)
     except ValueError:
-        tell_refusal(chosen, student_hidden, student_weight)
+        tell_refusal(group, student_hidden, student_weight)
         raise
     settings, tensors = (beta, temperature, return_metrics), (row_weights, teacher_log_probs)
     (student,) = join_slices(function, (student,), chosen, tensors, settings, (teacher_ids,))
     v_student = student.vocab_size
     vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
-    checks.check_row_weights(function, row_weights, student.hidden)
-    checks.check_label_weights(function, chosen, student.hidden)
     _check_targets(function, student.hidden, teacher_ids, teacher_log_probs, vocab_size)
     log_probs = teacher_log_probs.detach().to(float_dtype(student.hidden))
     row_loss = TopK(beta, temperature, [teacher_ids, log_probs])
-    row_loss.check(function)
     weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
     label_weights = label_weights_of(vocab_size, student.hidden, chosen)
     labels = None if chosen.labels is None else chosen.labels.contiguous()

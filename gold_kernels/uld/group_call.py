@@ -54,7 +54,7 @@ def check_group_call(
         group_checks.check_group_weights(function, row_weights, num_groups, student.hidden)
         checks.check_label_weights(function, options, student.hidden)
     except ValueError:
-        tell_refusal(options, student_hidden, student_weight)
+        tell_refusal(options.process_group, student_hidden, student_weight)
         raise
     if alignment is not None:
         ids = [*ids, *alignment.sides[0], *alignment.sides[1]]

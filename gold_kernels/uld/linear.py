@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import refuse_slices
+from gold_kernels.engine.agreement import linear_options, module_options, refuse_slices, told
 from gold_kernels.engine.heads import (
     label_weights_of,
     row_weights_of,
@@ -105,7 +105,8 @@ def _linear_uld(
     has_metrics: bool,
 ) -> Tensor | tuple[Tensor, ULDMetrics]:
     """Validate, plan, run; behind the function and the module."""
-    row_loss = settings.row_loss(function)
+    group = options.process_group
+    row_loss = told(group, student_hidden, student_weight, lambda: settings.row_loss(function))
     call = check_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),
@@ -241,7 +242,7 @@ def fused_linear_uld(
             *(matched_weight, unmatched_weight),
         ),
         *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights, alignment),
-        resolve_options(function, options),
+        linear_options(function, options, student_hidden, student_weight),
         return_metrics,
     )
 
@@ -282,13 +283,12 @@ class FusedLinearULDLoss(nn.Module):
         alignment: TokenAlignment | None = None,
         **tensors: Unpack[CallTensors],
     ) -> Tensor | tuple[Tensor, ULDMetrics]:
-        resolve_options("FusedLinearULDLoss", tensors, CallTensors)
         return _linear_uld(
-            "FusedLinearULDLoss",
+            name := "FusedLinearULDLoss",
             self.settings,
             *(student_hidden, student_weight, teacher_hidden, teacher_weight),
             *(row_weights, alignment),
-            Options(**self.options, **tensors),
+            module_options(name, self.options, tensors, student_hidden, student_weight),
             self.return_metrics,
         )
 

@@ -15,9 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from gold_kernels import (
+    FusedLinearLoss,
+    FusedLinearULDLoss,
+    VocabProjection,
+    fused_linear_chunk_likelihood,
     fused_linear_jsd,
     fused_linear_loss,
     fused_linear_mean_kl,
+    fused_linear_projected_jsd,
     fused_linear_top_k,
     fused_linear_uld,
     head_means,
@@ -30,6 +35,7 @@ from gold_kernels.losses import JSD
 from support.jsd_cases import random_case
 from support.parallel_cases import check_all
 from support.rank import leave_together
+from support.uld_cases import uld_case
 
 OTHER_CALL, OTHER_VALUES = "needed gradients on ranks [1] than", "got other ones on ranks [1]"
 Refusals = Iterator[tuple[str, Callable[[], object]]]  # a part of the message, and the call
@@ -77,6 +83,40 @@ def other_calls(pair: Any) -> Refusals:
         ("share the hidden size", partial(top_k, hidden[:, rank:], own, ids, log_probs)),
     ):
         yield message if rank == 1 else "got errors on ranks [1]", call
+
+
+def out_of_range(pair: Any) -> Refusals:
+    """What rank 1 alone refuses before it looks at tensors; and a projection of its own."""
+    rank, group = dist.get_rank(), {"process_group": pair}
+    case = uld_case("bayesian", sizes=(41, 58))
+    alignment = case.options["alignment"]
+    hidden, weight, teacher, teacher_weight = case.tensors[:4]
+    own, own_teacher = (w.tensor_split(2)[rank] for w in (weight, teacher_weight))
+    usual, negative = (hidden, own, teacher, own_teacher), 1.0 - 2 * rank
+    pairs = (hidden[: len(teacher)], *usual[1:])
+    uld = partial(fused_linear_uld, *usual, alignment=alignment, **group)
+    ids = torch.arange(len(hidden)).unsqueeze(1)
+    top_k = partial(fused_linear_top_k, hidden, own, ids, -torch.ones(ids.shape), **group)
+    likelihood = partial(fused_linear_chunk_likelihood, *usual, alignment, **group)
+    columns = torch.arange(41).view(41, 1)
+    projections = [
+        VocabProjection.from_entries(one, torch.ones(41, 1), 58) for one in (columns, columns + 9)
+    ]
+    projected = partial(fused_linear_projected_jsd, *usual, alignment=alignment, **group)
+    wrong = {"labelss": None} if rank else {}
+    for message, call in (
+        ("temperature must be", partial(uld, temperature=negative)),
+        ("temperature must be", partial(uld, teacher_temperature=negative)),
+        ("temperature must be", partial(top_k, temperature=negative)),
+        ("group_temperature must be", partial(likelihood, group_temperature=negative)),
+        ("beta must be in", partial(projected, projections[0], beta=2.0 * rank)),
+        ("projection must be", partial(projected, None if rank else projections[0])),
+        ("did you mean labels", partial(uld, **wrong)),
+        ("did you mean labels", partial(FusedLinearULDLoss(**group), *pairs, **wrong)),
+        ("did you mean labels", partial(FusedLinearLoss(JSD(), **group), *pairs, **wrong)),
+    ):
+        yield message if rank == 1 else "got errors on ranks [1]", call
+    yield OTHER_VALUES, partial(projected, projections[rank])
 
 
 def wrong_slices(pair: Any) -> Refusals:
@@ -170,7 +210,7 @@ def check_refusals(pair: Any, everyone: Any) -> list[str]:
         case.teacher_weight, DeviceMesh.from_group(everyone, "cpu"), [Shard(0)]
     )
     own = case.student_weight.tensor_split(2)[rank % 2]
-    calls = [*other_calls(pair), *wrong_slices(pair)] if rank < 2 else []
+    calls = [*other_calls(pair), *out_of_range(pair), *wrong_slices(pair)] if rank < 2 else []
     calls.append(
         (
             "got a group without it" if rank == 2 else "over ranks [0, 1, 2] beside [0, 1]",
