@@ -92,7 +92,10 @@ class WholeRows:
         self._row_function, self._student, self._teacher = row_function, student, teacher
         self._slices, self._values, self._dtype = student.slices, values, logits_dtype
         self._num_summed = 0  # rows whose values all processes know
+        # gradients on their way, and the rows of the panel where they belong
         self._returning: tuple[_Parcels, list[Tensor]] | None = None
+        is_cuda = student.hidden.is_cuda
+        self._side = torch.cuda.Stream(student.hidden.device) if is_cuda else None
 
     def row_bytes(self, grad_dtype: torch.dtype) -> int:
         """Memory of a row of a chunk beside logits of the widest slices: parts that are sent and
@@ -140,7 +143,6 @@ class WholeRows:
             self._row_function(student_rows, partner, grad, share, own)
             del partner
         del student_rows, teacher_rows
-        self._receive()
         if grad is not None and grad_logits is not None:
             parts = [
                 grad_logits[part.start - rows.start : part.stop - rows.start] for part in shares
@@ -149,19 +151,34 @@ class WholeRows:
 
     def finish(self, stop: int) -> None:
         """Wait for gradients of the rows before stop, and sum their values over the processes."""
-        self._receive()
+        if self._returning is not None:
+            _unpack(*self._returning)
+        self._returning = None
         self._sum_values(stop)
 
     def _whole_rows(self, heads: Sequence[LinearHead], shares: list[slice]) -> list[Tensor]:
         """(C / R, V) of each head."""
-        posted = [self._post(head, shares) for head in heads]
-        whole = [self._own_columns(head, shares) for head in heads]
-        for head, parcels, out in zip(heads, posted, whole, strict=True):
-            parcels.wait()
-            columns = out.split(list(_slices_of(head).sizes), 1)
-            for part, into in zip(parcels.received, columns, strict=True):
-                if part.numel():
-                    into.copy_(part)
+        share, side = shares[self._slices.rank], self._side
+        arriving = [] if self._returning is None else [self._returning]
+        whole = []
+        for head in heads:
+            sizes = list(_slices_of(head).sizes)
+            parcels = self._post(head, shares)
+            whole.append(empty_rows(head.hidden, share.stop - share.start, sum(sizes), self._dtype))
+            arriving.append((parcels, list(whole[-1].split(sizes, 1))))
+        if side is not None:  # what arrives is copied beside the products
+            side.wait_stream(torch.cuda.current_stream(side.device))
+            with torch.cuda.stream(side):
+                for parcels, places in arriving:
+                    _unpack(parcels, places)
+        for head, rows in zip(heads, whole, strict=True):
+            self._project_own(head, rows, share)
+        if side is not None:
+            torch.cuda.current_stream(side.device).wait_stream(side)
+        else:
+            for parcels, places in arriving:
+                _unpack(parcels, places)
+        self._returning = None  # from here on its memory may be used again
         return whole
 
     def _post(self, head: LinearHead, shares: list[slice]) -> _Parcels:
@@ -178,19 +195,18 @@ class WholeRows:
         parcels.post()
         return parcels
 
-    def _own_columns(self, head: LinearHead, shares: list[slice]) -> Tensor:  # (C / R, V)
-        """Whole rows, of which this process' columns are there."""
+    def _project_own(self, head: LinearHead, whole: Tensor, share: slice) -> None:
+        """This process' columns of whole rows (C / R, V)."""
         slices = _slices_of(head)
-        share, size = shares[slices.rank], slices.sizes[slices.rank]
-        num_rows, first = share.stop - share.start, slices.first
-        whole = empty_rows(head.hidden, num_rows, slices.total, self._dtype)
-        if num_rows and size:
-            columns = whole[:, first : first + size]
-            if first % ROW_ALIGNMENT == 0:
-                head.project_(columns, share)
-            else:  # products want aligned memory
-                columns.copy_(head.project_(torch.empty_like(columns), share))
-        return whole
+        size, first = slices.sizes[slices.rank], slices.first
+        if not len(whole) or not size:
+            return
+        columns = whole[:, first : first + size]
+        if first % ROW_ALIGNMENT == 0:
+            head.project_(columns, share)
+        else:  # products want aligned memory
+            part = empty_rows(whole, len(whole), size, whole.dtype)
+            columns.copy_(head.project_(part, share))
 
     def _return(self, grad: Tensor, parts: list[Tensor]) -> None:
         """Send the gradients (C / R, V) of whole rows; parts are (rows, V_r) of each process'."""
@@ -206,23 +222,20 @@ class WholeRows:
         parts[rank].copy_(columns[rank])
         self._returning = parcels, parts
 
-    def _receive(self) -> None:
-        """Gradients that are on their way."""
-        if self._returning is None:
-            return
-        parcels, parts = self._returning
-        parcels.wait()
-        for part, into in zip(parcels.received, parts, strict=True):
-            if part.numel():
-                into.copy_(part)
-        self._returning = None
-
     def _sum_values(self, stop: int) -> None:
         if stop <= self._num_summed:
             return
         rows = slice(self._num_summed, stop)
         self._values[:, rows] = self._slices.sum_(self._values[:, rows].contiguous())
         self._num_summed = stop
+
+
+def _unpack(parcels: _Parcels, places: Sequence[Tensor]) -> None:
+    """Wait for parcels, on the current stream, and copy what each rank sent to its place."""
+    parcels.wait()
+    for part, place in zip(parcels.received, places, strict=True):
+        if part.numel():
+            place.copy_(part)
 
 
 def _slices_of(head: LinearHead) -> Slices:
