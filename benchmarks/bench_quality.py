@@ -1,6 +1,7 @@
 """Which loss makes the better student: accuracy on held-out questions about drawn pictures.
 
     python benchmarks/bench_quality.py --workers 12 --rehearse --drawers 8    # one H200
+    python benchmarks/bench_quality.py --task rates --workers 12 --rehearse --drawers 8
     python benchmarks/bench_quality.py --task text --workers 6 --rehearse --drawers 8
     python benchmarks/bench_quality.py --small                        # two CPU cores, two minutes
     python benchmarks/bench_quality.py --report                       # table and plot from the CSV
@@ -11,6 +12,8 @@ row of the table takes a copy of such a student through GOLDTrainer, with as man
 others, and answers the held-out questions greedily. A seed is of what a run draws: the order of its
 rows, and what is sampled. quality/ has the pieces: pictures.py the task, models.py the models,
 scales.py the sizes, rows.py what is compared.
+
+--task rates takes ULD and a few others through several learning rates (rate_rows.py).
 
 --task text does the same with text: docstrings of packages that are there, a teacher of 31M from
 scratch, students of 8M, and the teacher itself fake-quantised to 4 bits (texts.py, text_rows.py).
@@ -30,7 +33,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from pathlib import Path
 from typing import Any
 
-from quality import rows, tasks, text_rows
+from quality import rate_rows, rows, tasks, text_rows
 from quality.scales import with_weights
 from quality.workers import Workers, choose
 from rich.console import Console
@@ -38,7 +41,7 @@ from rich.console import Console
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True)
 RESULTS = Path(__file__).with_name("results")
 PLOTS = Path(__file__).parents[1] / "docs" / "images"
-TASKS: dict[str, Any] = {"pictures": rows, "text": text_rows}
+TASKS: dict[str, Any] = {"pictures": rows, "rates": rate_rows, "text": text_rows}
 
 
 def fields_of(task: Any) -> tuple[str, ...]:
@@ -58,9 +61,9 @@ def rows_of(path: Path | None) -> list[dict[str, str]]:
 
 
 def school_all(workers: Workers, folder: Path, scale: Any, options: argparse.Namespace) -> None:
-    """Weights of the teacher, which learns nearly alone, and of the students before their runs,
-    unless they are there. Other workers rehearse: one of each pair beside the teacher, so that its
-    kernels are compiled and kept, the others beside the students.
+    """Weights of the teacher, which learns nearly alone unless the task has all of it side by side,
+    and of the students before their runs, unless they are there. Other workers rehearse, so that
+    kernels are compiled and kept: one of each pair beside the teacher, the others beside students.
     """
     rehearsed = {0}  # the teacher's worker has the least to do before the runs
 
@@ -71,23 +74,28 @@ def school_all(workers: Workers, folder: Path, scale: Any, options: argparse.Nam
             future = workers.submit(place, tasks.rehearse, folder, scale, pair)
             future.add_done_callback(lambda done: tell(options, place, pair, done.result()))
 
+    is_side_by_side = options.task.IS_SIDE_BY_SIDE
+    schooled: dict[Future, str] = {}
     if not (folder / "teacher.pt").exists():
         future = workers.submit(0, tasks.school_teacher, folder, scale)
-        for place in (1, 3):
-            if place < len(workers):
-                rehearse(place)
-        import record  # noqa: F401  # of torch, while it learns
-
-        tell(options, "teacher", rounded(future.result()))
-    schooled: dict[Future, str] = {}
+        if is_side_by_side:
+            schooled[future] = "teacher"
+        else:
+            for place in (1, 3):
+                if place < len(workers):
+                    rehearse(place)
+            tell(options, "teacher", rounded(future.result()))
     for pair, family in options.task.STUDENTS.items():
         if not (folder / f"{family}.pt").exists():
-            place = workers.first_of(pair)
-            schooled[workers.submit(place, tasks.school_student, folder, scale, family)] = family
+            place = workers.first_of(pair, after=int(is_side_by_side))
+            future = workers.submit(place, tasks.school_student, folder, scale, family)
+            schooled[future] = f"student {family}"
     for place in range(len(workers)):
         rehearse(place)
+    import record  # noqa: F401  # of torch, while they learn
+
     for future in as_completed(schooled):
-        tell(options, "student", schooled[future], rounded(future.result()))
+        tell(options, schooled[future], rounded(future.result()))
 
 
 def tell(options: argparse.Namespace, *what: Any) -> None:

@@ -12,9 +12,9 @@ from quality import pictures
 from quality.scales import RECORD, SMALL, Scale
 
 KEYS = ("pair", "loss", "policy", "crossentropy", "seed", "rate")
-RATES = (0.1, 0.3, 3.0)  # other learning rates, of each loss alone, off-policy
 NUMBERS = ("accuracy", *pictures.KINDS, "teacher_accuracy")
 LAST = ()
+IS_SIDE_BY_SIDE = False  # students are schooled when the teacher has been
 TURNS = ("same", "cross", "cross")  # which pairs the workers begin with: runs of same are shorter
 OUTPUT = "quality.csv"
 SCALES = {"record": RECORD, "small": SMALL}
@@ -66,7 +66,7 @@ class Case:
     policy: str  # off or on
     crossentropy: str  # yes or no
     seed: int
-    rate: float = 1.0  # of the learning rate that all others have
+    rate: float = 1.0  # times the learning rate; another in the table of rates alone
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -76,11 +76,9 @@ class Case:
     @property
     def rank(self) -> int:
         """0 is run first: what is given, cross-entropy alone, each loss alone off-policy."""
-        if self.rate != 1:
-            return 3
         if self.loss in (*GIVEN, *LABELS):
             return 0
-        kinds = [("off", "no"), ("off", "yes"), ("on", "no"), (), ("on", "yes")]
+        kinds = [("off", "no"), ("off", "yes"), ("on", "no"), ("on", "yes")]
         return kinds.index((self.policy, self.crossentropy))
 
 
@@ -102,14 +100,7 @@ def cases_of(seeds: Sequence[int], names: Sequence[str] = ()) -> list[Case]:
         for policy in POLICIES
         for crossentropy in ("no", "yes")
     ]
-    rated = [
-        Case(pair, loss.name, "off", "no", 0, rate)
-        for rate in RATES
-        for loss in losses
-        for pair in loss.pairs
-    ]
-    rated += [Case(pair, "seq_kd", "off", "yes", 0, rate) for rate in RATES for pair in PAIRS]
-    return sorted([*given, *labels, *distilled, *rated], key=lambda case: (case.rank, case.seed))
+    return sorted([*given, *labels, *distilled], key=lambda case: (case.rank, case.seed))
 
 
 def small_cases() -> list[Case]:

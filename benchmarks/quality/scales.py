@@ -62,6 +62,13 @@ RECORD = Scale(
     batch_size=128,
     learning_rate=7e-4,
 )
+# of the table of learning rates
+RATES_RECORD = replace(
+    RECORD,
+    teacher_pictures=64_000,
+    teacher_schooling=Schooling(steps=900, batch_size=256, learning_rate=5e-4),
+    student_schooling=replace(RECORD.student_schooling, most_seconds=math.inf),
+)
 SMALL = Scale(
     teacher=SMALL_TEACHER,
     student=SMALL_STUDENT,
@@ -117,16 +124,16 @@ class TextScale:
 
 
 def with_weights(scale: TextScale, file: Path) -> TextScale:
-    """Larger models and their own vocabulary: fewer steps fit into the time, and smaller ones keep
-    what the weights know.
-    """
+    """Larger models and their own vocabulary: fewer steps, on less text, fit into the time."""
+    schooling = scale.student_schooling
     return replace(
         scale,
         weights=str(file),
+        held_out=min(scale.held_out, 256),
         student=replace(scale.student, layers=10),
-        steps=min(scale.steps, 120),
-        learning_rate=3e-4,
-        int4_learning_rate=3e-5,
+        student_schooling=replace(schooling, steps=min(schooling.steps, 200)),
+        steps=min(scale.steps, 100),
+        batch_size=min(scale.batch_size, 16),
     )
 
 

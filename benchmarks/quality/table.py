@@ -79,7 +79,7 @@ def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
     draw(lines, rows[0], picture)
     parts = [f"{name}\n\n{markdown(lines, pair)}" for pair, name in NAMES.items()]
     parts += [f"{name}, in short\n\n{compact(rows, pair)}" for pair, name in NAMES.items()]
-    return "\n\n".join([*parts, rates(rows)]).strip()
+    return "\n\n".join(parts)
 
 
 def compact(rows: Sequence[dict[str, str]], pair: str) -> str:
@@ -101,28 +101,6 @@ def compact(rows: Sequence[dict[str, str]], pair: str) -> str:
         spreads = [x.spread for x in own.values() if len(x.accuracies) > 1]
         cells.append(f"{max(spreads):.1f}" if spreads else "")
         text.append(f"| `{loss}` | " + " | ".join(cells) + " |")
-    return "\n".join(text)
-
-
-def rates(rows: Sequence[dict[str, str]]) -> str:
-    """Right answers by learning rate; nothing where all rows have one."""
-    factors = sorted({float(row["rate"]) for row in rows})
-    if len(factors) == 1:
-        return ""
-    found = {
-        (x.pair, x.loss, x.policy, x.crossentropy, factor): x.mean
-        for factor in factors
-        for x in lines_of(rows, factor)
-    }
-    text = [
-        "| tokenizers | loss | " + " | ".join(f"{factor:g} x" for factor in factors) + " |",
-        "|---|---|" + "---|" * len(factors),
-    ]
-    for key in dict.fromkeys(key[:-1] for key in found):
-        cells = [found.get((*key, factor)) for factor in factors]
-        if None not in cells:
-            means = " | ".join(f"{cell:.1f}" for cell in cells)
-            text.append(f"| {NAMES[key[0]]} | `{key[1]}` | {means} |")
     return "\n".join(text)
 
 

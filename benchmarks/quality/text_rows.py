@@ -16,6 +16,7 @@ from quality.scales import TEXT_RECORD, TEXT_SMALL, TextScale
 KEYS = ("student", "loss", "precision", "crossentropy", "seed")
 NUMBERS = ("perplexity", "bits_per_byte", "agreement", "kl", "teacher_perplexity")
 LAST = ("text",)
+IS_SIDE_BY_SIDE = False  # a student may be made of the teacher's layers
 TURNS = ("small", "int4", "small")  # which students the workers begin with
 STUDENTS = {"small": "small"}  # student -> name of its weights
 OUTPUT = "quality_text.csv"

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class TextBench:
     folder: Path
     scale: TextScale
     device: torch.device
+    states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def tokens(self) -> dict[str, Tensor]:
@@ -91,11 +92,17 @@ class TextBench:
         """teacher, small or int4, in float32 as they are before every run."""
         model = self._build(name)
         if not is_fresh:
-            path = self.folder / f"{'small' if name == 'small' else 'teacher'}.pt"
-            model.load_state_dict(torch.load(path, weights_only=True))
+            model.load_state_dict(self.state("small" if name == "small" else "teacher"))
         if name == "int4":
             quantised_(model, self.scale.group_size)
         return model.to(self.device)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """What was kept, read once."""
+        if name not in self.states:
+            path = self.folder / f"{name}.pt"
+            self.states[name] = torch.load(path, map_location=self.device, weights_only=True)
+        return self.states[name]
 
     def _build(self, name: str) -> LlamaForCausalLM:
         scale, is_small = self.scale, name == "small"
@@ -105,7 +112,8 @@ class TextBench:
         config = LlamaConfig.from_pretrained(self.folder)
         if is_small:
             config.num_hidden_layers = size.layers
-        return LlamaForCausalLM(config)
+        with self.device:  # random weights of so many take seconds of a CPU
+            return LlamaForCausalLM(config)
 
     @cached_property
     def teacher(self) -> LlamaForCausalLM:

@@ -26,11 +26,11 @@ def load(file: Path) -> Any:
 
 @torch.no_grad()
 def thin_(student: Any, teacher: Any) -> None:
-    """Layers of the student, and what stands around them, become the teacher's, layers at equal
-    distances of which the last is its last.
+    """Layers of the student, and what stands around them, become the teacher's: layers at equal
+    distances, of which the first and the last are its first and last.
     """
-    number, all_layers = len(student.model.layers), len(teacher.model.layers)
-    places = [(i + 1) * all_layers // number - 1 for i in range(number)]
+    last, last_of_all = len(student.model.layers) - 1, len(teacher.model.layers) - 1
+    places = [round(i * last_of_all / last) for i in range(last + 1)]
     pairs: list[tuple[nn.Module, nn.Module]] = [
         (student.model.embed_tokens, teacher.model.embed_tokens),
         (student.model.norm, teacher.model.norm),

@@ -35,8 +35,8 @@ class Workers:
         self.pools[place].shutdown(wait=False, cancel_futures=True)
         self.pools[place] = self._new()
 
-    def first_of(self, pair: str) -> int:
-        return self.pairs.index(pair) if pair in self.pairs else 0
+    def first_of(self, pair: str, after: int = 0) -> int:
+        return next((i for i, own in enumerate(self.pairs) if own == pair and i >= after), 0)
 
     def close(self) -> None:
         for pool in self.pools:
