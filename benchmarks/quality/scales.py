@@ -118,6 +118,7 @@ class TextScale:
     steps: int
     batch_size: int
     learning_rate: float
+    int4_steps: int
     int4_learning_rate: float
     group_size: int  # weights that share a scale
     weights: str = ""  # a GGUF file: the teacher, and by one layer of three the student
@@ -129,10 +130,11 @@ def with_weights(scale: TextScale, file: Path) -> TextScale:
     return replace(
         scale,
         weights=str(file),
-        held_out=min(scale.held_out, 256),
+        held_out=min(scale.held_out, 160),
         student=replace(scale.student, layers=10),
         student_schooling=replace(schooling, steps=min(schooling.steps, 200)),
-        steps=min(scale.steps, 100),
+        steps=min(scale.steps, 80),
+        int4_steps=min(scale.int4_steps, 60),
         batch_size=min(scale.batch_size, 16),
     )
 
@@ -150,6 +152,7 @@ TEXT_RECORD = TextScale(
     steps=200,
     batch_size=32,
     learning_rate=5e-4,
+    int4_steps=200,
     int4_learning_rate=1e-4,
     group_size=32,
 )
@@ -166,6 +169,7 @@ TEXT_SMALL = TextScale(
     steps=30,
     batch_size=8,
     learning_rate=1e-3,
+    int4_steps=30,
     int4_learning_rate=2e-4,
     group_size=32,
 )
@@ -182,6 +186,7 @@ TEXT_TINY = TextScale(
     steps=2,
     batch_size=4,
     learning_rate=1e-3,
+    int4_steps=2,
     int4_learning_rate=1e-3,
     group_size=32,
 )

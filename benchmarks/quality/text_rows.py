@@ -13,7 +13,7 @@ import numpy as np
 from quality import texts
 from quality.scales import TEXT_RECORD, TEXT_SMALL, TextScale
 
-KEYS = ("student", "loss", "precision", "crossentropy", "seed")
+KEYS = ("student", "loss", "precision", "crossentropy", "seed", "rate")
 NUMBERS = ("perplexity", "bits_per_byte", "agreement", "kl", "teacher_perplexity")
 LAST = ("text",)
 IS_SIDE_BY_SIDE = False  # a student may be made of the teacher's layers
@@ -31,7 +31,10 @@ LOSSES: dict[str, tuple[str, dict[str, float]]] = {
     "skew_kl": ("skew_kl", {"alpha": 0.1}),
     "skew_reverse_kl": ("skew_reverse_kl", {"alpha": 0.1}),
     "total_variation": ("total_variation", {}),
+    "uld": ("uld", {}),  # fused_linear_uld
 }
+# times the learning rate, of one seed: whether ULD alone undoes what a student knew at each
+RATES = {"uld": (0.03, 0.1, 0.3, 3.0), "jsd_0": (0.3, 3.0), "labels": (0.3, 3.0)}
 PRECISIONS = ("precise", "fast", "eager_bf16")
 
 
@@ -42,6 +45,7 @@ class Case:
     precision: str = "precise"
     crossentropy: str = "no"  # beside the loss, on what follows in the text
     seed: int = 0
+    rate: float = 1.0  # times the learning rate
 
     @property
     def pair(self) -> str:
@@ -54,7 +58,10 @@ class Case:
 
     @property
     def rank(self) -> int:
-        return int(self.crossentropy == "yes" and self.loss in LOSSES)
+        """0 is run first: each loss alone; other rates; losses beside cross-entropy."""
+        if self.rate != 1:
+            return 1
+        return 2 if self.crossentropy == "yes" and self.loss in LOSSES else 0
 
 
 def cases_of(seeds: Sequence[int], names: Sequence[str] = ()) -> list[Case]:
@@ -64,6 +71,10 @@ def cases_of(seeds: Sequence[int], names: Sequence[str] = ()) -> list[Case]:
         cases += [Case(student, "labels", "", "yes", seed) for student in ("int4", "small")]
         cases += [Case("int4", "jsd_0", precision, "no", seed) for precision in PRECISIONS]
         cases += [Case("small", name, "precise", "no", seed) for name in losses]
+    for name, rates in RATES.items():
+        if name in (*losses, "labels"):
+            kind = ("", "yes") if name == "labels" else ("precise", "no")
+            cases += [Case("small", name, *kind, rate=rate) for rate in rates]
     cases += [Case("small", name, "precise", "yes", seed) for seed in seeds for name in losses]
     return cases
 
@@ -75,6 +86,7 @@ def small_cases() -> list[Case]:
         Case("int4", "before"),
         Case("small", "labels", "", "yes"),
         Case("small", "jsd_0.5", "precise", "yes"),
+        Case("small", "uld", rate=0.1),
         *(Case("int4", "jsd_0", precision) for precision in PRECISIONS),
     ]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from gold_kernels import fused_linear_loss
+from gold_kernels import fused_linear_loss, fused_linear_uld
 from gold_kernels.losses import JSD, make_loss
 from quality import weights
 from quality.scales import Schooling, TextScale, TextSize
@@ -170,13 +170,14 @@ class TextBench:
             return {"parameters": model.num_parameters(), "steps": 0, **self.grade(model)}
         started = time.perf_counter()
         is_int4 = case.student == "int4"
-        rate = self.scale.int4_learning_rate if is_int4 else self.scale.learning_rate
-        how = Schooling(self.scale.steps, self.scale.batch_size, rate)
+        scale = self.scale
+        rate = case.rate * (scale.int4_learning_rate if is_int4 else scale.learning_rate)
+        how = Schooling(scale.int4_steps if is_int4 else scale.steps, scale.batch_size, rate)
         losses = self.train(model, self.tokens["distil"], how, case)
         seconds = time.perf_counter() - started  # train's last act reads the losses
         tokens = len(losses) * how.batch_size * (self.scale.length - 1)
         numbers = {"seconds": seconds, "tokens": tokens, "parameters": model.num_parameters()}
-        return numbers | {"learning_rate": rate, **self.grade(model)}
+        return numbers | {"learning_rate": rate, "steps": len(losses), **self.grade(model)}
 
     def rehearse(self, student: str) -> dict[str, Any]:
         """A step of each loss, so that kernels are compiled."""
@@ -220,6 +221,8 @@ class TextBench:
         options: dict[str, Any] = {"labels": labels} if case.crossentropy == "yes" else {}
         if case.precision == "fast":
             options["logits_dtype"] = torch.bfloat16
+        if name == "uld":
+            return fused_linear_uld(*tensors, **options)
         return fused_linear_loss(make_loss(name, **numbers), *tensors, **options)
 
     @torch.no_grad()

@@ -26,11 +26,13 @@ class Line(NamedTuple):
         return max(self.values[name]) - min(self.values[name])
 
 
-def lines_of(rows: Sequence[dict[str, str]]) -> list[Line]:
-    """In the order of their first rows; rows that failed are left out here, and stay in the CSV."""
+def lines_of(rows: Sequence[dict[str, str]], rate: float = 1.0) -> list[Line]:
+    """Of one learning rate, in the order of their first rows; rows that failed are left out here,
+    and stay in the CSV.
+    """
     groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
-        if row["status"] == "ok":
+        if row["status"] == "ok" and float(row["rate"]) == rate:
             groups[row["student"], row["loss"], row["precision"], row["crossentropy"]].append(row)
     return [
         Line(*key, {name: [float(row[name]) for row in group] for name in MEASURES})
@@ -69,10 +71,33 @@ def markdown(rows: Sequence[dict[str, str]], student: str) -> str:
     return "\n".join(text)
 
 
+def rates(rows: Sequence[dict[str, str]]) -> str:
+    """Perplexity of the small student by learning rate, of one seed; nothing where all rows have
+    one rate.
+    """
+    factors = sorted({float(row["rate"]) for row in rows})
+    if len(factors) == 1:
+        return ""
+    first = [row for row in rows if row["student"] == "small" and row["seed"] == "0"]
+    found: dict[str, dict[float, float]] = {}
+    for factor in sorted(factors, key=lambda f: f != 1):  # which has the losses in their order
+        for line in lines_of(first, factor):
+            if not is_added(line) and line.loss != "teacher":
+                found.setdefault(line.loss, {})[factor] = line.mean("perplexity")
+    text = ["| loss | " + " | ".join(f"{f:g} x" for f in factors) + " |"]
+    text.append("|---|" + "---|" * len(factors))
+    for loss, values in found.items():
+        if loss == "before" or len(values) > 1:
+            cells = [f"{values[f]:.2f}" if f in values else "" for f in factors]
+            text.append(f"| `{loss}` | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
 def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
-    """Both tables; the plot."""
+    """All tables; the plot."""
     draw(rows, picture)
-    return "\n\n".join(f"{name}\n\n{markdown(rows, name)}" for name in ("small", "int4"))
+    parts = [f"{name}\n\n{markdown(rows, name)}" for name in ("small", "int4")]
+    return "\n\n".join([*parts, rates(rows)]).strip()
 
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_quality as bench
-from quality import tasks, text_rows, text_runs, texts, weights
+from quality import tasks, text_rows, text_runs, text_table, texts, weights
 from quality.scales import TEXT_TINY, with_weights
 from transformers import LlamaForCausalLM
 
@@ -111,6 +111,44 @@ def test_the_most_important_rows_of_all_seeds_come_first():
     assert ranks == sorted(ranks)
     first = {case.loss for case in cases if not case.rank and case.seed == 2}
     assert first == {"labels", *text_rows.LOSSES}
+    rated = {(case.loss, case.rate) for case in cases if case.rank == 1}
+    assert rated == {(name, rate) for name, rates in text_rows.RATES.items() for rate in rates}
+
+
+def test_a_run_has_the_rate_and_the_steps_of_its_row(own, monkeypatch):
+    monkeypatch.setattr(own, "scale", replace(TEXT_TINY, int4_steps=3))
+    slow = own.run(text_rows.Case("small", "uld", rate=0.1))
+    assert slow["learning_rate"] == pytest.approx(0.1 * TEXT_TINY.learning_rate)
+    assert slow["steps"] == TEXT_TINY.steps and math.isfinite(slow["perplexity"])
+    assert own.run(text_rows.Case("int4", "jsd_0"))["steps"] == 3
+
+
+def test_uld_is_of_sorted_probabilities_and_others_are_not(own):
+    """A student with permuted tokens is as sure as its teacher, of other tokens."""
+    ids, student = own.tokens["held_out"][:2].long(), own.model("teacher")
+    theirs = own.sides(student, ids, own.teacher)[0][2:]
+    permuted = own.teacher.lm_head.weight.roll(7, 0)
+    own.sides = lambda *args: ((theirs[0], permuted, *theirs), ids[:, 1:].flatten())
+    assert own.loss(student, ids, text_rows.Case("small", "uld"), None).item() < 1e-3
+    assert own.loss(student, ids, text_rows.Case("small", "jsd_0"), None).item() > 1e-2
+
+
+def test_the_table_of_rates_has_one_seed_and_a_blank_where_none_was_run():
+    def row(loss: str, rate: str, perplexity: str, **others: str) -> dict[str, str]:
+        names = dict.fromkeys(text_table.MEASURES, "1") | {"perplexity": perplexity}
+        keys = {"student": "small", "loss": loss, "precision": "precise", "crossentropy": "no"}
+        return {**keys, "seed": "0", "rate": rate, "status": "ok", **names, **others}
+
+    rows = [row("before", "1.0", "90"), row("teacher", "1.0", "10"), row("skew_kl", "1.0", "70")]
+    rows += [row("uld", "1.0", "300"), row("uld", "0.1", "95"), row("jsd_0", "1.0", "60")]
+    rows += [row("jsd_0", "1.0", "0", seed="1"), row("jsd_0", "3.0", "50")]
+    rows.append(row("uld", "3.0", "0", status="ValueError: no"))
+    assert text_table.rates(rows).splitlines()[2:] == [
+        "| `before` |  | 90.00 |  |",
+        "| `uld` | 95.00 | 300.00 |  |",
+        "| `jsd_0` |  | 60.00 | 50.00 |",
+    ]
+    assert text_table.rates(rows[:3]) == ""
 
 
 def test_public_weights_are_the_teacher_and_their_layers_the_student(
