@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from quality import rows, scales, table, text_rows, text_table
+
+from gold_trainer import GOLDConfig
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
@@ -61,6 +64,12 @@ def test_what_the_page_says_is_beyond_the_spread_is(record):
     assert uld == max((v for k, v in cross.items() if k[0] == "uld"), key=max)
     assert all(beyond(cross[loss, "off", "no"], uld) for loss in ("p_kl", "hybrid_0", "h_kl"))
     assert not any(beyond(accuracies, seq_kd) for accuracies in cross.values())
+    ahead = {k for k, v in same.items() if beyond(v, same["seq_kd", "off", "yes"])}
+    assert ahead == {("teacher", "off", "yes"), ("jsd_0", "on", "yes")}
+    assert beyond(same["before", "off", "yes"], same["labels", "off", "yes"])
+    for pair in (same, cross):
+        uld_alone = [v for k, v in pair.items() if k[0] == "uld" and k[2] == "no"]
+        assert all(beyond(pair["before", "off", "yes"], v) for v in uld_alone)
     worse = set()
     for pair in (same, cross):
         for (loss, policy, crossentropy), accuracies in pair.items():
@@ -85,9 +94,11 @@ def test_what_the_page_says_is_beyond_the_spread_is(record):
         assert beyond(text[loss, "precise", "yes"], alone) == (loss == "jsd_0")
 
 
-def test_prose_has_no_result_that_no_table_has():
-    shown = set(re.findall(r"\d+\.\d+", "".join(TABLES)))
-    prose = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", re.sub(r"(?:^\|.*\n)+", "", PAGE, flags=re.M))
+def test_prose_and_the_decision_have_no_result_that_no_table_of_the_record_has():
+    shown = set(re.findall(r"\d+\.\d+", "".join(t for t in TABLES if t.startswith("| loss "))))
+    prose = re.sub(r"^\| (?:loss|name) .*\n(?:\|.*\n)+", "", PAGE, flags=re.M)
+    assert "| your case | set |" in prose
+    prose = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", prose)
     said = set(re.findall(r"\b\d+\.\d+\b", prose))
     assert said and said <= shown | {"0.01"}  # the weight of a cross-entropy
 
@@ -98,6 +109,18 @@ def test_losses_have_the_fields_that_the_page_says():
         line = next(x for x in fields.splitlines() if f"`{loss.name}`" in x)
         for name in loss.fields:
             assert f"`{name}" in line or "as `hybrid_0`" in line, (loss.name, name)
+
+
+def test_what_the_decision_sets_is_known_to_the_trainer():
+    decision = next(t for t in TABLES if t.startswith("| your case"))
+    settings = [
+        dict(re.findall(r"`(\w+): ([^`]+)`", line.split("|")[2]))
+        for line in decision.splitlines()[2:]
+    ]
+    assert {frozenset(chosen) for chosen in settings} >= {frozenset({"beta"})}
+    for chosen in settings:
+        fields = {name: yaml.safe_load(value) for name, value in chosen.items()}
+        GOLDConfig(output_dir="unused", report_to="none", bf16=False, **fields)
 
 
 def test_sizes_of_the_experiment_are_those_of_the_record(record):
