@@ -51,6 +51,7 @@ from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.collator import process_prompts
 
 IMPLEMENTATIONS = ("local", "generate", "trl")
+TRAININGS = ("full", "float32", "lora")
 # In the order of importance: the first ones are what a limit of time leaves.
 CASES = (
     *("local-full-16", "local-full-4", "local-full-64", "generate-full-16", "trl-full-4"),
@@ -77,7 +78,7 @@ GIB = 2**30
 
 class Case(NamedTuple):
     implementation: str
-    training: str  # lora or full
+    training: str  # lora, full, or float32: full with weights of the student in 32 bits
     batch_size: int
     new_tokens: int
 
@@ -151,6 +152,8 @@ class Watch:
 def build_trainer(case: Case, folder: str, is_tiny: bool) -> tuple[Any, Watch]:
     processor = processor_of_448_pixels()
     student, teacher = build_pair(processor, is_tiny)
+    if case.training == "float32":
+        student = student.float()
     steps = STEPS[case.implementation]
     options = {
         "output_dir": folder,
@@ -281,7 +284,9 @@ def greedy_tokens_agree(is_tiny: bool) -> str:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    named = "IMPLEMENTATION-TRAINING-ROWS: " + ", ".join(IMPLEMENTATIONS) + "; full, lora"
+    named = "IMPLEMENTATION-TRAINING-ROWS: " + "; ".join(
+        map(", ".join, (IMPLEMENTATIONS, TRAININGS))
+    )
     parser.add_argument("--cases", nargs="+", default=CASES, help=named)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=math.inf, help="of all cases together")
@@ -331,7 +336,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     cases = []
     for text in options.cases:
         name, training, size = text.split("-")
-        if name not in IMPLEMENTATIONS or training not in ("full", "lora"):
+        if name not in IMPLEMENTATIONS or training not in TRAININGS:
             sys.exit(f"bench_rollout: a case is expected, for instance {CASES[0]}, got {text}")
         cases.append(Case(name, training, int(size), options.new_tokens))
     return cases

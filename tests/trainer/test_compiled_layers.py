@@ -13,7 +13,7 @@ ROOM = 8
 
 
 def build(tmp_path, family, **fields):
-    images = {} if family == "qwen3" else {"images": "mixed"}
+    images = {} if family in ("qwen3", "llama") else {"images": "mixed"}
     rows = [{**r, "messages": r["messages"][:1]} for r in tiny_rows(3, **images)]
     run = make_trainer(tmp_path, rows, family, lmbda=1.0, max_length=None, **fields)
     batch = run.data_collator([run.train_dataset[i] for i in range(3)])
@@ -70,6 +70,23 @@ def test_layers_with_kernels_write_the_same(graphs, tmp_path, monkeypatch):
     for module in (compiled_layers, shared_inputs):
         monkeypatch.setattr(module, "default_backend", lambda tensor: "triton")
     assert ids_of(again, run, prompts) == expected and again.compiled is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "qwen3_vl"])
+def test_weights_of_32_bits_are_written_with_in_16_under_autocast(family, graphs, tmp_path):
+    """Norms and rotary positions leave keys in 32 bits: nothing else does, and attention casts."""
+    run, writer, prompts = build(tmp_path, family, rollout_compile=True)
+    dtypes, check = set(), local.check_step
+
+    def checked(base, part, *compiled):
+        dtypes.update(states.dtype for pair in part.layers for states in pair)
+        check(base, part, *compiled)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(local, "check_step", checked)
+        ids_of(writer, run, prompts)
+    assert writer.refusal is None and writer.compiled is not None
+    assert dtypes == {torch.bfloat16}
 
 
 def test_layers_that_compute_something_else_are_left_as_they_are_and_named(

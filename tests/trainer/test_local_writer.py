@@ -197,6 +197,10 @@ def test_a_model_that_keeps_states_is_written_by_generate_and_named_once(tmp_pat
     told = [m for m in messages if "writes completions with generate()" in m]
     assert len(told) == 1 and "Lfm2VlForConditionalGeneration" in told[0]
     assert "its cache has a " in told[0]
+    teachers = run.rollouts.writers["teacher"]  # of the same class
+    teachers.complete(prompts, sampling_of(run))
+    told = caplog.records[-1].getMessage()
+    assert told.startswith("Lfm2VlForConditionalGeneration of the teacher writes completions with")
 
 
 def test_a_step_that_is_not_the_models_own_is_refused(tmp_path, monkeypatch):

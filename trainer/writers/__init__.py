@@ -32,8 +32,9 @@ def make_writer(
     writing: Callable[[], AbstractContextManager[nn.Module]],  # the model, ready to write
     collator: GOLDCollator,  # of its side
     args: GOLDConfig,
+    side: str = "student",
 ) -> Writer:
-    return LocalWriter(writing, collator, args)
+    return LocalWriter(writing, collator, args, side)
 
 
 def make_writers(
@@ -47,7 +48,7 @@ def make_writers(
         "student": lambda: nullcontext(student),
         "teacher": teacher.writing,
     }
-    writers = {name: make_writer(writing[name], collators[name], args) for name in collators}
+    writers = {name: make_writer(writing[name], collators[name], args, name) for name in collators}
     if args.use_vllm and server is None:
         writers["student"] = EngineWriter(student, collators["student"], args)
     if server is not None:

@@ -139,7 +139,8 @@ def attention_of_one_token(attention: Callable) -> Callable:
     ) -> tuple[Tensor, None]:
         is_shared = attention_mask is None or attention_mask.shape[1] == 1
         if query.shape[2] == 1 and is_shared and all(kwargs.get(name) is None for name in BESIDE):
-            return attend(query, key, value, attention_mask, scaling), None
+            # under autocast keys are in 16 bits, and queries with norms of 32 are not
+            return attend(query.to(key.dtype), key, value, attention_mask, scaling), None
         states: tuple[Tensor, None] = attention(
             *(module, query, key, value, attention_mask), dropout=dropout, scaling=scaling, **kwargs
         )

@@ -59,7 +59,8 @@ def check_step(base: Any, part: Prefilled, compiled: CompiledLayers | None = Non
     expected = part.next_logits.float()
     actual = next_logits(base, batch, compiled).float()
     error = (actual - expected).square().mean().sqrt()
-    limit = MAX_ERROR[part.layers[0][0].element_size() >= 4] * expected.std()
+    sizes = [t.element_size() for t in (part.next_logits, *part.layers[0])]
+    limit = MAX_ERROR[min(sizes) >= 4] * expected.std()
     if not error <= limit:
         raise CannotDecode("with it the next token would be another")
 
@@ -77,7 +78,9 @@ class Decoder:
         is_recorded: bool,  # whether steps become a CUDA graph
         compiled: CompiledLayers | None = None,
         warm: set[tuple[int, ...]] | None = None,  # shapes whose steps have run before
+        name: str = "",  # of the model, in what is told
     ) -> None:
+        self.name = name or type(base).__name__
         self.warm = set() if warm is None else warm
         self.base, self.batch, self.sampler = base, batch, sampler
         self.has_ended, self.is_recorded, self.compiled = has_ended, is_recorded, compiled
@@ -143,7 +146,7 @@ class Decoder:
             logger.warning(
                 "%s writes without a CUDA graph, which costs time: its decoding step cannot be "
                 "recorded (%s).",
-                type(self.base).__name__,
+                self.name,
                 str(error).partition("\n")[0],
             )
         else:

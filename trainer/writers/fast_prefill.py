@@ -26,8 +26,8 @@ logger = logging.get_logger(__name__)
 
 
 class FastPrefill:
-    def __init__(self, base: Any, args: GOLDConfig) -> None:  # a transformers model
-        self.base = base
+    def __init__(self, base: Any, args: GOLDConfig, name: str) -> None:  # a transformers model
+        self.base, self.name = base, name
         self.modules = modules_with_functions([base])
         self.classes = classes_with_features([base])
         self.configs = towers_of(base, args) if args.device.type == "cuda" else []
@@ -41,7 +41,7 @@ class FastPrefill:
             except Exception as error:  # the model's own comes again
                 logger.warning(
                     "%s writes with its own attention of pictures, which costs time: %s.",
-                    type(self.base).__name__,
+                    self.name,
                     str(error).partition("\n")[0] or type(error).__name__,
                 )
                 self.configs = []

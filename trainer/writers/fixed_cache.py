@@ -32,8 +32,8 @@ class FixedLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.position, key_states)
-        self.values.index_copy_(2, self.position, value_states)
+        self.keys.index_copy_(2, self.position, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.position, value_states.to(self.values.dtype))
         return self.keys, self.values
 
     def get_seq_length(self, *args: Any) -> Tensor:  # type: ignore[override]

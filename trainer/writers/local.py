@@ -49,8 +49,10 @@ class LocalWriter(Writer):
         writing: Callable[[], AbstractContextManager[nn.Module]],  # the model, ready to write
         collator: GOLDCollator,  # of the side whose prompts these are
         args: GOLDConfig,
+        side: str = "student",
     ) -> None:
         self.writing, self.collator, self.args = writing, collator, args
+        self.side = side
         self.version = 0
         self.refusal: str | None = None  # why generate() writes, once it is known
         self.bytes_per_token = 0  # of the cache, for one row; 0: not known yet
@@ -60,6 +62,11 @@ class LocalWriter(Writer):
         self.fast: FastPrefill | None = None
         self.warm: set[tuple[int, ...]] = set()
         self.compile_seconds = self.record_seconds = 0.0  # of all calls
+
+    def _name(self, base: Any) -> str:
+        """In what is told: both sides may be of one class."""
+        own = type(base).__name__
+        return own if self.side == "student" else f"{own} of the {self.side}"
 
     def sync_weights(self, model: nn.Module | None, step: int) -> None:
         self.version = step
@@ -123,7 +130,7 @@ class LocalWriter(Writer):
             logger.warning(
                 "%s writes completions with generate(), which is slower than a cache of fixed "
                 "size: %s.",
-                type(base_model(model)).__name__,
+                self._name(base_model(model)),
                 reason,
             )
         inputs = self._inputs([row.example for row in rows])
@@ -151,7 +158,7 @@ class LocalWriter(Writer):
     ) -> Prefilled:
         inputs, pad_token_id = self._inputs(examples), self.collator.tokenizer.pad_token_id
         if self.fast is None:
-            self.fast = FastPrefill(base, self.args)
+            self.fast = FastPrefill(base, self.args, self._name(base))
         return self.fast.run(partial(prefill, base, inputs, pad_token_id, goes_on=goes_on))
 
     @torch.no_grad()
@@ -189,7 +196,7 @@ class LocalWriter(Writer):
         except Exception as error:  # whatever a compiler may raise
             logger.warning(
                 "%s writes with layers that are not compiled, which costs time: %s.",
-                type(base).__name__,
+                self._name(base),
                 str(error).partition("\n")[0] or type(error).__name__,
             )
         else:
@@ -239,6 +246,7 @@ class LocalWriter(Writer):
             is_recorded=self.args.device.type == "cuda",
             compiled=self.compiled,
             warm=self.warm,
+            name=self._name(base),
         )
         pairs = decoder.write(torch.cat(logits))
         self.record_seconds += decoder.record_seconds

@@ -76,6 +76,15 @@ def prefill(
     return made[0]
 
 
+def in_dtype_of_attention(states: Tensor) -> Tensor:
+    """As autocast casts them whenever attention reads them: rotary positions and norms with weights
+    of 32 bits leave keys in 32.
+    """
+    kind = states.device.type
+    is_cast = torch.is_autocast_enabled(kind) and states.dtype == torch.float32
+    return states.to(torch.get_autocast_dtype(kind)) if is_cast else states
+
+
 def _kept(input_ids: Tensor, logits: Tensor, given: dict[str, Any]) -> Prefilled:
     caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
     width = input_ids.shape[1]
@@ -94,7 +103,7 @@ def _kept(input_ids: Tensor, logits: Tensor, given: dict[str, Any]) -> Prefilled
             or (type(layer) is DynamicLayer and keys.shape[2] != width)
         ):
             raise CannotDecode("its cache holds something else than each token's keys")
-        layers.append((keys, values))
+        layers.append((in_dtype_of_attention(keys), in_dtype_of_attention(values)))
     mask = given.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask[:, :width]
     kept = ("use_cache", "logits_to_keep")
