@@ -143,6 +143,17 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted((path for path in folders if path.is_dir()), key=_age)
 
 
+def refuse_others(output_dir: str, limit: int | None) -> None:
+    """ValueError for folders that save_total_limit would delete and that no run has made."""
+    others = [p for p in Path(output_dir).glob("checkpoint-*") if not NAME.search(p.name)]
+    named = sorted(path.name for path in others if path.is_dir())
+    if limit is not None and named:
+        raise ValueError(
+            "GOLDTrainer: save_total_limit deletes older folders named checkpoint-..., got "
+            f"{', '.join(named)} in {output_dir}, which no run has saved; rename it or move it."
+        )
+
+
 def step_of(folder: Path) -> int:
     match = NAME.search(folder.name)
     assert match is not None, "the name of a checkpoint"

@@ -2,15 +2,18 @@
 
 import json
 import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from gold_trainer import checkpoints, models
 from gold_trainer.config import GOLDConfig
+from gold_trainer.dataset import RowDataset
 from gold_trainer.weighting.weighting import Weighting
 
 logger = logging.getLogger(__name__)
@@ -25,6 +28,23 @@ SETTINGS = (
     *("max_completion_length", "temperature", "top_p", "top_k", "min_p"),
     *("repetition_penalty", "stop_strings", "generation_kwargs", "use_vllm"),
     *("vllm_mode", "vllm_sync_frequency", "async_rollouts"),
+    *("loss_kwargs", "loss_temperature", "loss_teacher_temperature", "logits_dtype"),
+    *("distillation_weight", "crossentropy_weight"),
+    *("uld_use_hybrid_loss", "uld_hybrid_matched_weight", "uld_hybrid_unmatched_weight"),
+    *("uld_token_merge_strategy", "uld_crossentropy_weight", "uld_distillation_weight"),
+    *("uld_student_temperature", "uld_teacher_temperature", "uld_group_temperature"),
+    *("use_extended_uld", "uld_skip_student_eos", "uld_skip_teacher_eos"),
+    *("train_sampling_strategy", "data_seed", "dataloader_drop_last", "on_long_prompt"),
+    *("chat_template_kwargs", "disable_dropout", "neftune_noise_alpha", "max_grad_norm"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+)
+# What comes back with the optimizer, whatever the config says.
+OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# Of an adapter's config: where its weights came from, and what does not change their meaning.
+NO_SHAPE = (
+    *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+    *("task_type", "lora_dropout", "init_lora_weights", "runtime_config", "eva_config"),
+    *("corda_config", "loftq_config", "total_step", "tinit", "tfinal", "deltaT"),
 )
 WORDS = {"true": True, "false": False, "none": None}
 
@@ -62,7 +82,7 @@ def find_checkpoint(
                 reason,
                 newest,
             )
-        check_same_student(newest, student)
+        _check_same_kind(newest, student)
         return str(newest)
     found = "; ".join(f"{folder} is incomplete ({reason})" for folder, reason in refused.items())
     if wanted == "auto":
@@ -88,7 +108,7 @@ def _given(folder: Path, output_dir: str, student: nn.Module, kind: dict[str, An
             f"{reason}; resume from {there}, or bring the file back (save_only_model=True leaves "
             "out what resuming needs)."
         )
-    check_same_student(folder, student)
+    _check_same_kind(folder, student)
     return str(folder)
 
 
@@ -112,16 +132,26 @@ def delete_earlier(output_dir: str) -> None:
         checkpoints.clear(folder)
 
 
-def settings_of_run(args: GOLDConfig, weighting: Weighting | None = None) -> dict[str, Any]:
-    settings = {name: getattr(args, name) for name in SETTINGS}
+def settings_of_run(
+    args: GOLDConfig, weighting: Weighting | None = None, rows: Any = None
+) -> dict[str, Any]:
+    """rows: of training, whose number and beginning are told where they have a length."""
+    settings = {name: getattr(args, name) for name in (*SETTINGS, *OF_OPTIMIZER)}
     settings |= {} if weighting is None else weighting.settings
     settings["optim"] = OptimizerNames(args.optim).value
+    settings["lr_scheduler_type"] = SchedulerType(args.lr_scheduler_type).value
+    if isinstance(rows, RowDataset):
+        first = rows[rows.first_index]
+        text = ascii((first.prompt, first.completion))
+        settings |= {"rows": len(rows.rows), "first_row": f"{zlib.crc32(text.encode()):08x}"}
     return json.loads(json.dumps(settings, default=str))  # as it is read: a tuple is a list
 
 
-def check_settings(folder: Path, args: GOLDConfig, weighting: Weighting | None = None) -> None:
+def check_settings(
+    folder: Path, args: GOLDConfig, weighting: Weighting | None = None, rows: Any = None
+) -> None:
     """Another optimizer cannot use a checkpoint's state. Other settings may change: a warning."""
-    there, here = checkpoints.settings_of(folder), settings_of_run(args, weighting)
+    there, here = checkpoints.settings_of(folder), settings_of_run(args, weighting, rows)
     changed = {name: value for name, value in there.items() if here.get(name, value) != value}
     if "optim" in changed:
         raise ValueError(
@@ -129,9 +159,57 @@ def check_settings(folder: Path, args: GOLDConfig, weighting: Weighting | None =
             f"optim={here['optim']!r} and {folder} of {there['optim']!r}; set "
             f"optim={there['optim']!r}, or start a new run with that folder as the student."
         )
+    kept = {name: changed.pop(name) for name in OF_OPTIMIZER if name in changed}
     if changed:
         changes = ", ".join(f"{name} {old} -> {here[name]}" for name, old in changed.items())
         logger.warning("GOLDTrainer: going on from %s with other settings: %s.", folder, changes)
+    if kept:
+        stays = ", ".join(f"{name} stays {old}, not {here[name]}" for name, old in kept.items())
+        logger.warning(
+            "GOLDTrainer: going on from %s with its optimizer: %s; to change it start a new run "
+            "with that folder as the student.",
+            folder,
+            stays,
+        )
+
+
+def _check_same_kind(folder: Path, student: nn.Module) -> None:
+    check_same_student(folder, student)
+    there, here = _adapter_of_checkpoint(folder), _adapter_of_student(student)
+    for name in there.keys() & here.keys():
+        if there[name] != here[name]:
+            raise ValueError(
+                f"GOLDTrainer: a resumed run must have its checkpoint's adapter, got {name} "
+                f"{here[name]!r} and {folder} with {there[name]!r}; set {name} to that, or start a "
+                "new run."
+            )
+
+
+def _adapter_of_checkpoint(folder: Path) -> dict[str, Any]:
+    """What its weights mean; empty where there is none, or one of another name."""
+    path = folder / "adapter_config.json"
+    return _shape_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _adapter_of_student(student: nn.Module) -> dict[str, Any]:
+    if not models.has_adapter(student):
+        return {}
+    adapter: Any = student
+    return _shape_of(adapter.peft_config[adapter.active_adapter].to_dict())
+
+
+def _shape_of(config: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it, with names in order: sets have none."""
+    shape = {}
+    for name, value in config.items():
+        if name not in NO_SHAPE:
+            value = list(value) if isinstance(value, set) else value
+            value = json.loads(
+                json.dumps(value, default=lambda other: getattr(other, "value", str(other)))
+            )
+            is_names = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            shape[name] = sorted(value) if is_names else value
+    return shape
 
 
 def check_same_student(folder: Path, student: nn.Module) -> None:

@@ -47,6 +47,7 @@ def survive(
 
     def start() -> str | None:
         lock.acquire()
+        checkpoints.refuse_others(output_dir, args.save_total_limit)
         delete_left(output_dir, kept)
         if args.overwrite_output_dir and as_wanted(wanted) in (None, False):
             delete_earlier(output_dir)
@@ -59,7 +60,8 @@ def survive(
             num_ranks=args.world_size,
         )
         if checkpoint is not None:
-            check_settings(Path(checkpoint), args, trainer.objective.weighting)
+            rows = trainer.train_dataset
+            check_settings(Path(checkpoint), args, trainer.objective.weighting, rows)
         return checkpoint
 
     try:

@@ -303,7 +303,7 @@ class GOLDTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Complete, with its mark, or absent."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        settings = settings_of_run(self.args, self.objective.weighting)
+        settings = settings_of_run(self.args, self.objective.weighting, self.train_dataset)
         with checkpoints.saving(folder, self.accelerator, settings):
             self.stopper.is_saving = True
             self.skipped.keep(self.state)

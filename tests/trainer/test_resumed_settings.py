@@ -1,0 +1,90 @@
+"""What a resumed run is told where fields, rows or its adapter are not those of its checkpoint."""
+
+import pytest
+
+from support.tiny_models import tiny_rows
+from support.trainer_cases import losses_of, make_trainer
+
+ROWS = tiny_rows(12)
+
+
+def run(folder, rows=ROWS, *, resume=None, **fields):
+    fields = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1} | fields
+    trainer = make_trainer(folder, rows, "qwen3", **fields)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def told(caplog):
+    return [r.getMessage() for r in caplog.records if "going on from" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "change"),
+    [
+        ({"loss_temperature": 2.0}, "loss_temperature 1.0 -> 2.0."),
+        ({"crossentropy_weight": 1.0}, "crossentropy_weight 0.0 -> 1.0."),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha None -> 5.0."),
+        ({"train_sampling_strategy": "random"}, "train_sampling_strategy sequential -> random."),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type constant -> linear."),
+    ],
+)
+def test_a_field_that_changes_what_is_learnt_is_told(fields, change, tmp_path, caplog):
+    run(tmp_path)
+    run(tmp_path, resume=True, max_steps=2)
+    assert not told(caplog)
+    run(tmp_path, resume=True, max_steps=3, **fields)
+    assert [message.endswith(f"with other settings: {change}") for message in told(caplog)] == [
+        True
+    ]
+
+
+def test_a_rate_that_the_optimizer_brings_back_is_told_to_stay(tmp_path, caplog):
+    run(tmp_path, learning_rate=0.5)
+    same = run(tmp_path / "same", learning_rate=0.5, max_steps=3)
+    resumed = run(tmp_path, resume=True, max_steps=3, learning_rate=1e-3, weight_decay=0.1)
+    assert losses_of(resumed) == losses_of(same), "the rate of the checkpoint is used"
+    (message,) = told(caplog)
+    assert "learning_rate stays 0.5, not 0.001, weight_decay stays 0.0, not 0.1; to" in message
+
+
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [
+        (ROWS[:8], "other settings: rows 12 -> 8."),
+        (tiny_rows(12, seed=1), "other settings: first_row "),
+    ],
+)
+def test_other_rows_are_told(rows, change, tmp_path, caplog):
+    run(tmp_path)
+    run(tmp_path, rows, resume=True, max_steps=2)
+    (message,) = told(caplog)
+    assert change in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 8}, "got r 8 and .*checkpoint-1 with 4; set r to that"),
+        ({"lora_alpha": 64}, "got lora_alpha 64 and"),
+        ({"target_modules": ["v_proj"]}, r"got target_modules \['v_proj'\] and .*\['q_proj'\]"),
+        ({"use_dora": True}, "got use_dora True and"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_refused(change, message, tmp_path):
+    peft = pytest.importorskip("peft")
+    shape = {"r": 4, "target_modules": ["q_proj"]}
+    run(tmp_path, peft_config=peft.LoraConfig(**shape))
+    run(tmp_path, resume=True, peft_config=peft.LoraConfig(lora_dropout=0.1, **shape))
+    with pytest.raises(ValueError, match=f"must have its checkpoint's adapter, {message}"):
+        run(tmp_path, resume=True, peft_config=peft.LoraConfig(**(shape | change)))
+
+
+def test_a_folder_that_the_limit_would_delete_is_refused_by_name(tmp_path):
+    run(tmp_path)
+    kept = tmp_path / "checkpoint-best"
+    kept.mkdir()
+    with pytest.raises(ValueError, match=r"got checkpoint-best in .*; rename it or move it\."):
+        run(tmp_path, resume=True, max_steps=3, save_total_limit=1)
+    run(tmp_path, resume=True, max_steps=2)
+    assert kept.is_dir()
