@@ -4,13 +4,15 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+import torch
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.nearest import did_you_mean
 from gold_trainer.optimizers import check_optimizer
 from gold_trainer.quantised import NAME, read_quantization
+from gold_trainer.row_errors import told
 
 SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 CHECKPOINTING = (
@@ -42,13 +44,53 @@ def check_library_options(args: GOLDConfig) -> None:
         known = [name for name in parameters if name not in SET_BY_TRAINER]
         owner = f"the schedule {SchedulerType(args.lr_scheduler_type).value!r}"
         _check("lr_scheduler_kwargs", args.lr_scheduler_kwargs, known, owner)
+        _try_schedule(args)
     for field in ("model_init_kwargs", "teacher_model_init_kwargs"):
         given = getattr(args, field)
+        if isinstance(given, dict):
+            setattr(args, field, _with_dtype(field, given))
         if isinstance(given, dict) and NAME in given:
             read_quantization(field, given[NAME])
     _check_generation(args)
     name = "gradient_checkpointing_kwargs"
     _check(name, getattr(args, name), CHECKPOINTING, "torch.utils.checkpoint.checkpoint")
+
+
+def _try_schedule(args: GOLDConfig) -> None:
+    """On a weight of its own: what a schedule needs and is not given shows before models load."""
+    optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=args.learning_rate)
+    num_steps = args.max_steps if args.max_steps > 0 else 10**6
+    kwargs: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(num_steps),
+            num_training_steps=num_steps,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except Exception as error:  # whatever values of another kind lead it to
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise ValueError(
+            f"GOLDTrainer: lr_scheduler_kwargs must be what the schedule {name!r} takes, got "
+            f"{kwargs} ({told(error)}); set what it names, or another lr_scheduler_type."
+        ) from error
+
+
+def _with_dtype(field: str, given: dict[str, Any]) -> dict[str, Any]:
+    """With the name that torch has; torch.bfloat16 is read as bfloat16."""
+    for key in ("dtype", "torch_dtype"):
+        value = given.get(key)
+        if not isinstance(value, str) or value == "auto":
+            continue
+        name = value.removeprefix("torch.")
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError(
+                f"GOLDTrainer: {field} must have auto, float32, bfloat16 or float16 as {key}, got "
+                f"{value!r}{did_you_mean(value, ('float32', 'bfloat16', 'float16'), 0.3)}."
+            )
+        given = {**given, key: name}
+    return given
 
 
 def _check_generation(args: GOLDConfig) -> None:

@@ -253,6 +253,12 @@ def lm_head(
 def plain_head(head: Any, side: str) -> nn.Linear:
     kind = f"{type(head).__module__}.{type(head).__name__}"
     own_kinds = ("transformers.models.", "transformers_modules.", "torch.nn.")
+    if ".trainable_tokens." in kind:
+        raise ValueError(
+            f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, got {kind} of "
+            "TrainableTokensConfig; use LoraConfig(trainable_token_indices=...), which trains "
+            "rows of a tied head."
+        )
     if type(head) is not nn.Linear and (head is None or kind.startswith(own_kinds)):
         raise ValueError(
             f"GOLDTrainer: the {side}'s lm_head must be a plain torch.nn.Linear, whose place the "

@@ -1,12 +1,14 @@
 """Arguments that GOLDTrainer cannot use, and those that it adapts to the devices."""
 
 import logging
+from collections.abc import Sized
 from typing import Any
 
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.utils import is_peft_available
 
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
@@ -22,6 +24,13 @@ PACKAGES = {
     "comet_ml": "comet-ml",
     "dagshub": "dagshub mlflow",
     "dvclive": "dvclive",
+}
+
+# Adapters, by their peft_type, that a training step alone does not train.
+OF_OWN_LOOPS = {
+    "ADALORA": "update_and_allocate() after every step, and a loss of its own",
+    "XLORA": "adapters that are trained already",
+    "POLY": "the task of every row",
 }
 
 logger = logging.getLogger(__name__)
@@ -48,6 +57,7 @@ def refuse_unusable(
     check_library_options(args)
     refuse_fp16(args)
     check_login(args)
+    check_adapter(peft_config, args)
     has_adapter = peft_config is not None or (
         not isinstance(model, str) and models.has_adapter(model)
     )
@@ -84,6 +94,48 @@ def refuse_unusable(
             "GOLDTrainer: data_collator must be None with use_uld_loss, got "
             f"{type(data_collator).__name__}; rows are rendered for two processors: change the "
             "dataset instead."
+        )
+
+
+def check_adapter(peft_config: Any, args: GOLDConfig) -> None:
+    """Of an adapter that is to be made, before models are loaded."""
+    if peft_config is None or not is_peft_available():
+        return  # without peft that is said where it is made
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(
+            "GOLDTrainer: peft_config must be a config of peft, got "
+            f"{type(peft_config).__name__}; pass LoraConfig(r=16, target_modules=[...])."
+        )
+    if peft_config.inference_mode:
+        raise ValueError(
+            "GOLDTrainer: peft_config must have inference_mode=False, got True, with which nothing "
+            "of it is trained; leave it out."
+        )
+    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+    if kind in OF_OWN_LOOPS:
+        raise ValueError(
+            f"GOLDTrainer: peft_config must be of an adapter that any loop can train, got "
+            f"{type(peft_config).__name__}, which needs {OF_OWN_LOOPS[kind]}; use LoraConfig."
+        )
+    rates = {n: v for n, v in vars(peft_config).items() if n.endswith("dropout") and v}
+    if rates and args.disable_dropout:
+        logger.warning(
+            "GOLDTrainer: %s of the adapter has no effect with disable_dropout=True, the default; "
+            "set disable_dropout=False to use it.",
+            ", ".join(f"{name}={rate}" for name, rate in rates.items()),
+        )
+
+
+def refuse_no_batch(args: GOLDConfig, rows: Any) -> None:
+    """Of which no step would be taken, and the run would end as if it had been one."""
+    size = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < size:
+        raise ValueError(
+            f"GOLDTrainer: dataloader_drop_last must be False where the rows fill no batch, got "
+            f"True and {len(rows)} rows for {size}; leave it out, or set a smaller "
+            "per_device_train_batch_size."
         )
 
 

@@ -75,6 +75,9 @@ class RunFields:
 WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "label_names": (None, "labels are the completions' tokens"),
     "batch_eval_metrics": (False, "there are no logits that compute_metrics could read"),
+    "length_column_name": ("length", "no column of lengths is read"),
+    "use_cache": (False, "training keeps no cache of keys and values, rollouts have their own"),
+    "average_tokens_across_devices": (True, "the loss is a mean over the tokens of all devices"),
 }
 
 
@@ -132,6 +135,23 @@ def check_inherited(args: TrainingArguments) -> None:
         raise ValueError(
             "GOLDConfig: load_best_model_at_end must be False without evaluation, got True and "
             "eval_strategy='no'; set eval_strategy and save_strategy to 'steps' or 'epoch'."
+        )
+    if args.save_strategy == "best" and args.eval_strategy in (None, "no"):
+        raise ValueError(
+            "GOLDConfig: save_strategy must not be 'best' without evaluation, got eval_strategy="
+            "'no', with which nothing would be saved; set eval_strategy to 'steps' or 'epoch'."
+        )
+    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
+        raise ValueError(
+            "GOLDConfig: dataloader_persistent_workers must be False without workers, got True and "
+            "dataloader_num_workers=0; set dataloader_num_workers, or leave it out."
+        )
+    if args.report_to is None:  # as a YAML file has it
+        args.report_to = "none"
+    if isinstance(args.parallelism_config, dict | str):
+        raise ValueError(
+            "GOLDConfig: parallelism_config must be a ParallelismConfig of accelerate, got "
+            f"{args.parallelism_config!r}; make one in Python, or let accelerate launch set it."
         )
     if args.enable_jit_checkpoint:
         raise ValueError(

@@ -12,6 +12,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from gold_trainer import checkpoints
 from gold_trainer.config import GOLDConfig
 from gold_trainer.ranks import on_main_process
+from gold_trainer.refusals import refuse_no_batch
 from gold_trainer.resuming import (
     as_wanted,
     check_settings,
@@ -42,6 +43,7 @@ def survive(
     # a run that saves none mixes none; one that trains on has made them
     keeps_earlier = args.save_strategy == "no" or trainer.state.global_step > 0
 
+    refuse_no_batch(args, trainer.train_dataset)
     folders = [str(Path(f.name).resolve()) for f in getattr(trainer.teacher, "folders", ())]
     kept = gather_object(folders)  # of all ranks
 

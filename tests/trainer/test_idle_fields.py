@@ -1,0 +1,105 @@
+"""Fields that nothing would read, or that fail in the first step: refused before models load."""
+
+import pytest
+
+from gold_trainer import GOLDConfig
+from gold_trainer.library_options import check_library_options
+from support.tiny_models import tiny_rows
+from support.trainer_cases import losses_of, make_trainer
+
+
+def config(tmp_path, **fields):
+    return GOLDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"optim": "adamw_torch", "optim_args": "beta1=0.8"},
+            "reads, which is nothing, got 'beta1'",
+        ),
+        ({"optim": "sgd", "optim_args": "momentun=0.9"}, "got 'momentun'; did you mean momentum"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "must be name=value, .* got 'momentum'"),
+        ({"optim": "sgd", "optim_args": '{"momentum": 0.9}'}, "write momentum=0.9,nesterov=true"),
+        ({"optim": "sgd", "optim_args": "momentum=x"}, r"values that 'sgd' takes.*\(could not"),
+        ({"optim": "sgd", "optim_args": "nesterov=true"}, "Nesterov momentum requires a momentum"),
+        ({"optim_target_modules": ["attn"]}, "optim_target_modules must be left out with optim="),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "'warmup_stable_decay' takes, got {}"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_end .* must be smaller than initial lr"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "x"}},
+            "schedule 'cosine_with_min_lr' takes, got {'min_lr': 'x'}",
+        ),
+        ({"model_init_kwargs": {"dtype": "bf16"}}, "as dtype, got 'bf16'; did you mean bfloat16"),
+        ({"teacher_model_init_kwargs": {"torch_dtype": "nn"}}, "as torch_dtype, got 'nn'"),
+    ],
+)
+def test_what_a_library_would_not_read_or_not_take_is_refused(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=f"^GOLDTrainer: .*{message}"):
+        check_library_options(config(tmp_path, **fields))
+
+
+def test_what_a_library_reads_passes(tmp_path):
+    fields = {"optim": "sgd", "optim_args": "momentum = 0.9, nesterov=true", "learning_rate": 1e-3}
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}}
+    kwargs = {"model_init_kwargs": {"dtype": "torch.bfloat16"}}
+    args = config(tmp_path, **fields, **schedule, **kwargs)
+    check_library_options(args)
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "nothing would be saved"),
+        ({"dataloader_persistent_workers": True}, "must be False without workers"),
+        ({"length_column_name": "len"}, "length_column_name must be length, got len"),
+        ({"use_cache": True}, "use_cache must be False"),
+        ({"average_tokens_across_devices": False}, "a mean over the tokens of all devices"),
+        ({"parallelism_config": {"tp_size": 2}}, "must be a ParallelismConfig of accelerate"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_later_is_refused(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=f"^GOLDConfig: .*{message}"):
+        config(tmp_path, **fields)
+
+
+def test_no_reports_may_be_written_as_none(tmp_path):
+    assert config(tmp_path, report_to=None).report_to == []
+
+
+def test_rows_that_fill_no_batch_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows(3), "qwen3", dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=r"must be False .* got True and 3 rows for 4; leave it"):
+        trainer.train()
+    trainer.args.dataloader_drop_last = False
+    trainer.train()
+    assert len(losses_of(trainer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        (None, {"r": 4}, "must be a config of peft, got dict; pass LoraConfig"),
+        ("LoraConfig", {"inference_mode": True}, "must have inference_mode=False, got True"),
+        ("AdaLoraConfig", {"total_step": 9}, "any loop can train, got AdaLoraConfig, which needs"),
+        ("TrainableTokensConfig", {"token_indices": [1]}, "LoraConfig.trainable_token_indices=..."),
+    ],
+)
+def test_an_adapter_that_would_not_be_trained_is_refused(name, fields, message, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = fields if name is None else getattr(peft, name)(**fields)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny_rows(4), "qwen3", peft_config=adapter)
+
+
+@pytest.mark.parametrize("is_disabled", [True, False])
+def test_an_adapters_dropout_that_has_no_effect_is_told(is_disabled, tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    options = {"peft_config": adapter, "disable_dropout": is_disabled}
+    make_trainer(tmp_path, tiny_rows(4), "qwen3", **options)
+    told = [r for r in caplog.records if "lora_dropout=0.1 of the adapter has no" in r.getMessage()]
+    assert len(told) == is_disabled
