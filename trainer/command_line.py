@@ -5,6 +5,7 @@ The YAML holds the same names as the flags; a flag wins over the YAML.
 
 import argparse
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +59,23 @@ class ModelArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj"],
-        metadata={"help": "Names of the layers that get an adapter, or all-linear."},
+        metadata={
+            "help": "Names of the layers that get an adapter, all-linear, or a regular expression "
+            "of whole names."
+        },
     )
 
 
+# Fields that do nothing, and the one that nobody has set; whoever turns it off means that.
+SWITCHES = {
+    "use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "eval_strategy": (
+        *("eval_steps", "eval_delay", "do_eval", "dataset_test_split"),
+        *("metric_for_best_model", "greater_is_better"),
+    ),
+    "push_to_hub": ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
+    "log_completions": ("log_completions_steps", "num_completions_to_print"),
+}
 RESUME = "resume_from_checkpoint"
 RESUME_WORDS = ("true", "false", "auto")
 
@@ -93,6 +107,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
     )
     if argv and not argv[0].startswith("-"):
         argv = _read_config(Path(argv[0]), parser) + argv[1:]
+    argv = [_with_home(argument) for argument in argv]
     model_args, data_args, config, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
@@ -104,6 +119,34 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
     check_fields(model_args, "gold-trainer train")
     check_fields(data_args, "gold-trainer train")
     return model_args, data_args, config
+
+
+def _with_home(argument: str) -> str:
+    """A shell reads ~ where a word begins; in a file, and behind =, nobody does."""
+    flag, equals, value = argument.partition("=")
+    if flag.startswith("--") and value.startswith("~/"):
+        return f"{flag}{equals}{os.path.expanduser(value)}"
+    return os.path.expanduser(argument) if argument.startswith("~/") else argument
+
+
+def refuse_idle(argv: list[str], config: GOLDConfig) -> None:
+    """ValueError for a field without which the run would be the same."""
+    flags = (argument.partition("=")[0] for argument in argv if argument.startswith("--"))
+    given = {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
+    if argv and not argv[0].startswith("-"):
+        given |= {name for name, value in read_fields(Path(argv[0])).items() if value is not None}
+    for switch, names in SWITCHES.items():
+        idle = next((name for name in names if name in given), None)
+        is_early = switch == "eval_strategy" and config.eval_on_start
+        if idle is not None and switch not in given and not is_early:
+            raise ValueError(
+                f"{idle} does nothing while {switch} is not set: set {switch}, or leave {idle} out"
+            )
+    if config.do_predict or ("do_train" in given and not config.do_train):
+        name = "do_predict" if config.do_predict else "do_train"
+        raise ValueError(
+            f"{name} is {getattr(config, name)}, but this command trains: leave it out"
+        )
 
 
 def _read_config(path: Path, parser: Parser) -> list[str]:
@@ -143,6 +186,7 @@ class Run(NamedTuple):
 
 def read_run(argv: list[str]) -> Run:
     model_args, data_args, config = parse_arguments(argv)
+    refuse_idle(argv, config)
     student = _given(model_args.model_name_or_path, "model_name_or_path")
     data_name = _given(data_args.dataset_name, "dataset_name")
     teacher = config.teacher_model_name_or_path
@@ -260,12 +304,21 @@ def _lora_config(model_args: ModelArguments) -> Any:
         raise ValueError(
             "use_peft needs the peft package: pip install 'gold-kernels[peft]'"
         ) from error
-    modules = model_args.lora_target_modules
+    modules: Any = model_args.lora_target_modules
+    if any("," in name for name in modules):
+        raise ValueError(
+            f"lora_target_modules must be a list of names, got {modules}; separate them by spaces, "
+            "in YAML write [q_proj, v_proj]"
+        )
+    if len(modules) == 1 and (
+        modules == ["all-linear"] or re.search(r"[\\^$*+?()\[|]", modules[0])
+    ):
+        modules = modules[0]  # peft reads a text as all-linear or a regular expression
     return LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_modules=modules,
         task_type="CAUSAL_LM",
     )
 

@@ -7,9 +7,18 @@ from typing import Any
 
 import yaml
 
+REPLACED = ("int", "float", "timestamp")
+
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 with two mistakes of its mended: 1e-5 is a number, and a key may stand once."""
+    """YAML 1.1 with its mistakes mended: 1e-5 is a number, 010, 1:30 and 2026-11-30 are as they are
+    written (not 8, 90 and a date), and a key may stand once.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # of the class that it is derived from
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in REPLACED]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[Any, int] = {}
@@ -25,10 +34,18 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# As YAML 1.2 and JSON have it; YAML 1.1 wants a dot and a sign: 1.0e+5.
+# As YAML 1.2 and JSON have them; YAML 1.1 wants a dot and a sign: 1.0e+5.
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(0|[1-9][\d_]*)$|0x[\da-fA-F]+$"),
+    list("-+0123456789"),
+)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(
+        r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+)$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 

@@ -193,6 +193,11 @@ def source_of(
             "load_rows: dataset_name must be a hub id or a path, got None; set dataset_name."
         )
     path = Path(name).expanduser()
+    if path.exists() and data_args.dataset_config is not None:
+        raise ValueError(
+            f"dataset {path}: dataset_config must be left out for a path, got "
+            f"{data_args.dataset_config!r}; only datasets of the hub have configurations"
+        )
     if path.is_file():
         # a file of its own for evaluation may go by the default name of that split
         is_own = purpose == "eval" and data_args.eval_dataset_name is not None

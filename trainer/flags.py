@@ -86,6 +86,13 @@ HINTS = {
     "load_in_4bit": QUANTISED,
     "lora_modules_to_save": PYTHON_LORA,
     "router_aux_loss_coef": "the coefficient is that of the model's config: leave it out",
+    "freeze_layers": "use_peft trains an adapter alone; from Python set requires_grad_(False)",
+    "cache_implementation": "the writer of rollouts has a cache of its own: leave it out",
+    "max_tool_calling_iterations": "no tools are run here, rows have their calls: leave it out",
+    "log_unique_prompts": "log_completions shows rows as they come: leave it out",
+    "ds3_gather_for_generation": "weights are always gathered to generate: leave it out",
+    "reward_weights": "there are no rewards here: the teacher is what is learnt from",
+    "callbacks": "from Python pass callbacks= to GOLDTrainer",
     "wandb_project": "wandb reads it from the environment: WANDB_PROJECT",
 }
 # Names that have the hint of another; those that end in * are the beginnings of names.
@@ -103,6 +110,9 @@ SAME = {
     "lora_task_type": "lora_modules_to_save",
     "use_rslora": "lora_modules_to_save",
     "use_dora": "lora_modules_to_save",
+    "freeze_*": "freeze_layers",
+    "reward_*": "reward_weights",
+    "scale_rewards": "reward_weights",
     "wandb_*": "wandb_project",
     "add_tail_bucket": "loss_add_tail",
     "distillation_add_tail": "loss_add_tail",
@@ -205,6 +215,15 @@ def remedy(name: str, names: Iterable[str]) -> str:
     if name in HINTS:
         return f"; {HINTS[name]}"
     return did_you_mean(name, names, cutoff=0.5) or "; --help lists the fields"
+
+
+def check_keywords(config: str, names: Iterable[str], fields: Iterable[str]) -> None:
+    """ValueError for an argument of a config that is none of its fields, as a flag has it."""
+    known = list(fields)
+    for name in names:
+        if name not in known:
+            meant = remedy(name, known).replace("--help", "gold-trainer train --help-all")
+            raise ValueError(f"{config}: there is no field {name!r}{meant}.")
 
 
 def check_names(argv: Iterable[str]) -> None:

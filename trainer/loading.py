@@ -132,6 +132,8 @@ def is_missing_folder(name: str) -> bool:
 
 def _beside(path: Path) -> str:
     """The nearest name in the folder where it was looked for."""
+    if path.parts[:1] == ("~",):
+        return "; ~ is not read as your home here: write the whole path"
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     found = nearest(path.name, names)
     return "" if found is None else f"; {path.parent} has {found}"

@@ -88,8 +88,8 @@ class RowFields:
 
     def check_rows(self) -> None:
         kwargs: Any = getattr(self, "chat_template_kwargs", None)
-        # a command line's text: TrainingArguments parses it later
-        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+        if isinstance(kwargs, str):  # of a command line: TrainingArguments would make "007" a 7
+            kwargs = self.chat_template_kwargs = json.loads(kwargs)
         refuse_reserved(kwargs or {}, "GOLDConfig")
         if self.picture_folder is not None and not Path(self.picture_folder).is_dir():
             raise ValueError(

@@ -9,12 +9,18 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from gold_trainer.flags import check_keywords
+
 ON_NONFINITE = ("error", "skip")
 
 
 @dataclass
 class RunFields:
     """What happens when something goes wrong; TrainingArguments with other defaults."""
+
+    def __new__(cls, *_: Any, **given: Any) -> "RunFields":
+        check_keywords(cls.__name__, given, cls.__dataclass_fields__)
+        return super().__new__(cls)
 
     on_nonfinite: str = field(
         default="error",

@@ -136,6 +136,13 @@ class TeacherFields:
     def _check_init_kwargs(self) -> None:
         given = self.teacher_model_init_kwargs or {}
         assert isinstance(given, dict), "check_teacher has read the JSON"
+        revision = self.teacher_model_revision
+        if revision is not None and given.get("revision", revision) != revision:
+            raise ValueError(
+                "GOLDConfig: teacher_model_init_kwargs must be without revision where "
+                f"teacher_model_revision is set, got {given['revision']!r} and {revision!r}; "
+                "choose one of the two."
+            )
         for name in DISTRIBUTED:
             if name in given:
                 raise ValueError(
