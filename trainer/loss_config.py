@@ -56,8 +56,8 @@ class LossFields:
     loss_top_k: int = field(
         default=0,
         metadata={
-            "help": "Of jsd: the teacher's k likeliest tokens, and one outcome for all others; "
-            "gold-trainer cache-teacher then keeps these alone. 0: all tokens."
+            "help": "Of jsd: the teacher's k likeliest tokens, and one outcome for all others; a "
+            "cache keeps these alone, and a server sends them. 0: all tokens."
         },
     )
     loss_temperature: float = field(

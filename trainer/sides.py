@@ -17,9 +17,9 @@ from gold_trainer.speed.packing import packed
 
 
 class StoredEntries(NamedTuple):
-    """A cache that has a teacher's likeliest tokens in the place of hidden states."""
+    """A cache, or a server, that has a teacher's likeliest tokens in the place of hidden states."""
 
-    folder: str
+    place: str
     facts: Mapping[str, Any]
 
 

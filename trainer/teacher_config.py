@@ -215,6 +215,14 @@ class ServedFields:
         return args.teacher_cache is not None or is_served
 
     @property
+    def asks_for_tokens(self) -> bool:
+        """Whether a server gives the likeliest tokens, and no hidden states."""
+        args: Any = self
+        is_for_hidden = args.teacher_cache is not None and args.form_to_make == "hidden"
+        is_served = self.teacher_model_server_url is not None
+        return is_served and bool(args.loss_top_k) and not is_for_hidden
+
+    @property
     def is_told_by_examples(self) -> bool:
         """Whether the teacher makes what it needs of examples, or needs no more."""
         args: Any = self
@@ -242,6 +250,12 @@ class ServedFields:
             raise ValueError(
                 "GOLDConfig: seq_kd must be False with teacher_model_server_url, got True; the "
                 "server is asked for hidden states alone: put its completions into the dataset."
+            )
+        if self.asks_for_tokens and args.teacher_temperature != 1:
+            raise ValueError(
+                "GOLDConfig: loss_teacher_temperature, or loss_temperature without it, must be 1 "
+                f"where a server gives the tokens of loss_top_k, got {args.teacher_temperature}: "
+                "its log-probabilities are at 1; set loss_teacher_temperature=1."
             )
         for name in PLACES:
             if getattr(args, name) is not None:

@@ -31,6 +31,7 @@ class ServedTeacher:
         self.tokenizer = tokenizer_of(processor)
         self.layer = model.config.get_text_config().num_hidden_layers
         self.num_layers_kept = 1
+        self.max_logprobs = 20  # vLLM's default
         self.is_held = False  # the file's lock, for ever
         self.threads: list[threading.Thread] = []
         self.held: list[Any] = []
@@ -83,6 +84,8 @@ class ServedTeacher:
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, pixels = self._inputs(body)
         output = self.model(input_ids=torch.tensor([ids]), output_hidden_states=True, **pixels)
+        if "prompt_logprobs" in body.get("sampling_params", {}):
+            return self._likeliest(ids, output.logits[0], body["sampling_params"])
         log_probs = output.logits[0, -1].float().log_softmax(-1)
         path = self.folder / f"{len(self.threads)}.safetensors"
         lock = open(f"{path}.lock", "wb")  # noqa: SIM115  # closed by the thread that writes
@@ -98,6 +101,20 @@ class ServedTeacher:
             "choices": [{"index": 0, "token_ids": [next_id], "logprobs": {"content": content}}],
             "kv_transfer_params": {"hidden_states_path": str(path)},
         }
+
+    def _likeliest(self, ids: list[int], logits: Any, params: dict[str, Any]) -> Any:
+        """As vLLM: nothing of the first token, of others the token itself in front of the k."""
+        k = params["prompt_logprobs"]
+        if k > self.max_logprobs:
+            return 400
+        entries: list[Any] = [None]
+        for row, token in zip(logits[:-1].float().log_softmax(-1), ids[1:], strict=True):
+            values, found = row.topk(k)
+            own = {"logprob": float(row[token]), "rank": 1 + int((row > row[token]).sum())}
+            ranked = enumerate(zip(found.tolist(), values.tolist(), strict=True), 1)
+            top = {str(i): {"logprob": value, "rank": rank} for rank, (i, value) in ranked}
+            entries.append({str(token): own} | top)
+        return {"prompt_token_ids": ids, "prompt_logprobs": entries, "choices": [{"index": 0}]}
 
     def _write(self, path: Path, lock: Any, ids: list[int], hidden: Any) -> None:
         time.sleep(DELAY)

@@ -1,5 +1,5 @@
-"""A tiny teacher behind vLLM's own server, on a CPU. Not among the tests, as it takes a server of
-its own, half a minute of it: vLLM refuses options of the rollouts' server beside hidden states.
+"""A tiny teacher behind vLLM's own servers, on a CPU. Not among the tests, as it takes servers of
+its own, half a minute each: vLLM refuses options of the rollouts' server beside hidden states.
 
     make served-teacher
 """
@@ -43,6 +43,18 @@ def server(tmp_path_factory):
         yield running
 
 
+@pytest.fixture(scope="module")
+def of_tokens(tmp_path_factory):
+    """Asked for prompt_logprobs: with no other options than its start line has."""
+    folder = tmp_path_factory.mktemp("of_tokens")
+    model = save_tiny(folder / "model", "qwen3_vl", "teacher", seed=1)
+    url = f"http://127.0.0.1:{free_port()}"
+    fields = FIELDS | {"teacher_model_server_url": url, "loss_top_k": 24}
+    options = server_options(GOLDConfig(output_dir=str(folder), **fields), str(model))
+    with running_command(model, folder, [*options, "--dtype", "float32"], {}) as running:
+        yield running
+
+
 def run_of(teacher, output_dir, **fields):
     recorder = GradientRecorder()
     trainer = make_trainer(
@@ -65,6 +77,17 @@ def test_a_run_learns_what_it_does_of_a_teacher_that_is_here(server, tmp_path):
     assert losses == pytest.approx(live, rel=1e-5)
     for ours, theirs in zip(steps, live_steps, strict=True):
         assert_equal_gradients(ours, theirs, 1e-4)
+
+
+def test_its_likeliest_tokens_are_those_of_a_teacher_that_is_here(of_tokens, tmp_path):
+    fields = {"loss_top_k": 24, "loss_temperature": 0.8, "loss_teacher_temperature": 1.0}
+    live, live_steps = run_of(tiny("qwen3_vl", "teacher", seed=1)[0], tmp_path / "live", **fields)
+    losses, steps = run_of(of_tokens.url, tmp_path / "served", **fields)
+    assert losses == pytest.approx(live, rel=1e-5)
+    for ours, theirs in zip(steps, live_steps, strict=True):
+        assert_equal_gradients(ours, theirs, 1e-4)
+    with pytest.raises(ValueError, match="prompt_logprobs of loss_top_k=25 tokens, got a refusal"):
+        run_of(of_tokens.url, tmp_path / "more", **fields | {"loss_top_k": 25})
 
 
 def test_another_checkpoint_is_refused(server, tmp_path):

@@ -23,10 +23,17 @@ def pack(ids: Tensor, log_probs: Tensor) -> Tensor:  # (N, K) each -> (N, 2 K) f
     return torch.cat([log_probs.float(), ids.float()], 1)
 
 
-def unpack(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (N, 2 K) -> (N, k) ids, (N, k)
-    """The k likeliest of the K that are there: what others of them had goes to all others."""
+def unpack(
+    rows: Tensor, k: int, num_entries: int | None = None
+) -> tuple[Tensor, Tensor]:  # (N, 2 K) -> (N, k) ids, (N, k)
+    """The k likeliest of the K that are there, but those that the student does not know: what they
+    had goes to all others.
+    """
     log_probs, ids = rows.chunk(2, 1)
-    return ids[:, :k].long(), log_probs[:, :k].contiguous()
+    ids = ids[:, :k].long()
+    if num_entries is not None:
+        ids = torch.where(ids < num_entries, ids, -1)
+    return ids, log_probs[:, :k].contiguous()
 
 
 class FromTopK(SameVocabulary):
@@ -47,7 +54,7 @@ class FromTopK(SameVocabulary):
             )
         self.facts = {"teacher_temperature": self.teacher_temperature, "vocabulary": num_entries}
         if teacher.entries is not None:
-            refuse_other_facts(*teacher.entries, self.facts)
+            refuse_other_facts(*teacher.entries, self.facts)  # a server has none
 
     def teacher_entries(self, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         """(N, k) ids and log-probabilities of a teacher's hidden states (N, D_t), whose logits are
@@ -86,7 +93,7 @@ class FromTopK(SameVocabulary):
             item_weights, num_rows, num_rows, student_hidden.device, own
         )
         if self.is_stored:
-            ids, log_probs = unpack(teacher_hidden, self.k)
+            ids, log_probs = unpack(teacher_hidden, self.k, self.num_entries)
         else:
             ids, log_probs = self.teacher_entries(teacher_hidden, teacher_head)
         loss, values = fused_linear_top_k(

@@ -125,7 +125,7 @@ def _precision(run: Run, setup: Setup) -> str:
 
 def _elsewhere(subject: Subject) -> str:
     """Of a teacher."""
-    if subject.stored is None:
+    if subject.stored is None or subject.args.teacher_cache is None:
         return "in its server"
     return f"from its cache, {subject.stored.num_bytes} bytes a scored token"
 

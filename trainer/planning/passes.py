@@ -27,6 +27,7 @@ from gold_kernels.engine.row_loss import ROW_LOSSES, Rows
 from gold_kernels.engine.torch_rows import TEMPORARIES
 from gold_trainer import models
 from gold_trainer.batches import MicroBatch, SideInputs
+from gold_trainer.config import GOLDConfig
 from gold_trainer.loss_at_head import gather_rows, head_replaced
 from gold_trainer.objectives import Objective
 from gold_trainer.planning.kernels import Kernels
@@ -52,6 +53,11 @@ class Stored(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return self.width * self.dtype.itemsize
+
+
+def kept_tokens(args: GOLDConfig) -> Stored:
+    """Of loss_top_k: ids and log-probabilities."""
+    return Stored(2 * args.loss_top_k, torch.float32, has_head=False)
 
 
 class Passes(NamedTuple):

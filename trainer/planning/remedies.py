@@ -27,7 +27,7 @@ from gold_trainer.planning.memory import (
     optimizer_of,
     quantised_bits,
 )
-from gold_trainer.planning.passes import Passes, Stored
+from gold_trainer.planning.passes import Passes, Stored, kept_tokens
 from gold_trainer.sides import Side
 
 ENOUGH = 0.99  # of the peak before: what saves less is no remedy
@@ -232,7 +232,7 @@ def _teacher_elsewhere(planner: Planner) -> Iterator[Candidate]:
 def _to_store(subject: Subject) -> Stored:
     """What gold-trainer cache-teacher would keep."""
     if subject.args.form_to_make == "top_k":
-        return Stored(2 * subject.args.loss_top_k, torch.float32, has_head=False)
+        return kept_tokens(subject.args)
     return Stored(subject.sides[1].head.weight.shape[1], torch.bfloat16, has_head=True)
 
 

@@ -14,7 +14,7 @@ from gold_trainer.command_line import Run
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
 from gold_trainer.planning.memory import Subject
-from gold_trainer.planning.passes import Stored
+from gold_trainer.planning.passes import Stored, kept_tokens
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
@@ -72,12 +72,14 @@ def find_subject(run: Run, num_tokens: int | None = None) -> Found:
 
     batch = batch_of(args.per_device_train_batch_size)
     models_and_sides = student, None if args.has_absent_teacher else teacher, sides
-    stored = None if args.teacher_cache is None else _stored(args)
+    stored = _stored(args)
     subject = Subject(args, *models_and_sides, objective, batch, batch_of, stored)
     return Found(subject, _assumption(sample, batch, args, num_tokens))
 
 
-def _stored(args: GOLDConfig) -> Stored:
+def _stored(args: GOLDConfig) -> Stored | None:
+    if args.teacher_cache is None:
+        return kept_tokens(args) if args.asks_for_tokens else None
     manifest = manifest_of(args)
     dtype = getattr(torch, manifest.dtype)
     return Stored(manifest.width, dtype, has_head=manifest.form == "hidden")

@@ -17,7 +17,7 @@ from gold_trainer.teachers.frozen import FrozenTeacher
 from gold_trainer.teachers.named import source_of
 from gold_trainer.teachers.offloaded import OffloadedTeacher
 from gold_trainer.teachers.own_weights import OwnWeights
-from gold_trainer.teachers.served.teacher import ServedTeacher
+from gold_trainer.teachers.served.teacher import ServedTeacher, ServedTopK
 from gold_trainer.teachers.sharded import ShardedTeacher
 from gold_trainer.teachers.teacher import Teacher
 
@@ -27,6 +27,7 @@ __all__ = [
     "OffloadedTeacher",
     "OwnWeights",
     "ServedTeacher",
+    "ServedTopK",
     "ShardedTeacher",
     "Teacher",
     "TeachersById",
@@ -66,7 +67,8 @@ def make_live_teacher(
     """One that can be asked about any row, also where a cache of it is made."""
     if args.teacher_model_server_url is not None:
         assert isinstance(teacher_model, str), "source_of has found its checkpoint"
-        return ServedTeacher.open(teacher_model, processor, args)
+        served = ServedTopK if args.asks_for_tokens else ServedTeacher
+        return served.open(teacher_model, processor, args)
     if teacher_model is None:
         assert student is not None, "a teacher is named, or the student is its own"
         return OwnWeights(student, processor, args)

@@ -97,7 +97,9 @@ def _check_number(folder: Path, manifest: Manifest, args: GOLDConfig) -> None:
 
 
 def as_stored(side: Side, args: GOLDConfig) -> Side:
-    """The teacher's, of which a cache may have the likeliest tokens alone."""
+    """The teacher's, of which a cache or a server may give the likeliest tokens alone."""
+    if args.teacher_cache is None and args.asks_for_tokens:
+        return replace(side, entries=StoredEntries(str(args.teacher_model_server_url), {}))
     if form_of_cache(args) != "top_k":
         return side
     return replace(side, entries=StoredEntries(str(args.teacher_cache), manifest_of(args).facts))

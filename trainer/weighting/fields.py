@@ -75,10 +75,12 @@ def check_use(args: Any, function: Callable[..., Any], name: str) -> None:  # ar
         )
     if not isinstance(function, PictureDetail):
         return
-    if args.teacher_cache is not None:
+    has_tokens = args.asks_for_tokens
+    if args.teacher_cache is not None or has_tokens:
+        got = "loss_top_k of a server" if has_tokens else "teacher_cache"
         raise ValueError(
             "GOLDConfig: token_weighting='picture_detail' needs a teacher that looks at pictures "
-            "without detail too, got teacher_cache; leave one of the two out."
+            f"without detail too, got {got}; leave one of the two out."
         )
     is_together = args.per_device_train_batch_size % args.num_generations == 0
     if not is_together and function.temperature is not None:

@@ -99,8 +99,9 @@ class ScoredTokens:
         if self.teacher is None:
             raise ValueError(
                 "token_weighting: the teacher's log-probabilities must be known, got a "
-                "teacher_cache of head_means or top_k, which has not those of all tokens; make one "
-                "of teacher_cache_form=hidden, or weigh tokens without them."
+                "teacher_cache of head_means or top_k, or a server's loss_top_k tokens, which have "
+                "not those of all tokens; make a cache of teacher_cache_form=hidden, or weigh "
+                "tokens without them."
             )
         return self.teacher
 

@@ -12,7 +12,8 @@ from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loading import find_tokenizer, hub_options, load_config
 from gold_trainer.teachers.served.client import HiddenStates
-from gold_trainer.teachers.served.start_line import start_line
+from gold_trainer.teachers.served.likeliest import LikeliestTokens
+from gold_trainer.teachers.served.start_line import longest, start_line
 from gold_trainer.teachers.served.tail import Tail
 from gold_trainer.writers.vllm.requests import GENERATE
 from gold_trainer.writers.vllm.server import Refused, Server
@@ -56,11 +57,14 @@ def find_server(args: GOLDConfig) -> tuple[Server, Served]:
     served = server.read("/v1/models", server.get("/v1/models"), what, Served.of)
     if name is None:
         args.teacher_model_name_or_path = _readable(server, served, args)
-    if args.max_length is not None and served.max_model_len < args.max_length:
+    needed = longest(args)
+    if needed is not None and served.max_model_len < needed:
+        tokens = f"max_length={needed} tokens"
+        if needed != args.max_length:
+            tokens = f"{needed} tokens, one more than max_length"
         raise ValueError(
-            f"GOLDTrainer: the vLLM server at {server.url} must take sequences of "
-            f"max_length={args.max_length} tokens, got --max-model-len {served.max_model_len}; "
-            f"lower max_length, or start it with: {line}"
+            f"GOLDTrainer: the vLLM server at {server.url} must take sequences of {tokens}, got "
+            f"--max-model-len {served.max_model_len}; lower max_length, or start it with: {line}"
         )
     return server, served
 
@@ -97,11 +101,34 @@ def check_teacher(states: HiddenStates, tail: Tail, processor: Processor, args: 
     """ValueError for a server that runs another teacher than the checkpoint's, or sees its rows in
     other tokens.
     """
+    _check_words(states, processor, args)
+    _check_weights(states, tail, processor, str(args.teacher_model_name_or_path))
+
+
+def check_likeliest(tokens: LikeliestTokens, processor: Processor, args: GOLDConfig) -> None:
+    """ValueError for a server that sees rows in other tokens, or gives fewer of them. Which weights
+    it has, it alone knows.
+    """
+    _check_words(tokens, processor, args)
+    ids = tokenizer_of(processor)(PROBE)["input_ids"]
+    try:
+        answer = tokens.ask(ids, [])
+    except Refused as error:
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {tokens.server.url} must give prompt_logprobs of "
+            f"loss_top_k={tokens.k} tokens, got a refusal ({error}); start it with: "
+            f"{tokens.server.start_line}"
+        ) from error
+    tokens.rows(answer.entries[1:])
+
+
+def _check_words(
+    states: "HiddenStates | LikeliestTokens", processor: Processor, args: GOLDConfig
+) -> None:
     name = str(args.teacher_model_name_or_path)
     _check_tokenizer(states.server, states.model, processor, name)
     options = hub_options(args.teacher_model_init_kwargs, args.teacher_model_revision)
     _check_template(states.server, states.model, find_tokenizer(name, options), name)
-    _check_weights(states, tail, processor, name)
 
 
 def _check_tokenizer(server: Server, model: str, processor: Processor, name: str) -> None:

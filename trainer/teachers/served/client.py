@@ -63,26 +63,13 @@ class HiddenStates:
                 "detokenize": False,
             },
         }
-        answer = self._post(body | content_parts(images))
+        answer = post(self.server, body | content_parts(images), self.retries)
         what = "token ids, a choice and its log-probability"
         found = self.server.read(GENERATE, answer, what, _told)
         if found.path is None:
             raise self._refusal("keep hidden states, got an answer that names no file of them")
         hidden = self._read(Path(found.path), found.seen_ids)
         return Answer(hidden, found.seen_ids, found.next_id, found.next_logprob)
-
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        for attempt in range(self.retries + 1):
-            try:
-                return self.server.post(GENERATE, body)
-            except TimeoutError:  # it is slow, and has the row: once more would be more of it
-                raise
-            except OSError as error:  # no answer, or one that says it failed
-                if attempt == self.retries:
-                    raise
-                logger.warning("%s; asking again, %d of %d.", error, attempt + 1, self.retries)
-                time.sleep(FIRST_PAUSE * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
 
     def _read(self, path: Path, seen_ids: list[int]) -> Tensor:  # (L, D)
         try:
@@ -134,6 +121,21 @@ class HiddenStates:
             f"GOLDTrainer: the vLLM server at {self.server.url} must {what}; start it with: "
             f"{self.server.start_line}"
         )
+
+
+def post(server: Server, body: dict[str, Any], retries: int) -> dict[str, Any]:
+    """Of a row; once more where the server fails."""
+    for attempt in range(retries + 1):
+        try:
+            return server.post(GENERATE, body)
+        except TimeoutError:  # it is slow, and has the row: once more would be more of it
+            raise
+        except OSError as error:  # no answer, or one that says it failed
+            if attempt == retries:
+                raise
+            logger.warning("%s; asking again, %d of %d.", error, attempt + 1, retries)
+            time.sleep(FIRST_PAUSE * 2**attempt)
+    raise AssertionError("the last attempt returns or raises")
 
 
 class _Told(NamedTuple):

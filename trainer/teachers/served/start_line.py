@@ -1,9 +1,10 @@
 """The line that starts the server of a served teacher: a stock vLLM server that keeps the hidden
-states of its last layer.
+states of its last layer, or with loss_top_k one that gives as many prompt_logprobs.
 """
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlparse
 
@@ -27,7 +28,7 @@ def server_options(args: GOLDConfig, name: str | None) -> list[str]:
         "--port": address.port or (443 if address.scheme == "https" else 80),
     }
     if args.max_length is not None:
-        options["--max-model-len"] = args.max_length
+        options["--max-model-len"] = longest(args)
     if args.teacher_model_revision is not None:
         options["--revision"] = args.teacher_model_revision
     given = args.teacher_model_init_kwargs or {}
@@ -36,9 +37,23 @@ def server_options(args: GOLDConfig, name: str | None) -> list[str]:
         options["--trust-remote-code"] = None
     if given.get("dtype") not in (None, "auto"):
         options["--dtype"] = str(given["dtype"]).removeprefix("torch.")
+    if args.asks_for_tokens:
+        options["--max-logprobs"] = args.loss_top_k
+        return _as_list(options)
     options["--speculative-config"] = json.dumps(speculative_config(_num_layers(args, name)))
     options["--kv-transfer-config"] = json.dumps(transfer_config())
+    return _as_list(options)
+
+
+def _as_list(options: Mapping[str, object]) -> list[str]:
     return [str(part) for pair in options.items() for part in pair if part is not None]
+
+
+def longest(args: GOLDConfig) -> int | None:
+    """Tokens of a sequence, of which the server has to write the last; hidden states are asked for
+    without the last token of a completion, which predicts nothing that is scored.
+    """
+    return None if args.max_length is None else args.max_length + args.asks_for_tokens
 
 
 def _num_layers(args: GOLDConfig, name: str | None) -> Any:

@@ -1,0 +1,75 @@
+"""A vLLM server that is asked for prompt_logprobs: ids and pictures in, of each token the likeliest
+ones in its place out. It keeps no hidden states, and shares no folder with this process.
+
+L positions, n scored tokens, k entries of each.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gold_trainer.objectives.from_top_k import pack
+from gold_trainer.teachers.served.client import post
+from gold_trainer.writers.vllm.requests import GENERATE, content_parts
+from gold_trainer.writers.vllm.server import Server
+
+
+class Answer(NamedTuple):
+    seen_ids: list[int]  # as the server expanded them
+    entries: list[Any]  # L, of each position what could have stood there
+
+
+@dataclass(frozen=True)
+class LikeliestTokens:
+    """May be asked from several threads."""
+
+    server: Server
+    model: str  # the name to ask for
+    retries: int
+    k: int
+
+    def ask(
+        self,
+        token_ids: list[int],  # with one placeholder a picture
+        images: list[Image.Image],
+    ) -> Answer:
+        """Refused for what the server takes for wrong, OSError where it does not answer."""
+        body = {
+            "model": self.model,
+            "token_ids": token_ids,
+            "return_token_ids": True,
+            # one token has to be written
+            "sampling_params": {
+                "max_tokens": 1,
+                "temperature": 1.0,
+                "prompt_logprobs": self.k,
+                "detokenize": False,
+            },
+        }
+        answer = post(self.server, body | content_parts(images), self.retries)
+        return self.server.read(GENERATE, answer, "token ids and prompt_logprobs", _told)
+
+    def rows(self, entries: list[Any]) -> Tensor:  # of n positions -> (n, 2 k), packed
+        what = f"{self.k} prompt_logprobs of a token"
+        read = [self.server.read(GENERATE, entry, what, self._read) for entry in entries]
+        return torch.tensor(read, dtype=torch.float32).reshape(len(read), 2 * self.k)
+
+    def _read(self, entry: dict[str, Any]) -> list[float]:
+        """The k likeliest; the token that stands there may be one more."""
+        ranked = sorted((int(value["rank"]), int(key)) for key, value in entry.items())[: self.k]
+        ids = torch.tensor([[key for _, key in ranked]])
+        log_probs = [float(entry[str(key)]["logprob"]) for _, key in ranked]
+        if len(ranked) < self.k:
+            raise ValueError("too few of them")
+        row: list[float] = pack(ids, torch.tensor([log_probs]))[0].tolist()
+        return row
+
+
+def _told(answer: dict[str, Any]) -> Answer:
+    ids, entries = list(answer["prompt_token_ids"]), list(answer["prompt_logprobs"])
+    if len(ids) != len(entries):
+        raise ValueError("others than one a token")
+    return Answer(ids, entries)
