@@ -4,6 +4,8 @@ every loss; they used to end in errors of torch and Python, or in NaN.
 N = 5 rows, V = 20 entries, D = 8 and 6.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from gold_kernels import (
     fused_linear_top_k,
     fused_linear_uld,
     head_means,
+    head_top_k,
     jsd_loss,
     uld_loss,
 )
@@ -43,6 +46,7 @@ OVERLAP = VocabOverlap(torch.arange(9), torch.arange(9), V, V)
 STUDENT = {name: HEADS[name] for name in ("student_hidden", "student_weight")}
 TOP = {"teacher_ids": ROWS.unsqueeze(1), "teacher_log_probs": -torch.ones(N, 1)}
 TEACHER = {name: tensor for name, tensor in HEADS.items() if name != "student_hidden"}
+OWN_TEACHER = {name: HEADS[name] for name in ("teacher_hidden", "teacher_weight")}
 MEANS = {"teacher": head_means(**TEACHER)}
 
 
@@ -69,10 +73,12 @@ CALLS = {
     "top_k": (fused_linear_top_k, STUDENT | TOP),
     "mean_kl": (fused_linear_mean_kl, STUDENT | MEANS),
     "head_means": (head_means, TEACHER),
+    "head_top_k": (partial(head_top_k, k=3), OWN_TEACHER),
     "jsd_loss": (jsd_loss, LOGITS),
     "uld_loss": (uld_loss, LOGITS),
 }
-ONE_SIDE = ("top_k", "mean_kl", "head_means")
+OF_TEACHERS = ("head_means", "head_top_k")  # what losses take of them
+ONE_SIDE = ("top_k", "mean_kl", *OF_TEACHERS)
 
 
 def refused(name, message, **changes):
@@ -89,13 +95,14 @@ def test_what_is_no_tensor_is_refused_by_name(name):
             for other in (value.tolist(), value.numpy(), nn.Linear(8, V), None):
                 kind = type(other).__name__
                 refused(name, f": {key} must be a tensor, got {kind}; pass ", **{key: other})
-    if name != "head_means":
+    if name not in OF_TEACHERS:
         message = "row_weights must be a tensor, got list; pass torch.as_tensor"
         refused(name, message, row_weights=[1.0] * N)
         refused(name, "labels must be a tensor, got list", labels=list(range(N)))
         refused(name, r"got \(5,\) torch.int32; use labels.long\(\)", labels=ROWS.int())
     if name not in ("jsd_loss", "uld_loss"):
-        refused(name, "student_bias must be a tensor, got list", student_bias=[0.0] * V)
+        bias = "teacher_bias" if name == "head_top_k" else "student_bias"
+        refused(name, f"{bias} must be a tensor, got list", **{bias: [0.0] * V})
 
 
 NUMBERS = ("1.0", None, True, np.float32(0.5), torch.tensor(0.5), [1.0, None])

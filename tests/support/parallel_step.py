@@ -26,6 +26,7 @@ from gold_kernels import (
     fused_linear_top_k,
     fused_linear_uld,
     head_means,
+    head_top_k,
     jsd_loss,
     peak_extra_bytes,
     uld_loss,
@@ -163,6 +164,10 @@ def wrong_slices(pair: Any) -> Refusals:
     yield (
         "head_means: heads, hidden states and logits must be whole",
         partial(head_means, teacher, teacher_weight, sharded),
+    )
+    yield (
+        "head_top_k: heads, hidden states and logits must be whole",
+        partial(head_top_k, hidden, sharded, 3),
     )
     yield (
         "fused_linear_mean_kl: heads, hidden states and logits must be whole",
