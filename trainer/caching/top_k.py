@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from gold_trainer.batches import SideInputs
+from gold_trainer.caching.packed import pack
 from gold_trainer.caching.run import Encoder
 from gold_trainer.config import GOLDConfig
-from gold_trainer.objectives.from_top_k import FromTopK, pack
+from gold_trainer.objectives.from_top_k import FromTopK
 from gold_trainer.sides import Side
 from gold_trainer.teachers.teacher import Teacher
 

@@ -1,39 +1,22 @@
 """The generalized JSD of a teacher's k likeliest tokens and all others: loss_top_k.
 
-The teacher is asked for its hidden states, of which the k are taken here, or a cache has them.
-N scored rows, D hidden size (D_s, D_t), k entries a row, K of a cache.
+A teacher that is here gives its hidden states, of which the k are taken; a cache or a server has
+them.
+N scored rows, D hidden size (D_s, D_t), k entries a row, K of a cache or a server.
 """
 
-import torch
 from torch import Tensor
 
 from gold_kernels import fused_linear_top_k, head_top_k
 from gold_kernels.topk.row_loss import TopK
 from gold_trainer.batches import MicroBatch
 from gold_trainer.caching.facts import refuse_other_facts
+from gold_trainer.caching.packed import unpack
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head, whole
 from gold_trainer.objectives.objective import summed
 from gold_trainer.objectives.same_vocabulary import SameVocabulary
 from gold_trainer.sides import Side
-
-
-def pack(ids: Tensor, log_probs: Tensor) -> Tensor:  # (N, K) each -> (N, 2 K) float32
-    """In one tensor, as a cache keeps it; float32 holds ids up to 2**24."""
-    return torch.cat([log_probs.float(), ids.float()], 1)
-
-
-def unpack(
-    rows: Tensor, k: int, num_entries: int | None = None
-) -> tuple[Tensor, Tensor]:  # (N, 2 K) -> (N, k) ids, (N, k)
-    """The k likeliest of the K that are there, but those that the student does not know: what they
-    had goes to all others.
-    """
-    log_probs, ids = rows.chunk(2, 1)
-    ids = ids[:, :k].long()
-    if num_entries is not None:
-        ids = torch.where(ids < num_entries, ids, -1)
-    return ids, log_probs[:, :k].contiguous()
 
 
 class FromTopK(SameVocabulary):
@@ -77,7 +60,7 @@ class FromTopK(SameVocabulary):
         self,
         student_hidden: Tensor,  # (N, D_s)
         student_head: Head,
-        teacher_hidden: Tensor,  # (N, D_t), or of a cache (N, 2 K), packed
+        teacher_hidden: Tensor,  # (N, D_t), or (N, 2 K), packed
         teacher_head: Head,
         batch: MicroBatch,
         item_weights: Tensor | None,  # (2,)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gold_trainer.objectives.from_top_k import pack
+from gold_trainer.caching.packed import pack
 from gold_trainer.teachers.served.client import post
 from gold_trainer.writers.vllm.requests import GENERATE, content_parts
 from gold_trainer.writers.vllm.server import Server
