@@ -12,6 +12,8 @@ a cold call. An implementation is
     local      the trainer's writer: a cache of fixed size, its step recorded as a CUDA graph
     generate   the trainer's writer with generate(), what models without such a cache get
     trl        TRL's GOLDTrainer with its local generate
+    vllm       the trainer's engine of vLLM in this process, asleep while the student learns; cases
+               of it are left out where the package is not installed
 
 First the local writer's greedy tokens are compared in float32 with those of generate() on the same
 shape; where they differ, no row of ours has numbers. Each row is written as soon as it is measured.
@@ -29,13 +31,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from qwen3_vl_shapes import (
     STUDENT_2B,
     TINY_STUDENT,
@@ -50,14 +52,16 @@ from transformers import TrainerCallback
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.collator import process_prompts
 
-IMPLEMENTATIONS = ("local", "generate", "trl")
+IMPLEMENTATIONS = ("local", "generate", "trl", "vllm")
 TRAININGS = ("full", "float32", "lora")
 # In the order of importance: the first ones are what a limit of time leaves.
 CASES = (
     *("local-full-16", "local-full-4", "local-full-64", "generate-full-16", "trl-full-4"),
     *("generate-full-64", "generate-full-4", "trl-full-16", "local-lora-16", "trl-lora-16"),
+    *("vllm-full-16", "vllm-full-4", "vllm-full-64"),
 )
-STEPS = {"local": 4, "generate": 2, "trl": 2}  # the others take half a minute each
+# those of generate() take half a minute each
+STEPS = {"local": 4, "generate": 2, "trl": 2, "vllm": 4}
 GREEDY_TOKENS, GREEDY_ROWS = 32, 4
 FIELDS = (
     *("implementation", "training", "batch_size", "new_tokens", "status"),
@@ -169,13 +173,14 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> tuple[Any, Watch]:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-    lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
-    common = {
-        "model": student,
-        "teacher_model": teacher,
-        "processing_class": processor,
-        "peft_config": lora if case.training == "lora" else None,
-    }
+    if case.implementation == "vllm":
+        options |= {"use_vllm": True, "vllm_mode": "colocate"}
+        options["vllm_enable_sleep_mode"] = torch.cuda.is_available()
+    common = {"model": student, "teacher_model": teacher, "processing_class": processor}
+    if case.training == "lora":
+        from peft import LoraConfig
+
+        common["peft_config"] = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
     data = rows(processor, 9, case.batch_size * steps)
     if case.implementation == "trl":
         from trl.experimental.gold import GOLDConfig as PeerConfig
@@ -342,6 +347,16 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
+def installed(cases: list[Case]) -> list[Case]:
+    """Without those of vLLM where it is not."""
+    if find_spec("vllm"):
+        return cases
+    kept = [case for case in cases if case.implementation != "vllm"]
+    if kept != cases:
+        say("vllm is not installed here: its cases are left out")
+    return kept
+
+
 def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
@@ -352,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.greedy_only:
         say("\n" + json.dumps({"status": greedy_tokens_agree(options.tiny)}))
         return 0
-    cases = cases_of(options)
+    cases = installed(cases_of(options))
     if options.one_case:
         say("\n" + json.dumps(measure(cases[0], options.tiny)))
         return 0
