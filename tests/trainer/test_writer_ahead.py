@@ -81,6 +81,12 @@ def test_prompts_of_the_next_step_are_made_once_and_before_its_call(tmp_path, pr
     assert trainer.rollouts.writers["student"].made is None
 
 
+def test_what_is_made_before_is_what_the_cache_holds_first(tmp_path, processed):
+    run(tmp_path, num_rows=8, max_steps=2, rollout_cache_gib=1e-9)
+    sizes = [len(rows) for rows in processed]
+    assert sizes == [2, *[1] * 4, 4, *[1] * 4, 4], "one at a time, and all of them to learn from"
+
+
 def test_an_error_of_the_next_prompts_is_its_own_steps(tmp_path, monkeypatch):
     steps = []
 

@@ -59,6 +59,7 @@ class LocalWriter(Writer):
         self.is_told = False
         self.compiled: CompiledLayers | None = None
         self.made: PromptTensors | None = None  # of the next call's first prompts, or the last's
+        self.most_rows: int | None = None  # that the cache held first in the last call; None: all
         self.fast: FastPrefill | None = None
         self.warm: set[tuple[int, ...]] = set()
         self.compile_seconds = self.record_seconds = 0.0  # of all calls
@@ -79,7 +80,7 @@ class LocalWriter(Writer):
         if not prompts or self.refusal is not None or not self.bytes_per_token:
             return
         rows = _rows_of(prompts)
-        _, examples, _ = next(_parts(rows[: self._rows_at_a_time(rows)]))
+        _, examples, _ = next(_parts(rows[: self.most_rows]))
         try:
             self._make(examples)
         except Exception:  # the step that is computed does not end with it: its call has it again
@@ -171,7 +172,10 @@ class LocalWriter(Writer):
                 self._try(base, [row.example for row in rows])
             while len(written) < len(rows):
                 waiting = rows[len(written) :]
-                written += self._write(base, waiting[: self._rows_at_a_time(waiting)], sampling)
+                number = self._rows_at_a_time(waiting)
+                if not written:
+                    self.most_rows = number if number < len(rows) else None
+                written += self._write(base, waiting[:number], sampling)
         return written
 
     def _try(self, base: Any, examples: Sequence[Example]) -> None:
