@@ -175,7 +175,11 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> tuple[Any, Watch]:
     }
     if case.implementation == "vllm":
         options |= {"use_vllm": True, "vllm_mode": "colocate"}
+        # it tries the longest video too
+        processor.video_processor.size = {"shortest_edge": 2 * 64**2, "longest_edge": 2 * 448**2}
+        processor.video_processor.patch_size = processor.image_processor.patch_size
         options["vllm_enable_sleep_mode"] = torch.cuda.is_available()
+        options["use_cpu"] = not torch.cuda.is_available()
     common = {"model": student, "teacher_model": teacher, "processing_class": processor}
     if case.training == "lora":
         from peft import LoraConfig
