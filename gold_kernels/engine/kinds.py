@@ -6,6 +6,7 @@ Unchecked they end in an error of torch or Python that names neither function no
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Of numbers that logits are multiplied with, divided by or cut at: beyond, float32 makes 0 or inf
@@ -22,6 +23,12 @@ def check_tensors(function: str, **tensors: Any) -> None:
             raise ValueError(
                 f"{function}: {name} must be a tensor, got {got}; pass "
                 f"{'one' if tensor is None else remedy}."
+            )
+        if tensor.layout != torch.strided or tensor.is_nested:
+            got = "a nested one" if tensor.is_nested else str(tensor.layout)
+            raise ValueError(
+                f"{function}: {name} must be a dense tensor, got {got}; gather its rows, or pass "
+                "its to_dense()."
             )
 
 

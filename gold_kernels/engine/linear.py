@@ -175,11 +175,11 @@ class LinearLossFunction(torch.autograd.Function):
             **settings._asdict(),
         )
         if ctx.is_deferred:
-            ctx.save_for_backward(owners, *leaves, *inputs, *tensors)
+            _save(ctx, owners, *leaves, *inputs, *tensors)
         elif is_per_row:
             ctx.num_rows = student_hidden.shape[0]
             is_live = (inputs.weights != 0).any(1)
-            ctx.save_for_backward(owners, inputs.student_index, is_live, *grads)
+            _save(ctx, owners, inputs.student_index, is_live, *grads)
         else:
             ctx.save_for_backward(*grads)
         ctx.dtype = student_hidden.dtype
@@ -201,6 +201,20 @@ class LinearLossFunction(torch.autograd.Function):
         return (*(next(needed) if need else None for need in ctx.needs), *[None] * 5)
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Autograd refuses to save what inference mode has made, a teacher's states for instance."""
+    kept = {}
+    if not torch.compiler.is_compiling():  # which knows no such tensors
+        kept = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.kept = kept
+    ctx.save_for_backward(*(None if i in kept else t for i, t in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    kept = ctx.kept
+    return [kept.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
+
+
 def _num_paired(inputs: _Inputs) -> int:
     """P."""
     if inputs.teacher_hidden is None:
@@ -214,7 +228,7 @@ def _of_rows(grad_loss: Tensor, owners: Tensor | None) -> Tensor:  # (P,) -> (R,
 
 
 def _row_gradients(ctx: Any, grad_loss: Tensor) -> list[Tensor]:  # (P,) -> [(N_s, D_s)] or []
-    owners, student_index, is_live, *grads = ctx.saved_tensors
+    owners, student_index, is_live, *grads = _saved(ctx)
     # where: what comes from above may be anything for a row of weight 0
     factors = torch.where(is_live, _of_rows(grad_loss, owners), 0)
     if student_index is not None:
@@ -224,7 +238,7 @@ def _row_gradients(ctx: Any, grad_loss: Tensor) -> list[Tensor]:  # (P,) -> [(N_
 
 def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     """The pass that forward left out, with weights times what comes from above."""
-    owners, *leaves = ctx.saved_tensors
+    owners, *leaves = _saved(ctx)
     leaves, others = leaves[:3], leaves[3:]
     num_inputs = len(_Inputs._fields)
     inputs, tensors = _Inputs(*others[:num_inputs]), others[num_inputs:]

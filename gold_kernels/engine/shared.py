@@ -116,7 +116,7 @@ def shared_logits_loss(
     checks.check_label_weights(function, options, student_logits)
     sizes = student_logits.shape[1], teacher_logits.shape[1]
     vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
-    checks.check_in_place(function, in_place, student_logits, vocab_size)
+    checks.check_in_place(function, in_place, student_logits, vocab_size, teacher_logits)
     row_weights = row_weights_of(row_weights, student_logits.shape[0], student_logits, options)
     label_weights = label_weights_of(vocab_size, student_logits, options)
     loss, values = run_logits_loss(

@@ -6,7 +6,7 @@ N scored rows of a side (N_s, N_t), G groups, V vocabulary (V_s, V_t). P teacher
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.probabilities import log_probs
+from gold_kernels.engine.probabilities import LOG_ZERO, log_probs
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.uld.reference import merged_log_scale, span_rows
 
@@ -17,11 +17,12 @@ def group_log_likelihoods(
     *,
     temperature: float = 1.0,
 ) -> Tensor:  # (G,)
-    """Sum over all tokens of every group of log p(token | its row)."""
+    """Sum over all tokens of every group of log p(token | its row), floored at LOG_ZERO."""
     base_rows, base_ids, rows, ids, groups = side
     last = log_probs(logits[base_rows], temperature).gather(1, base_ids.unsqueeze(1)).squeeze(1)
     num_groups = base_rows.shape[0]
-    return last + merged_log_scale(logits[rows], ids, groups, num_groups, temperature=temperature)
+    others = merged_log_scale(logits[rows], ids, groups, num_groups, temperature=temperature)
+    return (last + others).clamp_min(LOG_ZERO)
 
 
 def chunk_likelihood(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.probabilities import SMALLEST_REST
+from gold_kernels.engine.probabilities import LOG_ZERO, SMALLEST_REST
 from gold_kernels.uld.torch_rows import token_rows_
 
 
@@ -60,9 +60,11 @@ def end_rows_(
     options: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     token_rows_(logits, None, ids, labels, weights, values[:2], **options)
     log_q = -values[0] if log_scales is None else log_scales - values[0]
+    log_q, log_p = log_q.clamp_min(LOG_ZERO), log_p.clamp_min(LOG_ZERO)
     wide = torch.float32 if log_q.device.type == "mps" else torch.float64
     log_s, log_t = (side.to(wide).clamp_max(0) / group_temperature for side in (log_q, log_p))
     loss, slope = two_outcomes(log_s, log_t, beta)
+    slope = torch.where(log_q > LOG_ZERO, slope, 0)  # a group of a masked token has the floor
     values[2], values[3] = log_q, log_p
     values[0], values[4] = loss.to(values.dtype), (slope / group_temperature).to(values.dtype)
     for place in (0, 2, 3, 4):  # a row of weight 0 may hold anything

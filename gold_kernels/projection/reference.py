@@ -26,7 +26,8 @@ def projected_jsd_rows(
     matrix.scatter_add_(1, columns.clamp_min(0), weights)
     is_reached = matrix.any(0)
     projected = (log_q[:, : columns.shape[0]].exp() @ matrix)[:, is_reached]
-    log_projected = projected.clamp_min(1e-300).log().clamp_min(LOG_ZERO)
+    tiny = torch.finfo(projected.dtype).tiny
+    log_projected = torch.where(projected > tiny, projected.clamp_min(tiny).log(), LOG_ZERO)
     return generalized_jsd_rows(log_projected, log_p[:, :size][:, is_reached], beta)
 
 

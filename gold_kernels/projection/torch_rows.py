@@ -110,13 +110,12 @@ def _merged(
     index = [side.clamp_min(0).unsqueeze(1) for side in spans]
     (log_s, rest), (log_t, _) = map(of_token, (log_q, log_p), index)
     sides = [log_s.squeeze(1), log_t.squeeze(1)]
-    own = sides[0]
     if log_scales is not None:
         sides = [side + scale for side, scale in zip(sides, log_scales, strict=True)]
     wide = torch.float32 if log_q.device.type == "mps" else torch.float64
     log_s, log_t = (side.to(wide).clamp(LOG_ZERO, 0) for side in sides)
     loss, slope = two_outcomes(log_s, log_t, beta)
+    slope = torch.where(log_s > LOG_ZERO, slope, 0)  # a group of a masked token has the floor
     loss, slope = (torch.where(is_span, part, 0).to(log_q.dtype) for part in (loss, slope))
-    moves = torch.where(own > LOG_ZERO, slope, 0)  # a masked token has the floor
     onehot_minus_q = (-log_q.exp()).scatter(1, index[0], rest)
-    return loss, slope, moves.unsqueeze(1) * onehot_minus_q
+    return loss, slope, slope.unsqueeze(1) * onehot_minus_q

@@ -150,9 +150,9 @@ def pair_rows_kernel(
         log_t = tl.minimum(tl.maximum(log_t, LOG2_ZERO * NATS), 0.0).to(tl.float64)
         span_loss, span_slope = two_outcomes(log_s, log_t, betas, MODE)
         loss += tl.where(is_span, span_loss.to(tl.float32), 0.0)
+        is_span &= log_s > LOG2_ZERO * NATS  # the floor of a masked token has no slope
         slope = tl.where(is_span, span_slope.to(tl.float32), 0.0)
-        # a masked token has the floor, and no slope of its own
-        tl.store(row_state + 5, tl.where(log2_s > LOG2_ZERO, slope, 0.0))
+        tl.store(row_state + 5, slope)
         tl.store(row_state + 6, rest)
     tl.store(row_state + 4, tl.sum(pulls, 0))
     out_ptr = values_ptr + row

@@ -20,10 +20,16 @@ def top_k_rows(
 ) -> Tensor:  # (N,)
     """Generalized JSD of k + 1 outcomes: each entry, and any other."""
     is_entry = teacher_ids >= 0
-    entries = log_probs(student_logits, temperature).gather(1, teacher_ids.clamp_min(0))
-    sides = []
-    for side in (entries, teacher_log_probs.to(entries.dtype)):
-        probs = torch.where(is_entry, side.exp(), 0)
-        rest = (1 - probs.sum(1, keepdim=True)).clamp_min(SMALLEST_REST).log()
-        sides.append(torch.cat([torch.where(is_entry, side, LOG_ZERO), rest], 1))
+    log_q = log_probs(student_logits, temperature)
+    entries = torch.where(is_entry, teacher_ids, log_q.shape[1])  # a column more for none
+    is_other = torch.ones_like(torch.nn.functional.pad(log_q, (0, 1))).scatter(1, entries, 0)
+    student = log_q.gather(1, teacher_ids.clamp_min(0))
+    teacher = torch.where(is_entry, teacher_log_probs.to(log_q.dtype), LOG_ZERO)
+    rests = (log_q.exp() * is_other[:, :-1]).sum(1), 1 - teacher.exp().sum(1)
+    sides = [
+        torch.cat(
+            [torch.where(is_entry, side, LOG_ZERO), rest.clamp_min(SMALLEST_REST).log()[:, None]], 1
+        )
+        for side, rest in zip((student, teacher), rests, strict=True)
+    ]
     return generalized_jsd_rows(sides[0], sides[1], beta)

@@ -106,6 +106,7 @@ class TopK(RowLoss):
             torch.cat([log_t, other.log()], 1),
             self.beta,
         )
+        pull[:, -1:].masked_fill_(rest <= SMALLEST_REST, 0)  # the floor has no slope
         loss, pull, t = (part.to(q.dtype) for part in (loss, pull, t))
         total = pull.sum(1, keepdim=True)
         grad = is_other.mul_(pull[:, -1:] / rest).sub_(total).mul_(q)

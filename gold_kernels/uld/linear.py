@@ -375,7 +375,7 @@ def uld_loss(
     sizes = uld_checks.check_vocab_sizes(function, v_student, v_teacher, given.vocab_size)
     uld_checks.check_overlap(function, overlap, *sizes)
     checks.check_label_weights(function, given, student_logits)
-    checks.check_in_place(function, in_place, student_logits, sizes[0])
+    checks.check_in_place(function, in_place, student_logits, sizes[0], teacher_logits)
     num_rows = student_logits.shape[0]
     plan, row_loss = plan_rows(
         row_loss,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gold_kernels.engine.probabilities import SMALLEST_REST, log_probs
+from gold_kernels.engine.probabilities import LOG_ZERO, SMALLEST_REST, log_probs
 from gold_kernels.jsd.reference import head_logits
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
@@ -125,7 +125,9 @@ def scaled_log_probs(
     temperature: float,
 ) -> Tensor:  # (N, V)
     log_prob = log_probs(logits, temperature)
-    return log_prob if log_scale is None else log_prob + log_scale.unsqueeze(-1)
+    if log_scale is None:
+        return log_prob
+    return (log_prob + log_scale.unsqueeze(-1)).clamp_min(LOG_ZERO)
 
 
 def uld_rows(

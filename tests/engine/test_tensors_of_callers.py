@@ -1,0 +1,84 @@
+"""Tensors as callers hold them: made in inference mode, views of one another, sparse or nested."""
+
+import pytest
+import torch
+
+from gold_kernels import (
+    fused_linear_chunk_likelihood,
+    fused_linear_jsd,
+    fused_linear_top_k,
+    fused_linear_uld,
+    jsd_loss,
+    uld_loss,
+)
+from support.uld_cases import uld_case
+
+CASE = uld_case("bayesian")
+HIDDEN, WEIGHT, TEACHER, TEACHER_WEIGHT, _ = (t.float() for t in CASE.tensors)
+ALIGNMENT = CASE.options["alignment"]
+IDS = torch.arange(20).reshape(10, 2)
+
+
+def copied(alignment):
+    fields = alignment._asdict().items()
+    return alignment._replace(**{k: t.clone() for k, t in fields if isinstance(t, torch.Tensor)})
+
+
+def loss_of(name, leaves, teacher, head, alignment, ids, labels):
+    options = {"reduction": "none"}
+    if name == "jsd":
+        pair = torch.cat([teacher, teacher[:2]]), head[:301]
+        return fused_linear_jsd(*leaves, *pair, labels=labels, **options)
+    if name == "top_k":
+        return fused_linear_top_k(*leaves, ids, -3.0 - ids.float(), labels=labels, **options)
+    if name == "uld":
+        return fused_linear_uld(*leaves, teacher, head, alignment=alignment, **options)
+    return fused_linear_chunk_likelihood(*leaves, teacher, head, alignment, **options)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("name", ["jsd", "top_k", "uld", "likelihood"])
+def test_a_teacher_of_inference_mode_is_taken_where_backward_needs_it_again(name, is_trained):
+    """Autograd saves no such tensors."""
+    given = TEACHER, TEACHER_WEIGHT, ALIGNMENT, IDS, torch.arange(10)
+    with torch.inference_mode():
+        of_inference = [copied(t) if t is ALIGNMENT else t.clone() for t in given]
+    grads = []
+    for tensors in (given, of_inference):
+        leaves = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_(is_trained)
+        loss_of(name, leaves, *tensors).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves[: 1 + is_trained]])
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("loss", [jsd_loss, uld_loss])
+def test_in_place_is_refused_where_the_gradient_would_overwrite_the_teacher(loss):
+    """Rows of the student are overwritten before the teacher's were read: other numbers."""
+    logits = torch.randn(1001, 60)
+    for own, teacher in ((slice(1, 1001), slice(0, 1000)), (slice(0, 1000), slice(1, 1001))):
+        student = logits.clone().requires_grad_() * 1
+        with pytest.raises(
+            ValueError, match=r"share no memory with teacher_logits.*in_place=False"
+        ):
+            loss(student[own], student.detach()[teacher], in_place=True)
+    for teacher in (slice(0, 500), slice(500, 1000)):  # the very rows, and rows beside them
+        grads = []
+        for in_place in (True, False):
+            leaf = logits.clone().requires_grad_()
+            student = leaf * 1
+            value = loss(student[:500], student.detach()[teacher], in_place=in_place)
+            grads.append(torch.autograd.grad(value, leaf)[0])
+        assert torch.equal(*grads)
+
+
+def test_sparse_and_nested_tensors_are_refused_by_name():
+    heads = [torch.randn(4, 8), torch.randn(20, 8), torch.randn(4, 6), torch.randn(20, 6)]
+    for place, name in enumerate(("student_hidden", "student_weight")):
+        given = [t.to_sparse() if i == place else t for i, t in enumerate(heads)]
+        with pytest.raises(
+            ValueError, match=f"{name} must be a dense tensor, got torch.sparse_coo"
+        ):
+            fused_linear_jsd(*given)
+    nested = torch.nested.nested_tensor([torch.randn(2, 8)] * 2, layout=torch.jagged)
+    with pytest.raises(ValueError, match="student_hidden must be a dense tensor, got"):
+        fused_linear_jsd(nested, *heads[1:])
