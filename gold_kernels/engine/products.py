@@ -16,6 +16,9 @@ from gold_kernels.triton.launch import ROW_ALIGNMENT, aligned_width, empty_rows
 CUT_ON = ("cuda",)
 # Where a GEMM of 16-bit operands has a float32 result; sizes on the meta device are those of a GPU.
 WIDER_ON = ("cuda", "meta")
+# Of an operand that is cast for its product elsewhere: a whole head of 16 bits would be, 2.5 GB in
+# float32 for 151936 x 4096.
+CAST_ENTRIES = 1 << 18
 
 
 def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = False) -> None:
@@ -31,8 +34,24 @@ def matmul_(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool = Fals
             torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
         else:
             torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:  # no other device has a GEMM with a wider output
+    elif max(left.numel(), right.numel()) <= CAST_ENTRIES:
+        # no other device has a GEMM with a wider output
         matmul_(out, left.to(out.dtype), right.to(out.dtype), accumulate=accumulate)
+    else:
+        _matmul_in_halves_(out, left, right, accumulate)
+
+
+def _matmul_in_halves_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+    """matmul_ along halves of the longest dimension, until what has to be cast is small."""
+    (rows, inner), columns = left.shape, right.shape[1]
+    middle = max(rows, inner, columns) // 2
+    for number, half in enumerate((slice(middle), slice(middle, None))):
+        if rows == max(rows, inner, columns):
+            matmul_(out[half], left[half], right, accumulate=accumulate)
+        elif columns >= inner:
+            matmul_(out[:, half], left, right[:, half], accumulate=accumulate)
+        else:
+            matmul_(out, left[:, half], right[half], accumulate=accumulate or number > 0)
 
 
 def cut_of(vocab_size: int, like: Tensor) -> int:

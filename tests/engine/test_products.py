@@ -6,7 +6,7 @@ N rows, V vocabulary, D hidden size.
 import pytest
 import torch
 
-from gold_kernels import fused_linear_jsd, fused_linear_uld
+from gold_kernels import fused_linear_jsd, fused_linear_uld, peak_extra_bytes
 from gold_kernels.engine import products
 from support.error_budget import relative_error
 from support.jsd_cases import random_case, run
@@ -49,3 +49,31 @@ def test_other_vocabularies_and_float32_are_not_cut(monkeypatch):
     assert products.cut_of(7, half) == 7
     assert products.cut_of(50257, single) == 50257
     assert products.cut_of(50257, half) == 50256
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("sizes", [(9000, 64, 30), (30, 9000, 64), (30, 64, 9000)])
+def test_a_product_that_has_to_cast_its_operands_casts_a_small_part_at_a_time(sizes, accumulate):
+    """On a CPU a head of 16 bits was cast whole, which no budget had counted."""
+    rows, inner, columns = sizes
+    left, right = torch.randn(rows, inner).bfloat16(), torch.randn(columns, inner).bfloat16().T
+    out = torch.ones(rows, columns)
+    expected = left.double() @ right.double() + accumulate
+    peak = peak_extra_bytes(lambda: products.matmul_(out, left, right, accumulate=accumulate))
+    assert peak <= 2 * 4 * products.CAST_ENTRIES  # a part of each operand
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [fused_linear_jsd, fused_linear_uld])
+def test_a_loss_of_frozen_16_bit_heads_stays_within_its_budget_on_a_cpu(fused):
+    hidden, head = torch.randn(32, 700).bfloat16().requires_grad_(), torch.randn(5000, 700)
+    heads = head.bfloat16(), torch.randn(32, 600).bfloat16(), torch.randn(5000, 600).bfloat16()
+    budget = 4 << 20
+    assert budget < 4 * heads[0].numel(), "a head in float32 is beyond the budget"
+
+    def step():
+        loss = fused(hidden, *heads, budget_bytes=budget, backend="torch")
+        torch.autograd.grad(loss, hidden)
+
+    blocks = 5 << 19  # of the row function
+    assert peak_extra_bytes(step) <= budget + hidden.nbytes + blocks
