@@ -1,7 +1,5 @@
 """A plan counts what each loss takes, with a cross-entropy beside it and without."""
 
-import json
-
 import pytest
 import torch
 
@@ -84,13 +82,3 @@ def test_a_cache_that_would_make_a_run_fit_says_what_a_token_takes(loss_top_k, n
     room = planner.plan().total // 3  # more than quantised weights spare
     (found,) = [r for r in remedies(planner, room) if r.lines == "teacher_cache: DIR"]
     assert f"runs first, {num_bytes} bytes of disk a scored token" in found.cost
-
-
-def test_a_cached_teacher_is_told_by_its_bytes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    pair = save_pair(tmp_path, "qwen3", count=2)
-    cache = pair.cache(loss_top_k=3)
-    assert json.loads((cache / "cache.json").read_text())["form"] == "top_k"
-    argv = pair.command(loss_top_k=3, teacher_cache=cache)
-    assert main(["plan", *[word for word in argv if "use_cpu" not in word]]) == 0
-    assert ", from its cache, 24 bytes a scored token" in capsys.readouterr().out
