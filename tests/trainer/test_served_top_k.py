@@ -63,12 +63,17 @@ def test_a_run_learns_what_it_does_of_a_teacher_that_is_here(pictures, serve, tm
         assert evaluated[name] == pytest.approx(expected[name], rel=1e-5)
 
 
-def test_the_student_may_write(texts, serve, tmp_path):
+def test_the_student_may_write(texts, serve, tmp_path, caplog):
     options = {"lmbda": 1.0, "max_completion_length": 6, "per_device_train_batch_size": 3}
     live = run_of(texts, tmp_path / "live", **FIELDS, **options)
     with serve(texts, "qwen3") as served:
+        served.entry["root"] = "elsewhere"
         ours = run_of(texts, tmp_path / "run", **with_one_token_more(served), **options)
     assert_same_runs(ours, live)
+    told = [
+        r.getMessage() for r in caplog.records if "was started with elsewhere" in r.getMessage()
+    ]
+    assert len(told) == 1 and "config and tokenizer are read from the latter" in told[0]
 
 
 def test_a_cache_of_a_served_teacher_is_that_of_a_live_one(texts, serve, tmp_path, capsys):

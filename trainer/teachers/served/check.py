@@ -82,18 +82,23 @@ def _readable(server: Server, served: Served, args: GOLDConfig) -> str:
     return served.root
 
 
-def warn_of_another(server: Server, served: Served, name: str) -> None:
-    """name: the checkpoint. Unless the server has it from the same folder, or id of the hub."""
+def warn_of_another(
+    server: Server, served: Served, name: str, parts: str = "norm and head"
+) -> None:
+    """name: the checkpoint, of which parts are read. Unless the server has it from the same folder,
+    or id of the hub.
+    """
     root = served.root
     are_folders = os.path.exists(name) and os.path.exists(root)
     if name == root or (are_folders and os.path.samefile(name, root)):
         return
     logger.warning(
         "GOLDTrainer: the vLLM server at %s was started with %s, and teacher_model_name_or_path is "
-        "%s: norm and head are read from the latter, and layers are not compared.",
+        "%s: %s are read from the latter, and layers are not compared.",
         server.url,
         root,
         name,
+        parts,
     )
 
 

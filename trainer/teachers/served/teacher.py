@@ -78,7 +78,7 @@ class ServedTopK(AbsentTeacher):
     def open(cls, name: str, processor: Processor, args: GOLDConfig) -> "ServedTopK":
         """name: the checkpoint, of which config and tokenizer are read."""
         server, served = find_server(args)
-        warn_of_another(server, served, name)
+        warn_of_another(server, served, name, "config and tokenizer")
         model = loading.empty_model(
             name, args.teacher_model_init_kwargs, args.teacher_model_revision
         )
