@@ -193,7 +193,7 @@ def projected_rows_(
     num_rows, v_student = student_logits.shape
     v_teacher = teacher_logits.shape[1]
     bits = [BITS.value / temperature for temperature in temperatures]
-    sums, _, size = uld_sums(student_logits, teacher_logits, None, *bits)
+    sums, _, size, _ = uld_sums(student_logits, teacher_logits, None, *bits)
     state = sums.new_empty(num_rows, STATE, dtype=values.dtype)
     slices = {"SLICE": size, "NUM_SLICES": sums.shape[2]}
     join_rows_kernel[(num_rows,)](sums, state, v_student, v_teacher, *bits, **slices)

@@ -14,15 +14,45 @@ import triton.language as tl
 NUM_BINS = 5 << 11
 TABLE_WORDS = NUM_BINS + 4  # and a counter
 # The word of a bin is its sign, a float from -1 to 1, unless its entries are to be ordered. Then it
-# is LISTED (2.0) while they are in the list, with a count of keys in its low 22 bits, and WAITING
-# (4.0) before.
-LISTED = tl.constexpr(0x40000000)
-WAITING = tl.constexpr(0x40800000)
+# is WAITING, and LISTED while they are in the list, with a count of keys in its low 22 bits. As
+# floats LISTED is 0, so that a sum of sign times value need not leave it out, and WAITING -1e-45; a
+# sign that is 0 is therefore -0.
+LISTED = tl.constexpr(0)
+NO_SIGN = tl.constexpr(-(1 << 31))
+WAITING = tl.constexpr(NO_SIGN.value + 1)
+_END_LISTED = tl.constexpr(1 << 22)
 _TABLE_ADDRESS = tl.constexpr(
     f"{{ .shared .align 16 .b8 gold_kernels_bins[{4 * TABLE_WORDS}];"
     " mov.u32 $0, gold_kernels_bins; }"
 )
 _STORE = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.%s [$1], $2; } mov.u32 $0, 0;"
+APPEND_BLOCK = 1 << 11  # entries at a time, at least: four for each thread of 16 warps
+_APPEND_ONE = (
+    " setp.ne.s32 p, ${word}, {listed}; @p bra NEXT{number};"
+    " atom.shared.add.u32 place, [${counter}], 1;"
+    " mad.wide.u32 address, place, 4, ${list};"
+    " st.global.b32 [address], ${entry};"
+    " NEXT{number}:"
+)
+_APPEND = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 place; .reg .b64 address;"
+    + "".join(f" mov.u32 ${number}, 0;" for number in range(4))
+    + f" setp.ne.s32 p, $4, {LISTED.value};"
+    + "".join(f" setp.ne.and.s32 p, ${word}, {LISTED.value}, p;" for word in (5, 6, 7))
+    + " @p bra DONE;"
+    + "".join(
+        _APPEND_ONE.format(
+            word=4 + number,
+            entry=8 + number,
+            counter=12 + number,
+            list=16 + number,
+            listed=LISTED.value,
+            number=number,
+        )
+        for number in range(4)
+    )
+    + " DONE: }"
+)
 _STORE_HALF = tl.constexpr(_STORE % "b16")
 _STORE_WORD = tl.constexpr(_STORE % "b32")
 
@@ -104,27 +134,29 @@ def store_table(table, bins, values, IS_SHARED: tl.constexpr):
 
 
 @triton.jit
+def is_ordered(words):
+    """True for the words of bins whose entries have been in a list."""
+    return words.to(tl.uint32, bitcast=True) < _END_LISTED
+
+
+@triton.jit
 def append_listed(counter, list_ptr, words, entries, IS_SHARED: tl.constexpr):
     """Append the entries whose bin is LISTED, and has no keys yet, to a list. The counter holds the
     length of the list.
 
-    One piece of PTX, because every entry of a row passes through it and hardly any is listed.
+    One piece of PTX for the four entries of a thread's line, because every entry of a row passes
+    through it and hardly any is listed. A thread without a whole line would append what is not
+    there: see APPEND_BLOCK.
     """
     is_listed = words == LISTED
     if IS_SHARED:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b32 place; .reg .b64 address; mov.u32 $0, 0;"
-            " setp.lt.s32 p, $1, 0;"
-            " @p bra DONE;"
-            " atom.shared.add.u32 place, [$2], 1;"
-            " mad.wide.u32 address, place, 4, $3;"
-            " st.global.b32 [address], $1;"
-            " DONE: }",
-            "=&r,r,r,l",
-            [tl.where(is_listed, entries, -1), counter, list_ptr.to(tl.int64)],
+            _APPEND,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,l,l,l,l",
+            [words, entries, counter, list_ptr.to(tl.int64)],
             dtype=tl.int32,
             is_pure=False,
-            pack=1,
+            pack=4,
         )
     else:
         counters = counter + tl.zeros_like(words)

@@ -22,13 +22,16 @@ listed and ordered (lists.py).
 import triton
 import triton.language as tl
 
-from gold_kernels.triton.lines import NATS, block_columns, load_logits
+from gold_kernels.triton.lines import NATS, block_columns
 from gold_kernels.uld.bin_table import (
     LISTED,
+    NO_SIGN,
     WAITING,
     add_to_table,
     load_table,
+    scatter,
     store_table,
+    take_from_table,
 )
 
 # Entries below 2**-12 / V share a bin: together below 1/4096 of a side. Peaked rows, as trained
@@ -45,6 +48,7 @@ _HIGH_STEP = tl.constexpr(1 << 16)  # one entry in the high half of a word
 _HALF_BITS = tl.constexpr(16)
 _HALF_MASK = tl.constexpr((1 << 16) - 1)
 _WHOLE = tl.constexpr(1.5 * 2**23)
+_WHOLE_BITS = tl.constexpr(0x4B400000)  # of _WHOLE
 _WHOLE_MASK = tl.constexpr((1 << 22) - 1)
 _SOME_BINS = tl.constexpr((1 << 13) - 1)
 # Entries of the largest bin that is listed: each of them is compared with every other.
@@ -101,6 +105,14 @@ def origin_of(row_max, bits, per_bit, base, gap):
 
 
 @triton.jit
+def load_places(row_ptr, columns, is_column):
+    """Float32 logits, -inf for columns beyond the vocabulary: it falls into the last bin, and its
+    value is 0.
+    """
+    return tl.load(row_ptr + columns, mask=is_column, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
 def _whole_bits(offsets):
     """Offsets rounded to whole numbers, as int32. A float32 of 2**23 and more has no fraction: its
     low bits are the number. A conversion would take four times as long.
@@ -121,7 +133,7 @@ def _offsets_of(logits, origin):
 def bins_of(logits, origin, NUM_BINS: tl.constexpr):
     """Bin of each value, 0 at the top. A NaN gets a bin inside the table too."""
     offsets = tl.minimum(_offsets_of(logits, origin), NUM_BINS - 1.0)
-    return _whole_bits(offsets) & _WHOLE_MASK
+    return _whole_bits(offsets) - _WHOLE_BITS
 
 
 @triton.jit
@@ -164,7 +176,7 @@ def count_side(
     for start in range(0, vocab_size, BLOCK_V):
         columns = block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
-        offsets = _offsets_of(load_logits(row_ptr, columns, is_column), origin)
+        offsets = _offsets_of(load_places(row_ptr, columns, is_column), origin)
         is_counted = offsets <= NUM_BINS - 1.5  # which bins_of rounds to an even number, down
         if HAS_OVERLAP:
             is_counted &= ~matched_entries(matched_ptr, columns, is_column, True)
@@ -189,7 +201,7 @@ def average_sign(before, after):
 @triton.jit
 def counted_sign(words):
     """The sign of a bin; 0 where its entries are listed: order_lists adds their loss."""
-    return tl.where(words >= LISTED, 0.0, words.to(tl.float32, bitcast=True))
+    return words.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -205,8 +217,10 @@ def scan_bins(
     NUM_BINS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     MAX_LISTED: tl.constexpr,
-):  # -> () part of the loss that hangs on bins alone, () entries to list, () D above the last bin
-    """Replace the counts of every bin by its sign, or by WAITING if its entries are to be ordered.
+    LIST_SIZE: tl.constexpr,
+):  # -> () part of the loss that hangs on bins alone, () D above the last bin
+    """Replace the counts of every bin by its sign or, if its entries are to be ordered, by LISTED:
+    by WAITING where they are not among the first LIST_SIZE. The counter has how many there are.
 
     A sign of exactly -1, 0 or 1 means that D keeps its sign in the bin. A sign in between is the
     average over a bin in which D changes its sign. last is D below every value. has_halves: words
@@ -217,7 +231,7 @@ def scan_bins(
     # lost 4e-4 of it, and the heights of all bins together 4e-4 of the loss
     nats = bin_bits * NATS
     width = nats * (1.0 - nats * (1 / 2 - nats * (1 / 6 - nats * (1 / 24 - nats / 120))))
-    carry, num_listed = 0, 0
+    carry = 0
     edges = tl.zeros([SCAN_BINS], dtype=tl.float32)
     for first in range(0, NUM_BINS, SCAN_BINS):
         bins = first + tl.arange(0, SCAN_BINS)
@@ -245,18 +259,19 @@ def scan_bins(
             is_listed = (totals >= 2) & (totals <= MAX_LISTED) & (bins < NUM_BINS - 1)
             is_listed &= d_before * d_after <= count * CROSSING
             is_listed &= tl.minimum(tl.abs(before), tl.abs(after)) < totals
-            sizes = tl.where(is_listed, totals, 0)
-            offsets = num_listed + tl.cumsum(sizes, 0) - sizes
-            tl.store(
-                offsets_ptr + bins, (offsets << SIZE_BITS) | tl.minimum(num_student, SIZE_MASK)
-            )
-            tl.store(befores_ptr + bins, before)
-            num_listed += tl.sum(sizes, 0)
+            # hardly any bin is listed: places in the order in which they come, not a second cumsum
+            counter = tl.zeros_like(bins) + NUM_BINS
+            offsets = take_from_table(table, counter, totals, is_listed, IS_SHARED)
+            packed = (offsets << SIZE_BITS) | tl.minimum(num_student, SIZE_MASK)
+            scatter(offsets_ptr + bins, packed, is_listed, IS_SHARED)
+            scatter(befores_ptr + bins, before, is_listed, IS_SHARED)
             edge = tl.where(is_listed, tl.abs(d_before) * height, edge)
-            new_words = tl.where(is_listed, WAITING, new_words)
+            new_words = tl.where(signs == 0.0, NO_SIGN, new_words)
+            listed_words = tl.where(offsets < LIST_SIZE, LISTED, WAITING)
+            new_words = tl.where(is_listed, listed_words, new_words)
         edges += edge
         store_table(table, bins, new_words, IS_SHARED)
-    return tl.sum(edges, 0), num_listed, carry
+    return tl.sum(edges, 0), carry
 
 
 @triton.jit
@@ -277,6 +292,7 @@ def count_row(
     NUM_BINS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     MAX_LISTED: tl.constexpr,
+    LIST_SIZE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):  # -> () part of the loss that hangs on bins alone, () entries to list
@@ -296,10 +312,16 @@ def count_row(
             HAS_OVERLAP, IS_SHARED, NUM_BINS, BLOCK_V, LINE,
         )  # fmt: skip
         tl.debug_barrier()
-        edges, num_listed, found = scan_bins(
+        edges, found = scan_bins(
             table, offsets_ptr, befores_ptr, grid, vocab_sizes[0] - vocab_sizes[1], has_halves,
-            HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS, MAX_LISTED,
+            HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS, MAX_LISTED, LIST_SIZE,
         )  # fmt: skip
         # an overflow shows: what the scan found is not what was counted
         is_counted, has_halves = found == counted, False
+    if HAS_LISTS:
+        tl.debug_barrier()
+        num_listed = load_table(table, NUM_BINS, IS_SHARED)
+        tl.debug_barrier()
+        store_table(table, NUM_BINS, 0, IS_SHARED)  # from here on the length of the list
+    tl.debug_barrier()
     return edges, num_listed

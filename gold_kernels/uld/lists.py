@@ -14,9 +14,10 @@ entries are in fixed point, so that their result does not.
 import triton
 import triton.language as tl
 
-from gold_kernels.triton.lines import LOWEST_LOGIT, NATS, block_columns, load_logits
+from gold_kernels.triton.lines import NATS, block_columns
 from gold_kernels.uld.bin_table import (
     LISTED,
+    NO_SIGN,
     NUM_BINS,
     WAITING,
     append_listed,
@@ -32,6 +33,7 @@ from gold_kernels.uld.bins import (
     average_sign,
     bins_of,
     counted_sign,
+    load_places,
     matched_entries,
 )
 
@@ -90,8 +92,9 @@ def open_window(
     for first in range(0, NUM_BINS, SCAN_BINS):
         bins = first + tl.arange(0, SCAN_BINS)
         words = load_table(table, bins, IS_SHARED)
-        offsets = tl.load(offsets_ptr + bins) >> SIZE_BITS
-        is_next = (words == WAITING) & (offsets < base + LIST_SIZE)
+        is_waiting = words == WAITING
+        offsets = tl.load(offsets_ptr + bins, mask=is_waiting, other=0) >> SIZE_BITS
+        is_next = is_waiting & (offsets < base + LIST_SIZE)
         store_table(table, bins, tl.where(is_next, LISTED, words), IS_SHARED)
 
 
@@ -119,11 +122,11 @@ def sum_signed(
     for start in range(0, vocab_size, BLOCK_V):
         columns = block_columns(start, BLOCK_V, LINE)
         is_column = columns < vocab_size
-        logits = load_logits(row_ptr, columns, is_column)
+        logits = load_places(row_ptr, columns, is_column)
         words = load_table(table, bins_of(logits, origin, NUM_BINS), IS_SHARED)
         if HAS_OVERLAP:
             is_matched = matched_entries(matched_ptr, columns, is_column, True)
-            words = tl.where(is_matched, 0, words)
+            words = tl.where(is_matched, NO_SIGN, words)
         values = tl.exp2((logits - row_max) * bits + shift)
         signed += tl.sum(counted_sign(words) * values, axis=1)
         if HAS_LISTS:
@@ -154,7 +157,7 @@ def place_entries(
         is_teacher, columns = (entries & 1) != 0, entries >> 1
         student = tl.load(student_row + columns, mask=is_entry & (is_teacher == 0), other=0.0)
         teacher = tl.load(teacher_row + columns, mask=is_entry & is_teacher, other=0.0)
-        logits = tl.maximum(tl.where(is_teacher, teacher, student).to(tl.float32), LOWEST_LOGIT)
+        logits = tl.where(is_teacher, teacher, student).to(tl.float32)
         scale = tl.where(is_teacher, teacher_origin[0], student_origin[0])
         whole = tl.where(is_teacher, teacher_origin[1], student_origin[1])
         part = tl.where(is_teacher, teacher_origin[2], student_origin[2])

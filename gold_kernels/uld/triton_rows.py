@@ -33,10 +33,10 @@ from torch import Tensor
 from gold_kernels.jsd.triton_rows import FORWARD_KL, JSD, REVERSE_KL
 from gold_kernels.triton.launch import row_block
 from gold_kernels.triton.lines import BITS, NATS
-from gold_kernels.uld.bin_table import NUM_BINS, TABLE_WORDS, shared_table
+from gold_kernels.uld.bin_table import APPEND_BLOCK, NUM_BINS, TABLE_WORDS, shared_table
 from gold_kernels.uld.bins import MAX_LISTED, count_row
 from gold_kernels.uld.entries import sum_pairs
-from gold_kernels.uld.lists import list_words, open_window, parts_of_lists
+from gold_kernels.uld.lists import list_words, parts_of_lists
 from gold_kernels.uld.row_memory import working_memory
 from gold_kernels.uld.row_parts import (
     entries_of_row,
@@ -66,6 +66,7 @@ def uld_rows_kernel(
     student_ids_ptr,  # (K,) int32 matched entries, read if HAS_OVERLAP
     partners_ptr,  # (C, K) logits of their partners, see triton_sums.py
     sums_ptr,  # (C, 2, S, 3) float64, log-sum-exps in slices, see triton_sums.py
+    next_ptr,  # () int32, 0: rows taken beyond the first one of each program
     student_matched_ptr,  # (V_s,) bool, is matched
     teacher_matched_ptr,  # (V_t,) bool
     student_spans_ptr,  # (C,) int64 entry or -1, read if HAS_SPANS
@@ -117,7 +118,10 @@ def uld_rows_kernel(
     table = shared_table() if IS_SHARED else table_ptr + program * TABLE_WORDS
     counter = table + (4 * NUM_BINS if IS_SHARED else NUM_BINS)
     lists = parts_of_lists(lists_ptr + program * LIST_WORDS, NUM_BINS, LIST_SIZE + MAX_LISTED)
-    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+    row = tl.program_id(0)
+    while row < num_rows:
+        # who is done takes the next row: some have a hundred times as many entries to order
+        next_row = tl.num_programs(0) + tl.atomic_add(next_ptr, 1, sem="relaxed")
         row_offset = tl.cast(row, tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
         student_row = student_ptr + row_offset * student_row_stride
         teacher_row = teacher_ptr + row_offset * teacher_row_stride
@@ -137,12 +141,8 @@ def uld_rows_kernel(
         edges, num_listed = count_row(
             student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, lists[0],
             lists[1], nums, origins, grid, HAS_OVERLAP, HAS_LISTS, IS_SHARED, NUM_BINS, SCAN_BINS,
-            MAX_LISTED, BLOCK_V, LINE,
+            MAX_LISTED, LIST_SIZE, BLOCK_V, LINE,
         )  # fmt: skip
-        if HAS_LISTS and num_listed > 0:
-            tl.debug_barrier()
-            open_window(table, lists[0], 0, IS_SHARED, NUM_BINS, SCAN_BINS, LIST_SIZE)
-        tl.debug_barrier()
         own_signs = signs_ptr + (row_offset if ARE_SIGNS_GRAD else program) * signs_row_stride
         unmatched = sum_unmatched(
             student_row, teacher_row, student_matched_ptr, teacher_matched_ptr, table, counter,
@@ -174,6 +174,7 @@ def uld_rows_kernel(
                 HAS_LABELS, HAS_OVERLAP, HAS_SPANS, HAS_SOFTCAP, HAS_LISTS, IS_SHARED, NUM_BINS,
                 BLOCK_V, LINE,
             )  # fmt: skip
+        row = next_row
 
 
 def uld_rows_(
@@ -204,6 +205,8 @@ def uld_rows_(
     block_v, line, num_warps = row_block(
         vocab_sizes[0], student_logits.dtype, 4096 if memory.has_lists else 8192
     )
+    if memory.is_shared:
+        block_v = max(block_v, APPEND_BLOCK)
     # so many registers a thread that two programs of 16 warps fit a multiprocessor
     limits = {"maxnreg": 64} if memory.is_shared else {}
     bits = [BITS.value / temperature for temperature in temperatures]
@@ -220,7 +223,7 @@ def uld_rows_(
     spans_or_any = (nothing, nothing) if spans is None else spans
     uld_rows_kernel[(memory.num_programs,)](
         student_logits, teacher_logits, grad, weights, *scales, labels_or_any, student_ids,
-        partners, sums.sums, *is_matched, *spans_or_any, values, memory.table,
+        partners, sums.sums, sums.next_row, *is_matched, *spans_or_any, values, memory.table,
         memory.lists, memory.signs, student_logits.stride(0), teacher_logits.stride(0),
         grad.stride(0), partners.stride(0), values.stride(0), memory.signs.stride(0),
         student_logits.shape[0], *vocab_sizes, num_matched, beta, 1.0 - beta, *bits,

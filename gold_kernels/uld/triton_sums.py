@@ -48,7 +48,7 @@ class Slices(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What uld_sums_kernel leaves to a row kernel.
+    """What uld_sums_kernel leaves to the row kernel.
 
     sums has, for student and teacher, and each slice, the largest logit, the sum of exp2(bits *
     (logit - largest)) and the lowest logit.
@@ -57,6 +57,7 @@ class Sums(NamedTuple):
     sums: Tensor  # (C, 2, S, 3) float64
     partners: Tensor | None  # (C, K) their logits
     slice_size: int  # columns
+    next_row: Tensor  # () int32, 0
 
 
 def row_bytes(v_student: int, v_teacher: int, num_matched: int, dtype: torch.dtype) -> int:
@@ -97,6 +98,7 @@ def uld_sums_kernel(
     teacher_ids_ptr,  # (K,) int32, read if HAS_OVERLAP
     sums_ptr,  # (C, 2, S, 3) float64, overwritten as far as there are slices
     partners_ptr,  # (C, K), overwritten if HAS_OVERLAP
+    next_ptr,  # () int32, overwritten with 0: rows that the row kernel's programs have taken
     student_row_stride,
     teacher_row_stride,
     partners_row_stride,
@@ -117,6 +119,8 @@ def uld_sums_kernel(
 ):
     row = (tl.program_id(0) // num_parts).to(tl.int64)  # row * stride passes 2**31
     part = tl.program_id(0) % num_parts
+    if tl.program_id(0) == 0:
+        tl.store(next_ptr, 0)
     teacher_row = teacher_ptr + row * teacher_row_stride
     if part < num_student_slices:
         student_row = student_ptr + row * student_row_stride
@@ -172,6 +176,7 @@ def uld_sums(
     v_teacher = teacher_logits.shape[1]
     slices = Slices.of(v_student, v_teacher, student_logits.dtype)
     sums = student_logits.new_empty(num_rows, 2, slices.most, SLICE_VALUES, dtype=torch.float64)
+    next_row = student_logits.new_empty((), dtype=torch.int32)
     partners, num_matched, pair_block = None, 0, 1 << 16 if is_interpreted() else PAIR_BLOCK
     if teacher_ids is not None:
         num_matched = teacher_ids.shape[0]
@@ -183,6 +188,7 @@ def uld_sums(
         sums if teacher_ids is None else teacher_ids,
         sums,
         sums if partners is None else partners,
+        next_row,
         student_logits.stride(0),
         teacher_logits.stride(0),
         0 if partners is None else partners.stride(0),
@@ -202,4 +208,4 @@ def uld_sums(
         HAS_OVERLAP=teacher_ids is not None,
         num_warps=slices.num_warps,
     )
-    return Sums(sums, partners, slices.size)
+    return Sums(sums, partners, slices.size, next_row)

@@ -146,7 +146,7 @@ def uld_signatures():
         types |= {"labels_ptr": "*i64", "table_ptr": "*i32", "lists_ptr": "*i32"}
         types |= {"signs_ptr": "*bf16"}
         types |= {"student_ids_ptr": "*i32", "partners_ptr": logits}
-        types |= {"sums_ptr": "*fp64"}
+        types |= {"sums_ptr": "*fp64", "next_ptr": "*i32"}
         types |= {"student_matched_ptr": "*i1", "teacher_matched_ptr": "*i1"}
         types |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
         signature = signature_of(kernel, types, (*floats, "softcap"), constexprs)
@@ -160,7 +160,7 @@ def uld_sums_signatures():
         constexprs |= {"HAS_OVERLAP": has_overlap}
         constexprs |= {"BLOCK_V": 4096, "LINE": 4 if logits == "*fp32" else 8}
         types = {name: logits for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {"teacher_ids_ptr": "*i32", "sums_ptr": "*fp64"}
+        types |= {"teacher_ids_ptr": "*i32", "sums_ptr": "*fp64", "next_ptr": "*i32"}
         if not has_overlap:  # which the launcher has none for
             types |= {"teacher_ids_ptr": "*fp64", "partners_ptr": "*fp64"}
         floats = ("student_bits", "teacher_bits")
