@@ -18,7 +18,7 @@ DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # programs of a row kernel on each multiprocessor of a Hopper GPU, 128 and 16 fill tiles of GEMMs.
 ROW_MULTIPLES = (256, 128, 16)
 # More rows of logits at a time gain little: what a product reads of a head is hidden behind it.
-ENOUGH_ROWS = 512
+ENOUGH_ROWS = 1024
 
 
 class Needs(NamedTuple):

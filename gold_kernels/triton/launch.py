@@ -11,6 +11,9 @@ GPU_DEVICES = ("cuda", "xpu")  # ROCm builds call their devices cuda
 # Triton loads 16 bytes at once where it knows that pointers and strides are multiples of 16. Rows
 # of any other stride (V = 50257) are read piecewise and rearranged in shared memory.
 ROW_ALIGNMENT = 16
+# Rows of our own buffers begin 128 bytes apart, for numbers of 16 bits: with 512 rows a JSD of
+# 151664 entries, whose rows did not, took 3.84 ms where 151669 in buffers of 151680 took 3.11.
+ROW_PITCH = 64
 
 
 @functools.cache
@@ -31,7 +34,7 @@ def default_backend(tensor: Tensor) -> str:
 
 def aligned_width(vocab_size: int) -> int:
     """Columns from the start of one row to the next in buffers of our own."""
-    return -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return -(-vocab_size // ROW_PITCH) * ROW_PITCH
 
 
 def empty_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:

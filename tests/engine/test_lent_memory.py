@@ -37,7 +37,7 @@ def test_a_small_budget_makes_as_many_rows_at_a_time_as_products_need(num_rows, 
 def test_the_larger_the_budget_the_less_is_lent():
     assert planned(4096, 64 * MIB) == (512, 4096, ("student", "teacher"))
     assert planned(4096, 256 * MIB) == (512, 4096, ("student", "teacher"))
-    assert planned(4096, 1024 * MIB) == (768, 4096, ())
+    assert planned(4096, 1024 * MIB) == (1024, 4096, ("student",))
     assert planned(4096, 8192 * MIB) == (4096, 4096, ())
 
 
@@ -102,10 +102,10 @@ def test_what_was_lent_is_the_gradient_that_is_returned():
 
 
 def test_more_than_there_is_is_not_lent():
-    memory = LentMemory(torch.empty(16))
+    memory = LentMemory(torch.empty(32))
     assert memory.rows(1, 9, torch.bfloat16).shape == (1, 9)
     with pytest.raises(AssertionError, match="more is lent than there is"):
-        memory.rows(2, 9, torch.bfloat16)
+        memory.rows(4, 9, torch.bfloat16)
 
 
 @pytest.mark.gpu
