@@ -14,9 +14,10 @@ from gold_kernels.engine.products import Projection, cut_of
 from gold_kernels.triton.launch import aligned_width
 
 DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
-# Rows of a chunk are a multiple of one of these where the budget allows it: 256 rows are two
-# programs of a row kernel on each multiprocessor of a Hopper GPU, 128 and 16 fill tiles of GEMMs.
-ROW_MULTIPLES = (256, 128, 16)
+# Rows of a chunk are a multiple of one of these: 256 rows are two programs of a row kernel on each
+# multiprocessor of a Hopper GPU, 16 fill tiles of GEMMs, and of few rows every one counts, since
+# reading the heads takes most of the time.
+ROW_MULTIPLES = ((256, 256), (64, 16), (8, 8))  # at so many rows or more, a multiple of
 # More rows of logits at a time gain little: what a product reads of a head is hidden behind it.
 ENOUGH_ROWS = 1024
 
@@ -181,7 +182,7 @@ def _even_rows(num_rows: int, limit: int) -> int:
     limit = max(1, limit)
     if num_rows <= limit:
         return num_rows
-    multiple = next((m for m in ROW_MULTIPLES if m <= limit), 1)
+    multiple = next((m for least, m in ROW_MULTIPLES if limit >= least), 1)
     limit -= limit % multiple
     even = -(-num_rows // -(-num_rows // limit))
     return -(-even // multiple) * multiple
