@@ -18,6 +18,9 @@ DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # multiprocessor of a Hopper GPU, 16 fill tiles of GEMMs, and of few rows every one counts, since
 # reading the heads takes most of the time.
 ROW_MULTIPLES = ((256, 256), (64, 16), (8, 8))  # at so many rows or more, a multiple of
+# Where a 16-bit gradient may lie over the logits of its row. Not on a CPU: what is behind it in the
+# row is read there (chunking.py). "meta" stands for a GPU in plans.
+PACKED_ON = ("cuda", "meta")
 # More rows of logits at a time gain little: what a product reads of a head is hidden behind it.
 ENOUGH_ROWS = 1024
 
@@ -37,6 +40,7 @@ class Limits(NamedTuple):
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     logits_dtype: torch.dtype | None = None  # None: float32, or float64 for float64 inputs
     row_bytes: int = 0  # that the row function needs beside a row of logits
+    may_pack: bool = False  # the row function may write a gradient over logits of twice its size
 
 
 class ChunkPlan(NamedTuple):
@@ -70,6 +74,16 @@ class _RowBytes(NamedTuple):
 def float_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Dtype of row values, accumulators and, unless asked otherwise, logits."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def is_packed(
+    student: LinearHead, needs: Needs, limits: Limits, projection: Projection | None
+) -> bool:
+    """Gradients of logits, which a frozen head needs a chunk at a time, take no memory."""
+    hidden, logits_dtype = student.hidden, limits.logits_dtype or float_dtype(student.hidden)
+    has_room = hidden.device.type in PACKED_ON and logits_dtype.itemsize == 2 * hidden.itemsize
+    is_frozen = any(needs) and not needs.weight and projection is None
+    return limits.may_pack and has_room and is_frozen and student.slices is None
 
 
 def plan_chunks(
@@ -155,6 +169,8 @@ def _row_bytes(
     grad = panel_dtype.itemsize * v_student if has_grad else 0
     if projection is not None:
         grad += projection.row_bytes(student.weight)
+    if is_packed(student, needs, limits, projection):
+        grad = 0
     # beside a panel: the copy of its hidden states without rows of weight 0
     beside_grad = hidden.dtype.itemsize * hidden.shape[1] if needs.weight else 0
     if needs.weight:

@@ -21,7 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gold_kernels.engine.chunk_plan import ChunkPlan, Limits, Needs, float_dtype, plan_chunks
+from gold_kernels.engine.chunk_plan import (
+    ChunkPlan,
+    Limits,
+    Needs,
+    float_dtype,
+    is_packed,
+    plan_chunks,
+)
 from gold_kernels.engine.exchange import WholeRows
 from gold_kernels.engine.lent import LentMemory, rows_in
 from gold_kernels.engine.linear_head import LinearHead
@@ -97,8 +104,8 @@ def run_chunks(
     if returned is not None and "panel" in plan.lent:  # panels are summed into padded.weight
         returned = torch.empty_like(returned, dtype=weight.dtype)
     lent = None if returned is None else LentMemory(returned[: weight.shape[0]])
-    has_own = exchange is None
-    buffers = _buffers(student, teacher, has_grad, limits, plan, panel_dtype, lent, has_own)
+    has = exchange is None, is_packed(student, needs, limits, projection)
+    buffers = _buffers(student, teacher, has_grad, limits, plan, panel_dtype, lent, *has)
     sums: list[dist.Work] = []
     for first in range(0, num_rows, plan.panel):
         last = min(first + plan.panel, num_rows)
@@ -164,14 +171,18 @@ def _buffers(
     panel_dtype: torch.dtype,
     lent: LentMemory | None,  # until the last panel is done
     has_own: bool,  # logits; else whoever exchanges rows makes them
+    has_packed: bool,  # gradients, over the logits of their rows
 ) -> _Buffers:
     hidden, vocab_size = student.hidden, student.weight.shape[0]
     logits_dtype = limits.logits_dtype or float_dtype(hidden)
     panel = student_rows = teacher_rows = None
-    if has_grad:
+    if has_packed:
+        rows = rows_in(None, hidden, plan.chunk, aligned_width(vocab_size), logits_dtype)
+        student_rows, panel = (memory[:, :vocab_size] for memory in (rows, rows.view(panel_dtype)))
+    elif has_grad:
         memory = lent if "panel" in plan.lent else None
         panel = _empty_panel(hidden, plan.panel, vocab_size, panel_dtype, memory)
-    if has_own and not (has_grad and logits_dtype == panel_dtype):
+    if has_own and student_rows is None and not (has_grad and logits_dtype == panel_dtype):
         memory = lent if "student" in plan.lent else None
         student_rows = rows_in(memory, hidden, plan.chunk, vocab_size, logits_dtype)
     if has_own and teacher is not None and teacher.num_rows:

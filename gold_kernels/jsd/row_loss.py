@@ -55,8 +55,9 @@ class JSD(RowLoss):
         return max(1.0, divergence_bound(self.beta) / per_side(self.temperature)[0])
 
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
-        has_scratch = rows.slices is not None and rows.backend == "torch"
-        return without_scratch(limits) if has_scratch else limits
+        if rows.slices is not None:
+            return without_scratch(limits) if rows.backend == "torch" else limits
+        return limits._replace(may_pack=True)
 
     def start(self, rows: Rows) -> RowFunction:
         jsd_rows_: Callable[..., None]

@@ -202,6 +202,7 @@ def write_gradient(
     HAS_MASKS: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
@@ -212,6 +213,8 @@ def write_gradient(
         columns, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
         )
+        if IS_PACKED:  # what is stored below lies over what was read here and before
+            tl.debug_barrier()
         q, p, ratio, _, pull = jsd_entries(student, teacher, row_sums, bits, betas, MODE, HAS_MASKS)
         if MODE == _REVERSE_KL:
             pull = tl.where(ratio <= LOG_ZERO, rest, pull - floored)
@@ -228,7 +231,7 @@ def write_gradient(
 def jsd_rows_kernel(
     student_ptr,  # (C, V) logits
     teacher_ptr,  # (C, V) logits
-    grad_ptr,  # (C, V) overwritten with the gradient; may be student_ptr
+    grad_ptr,  # (C, V) overwritten with the gradient; may be student_ptr, and IS_PACKED over it
     weights_ptr,  # (C, T) float32: of the loss and, if HAS_LABELS, of the cross-entropy
     labels_ptr,  # (C,) int64, read if HAS_LABELS
     values_ptr,  # (7, C) float32, overwritten with the unweighted values of each row
@@ -249,6 +252,7 @@ def jsd_rows_kernel(
     HAS_MASKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
@@ -279,6 +283,8 @@ def jsd_rows_kernel(
         columns, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
         )
+        if IS_PACKED and IS_ONE_SIDED:
+            tl.debug_barrier()
         q, p, ratio, entry_loss, pull = jsd_entries(
             student, teacher, row_sums, bits, betas, MODE, HAS_MASKS
         )
@@ -311,7 +317,7 @@ def jsd_rows_kernel(
         write_gradient(
             student_ptr, teacher_ptr, grad_ptr, vocab_size, teacher_scale, row_sums, bits, betas,
             pull_sums, soft_scale, row_terms, softcap, MODE, HAS_PAIR, HAS_MASKS, HAS_LABELS,
-            HAS_SOFTCAP, BLOCK_V, LINE,
+            HAS_SOFTCAP, IS_PACKED, BLOCK_V, LINE,
         )  # fmt: skip
 
 
@@ -364,6 +370,8 @@ def jsd_rows_(
         HAS_MASKS=has_masks,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
+        IS_PACKED=grad.data_ptr() == student_logits.data_ptr()
+        and grad.dtype != student_logits.dtype,
         BLOCK_V=block_v,
         LINE=line,
         num_warps=num_warps,

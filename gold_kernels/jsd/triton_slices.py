@@ -136,7 +136,7 @@ def jsd_slice_gradient_kernel(
         student_ptr + row * student_row_stride, teacher_ptr + row * teacher_row_stride,
         grad_ptr + row * grad_row_stride, vocab_size, teacher_scale, row_sums, bits,
         (beta, one_minus_beta), pull_sums, soft_scale, row_terms, softcap, MODE, HAS_PAIR, True,
-        HAS_LABELS, HAS_SOFTCAP, BLOCK_V, LINE,
+        HAS_LABELS, HAS_SOFTCAP, False, BLOCK_V, LINE,
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def jsd_signatures():
             "HAS_MASKS": has_metrics,
             "HAS_SOFTCAP": has_softcap,
             "NEEDS_GRAD": needs_grad,
+            "IS_PACKED": has_softcap,
             "BLOCK_V": 4096,
             "LINE": 4 if logits == "*fp32" else 8,
         }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gold_kernels.engine.chunk_plan import Limits, Needs, plan_chunks
+from gold_kernels.engine.chunk_plan import Limits, Needs, is_packed, plan_chunks
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.logit_form import forward_is
 from gold_kernels.engine.row_loss import ROW_LOSSES, Rows
@@ -281,7 +281,8 @@ def loss_buffers(func: Any, call: dict[str, Any]) -> int:
     total = plan.chunk * limits.row_bytes + own_rows
     total += plan.chunk * logits * sum(v for side, v in sides.items() if side not in plan.lent)
     if any(needs):
-        v_panel = 0 if "panel" in plan.lent else v_student
+        has_room = "panel" in plan.lent or is_packed(student, needs, limits, projection)
+        v_panel = 0 if has_room else v_student
         total += plan.panel * size * (v_panel + student.hidden.shape[1])
     if needs.weight and plan.panel < student.num_rows:
         total += 4 * student.weight.numel()
