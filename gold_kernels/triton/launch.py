@@ -21,6 +21,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def is_interpreted() -> bool:
     """True where TRITON_INTERPRET=1 makes triton.jit run on CPU tensors. Triton reads the variable
     once, when it is imported.
@@ -30,6 +31,11 @@ def is_interpreted() -> bool:
 
 def default_backend(tensor: Tensor) -> str:
     return "triton" if tensor.device.type in GPU_DEVICES and has_triton() else "torch"
+
+
+def num_blocks(size: int, block: int) -> int:
+    """Blocks that size numbers fill. triton.cdiv takes the host 10 us."""
+    return -(-size // block)
 
 
 def aligned_width(vocab_size: int) -> int:

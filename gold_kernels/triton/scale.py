@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.triton.launch import is_interpreted
+from gold_kernels.triton.launch import is_interpreted, num_blocks
 
 MOST_PROGRAMS = 1 << 12  # each takes many blocks: a program that finds nothing to do costs time too
 
@@ -35,7 +35,7 @@ def _scale(out: Tensor, tensor: Tensor, scale: Tensor) -> None:
     """Launch scale_kernel on tensors that are blocks of memory."""
     size, block = tensor.numel(), 1 << 16 if is_interpreted() else 4096
     if size:
-        grid = (min(triton.cdiv(size, block), MOST_PROGRAMS),)
+        grid = (min(num_blocks(size, block), MOST_PROGRAMS),)
         is_in_place = out is tensor
         scale_kernel[grid](
             out, tensor, scale, size, IS_IN_PLACE=is_in_place, BLOCK=block, num_warps=8

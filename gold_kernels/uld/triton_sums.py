@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.triton.launch import aligned_width, empty_rows, is_interpreted, row_block
+from gold_kernels.triton.launch import (
+    aligned_width,
+    empty_rows,
+    is_interpreted,
+    num_blocks,
+    row_block,
+)
 from gold_kernels.triton.lines import LOWEST_LOGIT, row_sum
 
 SLICE_BLOCKS = 4  # blocks in a slice, which one program sums
@@ -39,12 +45,12 @@ class Slices(NamedTuple):
     def of(cls, v_student: int, v_teacher: int, dtype: torch.dtype) -> "Slices":
         block_v, line, num_warps = row_block(max(v_student, v_teacher), dtype)
         size = SLICE_BLOCKS * block_v
-        counts = (triton.cdiv(v_student, size), triton.cdiv(v_teacher, size))
+        counts = (num_blocks(v_student, size), num_blocks(v_teacher, size))
         return cls(size, *counts, block_v, line, num_warps)
 
     @property
     def most(self) -> int:  # S
-        return triton.next_power_of_2(max(self.student, self.teacher))
+        return 1 << (max(self.student, self.teacher) - 1).bit_length()
 
 
 class Sums(NamedTuple):
@@ -181,7 +187,7 @@ def uld_sums(
     if teacher_ids is not None:
         num_matched = teacher_ids.shape[0]
         partners = empty_rows(teacher_logits, num_rows, num_matched, teacher_logits.dtype)
-    num_parts = slices.student + slices.teacher + triton.cdiv(num_matched, pair_block)
+    num_parts = slices.student + slices.teacher + num_blocks(num_matched, pair_block)
     uld_sums_kernel[(num_rows * num_parts,)](
         student_logits,
         teacher_logits,
