@@ -9,7 +9,7 @@ the same bytes. The later tokens of a group are scalar rows, as in the hybrid lo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from gold_kernels.engine import checks
 from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
+from gold_kernels.engine.torch_rows import SCRATCH_PART
 from gold_kernels.jsd.row_loss import divergence_bound
 from gold_kernels.projection import torch_rows
 from gold_kernels.tokens.projection import Folds
@@ -30,13 +31,13 @@ VALUE_NAMES = (
 SLOPE = VALUE_NAMES.index("slope")
 
 
-def row_functions(backend: str) -> tuple[Callable, Callable]:
-    """projected_rows_, and how many bytes a row it takes."""
+def row_functions(backend: str) -> Any:
+    """The module with projected_rows_, and with how many bytes it takes: a row, and altogether."""
     if backend == "triton":
         from gold_kernels.projection import triton_rows  # triton may be missing
 
-        return triton_rows.projected_rows_, triton_rows.row_bytes
-    return torch_rows.projected_rows_, torch_rows.row_bytes
+        return triton_rows
+    return torch_rows
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ class ProjectedJSD(RowLoss):
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
         logits_dtype = limits.logits_dtype or rows.values.dtype
         assert self.folds is not None, "a call has its projection"
-        folds = Folds.from_tensors(self.folds)
-        own_bytes = row_functions(rows.backend)[1](v_student, v_teacher, folds, logits_dtype)
-        return limits._replace(row_bytes=own_bytes)
+        folds, functions = Folds.from_tensors(self.folds), row_functions(rows.backend)
+        scratch = functions.rows_at_a_time(folds, limits.budget_bytes // SCRATCH_PART)[1]
+        return limits._replace(
+            budget_bytes=max(1, limits.budget_bytes - scratch),
+            row_bytes=functions.row_bytes(v_student, v_teacher, logits_dtype),
+        )
 
     def start(self, rows: Rows) -> RowFunction:
         scalars = self.student_scalars, self.teacher_scalars
@@ -85,7 +89,7 @@ class ProjectedJSD(RowLoss):
 
     def _first_rows(self, rows: Rows, scales: list[Tensor] | None) -> Callable[..., None]:
         """Of the rows that predict the first token of a group."""
-        projected_rows_ = row_functions(rows.backend)[0]
+        projected_rows_ = row_functions(rows.backend).projected_rows_
         assert self.folds is not None, "a call has its projection"
         folds = Folds.from_tensors(self.folds)
 
@@ -105,6 +109,7 @@ class ProjectedJSD(RowLoss):
                 beta=self.beta,
                 temperatures=self.temperature,
                 softcap=rows.softcap,
+                scratch_bytes=rows.limits.budget_bytes // SCRATCH_PART,
             )
 
         return row_function

@@ -16,9 +16,14 @@ from gold_kernels.uld.torch_rows import cross_entropy, matched_jsd, of_token
 BLOCK_ELEMENTS = 1 << 15  # temporaries are about twenty times this many float32 values
 
 
-def row_bytes(v_student: int, v_teacher: int, folds: Folds, dtype: torch.dtype) -> int:
+def row_bytes(v_student: int, v_teacher: int, dtype: torch.dtype) -> int:
     """Memory that grows with the rows of a chunk: none, temporaries have BLOCK_ELEMENTS."""
     return 0
+
+
+def rows_at_a_time(folds: Folds, scratch_bytes: int) -> tuple[int, int]:
+    """As the kernels have: here as many as there are, and nothing for them."""
+    return 1, 0
 
 
 def fold_rows(probs: Tensor, folds: Folds) -> Tensor:  # (c, V_s) -> (c, F)
@@ -47,6 +52,7 @@ def projected_rows_(
     beta: float,
     temperatures: tuple[float, float],  # student, teacher
     softcap: float | None,
+    scratch_bytes: int = 0,  # of the kernels
 ) -> None:
     """Loss and gradient of every row of a chunk, a few rows at a time."""
     size = max(student_logits.shape[1], teacher_logits.shape[1])

@@ -104,6 +104,25 @@ def test_the_chunk_size_does_not_change_anything(chunk_size, device, backend):
         torch.testing.assert_close(ours, truth, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 2, 4, 16])
+def test_rows_that_share_memory_do_not_change_anything(at_a_time, monkeypatch):
+    triton_rows = pytest.importorskip("gold_kernels.projection.triton_rows")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole = fused("bayesian", torch.float32, device, backend="triton")
+    monkeypatch.setattr(triton_rows, "ROWS", at_a_time)
+    parts = fused("bayesian", torch.float32, device, backend="triton")
+    for ours, truth in zip(parts, whole, strict=True):
+        assert torch.equal(ours, truth)
+
+
+def test_memory_that_rows_share_is_a_part_of_the_budget():
+    triton_rows = pytest.importorskip("gold_kernels.projection.triton_rows")
+    one, own = triton_rows.rows_at_a_time(PROJECTION.folds, 0)
+    assert one == 1 and own >= 4 * (300 + PROJECTION.folds.num_folds)
+    assert triton_rows.rows_at_a_time(PROJECTION.folds, 4 * own + 1) == (4, 4 * own)
+    assert triton_rows.rows_at_a_time(PROJECTION.folds, 1 << 30)[0] == triton_rows.ROWS
+
+
 def identity(v):
     return VocabProjection.from_entries(torch.arange(v).unsqueeze(1), torch.ones(v, 1), v)
 

@@ -19,6 +19,7 @@ from gold_kernels.jsd import triton_slices as jsd_slices
 from gold_kernels.losses import LOSSES, FormulaLoss
 from gold_kernels.projection import triton_folds as folds
 from gold_kernels.projection import triton_rows as projected_rows
+from gold_kernels.tokens.projection import FOLD_WIDTH
 from gold_kernels.triton import formula_rows, formula_slices, scale, slice_rows
 from gold_kernels.triton.launch import ROW_ALIGNMENT
 from gold_kernels.uld import triton_rows as uld_rows
@@ -194,12 +195,15 @@ def projection_signatures():
     types = {"sums_ptr": "*fp64", "state_ptr": "*fp32"}
     constexprs = {"SLICE": 1 << 14, "NUM_SLICES": 16}
     yield kernel, signature_of(kernel, types, bits, constexprs), constexprs
+    kernel, tile = folds.spread_rows_kernel, {"LANES": folds.LANES, "BLOCK": folds.TILE_COLUMNS}
+    few = {"num_warps": folds.TILE_WARPS}
+    for logits in ("*fp32", "*bf16", "*fp16"):
+        types = {"student_ptr": logits, "probs_ptr": "*fp32", "state_ptr": "*fp32"}
+        yield kernel, signature_of(kernel, types, ("bits",), tile), tile, few
     kernel = folds.fold_rows_kernel
-    for has_logits, given in ((True, "*fp32"), (True, "*bf16"), (False, "*fp32")):
-        types = {"in_ptr": given, "out_ptr": "*fp32", "ids_ptr": "*i32"}
-        types |= {"weights_ptr": "*fp32", "state_ptr": "*fp32"}
-        constexprs = {"HAS_LOGITS": has_logits, "WIDTH": 4, "ROWS": 4, "BLOCK": 256}
-        yield kernel, signature_of(kernel, types, ("bits",), constexprs), constexprs
+    types = {"in_ptr": "*fp32", "out_ptr": "*fp32", "ids_ptr": "*i32", "weights_ptr": "*fp32"}
+    constexprs = {"WIDTH": FOLD_WIDTH, **tile}
+    yield kernel, signature_of(kernel, types, (), constexprs), constexprs, few
     integers = {"teacher_ids_ptr": "*i32", "places_ptr": "*i32", "row_places_ptr": "*i32"}
     integers |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
     integers |= {"labels_ptr": "*i64", "spans_ptr": "*i64"}
@@ -210,19 +214,22 @@ def projection_signatures():
     ):
         given = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
         flags = dict.fromkeys(("HAS_SPANS", "HAS_SCALES", "HAS_LABELS"), has_all)
-        sizes = {"PAIR_BLOCK": 2048, "BLOCK_V": 4096, "LINE": 4 if logits == "*fp32" else 8}
-        floats = (*bits, "beta", "one_minus_beta")
-        kernel = projected_rows.pair_rows_kernel
-        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {name: kind for name, kind in (integers | given).items() if name in types}
-        constexprs = {"MODE": mode, **flags, **sizes}
-        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
-        kernel = folds.grad_rows_kernel
-        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {name: kind for name, kind in (integers | given).items() if name in types}
-        constexprs = {"HAS_SPANS": has_all, "HAS_LABELS": has_all, "HAS_SOFTCAP": has_all}
-        constexprs |= {"NUM_PIECES": 4, "ROWS": 4, "BLOCK": 256}
-        yield kernel, signature_of(kernel, types, ("bits", "softcap"), constexprs), constexprs
+        sizes = {"CLOSE_BLOCK": projected_rows.CLOSE_BLOCK, "LANES": folds.LANES}
+        sizes |= {"BLOCK_V": 4096, "LINE": 4 if logits == "*fp32" else 8}
+        floats = (*bits, "beta", "one_minus_beta", "bits", "softcap")
+        for kernel, constexprs, *options in (
+            (projected_rows.pair_rows_kernel, {"MODE": mode, **tile}, few),
+            (projected_rows.close_rows_kernel, {"MODE": mode, **flags, **sizes}),
+            (
+                folds.grad_rows_kernel,
+                {"HAS_SPANS": has_all, "HAS_LABELS": has_all, "HAS_SOFTCAP": has_all}
+                | {"NUM_PIECES": 4, **tile},
+                few,
+            ),
+        ):
+            types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+            types |= {name: kind for name, kind in (integers | given).items() if name in types}
+            yield kernel, signature_of(kernel, types, floats, constexprs), constexprs, *options
 
 
 def scale_signatures():

@@ -272,10 +272,9 @@ def loss_buffers(func: Any, call: dict[str, Any]) -> int:
     if projection is not None:  # logits become their gradient where they are
         row = 4 * v_student + projection.row_bytes(student.weight)
         return plan.panel * row + plan.chunk * limits.row_bytes
-    own_rows = 0
+    own_rows = call["budget_bytes"] - limits.budget_bytes  # working memory of its kernels
     if "triton" not in row_loss.backends:  # temporaries of its rows, which run in torch
-        most = call["budget_bytes"] - limits.budget_bytes
-        own_rows = min(most, plan.chunk * TEMPORARIES * 4 * v_student)
+        own_rows = min(own_rows, plan.chunk * TEMPORARIES * 4 * v_student)
     # what is lent lies in what is returned
     sides = {"student": v_student, "teacher": v_teacher}
     total = plan.chunk * limits.row_bytes + own_rows
