@@ -7,8 +7,8 @@ Modes: "regional" and "off" are values of compile_models, "packed" is regional w
 padding_free=True, "dynamic" is regional with sizes that are not fixed, "trl" is the learning step
 of TRL's stable DistillationTrainer, whose generation is replaced by the rows' ids. --tokens takes
 lengths of answers, or several with commas between them, one a row of a batch. Our loss is first
-compared with full logits in float64 softmax; one that fails has no time. --profile adds kernels by
-their total time and the lines that wait for the device.
+compared with full logits in float64 softmax; one that fails has no time. --profile adds, of each of
+our modes, kernels by their total time, where the device waits, and the lines that wait for it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
 from record import RowLog, environment
+from timeline import describe, kernels_of
 
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.speed import compiling
@@ -68,10 +69,9 @@ class Profiled(StepTimer):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
         if self.is_on and state.global_step == self.num_steps - 1:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self.profile = torch.profiler.profile(activities=activities)
+            name = "CUDA" if torch.cuda.is_available() else "CPU"
+            activity = getattr(torch.profiler.ProfilerActivity, name)
+            self.profile = torch.profiler.profile(activities=[activity])
             self.profile.start()
             self.start = self._now()
 
@@ -86,26 +86,7 @@ class Profiled(StepTimer):
         super().on_step_end(*args, **kwargs)
         if self.profile is not None:
             self.profile.stop()
-            describe(self.profile, self.seconds.pop())
-
-
-def describe(profile: torch.profiler.profile, seconds: float) -> None:
-    """Kernels by their total time, the part of the step in which one runs, and calls that wait."""
-    kernels: dict[str, list[float]] = defaultdict(list)
-    host: dict[str, list[float]] = defaultdict(list)
-    for event in profile.events():
-        is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
-        (kernels if is_kernel else host)[event.name].append(event.time_range.elapsed_us() / 1e3)
-    busy = sum(map(sum, kernels.values())) / 1e3
-    count = sum(map(len, kernels.values()))
-    say(f"  profiled: {seconds:.3f} s, {busy:.3f} s in {count} kernels ({busy / seconds:.0%})")
-    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:40]:
-        say(f"    {sum(times):8.2f} ms {len(times):6d} x {name[:130]}")
-    waits = ("Synchronize", "cudaMemcpyAsync", "cudaMalloc", "cudaLaunchKernel", "cuLaunchKernel")
-    waits += ("aten::item", "aten::nonzero", "aten::_local_scalar_dense")
-    for name, times in host.items():
-        if any(part in name for part in waits):
-            say(f"    host {sum(times):8.2f} ms {len(times):6d} x {name}")
+            describe(kernels_of(self.profile), self.seconds.pop())
 
 
 def fields_of(lengths: list[int], options: argparse.Namespace) -> dict[str, Any]:
@@ -207,7 +188,7 @@ def measure(
             row["loss_error"] = f"{error:.1e}"
             if not error <= limit:  # a NaN too
                 return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
-        timer = Profiled(options.steps + 1, is_on=options.profile and mode == "regional")
+        timer = Profiled(options.steps + 1, is_on=options.profile and mode != "trl")
         trainer.add_callback(timer)
         if has_cuda:
             torch.cuda.empty_cache()
