@@ -146,7 +146,7 @@ class GOLDTrainer(Trainer):
         writers = make_writers(student, self.teacher, self.objective.collators, args, connection)
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
-        self.fast = FastStep(args, student, self.teacher)
+        self.fast = FastStep(args, student, self.teacher, self.callback_handler.callbacks)
         self.inputs = Inputs(self.objective, args, self._prepare_input)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}

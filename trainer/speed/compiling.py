@@ -10,23 +10,24 @@ FSDP, embeddings, positions, pictures, the head with the loss) runs as it always
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 from torch._dynamo import callback as compiler_events
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gold_kernels.engine.logit_form import forward_is
 from gold_trainer import models, sharding
 from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.replacing import replaced
 from gold_trainer.speed.segments import (
     OF_SEGMENTS,
@@ -101,8 +102,14 @@ class LayerKind:
 class CompiledStep:
     """Within its context layers are compiled. Rollouts, evaluations and files are outside of it."""
 
-    def __init__(self, args: GOLDConfig, sides: Mapping[str, nn.Module | None]) -> None:
+    def __init__(
+        self,
+        args: GOLDConfig,
+        sides: Mapping[str, nn.Module | None],
+        callbacks: Sequence[TrainerCallback] = (),  # that show the progress
+    ) -> None:
         self.args, self.sides = args, sides
+        self.note = CompileNote(callbacks)
         self.seconds = self.all_seconds = 0.0  # of compiling: since they were told, and in all
 
     @cached_property
@@ -148,6 +155,7 @@ class CompiledStep:
         def start(_: Any) -> None:
             nonlocal started
             started = time.perf_counter()
+            self.note.begin()
 
         def end(_: Any) -> None:
             self.seconds += time.perf_counter() - started
@@ -164,12 +172,10 @@ class CompiledStep:
 
     def _tell(self) -> None:
         """Where a step has compiled something: the first ones, and one with a new kind of batch."""
-        if self.seconds >= 0.1 and self.args.process_index == 0:
-            names = ", ".join(kind.name for kind in self.kinds if kind.is_compiled)
-            Console(highlight=False).print(
-                f"  compiled   {names} in {self.seconds:.1f} s", markup=False, soft_wrap=True
-            )
         self.all_seconds += self.seconds
+        if self.seconds > 0 and self.args.process_index == 0:
+            names = ", ".join(kind.name for kind in self.kinds if kind.is_compiled)
+            self.note.end(names, self.seconds, self.all_seconds)
         self.seconds = 0.0
 
 

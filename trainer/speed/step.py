@@ -1,11 +1,12 @@
 """What surrounds the passes of a micro-batch so that they are fast; a run's rest is outside."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from types import ModuleType
 
 from torch import nn
+from transformers import TrainerCallback
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.compiling import CompiledStep
@@ -17,12 +18,18 @@ from gold_trainer.teachers.teacher import Teacher
 
 
 class FastStep:
-    def __init__(self, args: GOLDConfig, student: nn.Module, teacher: Teacher) -> None:
+    def __init__(
+        self,
+        args: GOLDConfig,
+        student: nn.Module,
+        teacher: Teacher,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
         sides = {"student": student, "teacher": teacher.model}
         if isinstance(teacher, TeachersById):
             sides |= {f"teacher {key!r}": one.model for key, one in teacher.teachers.items()}
         self.sides = sides
-        self.compiled = CompiledStep(args, sides)
+        self.compiled = CompiledStep(args, sides, callbacks)
         self.packing = Packing(args, sides)
 
     @cached_property
