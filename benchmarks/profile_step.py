@@ -8,7 +8,8 @@ padding_free=True, "dynamic" is regional with sizes that are not fixed, "trl" is
 of TRL's stable DistillationTrainer, whose generation is replaced by the rows' ids. --tokens takes
 lengths of answers, or several with commas between them, one a row of a batch. Our loss is first
 compared with full logits in float64 softmax; one that fails has no time. --profile adds, of each of
-our modes, kernels by their total time, where the device waits, and the lines that wait for it.
+our modes, kernels by their total time, where the device waits, where the host is, and the lines
+that wait for the device.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from bench_train_step import BATCH_SIZE, MAX_LOSS_ERRORS, StepTimer, loss_error
 from datasets import Dataset
+from host_samples import HostSamples
 from peft import LoraConfig, get_peft_model
 from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
 from record import RowLog, environment
@@ -54,12 +56,15 @@ def say(text: str) -> None:
 
 
 class Profiled(StepTimer):
-    """Seconds of every step, a profile of the last one, and who waits in the one before it."""
+    """Seconds of every step; of the second one who waits, of the last but one where the host is, of
+    the last one what the device does.
+    """
 
     def __init__(self, num_steps: int, *, is_on: bool) -> None:
         super().__init__()
         self.num_steps, self.is_on, self.profile = num_steps, is_on, None
         self.caught: Any = None
+        self.samples: HostSamples | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)
@@ -68,6 +73,9 @@ class Profiled(StepTimer):
             self.waits = self.caught.__enter__()
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
+        if self.is_on and state.global_step == self.num_steps - 2:
+            self.samples = HostSamples()
+            self.samples.start()
         if self.is_on and state.global_step == self.num_steps - 1:
             name = "CUDA" if torch.cuda.is_available() else "CPU"
             activity = getattr(torch.profiler.ProfilerActivity, name)
@@ -84,6 +92,10 @@ class Profiled(StepTimer):
             for place, count in places.most_common():
                 say(f"    waits {count:4d} x {place[-90:]}")
         super().on_step_end(*args, **kwargs)
+        if self.samples is not None:
+            self.samples.stop()
+            self.samples.describe(self.seconds[-1])
+            self.samples = None
         if self.profile is not None:
             self.profile.stop()
             describe(kernels_of(self.profile), self.seconds.pop())
