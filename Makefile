@@ -73,8 +73,10 @@ coverage: .venv/installed-dev .venv-vllm/installed  ## all tests with a report; 
 		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 bench: .venv/installed-dev  ## small benchmarks, on any machine; records nothing
-	$(BIN)/python -m pytest benchmarks/test_bench_jsd.py \
+	$(BIN)/python -m pytest benchmarks/test_speed_of_jsd.py \
 		--benchmark-only --benchmark-group-by=param:head,param:n
+	$(BIN)/python -m pytest benchmarks/test_speed_of_uld.py \
+		--benchmark-only --benchmark-group-by=param:sizes,param:n
 	$(BIN)/python benchmarks/bench_jsd.py --tiny --only gold_kernels eager
 	$(BIN)/python benchmarks/bench_uld.py --tiny
 

@@ -178,8 +178,15 @@ def _kernel_errors(
 def _fused_errors(
     pair: Pair, logits_dtype: torch.dtype | None, overlap: VocabOverlap | None
 ) -> tuple[float, float, float]:
+    loss = fused_linear_uld(*pair.case, logits_dtype=logits_dtype, **loss_options(overlap))
+    return call_errors(pair, loss, overlap)
+
+
+def call_errors(
+    pair: Pair, loss: Tensor, overlap: VocabOverlap | None = None
+) -> tuple[float, float, float]:
+    """Of a loss that was computed from the pair's inputs, and of its two gradients."""
     case = pair.case
-    loss = fused_linear_uld(*case, logits_dtype=logits_dtype, **loss_options(overlap))
     grad_hidden, grad_weight = torch.autograd.grad(loss, case.leaves())
     exact_rows, exact_grad = oracle(pair.student_logits, pair.teacher_logits, overlap)
     rows = exact_grad.shape[0]

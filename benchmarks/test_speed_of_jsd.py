@@ -1,6 +1,7 @@
-"""Cases of pytest-benchmark for any machine: ours, with the torch backend on a CPU, and eager.
+"""Cases of pytest-benchmark for any machine: ours, with the torch backend on a CPU, and eager
+PyTorch, compiled and not.
 
-    pytest benchmarks/test_bench_jsd.py --benchmark-only --benchmark-group-by=param:head,param:n
+    pytest benchmarks/test_speed_of_jsd.py --benchmark-only --benchmark-group-by=param:head,param:n
 
 Loss and gradients in float32, so that a CPU times the loss and not its emulation of bfloat16.
 Before a case is timed it is checked against the float64 oracle.
@@ -10,7 +11,7 @@ import pytest
 import torch
 from bench_jsd import preparation
 from jsd_pairs import Shape, errors, random_and_near_converged, random_case
-from peers import eager
+from peers import eager, eager_compiled
 
 from gold_kernels.engine.chunk_plan import DEFAULT_BUDGET_BYTES
 
@@ -18,6 +19,7 @@ IMPLEMENTATIONS = {
     "gold_kernels": preparation("gold_kernels", DEFAULT_BUDGET_BYTES),
     "gold_kernels_1_mib": preparation("gold_kernels", 1 << 20),
     "eager": eager,
+    "eager_compiled": eager_compiled,
 }
 MAX_ERROR = 1e-4  # float32; the loss of a random pair and both gradients
 
@@ -25,7 +27,7 @@ MAX_ERROR = 1e-4  # float32; the loss of a random pair and both gradients
 @pytest.mark.parametrize("n", [16, 64])
 @pytest.mark.parametrize("head", ["trainable", "frozen"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_loss_and_gradients(benchmark, name, head, n):
+def test_jsd_and_gradients(benchmark, name, head, n):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     shape = Shape(n, 2048, 64, 128)
