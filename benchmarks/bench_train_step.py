@@ -118,6 +118,15 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> Any:
     return PeerTrainer(args=PeerConfig(**options), train_dataset=Dataset.from_list(data), **common)
 
 
+def hybrid_options(objective: Any, device: torch.device) -> dict[str, Any]:
+    """Of the oracle, where the loss is hybrid ULD."""
+    if objective.overlap is None:
+        return {}
+    names = ("beta", "matched_weight", "unmatched_weight")
+    overlap = objective.overlap.to(device)
+    return {"overlap": overlap, **{name: objective.options[name] for name in names}}
+
+
 @torch.no_grad()
 def loss_error(trainer: GOLDTrainer, num_rows: int = 1) -> float:
     """Relative error of the loss of a few samples against full logits with softmax in float64.
@@ -142,7 +151,10 @@ def loss_error(trainer: GOLDTrainer, num_rows: int = 1) -> float:
     if not trainer.args.use_uld_loss:
         oracle = sum(reference.jsd_rows(s, t).sum() for s, t in parts)
     else:  # one tokenizer: groups are pairs of tokens
-        oracle = sum(reference_uld.uld_loss(s, t, s.new_ones(s.shape[0])) for s, t in parts)
+        options = hybrid_options(trainer.objective, trainer.args.device)
+        oracle = sum(
+            reference_uld.uld_loss(s, t, s.new_ones(s.shape[0]), **options) for s, t in parts
+        )
     oracle = oracle / len(positions)
     model.train()
     return abs(float(fused) - float(oracle)) / float(oracle)

@@ -5,11 +5,11 @@
 The models and rows of bench_train_step.py: Qwen3-VL-8B -> 2B shapes, LoRA, 4 rows with a picture.
 Modes: "regional" and "off" are values of compile_models, "packed" is regional with
 padding_free=True, "dynamic" is regional with sizes that are not fixed, "trl" is the learning step
-of TRL's stable DistillationTrainer, whose generation is replaced by the rows' ids. --tokens takes
-lengths of answers, or several with commas between them, one a row of a batch. Our loss is first
-compared with full logits in float64 softmax; one that fails has no time. --profile adds, of each of
-our modes, kernels by their total time, where the device waits, where the host is, and the lines
-that wait for the device.
+of TRL's stable DistillationTrainer, whose generation is replaced by the rows' ids, or, with ULD, of
+its GOLDTrainer. --tokens takes lengths of answers, or several with commas between them, one a row
+of a batch. Our loss is first compared with full logits in float64 softmax; one that fails has no
+time. --profile adds, of each of our modes, kernels by their total time, where the device waits,
+where the host is, and the lines that wait for the device.
 """
 
 import argparse
@@ -35,6 +35,12 @@ from gold_trainer.speed import compiling
 
 MODES = ("off", "regional", "packed", "dynamic", "trl")
 STEPS, WARM_UP = 6, 2
+HYBRID = {"uld_hybrid_matched_weight": 0.5, "uld_hybrid_unmatched_weight": 0.5}
+LOSSES: dict[str, dict[str, Any]] = {  # fields of both GOLDConfigs
+    "jsd": {},
+    "uld": {"use_uld_loss": True},
+    "hybrid": {"use_uld_loss": True, "uld_use_hybrid_loss": True, **HYBRID},
+}
 FIELDS = (
     *(
         "mode",
@@ -139,13 +145,13 @@ def ours(
             lmbda=0.0,
             max_length=512 + max(lengths),
             train_sampling_strategy=options.sampling,
-            use_uld_loss=options.loss == "uld",
+            **LOSSES[options.loss],
             compile_models="off" if mode == "off" else "regional",
             padding_free=mode == "packed",
         ),
         train_dataset=rows_of(processor, lengths, fields),
         processing_class=processor,
-        teacher_processing_class=processor if options.loss == "uld" else None,
+        teacher_processing_class=processor if LOSSES[options.loss] else None,
     )
 
 
@@ -183,6 +189,31 @@ def stable(
     return trainer
 
 
+def experimental(
+    pair: tuple[Any, Any], processor: Any, lengths: list[int], options: Any, folder: str
+) -> Any:
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+    fields = fields_of(lengths, options)
+    student, teacher = pair
+    processor.save_pretrained(f"{folder}/teacher")  # it is loaded from where the teacher was
+    teacher.config.save_pretrained(f"{folder}/teacher")
+    teacher.config._name_or_path = f"{folder}/teacher"
+    return GOLDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=GOLDConfig(
+            output_dir=folder,
+            **fields,
+            **LOSSES[options.loss],
+            lmbda=0.0,
+            max_length=512 + max(lengths),
+        ),
+        train_dataset=Dataset.from_list(rows_of(processor, lengths, fields)),
+        processing_class=processor,
+    )
+
+
 def measure(
     pair: tuple[Any, Any], processor: Any, lengths: list[int], mode: str, options: Any
 ) -> dict[str, Any]:
@@ -192,11 +223,15 @@ def measure(
     row |= {"micro_batches": options.micro_batches, "checkpointing": options.checkpointing}
     with tempfile.TemporaryDirectory() as folder:
         if mode == "trl":
-            trainer = stable(pair, processor, lengths, options, folder)
+            build = experimental if LOSSES[options.loss] else stable
+            trainer = build(pair, processor, lengths, options, folder)
         else:
             trainer = ours(pair, processor, lengths, mode, options, folder)
             num_rows = 2 if mode == "packed" else 1
-            error, limit = loss_error(trainer, num_rows), MAX_LOSS_ERRORS[options.loss]
+            error, limit = (
+                loss_error(trainer, num_rows),
+                MAX_LOSS_ERRORS["uld" if LOSSES[options.loss] else "jsd"],
+            )
             row["loss_error"] = f"{error:.1e}"
             if not error <= limit:  # a NaN too
                 return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
@@ -226,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", nargs="+", default=["1037"])
     parser.add_argument("--modes", nargs="+", default=["regional", "off"], choices=MODES)
-    parser.add_argument("--loss", default="jsd", choices=("jsd", "uld"))
+    parser.add_argument("--loss", default="jsd", choices=LOSSES)
     parser.add_argument("--checkpointing", default="on", choices=("on", "off"))
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--sampling", default="sequential", help="train_sampling_strategy")
