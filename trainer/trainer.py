@@ -147,7 +147,7 @@ class GOLDTrainer(Trainer):
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
         self.fast = FastStep(args, student, self.teacher, self.callback_handler.callbacks)
-        self.inputs = Inputs(self.objective, args, self._prepare_input)
+        self.inputs = Inputs(self.objective, args, self._prepare_input, self.fast.foresee)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)

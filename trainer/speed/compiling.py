@@ -54,6 +54,7 @@ class LayerKind:
 
     def __init__(self, name: str, layers: list[nn.Module], configs: list[Any]) -> None:
         self.name, self.layers = name, layers
+        self.parts = [part for layer in layers for part in layer.modules() if part is not layer]
         self.configs = configs  # of layers whose attention is one of segments
         self.is_compiled = True
         # torch keeps what it compiles by the code object: one of our own, which no other kind fills
@@ -91,10 +92,10 @@ class LayerKind:
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(attention_is(OF_SEGMENTS, self.configs))
+            for part in self.parts:
+                if part._forward_hooks:
+                    stack.enter_context(_without_recorders(part))
             for layer in self.layers:
-                for module in layer.modules():
-                    if module is not layer and module._forward_hooks:
-                        stack.enter_context(_without_recorders(module))
                 stack.enter_context(forward_is(layer, partial(self.run, layer)))
             yield
 

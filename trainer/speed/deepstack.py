@@ -28,11 +28,11 @@ def add_features(
     """
     if visual_embeds.shape[0] == 0:
         return hidden_states
-    is_visual = visual_pos_masks.to(hidden_states.device)
     features = visual_embeds.to(hidden_states.device, hidden_states.dtype)
-    place = (is_visual.flatten().cumsum(0) - 1).clamp(0, features.shape[0] - 1)
-    spread = features.index_select(0, place).view_as(hidden_states)
-    return torch.where(is_visual[..., None], hidden_states + spread, hidden_states)
+    is_visual = visual_pos_masks.to(hidden_states.device).flatten()
+    places = is_visual.to(torch.uint8).sort(descending=True, stable=True).indices
+    places = places[: features.shape[0]]
+    return hidden_states.flatten(0, 1).index_add(0, places, features).view_as(hidden_states)
 
 
 def classes_with_features(models: Iterable[nn.Module | None]) -> list[type]:

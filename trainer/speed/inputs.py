@@ -46,9 +46,13 @@ class Inputs:
     """Tensors of micro-batches, in their turn or before it."""
 
     def __init__(
-        self, objective: Objective, args: GOLDConfig, finish: Callable[[Tensor], Tensor]
+        self,
+        objective: Objective,
+        args: GOLDConfig,
+        finish: Callable[[Tensor], Tensor],
+        foresee: Callable[[MicroBatch], None],  # what models will ask of it
     ) -> None:
-        self.objective, self.mover = objective, Mover(args, finish)
+        self.objective, self.mover, self.foresee = objective, Mover(args, finish), foresee
         self.made: Made | None = None
         self.passes = TeacherPasses(objective, args, self.mover)
 
@@ -58,7 +62,9 @@ class Inputs:
         if batch is None:
             return
         try:
-            self.made = Made(batch, self.objective.prepare(batch, self.mover.pinned))
+            inputs = self.objective.prepare(batch, self.mover.pinned)
+            self.foresee(inputs)
+            self.made = Made(batch, inputs)
         except Exception as error:  # of a row: the step that is computed does not end with it
             self.made = Made(batch, error)
 

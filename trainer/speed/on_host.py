@@ -10,6 +10,7 @@ B sequences, L positions.
 
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -24,7 +25,11 @@ from gold_trainer.speed.replacing import replaced
 
 FUNCTIONS = "transformers.vision_utils"  # of sizes of pictures alone
 INDEX = "get_rope_index"  # of a model, from ids, masks and sizes of pictures
-HOST = "gold_trainer_on_host"  # attribute of a tensor on a device
+# Attributes of tensors:
+HOST = "gold_trainer_on_host"  # of one on a device, where it is copied from
+GOES_TO = "gold_trainer_goes_to"  # of one on the host, the device on which it is asked for
+POSITIONS = "gold_trainer_positions"  # of ids on the host, what models have made of them
+NUM_ANSWERS = 64  # that are kept: student and teacher ask alike, and sizes of pictures come again
 
 
 class Copied(NamedTuple):
@@ -73,7 +78,10 @@ def with_positions(base: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     known = {name: host_of(tensor) for name, tensor in given.items()}
     if not has_media or any(tensor is None for tensor in known.values()):
         return inputs
-    position_ids, _ = below.get_rope_index(**known)
+    made: dict[int, Tensor] = vars(known["input_ids"]).setdefault(POSITIONS, {})
+    if id(below) not in made:
+        made[id(below)] = below.get_rope_index(**known)[0]
+    position_ids = made[id(below)]
     mask = known.get("attention_mask")
     if mask is not None and bool(mask.all()):  # the model would look, to leave it out
         inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
@@ -101,11 +109,11 @@ def answering(modules: Iterable[ModuleType]) -> Iterator[None]:
 def answered(function: Callable) -> Callable:
     @wraps(function)
     def run(grid_thw: Tensor, *args: Any, **kwargs: Any) -> Any:
-        host = host_of(grid_thw)
-        if host is None or host is grid_thw:
+        device, host = getattr(grid_thw, GOES_TO, grid_thw.device), host_of(grid_thw)
+        if host is None or device.type == "cpu":
             return function(grid_thw, *args, **kwargs)
-        answer = function(host, *args, **kwargs)
-        return tree_map(lambda value: _to(value, grid_thw.device), answer)
+        answer = _answer(function, host, args, kwargs)
+        return tree_map(lambda value: _to(value, device), answer)
 
     return run
 
@@ -138,6 +146,25 @@ def index_answered(function: Callable) -> Callable:
         return tree_map(lambda value: _to(value, devices[0]), answer)
 
     return run
+
+
+_answers: OrderedDict[Any, Any] = OrderedDict()  # the last ones, by function, sizes and numbers
+
+
+def _answer(function: Callable, sizes: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Of sizes and numbers alone; with a config, or tensors that were made before, asked anew."""
+    numbers = {name: value for name, value in kwargs.items() if name != "kwargs"}
+    is_plain = all(isinstance(value, (int, float, str)) for value in (*args, *numbers.values()))
+    if not is_plain or any(isinstance(v, Tensor) for v in (kwargs.get("kwargs") or {}).values()):
+        return function(sizes, *args, **kwargs)
+    name = f"{function.__module__}.{function.__qualname__}"
+    key = (name, str(sizes.tolist()), args, tuple(sorted(numbers.items())))
+    if key not in _answers:
+        _answers[key] = function(sizes, *args, **kwargs)
+    _answers.move_to_end(key)
+    while len(_answers) > NUM_ANSWERS:
+        _answers.popitem(last=False)
+    return _answers[key]
 
 
 def _to(value: Any, device: torch.device) -> Any:

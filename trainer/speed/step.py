@@ -8,10 +8,13 @@ from types import ModuleType
 from torch import nn
 from transformers import TrainerCallback
 
+from gold_trainer import models
+from gold_trainer.batches import MicroBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.compiling import CompiledStep
 from gold_trainer.speed.deepstack import adding, classes_with_features
-from gold_trainer.speed.on_host import answering, modules_with_functions
+from gold_trainer.speed.media import Method, asking_host, methods_of
+from gold_trainer.speed.on_host import answering, modules_with_functions, with_positions
 from gold_trainer.speed.packing import Packing
 from gold_trainer.teachers.by_id import TeachersById
 from gold_trainer.teachers.teacher import Teacher
@@ -40,9 +43,20 @@ class FastStep:
     def classes(self) -> list[type]:
         return classes_with_features(self.sides.values())
 
+    @cached_property
+    def methods(self) -> list[Method]:
+        return methods_of(self.sides.values())
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around forward and backward pass of a micro-batch."""
-        answers, adds = answering(self.modules), adding(self.classes)
-        with self.packing.running(), answers, adds, self.compiled.running():
+        answers, asks = answering(self.modules), asking_host(self.methods)
+        with self.packing.running(), answers, asks, adding(self.classes), self.compiled.running():
             yield
+
+    def foresee(self, inputs: MicroBatch) -> None:
+        """Compute positions of a micro-batch that is on the host, whose turn is still to come."""
+        for side, own in (("student", inputs.student), ("teacher", inputs.teacher)):
+            model = self.sides.get(side)
+            if model is not None and own.tensors:
+                with_positions(models.base_model(model), models.forward_inputs(model, own.tensors))
