@@ -276,9 +276,9 @@ class GOLDTrainer(Trainer):
             self.guard.add(rows, is_bad(teacher_hidden), loss, inputs.bad_weights)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.fast.running():
-            loss = self.guard.loss_to_log(super().training_step(*args, **kwargs))
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with self.fast.running(inputs):
+            loss = self.guard.loss_to_log(super().training_step(model, inputs, *args, **kwargs))
         if self.accelerator.sync_gradients:  # the window's last: the device has work, the host none
             self.inputs.make(self.window_source.look_ahead(self.state))
         return loss
@@ -348,7 +348,7 @@ class GOLDTrainer(Trainer):
         with self.accelerator.autocast():
             inputs = self.rollouts.evaluated(inputs)
         self.skipped.count_evaluated(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), self.fast.evaluating():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         assert isinstance(loss, Tensor), "outputs were not asked for"
         return loss.detach(), None, None

@@ -20,7 +20,7 @@ def by_length(batches: Sequence[WindowBatch], sources: Sequence[str]) -> list[Wi
         for i in own
         for pair in zip(batches[i].examples, batches[i].teacher_examples, strict=True)
     ]
-    pairs.sort(key=lambda pair: _length(pair[0]), reverse=True)
+    pairs.sort(key=lambda pair: length_of(pair[0]), reverse=True)
     result, start = list(batches), 0
     for i in own:
         stop = start + len(batches[i].examples)
@@ -37,5 +37,5 @@ def _is_free(batch: WindowBatch) -> bool:
     return is_whole and not batch.is_blank
 
 
-def _length(example: Example) -> int:
+def length_of(example: Example) -> int:
     return example.prompt_length + len(example.written_ids)

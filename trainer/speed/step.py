@@ -1,7 +1,7 @@
 """What surrounds the passes of a micro-batch so that they are fast; a run's rest is outside."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from types import ModuleType
 
@@ -9,8 +9,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gold_trainer import models
-from gold_trainer.batches import MicroBatch
+from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.attention import AttentionKernels, without_cudnn
 from gold_trainer.speed.compiling import CompiledStep
 from gold_trainer.speed.deepstack import adding, classes_with_features
 from gold_trainer.speed.media import Method, asking_host, methods_of
@@ -34,6 +35,7 @@ class FastStep:
         self.sides = sides
         self.compiled = CompiledStep(args, sides, callbacks)
         self.packing = Packing(args, sides)
+        self.attention = AttentionKernels(args)
 
     @cached_property
     def modules(self) -> list[ModuleType]:
@@ -48,10 +50,25 @@ class FastStep:
         return methods_of(self.sides.values())
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, batch: WindowBatch) -> Iterator[None]:
         """Around forward and backward pass of a micro-batch."""
-        answers, asks = answering(self.modules), asking_host(self.methods)
-        with self.packing.running(), answers, asks, adding(self.classes), self.compiled.running():
+        contexts = (
+            self.packing.running(),
+            self.attention.running(batch),
+            answering(self.modules),
+            asking_host(self.methods),
+            adding(self.classes),
+            self.compiled.running(),
+        )
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around a micro-batch of an evaluation: lengths differ, and come but once."""
+        with without_cudnn():
             yield
 
     def foresee(self, inputs: MicroBatch) -> None:
