@@ -112,7 +112,7 @@ def fields_of(lengths: list[int], options: argparse.Namespace) -> dict[str, Any]
     return {
         "per_device_train_batch_size": BATCH_SIZE,
         "gradient_accumulation_steps": options.micro_batches,
-        "max_steps": options.steps + 1,
+        "max_steps": options.steps + options.profile,
         "gradient_checkpointing": options.checkpointing == "on",
         "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
@@ -235,7 +235,7 @@ def measure(
             row["loss_error"] = f"{error:.1e}"
             if not error <= limit:  # a NaN too
                 return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
-        timer = Profiled(options.steps + 1, is_on=options.profile and mode != "trl")
+        timer = Profiled(options.steps + options.profile, is_on=options.profile and mode != "trl")
         trainer.add_callback(timer)
         if has_cuda:
             torch.cuda.empty_cache()
@@ -257,11 +257,19 @@ def measure(
     }
 
 
+def cases_of(options: argparse.Namespace) -> list[list[str]]:
+    """Mode, tokens, loss and micro-batches of each."""
+    cases = options.cases or [f"{mode}:{n}" for n in options.tokens for mode in options.modes]
+    rest = [options.loss, str(options.micro_batches)]
+    return [[*parts, *rest[len(parts) - 2 :]] for parts in (case.split(":") for case in cases)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", nargs="+", default=["1037"])
     parser.add_argument("--modes", nargs="+", default=["regional", "off"], choices=MODES)
     parser.add_argument("--loss", default="jsd", choices=LOSSES)
+    parser.add_argument("--cases", nargs="+", help="in place of these: MODE:TOKENS[:LOSS[:MICRO]]")
     parser.add_argument("--checkpointing", default="on", choices=("on", "off"))
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--sampling", default="sequential", help="train_sampling_strategy")
@@ -275,12 +283,12 @@ def main() -> None:
     lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
     pair = get_peft_model(student, lora), teacher
     log = RowLog(options.output, FIELDS, appends=True)
-    for tokens in options.tokens:
-        for mode in options.modes:
-            torch._dynamo.reset()
-            lengths = [int(length) for length in tokens.split(",")]
-            log.add(measure(pair, processor, lengths, mode, options))
-            say(f"ROW {log.rows[-1]}")
+    for mode, tokens, options.loss, micro_batches in cases_of(options):
+        options.micro_batches = int(micro_batches)
+        torch._dynamo.reset()
+        lengths = [int(length) for length in tokens.split(",")]
+        log.add(measure(pair, processor, lengths, mode, options))
+        say(f"ROW {log.rows[-1]}")
 
 
 if __name__ == "__main__":

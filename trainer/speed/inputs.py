@@ -1,14 +1,18 @@
-"""The first micro-batch of the next window is made while the device computes this one's.
+"""Micro-batches become tensors while others are computed.
 
-Within a window that happens by itself: a micro-batch is given to the device, which works on it
-while the next one is made. Between two windows the host reads the gradient's norm, and would only
-then begin to read rows and pictures.
+Those of a window are made by a thread, one ahead: what launches kernels has no time for pictures
+where the device is as fast as it is. The first one of the next window is made at the end of this
+one. Between two windows the host reads the gradient's norm, and would only then begin to read rows
+and pictures.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakMethod
 
+import torch
 from torch import Tensor
 
 from gold_trainer.batches import MicroBatch, WindowBatch
@@ -54,28 +58,50 @@ class Inputs:
     ) -> None:
         self.objective, self.mover, self.foresee = objective, Mover(args, finish), foresee
         self.made: Made | None = None
+        self.pending: Future[Made] | None = None  # of the next one of the window
         self.passes = TeacherPasses(objective, args, self.mover)
+        # A processor is for one thread at a time: others may ask it within a step.
+        is_asked = objective.is_teacher_apart or objective.weighting is not None
+        self.has_thread = args.device.type == "cuda" and not is_asked
+
+    @cached_property
+    def thread(self) -> ThreadPoolExecutor:
+        device = self.mover.args.device
+        on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        return ThreadPoolExecutor(1, "gold_trainer inputs", *on_device)
 
     def make(self, batch: WindowBatch | None) -> None:
         """Of a batch whose turn comes next; None: it is not known, or has to be written first."""
-        self.made = None
-        if batch is None:
-            return
+        self.made = None if batch is None else self._made(batch)
+
+    def _made(self, batch: WindowBatch) -> Made:
         try:
             inputs = self.objective.prepare(batch, self.mover.pinned)
             self.foresee(inputs)
-            self.made = Made(batch, inputs)
+            return Made(batch, inputs)
         except Exception as error:  # of a row: the step that is computed does not end with it
-            self.made = Made(batch, error)
+            return Made(batch, error)
 
     def take(self, batch: WindowBatch) -> MicroBatch:
         """On the device."""
         if all(batch is not other for other in self.passes.window):  # of an evaluation
             self.passes.start([batch])
+        if self.pending is not None:
+            self.made, self.pending = self.pending.result(), None
         made, self.made = self.made, None
         # what decides and counts makes new batches of the same examples
-        if made is not None and made.batch.examples is batch.examples:
-            if isinstance(made.inputs, Exception):
-                raise made.inputs
-            return made.inputs.to(self.mover.move)
-        return self.objective.prepare(batch, self.mover)
+        if made is None or made.batch.examples is not batch.examples:
+            made = None
+        elif isinstance(made.inputs, Exception):
+            raise made.inputs
+        inputs = self.objective.prepare(batch, self.mover) if made is None else made.inputs
+        assert isinstance(inputs, MicroBatch), "an error was raised"
+        self._begin(batch)
+        return inputs if made is None else inputs.to(self.mover.move)
+
+    def _begin(self, batch: WindowBatch) -> None:
+        """To make the one behind it in the window."""
+        window = self.passes.window
+        place = next(i for i, other in enumerate(window) if other is batch) + 1
+        if self.has_thread and place < len(window):
+            self.pending = self.thread.submit(self._made, window[place])
