@@ -283,8 +283,8 @@ def main() -> None:
     lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
     pair = get_peft_model(student, lora), teacher
     log = RowLog(options.output, FIELDS, appends=True)
-    for mode, tokens, options.loss, micro_batches in cases_of(options):
-        options.micro_batches = int(micro_batches)
+    for mode, tokens, loss, micro_batches in cases_of(options):
+        options.loss, options.micro_batches = loss, int(micro_batches)
         torch._dynamo.reset()
         lengths = [int(length) for length in tokens.split(",")]
         log.add(measure(pair, processor, lengths, mode, options))
