@@ -109,7 +109,7 @@ class GOLDCollator:
             answer = row.answer or {"role": "assistant", "content": row.completion}
             prompt, pieces = self.renderer.answered(row, answer)
         if not isinstance(row.prompt, str):
-            refuse_lost_turns(row, prompt)
+            refuse_lost_turns(row, prompt, self.renderer.prompt)
             warn_of_unread_keys(row, self.processor.chat_template)
         refuse_videos(self.processor, len(row.videos), row.where)
         has_special = self._adds_special_tokens(row, prompt)

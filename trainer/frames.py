@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from gold_trainer.messages import joined_text
+from gold_trainer.messages import THOUGHT_KEYS, joined_text
 
 # Kinds of texts, named as most templates name their keys.
 CONTENT, THOUGHTS = "content", "reasoning_content"
-# Keys under which data sets and templates keep thoughts. The first that holds something counts.
-THOUGHT_KEYS = (THOUGHTS, "thinking", "reasoning")
 # Thoughts in the text of an answer, which the prompt may have opened, and a prompt that opens them.
 INLINE = re.compile(r"(\s*(?:<think>\s*)?)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 OPENED = re.compile(r"<think>\s*$")

@@ -3,22 +3,28 @@ that it does not read.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from transformers.utils import logging
 
-from gold_trainer.frames import THOUGHT_KEYS
+from gold_trainer.messages import THOUGHT_KEYS
 from gold_trainer.row_errors import TemplateError
 from gold_trainer.rows import Row
 
 logger = logging.get_logger(__name__)
 
-# Keys that say which call a result belongs to, or who speaks: no part of what is said.
-LABELS = ("role", "content", "name", "id", "tool_call_id")
+PROBE = "\ue000"  # of the private use area: no row has it
+TOOLS = ("tool", "ipython", "observation", "function")  # roles whose results may be written as JSON
+USUAL = ("user", "assistant", *TOOLS)
+# Keys that say which call a result belongs to, who speaks, what is learnt: no part of what is said.
+LABELS = ("role", "content", "name", "id", "tool_call_id", "weight")
 
 
-def refuse_lost_turns(row: Row, prompt: str) -> None:
-    """ValueError for a turn of the prompt that is not in what the template made of it.
+def refuse_lost_turns(row: Row, prompt: str, render: Callable[[Row], str]) -> None:
+    """ValueError for a turn of the prompt that is not in what the template made of it. Roles that
+    not every template writes are looked for with a text that stands nowhere else, too.
 
     An assistant's turns may lose their thoughts, and results of tools may be written as JSON.
     """
@@ -27,7 +33,11 @@ def refuse_lost_turns(row: Row, prompt: str) -> None:
         role, content = message["role"], message.get("content")
         texts = [content] if isinstance(content, str) else [p.get("text") for p in content or ()]
         for text in filter(None, texts):
-            if role != "assistant" and _mark_of(text, role) not in prompt:
+            mark = _mark_of(text, role)
+            is_lost = role != "assistant" and mark not in prompt
+            if not is_lost and role not in USUAL and (i, role) != (0, "system"):
+                is_lost = _is_lost(row, i, render)
+            if is_lost:
                 raise TemplateError(
                     f"{row.where}: the chat template leaves out message {i}, of the role {role!r}: "
                     f"{text[:80]!a}; give it a role that the template knows (system, user), or "
@@ -35,9 +45,19 @@ def refuse_lost_turns(row: Row, prompt: str) -> None:
                 )
 
 
+def _is_lost(row: Row, place: int, render: Callable[[Row], str]) -> bool:
+    assert not isinstance(row.prompt, str), "plain text meets no template"
+    message = {**row.prompt[place], "content": PROBE}
+    probed = [*row.prompt[:place], message, *row.prompt[place + 1 :]]
+    try:
+        return PROBE not in render(replace(row, prompt=probed))
+    except ValueError:  # it takes no such text there, so it reads what stands there
+        return False
+
+
 def _mark_of(text: str, role: str) -> str:
     """What has to be in the prompt."""
-    if role in ("tool", "ipython", "observation", "function"):
+    if role in TOOLS:
         return max(re.findall("[A-Za-z0-9]+", text), key=len, default="")
     return text.strip()
 
@@ -50,7 +70,7 @@ def warn_of_unread_keys(row: Row, template: Any) -> None:
     if any(key in source for key in THOUGHT_KEYS):  # the template gets thoughts under its own key
         names -= {*THOUGHT_KEYS}
     names |= {*row.chat_template_kwargs, *(["tools"] if row.tools else [])}
-    keys = sorted(key for key in names if key not in source)
+    keys = sorted(key for key in names if not re.search(rf"\b{re.escape(key)}\b", source))
     if keys:
         logger.warning_once(
             f"the chat template reads nothing of {', '.join(keys)}, keys of rows, messages or "

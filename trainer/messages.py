@@ -4,7 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.utils import logging
+
 from gold_trainer.row_errors import shown
+
+logger = logging.get_logger(__name__)
 
 Message = dict[str, Any]  # role, content, and every other key that its author wrote
 Messages = list[Message]
@@ -18,6 +22,11 @@ OTHER_TYPES = {
     "image_url": "image",
     "video_url": "video",
 }
+# What a part says of thoughts, as other APIs have it, and the key of its text.
+THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # the first that holds something
+PART_KEYS = ("type", "text", "fps", "image", "image_url", "url", "path", "base64", "bytes", "video")
+PART_KEYS += ("video_url", "source", "data")
 # Who speaks in {"from": ..., "value": ...}, as sharegpt's data have it.
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -25,6 +34,8 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
+# The same as a role, in any case; roles of tools and others are the template's business.
+ROLES = {**{r: to for r, to in SHAREGPT_ROLES.items() if to != "tool"}, "tool": "tool"}
 
 
 def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
@@ -52,6 +63,7 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
                 f"row {index}: the keys of a message must be text, got {shown(odd)}; rename it."
             )
     checked = [_with_own_types(_with_calls(message, index)) for message in checked]
+    checked = [_with_thoughts(_with_known_role(message), index) for message in checked]
     for message in checked:
         _check_content(message, index)
     return [_without_none(message, is_table) for message in checked]
@@ -64,6 +76,7 @@ def _from_sharegpt(message: Any, index: int) -> Any:
     if message.get("role") is not None:
         return message  # "from" is a key like any other
     speaker, value = message["from"], message.get("value")
+    speaker = speaker.lower() if speaker.lower() in SHAREGPT_ROLES else speaker
     value = message.get("content") if value is None else value
     others = {k: v for k, v in message.items() if k not in ("from", "value", "role")}
     if speaker == "function_call":
@@ -112,6 +125,47 @@ def _with_own_types(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "content": parts}
 
 
+def _with_known_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """human, gpt, User and the like under the names that templates know."""
+    role = ROLES.get(message["role"].strip().lower())
+    return message if role is None else {**message, "role": role}
+
+
+def _with_thoughts(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """Thoughts that stand in parts of the content under their own key; ValueError for thoughts
+    under several keys that say different things, of which one would be lost.
+    """
+    content = message.get("content")
+    if message["role"] == "assistant" and isinstance(content, list | tuple):
+        thoughts = [_thought_of(part) for part in content]
+        if any(thought is not None for thought in thoughts):
+            rest = [p for p, thought in zip(content, thoughts, strict=True) if thought is None]
+            text = "".join(thought for thought in thoughts if thought)
+            if any(message.get(key) not in (None, "", text) for key in THOUGHT_KEYS):
+                raise ValueError(
+                    f"row {index}: a message must have its thoughts in one place, got parts of its "
+                    f"content and {', '.join(k for k in THOUGHT_KEYS if message.get(k))}; keep one."
+                )
+            message = {**message, "content": rest, THOUGHT_KEYS[0]: text}
+    given = {key: message[key] for key in THOUGHT_KEYS if isinstance(message.get(key), str)}
+    if len({text for text in given.values() if text}) > 1:
+        raise ValueError(
+            f"row {index}: a message must have its thoughts under one key, got "
+            f"{' and '.join(given)}, which differ; keep one of them."
+        )
+    return message
+
+
+def _thought_of(part: Any) -> str | None:
+    """Its text; None for a part of another type."""
+    if not isinstance(part, Mapping) or part.get("type") not in THOUGHT_PARTS:
+        return None
+    text = part.get(THOUGHT_PARTS[part["type"]])
+    if isinstance(text, list | tuple) and all(isinstance(p, Mapping) for p in text):
+        text = "".join(str(p.get("text") or "") for p in text)
+    return text if isinstance(text, str) else None
+
+
 def _check_content(message: Mapping[str, Any], index: int) -> None:
     content = message.get("content")
     others = (v for k, v in message.items() if k not in ("role", "content", "name"))
@@ -132,6 +186,12 @@ def _check_content(message: Mapping[str, Any], index: int) -> None:
                 f"row {index}: a part of a message must be text, or the place of a picture or a "
                 f'video, got {shown(part)}; write {{"type": "text", "text": "..."}} or '
                 '{"type": "image"}; no model here takes sound.'
+            )
+        unread = sorted(str(k) for k, v in part.items() if k not in PART_KEYS and v is not None)
+        if unread:
+            logger.warning_once(
+                f"nothing reads {', '.join(unread)}, keys of parts of messages: what they hold is "
+                "left out"
             )
 
 

@@ -25,7 +25,8 @@ from gold_trainer.row_errors import PictureError, told
 MAX_PIXELS = 8192 * 8192  # 192 MiB once decoded
 MAX_RATIO = 200  # of the sides; what Qwen's processors take
 ORIENTATION = 0x0112  # a tag of EXIF: phones write pictures turned, with a note
-PLACE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")  # of a part or a dict
+# Of a part or a dict; source and data are those of Anthropic's requests.
+PLACE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "source", "data")
 # What base64 of a PNG, JPEG, GIF, WebP, TIFF, BMP and AVIF file starts with; _9j_ in addresses.
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk", "AAAA", "_9j_")
 DRAWINGS = ("EPS", "WMF", "EMF")  # other programs draw them
@@ -116,7 +117,7 @@ class PictureReader:
         if "://" in text:
             raise PictureError(
                 f"{where} must be a file, got the address {text[:80]!a}; nothing is fetched: "
-                "download the files first."
+                "download the files first, and leave file:// out of a path."
             )
         folder = self.folder or Path()
         path = folder / text

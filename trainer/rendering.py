@@ -16,7 +16,6 @@ from gold_trainer.frames import (
     CLOSE,
     CONTENT,
     OPENED,
-    THOUGHT_KEYS,
     THOUGHTS,
     Frame,
     Frames,
@@ -28,7 +27,7 @@ from gold_trainer.frames import (
     with_inline_thoughts,
     without_inline_thoughts,
 )
-from gold_trainer.messages import Messages, continued, joined_text
+from gold_trainer.messages import THOUGHT_KEYS, Messages, continued, joined_text
 from gold_trainer.row_errors import TemplateError, told
 from gold_trainer.rows import Row
 

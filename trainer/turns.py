@@ -19,14 +19,15 @@ class Conversation(NamedTuple):
     is_prefill: bool = False  # the completion goes on where the prompt's last message stops
 
     def learnt(self, train_on: str) -> list[int]:
-        """Where the turns stand that are learnt, each in an example of its own. Behind the last
-        message stands what is yet to be written.
+        """Where the turns stand that are learnt, each in an example of its own: not those whose
+        author gave them the weight 0, as OpenAI's data have it. Behind the last message stands
+        what is yet to be written.
         """
         first = max(self.num_given, 1)  # nobody asked for what an assistant says first
         places = [
             i
             for i, message in enumerate(self.messages)
-            if i >= first and message["role"] == "assistant"
+            if i >= first and message["role"] == "assistant" and message.get("weight") != 0
         ]
         if self.messages[-1]["role"] != "assistant" or not places:
             places.append(len(self.messages))
@@ -53,6 +54,20 @@ def read_conversation(
     columns: Mapping[str, Any], index: int, is_text: bool, is_table: bool
 ) -> Conversation | None:
     """Of messages, or of prompt and completion; None for plain text that stays plain."""
+    conversation = _as_written(columns, index, is_text, is_table)
+    if conversation is None or conversation.messages[-1]["role"] != "assistant":
+        return conversation
+    if conversation.learnt("last") == [len(conversation.messages)]:
+        raise ValueError(
+            f"row {index}: an answer must have a weight of 1, got 0 for all of them, of which "
+            "nothing is learnt; drop the row."
+        )
+    return conversation
+
+
+def _as_written(
+    columns: Mapping[str, Any], index: int, is_text: bool, is_table: bool
+) -> Conversation | None:
     if columns.get("messages") is not None:
         messages = checked_messages(columns["messages"], index, is_table)
         if len(messages) == 1 and messages[0]["role"] == "assistant":
