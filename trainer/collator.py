@@ -22,7 +22,11 @@ from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.frames import CONTENT, Piece
 from gold_trainer.in_context import InContext, end_ids_of_calls
 from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
-from gold_trainer.placeholders import placeholder_names, refuse_placeholders
+from gold_trainer.placeholders import (
+    placeholder_names,
+    refuse_placeholders,
+    refuse_places_elsewhere,
+)
 from gold_trainer.privileged.sides import batch_of
 from gold_trainer.quiet import quiet
 from gold_trainer.rendering import Processor, Renderer
@@ -115,6 +119,7 @@ class GOLDCollator:
         has_special = self._adds_special_tokens(row, prompt)
         length, is_cut = self._prompt_length(row, prompt, has_special)
         refuse_placeholders(row, self.placeholders)
+        refuse_places_elsewhere(row)
         example = Example(
             *(row.index, prompt, length, row.images, None, has_special),
             videos=row.videos,

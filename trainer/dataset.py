@@ -137,7 +137,11 @@ def _columns(rows: Any, index: int) -> Any:
 
 
 def as_rows(
-    dataset: Any, *, has_chat_template: bool = False, skips_bad: bool = False, **options: Any
+    dataset: Any,
+    *,
+    has_chat_template: bool | None = None,  # None: nobody knows
+    skips_bad: bool = False,
+    **options: Any,
 ) -> Any:
     """The dataset read as Rows with these options of RowReader; None stays None."""
     if dataset is None or isinstance(dataset, RowDataset):
@@ -147,6 +151,11 @@ def as_rows(
         rows.check_teacher_ids()
     # columns that do not fit show before weights are read and folders made
     first = rows.first(skips_bad=skips_bad)
+    if not isinstance(first.prompt, str) and has_chat_template is False:
+        raise ValueError(
+            f"{first.where}: a conversation needs a chat template, the student's processor has "
+            "none; set its chat_template, or pass prompt and completion as plain text."
+        )
     if not isinstance(first.prompt, str):
         logger.info(f"rows are {rows.description}")
     elif has_chat_template:

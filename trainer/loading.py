@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -248,6 +249,14 @@ def find_tokenizer(name: str, options: dict[str, Any]) -> Processor | None:
     try:
         return AutoTokenizer.from_pretrained(name, **options) if name else None
     except (OSError, ValueError):
+        return None
+
+
+def find_picture_processor(name: str, options: dict[str, Any]) -> Any:
+    """None for a text model, and for a folder of weights alone."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, **options) if name else None
+    except (ImportError, OSError, ValueError, KeyError):
         return None
 
 

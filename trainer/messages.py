@@ -25,8 +25,10 @@ OTHER_TYPES = {
 # What a part says of thoughts, as other APIs have it, and the key of its text.
 THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # the first that holds something
-PART_KEYS = ("type", "text", "fps", "image", "image_url", "url", "path", "base64", "bytes", "video")
-PART_KEYS += ("video_url", "source", "data")
+PART_KEYS = (
+    *("type", "text", "fps", "image", "image_url", "url", "path", "base64", "bytes", "source"),
+    *("data", "video", "video_url"),
+)
 # Who speaks in {"from": ..., "value": ...}, as sharegpt's data have it.
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.utils import is_peft_available
@@ -175,7 +176,8 @@ def check_trained(student: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             "GOLDTrainer: the student must have parameters that require gradients, got none; load "
-            "its adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+            "its adapter with PeftModel.from_pretrained(..., is_trainable=True), or set "
+            "requires_grad_(True) on what is to be trained."
         )
 
 
@@ -302,6 +304,12 @@ def is_processor(processor: Processor) -> bool:
 def check_processor(
     processor: Processor, is_vlm: bool, side: str = "student", argument: str = "processing_class"
 ) -> None:
+    if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
+        raise ValueError(
+            f"GOLDTrainer: {argument} must be a tokenizer or a processor, got "
+            f"{type(processor).__name__}; pass AutoProcessor.from_pretrained(...), of a text model "
+            "AutoTokenizer.from_pretrained(...)."
+        )
     if is_vlm and not is_processor(processor):
         raise ValueError(
             f"GOLDTrainer: a vision-language {side} needs its processor, got "

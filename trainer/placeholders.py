@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from gold_trainer.placing import PICTURE, VIDEO
 from gold_trainer.rows import Row
 
 # Attributes of processors that name what they look for in a text.
@@ -37,6 +38,22 @@ def refuse_placeholders(row: Row, names: Collection[str]) -> None:
                 f"{found!r} in {where}; write the picture's place as the part "
                 '{"type": "image"}, or remove it from the text.'
             )
+
+
+def refuse_places_elsewhere(row: Row) -> None:
+    """ValueError for <image> and <video> in a turn whose text is no place of a picture's."""
+    given = ((PICTURE, row.images), (VIDEO, row.videos))
+    for message in row.prompt if not isinstance(row.prompt, str) else ():
+        role = message["role"]
+        if role in ("user", "assistant"):  # a place is read there; what an assistant says is text
+            continue
+        texts = list(_strings(message.get("content")))
+        for medium, held in given:
+            if held and any(medium.placeholder in text for text in texts):
+                raise ValueError(
+                    f"{row.where}: {medium.placeholder} must stand in a user's turn, got it in the "
+                    f"{role}'s; write {medium.part} there, or leave it out."
+                )
 
 
 def _texts(row: Row) -> Iterator[tuple[str, str]]:

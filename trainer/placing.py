@@ -62,8 +62,6 @@ def place(
     num_placeholders = 0
     if has_placeholders:
         num_placeholders = sum(_num_placeholders(message, placeholder) for message in messages)
-    if has_placeholders and number:
-        _refuse_elsewhere(messages, index, medium)
     if num_parts and num_placeholders:
         raise ValueError(
             f"row {index}: a {name}'s place must be {medium.part} or {placeholder}, got "
@@ -89,19 +87,6 @@ def place(
     places = [{"type": medium.kind} for _ in range(number)]
     user = {**messages[first], "content": places + _parts(messages[first]["content"])}
     return [*messages[:first], user, *messages[first + 1 :]]
-
-
-def _refuse_elsewhere(messages: Messages, index: int, medium: Medium) -> None:
-    """ValueError for a placeholder in the prompt that is no user's: it would stay as text."""
-    for message in messages:
-        if message["role"] in ("user", "assistant"):  # what an assistant says is text
-            continue
-        texts = (part.get("text") or "" for part in _parts(message["content"]))
-        if any(medium.placeholder in text for text in texts):
-            raise ValueError(
-                f"row {index}: {medium.placeholder} must stand in a user's turn, got it in the "
-                f"{message['role']}'s; write {medium.part} there, or leave it out."
-            )
 
 
 def num_parts_of(messages: Messages, medium: Medium) -> int:

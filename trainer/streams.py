@@ -47,7 +47,7 @@ class RowStream(IterableDataset):
 
 
 def read_rows(
-    dataset: Any, args: GOLDConfig, *, has_chat_template: bool = False, **options: Any
+    dataset: Any, args: GOLDConfig, *, has_chat_template: bool | None = None, **options: Any
 ) -> Any:
     """The dataset, or each dataset of a dict, read as Rows, with a length or without."""
     refuse_tables(dataset)

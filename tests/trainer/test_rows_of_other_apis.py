@@ -135,12 +135,13 @@ def test_a_turn_that_is_left_out_is_refused_although_its_text_stands_elsewhere(t
 
 @pytest.mark.parametrize("role", ["system", "tool"])
 def test_a_placeholder_in_another_turn_than_a_users_is_refused(role):
-    turns = [{"role": role, "content": "An <image> is"}, USER, ANSWER]
-    row = {"messages": turns, "image": tiny_picture(0)}
-    with pytest.raises(ValueError, match=f"row 0: <image> must stand in a .* in the {role}'s; wr"):
-        read(row, is_text=False)
-    read({"messages": turns})  # without pictures it is text
-    said = {"role": "assistant", "content": "<image> is a tag."}
-    row = read(row | {"messages": [USER, said, USER, ANSWER]}, is_text=False)
     processor = tiny_processor("qwen3_vl")
-    GOLDCollator(processor, [processor.tokenizer.eos_token_id], 512).example(row)
+    qwen = GOLDCollator(processor, [processor.tokenizer.eos_token_id], 512)
+    picture = {"image": tiny_picture(0)}
+    turns = [{"role": role, "content": "An <image> is"}, USER, ANSWER]
+    row = read({"messages": turns, **picture}, is_text=False)
+    with pytest.raises(ValueError, match=f"row 0: <image> must stand in a .* in the {role}'s; wr"):
+        qwen.example(row)
+    qwen.example(read({"messages": turns}, is_text=False))  # without pictures it is text
+    said = {"role": "assistant", "content": "<image> is a tag."}
+    qwen.example(read({"messages": [USER, said, USER, ANSWER], **picture}, is_text=False))

@@ -1,9 +1,10 @@
 """What must fit for one tokenizer and one processor to serve student and teacher."""
 
+import logging
 from collections.abc import Collection
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, ProcessorMixin
 
 from gold_trainer import models
 from gold_trainer.collator import Processor, token_ids_of, tokenizer_of
@@ -16,6 +17,13 @@ PICTURE_FIELDS = (
     *("image_size", "patch_size", "temporal_patch_size", "spatial_merge_size", "scale_factor"),
     *("downsample_factor", "mm_tokens_per_image", "vision_feature_select_strategy"),
 )
+# Of a picture's processor: what the numbers of a pixel mean, and how pixels become patches.
+PIXEL_FIELDS = (
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *("patch_size", "temporal_patch_size", "merge_size"),
+)
+
+logger = logging.getLogger(__name__)
 
 
 def check_family(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
@@ -85,4 +93,32 @@ def check_vocabularies(student: Processor, teacher: Processor | None) -> None:
             "GOLDTrainer: student and teacher must have one vocabulary, got token "
             f"{token_id} = {tokens[token_id]!r} and {token!r} ({len(differing)} entries differ); "
             "set use_uld_loss=True, the loss across tokenizers."
+        )
+
+
+def check_pixels(student: Processor, teacher: Any) -> None:
+    """teacher: its processor of pictures, or None where none is known. What it would make of a
+    picture has to be what the student's makes, which both get; the sizes are the student's.
+    """
+    if teacher is None or not isinstance(student, ProcessorMixin):
+        return
+    own = getattr(student, "image_processor", None)
+    for name in PIXEL_FIELDS:
+        values = [getattr(side, name, None) for side in (own, teacher)]
+        values = [list(v) if isinstance(v, list | tuple) else v for v in values]
+        if None not in values and values[0] != values[1]:
+            raise ValueError(
+                "GOLDTrainer: the processors of student and teacher must make the same pixels of a "
+                f"picture, got {name} {values[0]} and {values[1]}; set use_uld_loss=True, with "
+                "which each side has its own processor, or save one processor with both."
+            )
+
+
+def warn_of_template(student: Processor, teacher: Processor) -> None:
+    theirs = teacher.chat_template or tokenizer_of(teacher).chat_template
+    if theirs is not None and theirs != student.chat_template:
+        logger.warning(
+            "GOLDTrainer: the teacher's chat template is not the student's, which both are "
+            "prompted with; save one template with both, or set use_uld_loss=True, with which each "
+            "side has its own."
         )

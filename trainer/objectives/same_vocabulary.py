@@ -71,10 +71,16 @@ class SameVocabulary(Objective):
         student: Processor,
     ) -> Processor:
         """The student's. The teacher's own is only compared with it, where it is known."""
+        pictures = getattr(given, "image_processor", None)
         if given is None:
-            given = loading.find_tokenizer(*loading.teacher_source(teacher_model, args))
+            source = loading.teacher_source(teacher_model, args)
+            given = loading.find_tokenizer(*source)
+            is_vlm = models.is_processor(student)
+            pictures = loading.find_picture_processor(*source) if is_vlm else None
         if given is not None:
             one_family.check_vocabularies(student, given)
+            one_family.warn_of_template(student, given)
+        one_family.check_pixels(student, pictures)
         return student
 
     def prompts(self, batch: WindowBatch, writer: str) -> list[Example]:
