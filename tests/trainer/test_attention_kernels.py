@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gold_trainer.speed import attention
+from gold_trainer.writers import Prompt
 from support.tiny_models import tiny_rows, with_lengths
 from support.trainer_cases import losses_of, make_trainer
 
@@ -58,3 +59,18 @@ def test_a_flag_of_the_user_stays_as_it_was():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_prompts_are_read_without_it(tmp_path):
+    rows = [{**row, "messages": row["messages"][:1]} for row in tiny_rows(3)]
+    trainer = make_trainer(tmp_path, rows, "qwen3", lmbda=1.0, max_length=None)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    prompts = [Prompt(e.unanswered(), 4, 1000 * e.index) for e in batch.examples]
+    seen = []
+    hook = trainer.model.register_forward_pre_hook(
+        lambda *call: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    writer = trainer.rollouts.writers["student"]
+    list(writer.complete(prompts, trainer.rollouts.sampling["student"]))
+    hook.remove()
+    assert seen and not seen[0] and torch.backends.cuda.cudnn_sdp_enabled()

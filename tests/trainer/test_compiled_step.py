@@ -101,8 +101,7 @@ def test_layers_of_a_kind_share_their_code_whatever_the_lengths(padding_free, gr
         "Qwen3DecoderLayer of the teacher",
     ]
     assert all(len(kind.layers) > 1 and kind.is_compiled for kind in kinds)
-    # one for the first length and one for all others; packed rows begin with that
-    assert len(graphs) == (1 if padding_free else 2) * len(kinds)
+    assert len(graphs) == 2 * len(kinds), "one for the first length, one for all others"
 
 
 def test_a_model_that_was_asked_for_hidden_states_is_compiled_all_the_same(graphs, tmp_path):

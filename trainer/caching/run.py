@@ -37,6 +37,7 @@ from gold_trainer.preparing import Prepared
 from gold_trainer.progress import num_cores, progress
 from gold_trainer.rows import name_of
 from gold_trainer.sides import Side
+from gold_trainer.speed.attention import without_cudnn
 from gold_trainer.streams import open_rows
 from gold_trainer.teachers import make_live_teacher
 from gold_trainer.teachers.teacher import Teacher
@@ -209,7 +210,7 @@ class Caching:
             with progress() as bar:
                 task = bar.add_task(f"caching {split.name}", total=sum(map(len, batches)))
                 for scored in self._load(split, batches, self.num_workers) if batches else ():
-                    with self._autocast():  # as GOLDTrainer asks for them
+                    with self._autocast(), without_cudnn():  # as GOLDTrainer asks for them
                         rows = encoder.rows(teacher.hidden_rows(self._inputs(scored))).cpu()
                     parts = rows.split(scored.lengths)
                     for (place, key), part in zip(scored.places, parts, strict=True):

@@ -52,16 +52,14 @@ RECORDERS = "transformers.utils.output_capturing"
 class LayerKind:
     """Layers of one class and one list: they differ in their weights alone."""
 
-    def __init__(
-        self, name: str, layers: list[nn.Module], configs: list[Any], dynamic: bool | None
-    ) -> None:
+    def __init__(self, name: str, layers: list[nn.Module], configs: list[Any]) -> None:
         self.name, self.layers = name, layers
         self.parts = [part for layer in layers for part in layer.modules() if part is not layer]
         self.configs = configs  # of layers whose attention is one of segments
         self.is_compiled = True
         # torch keeps what it compiles by the code object: one of our own, which no other kind fills
         self.compiled: Callable = torch.compile(
-            _own_copy(name), backend=BACKEND, dynamic=dynamic, fullgraph=True
+            _own_copy(name), backend=BACKEND, dynamic=DYNAMIC, fullgraph=True
         )
 
     def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -203,9 +201,7 @@ def is_regional(args: GOLDConfig) -> bool:
 
 
 def _kinds_of(side: str, model: nn.Module, args: GOLDConfig) -> Iterator[LayerKind]:
-    base = models.base_model(model)
-    decoder = set(base.get_decoder().modules()) if args.padding_free else set()
-    for _, layers in outermost_lists(base):
+    for _, layers in outermost_lists(models.base_model(model)):
         by_class: dict[type, list[nn.Module]] = {}
         of_own: dict[type, list[nn.Module]] = {}  # somebody has put another forward into them
         for layer in layers:
@@ -225,10 +221,7 @@ def _kinds_of(side: str, model: nn.Module, args: GOLDConfig) -> Iterator[LayerKi
                 is_able = can_attend(weight.device, dtype_of_products(weight, args))
                 # a tower has one config: layers that are left alone would read it too
                 configs = configs_of(members) if is_able and len(members) == len(layers) else []
-                # packed rows hardly ever have one length twice
-                is_free = args.padding_free and members[0] in decoder
-                dynamic = True if is_free else DYNAMIC
-                yield LayerKind(f"{kind.__name__} of the {side}", members, configs, dynamic)
+                yield LayerKind(f"{kind.__name__} of the {side}", members, configs)
 
 
 def _reason_against(model: nn.Module, args: GOLDConfig, side: str) -> str | None:

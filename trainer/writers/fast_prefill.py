@@ -10,7 +10,9 @@ import torch
 from transformers.utils import logging
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.attention import without_cudnn
 from gold_trainer.speed.deepstack import adding, classes_with_features
+from gold_trainer.speed.media import asking_host, methods_of
 from gold_trainer.speed.on_host import answering, modules_with_functions, positions_answered
 from gold_trainer.speed.segments import (
     OF_SEGMENTS,
@@ -30,6 +32,7 @@ class FastPrefill:
         self.base, self.name = base, name
         self.modules = modules_with_functions([base])
         self.classes = classes_with_features([base])
+        self.methods = methods_of([base])
         self.configs = towers_of(base, args) if args.device.type == "cuda" else []
 
     def run(self, prefill: Callable[[], Prefilled]) -> Prefilled:
@@ -49,7 +52,9 @@ class FastPrefill:
 
     def _run(self, prefill: Callable[[], Prefilled]) -> Prefilled:
         with ExitStack() as stack:
+            stack.enter_context(without_cudnn())  # prompts' lengths come but once
             stack.enter_context(answering(self.modules))
+            stack.enter_context(asking_host(self.methods))
             stack.enter_context(positions_answered(self.base))
             stack.enter_context(adding(self.classes))
             stack.enter_context(attention_is(OF_SEGMENTS, self.configs))
