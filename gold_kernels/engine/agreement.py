@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
+from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import (
     CallTensors,
@@ -238,19 +240,19 @@ def _facts(
     same = zlib.crc32(repr((needs, plain, shapes, dtypes, settings)).encode())
     sizes = [head.weight.shape[0] for head in heads] + [0] * (2 - len(heads))
     facts = [student.hidden.new_tensor([*sizes, same], dtype=torch.float64)]
-    for head in (student, teacher):
-        facts.append(facts[0].new_zeros(1) if head is None else _sample_sum(head.weight))
+    slices = [_sample_sum(head.weight) for head in heads]
+    facts.append(torch.stack([*slices, *slices][:2]))  # without a teacher the student's twice
     for kind, is_whole in ((samples[:NUM_FLOATS], False), (samples[NUM_FLOATS:], True)):
         facts.append(_sums(kind, is_live, is_whole, facts[0]).flatten())
     return torch.cat(facts)
 
 
-def _sample_sum(weight: Tensor) -> Tensor:  # (V_r, D) -> (1,)
+def _sample_sum(weight: Tensor) -> Tensor:  # (V_r, D) -> ()
     """Of some entries, all over the slice: two slices that differ do not share them. A sum of all
     would read the head, and make float64 numbers of it.
     """
     step = max(1, weight.shape[0] // SAMPLE_ENTRIES)
-    return weight.detach()[::step].double().sum().view(1)
+    return weight.detach()[::step].sum(dtype=float_dtype(weight))
 
 
 def _live_rows(
@@ -267,32 +269,34 @@ def _live_rows(
 
 
 def _sums(
-    samples: Sequence[Tensor | None],
-    is_live: Tensor | None,  # (N,)
-    is_whole: bool,
-    like: Tensor,
-) -> Tensor:  # (number of samples, 3)
+    samples: Sequence[Tensor | None], is_live: Tensor | None, is_whole: bool, like: Tensor
+) -> Tensor:  # (number of samples, 3), those that there are before the others
     """Two sums of each, the second of which sees the order, and the norm; of whole numbers, which
-    must be equal, 0. All at once: each operator is a launch that the device waits for.
+    must be equal, 0. All at once: the device waits for each launch.
     """
-    rows = [like[:0] if one is None else _row_numbers(one.detach(), is_live) for one in samples]
-    size = max(map(len, rows))
+    rows = [_row_numbers(one.detach(), is_live) for one in samples if one is not None]
+    size = max(map(len, rows), default=0)
     if not size:
         return like.new_zeros(len(samples), 3)
-    pads = [torch.nn.functional.pad(one, (0, size - len(one))) for one in rows]
-    stacked = torch.stack(pads).nan_to_num(0.0, 0.0, 0.0)
-    places = torch.arange(size, device=like.device, dtype=like.dtype)
-    factors = 1 + places if is_whole else (1.3 * places).cos()
-    norms = torch.zeros_like(stacked[:, 0]) if is_whole else stacked.norm(dim=1)
-    return torch.stack([stacked.sum(1), stacked @ factors, norms], dim=1)
+    pads = [one if len(one) == size else pad(one, (0, size - len(one))) for one in rows]
+    stacked = torch.stack(pads).double().nan_to_num_(0.0, 0.0, 0.0)
+    if is_whole:
+        factors = torch.arange(1, size + 1, device=like.device, dtype=like.dtype)
+    else:
+        places = torch.linspace(0, size - 1, size, device=like.device, dtype=like.dtype)
+        factors = places.mul_(1.3).cos_()
+    norms = stacked.new_zeros(len(rows)) if is_whole else stacked.norm(dim=1)
+    sums = torch.stack([stacked.sum(1), stacked @ factors, norms], dim=1)
+    return sums if len(rows) == len(samples) else pad(sums, (0, 0, 0, len(samples) - len(rows)))
 
 
-def _row_numbers(tensor: Tensor, is_live: Tensor | None) -> Tensor:  # (N, D) or (N,) -> float64
-    """A number of each row: of hidden states all columns, each by a factor of its own."""
+def _row_numbers(tensor: Tensor, is_live: Tensor | None) -> Tensor:  # (N, D) or (N,) -> (N,)
+    """A number of each row: of hidden states the sum."""
+    rows = tensor.flatten()
     if tensor.ndim == 2 and tensor.is_floating_point():
-        columns = torch.arange(tensor.shape[1], device=tensor.device, dtype=torch.float32)
-        tensor = tensor @ columns.cos().to(tensor.dtype)
-    rows = tensor.flatten().double()
+        rows = tensor.sum(1, dtype=float_dtype(tensor))
+    elif tensor.dtype.itemsize < 4:  # no stack of 16-bit numbers with others
+        rows = rows.float()
     if is_live is not None and is_live.shape == rows.shape:
         rows = torch.where(is_live, rows, 0)
     return rows

@@ -1,7 +1,7 @@
 """Whole rows of logits from slices of a vocabulary: each process gets a share of a chunk's rows.
 
-C rows of a chunk, V vocabulary (V_s, V_t), V_r entries of rank r, R processes, each with a slice of
-every row. A loss that compares entries of a row with all others, as one that sorts, needs whole
+C rows of a chunk, V vocabulary (V_s, V_t), V_r entries of a process, R processes, each with a slice
+of every row. A loss that compares entries of a row with all others, as one that sorts, needs whole
 rows. So processes send each other parts of their slices, run the row function on C / R whole rows,
 and send gradients back. That is exact. A process sends about 4 (V_s + V_t) (R - 1) / R^2 bytes of
 float32 logits a row, and the gradient of its share.
@@ -23,10 +23,10 @@ from gold_kernels.triton.launch import ROW_ALIGNMENT, aligned_width, empty_rows
 Shape = tuple[int, int]  # rows, entries
 
 
-def shares_of(rows: slice, num_parts: int) -> list[slice]:
+def shares_of(num_rows: int, num_parts: int) -> list[slice]:
     """The rows of a chunk that each process gets whole, by rank."""
-    least, more = divmod(rows.stop - rows.start, num_parts)
-    shares, start = [], rows.start
+    least, more = divmod(num_rows, num_parts)
+    shares, start = [], 0
     for part in range(num_parts):
         shares.append(slice(start, start + least + (part < more)))
         start = shares[-1].stop
@@ -34,7 +34,9 @@ def shares_of(rows: slice, num_parts: int) -> list[slice]:
 
 
 class _Parcels:
-    """Parts of rows on their way, by rank; none to this process itself. Rows are aligned."""
+    """Memory of parts of rows on their way to and from other processes, by rank; none to this one.
+    Rows are aligned.
+    """
 
     def __init__(
         self,
@@ -46,35 +48,115 @@ class _Parcels:
     ) -> None:
         self._group = slices.group
         self._work: dist.Work | None = None
-        self._sides: list[Tensor] = []
-        self._counts: list[list[int]] = []
-        views = []
-        for shapes in (sent, received):
-            counts = [rows * aligned_width(size) for rows, size in shapes]
-            counts[slices.rank] = 0
-            buffer = like.new_empty(sum(counts), dtype=dtype)
-            self._sides.append(buffer)
-            self._counts.append(counts)
-            parts = zip(buffer.split(counts), counts, shapes, strict=True)
-            views.append(
-                [
-                    part.view(rows if count else 0, aligned_width(size))[:, :size]
-                    for part, count, (rows, size) in parts
-                ]
-            )
-        self.sent, self.received = views
+        self._out, self._out_counts, self.sent = _parts(like, dtype, slices.rank, sent)
+        self._in, self._in_counts, self._received = _parts(like, dtype, slices.rank, received)
 
     def post(self) -> None:
-        (sent, received), (counts, received_counts) = self._sides, self._counts
-        if len(counts) == 1:  # nobody else is there
+        if len(self._in_counts) == 1:  # nobody else is there
             return
         self._work = dist.all_to_all_single(
-            received, sent, received_counts, counts, group=self._group, async_op=True
+            *(self._in, self._out, self._in_counts, self._out_counts),
+            group=self._group,
+            async_op=True,
         )
 
-    def wait(self) -> None:
+    def unpack(self, places: Sequence[Tensor]) -> None:
+        """Wait, on the current stream, and copy what each rank sent to its place."""
         if self._work is not None:
             self._work.wait()
+        for rank, part in self._received.items():
+            places[rank].copy_(part)
+
+
+def _parts(
+    like: Tensor, dtype: torch.dtype, rank: int, shapes: Sequence[Shape]
+) -> tuple[Tensor, list[int], dict[int, Tensor]]:
+    """Flat memory, how much of it is each rank's, and views of the ranks that have some."""
+    counts = [rows * aligned_width(size) for rows, size in shapes]
+    counts[rank] = 0
+    memory = like.new_empty(sum(counts), dtype=dtype)
+    views = {}
+    for other, (part, (rows, size)) in enumerate(zip(memory.split(counts), shapes, strict=True)):
+        if part.numel():
+            views[other] = part.view(rows, aligned_width(size))[:, :size]
+    return memory, counts, views
+
+
+class _Side:
+    """Rows of one head in a chunk of so many: what is sent, what arrives, and whole rows."""
+
+    def __init__(self, head: LinearHead, shares: list[slice], dtype: torch.dtype) -> None:
+        assert head.slices is not None, "both heads are in slices"
+        slices, rank = head.slices, head.slices.rank
+        sizes = [share.stop - share.start for share in shares]
+        self._head, self._shares, self._rank = head, shares, rank
+        self._is_aligned = slices.first % ROW_ALIGNMENT == 0
+        self.whole = empty_rows(head.hidden, sizes[rank], slices.total, dtype)
+        self.columns = self.whole.split(list(slices.sizes), 1)
+        self.parcels = _Parcels(
+            head.hidden,
+            dtype,
+            slices,
+            [(size, slices.sizes[rank]) for size in sizes],
+            [(sizes[rank], size) for size in slices.sizes],
+        )
+
+    def _rows(self, first: int, rank: int) -> slice:
+        share = self._shares[rank]
+        return slice(first + share.start, first + share.stop)
+
+    def post(self, first: int) -> None:
+        """Project the rows of others in the chunk that begins at first, and send them."""
+        for rank, part in self.parcels.sent.items():
+            self._head.project_(part, self._rows(first, rank))
+        self.parcels.post()
+
+    def project(self, first: int) -> None:
+        """The columns of this process in its share."""
+        columns, rows = self.columns[self._rank], self._rows(first, self._rank)
+        if not columns.numel():
+            return
+        if self._is_aligned:
+            self._head.project_(columns, rows)
+        else:  # products want aligned memory
+            part = empty_rows(columns, len(columns), columns.shape[1], columns.dtype)
+            columns.copy_(self._head.project_(part, rows))
+
+
+class _Gradients:
+    """Gradients of whole rows in a chunk of so many, and their way back."""
+
+    def __init__(
+        self, whole: Tensor, slices: Slices, shares: list[slice], dtype: torch.dtype
+    ) -> None:
+        sizes = [share.stop - share.start for share in shares]
+        self._shares, self._rank = shares, slices.rank
+        self.whole = whole
+        if dtype != whole.dtype:
+            self.whole = empty_rows(whole, len(whole), slices.total, dtype)
+        self._columns = self.whole.split(list(slices.sizes), 1)
+        self._parcels = _Parcels(
+            whole,
+            dtype,
+            slices,
+            [(sizes[slices.rank], size) for size in slices.sizes],
+            [(size, slices.sizes[slices.rank]) for size in sizes],
+        )
+        self._places: list[Tensor] | None = None
+
+    def post(self, grad_logits: Tensor) -> None:  # (C, V_r)
+        """Send what others have the logits of; the rest is in its place."""
+        for rank, part in self._parcels.sent.items():
+            part.copy_(self._columns[rank])
+        self._parcels.post()
+        self._places = [grad_logits[share] for share in self._shares]
+        self._places[self._rank].copy_(self._columns[self._rank])
+
+    def unpack(self) -> None:
+        """What is on its way, into the rows that post was given."""
+        if self._places is not None:
+            self._parcels.unpack(self._places)
+            self._places = None
 
 
 class WholeRows:
@@ -90,30 +172,27 @@ class WholeRows:
     ) -> None:
         assert student.slices is not None, "heads are in slices"
         self._row_function, self._student, self._teacher = row_function, student, teacher
-        self._slices, self._values, self._dtype = student.slices, values, logits_dtype
+        self._slices, self._rank = student.slices, student.slices.rank
+        self._values, self._dtype = values, logits_dtype
         self._num_summed = 0  # rows whose values all processes know
-        # gradients on their way, and the rows of the panel where they belong
-        self._returning: tuple[_Parcels, list[Tensor]] | None = None
-        is_cuda = student.hidden.is_cuda
-        self._side = torch.cuda.Stream(student.hidden.device) if is_cuda else None
+        self._kind: tuple[int, bool] | None = None  # of the last chunk: its rows, if it is paired
+        self._shares: list[slice] = []
+        self._sides: list[_Side] = []  # the student's, the teacher's
+        self._grads: _Gradients | None = None
+        device = student.hidden.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def row_bytes(self, grad_dtype: torch.dtype) -> int:
         """Memory of a row of a chunk beside logits of the widest slices: parts that are sent and
-        received, whole rows, gradients on their way back.
+        received, whole rows, gradients and their way back.
         """
-        own, dtype, number = self._slices, self._dtype, len(self._slices.sizes)
-        heads = [self._student] if self._teacher is None else [self._student, self._teacher]
-        moved = wide = 0
-        for side in map(_slices_of, heads):
-            received = (side.total - min(side.sizes)) // number
-            moved += received + side.widest - side.widest // number
-            wide += received + (side.total - side.widest) // number
-        if dtype == grad_dtype:  # no logits are counted, since a panel could hold them
+        own, number = self._slices, len(self._slices.sizes)
+        sides = [own] if self._teacher is None else [own, self._teacher.slices or own]
+        wide = sum((2 * s.total - min(s.sizes) - s.widest) // number for s in sides)
+        grads = (2 * own.total - min(own.sizes)) // number + own.widest - own.widest // number
+        if self._dtype == grad_dtype:  # no logits are counted, since a panel could hold them
             wide += own.widest
-        grads = (own.total - min(own.sizes)) // number + own.widest - own.widest // number
-        if dtype != grad_dtype:  # where parts that were sent and received have been
-            grads += max(0, own.total // number - moved * dtype.itemsize // grad_dtype.itemsize)
-        return wide * dtype.itemsize + grads * grad_dtype.itemsize
+        return wide * self._dtype.itemsize + grads * grad_dtype.itemsize
 
     def run(
         self,
@@ -125,102 +204,66 @@ class WholeRows:
     ) -> None:
         if not is_paired and self._teacher is not None:  # rows behind look at values of paired ones
             self._sum_values(self._teacher.num_rows)
-        shares = shares_of(rows, len(self._slices.sizes))
-        share = shares[self._slices.rank]
-        heads = [self._student]  # its products are mostly the shorter ones: messages begin sooner
-        if is_paired and self._teacher is not None:
-            heads.append(self._teacher)
-        student_rows, *teacher_rows = self._whole_rows(heads, shares)
-        grad = None
-        if grad_logits is not None:
-            grad = student_rows
-            if grad_logits.dtype != student_rows.dtype:
-                shape = len(student_rows), self._slices.total
-                grad = empty_rows(student_rows, *shape, grad_logits.dtype)
+        self._prepare(rows.stop - rows.start, is_paired, grad_logits)
+        self._make_rows(rows.start)
+        share = self._shares[self._rank]
         if share.start < share.stop:
-            own = weights[share.start - rows.start : share.stop - rows.start]
-            partner = teacher_rows[0] if teacher_rows else None
-            self._row_function(student_rows, partner, grad, share, own)
-            del partner
-        del student_rows, teacher_rows
-        if grad is not None and grad_logits is not None:
-            parts = [
-                grad_logits[part.start - rows.start : part.stop - rows.start] for part in shares
-            ]
-            self._return(grad, parts)
+            logits = [side.whole for side in self._sides]
+            self._row_function(
+                logits[0],
+                logits[1] if len(logits) > 1 else None,
+                None if self._grads is None else self._grads.whole,
+                slice(rows.start + share.start, rows.start + share.stop),
+                weights[share],
+            )
+        if self._grads is not None and grad_logits is not None:
+            self._grads.post(grad_logits)
 
     def finish(self, stop: int) -> None:
         """Wait for gradients of the rows before stop, and sum their values over the processes."""
-        if self._returning is not None:
-            _unpack(*self._returning)
-        self._returning = None
+        if self._grads is not None:
+            self._grads.unpack()
         self._sum_values(stop)
 
-    def _whole_rows(self, heads: Sequence[LinearHead], shares: list[slice]) -> list[Tensor]:
-        """(C / R, V) of each head."""
-        share, side = shares[self._slices.rank], self._side
-        arriving = [] if self._returning is None else [self._returning]
-        whole = []
-        for head in heads:
-            sizes = list(_slices_of(head).sizes)
-            parcels = self._post(head, shares)
-            whole.append(empty_rows(head.hidden, share.stop - share.start, sum(sizes), self._dtype))
-            arriving.append((parcels, list(whole[-1].split(sizes, 1))))
-        if side is not None:  # what arrives is copied beside the products
-            side.wait_stream(torch.cuda.current_stream(side.device))
-            with torch.cuda.stream(side):
-                for parcels, places in arriving:
-                    _unpack(parcels, places)
-        for head, rows in zip(heads, whole, strict=True):
-            self._project_own(head, rows, share)
-        if side is not None:
-            torch.cuda.current_stream(side.device).wait_stream(side)
-        else:
-            for parcels, places in arriving:
-                _unpack(parcels, places)
-        self._returning = None  # from here on its memory may be used again
-        return whole
-
-    def _post(self, head: LinearHead, shares: list[slice]) -> _Parcels:
-        """Project the rows of others, and send them."""
-        slices = _slices_of(head)
-        sizes = [share.stop - share.start for share in shares]
-        own_rows, own_size = sizes[slices.rank], slices.sizes[slices.rank]
-        sent = [(size, own_size) for size in sizes]
-        received = [(own_rows, size) for size in slices.sizes]
-        parcels = _Parcels(head.hidden, self._dtype, slices, sent, received)
-        for share, part in zip(shares, parcels.sent, strict=True):
-            if part.numel():
-                head.project_(part, share)
-        parcels.post()
-        return parcels
-
-    def _project_own(self, head: LinearHead, whole: Tensor, share: slice) -> None:
-        """This process' columns of whole rows (C / R, V)."""
-        slices = _slices_of(head)
-        size, first = slices.sizes[slices.rank], slices.first
-        if not len(whole) or not size:
+    def _prepare(self, num_rows: int, is_paired: bool, grad_logits: Tensor | None) -> None:
+        """Memory, which the next chunk of this kind uses again."""
+        if self._kind == (num_rows, is_paired):
             return
-        columns = whole[:, first : first + size]
-        if first % ROW_ALIGNMENT == 0:
-            head.project_(columns, share)
-        else:  # products want aligned memory
-            part = empty_rows(whole, len(whole), size, whole.dtype)
-            columns.copy_(head.project_(part, share))
+        if self._grads is not None:
+            self._grads.unpack()
+        self._kind, self._sides, self._grads = (num_rows, is_paired), [], None
+        self._shares = shares_of(num_rows, len(self._slices.sizes))
+        # the student's products are mostly the shorter ones: messages begin sooner
+        heads = [self._student, self._teacher if is_paired else None]
+        self._sides = [_Side(one, self._shares, self._dtype) for one in heads if one is not None]
+        if grad_logits is not None:
+            whole = self._sides[0].whole
+            self._grads = _Gradients(whole, self._slices, self._shares, grad_logits.dtype)
 
-    def _return(self, grad: Tensor, parts: list[Tensor]) -> None:
-        """Send the gradients (C / R, V) of whole rows; parts are (rows, V_r) of each process'."""
-        slices, rank = self._slices, self._slices.rank
-        sent = [(len(grad), size) for size in slices.sizes]
-        received = [(len(part), slices.sizes[rank]) for part in parts]
-        parcels = _Parcels(grad, grad.dtype, slices, sent, received)
-        columns = grad.split(list(slices.sizes), 1)
-        for part, own in zip(parcels.sent, columns, strict=True):
-            if part.numel():
-                part.copy_(own)
-        parcels.post()
-        parts[rank].copy_(columns[rank])
-        self._returning = parcels, parts
+    def _make_rows(self, first: int) -> None:
+        """Whole rows of the chunk that begins at first; what arrives is copied beside products."""
+        for side in self._sides:
+            side.post(first)
+        stream = self._stream
+        if stream is None:
+            for side in self._sides:
+                side.project(first)
+            self._unpack()
+            return
+        current = torch.cuda.current_stream(stream.device)
+        posted = current.record_event()
+        for side in self._sides:
+            side.project(first)
+        stream.wait_event(posted)
+        with torch.cuda.stream(stream):
+            self._unpack()
+        current.wait_stream(stream)
+
+    def _unpack(self) -> None:
+        if self._grads is not None:
+            self._grads.unpack()
+        for side in self._sides:
+            side.parcels.unpack(side.columns)
 
     def _sum_values(self, stop: int) -> None:
         if stop <= self._num_summed:
@@ -228,16 +271,3 @@ class WholeRows:
         rows = slice(self._num_summed, stop)
         self._values[:, rows] = self._slices.sum_(self._values[:, rows].contiguous())
         self._num_summed = stop
-
-
-def _unpack(parcels: _Parcels, places: Sequence[Tensor]) -> None:
-    """Wait for parcels, on the current stream, and copy what each rank sent to its place."""
-    parcels.wait()
-    for part, place in zip(parcels.received, places, strict=True):
-        if part.numel():
-            place.copy_(part)
-
-
-def _slices_of(head: LinearHead) -> Slices:
-    assert head.slices is not None, "both heads are in slices"
-    return head.slices
