@@ -73,6 +73,13 @@ class VocabProjection(NamedTuple):
         weights: Tensor,  # (V_s, P)
         teacher_vocab_size: int,
     ) -> "VocabProjection":
+        is_pair = isinstance(columns, Tensor) and isinstance(weights, Tensor)
+        if not is_pair or columns.dtype != torch.int64:
+            got = columns.dtype if is_pair else type(columns).__name__
+            raise ValueError(
+                "VocabProjection: columns and weights must be tensors, columns of int64, got "
+                f"{got}; pass torch.tensor(...) of both."
+            )
         is_entry = columns >= 0
         if columns.shape != weights.shape or columns.ndim != 2:
             raise ValueError(
@@ -119,7 +126,7 @@ class VocabProjection(NamedTuple):
         decay: float = DECAY,
     ) -> "VocabProjection":
         """Pieces after the first num_pieces are left out."""
-        if num_pieces < 1 or not 0 <= decay <= 1:
+        if not isinstance(num_pieces, int) or num_pieces < 1 or not 0 <= decay <= 1:
             raise ValueError(
                 "VocabProjection: num_pieces must be at least 1 and decay in [0, 1], got "
                 f"{num_pieces} and {decay}; {NUM_PIECES} and {DECAY} are the defaults."
@@ -157,6 +164,11 @@ class VocabProjection(NamedTuple):
         largest weight of it, if that is at least least_weight and no other entry's partner. Of
         several the one of the largest weight is taken, then of the lowest id.
         """
+        if not least_weight > 0:
+            raise ValueError(
+                f"VocabProjection: least_weight must be positive, got {least_weight}; "
+                f"{RELAXED_WEIGHT} is the default."
+            )
         taken, matched = set(exact.teacher_ids.tolist()), set(exact.student_ids.tolist())
         heaviest, best = (side.tolist() for side in self.weights.max(1))
         order = sorted(range(len(heaviest)), key=lambda i: (-heaviest[i], i))

@@ -85,7 +85,13 @@ class TokenBytes:
             end_of_turn_id = find_end_of_turn(tokenizer)
         self.roles["end_of_turn"] = end_of_turn_id
         ends = (self.roles["eos"],) if end_ids is None else end_ids
+        ends = ends if isinstance(ends, Collection) else (ends,)
         self.end_ids = frozenset(i for i in (end_of_turn_id, *ends) if i is not None)
+        if not all(isinstance(i, int) for i in self.end_ids):
+            raise ValueError(
+                "TokenBytes: end_of_turn_id and end_ids must be ids of tokens, got "
+                f"{end_of_turn_id!r} and {end_ids!r}; pass convert_tokens_to_ids(token) of each."
+            )
 
     @property
     def end_of_turn_id(self) -> int | None:
@@ -114,10 +120,16 @@ class TokenBytes:
 
         Raises ValueError where the tokenizer changes the text (lower-casing, NFKC, stripping).
         """
+        try:
+            expected = text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ValueError(
+                f"TokenBytes.encode: text that has a form in UTF-8 is expected, got {text!r:.80} "
+                f"({error}); leave out lone surrogates."
+            ) from error
         ids = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )["input_ids"]
-        expected = text.encode()
         tokens = as_id_tensor(ids)
         ends = self.byte_ends(tokens, expected)
         if ends is None or (int(ends[-1]) if ids else 0) != len(expected):
@@ -191,12 +203,20 @@ class TokenBytes:
 
 def as_id_tensor(ids: Sequence[int] | Tensor) -> Tensor:  # (N,) int64
     """Token ids of a completion on the CPU."""
-    if isinstance(ids, Tensor):
-        tokens = ids.cpu().long()
-    elif len(ids) == 0:
-        tokens = torch.empty(0, dtype=torch.int64)
-    else:  # ten times as fast as torch.tensor(ids), which was half the time of an alignment
-        tokens = torch.frombuffer(array("q", ids), dtype=torch.int64)
+    try:
+        if isinstance(ids, Tensor):
+            tokens = ids.cpu().long()
+            if ids.is_floating_point() or ids.dtype == torch.bool:
+                raise TypeError(ids.dtype)
+        elif len(ids) == 0:
+            tokens = torch.empty(0, dtype=torch.int64)
+        else:  # ten times as fast as torch.tensor(ids), which was half the time of an alignment
+            tokens = torch.frombuffer(array("q", ids), dtype=torch.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            "as_id_tensor: whole numbers are expected as token ids of one completion, got "
+            f"{repr(ids)[:60]} ({error}); pass a list of ids, or a tensor of int64."
+        ) from error
     if tokens.ndim != 1 or (tokens < 0).any():
         smallest = min(tokens.flatten().tolist(), default=None)
         raise ValueError(

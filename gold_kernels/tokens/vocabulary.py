@@ -46,6 +46,14 @@ class VocabOverlap(_Overlap):
             ),
         )
         for side, ids, size in sides:
+            is_ids = isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1
+            if not (is_ids and isinstance(size, int)):
+                got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+                raise ValueError(
+                    f"VocabOverlap: the {side}'s ids must be a tensor (K,) of int64, and the size "
+                    f"of its vocabulary a whole number, got {got} and {size!r}; pass "
+                    "torch.tensor(ids) and len(tokenizer)."
+                )
             if ids.unique().shape[0] != ids.shape[0]:
                 raise ValueError(
                     f"VocabOverlap: each of the {side}'s entries has one partner at most, got "

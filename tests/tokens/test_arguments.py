@@ -1,0 +1,83 @@
+"""Ids, tables and texts of another kind than expected are a ValueError with a remedy. Ids of floats
+were cut off in silence, and the letters of "<eos>" taken for ids.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from gold_kernels import CompletionAligner, VocabOverlap, VocabProjection
+from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
+from support.tokenizers_cases import TOKENIZERS, table
+
+IDS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([1.7, 2.0]),
+        torch.tensor([True, False]),
+        [1.0, 2.0],
+        [None, 3],
+        [[1, 2]],
+        [1 << 70],
+        "ab",
+        b"abc",
+        {"input_ids": [1]},
+        None,
+        7,
+    ],
+)
+def test_what_are_no_ids_is_refused(ids):
+    aligner = CompletionAligner(table("byte level"), table("gemma"))
+    for function in (as_id_tensor, aligner.teacher_ids, lambda x: aligner.align(x, [1])):
+        with pytest.raises(ValueError, match=r"whole numbers are expected .* pass a list of ids"):
+            function(ids)
+
+
+def test_ids_of_arrays_and_scalars_are_taken():
+    for ids in (np.array([3, 4]), (3, 4), list(torch.tensor([3, 4])), torch.tensor([3, 4]).int()):
+        assert as_id_tensor(ids).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\udc00b", b"abc", None])
+def test_what_has_no_form_in_utf_8_is_refused_by_every_tokenizer(text):
+    for name in ("byte level", "gemma", "word piece"):
+        with pytest.raises(ValueError, match=r"has a form in UTF-8 .*leave out lone surrogates"):
+            table(name).encode(text)
+
+
+def test_end_tokens_are_ids_one_or_several():
+    tokenizer = TOKENIZERS["byte level"]()
+    assert TokenBytes(tokenizer, end_ids=5).end_ids >= {5}
+    for options in ({"end_ids": "<eos>"}, {"end_of_turn_id": "<eos>"}, {"end_ids": [1.5]}):
+        with pytest.raises(ValueError, match=r"must be ids of tokens, got .*convert_tokens_to_ids"):
+            TokenBytes(tokenizer, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (([0, 1], IDS, 5, 5), "student's ids must be a tensor .* got list"),
+        ((IDS, IDS.float(), 5, 5), "teacher's ids must be .* got torch.float32"),
+        ((IDS[None], IDS[None], 5, 5), r"student's ids must be a tensor \(K,\)"),
+        ((IDS, IDS, "5", 5), "whole number, got torch.int64 and '5'; pass"),
+    ],
+)
+def test_overlaps_of_other_kinds_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        VocabOverlap(*given)
+
+
+def test_projections_of_other_kinds_are_refused():
+    ones = torch.ones(5, 1)
+    for columns, weights in ((ones, ones), ([[0]], [[1.0]])):
+        with pytest.raises(ValueError, match="must be tensors, columns of int64, got"):
+            VocabProjection.from_entries(columns, weights, 5)
+    with pytest.raises(ValueError, match=r"num_pieces must be at least 1 .* got 2\.5"):
+        VocabProjection.from_token_bytes(table("gemma"), table("gemma"), num_pieces=2.5)
+    projection = VocabProjection.from_entries(ones.long(), ones, 5)
+    for weight in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="least_weight must be positive"):
+            projection.relaxed_overlap(VocabOverlap(IDS[:0], IDS[:0], 5, 5), weight)
