@@ -4,6 +4,7 @@ Unchecked they end in an error of torch or Python that names neither function no
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,19 @@ def check_tensors(function: str, **tensors: Any) -> None:
                 f"{function}: {name} must be a dense tensor, got {got}; gather its rows, or pass "
                 "its to_dense()."
             )
+
+
+def check_same_positions(function: str, **shapes: Sequence[int]) -> None:
+    """Shapes without the last dimension, (B, L) or flat (N,): rows of tensors that are flattened
+    belong together only if all that are not flat are of one shape.
+    """
+    layouts = {name: tuple(shape) for name, shape in shapes.items() if len(shape) > 1}
+    if len(set(layouts.values())) > 1:
+        got = ", ".join(f"{shape} of {name}" for name, shape in layouts.items())
+        raise ValueError(
+            f"{function}: positions must be the same (B, L) in all tensors, got {got}; pass the "
+            "states and labels of one batch, or rows that you have gathered yourself."
+        )
 
 
 def is_number(value: Any) -> bool:

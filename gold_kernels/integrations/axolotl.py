@@ -71,7 +71,13 @@ class DistillationMixin:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError(
+                "DistillationPlugin: a batch with labels is expected, of whose tokens the "
+                f"divergence is taken, got {', '.join(inputs)}; choose a dataset type that labels "
+                "what is to be learnt."
+            )
         shifted = torch.full_like(labels, IGNORED)  # (B, L): of the next token
         shifted[:, :-1] = labels[:, 1:]
         student = self.accelerator.unwrap_model(model)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gold_kernels.engine.kinds import check_same_positions
 from gold_kernels.jsd.linear import fused_linear_jsd
 
 STUDENT, TEACHER = "student_hidden_states", "teacher_hidden_states"
@@ -42,6 +43,11 @@ def register_fused_jsd(
         config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         mask = data["response_mask"]
+        check_same_positions(
+            "register_fused_jsd",
+            response_mask=mask.shape,
+            **{STUDENT: model_output[STUDENT].shape[:-1], TEACHER: data[TEACHER].shape[:-1]},
+        )
         rows = mask.flatten().nonzero().squeeze(1)
         hidden = [states.flatten(0, 1)[rows] for states in (model_output[STUDENT], data[TEACHER])]
         losses = fused_linear_jsd(

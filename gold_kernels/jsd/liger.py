@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunk_plan import float_dtype
-from gold_kernels.engine.kinds import check_tensors, check_weight
+from gold_kernels.engine.kinds import check_same_positions, check_tensors, check_weight
 from gold_kernels.engine.options import LossOptions, Options, UnchunkedOptions
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS
 from gold_kernels.engine.shared import RowValues, shared_linear_loss
@@ -84,6 +84,12 @@ class FusedLinearJSDLoss(nn.Module):
             teacher_input=teacher_input,
             teacher_weight=teacher_weight,
             true_labels=true_labels,
+        )
+        check_same_positions(
+            FUNCTION,
+            student_input=student_input.shape[:-1],
+            teacher_input=teacher_input.shape[:-1],
+            true_labels=true_labels.shape,
         )
         labels = true_labels.flatten()
         student_hidden = student_input.reshape(-1, student_input.shape[-1])

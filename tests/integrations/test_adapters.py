@@ -175,3 +175,25 @@ def test_swift_of_another_layout_is_refused_by_name(monkeypatch):
     del module._liger_kernel_available
     with pytest.raises(ValueError, match="_liger_kernel_available is expected, got another"):
         patch_swift()
+
+
+def test_verl_refuses_states_of_other_positions_than_the_mask(monkeypatch):
+    """Flat rows of (B, L + 1) states and a (B, L) mask are of other tokens."""
+    registry = peer_contracts.verl(monkeypatch)
+    register_fused_jsd(nn.Linear(8, 11), nn.Linear(12, 11))
+    given = {"student_hidden_states": torch.randn(2, 5, 8)}
+    data = {"teacher_hidden_states": torch.randn(2, 4, 12), "response_mask": torch.ones(2, 4)}
+    message = r"the same \(B, L\) .* \(2, 4\) of response_mask, \(2, 5\) of student_hidden_states"
+    with pytest.raises(ValueError, match=f"register_fused_jsd: .*{message}"):
+        registry["fused_jsd"](None, None, model_output=given, data=data)
+
+
+def test_axolotl_evaluates_and_refuses_a_batch_without_labels(axolotl, tmp_path):
+    trainer, _, ids = axolotl_trainer(axolotl, tmp_path, tiny("qwen3")[0])
+    metrics = trainer.evaluate(trainer.train_dataset)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    assert metrics["eval_loss"] > 0
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert outputs["loss"] is loss
+    with pytest.raises(ValueError, match=r"a batch with labels is expected.*got input_ids; choose"):
+        trainer.compute_loss(trainer.model, {"input_ids": ids})

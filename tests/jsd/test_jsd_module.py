@@ -102,3 +102,17 @@ def test_biases_follow_the_labels_as_in_liger():
     student = case.student_hidden[SCORED] @ case.student_weight.T + bias
     teacher = case.teacher_hidden[SCORED] @ case.teacher_weight.T - bias
     torch.testing.assert_close(actual, reference.jsd_rows(student, teacher).mean())
+
+
+def test_states_and_labels_of_other_positions_are_refused_where_they_have_as_many_rows():
+    """(2, 6) and (3, 4) are both twelve rows, of other tokens."""
+    heads = torch.randn(20, 8), torch.randn(20, 12)
+    student, teacher = torch.randn(2, 6, 8), torch.randn(3, 4, 12)
+    labels, loss_fn = torch.arange(12), FusedLinearJSDLoss()
+    with pytest.raises(ValueError, match=r"\(2, 6\) of student_input, \(3, 4\) of teacher_input"):
+        loss_fn(student, heads[0], teacher, heads[1], labels)
+    teacher = teacher.reshape(2, 6, 12)
+    with pytest.raises(ValueError, match=r"the same \(B, L\) .* \(6, 2\) of true_labels; pass"):
+        loss_fn(student, heads[0], teacher, heads[1], labels.reshape(6, 2))
+    flat = loss_fn(student.flatten(0, 1), heads[0], teacher, heads[1], labels)
+    assert torch.equal(loss_fn(student, heads[0], teacher, heads[1], labels.reshape(2, 6)), flat)
