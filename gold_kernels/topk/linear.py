@@ -36,6 +36,8 @@ from gold_kernels.topk.row_loss import TopK
 if TYPE_CHECKING:  # a build without distributed has no such class
     from torch.distributed import ProcessGroup
 
+LARGEST_SUM = 1.05  # of a row's probabilities; log-probabilities of 16 bits are 1 % off
+
 
 class TopKOptions(TypedDict, total=False):
     """Options of fused_linear_top_k; see LinearOptions. They are the student's."""
@@ -102,7 +104,8 @@ def fused_linear_top_k(
 
     over the teacher's k entries and one outcome for all others, 1 minus their sum on either side:
     no mass is left out, and nothing is renormalised. beta as in fused_linear_jsd; k = V - 1 or more
-    is that loss. Log-probabilities whose sum exceeds 1 by rounding count as a rest of 1e-18.
+    is that loss. Log-probabilities whose sum exceeds 1 by rounding count as a rest of 1e-18; on a
+    CPU sums above 1.05, as of logits, are refused, and so are ids that come twice in a row.
 
     The gradient goes to student_hidden, student_weight and student_bias. Rows of weight 0 may hold
     anything, ids beyond the vocabulary excepted. Extra memory is at most budget_bytes, plus one
@@ -134,7 +137,8 @@ def fused_linear_top_k(
     (student,) = join_slices(function, (student,), chosen, tensors, settings, (teacher_ids,))
     v_student = student.vocab_size
     vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
-    _check_targets(function, student.hidden, teacher_ids, teacher_log_probs, vocab_size)
+    targets = teacher_ids, teacher_log_probs, row_weights
+    _check_targets(function, student.hidden, *targets, vocab_size)
     log_probs = teacher_log_probs.detach().to(float_dtype(student.hidden))
     row_loss = TopK(beta, temperature, [teacher_ids, log_probs])
     weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
@@ -154,7 +158,12 @@ def fused_linear_top_k(
 
 
 def _check_targets(
-    function: str, hidden: Tensor, ids: Tensor, log_probs: Tensor, vocab_size: int
+    function: str,
+    hidden: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    row_weights: Tensor | None,
+    vocab_size: int,
 ) -> None:
     """Ids are looked at on the CPU alone: elsewhere a look would wait for the device."""
     shapes = tuple(ids.shape), tuple(log_probs.shape)
@@ -178,4 +187,30 @@ def _check_targets(
         raise ValueError(
             f"{function}: teacher_ids must be below {vocab_size}, the rows of the head, got "
             f"{int(ids.max())}; they are token ids of the student's tokenizer."
+        )
+    _check_distribution(function, ids, log_probs, row_weights)
+
+
+def _check_distribution(
+    function: str, ids: Tensor, log_probs: Tensor, row_weights: Tensor | None
+) -> None:
+    """Different entries of a row whose probabilities add up to 1 at most."""
+    is_entry = ids >= 0
+    if row_weights is not None:  # a row of weight 0 may hold anything
+        is_entry = is_entry & (row_weights != 0).unsqueeze(1)
+    ordered = torch.where(is_entry, ids, -1).sort(1).values
+    is_twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if bool(is_twice.any()):
+        row, place = is_twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"{function}: teacher_ids must differ in a row, got {int(ordered[row, place])} twice "
+            f"in row {row}; pad rows with fewer entries with id -1."
+        )
+    sums = torch.where(is_entry, log_probs.float().exp(), 0).sum(1)
+    if bool((sums > LARGEST_SUM).any()):
+        row = int((sums > LARGEST_SUM).nonzero()[0])
+        raise ValueError(
+            f"{function}: probabilities of a row must add up to 1 at most, got "
+            f"{float(sums[row]):.4g} from teacher_log_probs in row {row}; take log_softmax over "
+            "all entries before the k of them, at the teacher's temperature."
         )

@@ -153,3 +153,23 @@ def test_masses_are_in_the_metrics_and_memory_is_in_the_budget():
 def test_targets_that_do_not_fit_say_so(ids, log_probs, message):
     with pytest.raises(ValueError, match=f"^fused_linear_top_k: .*{message}"):
         fused_linear_top_k(torch.randn(4, 8), torch.randn(20, 8), ids, log_probs)
+
+
+def test_logits_and_ids_that_come_twice_are_refused_where_a_row_counts():
+    """Either gave another loss in silence."""
+    hidden, weight = torch.randn(3, 8), torch.randn(20, 8)
+    ids, log_probs = torch.tensor([[0, 1, 2], [3, 4, -1], [5, 6, 5]]), torch.full((3, 3), -2.0)
+    with pytest.raises(ValueError, match=r"must differ in a row, got 5 twice in row 2; pad rows"):
+        fused_linear_top_k(hidden, weight, ids, log_probs)
+    weights = torch.tensor([1.0, 1.0, 0.0])
+    log_probs[2] = 200.0
+    assert fused_linear_top_k(hidden, weight, ids, log_probs, weights).isfinite()
+    ids[2, 2] = -1
+    with pytest.raises(ValueError, match=r"at most, got inf from teacher_log_probs in row 2; take"):
+        fused_linear_top_k(hidden, weight, ids, log_probs)
+    logits = torch.tensor([[0.1, 0.2, 0.3]]).expand(3, 3)
+    with pytest.raises(ValueError, match=r"at most, got 2.3\d+ .*take log_softmax over all"):
+        fused_linear_top_k(hidden, weight, ids, logits)
+    nearly = torch.tensor([[0.5, 0.5, -1.0]]).log().nan_to_num(nan=7.0) + 0.004  # as in bf16
+    none = torch.tensor([[0, 1, -1]] * 3)
+    assert fused_linear_top_k(hidden, weight, none, nearly.expand(3, 3)).isfinite()
