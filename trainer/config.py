@@ -19,6 +19,7 @@ from gold_trainer.run_config import (
     RunFields,
     check_inherited,
     check_output_dir,
+    naming_the_launcher,
     rename_checkpointing,
 )
 from gold_trainer.speed.fields import SpeedFields
@@ -133,7 +134,8 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         self.is_checkpointing_chosen = is_checkpointing_open(self)  # here, and not by the user
         rename_checkpointing(self)
         choose_precision(self)
-        super().__post_init__()
+        with naming_the_launcher():
+            super().__post_init__()
         if self.is_checkpointing_chosen:
             choose_checkpointing(self)
 

@@ -25,6 +25,16 @@ OF_GENERATE = (
     *("exponential_decay_length_penalty", "begin_suppress_tokens", "forced_eos_token_id"),
     *("encoder_repetition_penalty", "remove_invalid_values"),
 )
+# Kinds of those whose value generate() looks at in the first rollout alone.
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), (int,)),
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens"), (list, tuple)),
+    "exponential_decay_length_penalty": (list, tuple),
+    "sequence_bias": (list, dict),
+    "forced_eos_token_id": (int, list),
+    "encoder_repetition_penalty": (int, float),
+    "remove_invalid_values": (bool,),
+}
 # Those of vLLM's SamplingParams that do so, in a server and in an engine here.
 OF_VLLM = (
     *("min_tokens", "presence_penalty", "frequency_penalty", "bad_words", "allowed_token_ids"),
@@ -102,6 +112,20 @@ def _check_generation(args: GOLDConfig) -> None:
         known = OF_VLLM if args.vllm_mode == "colocate" else OF_VLLM_SERVER
         owner = "vLLM's SamplingParams"
     _check("generation_kwargs", kwargs, known, f"{owner} beside those with a field")
+    for name, value in (kwargs if isinstance(kwargs, dict) else {}).items():
+        kinds = KINDS.get(name, (object,))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"GOLDTrainer: generation_kwargs must have a value of {names} for {name}, got "
+                f"{value!r}; mend it."
+            )
+        if name == "min_new_tokens" and value > args.max_completion_length:
+            raise ValueError(
+                "GOLDTrainer: generation_kwargs must have at most max_completion_length="
+                f"{args.max_completion_length} for {name}, got {value}; raise the one or lower "
+                "the other."
+            )
     if args.use_vllm and args.seq_kd and kwargs:
         raise ValueError(
             "GOLDTrainer: generation_kwargs must be left out with use_vllm and seq_kd, got "

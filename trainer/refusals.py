@@ -58,6 +58,7 @@ def refuse_unusable(
     refuse_fp16(args)
     check_login(args)
     check_adapter(peft_config, args)
+    warn_of_no_crossentropy(args)
     has_adapter = peft_config is not None or (
         not isinstance(model, str) and models.has_adapter(model)
     )
@@ -204,6 +205,17 @@ def warn_of_tiny_rate(args: GOLDConfig) -> None:
             "GOLDTrainer: learning_rate=%g (the default is TRL's 1e-7) hardly moves the weights; "
             "1e-5 is usual for all weights, 1e-4 for an adapter.",
             args.learning_rate,
+        )
+
+
+def warn_of_no_crossentropy(args: GOLDConfig) -> None:
+    name = "uld_crossentropy_weight" if args.use_uld_loss else "crossentropy_weight"
+    if args.lmbda == 1 and getattr(args, name) > 0:
+        logger.warning(
+            "GOLDTrainer: %s=%g has no effect in training with lmbda=1.0: cross-entropy is for "
+            "completions that the student did not write; lower lmbda.",
+            name,
+            getattr(args, name),
         )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,8 @@ class RunFields:
     )
 
 
+# How it is said that there is one process and nobody has made a group of it.
+OF_ONE_PROCESS = ("process group has not been initialized", "only works in distributed training")
 # Fields of TrainingArguments that nothing would read here: their defaults, and why.
 WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "label_names": (None, "labels are the completions' tokens"),
@@ -164,6 +168,21 @@ def check_inherited(args: TrainingArguments) -> None:
             "GOLDConfig: enable_jit_checkpoint must be False, got True; SIGTERM already ends a run "
             "with a checkpoint, at the end of the step: leave it out."
         )
+
+
+@contextmanager
+def naming_the_launcher() -> Iterator[None]:
+    """TrainingArguments says of ddp_backend, deepspeed and fsdp that a process group is missing."""
+    try:
+        yield
+    except ValueError as error:
+        if not any(words in str(error) for words in OF_ONE_PROCESS):
+            raise
+        raise ValueError(
+            "GOLDConfig: ddp_backend, deepspeed and fsdp must be left out where no launcher has "
+            f"started the process ({error}); start it with accelerate launch or torchrun, also on "
+            "one GPU."
+        ) from error
 
 
 def rename_checkpointing(args: TrainingArguments) -> None:

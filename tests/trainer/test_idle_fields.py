@@ -4,6 +4,7 @@ import pytest
 
 from gold_trainer import GOLDConfig
 from gold_trainer.library_options import check_library_options
+from gold_trainer.run_config import naming_the_launcher
 from support.tiny_models import tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 
@@ -34,6 +35,16 @@ def config(tmp_path, **fields):
         ),
         ({"model_init_kwargs": {"dtype": "bf16"}}, "as dtype, got 'bf16'; did you mean bfloat16"),
         ({"teacher_model_init_kwargs": {"torch_dtype": "nn"}}, "as torch_dtype, got 'nn'"),
+        (
+            {"generation_kwargs": {"no_repeat_ngram_size": "2"}},
+            "a value of int for no_repeat_ngram_size, got '2'",
+        ),
+        ({"generation_kwargs": {"min_length": True}}, "a value of int for min_length, got True"),
+        ({"generation_kwargs": {"remove_invalid_values": 1}}, "a value of bool for remove_inv"),
+        (
+            {"generation_kwargs": {"min_new_tokens": 9}, "max_completion_length": 8},
+            "at most max_completion_length=8 for min_new_tokens, got 9",
+        ),
     ],
 )
 def test_what_a_library_would_not_read_or_not_take_is_refused(fields, message, tmp_path):
@@ -64,6 +75,21 @@ def test_what_a_library_reads_passes(tmp_path):
 def test_what_would_be_ignored_or_fail_later_is_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=f"^GOLDConfig: .*{message}"):
         config(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Default process group has not been initialized, please make sure to call it.",
+        "Using fsdp only works in distributed training.",
+    ],
+)
+def test_a_process_without_a_launcher_is_told_of_it(words):
+    told = r"no launcher has started .* with accelerate launch or"
+    with pytest.raises(ValueError, match=told), naming_the_launcher():
+        raise ValueError(words)
+    with pytest.raises(ValueError, match=r"^another$"), naming_the_launcher():
+        raise ValueError("another")
 
 
 def test_no_reports_may_be_written_as_none(tmp_path):
@@ -103,3 +129,11 @@ def test_an_adapters_dropout_that_has_no_effect_is_told(is_disabled, tmp_path, c
     make_trainer(tmp_path, tiny_rows(4), "qwen3", **options)
     told = [r for r in caplog.records if "lora_dropout=0.1 of the adapter has no" in r.getMessage()]
     assert len(told) == is_disabled
+
+
+def test_a_crossentropy_of_rollouts_alone_is_told_to_have_no_effect(tmp_path, caplog):
+    told = "crossentropy_weight=0.5 has no effect in training with lmbda=1.0"
+    make_trainer(tmp_path, tiny_rows(4), "qwen3", crossentropy_weight=0.5, lmbda=0.5)
+    assert told not in caplog.text
+    make_trainer(tmp_path, tiny_rows(4), "qwen3", crossentropy_weight=0.5, lmbda=1.0)
+    assert told in caplog.text
