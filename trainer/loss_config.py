@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from gold_kernels.engine.checks import BACKENDS
@@ -185,13 +186,12 @@ class LossFields:
                     f"GOLDConfig: loss_kwargs must hold numbers of loss={self.loss!r}, got "
                     f"{name}={value!r}; they are {_list(names)}."
                 )
-        try:
-            LOSSES[self.loss](**self.loss_numbers).check("GOLDConfig")
-        except TypeError as error:  # a number that is no number
-            raise ValueError(
-                f"GOLDConfig: loss_kwargs must hold numbers, got {self.loss_kwargs} ({error}); "
-                "write them without quotes."
-            ) from error
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(
+                    f"GOLDConfig: loss_kwargs must hold numbers, got {self.loss_kwargs} "
+                    f"({name} is {type(value).__name__}); write them without quotes."
+                )
+        LOSSES[self.loss](**self.loss_numbers).check("GOLDConfig")
 
 
 def numbers_of(loss: str) -> list[str]:
