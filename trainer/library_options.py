@@ -120,7 +120,8 @@ def _check_generation(args: GOLDConfig) -> None:
                 f"GOLDTrainer: generation_kwargs must have a value of {names} for {name}, got "
                 f"{value!r}; mend it."
             )
-        if name == "min_new_tokens" and value > args.max_completion_length:
+        is_longer = isinstance(value, int) and value > args.max_completion_length
+        if name == "min_new_tokens" and is_longer:
             raise ValueError(
                 "GOLDTrainer: generation_kwargs must have at most max_completion_length="
                 f"{args.max_completion_length} for {name}, got {value}; raise the one or lower "
