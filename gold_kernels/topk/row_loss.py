@@ -1,4 +1,4 @@
-"""The loss of a teacher's top k as a row loss, in plain torch on every device.
+"""The loss of a teacher's top k as a row loss: in plain torch, and by the kernel of ULD's tokens.
 
 C rows of a chunk, c rows of a block, k entries a row, V vocabulary. P teacher, Q student. With
 s_j = q(id_j) and t_j = p(id_j) of the entries, s_0 and t_0 of all others, u_j = s_j dloss / ds_j:
@@ -29,6 +29,8 @@ from gold_kernels.engine.torch_rows import (
     without_scratch,
 )
 from gold_kernels.jsd.row_loss import divergence_bound
+from gold_kernels.topk.token_rows import ENTRY_BYTES, Terms, top_k_rows_
+from gold_kernels.uld.group_rows import token_rows_of
 from gold_kernels.uld.torch_rows import matched_jsd
 
 
@@ -46,7 +48,6 @@ class TopK(RowLoss):
     )
     tensor_sizes: ClassVar[dict[str, int]] = {"targets": 2}
     is_shared: ClassVar[bool] = False
-    backends: ClassVar[tuple[str, ...]] = ("torch",)  # whatever a call says
 
     def check(self, function: str) -> None:
         checks.check_beta(function, self.beta)
@@ -56,10 +57,22 @@ class TopK(RowLoss):
         return max(1.0, divergence_bound(self.beta) / self.temperature)
 
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
+        if self._has_kernel(rows, v_student):
+            assert self.targets is not None, "a call has its teacher's entries"
+            return limits._replace(row_bytes=ENTRY_BYTES * self.targets[0].shape[1])
         return without_scratch(limits)
+
+    def _has_kernel(self, rows: Rows, vocab_size: int) -> bool:
+        """One temperature, and entries that take little beside a row of logits."""
+        assert self.targets is not None, "a call has its teacher's entries"
+        is_one = rows.labels is None or self.temperature == 1
+        return rows.backend == "triton" and is_one and 4 * self.targets[0].shape[1] <= vocab_size
 
     def start(self, rows: Rows) -> RowFunction:
         assert self.targets is not None, "a call has its teacher's entries"
+        assert rows.student is not None, "it is a loss of heads"
+        if self._has_kernel(rows, rows.student.vocab_size):
+            return self._kernel_rows(rows)
         ids, log_probs = self.targets
         block = large_block(rows.limits, rows.values.dtype)
         is_cpu = rows.values.device.type == "cpu"  # small blocks stay in its caches
@@ -77,6 +90,26 @@ class TopK(RowLoss):
                 temperature=self.temperature,
                 softcap=rows.softcap,
                 block_elements=min(block, BLOCK_ELEMENTS) if is_cpu else block,
+            )
+
+        return row_function
+
+    def _kernel_rows(self, rows: Rows) -> RowFunction:
+        assert self.targets is not None, "a call has its teacher's entries"
+        ids, log_probs = self.targets
+        token_rows_ = token_rows_of(rows.backend)
+
+        def row_function(
+            logits: Tensor, _: None, grad_logits: Tensor | None, chunk: slice, weights: Tensor
+        ) -> None:
+            labels = None if rows.labels is None else rows.labels[chunk]
+            top_k_rows_(
+                *(token_rows_, logits, grad_logits),
+                Terms(ids[chunk], log_probs[chunk], weights, labels),
+                rows.values[:, chunk],
+                beta=self.beta,
+                temperature=self.temperature,
+                softcap=rows.softcap,
             )
 
         return row_function
