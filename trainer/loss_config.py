@@ -166,11 +166,6 @@ class LossFields:
                 f"GOLDConfig: loss must be 'jsd' with loss_top_k={self.loss_top_k}, got "
                 f"{self.loss!r}; leave one of the two out: the k tokens have the generalized JSD."
             )
-        if self.loss_top_k and self.loss_backend == "triton":
-            raise ValueError(
-                f"GOLDConfig: loss_backend must be None or 'torch' with loss_top_k="
-                f"{self.loss_top_k}, got 'triton'; leave it out: there is no kernel of it."
-            )
 
     def _check_kwargs(self) -> None:
         names = [name for name in numbers_of(self.loss) if name not in NUMBER_FIELDS]

@@ -109,9 +109,10 @@ def fused_linear_top_k(
 
     The gradient goes to student_hidden, student_weight and student_bias. Rows of weight 0 may hold
     anything, ids beyond the vocabulary excepted. Extra memory is at most budget_bytes, plus one
-    float32 student_weight if a 16-bit one needs a gradient. On a GPU the rows run in torch: there
-    is no kernel yet. return_metrics=True returns (loss, dict): loss, cross_entropy,
-    student_top_mass and teacher_top_mass of every row. Raises ValueError for what does not fit.
+    float32 student_weight if a 16-bit one needs a gradient. Rows with labels at a temperature, and
+    those of k above V / 4, run in torch on a GPU too. return_metrics=True returns (loss, dict):
+    loss, cross_entropy, student_top_mass and teacher_top_mass of every row. Raises ValueError for
+    what does not fit.
     """
     function = "fused_linear_top_k"
     chosen = linear_options(function, options, student_hidden, student_weight, TopKOptions)

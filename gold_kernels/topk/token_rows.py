@@ -61,7 +61,10 @@ def top_k_rows_(
     if labels is not None:
         is_entry_too = ((terms.ids == labels.column) & is_entry).any(1, keepdim=True)
         is_token = labels.is_label & ~is_entry_too & (labels.logits > LOWEST_LOGIT)
-        c, slot = torch.where(is_token, labels.logits, c), torch.where(is_token, labels.column, slot)
+        c, slot = (
+            torch.where(is_token, labels.logits, c),
+            torch.where(is_token, labels.column, slot),
+        )
         is_other = is_other | is_token  # the token is one of all others
     c = torch.where(c > LOWEST_LOGIT, c, 0)
     logits.scatter_(1, index, LOWEST_LOGIT).scatter_(1, slot, c.to(logits.dtype))

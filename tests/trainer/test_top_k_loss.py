@@ -128,10 +128,6 @@ def test_a_student_that_writes_learns_from_the_tokens_below_its_adapter(tmp_path
             "loss must be 'jsd' with loss_top_k=8, got 'skew_kl'; leave one of the two out: the k",
         ),
         (
-            {"loss_top_k": 8, "loss_backend": "triton"},
-            "loss_backend must be None or 'torch' with loss_top_k=8, got 'triton'; leave it out",
-        ),
-        (
             {"loss_top_k": 8, "use_uld_loss": True},
             "loss_top_k must be 0 with use_uld_loss, got 8; set 0: the k tokens belong to one voc",
         ),

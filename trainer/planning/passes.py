@@ -24,7 +24,6 @@ from gold_kernels.engine.chunk_plan import Limits, Needs, is_packed, plan_chunks
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.logit_form import forward_is
 from gold_kernels.engine.row_loss import ROW_LOSSES, Rows
-from gold_kernels.engine.torch_rows import TEMPORARIES
 from gold_trainer import models
 from gold_trainer.batches import MicroBatch, SideInputs
 from gold_trainer.config import GOLDConfig
@@ -272,9 +271,7 @@ def loss_buffers(func: Any, call: dict[str, Any]) -> int:
     if projection is not None:  # logits become their gradient where they are
         row = 4 * v_student + projection.row_bytes(student.weight)
         return plan.panel * row + plan.chunk * limits.row_bytes
-    own_rows = call["budget_bytes"] - limits.budget_bytes  # working memory of its kernels
-    if "triton" not in row_loss.backends:  # temporaries of its rows, which run in torch
-        own_rows = min(own_rows, plan.chunk * TEMPORARIES * 4 * v_student)
+    own_rows = call["budget_bytes"] - limits.budget_bytes  # working memory of its rows
     # what is lent lies in what is returned
     sides = {"student": v_student, "teacher": v_teacher}
     total = plan.chunk * limits.row_bytes + own_rows
