@@ -205,7 +205,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     if options.report:
-        folder = PLOTS if options.output.parent == RESULTS else options.output.parent
+        is_record = options.output.resolve().parent == RESULTS.resolve()
+        folder = PLOTS if is_record else options.output.parent
         picture = folder / options.output.with_suffix(".png").name
         CONSOLE.print(options.task.report(rows_of(options.output), picture))
         return 0

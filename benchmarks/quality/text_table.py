@@ -72,24 +72,23 @@ def markdown(rows: Sequence[dict[str, str]], student: str) -> str:
 
 
 def rates(rows: Sequence[dict[str, str]]) -> str:
-    """Perplexity of the small student by learning rate, of one seed; nothing where all rows have
-    one rate.
-    """
+    """The small student by learning rate, of one seed; nothing where all rows have one rate."""
     factors = sorted({float(row["rate"]) for row in rows})
     if len(factors) == 1:
         return ""
     first = [row for row in rows if row["student"] == "small" and row["seed"] == "0"]
-    found: dict[str, dict[float, float]] = {}
+    found: dict[str, dict[float, Line]] = {}
     for factor in sorted(factors, key=lambda f: f != 1):  # which has the losses in their order
         for line in lines_of(first, factor):
             if not is_added(line) and line.loss != "teacher":
-                found.setdefault(line.loss, {})[factor] = line.mean("perplexity")
-    text = ["| loss | " + " | ".join(f"{f:g} x" for f in factors) + " |"]
-    text.append("|---|" + "---|" * len(factors))
-    for loss, values in found.items():
-        if loss == "before" or len(values) > 1:
-            cells = [f"{values[f]:.2f}" if f in values else "" for f in factors]
-            text.append(f"| `{loss}` | " + " | ".join(cells) + " |")
+                found.setdefault(line.loss, {})[factor] = line
+    text = ["| loss | measure | " + " | ".join(f"{f:g} x" for f in factors) + " |"]
+    text.append("|---|---|" + "---|" * len(factors))
+    for name, unit in (("perplexity", "perplexity"), ("kl", "KL, nats")):
+        for loss, lines in found.items():
+            if loss == "before" or len(lines) > 1:
+                cells = [f"{lines[f].mean(name):.2f}" if f in lines else "" for f in factors]
+                text.append(f"| `{loss}` | {unit} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 

@@ -2,6 +2,7 @@
 and teacher and students are schooled side by side.
 """
 
+import csv
 import sys
 from functools import partial
 from pathlib import Path
@@ -90,3 +91,19 @@ def test_the_table_has_a_mean_for_each_rate_and_a_blank_where_none_was_run(tmp_p
     assert cross.index("teacher") < cross.index("p_kl") < cross.index("before") < cross.index("uld")
     with Image.open(tmp_path / "rates.png") as picture:
         assert min(picture.size) > 200
+
+
+def test_the_plot_of_a_record_goes_to_the_docs_however_its_path_is_written(tmp_path, monkeypatch):
+    results, plots = tmp_path / "results", tmp_path / "images"
+    for folder in (results, plots):
+        folder.mkdir()
+    monkeypatch.setattr(bench, "RESULTS", results)
+    monkeypatch.setattr(bench, "PLOTS", plots)
+    monkeypatch.chdir(tmp_path)
+    with (results / "rates.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, bench.fields_of(rate_rows))
+        writer.writeheader()
+        writer.writerow(fake_row("uld", 0, 1.0, 0.2))
+    assert bench.main(["--task", "rates", "--report", "--output", "results/rates.csv"]) == 0
+    assert [path.name for path in plots.iterdir()] == ["rates.png"]
+    assert [path.name for path in results.iterdir()] == ["rates.csv"]

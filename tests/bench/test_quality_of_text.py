@@ -144,9 +144,12 @@ def test_the_table_of_rates_has_one_seed_and_a_blank_where_none_was_run():
     rows += [row("jsd_0", "1.0", "0", seed="1"), row("jsd_0", "3.0", "50")]
     rows.append(row("uld", "3.0", "0", status="ValueError: no"))
     assert text_table.rates(rows).splitlines()[2:] == [
-        "| `before` |  | 90.00 |  |",
-        "| `uld` | 95.00 | 300.00 |  |",
-        "| `jsd_0` |  | 60.00 | 50.00 |",
+        "| `before` | perplexity |  | 90.00 |  |",
+        "| `uld` | perplexity | 95.00 | 300.00 |  |",
+        "| `jsd_0` | perplexity |  | 60.00 | 50.00 |",
+        "| `before` | KL, nats |  | 1.00 |  |",
+        "| `uld` | KL, nats | 1.00 | 1.00 |  |",
+        "| `jsd_0` | KL, nats |  | 1.00 | 1.00 |",
     ]
     assert text_table.rates(rows[:3]) == ""
 

@@ -4,6 +4,7 @@ import csv
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from quality import rows, scales, table, text_rows, text_table
 
 from gold_trainer import GOLDConfig
 
+WEIGHTS = "quality_weights.csv"
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 TABLES = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
@@ -36,16 +38,21 @@ def test_tables_of_accuracy_are_those_of_the_record(pair, record):
 
 @pytest.mark.parametrize("student", ["small", "int4"])
 def test_tables_of_text_are_those_of_the_record(student):
-    assert text_table.markdown(read(text_rows.OUTPUT), student) + "\n" in TABLES
+    assert text_table.markdown(read(WEIGHTS), student) + "\n" in TABLES
+
+
+def test_the_table_of_learning_rates_is_that_of_the_record():
+    assert text_table.rates(read(WEIGHTS)) + "\n" in TABLES
 
 
 def test_no_loss_and_no_failure_of_the_record_is_left_out(record):
     names = {*(loss.name for loss in rows.LOSSES), *rows.LABELS, *rows.GIVEN}
     assert {row["loss"] for row in record} == names
-    assert {row["loss"] for row in read(text_rows.OUTPUT)} == {
-        *(*text_rows.LOSSES, *text_rows.GIVEN, "labels")
-    } - {"uld"}  # that row is younger than this record
-    assert {row["status"] for row in [*record, *read(text_rows.OUTPUT)]} == {"ok"}
+    of_text = {*text_rows.LOSSES, *text_rows.GIVEN, "labels"}
+    assert {row["loss"] for row in read(WEIGHTS)} == of_text
+    assert {row["loss"] for row in read(text_rows.OUTPUT)} == of_text - {"uld"}  # which is younger
+    everything = [*record, *read(WEIGHTS), *read(text_rows.OUTPUT)]
+    assert {row["status"] for row in everything} == {"ok"}
     short = {line[1:4]: line.accuracies for line in table.lines_of(record) if line.tokens}
     assert [key for key, found in short.items() if len(found) != 3] == [
         ("chunk_likelihood", "on", "yes")
@@ -70,6 +77,10 @@ def test_what_the_page_says_is_beyond_the_spread_is(record):
     for pair in (same, cross):
         uld_alone = [v for k, v in pair.items() if k[0] == "uld" and k[2] == "no"]
         assert all(beyond(pair["before", "off", "yes"], v) for v in uld_alone)
+    for pair, half in ((same, "jsd_0.5"), (cross, "hybrid_0.5")):
+        for policy in rows.POLICIES:
+            first = pair[half.replace("0.5", "0"), policy, "no"]
+            assert mean(first) > mean(pair[half, policy, "no"])
     worse = set()
     for pair in (same, cross):
         for (loss, policy, crossentropy), accuracies in pair.items():
@@ -81,17 +92,71 @@ def test_what_the_page_says_is_beyond_the_spread_is(record):
         *(("uld", "yes"), ("chunk_likelihood", "no"), ("chunk_likelihood", "yes")),
         *(("jsd_0.5", "yes"), ("hybrid_0", "yes"), ("hybrid_0.5", "yes")),
     }
-    text = {
-        line[1:4]: line.values["perplexity"]
-        for line in text_table.lines_of(
-            [row for row in read(text_rows.OUTPUT) if row["student"] == "small"]
-        )
+
+
+def of_text(name: str, student: str, measure: str) -> dict[tuple[str, ...], list[float]]:
+    """(loss, precision, crossentropy) -> a value of each seed."""
+    own = [row for row in read(name) if row["student"] == student and row["loss"] != "teacher"]
+    return {line[1:4]: line.values[measure] for line in text_table.lines_of(own)}
+
+
+def is_ahead(key: tuple[str, ...], values: dict[tuple[str, ...], list[float]]) -> bool:
+    """Below all others, beyond the spread."""
+    others = (v for k, v in values.items() if k != key)
+    return all(beyond(other, values[key]) for other in others)
+
+
+ALONE, BESIDE = ("jsd_0", "precise", "no"), ("jsd_0", "precise", "yes")
+
+
+def test_what_the_page_says_of_text_is_so():
+    kl, perplexity = (of_text(WEIGHTS, "small", name) for name in ("kl", "perplexity"))
+    for values in (kl, perplexity):
+        assert mean(values[ALONE]) < mean(values["jsd_0.5", "precise", "no"])
+    assert is_ahead(ALONE, kl) and is_ahead(BESIDE, perplexity)
+    before, labels = perplexity["before", "precise", "no"], perplexity["labels", "", "yes"]
+    assert not beyond(before, perplexity[ALONE])
+    assert not beyond(labels, perplexity["uld", "precise", "yes"])
+    for loss in text_rows.LOSSES:
+        assert len(kl[loss, "precise", "no"]) == 3 and len(kl[loss, "precise", "yes"]) == 2
+        assert beyond(perplexity[loss, "precise", "no"], perplexity[loss, "precise", "yes"])
+    rated = [row for row in read(WEIGHTS) if row["student"] == "small" and row["seed"] == "0"]
+    at = {
+        (loss, float(row["rate"])): row
+        for row in rated
+        for loss in ("uld", "jsd_0", "labels")
+        if row["loss"] == loss and (row["crossentropy"] == "no" or loss == "labels")
     }
-    best = text.pop(("jsd_0", "precise", "no"))
-    assert all(k[0] == "teacher" or beyond(v, best) for k, v in text.items())
-    for loss in {k[0] for k in text if k[0] in text_rows.LOSSES}:
-        alone = best if loss == "jsd_0" else text[loss, "precise", "no"]
-        assert beyond(text[loss, "precise", "yes"], alone) == (loss == "jsd_0")
+    uld = [float(row["perplexity"]) for (loss, _), row in at.items() if loss == "uld"]
+    assert len(uld) == 5 and min(uld) > before[0]
+    for loss, best in (("labels", 0.3), ("jsd_0", 3.0)):
+        for measure in ("perplexity", "kl"):
+            own = {r: float(row[measure]) for (name, r), row in at.items() if name == loss}
+            assert min(own, key=own.__getitem__) == best, (loss, measure)
+
+
+def test_what_the_page_says_of_four_bits_is_so():
+    kl, perplexity = (of_text(WEIGHTS, "int4", name) for name in ("kl", "perplexity"))
+    precise, *others = (kl["jsd_0", name, "no"] for name in text_rows.PRECISIONS)
+    assert not any(
+        beyond(a, b) for other in others for a, b in ((precise, other), (other, precise))
+    )
+    before, labels = ("before", "precise", "no"), ("labels", "", "yes")
+    assert beyond(kl[labels], kl[before]) and beyond(kl[before], precise)
+    (teacher,) = (float(r["perplexity"]) for r in read(WEIGHTS) if r["loss"] == "teacher")
+    assert max(perplexity[labels]) < teacher
+
+
+def test_what_the_page_says_of_the_older_record_is_so():
+    kl, perplexity = (of_text(text_rows.OUTPUT, "small", name) for name in ("kl", "perplexity"))
+    assert is_ahead(ALONE, kl) and is_ahead(ALONE, perplexity)
+    assert beyond(perplexity[BESIDE], perplexity[ALONE])
+    int4 = of_text(text_rows.OUTPUT, "int4", "perplexity")
+    assert beyond(int4["labels", "", "yes"], int4["before", "precise", "no"])
+    precise, *others = (int4["jsd_0", name, "no"] for name in text_rows.PRECISIONS)
+    assert not any(
+        beyond(a, b) for other in others for a, b in ((precise, other), (other, precise))
+    )
 
 
 def test_prose_and_the_decision_have_no_result_that_no_table_of_the_record_has():
