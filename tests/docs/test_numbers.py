@@ -95,6 +95,10 @@ def test_training_steps_with_compiled_layers():
             if any(pair):
                 row = record("train_step_compiled.csv", mode=mode, status="ok", **case)
                 assert_cells(pair, [row["seconds_median"], row["peak_gib"]])
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    told = re.search(r"That is (\S+), (\S+) and (\S+) times as fast as TRL's step", text).groups()
+    ratios = [float(cells[4]) / float(cells[0]) for cells in lines.values() if cells[4]]
+    assert list(told) == [f"{ratio:.2f}" for ratio in ratios]
 
 
 TEACHERS = {
