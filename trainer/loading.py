@@ -55,6 +55,7 @@ def check_configs(
     if processing_class is None:
         processing_class = load_processor(student_config, args.model_init_kwargs)
     models.check_processor(processing_class, models.is_vision_language(student_config))
+    models.check_picture_places(student_config, processing_class, "student", "processing_class")
     return student_config, processing_class
 
 

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
 from gold_trainer.collator import Processor, tokenizer_of
@@ -321,6 +322,26 @@ def check_processor(
             f"GOLDTrainer: {whose} tokenizer must have an eos_token and a pad_token, got "
             f"{tokenizer.eos_token!r} and {tokenizer.pad_token!r}; set tokenizer.pad_token to a "
             "token that never ends a turn."
+        )
+
+
+def check_picture_places(
+    config: PretrainedConfig, processor: Processor, side: str, argument: str
+) -> None:
+    """ValueError for a processor of another family, whose pictures the model would not find: its
+    class is not that of the model's type, and its placeholder is none of the model's.
+    """
+    names = PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    own = names[0] if isinstance(names, tuple) else names
+    token, ids = getattr(processor, "image_token", None), placeholder_ids_of(config)
+    if own is None or type(processor).__name__ == own or token is None or not ids:
+        return
+    token_id = tokenizer_of(processor).convert_tokens_to_ids(str(token))
+    if token_id not in ids:
+        raise ValueError(
+            f"GOLDTrainer: {argument} must be the {side}'s own, got {type(processor).__name__} for "
+            f"the model type {config.model_type!r}, which does not look for its {str(token)!r}; "
+            f"pass AutoProcessor.from_pretrained of the {side}."
         )
 
 

@@ -84,6 +84,11 @@ def refuse_unusable(
                 f"GOLDTrainer: {name}_init_kwargs must be None for a model that is loaded, got "
                 f"{getattr(args, f'{name}_init_kwargs')}; pass them to from_pretrained."
             )
+    if not isinstance(teacher_model, str | None) and args.teacher_model_revision is not None:
+        raise ValueError(
+            "GOLDTrainer: teacher_model_revision must be None for a teacher that is loaded, got "
+            f"{args.teacher_model_revision!r}; pass it to from_pretrained."
+        )
     if compute_metrics is not None or preprocess_logits is not None:
         raise ValueError(
             "GOLDTrainer: compute_metrics and preprocess_logits_for_metrics must be None: the "

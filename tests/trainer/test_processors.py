@@ -75,3 +75,41 @@ def test_a_conversation_without_a_template_is_refused_before_weights_are_read(
 def test_a_processor_is_no_name(tmp_path):
     with pytest.raises(ValueError, match="processing_class must be a tokenizer or a processor, go"):
         make_trainer(tmp_path, tiny_rows(4), "qwen3", processor="qwen3")
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_processor_of_another_family_is_refused(side, tmp_path):
+    families = {"student": "lfm2_vl", "teacher": "idefics3"}
+    processors = {name: tiny(family)[1] for name, family in families.items()}
+    wrong = tiny({"student": "smolvlm", "teacher": "lfm2_vl"}[side])[1]
+    argument = "processing_class" if side == "student" else "teacher_processing_class"
+
+    def make(given):
+        return GOLDTrainer(
+            model=tiny("lfm2_vl")[0],
+            teacher_model=tiny("idefics3", "teacher")[0],
+            args=GOLDConfig(output_dir=str(tmp_path), use_uld_loss=True, **FIELDS),
+            train_dataset=tiny_rows(4, images=1),
+            processing_class=given["student"],
+            teacher_processing_class=given["teacher"],
+        )
+
+    message = f"^GOLDTrainer: {argument} must be the {side}'s own, got {type(wrong).__name__} for"
+    with pytest.raises(ValueError, match=message):
+        make(processors | {side: wrong})
+    make(processors)
+
+
+def test_a_teachers_tokenizer_that_cannot_be_read_is_refused_for_one_tokenizer_too(tmp_path):
+    with pytest.raises(ValueError, match="teacher_tokenizer_name_or_path must be a folder or hub"):
+        make_trainer(
+            tmp_path,
+            tiny_rows(4),
+            "qwen3",
+            teacher_tokenizer_name_or_path=str(tmp_path / "none"),
+        )
+
+
+def test_a_revision_of_a_teacher_that_is_loaded_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher_model_revision must be None for a teacher that"):
+        make_trainer(tmp_path, tiny_rows(4), "qwen3", teacher_model_revision="v1")

@@ -88,15 +88,19 @@ class CrossTokenizer(Objective):
     ) -> Processor:
         is_vlm = models.is_processor(student)
         if given is None:
-            name, options = loading.teacher_source(teacher_model, args)
+            name, hub_options = loading.teacher_source(teacher_model, args)
             if not name:
                 raise ValueError(
                     "GOLDTrainer: use_uld_loss needs the teacher's processor, got a teacher that "
                     "was not loaded from a folder or the hub; pass teacher_processing_class=, or "
                     "set teacher_tokenizer_name_or_path."
                 )
-            given = loading.load_teacher_processor(name, options, is_vlm)
-        models.check_processor(given, is_vlm, "teacher", "teacher_processing_class")
+            given = loading.load_teacher_processor(name, hub_options, is_vlm)
+        argument = "teacher_processing_class"
+        models.check_processor(given, is_vlm, "teacher", argument)
+        options = args.teacher_model_init_kwargs
+        config = loading.config_of(teacher_model, "teacher", options, args.teacher_model_revision)
+        models.check_picture_places(config, given, "teacher", argument)
         return given
 
     def prompts(self, batch: WindowBatch, writer: str) -> list[Example]:

@@ -75,6 +75,8 @@ class SameVocabulary(Objective):
         if given is None:
             source = loading.teacher_source(teacher_model, args)
             given = loading.find_tokenizer(*source)
+            if given is None and args.teacher_tokenizer_name_or_path is not None:
+                given = loading.load_teacher_processor(*source, is_vlm=False)  # which says why
             is_vlm = models.is_processor(student)
             pictures = loading.find_picture_processor(*source) if is_vlm else None
         if given is not None:
