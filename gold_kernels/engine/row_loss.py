@@ -119,10 +119,11 @@ class RowLoss:
         return flat
 
     def tensors(self) -> list[Tensor | None]:
+        """Contiguous: kernels read ids and numbers of rows one behind the other."""
         flat: list[Tensor | None] = []
         for name, size in self.tensor_sizes.items():
             value = getattr(self, name)
-            flat.extend([None] * size if value is None else value)
+            flat.extend([None] * size if value is None else [part.contiguous() for part in value])
         return flat
 
     @classmethod

@@ -4,13 +4,20 @@ import pytest
 import torch
 
 from gold_kernels import (
+    HeadMeans,
+    VocabOverlap,
+    VocabProjection,
     fused_linear_chunk_likelihood,
     fused_linear_jsd,
+    fused_linear_mean_kl,
+    fused_linear_projected_jsd,
     fused_linear_top_k,
     fused_linear_uld,
+    head_means,
     jsd_loss,
     uld_loss,
 )
+from support.backends import on_every_backend
 from support.uld_cases import uld_case
 
 CASE = uld_case("bayesian")
@@ -82,3 +89,50 @@ def test_sparse_and_nested_tensors_are_refused_by_name():
     nested = torch.nested.nested_tensor([torch.randn(2, 8)] * 2, layout=torch.jagged)
     with pytest.raises(ValueError, match="student_hidden must be a dense tensor, got"):
         fused_linear_jsd(nested, *heads[1:])
+
+
+def strided(tensor):
+    """The same numbers, every third of a wider tensor whose others are not its."""
+    wide = torch.full((tensor.shape[0], 3, *tensor.shape[1:]), 7, dtype=tensor.dtype)
+    wide[:, 1] = tensor.cpu()
+    return wide.to(tensor.device)[:, 1]
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", ["hybrid", "likelihood", "projected", "mean_kl", "top_k"])
+def test_tables_of_any_stride_give_the_same_loss(name, device, backend):
+    """Kernels read every tensor of an alignment, and of means, at stride 1: other tokens."""
+    case = uld_case("bayesian", has_overlap=True, has_labels=True)
+    hidden, weight, teacher, head, weights = (t.float().to(device) for t in case.tensors)
+    alignment, overlap = case.options["alignment"].to(device), case.options["overlap"]
+    means = head_means(hidden.detach() + 1, weight, weight, backend=backend)
+    columns = torch.randint(-1, 400, (300, 2), generator=torch.Generator().manual_seed(0))
+    projections = [
+        VocabProjection.from_entries(side(columns), side(torch.ones(300, 2)), 400).to(device)
+        for side in (torch.clone, strided)
+    ]
+
+    def run(change, projection):
+        leaf = hidden.clone().requires_grad_()
+        sides = leaf, weight, teacher, head
+        own = alignment._replace(
+            **{k: change(t) for k, t in alignment._asdict().items() if isinstance(t, torch.Tensor)}
+        )
+        rows, labels = change(weights), change(case.options["labels"].to(device))
+        options = {"labels": labels, "backend": backend}
+        if name == "hybrid":
+            pairs = VocabOverlap(*map(change, overlap[:2]), *overlap[2:]).to(device)
+            loss = fused_linear_uld(*sides, rows, alignment=own, overlap=pairs, **options)
+        elif name == "likelihood":
+            loss = fused_linear_chunk_likelihood(*sides, own, rows, **options)
+        elif name == "projected":
+            loss = fused_linear_projected_jsd(*sides, projection, rows, alignment=own, **options)
+        elif name == "mean_kl":
+            loss = fused_linear_mean_kl(leaf, weight, HeadMeans(*map(change, means)), **options)
+        else:
+            ids = change(IDS.to(device))
+            loss = fused_linear_top_k(leaf, weight, ids, change(-3.0 - ids), **options)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    expected, actual = run(torch.clone, projections[0]), run(strided, projections[1])
+    assert all(map(torch.equal, actual, expected))
