@@ -257,6 +257,20 @@ def measure(
     }
 
 
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """How much longer other modes take than compiled layers, with the same rows."""
+    names = ("loss", "completion_tokens", "micro_batches")
+    timed = [row for row in rows if "seconds_median" in row]
+    ours = {tuple(r[n] for n in names): r for r in timed if r["mode"] == "regional"}
+    lines = []
+    for row in timed:
+        case = tuple(row[name] for name in names)
+        if case in ours and row["mode"] != "regional":
+            ratio = row["seconds_median"] / ours[case]["seconds_median"]
+            lines.append(f"{row['mode']}, {case[0]} {case[1]}: {ratio:.2f} times regional's time")
+    return lines
+
+
 def cases_of(options: argparse.Namespace) -> list[list[str]]:
     """Mode, tokens, loss and micro-batches of each."""
     cases = options.cases or [f"{mode}:{n}" for n in options.tokens for mode in options.modes]
@@ -289,6 +303,7 @@ def main() -> None:
         lengths = [int(length) for length in tokens.split(",")]
         log.add(measure(pair, processor, lengths, mode, options))
         say(f"ROW {log.rows[-1]}")
+    say("\n".join(ratios(log.rows)))
 
 
 if __name__ == "__main__":

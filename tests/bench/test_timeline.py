@@ -81,3 +81,16 @@ def test_cases_have_what_they_do_not_say_from_the_other_options(cases, expected)
         cases=cases, tokens=["37"], modes=["off", "trl"], loss="jsd", micro_batches=1
     )
     assert profile_step.cases_of(options) == expected
+
+
+def test_modes_are_compared_with_compiled_layers_on_the_same_rows():
+    def row(mode, tokens, seconds):
+        case = {"mode": mode, "loss": "jsd", "completion_tokens": tokens, "micro_batches": 1}
+        return case | ({} if seconds is None else {"seconds_median": seconds})
+
+    rows = [row("trl", "37", 3.0), row("regional", "37", 2.0), row("off", "37", 2.5)]
+    rows += [row("off", "9", 1.0), row("regional", "9", None)]
+    assert profile_step.ratios(rows) == [
+        "trl, jsd 37: 1.50 times regional's time",
+        "off, jsd 37: 1.25 times regional's time",
+    ]
