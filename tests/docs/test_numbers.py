@@ -101,6 +101,22 @@ def test_training_steps_with_compiled_layers():
     assert list(told) == [f"{ratio:.2f}" for ratio in ratios]
 
 
+def test_steps_of_mixed_lengths():
+    lines = table("hardware.md", "tokens of answers):")
+    case = {"loss": "jsd", "micro_batches": "4", "status": "ok"}
+    mixed = record("train_step_compiled.csv", mode="packed", **case)["completion_tokens"]
+    kinds = [("regional", "550"), ("regional", mixed), ("packed", mixed)]
+    speeds = []
+    for cells, (mode, tokens) in zip(lines.values(), kinds, strict=True):
+        row = record("train_step_compiled.csv", mode=mode, completion_tokens=tokens, **case)
+        assert_cells(cells, [row["seconds_median"], row["tokens_per_second"]])
+        speeds.append(float(row["tokens_per_second"]))
+    lengths = [int(length) for length in mixed.split()]
+    assert round(sum(lengths) / len(lengths)) == 550 and (min(lengths), max(lengths)) == (64, 1037)
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    assert f"reach {speeds[1] / speeds[0]:.2f} of the speed of equal ones" in text
+
+
 TEACHERS = {
     "in 16 bits": "resident",
     "in 8 bits (LLM.int8)": "int8",
