@@ -197,6 +197,17 @@ def test_other_losses_of_two_tokenizers():
         assert_cells(cells[: len(values)], values)
 
 
+def test_heads_in_slices_over_two_gpus():
+    names = {"JSD": "jsd", "skew KL": "skew_kl", "ULD": "uld"}
+    columns = ("whole_ms", "slices_ms", "ratio", "whole_peak_mib", "slices_peak_mib")
+    rows = table("parallel.md", "(`parallel.csv`")
+    assert len(rows) == 2 * len(names)
+    for name, cells in rows.items():
+        loss, head = name.split(", ")
+        row = record("parallel.csv", loss=names[loss], head=head, status="ok", N="4096")
+        assert_cells(cells, [row[column] for column in columns])
+
+
 def test_rollouts():
     rows = table("hardware.md", "(`rollout.csv`)")
     assert len(rows) >= 2
