@@ -46,6 +46,17 @@ def test_layers_share_a_graph_and_write_what_they_write_without(family, graphs, 
     run.train()
 
 
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_as_many_graphs_as_models_need_are_kept(graphs, tmp_path):
+    """torch counts those of all models together: beyond its limit layers run as they are."""
+    for family in ("qwen3", "qwen3_vl"):
+        run, writer, prompts = build(tmp_path, family, rollout_compile=True)
+        before = len(graphs)
+        ids_of(writer, run, prompts)
+        assert len(graphs) > before, family
+    assert torch._dynamo.config.recompile_limit == 1
+
+
 def test_hooks_that_come_after_the_first_call_run(graphs, tmp_path):
     run, writer, prompts = build(tmp_path, "qwen3", rollout_compile=True)
     before = ids_of(writer, run, prompts)

@@ -24,6 +24,9 @@ from gold_trainer.writers.shared_inputs import shares_inputs
 # Arguments of attention with which it is more than softmax(scale q k^T + mask) v.
 BESIDE = ("softcap", "s_aux", "position_bias")
 MOST_WIDTH = 256  # of a head, in our kernel
+# Graphs of a layer, at least: torch counts them by a function of nn.Module's, which the layers of
+# all models of a process share.
+LIMIT = 64
 
 
 @torch.library.custom_op("gold_trainer::attend", mutates_args=())
@@ -107,8 +110,9 @@ class CompiledLayers:
                 for module in layer.modules():
                     if hasattr(module, "layer_idx"):
                         change(module, "layer_idx", 0)
+            limit = max(LIMIT, torch._dynamo.config.recompile_limit)
             # hooks that parts of a layer get after it was compiled have to run too
-            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=limit):
                 yield
         finally:
             ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
