@@ -259,6 +259,11 @@ def csv_options(path: Path) -> dict[str, Any]:
         raise no_utf8(path, error) from error
     if not header or len(set(header)) < len(header):
         raise ValueError(f"dataset {path}: the first line must name the columns, got {header}")
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        raise ValueError(
+            f"dataset {path}: cells must be separated by commas, got {header[0]!a} as the first "
+            "line; save the file with commas"
+        )
     if first is None:
         raise ValueError(f"dataset {path}: a line for each row is expected, got none; add rows")
     if len(first) > len(header):  # else pandas takes the cells in front for names of rows

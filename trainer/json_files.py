@@ -23,7 +23,7 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _in_list(path: Path) -> Iterator[tuple[str, Any]]:
     """With the place of each row, as errors say it."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise no_utf8(path, error) from error
     except (ValueError, RecursionError) as error:
@@ -43,7 +43,7 @@ def _in_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"line {number}"
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
             except UnicodeDecodeError as error:
                 raise no_utf8(path, error) from error
             except json.JSONDecodeError as error:  # it counts lines within this one
@@ -57,6 +57,16 @@ def _in_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     "the row"
                 ) from error
             yield where, row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, no key of which takes the place of another."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:80]!a} stands twice in one object")
+    return made
 
 
 def no_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:

@@ -273,3 +273,22 @@ def test_json_that_python_does_not_read_names_the_file_or_is_text(tmp_path, cell
         with pytest.raises(ValueError, match=f"dataset .*{name}"):
             list(load(DataArguments(dataset_name=str(path)), "train"))
     assert parsed_messages(cell) == cell
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "line 1: .* the key 'prompt' stands twice"),
+        (
+            "a.json",
+            '[{"messages": [{"role": "a", "role": "b"}]}]',
+            "the key 'role' stands twice in",
+        ),
+        ("a.csv", "prompt;completion\na;b\n", "separated by commas, got 'prompt;completion' as"),
+        ("a.csv", "prompt\tcompletion\na\tb\n", "cells must be separated by commas, got"),
+    ],
+)
+def test_what_would_be_lost_of_a_file_is_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"dataset .*{name}.*{message}"):
+        load(tmp_path / name)
