@@ -139,7 +139,7 @@ def _columns(rows: Any, index: int) -> Any:
 def as_rows(
     dataset: Any,
     *,
-    has_chat_template: bool | None = None,  # None: nobody knows
+    has_chat_template: bool = False,
     skips_bad: bool = False,
     **options: Any,
 ) -> Any:
@@ -151,11 +151,6 @@ def as_rows(
         rows.check_teacher_ids()
     # columns that do not fit show before weights are read and folders made
     first = rows.first(skips_bad=skips_bad)
-    if not isinstance(first.prompt, str) and has_chat_template is False:
-        raise ValueError(
-            f"{first.where}: a conversation needs a chat template, the student's processor has "
-            "none; set its chat_template, or pass prompt and completion as plain text."
-        )
     if not isinstance(first.prompt, str):
         logger.info(f"rows are {rows.description}")
     elif has_chat_template:

@@ -61,7 +61,16 @@ def read_rows(
     if isinstance(dataset, IterableDataset | datasets.IterableDataset):
         return read_stream(dataset, args, **options)
     skips_bad = args.on_bad_row == "skip"
-    return as_rows(dataset, has_chat_template=has_chat_template, skips_bad=skips_bad, **options)
+    has = bool(has_chat_template)
+    rows = as_rows(dataset, has_chat_template=has, skips_bad=skips_bad, **options)
+    if rows is not None and has_chat_template is False:
+        first = rows[rows.first_index]
+        if not isinstance(first.prompt, str):
+            raise ValueError(
+                f"{first.where}: a conversation needs a chat template, the student's processor has "
+                "none; set its chat_template, or pass prompt and completion as plain text."
+            )
+    return rows
 
 
 def open_rows(
