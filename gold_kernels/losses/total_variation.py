@@ -31,12 +31,12 @@ if has_triton():
     import triton
     import triton.language as tl
 
-    from gold_kernels.triton.lines import expm1_of
+    from gold_kernels.triton.lines import at_least, expm1_of
 
     @triton.jit
     def _total_variation_entries(log_q, log_p, log_ratio, _, __):
         q, p = tl.exp(log_q), tl.exp(log_p)
         sign = tl.where(log_ratio > 0.0, 1.0, tl.where(log_ratio < 0.0, -1.0, 0.0))
-        return -0.5 * tl.maximum(q, p) * expm1_of(-tl.abs(log_ratio)), -0.5 * q * sign
+        return -0.5 * at_least(q, p) * expm1_of(-tl.abs(log_ratio)), -0.5 * q * sign
 
     TotalVariation.kernel_entries = _total_variation_entries

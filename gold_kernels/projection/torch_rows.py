@@ -92,7 +92,7 @@ def _projected(
     sums, places = fold_rows(q, folds), folds.places.long()
     projected = sums[:, places]
     tiny = torch.finfo(q.dtype).tiny
-    log_s = torch.where(projected > tiny, projected.clamp_min(tiny).log(), LOG_ZERO)
+    log_s = torch.where(projected <= tiny, LOG_ZERO, projected.clamp_min(tiny).log())
     log_t = log_p[:, folds.teacher_ids.long()].clamp_min(LOG_ZERO)
     loss, pull = matched_jsd(log_s, log_t, beta)
     sums[:, places] = torch.where(projected > tiny, pull / projected.clamp_min(tiny), 0)

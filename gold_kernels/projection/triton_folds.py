@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gold_kernels.tokens.projection import FOLD_WIDTH, Folds
 from gold_kernels.triton.launch import is_interpreted, num_blocks
-from gold_kernels.triton.lines import BITS, LOWEST_LOGIT, NATS
+from gold_kernels.triton.lines import BITS, LOWEST_LOGIT, NATS, at_least
 
 # of a row: largest logit and log2 of the sum, of both sides; sum s g; slope and 1 - q of the span;
 # 1 - q of the label, log2 of its sum at temperature 1
@@ -58,7 +58,7 @@ def spread_rows_kernel(
     student = student_ptr + rows[:, None] * student_row_stride + columns[None, :]
     mask = is_row[:, None] & is_column[None, :]
     logits = tl.load(student, mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.maximum(logits, LOWEST_LOGIT)
+    logits = at_least(logits, LOWEST_LOGIT)
     probs = tl.exp2((logits - largest[:, None]) * bits - log_sum[:, None])
     # a mask of rows would cut the 16 bytes that a thread stores at once
     tl.store(lanes_ptr(probs_ptr, num_entries, columns, LANES), probs, mask=is_column[None, :])
@@ -138,7 +138,7 @@ def grad_rows_kernel(
     is_live = (weight != 0.0)[:, None]
     student = student_ptr + rows[:, None] * student_row_stride + columns[None, :]
     logits = tl.load(student, mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.maximum(logits, LOWEST_LOGIT)
+    logits = at_least(logits, LOWEST_LOGIT)
     q = tl.exp2((logits - largest[:, None]) * bits - log_sum[:, None])
     grad = q * (slopes - pull[:, None])
     if HAS_SPANS:

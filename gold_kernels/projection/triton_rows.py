@@ -41,6 +41,7 @@ from gold_kernels.triton.lines import (
     LOG2_ZERO,
     LOWEST_LOGIT,
     NATS,
+    at_least,
     entry_parts,
     row_sum,
 )
@@ -154,9 +155,9 @@ def pair_rows_kernel(
     teacher = teacher_ptr + rows[:, None] * teacher_row_stride + entry[None, :]
     mask = is_row[:, None] & is_pair
     logits = tl.load(teacher, mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.maximum(logits, LOWEST_LOGIT) - teacher_max[:, None]
-    log2_t = tl.maximum(logits * teacher_bits - teacher_sum[:, None], LOG2_ZERO)
-    log2_s = tl.where(s > TINY, tl.log2(tl.maximum(s, TINY)), LOG2_ZERO)
+    logits = at_least(logits, LOWEST_LOGIT) - teacher_max[:, None]
+    log2_t = at_least(logits * teacher_bits - teacher_sum[:, None], LOG2_ZERO)
+    log2_s = tl.where(s <= TINY, LOG2_ZERO, tl.log2(at_least(s, TINY)))  # NaN stays NaN
     loss, pull = pair_entries(log2_s, log2_t, (beta, one_minus_beta), MODE)
     tl.store(own, tl.where(s > TINY, pull / tl.maximum(s, TINY), 0.0), mask=is_pair)
     sums = lanes_ptr(sums_ptr, tl.num_programs(0) * SUMS, tl.arange(0, SUMS), LANES)

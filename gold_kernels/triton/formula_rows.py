@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.triton.launch import row_block
-from gold_kernels.triton.lines import BITS, NATS
+from gold_kernels.triton.lines import BITS, NATS, at_least
 from gold_kernels.triton.shared_rows import load_pair, open_row, store_gradient
 
 LOG_ZERO = tl.constexpr(-1e6)  # nats
@@ -31,7 +31,7 @@ def log_probs(student, teacher, row_sums, bits):
     lse_gap = (max_teacher - max_student) * bits + (log_sum_teacher - log_sum_student)
     log_ratio = ((teacher - student) * bits - lse_gap) * NATS
     log_ratio = tl.minimum(tl.maximum(log_ratio, LOG_ZERO), -LOG_ZERO)
-    return tl.maximum(log_q, LOG_ZERO), tl.maximum(log_p, LOG_ZERO), log_ratio
+    return at_least(log_q, LOG_ZERO), at_least(log_p, LOG_ZERO), log_ratio
 
 
 @triton.jit

@@ -21,10 +21,21 @@ def block_columns(start, BLOCK_V: tl.constexpr, LINE: tl.constexpr):  # (BLOCK_V
 
 
 @triton.jit
+def at_least(x, least):
+    """NaN stays NaN: the maximum of a GPU, left alone, is the other number."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(x, most):
+    return tl.minimum(x, most, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_logits(row_ptr, columns, is_column):
     """Float32 logits; -1e30, so probability 0, for -inf and for columns beyond the vocabulary."""
     logits = tl.load(row_ptr + columns, mask=is_column, other=float("-inf")).to(tl.float32)
-    return tl.maximum(logits, LOWEST_LOGIT)
+    return at_least(logits, LOWEST_LOGIT)
 
 
 @triton.jit
@@ -121,8 +132,8 @@ def entry_parts(
     a q that rounds to 1, as trained models have.
     """
     logit = tl.load(row_ptr + entry, mask=is_entry, other=0.0).to(tl.float32)
-    log2_q = (tl.maximum(logit, LOWEST_LOGIT) - row_max) * bits - tl.log2(row_total)
-    log2_q = tl.minimum(tl.maximum(log2_q, LOG2_ZERO), 0.0)
+    log2_q = (at_least(logit, LOWEST_LOGIT) - row_max) * bits - tl.log2(row_total)
+    log2_q = at_most(at_least(log2_q, LOG2_ZERO), 0.0)
     is_large = is_entry & (log2_q > -1.0)
     others = tl.zeros([BLOCK_V // LINE], dtype=tl.float32)
     for start in range(0, tl.where(is_large, vocab_size, 0), BLOCK_V):

@@ -11,6 +11,8 @@ import triton.language as tl
 from gold_kernels.triton.lines import (
     BITS,
     LOWEST_LOGIT,
+    at_least,
+    at_most,
     block_columns,
     join_lines,
     line_sums,
@@ -147,8 +149,8 @@ def open_row(
         hard_weight = tl.load(weights_ptr + 1)
         is_hard = (label >= 0) & (label < vocab_size) & (hard_weight != 0.0)
         logit = tl.load(student_ptr + label, mask=is_hard, other=0.0).to(tl.float32)
-        logit = tl.maximum(logit, LOWEST_LOGIT)
-        cross_entropy = tl.minimum(tl.log(hard_total) - (logit - max_student), MAX_LOSS)
+        logit = at_least(logit, LOWEST_LOGIT)
+        cross_entropy = at_most(tl.log(hard_total) - (logit - max_student), MAX_LOSS)
         tl.store(values_ptr + values_stride, tl.where(is_hard, cross_entropy, 0.0))
         is_hard &= cross_entropy < MAX_LOSS  # a masked label has no slope
     row_terms = (is_live, label, hard_weight, is_hard, max_student, hard_total)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.triton.launch import row_block
-from gold_kernels.triton.lines import BITS, LOWEST_LOGIT
+from gold_kernels.triton.lines import BITS, LOWEST_LOGIT, at_least
 from gold_kernels.triton.shared_rows import MAX_LOSS, pair_sums
 
 
@@ -69,7 +69,7 @@ def slice_sums_kernel(
         label = tl.load(labels_ptr + row) - first_label
         is_here = (label >= 0) & (label < vocab_size)
         logit = tl.load(student_ptr + label, mask=is_here, other=0.0).to(tl.float32)
-        logit = tl.maximum(logit, LOWEST_LOGIT)
+        logit = at_least(logit, LOWEST_LOGIT)
     tl.store(sums_ptr + 4 * sums_stride, hard_total)
     tl.store(sums_ptr + 5 * sums_stride, logit)
 

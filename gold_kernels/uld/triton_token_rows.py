@@ -27,6 +27,8 @@ from gold_kernels.triton.lines import (
     LOG2_ZERO,
     LOWEST_LOGIT,
     NATS,
+    at_least,
+    at_most,
     block_columns,
     entry_parts,
     load_logits,
@@ -125,10 +127,10 @@ def token_rows_kernel(
         log_q, log_p = -soft_value, tl.load(log_p_ptr + row)
         if HAS_SCALES:
             log_q += tl.load(scales_ptr + row)
-        log_q, log_p = tl.maximum(log_q, LOG2_ZERO * NATS), tl.maximum(log_p, LOG2_ZERO * NATS)
+        log_q, log_p = at_least(log_q, LOG2_ZERO * NATS), at_least(log_p, LOG2_ZERO * NATS)
         betas = (beta, one_minus_beta)  # float32; with float64 they become float64
-        log_s = tl.minimum(log_q, 0.0).to(tl.float64) * group_scale
-        log_t = tl.minimum(log_p, 0.0).to(tl.float64) * group_scale
+        log_s = at_most(log_q, 0.0).to(tl.float64) * group_scale
+        log_t = at_most(log_p, 0.0).to(tl.float64) * group_scale
         loss, slope = two_outcomes(log_s, log_t, betas, MODE)
         soft_value, slope = loss.to(tl.float32), (slope * group_scale).to(tl.float32)
         slope = tl.where(log_q > LOG2_ZERO * NATS, slope, 0.0)  # the floor of a masked token
