@@ -258,10 +258,13 @@ def prompt_ids(
 
 
 def text_ids(processor: Processor, text: str, adds_special_tokens: bool | None) -> list[int]:
-    """Those of the text as it is, with one placeholder a picture."""
+    """Those of the text as it is, with one placeholder a picture. Padding, of which one text has
+    none, is as in process_prompts: a tokenizer keeps it, and another thread may ask it for a batch.
+    """
     tokenizer = tokenizer_of(processor)
     adds = not _has_bos(tokenizer, text) if adds_special_tokens is None else adds_special_tokens
-    return tokenizer(text, add_special_tokens=adds)["input_ids"]
+    inputs = tokenizer(text, padding=True, padding_side="left", add_special_tokens=adds)
+    return inputs["input_ids"]
 
 
 def process_prompts(

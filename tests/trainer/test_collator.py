@@ -9,6 +9,7 @@ from gold_trainer.collator import (
     build_inputs,
     process_prompts,
     prompt_length,
+    text_ids,
     tokenizer_of,
     until_end,
 )
@@ -235,3 +236,16 @@ def test_ids_end_with_the_first_end_token():
     assert until_end([5, 2, 7, 2], [2, 3]) == [5, 2]
     assert until_end([5, 7], [2]) == [5, 7]
     assert until_end([], [2]) == []
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_vl"])
+def test_a_thread_that_asks_for_ids_leaves_the_padding_of_a_batch_in_another(family):
+    processor = tiny_processor(family)
+    texts = ["one", "one two three"]
+    expected = [tokenizer_of(processor)(t, add_special_tokens=False)["input_ids"] for t in texts]
+    process_prompts(processor, texts, [[], []], [False, False])
+    backend = tokenizer_of(processor).backend_tokenizer
+    padding = backend.padding
+    assert padding is not None, "the tokenizer keeps how it has padded"
+    assert [text_ids(processor, text, False) for text in texts] == expected
+    assert backend.padding == padding
