@@ -51,16 +51,20 @@ def top_k_rows_(
 ) -> None:
     is_live = (terms.weights != 0).any(1)  # other rows may hold anything
     is_entry = terms.ids >= 0
-    # padding is written where the first entry is, and with its numbers; without entries in column 0
+    is_other = ~is_entry.any(1, keepdim=True)
+    # padding is written where the first entry is, and with its numbers; without entries where the
+    # token is: the label, or column 0
     place = is_entry.byte().argmax(1, keepdim=True)
     first = terms.ids.gather(1, place).clamp_min(0)
-    index = torch.where(is_entry, terms.ids, first)
-    z = logits.gather(1, index).to(torch.float64).clamp_min_(LOWEST_LOGIT)
-    c, slot, is_other = z.gather(1, place), first, ~is_entry.any(1, keepdim=True)
     labels = None if terms.labels is None else _labels(logits, terms.labels)
     if labels is not None:
         is_entry_too = ((terms.ids == labels.column) & is_entry).any(1, keepdim=True)
         is_token = labels.is_label & ~is_entry_too & (labels.logits > LOWEST_LOGIT)
+        first = torch.where(is_other & is_token, labels.column, first)
+    index = torch.where(is_entry, terms.ids, first)
+    z = logits.gather(1, index).to(torch.float64).clamp_min_(LOWEST_LOGIT)
+    c, slot = z.gather(1, place), first
+    if labels is not None:
         c, slot = (
             torch.where(is_token, labels.logits, c),
             torch.where(is_token, labels.column, slot),

@@ -40,7 +40,7 @@ def targets_of(case):
 def padded(ids, log_probs):
     """Some rows have no entry at the end, at the beginning, one in the middle, or none at all."""
     ids = ids.clone()
-    ids[1, 3:], ids[2, :2], ids[4, :2], ids[4, 3:], ids[5] = -1, -1, -1, -1, -1
+    ids[1, 3:], ids[2, :2], ids[4, :2], ids[4, 3:], ids[5], ids[8] = -1, -1, -1, -1, -1, -1
     return ids, torch.where(ids >= 0, log_probs, torch.nan)
 
 
