@@ -108,11 +108,10 @@ def fused_linear_top_k(
     CPU sums above 1.05, as of logits, are refused, and so are ids that come twice in a row.
 
     The gradient goes to student_hidden, student_weight and student_bias. Rows of weight 0 may hold
-    anything, ids beyond the vocabulary excepted. Extra memory is at most budget_bytes, plus one
-    float32 student_weight if a 16-bit one needs a gradient. Rows with labels at a temperature, and
-    those of k above V / 4, run in torch on a GPU too. return_metrics=True returns (loss, dict):
-    loss, cross_entropy, student_top_mass and teacher_top_mass of every row. Raises ValueError for
-    what does not fit.
+    anything. Extra memory is at most budget_bytes, plus one float32 student_weight if a 16-bit one
+    needs a gradient. Rows with labels at a temperature, and those of k above V / 4, run in torch on
+    a GPU too. return_metrics=True returns (loss, dict): loss, cross_entropy, student_top_mass and
+    teacher_top_mass of every row. Raises ValueError for what does not fit.
     """
     function = "fused_linear_top_k"
     chosen = linear_options(function, options, student_hidden, student_weight, TopKOptions)
@@ -131,17 +130,20 @@ def fused_linear_top_k(
         checks.check_row_weights(function, row_weights, student.hidden)
         checks.check_label_weights(function, chosen, student.hidden)
         check_tensors(function, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs)
+        _check_targets(function, student.hidden, teacher_ids, teacher_log_probs)
     except ValueError:
         tell_refusal(group, student_hidden, student_weight)
         raise
     settings, tensors = (beta, temperature, return_metrics), (row_weights, teacher_log_probs)
-    (student,) = join_slices(function, (student,), chosen, tensors, settings, (teacher_ids,))
+    ids = teacher_ids
+    if row_weights is not None:  # a row of weight 0 may hold anything, on each process another
+        ids = torch.where((row_weights != 0).unsqueeze(1), ids, -1)
+    (student,) = join_slices(function, (student,), chosen, tensors, settings, (ids,))
     v_student = student.vocab_size
     vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
-    targets = teacher_ids, teacher_log_probs, row_weights
-    _check_targets(function, student.hidden, *targets, vocab_size)
+    _check_entries(function, ids, teacher_log_probs, vocab_size)
     log_probs = teacher_log_probs.detach().to(float_dtype(student.hidden))
-    row_loss = TopK(beta, temperature, [teacher_ids, log_probs])
+    row_loss = TopK(beta, temperature, [ids, log_probs])
     weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
     label_weights = label_weights_of(vocab_size, student.hidden, chosen)
     labels = None if chosen.labels is None else chosen.labels.contiguous()
@@ -158,15 +160,7 @@ def fused_linear_top_k(
     return (loss, rows.by_name()) if return_metrics else loss
 
 
-def _check_targets(
-    function: str,
-    hidden: Tensor,
-    ids: Tensor,
-    log_probs: Tensor,
-    row_weights: Tensor | None,
-    vocab_size: int,
-) -> None:
-    """Ids are looked at on the CPU alone: elsewhere a look would wait for the device."""
+def _check_targets(function: str, hidden: Tensor, ids: Tensor, log_probs: Tensor) -> None:
     shapes = tuple(ids.shape), tuple(log_probs.shape)
     is_pair = ids.ndim == 2 and shapes[0] == shapes[1] and shapes[0][0] == hidden.shape[0]
     kinds = ids.dtype == torch.int64 and log_probs.is_floating_point()
@@ -182,6 +176,10 @@ def _check_targets(
                 f"{function}: {name} must be on {hidden.device} like the hidden states, got "
                 f"{tensor.device}; move them with .to(hidden.device)."
             )
+
+
+def _check_entries(function: str, ids: Tensor, log_probs: Tensor, vocab_size: int) -> None:
+    """They are looked at on the CPU alone: elsewhere a look would wait for the device."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
         return
     if int(ids.max()) >= vocab_size:
@@ -189,16 +187,12 @@ def _check_targets(
             f"{function}: teacher_ids must be below {vocab_size}, the rows of the head, got "
             f"{int(ids.max())}; they are token ids of the student's tokenizer."
         )
-    _check_distribution(function, ids, log_probs, row_weights)
+    _check_distribution(function, ids, log_probs)
 
 
-def _check_distribution(
-    function: str, ids: Tensor, log_probs: Tensor, row_weights: Tensor | None
-) -> None:
+def _check_distribution(function: str, ids: Tensor, log_probs: Tensor) -> None:
     """Different entries of a row whose probabilities add up to 1 at most."""
     is_entry = ids >= 0
-    if row_weights is not None:  # a row of weight 0 may hold anything
-        is_entry = is_entry & (row_weights != 0).unsqueeze(1)
     ordered = torch.where(is_entry, ids, -1).sort(1).values
     is_twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if bool(is_twice.any()):

@@ -82,6 +82,14 @@ def other_calls(pair: Any) -> Refusals:
         ("beta must be in [0, 1]", partial(jsd, *usual, beta=0.5 + rank)),
         ("row_weights must be", partial(uld, *usual, short)),
         ("share the hidden size", partial(top_k, hidden[:, rank:], own, ids, log_probs)),
+        (
+            "teacher_ids and teacher_log_probs must",
+            partial(top_k, hidden, own, ids[rank:], log_probs),
+        ),
+        (
+            "teacher_log_probs must be on cpu",
+            partial(top_k, hidden, own, ids, log_probs.to(("cpu", "meta")[rank])),
+        ),
     ):
         yield message if rank == 1 else "got errors on ranks [1]", call
 
@@ -204,7 +212,12 @@ def check_accepted(pair: Any) -> list[str]:
             WholeRows(), hidden, own[0], case[2], own[1], weights, process_group=pair
         ),
     ]
-    return [f"accepted: {one} for {expected}" for one in found if not one.isclose(expected)]
+    ids, log_probs = torch.arange(12).view(6, 2), torch.full((6, 2), -1.5, dtype=torch.float64)
+    whole = fused_linear_top_k(case[0], case[1], ids, log_probs, weights)
+    ids[1], log_probs[1] = 90 * rank, (torch.nan, 7.0)[rank]
+    top_k = fused_linear_top_k(hidden, own[0], ids, log_probs, weights, process_group=pair)
+    pairs = [(one, expected) for one in found] + [(top_k, whole)]
+    return [f"accepted: {one} for {other}" for one, other in pairs if not one.isclose(other)]
 
 
 def check_refusals(pair: Any, everyone: Any) -> list[str]:

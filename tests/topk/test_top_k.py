@@ -114,6 +114,7 @@ def test_rows_of_weight_zero_may_hold_anything_and_any_chunk_gives_the_same():
         hidden = case.student_hidden.detach().clone()
         if is_poisoned:
             hidden[3] = float("nan")
+            ids[3] = 10**9  # no token
         leaves = hidden.requires_grad_(), case.student_weight.detach().requires_grad_()
         given = ids, log_probs.float(), weights
         loss = fused_linear_top_k(*leaves, *given, chunk_size=chunk_size)
