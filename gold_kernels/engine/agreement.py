@@ -203,9 +203,13 @@ def tell_refusal(group: Any, hidden: Any, weight: Any) -> None:
     """
     if group is None and is_sharded(weight) and weight.device_mesh.ndim == 1:
         group = weight.device_mesh.get_group()
-    devices = [one.device for one in (hidden, weight) if isinstance(one, Tensor)]
-    if group is not None and is_member(group) and devices:
-        facts = torch.full((NUM_FACTS,), REFUSED, dtype=torch.float64, device=devices[0])
+    if group is not None and is_member(group):
+        # where others have theirs: what is wrong here may be the device of one, or that none is
+        kinds = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+        devices = [one.device for one in (weight, hidden) if isinstance(one, Tensor)]
+        devices = [device for device in devices if device.type in kinds]
+        device = devices[0] if devices else torch.device(kinds[0])
+        facts = torch.full((NUM_FACTS,), REFUSED, dtype=torch.float64, device=device)
         Slices(group.group_name, (1,) * dist.get_world_size(group)).gather(facts)
 
 

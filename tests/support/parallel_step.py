@@ -82,6 +82,8 @@ def other_calls(pair: Any) -> Refusals:
         ("beta must be in [0, 1]", partial(jsd, *usual, beta=0.5 + rank)),
         ("row_weights must be", partial(uld, *usual, short)),
         ("share the hidden size", partial(top_k, hidden[:, rank:], own, ids, log_probs)),
+        ("device of student_hidden", partial(jsd, hidden.to(("cpu", "meta")[rank]), *usual[1:])),
+        ("must be a tensor, got list", partial(jsd, *([[1.0]] * 4 if rank else usual))),
         (
             "teacher_ids and teacher_log_probs must",
             partial(top_k, hidden, own, ids[rank:], log_probs),
