@@ -283,10 +283,7 @@ def process_prompts(
     ]
     if len(set(adds)) > 1 and processor is tokenizer:
         # conversations beside plain text, to which the tokenizer adds its own
-        ids = [
-            processor(text, add_special_tokens=flag)["input_ids"]
-            for text, flag in zip(texts, adds, strict=True)
-        ]
+        ids = [text_ids(processor, text, flag) for text, flag in zip(texts, adds, strict=True)]
         batch = {"input_ids": ids}
         return dict(processor.pad(batch, padding_side="left", return_tensors="pt"))
     options: dict[str, Any] = {"images": images} if any(images) else {}

@@ -248,4 +248,5 @@ def test_a_thread_that_asks_for_ids_leaves_the_padding_of_a_batch_in_another(fam
     padding = backend.padding
     assert padding is not None, "the tokenizer keeps how it has padded"
     assert [text_ids(processor, text, False) for text in texts] == expected
+    process_prompts(processor, texts, [[], []], [False, True])  # a conversation and plain text
     assert backend.padding == padding
