@@ -237,7 +237,8 @@ class ServedFields:
             args.teacher_model_name_or_path = None
         url = self.teacher_model_server_url
         if url is None:
-            if not any(map(is_address, (args.teacher_models or {}).values())):
+            several = args_by_teacher(args).values()  # those that are servers are checked there
+            if all(one.teacher_model_server_url is None for one in several):
                 self._refuse_fields_of_servers()
             return
         if not is_address(url):

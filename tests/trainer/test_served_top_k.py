@@ -165,7 +165,13 @@ def test_weights_of_tokens_that_are_none_of_the_k_are_refused(texts, serve, tmp_
         ),
     ],
 )
-def test_what_tokens_cannot_do_is_refused(fields, message, tmp_path):
-    url = {"teacher_model_server_url": "http://a:1", "loss_top_k": 8}
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        {"teacher_model_server_url": "http://a:1"},
+        {"teacher_models": {"here": "folder", "there": "http://a:1"}},
+    ],
+)
+def test_what_tokens_cannot_do_is_refused(teacher, fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        GOLDConfig(str(tmp_path / "run"), **(CONFIG | url | fields))
+        GOLDConfig(str(tmp_path / "run"), **(CONFIG | teacher | {"loss_top_k": 8} | fields))

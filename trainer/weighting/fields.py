@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gold_trainer.teacher_config import args_by_teacher
 from gold_trainer.weighting.named import find_weighting, name_of
 from gold_trainer.weighting.picture_detail import PictureDetail
 
@@ -75,7 +76,7 @@ def check_use(args: Any, function: Callable[..., Any], name: str) -> None:  # ar
         )
     if not isinstance(function, PictureDetail):
         return
-    has_tokens = args.asks_for_tokens
+    has_tokens = any(one.asks_for_tokens for one in (args, *args_by_teacher(args).values()))
     if args.teacher_cache is not None or has_tokens:
         got = "loss_top_k of a server" if has_tokens else "teacher_cache"
         raise ValueError(
