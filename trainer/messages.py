@@ -68,6 +68,12 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
     checked = [_with_thoughts(_with_known_role(message), index) for message in checked]
     for message in checked:
         _check_content(message, index)
+        weight = message.get("weight")
+        if message["role"] == "assistant" and weight not in (None, 0, 1):
+            raise ValueError(
+                f"row {index}: the weight of an answer must be 0 or 1, got {shown(weight)}; write "
+                "0 for one that is not learnt, or leave it out."
+            )
     return [_without_none(message, is_table) for message in checked]
 
 

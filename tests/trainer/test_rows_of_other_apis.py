@@ -108,6 +108,16 @@ def test_an_address_of_a_file_says_to_write_the_path():
         read({"messages": [USER, ANSWER], "image": "file:///a.png"}, is_text=False)
 
 
+@pytest.mark.parametrize("weight", [0.5, "0", 2, [0]])
+def test_a_weight_of_an_answer_that_is_neither_0_nor_1_is_refused(weight):
+    """It was learnt as if it had none."""
+    with pytest.raises(
+        ValueError, match=r"row 0: the weight of an answer must be 0 or 1, got .*; wr"
+    ):
+        read({"messages": [USER, ANSWER | {"weight": weight}]})
+    read({"messages": [USER | {"weight": weight}, ANSWER | {"weight": 1.0}]})
+
+
 def test_keys_of_parts_that_nothing_reads_are_told(warnings):
     part = {"type": "image", "image": tiny_picture(0), "min_pixels": 9, "detail": None}
     user = {"role": "user", "content": [part]}
