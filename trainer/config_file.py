@@ -21,16 +21,18 @@ class Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[Any, int] = {}
+        lines: dict[str, int] = {}
         for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if isinstance(key, str) and key != "<<" and lines.setdefault(key, line) != line:
+            key = key_node.value
+            if isinstance(key, str) and key in lines:
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
                     f"{key} stands twice, first in line {lines[key]}",
                     key_node.start_mark,
                 )
+            if isinstance(key, str) and key != "<<":
+                lines[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 

@@ -75,6 +75,7 @@ def test_a_flag_wins_over_a_null_and_a_list_of_the_file(tmp_path):
     [
         ("beta: 0.1\nlmbda: 0\nbeta: 0.2\n", "line 3, beta stands twice, first in line 1"),
         ("lr_scheduler_kwargs:\n  a: 1\n  a: 2\n", "line 3, a stands twice, first in line 2"),
+        ("loss_kwargs: {alpha: 0.1, alpha: 0.2}\n", "line 1, alpha stands twice, first in line 1"),
         ("beta: 0.1\n\tlmbda: 0\n", "line 2, "),
         ("beta: 0.1\n  lmbda: 0\n", "line 2, mapping values are not allowed here"),
         ("beta: [0.1\n", "is not valid YAML: line 2"),
