@@ -27,6 +27,7 @@ from transformers.integrations import deepspeed
 from transformers.utils import is_peft_available
 
 from gold_trainer import models, quantised
+from gold_trainer.adapters import telling_what_fits, warn_of_unmatched
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.nearest import nearest
@@ -277,9 +278,13 @@ def add_adapter(model: PreTrainedModel, peft_config: Any) -> nn.Module:
             "peft_config out."
         )
     models.refuse_prompt_learning(peft_config, "peft_config")
+    modules = [name for name, _ in model.named_modules()]
     with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        return get_peft_model(model, peft_config)
+        with telling_what_fits(model):
+            adapted = get_peft_model(model, peft_config)
+    warn_of_unmatched(peft_config, model, modules)
+    return adapted
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -302,15 +302,19 @@ def is_processor(processor: Processor) -> bool:
     return isinstance(processor, ProcessorMixin)
 
 
-def check_processor(
-    processor: Processor, is_vlm: bool, side: str = "student", argument: str = "processing_class"
-) -> None:
+def check_kind(processor: Processor, argument: str) -> None:
     if not isinstance(processor, ProcessorMixin | PreTrainedTokenizerBase):
         raise ValueError(
             f"GOLDTrainer: {argument} must be a tokenizer or a processor, got "
             f"{type(processor).__name__}; pass AutoProcessor.from_pretrained(...), of a text model "
             "AutoTokenizer.from_pretrained(...)."
         )
+
+
+def check_processor(
+    processor: Processor, is_vlm: bool, side: str = "student", argument: str = "processing_class"
+) -> None:
+    check_kind(processor, argument)
     if is_vlm and not is_processor(processor):
         raise ValueError(
             f"GOLDTrainer: a vision-language {side} needs its processor, got "

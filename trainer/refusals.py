@@ -8,13 +8,14 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.utils import is_peft_available
 
 from gold_trainer import models
+from gold_trainer.adapters import check_adapter
 from gold_trainer.config import GOLDConfig
 from gold_trainer.hub import check_login
 from gold_trainer.library_options import check_library_options
 from gold_trainer.precision import refuse_fp16
+from gold_trainer.row_errors import shown
 from gold_trainer.tables import refuse_tables
 
 SMALL_RATE = 1e-6
@@ -26,22 +27,7 @@ PACKAGES = {
     "dvclive": "dvclive",
 }
 
-# Adapters, by their peft_type, that a training step alone does not train.
-OF_OWN_LOOPS = {
-    "ADALORA": "update_and_allocate() after every step, and a loss of its own",
-    "XLORA": "adapters that are trained already",
-    "POLY": "the task of every row",
-}
-
 logger = logging.getLogger(__name__)
-
-
-def refuse_other_config(args: Any) -> None:
-    if not isinstance(args, GOLDConfig):
-        raise ValueError(
-            f"GOLDTrainer: args must be a GOLDConfig, got {type(args).__name__}; it takes every "
-            "field of TrainingArguments."
-        )
 
 
 def refuse_unusable(
@@ -100,37 +86,6 @@ def refuse_unusable(
             "GOLDTrainer: data_collator must be None with use_uld_loss, got "
             f"{type(data_collator).__name__}; rows are rendered for two processors: change the "
             "dataset instead."
-        )
-
-
-def check_adapter(peft_config: Any, args: GOLDConfig) -> None:
-    """Of an adapter that is to be made, before models are loaded."""
-    if peft_config is None or not is_peft_available():
-        return  # without peft that is said where it is made
-    from peft import PeftConfig
-
-    if not isinstance(peft_config, PeftConfig):
-        raise ValueError(
-            "GOLDTrainer: peft_config must be a config of peft, got "
-            f"{type(peft_config).__name__}; pass LoraConfig(r=16, target_modules=[...])."
-        )
-    if peft_config.inference_mode:
-        raise ValueError(
-            "GOLDTrainer: peft_config must have inference_mode=False, got True, with which nothing "
-            "of it is trained; leave it out."
-        )
-    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
-    if kind in OF_OWN_LOOPS:
-        raise ValueError(
-            f"GOLDTrainer: peft_config must be of an adapter that any loop can train, got "
-            f"{type(peft_config).__name__}, which needs {OF_OWN_LOOPS[kind]}; use LoraConfig."
-        )
-    rates = {n: v for n, v in vars(peft_config).items() if n.endswith("dropout") and v}
-    if rates and args.disable_dropout:
-        logger.warning(
-            "GOLDTrainer: %s of the adapter has no effect with disable_dropout=True, the default; "
-            "set disable_dropout=False to use it.",
-            ", ".join(f"{name}={rate}" for name, rate in rates.items()),
         )
 
 
@@ -224,12 +179,49 @@ def warn_of_no_crossentropy(args: GOLDConfig) -> None:
         )
 
 
+def warn_of_no_evaluation(args: GOLDConfig) -> None:
+    """Of a run that ends before the first."""
+    if args.eval_strategy != "steps" or args.eval_on_start or args.max_steps <= 0:
+        return
+    for name in ("eval_steps", "eval_delay"):
+        value = getattr(args, name) or 0
+        is_ratio = name == "eval_steps" and value < 1
+        if (value * args.max_steps if is_ratio else value) > args.max_steps:
+            logger.warning(
+                "GOLDTrainer: nothing is evaluated with %s=%g, the run ends after max_steps=%d; "
+                "lower it.",
+                name,
+                value,
+                args.max_steps,
+            )
+
+
 def refuse_splits(train_dataset: Any) -> None:
     refuse_tables(train_dataset)
     if isinstance(train_dataset, dict):
         raise ValueError(
             "GOLDTrainer: train_dataset must be one dataset, got a dict of "
-            f"{', '.join(map(str, train_dataset))}; pass one of its splits."
+            f"{', '.join(map(str, train_dataset)) or 'none'}; pass one of its splits."
+        )
+
+
+def refuse_datasets(train_dataset: Any, eval_dataset: Any, args: GOLDConfig) -> None:
+    """Of which no row is looked at yet."""
+    refuse_splits(train_dataset)
+    is_due = args.eval_strategy not in (None, "no") or args.eval_on_start
+    if eval_dataset is None and is_due:
+        name = "eval_on_start" if args.eval_strategy in (None, "no") else "eval_strategy"
+        raise ValueError(
+            f"GOLDTrainer: eval_dataset must hold rows with {name}, got None; pass eval_dataset=, "
+            f"or leave {name} out."
+        )
+    if is_due:
+        warn_of_no_evaluation(args)
+    if isinstance(eval_dataset, dict) and (None in eval_dataset.values() or not eval_dataset):
+        raise ValueError(
+            "GOLDTrainer: eval_dataset must be a dataset, or a dict of at least one by name, got "
+            f"{shown({name: type(part).__name__ for name, part in eval_dataset.items()})}; pass "
+            "the rows, or leave eval_dataset and eval_strategy out."
         )
 
 

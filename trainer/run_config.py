@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import GradientAccumulationPlugin
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -79,6 +80,12 @@ class RunFields:
     )
 
 
+# Files that a run writes into output_dir.
+SAVED = (
+    *("config.json", "generation_config.json", "model.safetensors", "training_args.bin"),
+    *("adapter_config.json", "adapter_model.safetensors", "README.md", ".running.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json"),
+)
 # How it is said that there is one process and nobody has made a group of it.
 OF_ONE_PROCESS = ("process group has not been initialized", "only works in distributed training")
 # Fields of TrainingArguments that nothing would read here: their defaults, and why.
@@ -87,6 +94,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "batch_eval_metrics": (False, "there are no logits that compute_metrics could read"),
     "length_column_name": ("length", "no column of lengths is read"),
     "use_cache": (False, "training keeps no cache of keys and values, rollouts have their own"),
+    "liger_kernel_config": (None, "use_liger_kernel, which would read it, must be False"),
     "average_tokens_across_devices": (True, "the loss is a mean over the tokens of all devices"),
 }
 
@@ -141,6 +149,16 @@ def check_inherited(args: TrainingArguments) -> None:
             raise ValueError(
                 f"GOLDConfig: {name} must be {default}, got {value}; {why}: leave it out."
             )
+    if args.fsdp_config and not args.fsdp:
+        raise ValueError(
+            f"GOLDConfig: fsdp_config must be left out without fsdp, got {args.fsdp_config!r} and "
+            f"fsdp={args.fsdp!r}, with which nothing reads it; set fsdp=True, or leave it out."
+        )
+    if args.deepspeed == {}:
+        raise ValueError(
+            "GOLDConfig: deepspeed must hold a configuration, got {}, with which it is off; write "
+            "{'zero_optimization': {'stage': 2}}, or leave it out."
+        )
     if args.load_best_model_at_end and args.eval_strategy in (None, "no"):
         raise ValueError(
             "GOLDConfig: load_best_model_at_end must be False without evaluation, got True and "
@@ -208,6 +226,25 @@ def _check_accelerator(config: Any) -> None:
             f"GOLDConfig: accelerator_config must hold {', '.join(known)}, got {unknown[0]!r}; "
             "check its spelling."
         )
+    accumulation = values.get("gradient_accumulation_kwargs") or {}
+    if "num_steps" in accumulation:
+        raise ValueError(
+            "GOLDConfig: accelerator_config must not set num_steps, got "
+            f"{accumulation['num_steps']!r}; set gradient_accumulation_steps."
+        )
+    known = [field.name for field in fields(GradientAccumulationPlugin)]
+    for name in accumulation:
+        if name not in known:
+            raise ValueError(
+                "GOLDConfig: gradient_accumulation_kwargs of accelerator_config must hold "
+                f"{', '.join(known[1:])}, got {name!r}; check its spelling."
+            )
+    for name, value in values.items():
+        if not isinstance(value, bool | dict | None):
+            raise ValueError(
+                f"GOLDConfig: {name} of accelerator_config must be True or False, got {value!r}; "
+                "write it without quotes."
+            )
     if values.get("dispatch_batches"):
         raise ValueError(
             "GOLDConfig: accelerator_config must not set dispatch_batches, got True; batches hold "
@@ -228,3 +265,21 @@ def check_output_dir(args: TrainingArguments) -> None:
             f"GOLDConfig: output_dir must be a folder that can be written, got {path}, where "
             f"{there} is {'read-only' if there.is_dir() else 'a file'}; choose another."
         )
+    _refuse_what_is_in_the_way(path, saves=args.save_strategy != "no")
+
+
+def _refuse_what_is_in_the_way(folder: Path, *, saves: bool) -> None:
+    """Of what a run saves there, the first time after an hour."""
+    for path in sorted(folder.glob("checkpoint-*")):
+        number = path.name.removeprefix("checkpoint-")
+        if saves and number.isdecimal() and not path.is_dir():
+            raise ValueError(
+                f"GOLDConfig: output_dir must have room for checkpoints, got {folder}, where "
+                f"{path.name} is no folder; move it away, or choose another."
+            )
+    for name in SAVED:
+        if (folder / name).is_dir():
+            raise ValueError(
+                f"GOLDConfig: output_dir must have room for {name}, got {folder}, where that is a "
+                "folder; move it away, or choose another."
+            )

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from gold_trainer import checkpoints, loading, models, refusals, sharding
+from gold_trainer import arguments, checkpoints, loading, models, refusals, sharding
 from gold_trainer.ahead import WindowSource
 from gold_trainer.bad_rows import SkippedRows, tolerant, tolerant_collator
 from gold_trainer.banner import Banner
@@ -57,7 +57,7 @@ from gold_trainer.window import RepeatSampler, Rollouts, window_rows
 from gold_trainer.writers import connect, make_writers
 
 
-class GOLDTrainer(Trainer):
+class GOLDTrainer(arguments.KnownArguments, Trainer):
     """Trains `model` towards `teacher_model`, by default with the generalized JSD of teacher P and
     student Q:
 
@@ -95,7 +95,7 @@ class GOLDTrainer(Trainer):
         token_weighting: Callable[..., Tensor] | str | None = None,  # of ScoredTokens
     ) -> None:
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
-        refusals.refuse_other_config(args)
+        arguments.check_arguments(model, args, callbacks, optimizers, data_collator)
         weighting = make_weighting(args, token_weighting)
         teacher_model = source_of(teacher_model, args)
         hooks = data_collator, compute_metrics, preprocess_logits_for_metrics
@@ -104,10 +104,10 @@ class GOLDTrainer(Trainer):
         self.prepared = prepare(model, teacher_model, args, *processors)
         processing_class = self.prepared.student_processor
         self.args = args  # the Trainer sets it later
-        refusals.refuse_splits(train_dataset)
+        refusals.refuse_datasets(train_dataset, eval_dataset, args)
         train_dataset = read_rows(train_dataset, args, **self.prepared.row_options)
         eval_dataset = self._eval_rows(eval_dataset)
-
+        arguments.check_collator(data_collator, train_dataset)
         connection = connect(args, model, peft_config)
         set_seed(args.seed)  # of a new adapter
         student = loading.load_student(model, args, peft_config)
@@ -131,7 +131,7 @@ class GOLDTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
-            optimizers=optimizers,
+            optimizers=arguments.of_student(optimizers, student),
         )
         self._set_up(connection)
 

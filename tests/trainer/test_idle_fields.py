@@ -70,11 +70,48 @@ def test_what_a_library_reads_passes(tmp_path):
         ({"use_cache": True}, "use_cache must be False"),
         ({"average_tokens_across_devices": False}, "a mean over the tokens of all devices"),
         ({"parallelism_config": {"tp_size": 2}}, "must be a ParallelismConfig of accelerate"),
+        ({"fsdp_config": {"version": 2}}, "fsdp_config must be left out without fsdp, got {'vers"),
+        ({"fsdp": False, "fsdp_config": '{"version": 2}'}, "and fsdp=False, with which nothing"),
+        ({"deepspeed": {}}, "deepspeed must hold a configuration, got {}, with which it is off"),
+        ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config must be None, got {'rope'"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+            "must not set num_steps, got 2; set gradient_accumulation_steps",
+        ),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each": True}}},
+            "must hold adjust_scheduler, .*, got 'sync_each'; check its spelling",
+        ),
+        (
+            {"accelerator_config": {"even_batches": "false"}},
+            "even_batches of accelerator_config must be True or False, got 'false'; write it with",
+        ),
     ],
 )
 def test_what_would_be_ignored_or_fail_later_is_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=f"^GOLDConfig: .*{message}"):
         config(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_file", "message"),
+    [
+        ("checkpoint-1", True, "room for checkpoints, got .*, where checkpoint-1 is no folder; mo"),
+        ("checkpoint-20", True, "where checkpoint-20 is no folder"),
+        ("README.md", False, "room for README.md, got .*, where that is a folder"),
+        ("model.safetensors", False, "room for model.safetensors, got"),
+        (".running.json", False, "room for .running.json, got"),
+    ],
+)
+def test_what_stands_in_the_way_of_what_is_saved_is_refused(name, is_file, message, tmp_path):
+    there = tmp_path / "run" / name
+    there.parent.mkdir()
+    there.write_text("x") if is_file else there.mkdir()
+    with pytest.raises(ValueError, match=f"^GOLDConfig: output_dir must have .*{message}"):
+        config(tmp_path)
+    there.unlink() if is_file else there.rmdir()
+    (there.parent / "checkpoint-best").write_text("x")  # in nobody's way
+    config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -103,32 +140,6 @@ def test_rows_that_fill_no_batch_are_refused(tmp_path):
     trainer.args.dataloader_drop_last = False
     trainer.train()
     assert len(losses_of(trainer)) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "fields", "message"),
-    [
-        (None, {"r": 4}, "must be a config of peft, got dict; pass LoraConfig"),
-        ("LoraConfig", {"inference_mode": True}, "must have inference_mode=False, got True"),
-        ("AdaLoraConfig", {"total_step": 9}, "any loop can train, got AdaLoraConfig, which needs"),
-        ("TrainableTokensConfig", {"token_indices": [1]}, "LoraConfig.trainable_token_indices=..."),
-    ],
-)
-def test_an_adapter_that_would_not_be_trained_is_refused(name, fields, message, tmp_path):
-    peft = pytest.importorskip("peft")
-    adapter = fields if name is None else getattr(peft, name)(**fields)
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, tiny_rows(4), "qwen3", peft_config=adapter)
-
-
-@pytest.mark.parametrize("is_disabled", [True, False])
-def test_an_adapters_dropout_that_has_no_effect_is_told(is_disabled, tmp_path, caplog):
-    peft = pytest.importorskip("peft")
-    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
-    options = {"peft_config": adapter, "disable_dropout": is_disabled}
-    make_trainer(tmp_path, tiny_rows(4), "qwen3", **options)
-    told = [r for r in caplog.records if "lora_dropout=0.1 of the adapter has no" in r.getMessage()]
-    assert len(told) == is_disabled
 
 
 def test_a_crossentropy_of_rollouts_alone_is_told_to_have_no_effect(tmp_path, caplog):

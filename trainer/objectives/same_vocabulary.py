@@ -79,6 +79,8 @@ class SameVocabulary(Objective):
                 given = loading.load_teacher_processor(*source, is_vlm=False)  # which says why
             is_vlm = models.is_processor(student)
             pictures = loading.find_picture_processor(*source) if is_vlm else None
+        else:
+            models.check_kind(given, "teacher_processing_class")
         if given is not None:
             one_family.check_vocabularies(student, given)
             one_family.warn_of_template(student, given)
