@@ -1,10 +1,11 @@
 """Names that reach a library in a dict, or as text: looked at before models are loaded."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from transformers.generation import logits_process
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
@@ -34,6 +35,26 @@ KINDS: dict[str, tuple[type, ...]] = {
     "forced_eos_token_id": (int, list),
     "encoder_repetition_penalty": (int, float),
     "remove_invalid_values": (bool,),
+}
+# What generate() makes of those in a rollout; it looks at values then. 0 stands for an end token.
+MADE: dict[str, Callable[[Any], Any]] = {
+    "min_length": lambda value: logits_process.MinLengthLogitsProcessor(value, 0),
+    "min_new_tokens": lambda value: logits_process.MinNewTokensLengthLogitsProcessor(1, value, 0),
+    "no_repeat_ngram_size": lambda value: (
+        value == 0 or logits_process.NoRepeatNGramLogitsProcessor(value)
+    ),
+    "bad_words_ids": lambda value: logits_process.NoBadWordsLogitsProcessor(value, 0),
+    "sequence_bias": logits_process.SequenceBiasLogitsProcessor,
+    "exponential_decay_length_penalty": lambda value: logits_process.ExponentialDecayLengthPenalty(
+        value, 0, 1
+    ),
+    "begin_suppress_tokens": lambda value: logits_process.SuppressTokensAtBeginLogitsProcessor(
+        value, 1
+    ),
+    "forced_eos_token_id": lambda value: logits_process.ForcedEOSTokenLogitsProcessor(9, value),
+    "encoder_repetition_penalty": lambda value: (
+        logits_process.EncoderRepetitionPenaltyLogitsProcessor(value, torch.zeros(1, 1).long())
+    ),
 }
 # Those of vLLM's SamplingParams that do so, in a server and in an engine here.
 OF_VLLM = (
@@ -120,6 +141,13 @@ def _check_generation(args: GOLDConfig) -> None:
                 f"GOLDTrainer: generation_kwargs must have a value of {names} for {name}, got "
                 f"{value!r}; mend it."
             )
+        try:
+            MADE.get(name, type)(value)
+        except Exception as error:  # whatever values lead it to
+            raise ValueError(
+                f"GOLDTrainer: generation_kwargs must have a value that generate() takes for "
+                f"{name}, got {value!r} ({told(error)}); mend it."
+            ) from error
         is_longer = isinstance(value, int) and value > args.max_completion_length
         if name == "min_new_tokens" and is_longer:
             raise ValueError(

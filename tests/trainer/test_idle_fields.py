@@ -41,6 +41,19 @@ def config(tmp_path, **fields):
         ),
         ({"generation_kwargs": {"min_length": True}}, "a value of int for min_length, got True"),
         ({"generation_kwargs": {"remove_invalid_values": 1}}, "a value of bool for remove_inv"),
+        *(
+            ({"generation_kwargs": {name: value}}, f"generate.* takes for {name}, got .*; mend it")
+            for name, value in {
+                "min_length": -1,
+                "no_repeat_ngram_size": -2,
+                "bad_words_ids": ["a"],
+                "sequence_bias": {"a": 1.0},
+                "exponential_decay_length_penalty": [1],
+                "begin_suppress_tokens": ["a"],
+                "forced_eos_token_id": -1,
+                "encoder_repetition_penalty": 0.0,
+            }.items()
+        ),
         (
             {"generation_kwargs": {"min_new_tokens": 9}, "max_completion_length": 8},
             "at most max_completion_length=8 for min_new_tokens, got 9",
