@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "encoder_repetition_penalty": (int, float),
     "remove_invalid_values": (bool,),
 }
+NO_PROMPT: Any = torch.zeros(1, 1, dtype=torch.int64)
 # What generate() makes of those in a rollout; it looks at values then. 0 stands for an end token.
 MADE: dict[str, Callable[[Any], Any]] = {
     "min_length": lambda value: logits_process.MinLengthLogitsProcessor(value, 0),
@@ -53,7 +54,7 @@ MADE: dict[str, Callable[[Any], Any]] = {
     ),
     "forced_eos_token_id": lambda value: logits_process.ForcedEOSTokenLogitsProcessor(9, value),
     "encoder_repetition_penalty": lambda value: (
-        logits_process.EncoderRepetitionPenaltyLogitsProcessor(value, torch.zeros(1, 1).long())
+        logits_process.EncoderRepetitionPenaltyLogitsProcessor(value, NO_PROMPT)
     ),
 }
 # Those of vLLM's SamplingParams that do so, in a server and in an engine here.
