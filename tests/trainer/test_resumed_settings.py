@@ -1,11 +1,35 @@
 """What a resumed run is told where fields, rows or its adapter are not those of its checkpoint."""
 
-import pytest
+from dataclasses import fields
 
+import pytest
+from transformers import TrainingArguments
+
+from gold_trainer import GOLDConfig
+from gold_trainer.resuming import OF_OPTIMIZER, SETTINGS
 from support.tiny_models import tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 
 ROWS = tiny_rows(12)
+
+
+# Fields that say where and how fast a run learns, and what it tells.
+ELSEWHERE = {
+    *("chunk_size", "loss_budget_mib", "loss_backend", "compile_models", "padding_free"),
+    *("group_by_length", "rollout_cache_gib", "rollout_compile", "generation_batch_size"),
+    *("teacher_sharding", "teacher_device", "teacher_offload", "teacher_batch_size"),
+    *("teacher_model_server_url", "teacher_server_timeout"),
+    *("teacher_request_timeout", "teacher_request_retries"),
+    *("picture_folder", "dataset_ignore_columns", "model_init_kwargs", "on_nonfinite"),
+    *("overwrite_output_dir", "log_completions", "log_completions_steps"),
+    "num_completions_to_print",
+}
+
+
+def test_each_field_that_is_ours_is_told_or_changes_nothing_that_is_learnt():
+    own = {one.name for one in fields(GOLDConfig)} - {one.name for one in fields(TrainingArguments)}
+    own -= {name for name in own if name.startswith("vllm_")}
+    assert own - {*SETTINGS} - {*OF_OPTIMIZER} == ELSEWHERE
 
 
 def run(folder, rows=ROWS, *, resume=None, **fields):
@@ -27,6 +51,7 @@ def told(caplog):
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha None -> 5.0."),
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy sequential -> random."),
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type constant -> linear."),
+        ({"on_bad_row": "skip"}, "on_bad_row error -> skip."),
     ],
 )
 def test_a_field_that_changes_what_is_learnt_is_told(fields, change, tmp_path, caplog):
