@@ -92,10 +92,11 @@ def refuse_unusable(
 def refuse_no_batch(args: GOLDConfig, rows: Any) -> None:
     """Of which no step would be taken, and the run would end as if it had been one."""
     size = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < size:
+    num_rows = len(rows) * args.num_generations if isinstance(rows, Sized) else size
+    if args.dataloader_drop_last and num_rows < size:
         raise ValueError(
             f"GOLDTrainer: dataloader_drop_last must be False where the rows fill no batch, got "
-            f"True and {len(rows)} rows for {size}; leave it out, or set a smaller "
+            f"True and {num_rows} rows for {size}; leave it out, or set a smaller "
             "per_device_train_batch_size."
         )
 

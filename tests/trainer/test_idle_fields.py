@@ -153,6 +153,8 @@ def test_rows_that_fill_no_batch_are_refused(tmp_path):
     trainer.args.dataloader_drop_last = False
     trainer.train()
     assert len(losses_of(trainer)) == 1
+    fields = {"dataloader_drop_last": True, "num_generations": 2, "max_steps": 1}
+    make_trainer(tmp_path / "repeated", tiny_rows(3), "qwen3", **fields).train()  # 6 rows for 4
 
 
 def test_a_crossentropy_of_rollouts_alone_is_told_to_have_no_effect(tmp_path, caplog):
