@@ -20,6 +20,7 @@ from gold_trainer.data_files import DataArguments, load_rows
 from gold_trainer.field_checks import check_fields
 from gold_trainer.file_streams import load_stream
 from gold_trainer.flags import all_names, own_groups, read_fields, remedy
+from gold_trainer.paths import expand_paths
 from gold_trainer.resuming import as_wanted, earlier_run
 from gold_trainer.teacher_config import args_by_teacher
 
@@ -116,8 +117,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
         if not name.startswith("--"):
             raise ValueError(f"unexpected argument {name!r}; the YAML file comes before the flags")
         raise ValueError(f"unknown flag {name}{remedy(name.lstrip('-'), all_names())}")
-    check_fields(model_args, "gold-trainer train")
-    check_fields(data_args, "gold-trainer train")
+    for own in (model_args, data_args):
+        expand_paths(own, "gold-trainer train")
+        check_fields(own, "gold-trainer train")
     return model_args, data_args, config
 
 

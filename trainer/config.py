@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from gold_trainer.cache_config import CacheFields
 from gold_trainer.field_checks import check_fields
 from gold_trainer.loss_config import LossFields
+from gold_trainer.paths import expand_paths
 from gold_trainer.precision import (
     choose_checkpointing,
     choose_precision,
@@ -143,6 +144,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         if isinstance(self.resume_from_checkpoint, bool):  # as train() takes it
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
         self.name_weighting()
+        expand_paths(self, "GOLDConfig")
         check_fields(self, "GOLDConfig")
         self.check_rows()
         self.check_rollouts()

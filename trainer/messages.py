@@ -29,6 +29,9 @@ PART_KEYS = (
     *("type", "text", "fps", "image", "image_url", "url", "path", "base64", "bytes", "source"),
     *("data", "video", "video_url"),
 )
+# Whether a turn is learnt: ms-swift and XTuner, axolotl, torchtune.
+LEARNT = dict.fromkeys(("loss", "train", "training", "trainable"))
+UNLEARNT = dict.fromkeys(("masked",))
 # Who speaks in {"from": ..., "value": ...}, as sharegpt's data have it.
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -66,6 +69,7 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
             )
     checked = [_with_own_types(_with_calls(message, index)) for message in checked]
     checked = [_with_thoughts(_with_known_role(message), index) for message in checked]
+    checked = [_with_weight(message, index) for message in checked]
     for message in checked:
         _check_content(message, index)
         weight = message.get("weight")
@@ -137,6 +141,37 @@ def _with_known_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """human, gpt, User and the like under the names that templates know."""
     role = ROLES.get(message["role"].strip().lower())
     return message if role is None else {**message, "role": role}
+
+
+def _with_weight(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """Flags of other projects that say whether a turn is learnt, as the weight that it has."""
+    given = {key: message[key] for key in LEARNT | UNLEARNT if message.get(key) is not None}
+    weights = {} if message.get("weight") is None else {"weight": message["weight"]}
+    for key, value in given.items():
+        if value not in (0, 1) or not isinstance(value, bool | int | float):
+            raise ValueError(
+                f"row {index}: {key} of a message must be true or false, got {shown(value)}; write "
+                "one of them, or leave it out."
+            )
+        weights[key] = int(value) if key in LEARNT else 1 - int(value)
+    if not given:
+        return message
+    others = {key: value for key, value in message.items() if key not in given}
+    if message["role"] != "assistant":
+        learnt = next((key for key in given if key in LEARNT and weights[key]), None)
+        if learnt is not None:
+            raise ValueError(
+                f"row {index}: {learnt} of a message must be false beside the role "
+                f"{message['role']!r}, got true; an assistant's turns alone are learnt: leave it "
+                "out."
+            )
+        return others
+    if len(set(weights.values())) > 1:
+        raise ValueError(
+            f"row {index}: a message must say once whether it is learnt, got "
+            f"{' and '.join(f'{key}={shown(message[key])}' for key in weights)}; keep one of them."
+        )
+    return {**others, "weight": next(iter(weights.values()))}
 
 
 def _with_thoughts(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:

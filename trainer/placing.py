@@ -1,5 +1,6 @@
 """Pictures and videos of a row, and the parts of its messages that say where they stand."""
 
+import re
 from typing import Any, NamedTuple
 
 from gold_trainer.messages import Message, Messages
@@ -13,10 +14,18 @@ class Medium(NamedTuple):
     part: str
     keys: tuple[str, ...]  # of a part, under which one may stand
     placeholder: str  # where one stands in a user's text, as LLaVA's data have it
+    others: re.Pattern[str]  # what other data and models have in its place
 
 
-PICTURE = Medium("image", "picture", "an image part", PLACE_KEYS, "<image>")
-VIDEO = Medium("video", "video", "a video part", FRAME_KEYS, "<video>")
+_NUMBER = r"([ _:-]?\d+|[ _]?(placeholder|token|soft_token|pad|here))?"
+PICTURE = Medium(
+    *("image", "picture", "an image part", PLACE_KEYS, "<image>"),
+    re.compile(rf"<\|?(image|img){_NUMBER}\|?>|<start_of_image>|\[IMG\]", re.IGNORECASE),
+)
+VIDEO = Medium(
+    *("video", "video", "a video part", FRAME_KEYS, "<video>"),
+    re.compile(rf"<\|?(video|vid){_NUMBER}\|?>", re.IGNORECASE),
+)
 
 
 def take(messages: Messages, index: int, medium: Medium) -> tuple[Messages, list[tuple[Any, str]]]:
@@ -84,9 +93,24 @@ def place(
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise ValueError(f"row {index}: {name}s need a user turn to belong to; add one.")
+    if number and has_placeholders:
+        _refuse_other_placeholders(messages, index, medium)
     places = [{"type": medium.kind} for _ in range(number)]
     user = {**messages[first], "content": places + _parts(messages[first]["content"])}
     return [*messages[:first], user, *messages[first + 1 :]]
+
+
+def _refuse_other_placeholders(messages: Messages, index: int, medium: Medium) -> None:
+    """They would stay text, and what they stand for would go in front of it."""
+    for message in messages:
+        for part in _parts(message["content"]) if message["role"] == "user" else ():
+            found = medium.others.search(part.get("text") or "")
+            if found is not None:
+                raise ValueError(
+                    f"row {index}: a {medium.name}'s place in a user's text must be "
+                    f"{medium.placeholder}, got {found[0]!r}; write {medium.placeholder} there, or "
+                    f"where it is text, {medium.part} for each {medium.name}."
+                )
 
 
 def num_parts_of(messages: Messages, medium: Medium) -> int:

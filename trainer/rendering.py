@@ -6,7 +6,8 @@ tell them apart the template is rendered once more with a private character in t
 the answer's texts. Special tokens are looked for in marks only: in an answer they are text.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -35,6 +36,7 @@ logger = logging.get_logger(__name__)
 
 Processor = ProcessorMixin | PreTrainedTokenizerBase
 CALLS = "tool_calls"
+KNOWN_ROLES = ("system", "user", "assistant")  # of every template
 FIRST_PROBE = 0xE000  # of the private use area: no template looks for it, none trims it
 
 
@@ -224,10 +226,11 @@ class Renderer:
                 **{**self.template_kwargs, **row.chat_template_kwargs, **options},
             )
         except Exception as error:  # templates raise errors of jinja2, which is not a dependency
+            roles = [message["role"] for message in messages]
             raise TemplateError(
                 f"{row.where}: the chat template must take the conversation, got an error for "
-                f"the turns {[message['role'] for message in messages]} ({told(error)}); change "
-                "the row, or pass a processor with another template."
+                f"the turns {roles} ({told(error)}); {_remedy(roles)}, or pass a processor with "
+                "another template."
             ) from error
         assert isinstance(text, str), "apply_chat_template tokenizes only where it is asked to"
         return text
@@ -243,6 +246,25 @@ class Renderer:
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             return {**message, "content": parts}
         return {**message, CONTENT: joined_text(content)}
+
+
+def _remedy(roles: Sequence[str]) -> str:
+    """For turns that many a template refuses."""
+    turns = [(i, role) for i, role in enumerate(roles) if role not in ("system", "developer")]
+    for (i, role), (j, after) in pairwise(turns):
+        if role == after and role in ("user", "assistant"):
+            return f"merge the messages {i} and {j}, both of the {role}, into one"
+    late = next((i for i, role in enumerate(roles) if role == "system" and i), None)
+    if late is not None:
+        return f"put what message {late}, of the system, says in front, or into a user's turn"
+    if turns and turns[0][1] == "assistant":
+        return f"begin with a user's turn, or leave out message {turns[0][0]}, of the assistant"
+    if "system" in roles:
+        return "write what the system's message says into the first user's turn"
+    tool = next((i for i, role in enumerate(roles) if role not in KNOWN_ROLES), None)
+    if tool is not None:
+        return f"give message {tool}, of the role {roles[tool]!r}, another role, or drop the row"
+    return "change the row"
 
 
 def _turns(row: Row) -> Messages:

@@ -1,6 +1,7 @@
 """Flags and keys of a file that would do nothing, or that mean something else than they say."""
 
 import os
+import re
 
 import pytest
 
@@ -78,6 +79,45 @@ def test_a_home_is_read_in_a_file_and_behind_an_equals_sign(tmp_path, monkeypatc
     model, _, config = parse_arguments(argv)
     names = model.model_name_or_path, config.teacher_model_name_or_path, config.picture_folder
     assert names == tuple(str(tmp_path / name) for name in ("student", "teacher", "pictures"))
+
+
+@pytest.mark.parametrize("home", ["~", "$HOME", "${HOME}"])
+def test_variables_in_paths_are_read_in_a_file_and_in_python(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text(
+        f"output_dir: {home}/run\nmodel_name_or_path: {home}/student\ndataset_name: {home}/rows\n"
+        f"picture_folder: {home}/pictures\nteacher_models:\n  math: {home}/math\n  code: a/b\n"
+        f"model_init_kwargs:\n  cache_dir: {home}/hub\nrun_name: $HOME\n"
+    )
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "a.json").write_text('{"even_batches": false}')
+    argv = [str(tmp_path / "c.yaml"), *CPU, "--accelerator_config", f"{home}/a.json"]
+    model, data, config = parse_arguments(argv)
+    assert config.output_dir == str(tmp_path / "run")
+    assert model.model_name_or_path == str(tmp_path / "student")
+    assert data.dataset_name == str(tmp_path / "rows")
+    assert config.picture_folder == str(tmp_path / "pictures")
+    assert config.teacher_models == {"math": str(tmp_path / "math"), "code": "a/b"}
+    assert config.model_init_kwargs == {"cache_dir": str(tmp_path / "hub")}
+    assert config.run_name == "$HOME"  # no path
+    assert config.accelerator_config.even_batches is False
+    assert GOLDConfig(output_dir=f"{home}/run", use_cpu=True).output_dir == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("path", "left"),
+    [("$NOWHERE_1/x", "$NOWHERE_1"), ("/a/${oc.env:HOME}", "${oc.env:HOME}"), ("$(pwd)", "$(pwd)")],
+)
+def test_a_variable_that_is_not_set_is_refused_in_a_path(path, left, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = f"must be a path, got {path!r}, of which {left} is no variable of the environment; set"
+    with pytest.raises(ValueError, match=re.escape(f"GOLDConfig: output_dir {told}")):
+        GOLDConfig(output_dir=path, use_cpu=True)
+    with pytest.raises(ValueError, match=re.escape(f"gold-trainer train: dataset_name {told}")):
+        parse_arguments([*CPU, "--dataset_name", path])
+    folder = tmp_path / path.removeprefix("/")
+    folder.mkdir(parents=True)  # which is called so
+    assert GOLDConfig(output_dir=str(folder), use_cpu=True).output_dir == str(folder)
 
 
 def test_layers_of_an_adapter_are_names_or_one_regular_expression():
