@@ -1,6 +1,7 @@
 """Arguments of GOLDTrainer's constructor: their names and kinds, looked at before models load."""
 
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -60,10 +61,17 @@ class KnownArguments:
 
 
 def check_arguments(
-    model: Any, args: Any, callbacks: Any, optimizers: Any, data_collator: Any
+    model: Any, teacher_model: Any, args: Any, callbacks: Any, optimizers: Any, data_collator: Any
 ) -> None:
     """Arguments of another kind than they must be, before anything is read."""
     _check_config(args)
+    for name, given in (("model", model), ("teacher_model", teacher_model)):
+        if isinstance(given, os.PathLike | type):
+            remedy = "str(it)" if isinstance(given, os.PathLike) else "what from_pretrained gives"
+            raise ValueError(
+                f"GOLDTrainer: {name} must be a model, or a folder or hub id as text, got "
+                f"{_kind_of(given)}; pass {remedy}."
+            )
     are_listed = isinstance(callbacks, list | None)
     for callback in (callbacks or ()) if are_listed else (callbacks,):
         kind = callback if isinstance(callback, type) else type(callback)

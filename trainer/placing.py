@@ -82,6 +82,7 @@ def place(
             f"{number} {name}s; make them equal, or leave the placeholders out."
         )
     if num_placeholders:
+        _refuse_other_placeholders(messages, index, medium)
         return [_at_placeholders(message, medium) for message in messages]
     if num_parts == number:
         return messages
@@ -101,15 +102,19 @@ def place(
 
 
 def _refuse_other_placeholders(messages: Messages, index: int, medium: Medium) -> None:
-    """They would stay text, and what they stand for would go in front of it."""
+    """They would stay text, and what they stand for would stand elsewhere."""
     for message in messages:
-        for part in _parts(message["content"]) if message["role"] == "user" else ():
-            found = medium.others.search(part.get("text") or "")
+        role = message["role"]
+        for part in _parts(message["content"]) if role != "assistant" else ():
+            text = (part.get("text") or "").replace(medium.placeholder, "")
+            found = medium.others.search(text)
             if found is not None:
+                whose = "a user's" if role == "user" else f"the {role}'s"
+                where = "there" if role == "user" else "in a user's turn"
                 raise ValueError(
-                    f"row {index}: a {medium.name}'s place in a user's text must be "
-                    f"{medium.placeholder}, got {found[0]!r}; write {medium.placeholder} there, or "
-                    f"where it is text, {medium.part} for each {medium.name}."
+                    f"row {index}: a {medium.name}'s place in {whose} text must be "
+                    f"{medium.placeholder}, got {found[0]!r}; write {medium.placeholder} {where}, "
+                    f"or where it is text, {medium.part} for each {medium.name}."
                 )
 
 

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from gold_trainer.flags import check_keywords
+from gold_trainer.nearest import did_you_mean
 
 ON_NONFINITE = ("error", "skip")
 
@@ -80,6 +81,14 @@ class RunFields:
     )
 
 
+# What transformers reads of fsdp_config.
+OF_FSDP = (
+    *("version", "reshard_after_forward", "cpu_offload", "auto_wrap_policy", "min_num_params"),
+    *("transformer_layer_cls_to_wrap", "state_dict_type", "activation_checkpointing"),
+    *("cpu_ram_efficient_loading", "forward_prefetch", "backward_prefetch", "use_orig_params"),
+    *("sync_module_states", "limit_all_gathers", "mixed_precision_policy", "sharding_strategy"),
+    *("xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "xla_fsdp_settings"),
+)
 # Files that a run writes into output_dir.
 SAVED = (
     *("config.json", "generation_config.json", "model.safetensors", "training_args.bin"),
@@ -154,6 +163,7 @@ def check_inherited(args: TrainingArguments) -> None:
             f"GOLDConfig: fsdp_config must be left out without fsdp, got {args.fsdp_config!r} and "
             f"fsdp={args.fsdp!r}, with which nothing reads it; set fsdp=True, or leave it out."
         )
+    _check_fsdp(args.fsdp_config)
     if args.deepspeed == {}:
         raise ValueError(
             "GOLDConfig: deepspeed must hold a configuration, got {}, with which it is off; write "
@@ -210,6 +220,20 @@ def rename_checkpointing(args: TrainingArguments) -> None:
         if new in type(args).__dataclass_fields__ and getattr(args, new) is None:
             setattr(args, new, getattr(args, old))
             setattr(args, old, None)
+
+
+def _check_fsdp(config: Any) -> None:
+    """A dict, or the path or text of its JSON: transformers leaves keys that it does not know."""
+    if isinstance(config, str) and config.lstrip().startswith("{"):
+        config = json.loads(config)
+    elif isinstance(config, str) and Path(config).is_file():
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    for name in config if isinstance(config, dict) else ():
+        if name.removeprefix("fsdp_") not in OF_FSDP:
+            raise ValueError(
+                f"GOLDConfig: fsdp_config must hold {', '.join(OF_FSDP)}, got {name!r}, which "
+                f"nothing reads{did_you_mean(name.removeprefix('fsdp_'), OF_FSDP)}."
+            )
 
 
 def _check_accelerator(config: Any) -> None:

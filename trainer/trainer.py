@@ -95,7 +95,7 @@ class GOLDTrainer(arguments.KnownArguments, Trainer):
         token_weighting: Callable[..., Tensor] | str | None = None,  # of ScoredTokens
     ) -> None:
         args = GOLDConfig(output_dir="runs/gold") if args is None else args
-        arguments.check_arguments(model, args, callbacks, optimizers, data_collator)
+        arguments.check_arguments(model, teacher_model, args, callbacks, optimizers, data_collator)
         weighting = make_weighting(args, token_weighting)
         teacher_model = source_of(teacher_model, args)
         hooks = data_collator, compute_metrics, preprocess_logits_for_metrics

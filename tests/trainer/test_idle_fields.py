@@ -85,6 +85,14 @@ def test_what_a_library_reads_passes(tmp_path):
         ({"parallelism_config": {"tp_size": 2}}, "must be a ParallelismConfig of accelerate"),
         ({"fsdp_config": {"version": 2}}, "fsdp_config must be left out without fsdp, got {'vers"),
         ({"fsdp": False, "fsdp_config": '{"version": 2}'}, "and fsdp=False, with which nothing"),
+        (
+            {"fsdp": True, "fsdp_config": {"wrap_policy": "x"}},
+            "got 'wrap_policy', which nothing rea",
+        ),
+        (
+            {"fsdp": "full_shard", "fsdp_config": '{"fsdp_reshard_after_foward": true}'},
+            "got 'fsdp_reshard_after_foward', .*did you mean reshard_after_forward",
+        ),
         ({"deepspeed": {}}, "deepspeed must hold a configuration, got {}, with which it is off"),
         ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config must be None, got {'rope'"),
         (

@@ -50,6 +50,17 @@ def test_other_placeholders_beside_a_picture_without_a_place_are_refused(placeho
     assert row.prompt[0]["content"] == content
 
 
+def test_other_placeholders_beside_placeholders_and_in_other_turns_are_refused():
+    columns = {"image": tiny_picture(0)}
+    user = {"role": "user", "content": "<image> or <image_2>?"}
+    with pytest.raises(ValueError, match=r"row 0: .* in a user's text must be <image>, got '<im"):
+        read({"messages": [user, ANSWER], **columns}, is_text=False)
+    system = {"role": "system", "content": "See <image_1>."}
+    told = "in the system's text must be <image>, got '<image_1>'; write <image> in a user's turn"
+    with pytest.raises(ValueError, match=told):
+        read({"messages": [system, USER, ANSWER], **columns}, is_text=False)
+
+
 @pytest.mark.parametrize("text", ['<img src="a.png">', "<images>", "image_1", "<imagine>", "x<3"])
 def test_text_that_is_no_placeholder_stays_text(text):
     user = {"role": "user", "content": text}
@@ -107,6 +118,12 @@ def test_flags_of_sharegpt_and_of_tables_are_read():
         (ANSWER | {"train": 0.5}, "train of a message must be true or false, got 0.5"),
         (ANSWER | {"loss": False, "weight": 1}, "must say once .* got weight=1 and loss=False"),
         (ANSWER | {"train": True, "masked": True}, "must say once whether it is learnt, got"),
+        (
+            ANSWER | {"loss_mask": 0},
+            "by weight .* whether it is learnt, got loss_mask=0, which not",
+        ),
+        (ANSWER | {"is_masked": True}, "whether it is learnt, got is_masked=True"),
+        (ANSWER | {"train_on_turn": False}, "whether it is learnt, got train_on_turn=False"),
         (USER | {"loss": True}, "loss of a message must be false beside the role 'user', got true"),
     ],
 )

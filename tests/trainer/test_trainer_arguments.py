@@ -1,6 +1,7 @@
 """Arguments of the constructor, as users of other trainers bring them: used or refused at once."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,11 @@ def test_a_class_that_is_derived_may_take_more(tmp_path):
         (
             {"optimizers": (ELSEWHERE, None)},
             "must hold parameters that the student trains, got SGD",
+        ),
+        ({"model": Path("student")}, r"model must be a model, .* got PosixPath; pass str\(it\)"),
+        (
+            {"teacher_model": GOLDTrainer},
+            "teacher_model must be a model, .* got GOLDTrainer; pass ",
         ),
         ({"data_collator": "pad"}, "data_collator must make WindowBatches of Rows, got str"),
         ({"data_collator": default_data_collator}, "RuntimeError of default_data_collator"),
