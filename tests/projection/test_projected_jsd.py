@@ -15,7 +15,7 @@ from gold_kernels import (
 )
 from support.backends import IMPLEMENTATIONS, on_every_backend
 from support.error_budget import relative_error
-from support.jsd_cases import random_case
+from support.jsd_cases import near_converged_case, random_case, run_oracle
 from support.uld_cases import uld_case
 
 TEMPERATURE = (1.25, 0.75)
@@ -85,6 +85,21 @@ def test_loss_and_gradients_are_the_oracles(kind, beta, has_labels, device, back
     actual = fused(kind, dtype, device, beta, has_labels, backend=backend, chunk_size=3)
     for ours, expected in zip(actual, truth, strict=True):
         assert relative_error(ours.cpu(), expected) < (1e-12 if backend == "torch" else 2e-6)
+
+
+@on_every_backend
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_near_convergence_it_is_the_jsd_and_keeps_its_digits(beta, device, backend):
+    """With one tokenizer every entry is projected to itself."""
+    case = near_converged_case()
+    size = case.student_weight.shape[0]
+    same = VocabProjection.from_entries(torch.arange(size)[:, None], torch.ones(size, 1), size)
+    truth = run_oracle(case, beta=beta)
+    near = case.to(torch.float32, device)
+    loss = fused_linear_projected_jsd(*near, same, beta=beta, backend=backend)
+    actual = [loss, *torch.autograd.grad(loss, near[:2])]
+    for ours, expected in zip(actual, truth, strict=True):
+        assert relative_error(ours.cpu(), expected) < 1e-4
 
 
 @on_every_backend

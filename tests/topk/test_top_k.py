@@ -9,7 +9,7 @@ import torch
 from gold_kernels import fused_linear_jsd, fused_linear_top_k, peak_extra_bytes, reference
 from support.backends import on_every_backend
 from support.error_budget import relative_error
-from support.jsd_cases import random_case
+from support.jsd_cases import near_converged_case, random_case
 
 N, V, K = 9, 60, 5
 
@@ -80,6 +80,23 @@ def test_a_student_that_is_the_teacher_loses_nothing(beta):
     assert abs(float(loss.detach())) < 1e-9
     grads = torch.autograd.grad(loss, same[:2])
     assert all(float(grad.abs().max()) < 1e-6 for grad in grads)
+
+
+@on_every_backend
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_near_convergence_the_loss_keeps_its_digits(beta, device, backend):
+    case = near_converged_case()
+    ids, log_probs = targets_of(case, 16)
+    wide = case.to(torch.float64)
+    logits = wide.student_hidden @ wide.student_weight.T
+    truth = reference.top_k_rows(logits, ids, log_probs.detach(), beta=beta).mean()
+    hidden, weight = case.to(torch.float32, device)[:2]
+    targets = ids.to(device), log_probs.detach().float().to(device)
+    ours = fused_linear_top_k(hidden, weight, *targets, beta=beta, backend=backend)
+    assert relative_error(ours.cpu(), truth) < 1e-5
+    grads = torch.autograd.grad(ours, (hidden, weight))
+    for one, other in zip(grads, torch.autograd.grad(truth, wide[:2]), strict=True):
+        assert relative_error(one.cpu(), other) < 5e-5
 
 
 def test_near_certainty_the_rest_is_summed_and_not_subtracted():
