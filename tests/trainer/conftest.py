@@ -9,6 +9,8 @@ import torch
 from gold_trainer.speed import compiling
 from gold_trainer.writers import local
 from support.cache_cases import Pair, save_pair
+from support.served_stub import served_teacher
+from support.tiny_models import tiny
 
 
 @pytest.fixture
@@ -32,6 +34,17 @@ def pair(made, tmp_path) -> Pair:
     """A copy of it that a test may spoil."""
     shutil.copytree(made.folder, tmp_path / "pair")
     return made._replace(folder=tmp_path / "pair")
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """A pair's teacher behind a stub."""
+
+    def of(pair, family, **options):
+        model, processor = tiny(family, "teacher", **options)
+        return served_teacher(model, processor, pair.folder / "teacher", tmp_path / "states")
+
+    return of
 
 
 @pytest.fixture

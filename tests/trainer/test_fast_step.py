@@ -8,6 +8,7 @@ import torch
 from gold_trainer import models, sharding
 from gold_trainer.speed import deepstack, on_host
 from gold_trainer.speed.grouping import by_length
+from support.on_device import on_device
 from support.tiny_models import tiny, tiny_rows, with_lengths
 from support.trainer_cases import (
     GradientRecorder,
@@ -166,26 +167,6 @@ def test_the_first_tensors_of_the_next_window_are_made_within_the_step(tmp_path)
     trainer.objective.prepare = watched
     trainer.train()
     assert steps == [0, 0, 1], "before its step, once"
-
-
-class OnDevice(torch.Tensor):
-    """A tensor of a device: reading its numbers is a wait."""
-
-    _version = 0
-
-    @property
-    def device(self):
-        return torch.device("meta")
-
-    @classmethod
-    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
-        raise AssertionError(f"{function} asks the device")
-
-
-def on_device(tensor):
-    result = tensor.clone().as_subclass(OnDevice)
-    setattr(result, on_host.HOST, on_host.Copied(tensor, 0))
-    return result
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])

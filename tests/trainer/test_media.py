@@ -7,30 +7,11 @@ import torch
 
 from gold_trainer import models
 from gold_trainer.speed import media, on_host
+from support.on_device import on_device
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer
 
 FAMILIES = ["qwen3_vl", "qwen2_5_vl"]
-
-
-class OnDevice(torch.Tensor):
-    """A tensor of a device: to compute with it, or to read it, is a wait."""
-
-    _version = 0
-
-    @property
-    def device(self):
-        return torch.device("meta")
-
-    @classmethod
-    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
-        raise AssertionError(f"{function} asks the device")
-
-
-def on_device(tensor):
-    result = tensor.clone().as_subclass(OnDevice)
-    setattr(result, on_host.HOST, on_host.Copied(tensor, 0))
-    return result
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from gold_trainer.teachers.cached import StoredRows
 from gold_trainer.teachers.served.tail import read_tail
 from support.cache_cases import run_of, save_pair
 from support.cross_cases import TEACHER_MERGES
-from support.served_stub import served_teacher
 from support.tiny_models import save_tiny, tiny
 from support.trainer_cases import FIELDS, assert_equal_gradients
 
@@ -34,17 +33,6 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("texts"), "qwen3")
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """A pair's teacher behind a stub."""
-
-    def of(pair, family, **options):
-        model, processor = tiny(family, "teacher", **options)
-        return served_teacher(model, processor, pair.folder / "teacher", tmp_path / "states")
-
-    return of
 
 
 def equal_runs(pair, tmp_path, served, **fields):

@@ -9,8 +9,7 @@ from gold_trainer.__main__ import main
 from gold_trainer.caching.store import Manifest
 from gold_trainer.writers.vllm.requests import GENERATE
 from support.cache_cases import run_of, save_pair
-from support.served_stub import served_teacher
-from support.tiny_models import save_tiny, tiny
+from support.tiny_models import save_tiny
 from support.trainer_cases import FIELDS as CONFIG
 from support.trainer_cases import assert_equal_gradients
 
@@ -25,15 +24,6 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("texts"), "qwen3")
-
-
-@pytest.fixture
-def serve(tmp_path):
-    def of(pair, family, **options):
-        model, processor = tiny(family, "teacher", **options)
-        return served_teacher(model, processor, pair.folder / "teacher", tmp_path / "states")
-
-    return of
 
 
 def assert_same_runs(ours, truth):
