@@ -182,7 +182,7 @@ def test_conversation_that_only_the_teachers_template_refuses_is_named(tmp_path)
     with pytest.raises(
         ValueError,
         match=r"^on the teacher's side, row 2: the chat template must take .* \['system', 'user'\] "
-        r"\(no system\); change the row",
+        r"\(no system\); write what the system's message says into the first user's turn",
     ):
         trainer.train()
 

@@ -1,6 +1,5 @@
 """Precision and checkpointing that nobody set are TRL's, where device and model can."""
 
-import json
 import logging
 
 import pytest
@@ -52,14 +51,15 @@ def test_checkpointing_is_on_unless_either_name_says_otherwise(name, value, tmp_
     assert not [w for w in recwarn if "checkpointing" in str(w.message)]
 
 
-@pytest.mark.parametrize("how", ["config", "launcher"])
-def test_checkpointing_is_left_to_fsdp_where_that_has_its_own(how, tmp_path, monkeypatch):
-    fields = {}
-    if how == "launcher":
-        monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    else:
-        fields["fsdp_config"] = json.dumps({"activation_checkpointing": True})
-    config = GOLDConfig(output_dir=str(tmp_path), use_cpu=True, **fields)
+def test_checkpointing_is_left_to_fsdp_where_that_has_its_own(tmp_path, monkeypatch):
+    """Said by fsdp_config, which needs a launcher's processes beside it, or by the launcher."""
+    config = GOLDConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert config.gradient_checkpointing is True
+    config.fsdp_config = {"activation_checkpointing": True}
+    precision.choose_checkpointing(config)
+    assert config.gradient_checkpointing is False
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    config = GOLDConfig(output_dir=str(tmp_path), use_cpu=True)
     assert config.gradient_checkpointing is False
 
 

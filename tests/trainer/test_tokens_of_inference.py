@@ -252,9 +252,10 @@ def test_a_pictures_placeholder_in_a_users_text_names_the_row(family):
     collator = collator_of(processor, placeholder_ids=placeholder_ids_of(model.config))
     placeholder = {"gemma3": "<image_soft_token>", "qwen3_vl": "<|vision_start|>"}[family]
     user = {"role": "user", "content": f"Is {placeholder} this?"}
-    row = read({"messages": [user, ANSWER], "images": [tiny_picture(1)]}, is_text=False)
-    with pytest.raises(ValueError, match=r"^row 0: .*placeholder"):
-        collator.example(row)
+    columns = {"messages": [user, ANSWER], "images": [tiny_picture(1)]}
+    reason = {"gemma3": "must be <image>, got '<image_soft_token>'", "qwen3_vl": "placeholder"}
+    with pytest.raises(ValueError, match=f"^row 0: .*{reason[family]}"):
+        collator.example(read(columns, is_text=False))
 
 
 @pytest.mark.parametrize(
