@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"V": "151936", "D_s": "2048", "D_t": "4096", "beta": "0.5", "N": "4096"}
+ULD_SIZES = {"N": "4096", "V_s": "65536", "V_t": "151936"}
 JSD_NAMES = {
     "floor": "floor",
     "gold_kernels": "gold_kernels",
@@ -60,10 +61,47 @@ def test_speed_of_jsd():
 
 
 def test_speed_of_uld():
-    sizes = {"N": "4096", "V_s": "65536", "V_t": "151936"}
     for name, cells in table("hardware.md", "(`uld.csv`):").items():
-        row = record("uld.csv", implementation=ULD_NAMES[name], **sizes)
+        row = record("uld.csv", implementation=ULD_NAMES[name], **ULD_SIZES)
         assert_cells(cells, [row["median_ms"], row["peak_extra_mib"]])
+
+
+JSD_CASES = {  # rows, by what differs from the first table
+    "as above": [{}],
+    "`beta` 0 or 1, at most": [{"part": "betas", "beta": beta} for beta in ("0.0", "1.0")],
+    "512 tokens": [{"N": "512"}],
+    "V = 262,144": [{"V": "262144", "D_s": "2560", "D_t": "2560"}],
+}
+ULD_CASES = {
+    "as above": {},
+    "512 rows": {"N": "512"},
+    "both vocabularies of 151,936": {"V_s": "151936"},
+}
+
+
+def times_floor(file: str, **case: str) -> float:
+    return float(record(file, **case)["times_floor"])
+
+
+def test_jsd_in_multiples_of_the_floor():
+    lines = table("hardware.md", "in multiples of the floor of its run:")
+    assert lines.keys() == JSD_CASES.keys()
+    for name, cells in lines.items():
+        for cell, head in zip(cells, ("trainable", "frozen"), strict=True):
+            usual = {"part": "shapes", "implementation": "gold_kernels", "head": head, **SIZES}
+            found = [times_floor("jsd.csv", **usual | case) for case in JSD_CASES[name]]
+            assert cell == f"{max(found):.2f}"
+
+
+def test_uld_in_multiples_of_the_floor():
+    lines = table("hardware.md", "In multiples of the floor:")
+    assert lines.keys() == ULD_CASES.keys()
+    for name, cells in lines.items():
+        case = ULD_SIZES | ULD_CASES[name]
+        names = ("gold_kernels", "gold_kernels_fast", "gold_kernels_hybrid")
+        for cell, implementation in zip(cells, names, strict=True):
+            found = times_floor("uld.csv", implementation=implementation, **case)
+            assert cell == f"{found:.2f}"
 
 
 @pytest.mark.parametrize("loss", ["JSD", "ULD"])
