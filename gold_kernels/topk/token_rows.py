@@ -50,42 +50,116 @@ def top_k_rows_(
     softcap: float | None,
 ) -> None:
     is_live = (terms.weights != 0).any(1)  # other rows may hold anything
-    is_entry = terms.ids >= 0
-    is_other = ~is_entry.any(1, keepdim=True)
-    # padding is written where the first entry is, and with its numbers; without entries where the
-    # token is: the label, or column 0
-    place = is_entry.byte().argmax(1, keepdim=True)
-    first = terms.ids.gather(1, place).clamp_min(0)
-    labels = None if terms.labels is None else _labels(logits, terms.labels)
-    if labels is not None:
-        is_entry_too = ((terms.ids == labels.column) & is_entry).any(1, keepdim=True)
-        is_token = labels.is_label & ~is_entry_too & (labels.logits > LOWEST_LOGIT)
-        first = torch.where(is_other & is_token, labels.column, first)
-    index = torch.where(is_entry, terms.ids, first)
-    z = logits.gather(1, index).to(torch.float64).clamp_min_(LOWEST_LOGIT)
-    c, slot = z.gather(1, place), first
-    if labels is not None:
-        c, slot = (
-            torch.where(is_token, labels.logits, c),
-            torch.where(is_token, labels.column, slot),
-        )
-        is_other = is_other | is_token  # the token is one of all others
-    c = torch.where(c > LOWEST_LOGIT, c, 0)
-    logits.scatter_(1, index, LOWEST_LOGIT).scatter_(1, slot, c.to(logits.dtype))
-    token, options = slot.flatten(), {"temperature": temperature, "softcap": softcap}
+    labels = None if terms.labels is None else _labels_of(logits, terms.ids, terms.labels)
+    entries = _entries_of(logits, terms.ids, labels)
+    c = entries.token_logits.to(logits.dtype)
+    logits.scatter_(1, entries.columns, LOWEST_LOGIT).scatter_(1, entries.token, c)
+    token, options = entries.token.flatten(), {"temperature": temperature, "softcap": softcap}
     weights = torch.zeros(len(token), 2, dtype=values.dtype, device=values.device)
     weights[:, 0] = 1
     token_rows_(logits, None, token, token, weights, values[:2], **options)
-    nll = values[0].to(torch.float64).unsqueeze(1)
-    log_mix = c / temperature + nll
+    sums = _sums_of(entries, values[0].to(torch.float64).unsqueeze(1), temperature)
+    slopes = _compare_outcomes_(values, terms, entries, sums, beta, temperature)
+    if labels is not None:
+        slopes = _add_labels_(values, slopes, terms, entries, sums, labels)
+    if grad_logits is None:
+        return
+    weights[:, :1] = torch.where(
+        is_live.unsqueeze(1), slopes.others * temperature * (sums.log_mix - sums.lse).exp(), 0
+    )
+    scratch = torch.empty_like(values[:2])
+    token_rows_(logits, grad_logits, token, token, weights, scratch, **options)
+    if labels is not None and slopes.label is not None:  # before entries, which it may be one of
+        _write(grad_logits, labels.column, slopes.label, labels.logits, is_live, softcap)
+    grads = torch.where(entries.is_entry, slopes.entries, slopes.entries.gather(1, entries.place))
+    _write(grad_logits, entries.columns, grads, entries.logits, is_live, softcap)
+
+
+class _Labels(NamedTuple):
+    column: Tensor  # (C, 1), 0 for none
+    is_label: Tensor  # (C, 1)
+    is_token: Tensor  # (C, 1): a label that is none of the entries, and may come
+    logits: Tensor  # (C, 1) float64
+
+
+def _labels_of(logits: Tensor, ids: Tensor, labels: Tensor) -> _Labels:
+    is_label = ((labels >= 0) & (labels < logits.shape[1])).unsqueeze(1)
+    column = torch.where(is_label, labels.unsqueeze(1), 0)
+    own = logits.gather(1, column).to(torch.float64).clamp_min_(LOWEST_LOGIT)
+    is_entry = ((ids == column) & (ids >= 0)).any(1, keepdim=True)
+    return _Labels(column, is_label, is_label & ~is_entry & (own > LOWEST_LOGIT), own)
+
+
+class _Entries(NamedTuple):
+    """The entries, and the token of the kernel."""
+
+    columns: Tensor  # (C, k); of padding that of the first entry, without entries the token
+    is_entry: Tensor  # (C, k), not padding
+    place: Tensor  # (C, 1) of the first entry among the k, whose numbers padding has
+    logits: Tensor  # (C, k) float64
+    token: Tensor  # (C, 1): the label, the first entry, or column 0
+    token_logits: Tensor  # (C, 1) float64, c
+    is_other: Tensor  # (C, 1): the token is one of all others
+
+
+def _entries_of(logits: Tensor, ids: Tensor, labels: _Labels | None) -> _Entries:
+    is_entry = ids >= 0
+    is_other = ~is_entry.any(1, keepdim=True)
+    place = is_entry.byte().argmax(1, keepdim=True)
+    first = ids.gather(1, place).clamp_min(0)
+    if labels is not None:
+        first = torch.where(is_other & labels.is_token, labels.column, first)
+    columns = torch.where(is_entry, ids, first)
+    own = logits.gather(1, columns).to(torch.float64).clamp_min_(LOWEST_LOGIT)
+    c, token = own.gather(1, place), first
+    if labels is not None:
+        c = torch.where(labels.is_token, labels.logits, c)
+        token = torch.where(labels.is_token, labels.column, token)
+        is_other = is_other | labels.is_token
+    c = torch.where(c > LOWEST_LOGIT, c, 0)
+    return _Entries(columns, is_entry, place, own, token, c, is_other)
+
+
+class _Sums(NamedTuple):
+    """Log-sum-exps of logits divided by the temperature, (C, 1) float64 each."""
+
+    nll: Tensor  # of the token, from the kernel
+    log_mix: Tensor  # of the token and of others, what the kernel sees
+    log_rest: Tensor  # of all others
+    lse: Tensor  # of the row
+
+
+def _sums_of(entries: _Entries, nll: Tensor, temperature: float) -> _Sums:
+    log_mix = entries.token_logits / temperature + nll
     without = log_mix + (-torch.expm1(-nll)).clamp_min(SMALLEST_REST).log()
-    log_rest = torch.where(is_other, log_mix, without)
-    own = torch.where(is_entry, z / temperature, LOWEST_LOGIT)
+    log_rest = torch.where(entries.is_other, log_mix, without)
+    own = torch.where(entries.is_entry, entries.logits / temperature, LOWEST_LOGIT)
     lse = torch.cat([own, log_rest], 1).logsumexp(1, keepdim=True)
-    log_s = torch.where(is_entry, (own - lse).clamp_min(LOG_ZERO), LOG_ZERO)
+    return _Sums(nll, log_mix, log_rest, lse)
+
+
+class _Slopes(NamedTuple):
+    """What gradients of logits are made of, float64."""
+
+    entries: Tensor  # (C, k) gradients
+    others: Tensor  # (C, 1), by which q of another is multiplied
+    label: Tensor | None = None  # (C, 1) gradient, where the label is no entry
+
+
+def _compare_outcomes_(
+    values: Tensor,  # (4, C), overwritten
+    terms: Terms,
+    entries: _Entries,
+    sums: _Sums,
+    beta: float,
+    temperature: float,
+) -> _Slopes:
+    is_entry = entries.is_entry
+    log_q = (entries.logits / temperature - sums.lse).clamp_min(LOG_ZERO)
+    log_s = torch.where(is_entry, log_q, LOG_ZERO)
     log_t = torch.where(is_entry, terms.log_probs.to(torch.float64), LOG_ZERO).clamp_min(LOG_ZERO)
     s, t = log_s.exp(), log_t.exp()
-    s_0 = (log_rest - lse).exp().clamp_min(SMALLEST_REST)
+    s_0 = (sums.log_rest - sums.lse).exp().clamp_min(SMALLEST_REST)
     t_0 = (1 - t.sum(1, keepdim=True)).clamp_min(SMALLEST_REST)
     loss, pull = matched_jsd(
         torch.cat([log_s, s_0.log()], 1), torch.cat([log_t, t_0.log()], 1), beta
@@ -95,45 +169,34 @@ def top_k_rows_(
     numbers = torch.stack([loss, torch.zeros_like(loss), s.sum(1), t.sum(1)])
     values.copy_(torch.where(is_soft[:, 0], numbers, 0))
     total = pull.sum(1, keepdim=True)
-    # what weighs q of another, and gradients of entries
-    factor = torch.where(is_soft, weight * (pull[:, -1:] / s_0 - total) / temperature, 0)
-    grads = torch.where(is_soft, weight * (pull[:, :-1] - s * total) / temperature, 0)
-    q = (z / temperature - lse).exp()  # of entries, and of what is written for padding
-    if labels is not None:
-        hard = terms.weights[:, 1:].to(torch.float64)
-        log_q = torch.where(is_token, log_rest - lse - nll, labels.logits - lse)
-        log_q = log_q.clamp_min(LOG_ZERO)
-        value = torch.where(labels.is_label, -log_q, 0)
-        values[1] = torch.where(hard != 0, value, 0)[:, 0]
-        hard = torch.where((hard != 0) & labels.is_label & (value < -LOG_ZERO), hard, 0)
-        is_own = index == labels.column
-        grads = grads + hard * torch.where(is_own, q.clamp_max(1) - 1, q)
-        of_label = factor * log_q.exp() + hard * torch.expm1(log_q)
-        factor = factor + hard
-    if grad_logits is None:
-        return
-    weights[:, :1] = torch.where(
-        is_live.unsqueeze(1), factor * temperature * (log_mix - lse).exp(), 0
+    return _Slopes(
+        torch.where(is_soft, weight * (pull[:, :-1] - s * total) / temperature, 0),
+        torch.where(is_soft, weight * (pull[:, -1:] / s_0 - total) / temperature, 0),
     )
-    scratch = torch.empty_like(values[:2])
-    token_rows_(logits, grad_logits, token, token, weights, scratch, **options)
-    if labels is not None:  # entries come after: a label may be one of them
-        _write(grad_logits, labels.column, of_label, labels.logits, is_live, softcap)
-    grads = torch.where(is_entry, grads, grads.gather(1, place))
-    _write(grad_logits, index, grads, z, is_live, softcap)
 
 
-class _Labels(NamedTuple):
-    column: Tensor  # (C, 1), 0 for none
-    is_label: Tensor  # (C, 1)
-    logits: Tensor  # (C, 1) float64
-
-
-def _labels(logits: Tensor, labels: Tensor) -> _Labels:
-    is_label = ((labels >= 0) & (labels < logits.shape[1])).unsqueeze(1)
-    index = torch.where(is_label, labels.unsqueeze(1), 0)
-    own = logits.gather(1, index).to(torch.float64).clamp_min_(LOWEST_LOGIT)
-    return _Labels(index, is_label, own)
+def _add_labels_(
+    values: Tensor,  # (4, C), of which the cross-entropy is overwritten
+    slopes: _Slopes,
+    terms: Terms,
+    entries: _Entries,
+    sums: _Sums,
+    labels: _Labels,
+) -> _Slopes:
+    """The cross-entropy, at temperature 1."""
+    q = (entries.logits - sums.lse).exp()  # of what is written for padding too
+    hard = terms.weights[:, 1:].to(torch.float64)
+    of_token = sums.log_rest - sums.lse - sums.nll
+    log_q = torch.where(labels.is_token, of_token, labels.logits - sums.lse).clamp_min(LOG_ZERO)
+    value = torch.where(labels.is_label, -log_q, 0)
+    values[1] = torch.where(hard != 0, value, 0)[:, 0]
+    hard = torch.where((hard != 0) & labels.is_label & (value < -LOG_ZERO), hard, 0)
+    is_own = entries.columns == labels.column
+    return _Slopes(
+        slopes.entries + hard * torch.where(is_own, q.clamp_max(1) - 1, q),
+        slopes.others + hard,
+        slopes.others * log_q.exp() + hard * torch.expm1(log_q),
+    )
 
 
 def _write(
