@@ -31,7 +31,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
-from record import RESULTS, RowLog, environment
+from record import RESULTS, RowLog, environment, say
+from timing import now
 from transformers import TrainerCallback
 
 from gold_kernels.jsd import reference
@@ -66,16 +67,11 @@ class StepTimer(TrainerCallback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start = self._now()
+        self.start = now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(self._now() - self.start)
+        self.seconds.append(now() - self.start)
 
 
 def build_trainer(case: Case, folder: str, is_tiny: bool) -> Any:
@@ -288,17 +284,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = cases_of(options)
     if options.one_case:
         row = measure(cases[0], options.memory_gib, options.tiny)
-        sys.stdout.write("\n" + json.dumps(row) + "\n")
+        say("\n" + json.dumps(row))
         return 0
     log = RowLog(options.output, FIELDS)
     started = time.monotonic()
     for case in cases:
         seconds = time.monotonic() - started
-        sys.stdout.write(f"{seconds:.0f} s: {' '.join(map(str, case))}\n")
-        sys.stdout.flush()
+        say(f"{seconds:.0f} s: {' '.join(map(str, case))}")
         log.add(run_in_own_process(case, options, options.seconds - seconds))
-        sys.stdout.write(f"{log.rows[-1]}\n")
-        sys.stdout.flush()
+        say(str(log.rows[-1]))
     return int(not all(map(is_as_expected, log.rows)))
 
 

@@ -8,12 +8,13 @@ step of the recorded graph and of the eager step, seconds of recording, the kern
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
 import torch
 from qwen3_vl_shapes import STUDENT_2B, build_model, processor_of_448_pixels
+from record import say
+from timing import now
 from torch.profiler import ProfilerActivity, profile
 
 from gold_trainer.writers.compiled_layers import CompiledLayers, decoder_layers
@@ -25,11 +26,6 @@ from gold_trainer.writers.writer import Sampling
 
 NEW_TOKENS, PROMPT_TOKENS, TIMED = 256, 256, 64
 PROFILED, SHOWN = 4, 40  # steps, names of kernels
-
-
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def decoder_of(model: Any, num_rows: int, sampling: Sampling, compiled: Any) -> Decoder:
@@ -60,12 +56,10 @@ def decoder_of(model: Any, num_rows: int, sampling: Sampling, compiled: Any) -> 
 
 
 def milliseconds(function: Any, count: int) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = now()
     for _ in range(count):
         function()
-    torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - started) / count
+    return 1000 * (now() - started) / count
 
 
 def say_kernels(events: Any, num_steps: int) -> None:

@@ -6,14 +6,11 @@ The 2B shape and the prompts of bench_rollout.py, one 448 x 448 picture each, 25
 each call memory is taken and given back, and the prompts become tensors, as within a step. Printed
 for each number of rows: seconds of calls as they are and of what is done before, then of a call in
 which the device is waited for around every stage, with what each stage took (one has those that lie
-in it), and the functions of Python that took most of one more. `--tiny` runs the same code on small
-models anywhere.
+in it), and where the host is in one more, by samples of its frames. `--tiny` runs the same code on
+small models anywhere.
 """
 
 import argparse
-import cProfile
-import io
-import pstats
 import sys
 import tempfile
 import time
@@ -24,6 +21,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+from host_samples import HostSamples
 from qwen3_vl_shapes import (
     STUDENT_2B,
     TINY_STUDENT,
@@ -33,6 +31,8 @@ from qwen3_vl_shapes import (
     processor_of_448_pixels,
     rows,
 )
+from record import say
+from timing import now
 
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.speed.replacing import replaced
@@ -55,25 +55,14 @@ STAGES = (
 )
 
 
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def as_after_learning(trainer: Any, batch: Any) -> float:
     """Blocks in the allocator's cache, and tensors of the prompts; seconds of these."""
     if torch.cuda.is_available():
         kept = [torch.empty(LEARNT[1], dtype=torch.uint8, device="cuda") for _ in range(LEARNT[0])]
         del kept
-    synchronize()
-    started = time.perf_counter()
+    started = now()
     trainer.rollouts.look_ahead([batch], 0)
-    return time.perf_counter() - started
+    return time.perf_counter() - started  # what the device still does is no part of it
 
 
 @contextmanager
@@ -83,11 +72,9 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
     def around(name: str, function: Callable) -> Callable:
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            synchronize()
-            started = time.perf_counter()
+            started = now()
             result = function(*args, **kwargs)
-            synchronize()
-            seconds[name] += time.perf_counter() - started
+            seconds[name] += now() - started
             return result
 
         return run
@@ -102,24 +89,21 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 def seconds_of(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
-    synchronize()
-    return time.perf_counter() - started
+    return now() - started
 
 
-def say_host(call: Callable[[], Any], shown: int) -> None:
-    profiler = cProfile.Profile()
-    profiler.runcall(call)
-    text = io.StringIO()
-    pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(shown)
-    lines = [line for line in text.getvalue().splitlines() if line.strip()]
-    say("\n".join(f"  {line[:110]}" for line in lines[3:]))
+def say_host(call: Callable[[], Any]) -> None:
+    samples = HostSamples()
+    samples.start()
+    seconds = seconds_of(call)
+    samples.stop()
+    samples.describe(seconds)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 4, 64])
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--shown", type=int, default=25, help="functions of the host")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     processor = processor_of_448_pixels()
@@ -158,7 +142,7 @@ def main() -> int:
                 for name, value in stages.items():
                     say(f"  {1000 * value:8.1f} ms  {name}")
                 prepare()
-                say_host(call, options.shown)
+                say_host(call)
     return 0
 
 

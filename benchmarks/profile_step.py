@@ -14,7 +14,6 @@ where the host is, and the lines that wait for the device.
 
 import argparse
 import statistics
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -27,8 +26,9 @@ from datasets import Dataset
 from host_samples import HostSamples
 from peft import LoraConfig, get_peft_model
 from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
-from record import RowLog, environment
+from record import RowLog, environment, say
 from timeline import describe, kernels_of
+from timing import now
 
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.speed import compiling
@@ -54,11 +54,6 @@ FIELDS = (
     *("seconds_median", "tokens_per_second", "peak_gib", "compile_seconds", "loss_error"),
     *("first_loss", "grad_norm", "device", "torch", "triton", "transformers", "git_sha"),
 )
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 class Profiled(StepTimer):
@@ -87,7 +82,7 @@ class Profiled(StepTimer):
             activity = getattr(torch.profiler.ProfilerActivity, name)
             self.profile = torch.profiler.profile(activities=[activity])
             self.profile.start()
-            self.start = self._now()
+            self.start = now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.caught is not None:

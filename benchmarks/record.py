@@ -1,9 +1,12 @@
-"""What every benchmark shares: where it ran, and one CSV row per case under benchmarks/results/."""
+"""What every benchmark shares: where it ran, lines that are printed at once, and one CSV row a
+case under benchmarks/results/.
+"""
 
 import csv
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +32,12 @@ def environment() -> dict[str, str]:
         "transformers": transformers.__version__,
         "git_sha": _git_sha(root),
     }
+
+
+def say(text: str) -> None:
+    """At once, also into a pipe."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def _git_sha(root: Path) -> str:

@@ -16,6 +16,13 @@ WARM_UP_MS, MIN_REPEATS, MAX_REPEATS = 400, 10, 100
 MAX_REP_FACTOR = 15  # slow cases end after this many times --rep-ms, with 3 calls at least
 
 
+def now() -> float:
+    """Seconds of a clock, read when the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def milliseconds(step: Callable[[], Any], device: str, rep_ms: float) -> list[float]:
     """Median, 20 % and 80 % quantile of single calls, one after the other."""
 

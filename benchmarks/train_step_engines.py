@@ -34,6 +34,7 @@ from peft import LoraConfig
 from qwen3_vl_shapes import build_student, build_teacher, processor_of_448_pixels, rows
 from record import RowLog, environment, package_versions
 from teacher_kinds import SAVED, config_fields, max_length, prepare_teacher
+from timing import now
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoProcessor, TrainerCallback
 
@@ -77,21 +78,16 @@ class Lengths(TrainerCallback):
     def length(self) -> int:
         return self.options.completion_tokens[self.trainer.state.global_step // STEPS]
 
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if not self.seconds and torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self.resident = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         self.row["completion_tokens"] = self.length
-        self.start = self._now()
+        self.start = now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(self._now() - self.start)
+        self.seconds.append(now() - self.start)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """After the step's end, with its loss and gradient norm."""
