@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gold_trainer.writers.vllm.requests import GENERATE, content_parts
+from gold_trainer.writers.vllm.requests import GENERATE, body_of
 from gold_trainer.writers.vllm.server import Server
 
 logger = logging.getLogger(__name__)
 
+ONE_TOKEN = {"max_tokens": 1, "temperature": 1.0, "detokenize": False}  # it has to write one
 POLL_SECONDS = 0.002
 FIRST_PAUSE = 0.5  # seconds before the first retry; each waits twice as long as the one before
 
@@ -48,22 +49,10 @@ class HiddenStates:
         images: list[Image.Image],
     ) -> Answer:
         """Refused for what the server takes for wrong, OSError where it does not answer."""
-        body = {
-            "model": self.model,
-            "token_ids": token_ids,
-            "return_token_ids": True,
-            # one token has to be written; its log-probability tells whether head and norm fit
-            "sampling_params": {
-                "max_tokens": 1,
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "top_k": 0,
-                "seed": 0,
-                "logprobs": 0,
-                "detokenize": False,
-            },
-        }
-        answer = post(self.server, body | content_parts(images), self.retries)
+        # the log-probability of what is written tells whether head and norm fit
+        params = {"top_p": 1.0, "top_k": 0, "seed": 0, "logprobs": 0}
+        body = body_of(self.model, token_ids, images, ONE_TOKEN | params)
+        answer = post(self.server, body, self.retries)
         what = "token ids, a choice and its log-probability"
         found = self.server.read(GENERATE, answer, what, _told)
         if found.path is None:

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from gold_trainer.caching.packed import pack
-from gold_trainer.teachers.served.client import post
-from gold_trainer.writers.vllm.requests import GENERATE, content_parts
+from gold_trainer.teachers.served.client import ONE_TOKEN, post
+from gold_trainer.writers.vllm.requests import GENERATE, body_of
 from gold_trainer.writers.vllm.server import Server
 
 
@@ -37,19 +37,8 @@ class LikeliestTokens:
         images: list[Image.Image],
     ) -> Answer:
         """Refused for what the server takes for wrong, OSError where it does not answer."""
-        body = {
-            "model": self.model,
-            "token_ids": token_ids,
-            "return_token_ids": True,
-            # one token has to be written
-            "sampling_params": {
-                "max_tokens": 1,
-                "temperature": 1.0,
-                "prompt_logprobs": self.k,
-                "detokenize": False,
-            },
-        }
-        answer = post(self.server, body | content_parts(images), self.retries)
+        params = ONE_TOKEN | {"prompt_logprobs": self.k}
+        answer = post(self.server, body_of(self.model, token_ids, images, params), self.retries)
         return self.server.read(GENERATE, answer, "token ids and prompt_logprobs", _told)
 
     def rows(self, entries: list[Any]) -> Tensor:  # of n positions -> (n, 2 k), packed

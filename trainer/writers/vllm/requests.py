@@ -46,24 +46,29 @@ def request_body(
     prompt: Prompt, params: dict[str, Any], processor: Processor, model: str
 ) -> dict[str, Any]:
     example = prompt.example
+    params = {
+        **params,
+        "n": prompt.num_completions,
+        "max_tokens": prompt.room,
+        "seed": prompt.seed,  # completion i gets seed + i
+    }
+    return body_of(model, unexpanded_ids(processor, example), example.images, params)
+
+
+def body_of(
+    model: str,
+    token_ids: list[int],  # with one placeholder a picture
+    images: Sequence[Image.Image],
+    params: dict[str, Any],
+) -> dict[str, Any]:
     body = {
         "model": model,
-        "token_ids": unexpanded_ids(processor, example),
+        "token_ids": token_ids,
         "return_token_ids": True,
-        "sampling_params": {
-            **params,
-            "n": prompt.num_completions,
-            "max_tokens": prompt.room,
-            "seed": prompt.seed,  # completion i gets seed + i
-        },
+        "sampling_params": params,
     }
-    return body | content_parts(example.images)
-
-
-def content_parts(images: Sequence[Image.Image]) -> dict[str, Any]:
-    """Of a request's body: the pictures, where the prompt has some."""
     parts = [{"type": "image_url", "url": _picture_url(image)} for image in images]
-    return {"content_parts": parts} if parts else {}
+    return body | ({"content_parts": parts} if parts else {})
 
 
 def unexpanded_ids(processor: Processor, example: Example) -> list[int]:
