@@ -4,6 +4,8 @@ template, its weights.
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +108,7 @@ def check_teacher(states: HiddenStates, tail: Tail, processor: Processor, args: 
     """ValueError for a server that runs another teacher than the checkpoint's, or sees its rows in
     other tokens.
     """
-    _check_words(states, processor, args)
+    _check_words(states.server, states.model, processor, args)
     _check_weights(states, tail, processor, str(args.teacher_model_name_or_path))
 
 
@@ -114,26 +116,29 @@ def check_likeliest(tokens: LikeliestTokens, processor: Processor, args: GOLDCon
     """ValueError for a server that sees rows in other tokens, or gives fewer of them. Which weights
     it has, it alone knows.
     """
-    _check_words(tokens, processor, args)
+    _check_words(tokens.server, tokens.model, processor, args)
     ids = tokenizer_of(processor)(PROBE)["input_ids"]
-    try:
+    with _not_refused(tokens.server, f"give prompt_logprobs of loss_top_k={tokens.k} tokens"):
         answer = tokens.ask(ids, [])
-    except Refused as error:
-        raise ValueError(
-            f"GOLDTrainer: the vLLM server at {tokens.server.url} must give prompt_logprobs of "
-            f"loss_top_k={tokens.k} tokens, got a refusal ({error}); start it with: "
-            f"{tokens.server.start_line}"
-        ) from error
     tokens.rows(answer.entries[1:])
 
 
-def _check_words(
-    states: "HiddenStates | LikeliestTokens", processor: Processor, args: GOLDConfig
-) -> None:
+@contextmanager
+def _not_refused(server: Server, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Refused as error:
+        raise ValueError(
+            f"GOLDTrainer: the vLLM server at {server.url} must {what}, got a refusal ({error}); "
+            f"start it with: {server.start_line}"
+        ) from error
+
+
+def _check_words(server: Server, model: str, processor: Processor, args: GOLDConfig) -> None:
     name = str(args.teacher_model_name_or_path)
-    _check_tokenizer(states.server, states.model, processor, name)
+    _check_tokenizer(server, model, processor, name)
     options = hub_options(args.teacher_model_init_kwargs, args.teacher_model_revision)
-    _check_template(states.server, states.model, find_tokenizer(name, options), name)
+    _check_template(server, model, find_tokenizer(name, options), name)
 
 
 def _check_tokenizer(server: Server, model: str, processor: Processor, name: str) -> None:
@@ -169,13 +174,8 @@ def _check_template(server: Server, model: str, tokenizer: Any, name: str) -> No
 
 
 def _tokens(server: Server, body: dict[str, Any]) -> list[int]:
-    try:
+    with _not_refused(server, "turn a text into tokens"):
         answer = server.post("/tokenize", body)
-    except Refused as error:
-        raise ValueError(
-            f"GOLDTrainer: the vLLM server at {server.url} must turn a text into tokens, got a "
-            f"refusal ({error}); start it with: {server.start_line}"
-        ) from error
     return server.read("/tokenize", answer, "tokens", lambda it: list(it["tokens"]))
 
 
@@ -183,13 +183,8 @@ def _tokens(server: Server, body: dict[str, Any]) -> list[int]:
 def _check_weights(states: HiddenStates, tail: Tail, processor: Processor, name: str) -> None:
     """Norm and head of the checkpoint make of the server's hidden states what the server makes."""
     ids = tokenizer_of(processor)(PROBE)["input_ids"]
-    try:
+    with _not_refused(states.server, f"take a row of {len(ids)} tokens"):
         answer = states.ask(ids, [])
-    except Refused as error:
-        raise ValueError(
-            f"GOLDTrainer: the vLLM server at {states.server.url} must take a row of {len(ids)} "
-            f"tokens, got a refusal ({error}); start it with: {states.server.start_line}"
-        ) from error
     ours = float(tail.log_probs(answer.hidden[-1:])[0, answer.next_id])
     if not abs(ours - answer.next_logprob) <= MOST.get(answer.hidden.dtype, MOST_16_BITS):
         raise ValueError(
