@@ -44,17 +44,16 @@ class LikeliestTokens:
     def rows(self, entries: list[Any]) -> Tensor:  # of n positions -> (n, 2 k), packed
         what = f"{self.k} prompt_logprobs of a token"
         read = [self.server.read(GENERATE, entry, what, self._read) for entry in entries]
-        return torch.tensor(read, dtype=torch.float32).reshape(len(read), 2 * self.k)
+        ids, log_probs = (torch.tensor([row[i] for row in read]) for i in range(2))
+        return pack(ids.reshape(-1, self.k), log_probs.reshape(-1, self.k))
 
-    def _read(self, entry: dict[str, Any]) -> list[float]:
+    def _read(self, entry: dict[str, Any]) -> tuple[list[int], list[float]]:
         """The k likeliest; the token that stands there may be one more."""
         ranked = sorted((int(value["rank"]), int(key)) for key, value in entry.items())[: self.k]
-        ids = torch.tensor([[key for _, key in ranked]])
         log_probs = [float(entry[str(key)]["logprob"]) for _, key in ranked]
         if len(ranked) < self.k:
             raise ValueError("too few of them")
-        row: list[float] = pack(ids, torch.tensor([log_probs]))[0].tolist()
-        return row
+        return [key for _, key in ranked], log_probs
 
 
 def _told(answer: dict[str, Any]) -> Answer:
