@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
@@ -81,10 +81,8 @@ class LocalWriter(Writer):
             return
         rows = _rows_of(prompts)
         _, examples, _ = next(_parts(rows[: self.most_rows]))
-        try:
+        with suppress(Exception):  # the step that is computed goes on: its own call has it again
             self._make(examples)
-        except Exception:  # the step that is computed does not end with it: its call has it again
-            self.made = None
 
     def take_made(self) -> PromptTensors | None:
         made, self.made = self.made, None
