@@ -57,6 +57,19 @@ def check_head_tensors(function: str, side: str, head: LinearHead) -> None:
         check_tensors(function, **{f"{side}_bias": head.bias})
 
 
+def only_head(
+    side: str,
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    options: Options,
+) -> LinearHead:
+    """The head of a call that has logits of one side alone, unchecked: check_head refuses pairs."""
+    bias = options.student_bias if side == "student" else options.teacher_bias
+    scale: float = options.logit_scale  # type: ignore[assignment]  # no pair here
+    cap: float | None = options.final_logit_softcapping  # type: ignore[assignment]
+    return LinearHead(hidden, weight, bias, scale, cap)
+
+
 def check_heads(
     function: str,
     student_hidden: Tensor,  # (N_s, D_s)

@@ -40,6 +40,7 @@ from gold_kernels.engine.heads import (
     check_head,
     check_head_tensors,
     label_weights_of,
+    only_head,
     row_weights_of,
     term_weights,
     without_gradient,
@@ -101,10 +102,8 @@ def head_means(
     chosen = resolve_options(function, options, MeansOptions)
     refuse_slices(function, student_weight, teacher_weight, teacher_hidden)
     checks.check_one_temperature(function, temperature)
-    cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]  # no pair here
-    scale: float = chosen.logit_scale  # type: ignore[assignment]
-    teacher = LinearHead(teacher_hidden, teacher_weight, chosen.teacher_bias, scale, cap)
     check_tensors(function, student_weight=student_weight)
+    teacher = only_head("teacher", teacher_hidden, teacher_weight, chosen)
     teacher = check_head(function, "teacher", teacher)
     none = student_weight.new_empty(0, student_weight.shape[-1])  # hidden states, for the check
     student = check_head(function, "student", LinearHead(none, student_weight, chosen.student_bias))
@@ -123,7 +122,7 @@ def head_means(
         teacher,
         None,
         # the gradient of -log p(y) for the logits, without what led to them
-        numbers.new_full((num_rows, 1), temperature / scale),
+        numbers.new_full((num_rows, 1), temperature / teacher.logit_scale),
         mean_rows(teacher, chosen.backend, temperature, student.bias, targets),
         Needs(True, False, False),
         Limits(chosen.chunk_size, chosen.budget_bytes, row_bytes=wide.itemsize * 2 * vocab_size),
@@ -194,8 +193,7 @@ def fused_linear_mean_kl(
     refuse_slices(function, student_weight, student_hidden)
     row_loss = MeanKL(temperature, teacher)
     row_loss.check(function)
-    scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
-    student = LinearHead(student_hidden, student_weight, chosen.student_bias, scale)
+    student = only_head("student", student_hidden, student_weight, chosen)
     check_head_tensors(function, "student", student)
     _check_frozen(function, student)
     student = check_head(function, "student", student)

@@ -19,8 +19,8 @@ from gold_kernels.engine import checks
 from gold_kernels.engine.agreement import refuse_slices
 from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
 from gold_kernels.engine.chunking import run_chunks
-from gold_kernels.engine.heads import check_head, check_head_tensors
-from gold_kernels.engine.linear_head import LinearHead, first_entries
+from gold_kernels.engine.heads import check_head, only_head
+from gold_kernels.engine.linear_head import first_entries
 from gold_kernels.engine.options import resolve_options
 from gold_kernels.engine.probabilities import LOG_ZERO
 
@@ -57,10 +57,7 @@ def head_top_k(
     refuse_slices(function, teacher_weight, teacher_hidden)
     checks.check_one_temperature(function, temperature)
     checks.check_pairs(function, chosen)
-    scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
-    cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]
-    teacher = LinearHead(teacher_hidden, teacher_weight, chosen.teacher_bias, scale, cap)
-    check_head_tensors(function, "teacher", teacher)
+    teacher = only_head("teacher", teacher_hidden, teacher_weight, chosen)
     teacher = check_head(function, "teacher", teacher)
     chosen = checks.check_options(function, chosen, teacher.hidden)
     size = teacher.weight.shape[0]

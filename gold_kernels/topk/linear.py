@@ -22,13 +22,13 @@ from gold_kernels.engine.heads import (
     check_head,
     check_head_tensors,
     label_weights_of,
+    only_head,
     row_weights_of,
     term_weights,
     without_gradient,
 )
 from gold_kernels.engine.kinds import check_tensors
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
-from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Reduction
 from gold_kernels.engine.shared import Metrics, RowValues
 from gold_kernels.topk.row_loss import TopK
@@ -115,9 +115,7 @@ def fused_linear_top_k(
     """
     function = "fused_linear_top_k"
     chosen = linear_options(function, options, student_hidden, student_weight, TopKOptions)
-    scale: float = chosen.logit_scale  # type: ignore[assignment]  # no pair here
-    cap: float | None = chosen.final_logit_softcapping  # type: ignore[assignment]
-    head = LinearHead(student_hidden, student_weight, chosen.student_bias, scale, cap)
+    head = only_head("student", student_hidden, student_weight, chosen)
     group = chosen.process_group
     try:
         TopK(beta, temperature).check(function)
