@@ -110,6 +110,34 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 
 def check_inherited(args: TrainingArguments) -> None:
     """Fields of TrainingArguments that would be ignored, or fail deep inside a step."""
+    _check_batches(args)
+    if args.accelerator_config is not None:
+        _check_accelerator(args.accelerator_config)
+    _check_forward(args)
+    _check_unread(args)
+    _check_engines(args)
+    _check_evaluation(args)
+    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
+        raise ValueError(
+            "GOLDConfig: dataloader_persistent_workers must be False without workers, got True and "
+            "dataloader_num_workers=0; set dataloader_num_workers, or leave it out."
+        )
+    if args.report_to is None:  # as a YAML file has it
+        args.report_to = "none"
+    if isinstance(args.parallelism_config, dict | str):
+        raise ValueError(
+            "GOLDConfig: parallelism_config must be a ParallelismConfig of accelerate, got "
+            f"{args.parallelism_config!r}; make one in Python, or let accelerate launch set it."
+        )
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "GOLDConfig: enable_jit_checkpoint must be False, got True; SIGTERM already ends a run "
+            "with a checkpoint, at the end of the step: leave it out."
+        )
+
+
+def _check_batches(args: TrainingArguments) -> None:
+    """The collator makes them, and the teacher is their target."""
     if args.remove_unused_columns:
         raise ValueError(
             "GOLDConfig: remove_unused_columns must be False, got True; the collator reads "
@@ -133,8 +161,10 @@ def check_inherited(args: TrainingArguments) -> None:
             f"{args.include_num_input_tokens_seen!r}; image tokens are counted by no one "
             "before the micro-batch: the log has completion_length and tokens_per_second."
         )
-    if args.accelerator_config is not None:
-        _check_accelerator(args.accelerator_config)
+
+
+def _check_forward(args: TrainingArguments) -> None:
+    """The loss sits in its head."""
     if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
         raise ValueError(
             "GOLDConfig: torch_compile must be False, got True; the loss takes the head's place "
@@ -147,6 +177,9 @@ def check_inherited(args: TrainingArguments) -> None:
             "whose head the loss sits, of the student alone: compile_models='regional' fuses the "
             "same operations in both models."
         )
+
+
+def _check_unread(args: TrainingArguments) -> None:
     if args.include_for_metrics:
         raise ValueError(
             f"GOLDConfig: include_for_metrics must be empty, got {args.include_for_metrics}; "
@@ -158,6 +191,9 @@ def check_inherited(args: TrainingArguments) -> None:
             raise ValueError(
                 f"GOLDConfig: {name} must be {default}, got {value}; {why}: leave it out."
             )
+
+
+def _check_engines(args: TrainingArguments) -> None:
     if args.fsdp_config and not args.fsdp:
         raise ValueError(
             f"GOLDConfig: fsdp_config must be left out without fsdp, got {args.fsdp_config!r} and "
@@ -169,6 +205,10 @@ def check_inherited(args: TrainingArguments) -> None:
             "GOLDConfig: deepspeed must hold a configuration, got {}, with which it is off; write "
             "{'zero_optimization': {'stage': 2}}, or leave it out."
         )
+
+
+def _check_evaluation(args: TrainingArguments) -> None:
+    """Saving what only an evaluation finds."""
     if args.load_best_model_at_end and args.eval_strategy in (None, "no"):
         raise ValueError(
             "GOLDConfig: load_best_model_at_end must be False without evaluation, got True and "
@@ -178,23 +218,6 @@ def check_inherited(args: TrainingArguments) -> None:
         raise ValueError(
             "GOLDConfig: save_strategy must not be 'best' without evaluation, got eval_strategy="
             "'no', with which nothing would be saved; set eval_strategy to 'steps' or 'epoch'."
-        )
-    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
-        raise ValueError(
-            "GOLDConfig: dataloader_persistent_workers must be False without workers, got True and "
-            "dataloader_num_workers=0; set dataloader_num_workers, or leave it out."
-        )
-    if args.report_to is None:  # as a YAML file has it
-        args.report_to = "none"
-    if isinstance(args.parallelism_config, dict | str):
-        raise ValueError(
-            "GOLDConfig: parallelism_config must be a ParallelismConfig of accelerate, got "
-            f"{args.parallelism_config!r}; make one in Python, or let accelerate launch set it."
-        )
-    if args.enable_jit_checkpoint:
-        raise ValueError(
-            "GOLDConfig: enable_jit_checkpoint must be False, got True; SIGTERM already ends a run "
-            "with a checkpoint, at the end of the step: leave it out."
         )
 
 
@@ -222,12 +245,18 @@ def rename_checkpointing(args: TrainingArguments) -> None:
             setattr(args, old, None)
 
 
-def _check_fsdp(config: Any) -> None:
-    """A dict, or the path or text of its JSON: transformers leaves keys that it does not know."""
+def _read(config: Any) -> Any:
+    """The path or text of a dict's JSON as that dict; anything else is as it is."""
     if isinstance(config, str) and config.lstrip().startswith("{"):
-        config = json.loads(config)
-    elif isinstance(config, str) and Path(config).is_file():
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
+        return json.loads(config)
+    if isinstance(config, str) and Path(config).is_file():
+        return json.loads(Path(config).read_text(encoding="utf-8"))
+    return config
+
+
+def _check_fsdp(config: Any) -> None:
+    """transformers leaves keys that it does not know."""
+    config = _read(config)
     for name in config if isinstance(config, dict) else ():
         if name.removeprefix("fsdp_") not in OF_FSDP:
             raise ValueError(
@@ -237,11 +266,8 @@ def _check_fsdp(config: Any) -> None:
 
 
 def _check_accelerator(config: Any) -> None:
-    """A dict, an AcceleratorConfig, or the path or text of its JSON, which accelerate reads."""
-    if isinstance(config, str) and config.lstrip().startswith("{"):
-        config = json.loads(config)
-    elif isinstance(config, str) and Path(config).is_file():
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    """A dict, an AcceleratorConfig, or what _read takes."""
+    config = _read(config)
     values = config if isinstance(config, dict) else {} if isinstance(config, str) else vars(config)
     known = [field.name for field in fields(AcceleratorConfig)]
     unknown = [name for name in values if name not in known]
