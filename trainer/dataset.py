@@ -1,6 +1,8 @@
 """Datasets with a length, read as Rows."""
 
+import zlib
 from collections.abc import Mapping, Sequence, Sized
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -91,6 +93,12 @@ class RowDataset(torch.utils.data.Dataset):
             )
         return "conversations: the chat template is applied"
 
+    @cached_property
+    def beginning(self) -> str:
+        """A checksum of the first row's text: each checkpoint has it, and reads no row for it."""
+        row = self[self.first_index]
+        return f"{zlib.crc32(ascii((row.prompt, row.completion)).encode()):08x}"
+
     def __len__(self) -> int:
         return len(self.rows) if self.turns is None else len(self.turns)
 
@@ -137,11 +145,7 @@ def _columns(rows: Any, index: int) -> Any:
 
 
 def as_rows(
-    dataset: Any,
-    *,
-    has_chat_template: bool = False,
-    skips_bad: bool = False,
-    **options: Any,
+    dataset: Any, *, has_chat_template: bool = False, skips_bad: bool = False, **options: Any
 ) -> Any:
     """The dataset read as Rows with these options of RowReader; None stays None."""
     if dataset is None or isinstance(dataset, RowDataset):

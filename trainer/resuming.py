@@ -2,7 +2,6 @@
 
 import json
 import logging
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +141,7 @@ def settings_of_run(
     settings["optim"] = OptimizerNames(args.optim).value
     settings["lr_scheduler_type"] = SchedulerType(args.lr_scheduler_type).value
     if isinstance(rows, RowDataset):
-        first = rows[rows.first_index]
-        text = ascii((first.prompt, first.completion))
-        settings |= {"rows": len(rows.rows), "first_row": f"{zlib.crc32(text.encode()):08x}"}
+        settings |= {"rows": len(rows.rows), "first_row": rows.beginning}
     return json.loads(json.dumps(settings, default=str))  # as it is read: a tuple is a list
 
 

@@ -6,7 +6,8 @@ import pytest
 from transformers import TrainingArguments
 
 from gold_trainer import GOLDConfig
-from gold_trainer.resuming import OF_OPTIMIZER, SETTINGS
+from gold_trainer.dataset import RowDataset
+from gold_trainer.resuming import OF_OPTIMIZER, SETTINGS, settings_of_run
 from support.tiny_models import tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 
@@ -113,3 +114,11 @@ def test_a_folder_that_the_limit_would_delete_is_refused_by_name(tmp_path):
         run(tmp_path, resume=True, max_steps=3, save_total_limit=1)
     run(tmp_path, resume=True, max_steps=2)
     assert kept.is_dir()
+
+
+def test_a_second_checkpoint_reads_no_row_again(tmp_path, monkeypatch):
+    args = GOLDConfig(output_dir=str(tmp_path), use_cpu=True)
+    rows = RowDataset(ROWS, needs_completion=True, is_text=False)
+    settings = settings_of_run(args, rows=rows)
+    monkeypatch.setattr(RowDataset, "__getitem__", lambda *_: pytest.fail("a row is read"))
+    assert settings_of_run(args, rows=rows) == settings
