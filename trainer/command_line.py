@@ -5,7 +5,6 @@ The YAML holds the same names as the flags; a flag wins over the YAML.
 
 import argparse
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +107,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
     )
     if argv and not argv[0].startswith("-"):
         argv = _read_config(Path(argv[0]), parser) + argv[1:]
-    argv = [_with_home(argument) for argument in argv]
     model_args, data_args, config, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
@@ -121,14 +119,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
         expand_paths(own, "gold-trainer train")
         check_fields(own, "gold-trainer train")
     return model_args, data_args, config
-
-
-def _with_home(argument: str) -> str:
-    """A shell reads ~ where a word begins; in a file, and behind =, nobody does."""
-    flag, equals, value = argument.partition("=")
-    if flag.startswith("--") and value.startswith("~/"):
-        return f"{flag}{equals}{os.path.expanduser(value)}"
-    return os.path.expanduser(argument) if argument.startswith("~/") else argument
 
 
 def refuse_idle(argv: list[str], config: GOLDConfig) -> None:

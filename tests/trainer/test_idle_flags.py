@@ -76,9 +76,11 @@ def test_a_home_is_read_in_a_file_and_behind_an_equals_sign(tmp_path, monkeypatc
     (tmp_path / "pictures").mkdir()
     (tmp_path / "c.yaml").write_text("model_name_or_path: ~/student\npicture_folder: ~/pictures\n")
     argv = [str(tmp_path / "c.yaml"), "--teacher_model_name_or_path=~/teacher", *CPU]
+    argv += ["--stop_strings", "~/", "--run_name=~/a"]
     model, _, config = parse_arguments(argv)
     names = model.model_name_or_path, config.teacher_model_name_or_path, config.picture_folder
     assert names == tuple(str(tmp_path / name) for name in ("student", "teacher", "pictures"))
+    assert (config.stop_strings, config.run_name) == (["~/"], "~/a"), "they are no paths"
 
 
 @pytest.mark.parametrize("home", ["~", "$HOME", "${HOME}"])
