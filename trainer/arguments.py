@@ -51,8 +51,8 @@ class KnownArguments:
         for name in given if inspect.Parameter.VAR_KEYWORD not in kinds else ():
             if name not in taken:
                 known = [key for key in taken if key != "self"]
-                told = OTHER_ARGUMENTS.get(name)
-                meant = f"; {told}" if told else did_you_mean(name, known)
+                other = OTHER_ARGUMENTS.get(name)
+                meant = f"; {other}" if other else did_you_mean(name, known)
                 raise ValueError(
                     f"{cls.__name__}: there is no argument {name!r}"
                     f"{meant or '; they are ' + ', '.join(known)}."

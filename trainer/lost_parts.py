@@ -10,12 +10,13 @@ from typing import Any
 from transformers.utils import logging
 
 from gold_trainer.messages import THOUGHT_KEYS
+from gold_trainer.rendering import FIRST_PROBE
 from gold_trainer.row_errors import TemplateError
 from gold_trainer.rows import Row
 
 logger = logging.get_logger(__name__)
 
-PROBE = "\ue000"  # of the private use area: no row has it
+PROBE = chr(FIRST_PROBE)
 TOOLS = ("tool", "ipython", "observation", "function")  # roles whose results may be written as JSON
 USUAL = ("user", "assistant", *TOOLS)
 # Keys that say which call a result belongs to, who speaks, what is learnt: no part of what is said.

@@ -31,8 +31,8 @@ PART_KEYS = (
     *("data", "video", "video_url"),
 )
 # Whether a turn is learnt: ms-swift and XTuner, axolotl, torchtune.
-LEARNT = dict.fromkeys(("loss", "train", "training", "trainable"))
-UNLEARNT = dict.fromkeys(("masked",))
+LEARNT = ("loss", "train", "training", "trainable")
+UNLEARNT = ("masked",)
 # Other flags that say so, by their names; whoever brings one means a weight.
 OF_LEARNING = re.compile(r"(^|_)(loss|train\w*|mask\w*|learn\w*|supervised?)(_|$)")
 # Who speaks in {"from": ..., "value": ...}, as sharegpt's data have it.
@@ -150,12 +150,12 @@ def _with_weight(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
     """Flags of other projects that say whether a turn is learnt, as the weight that it has."""
     for key, value in message.items():
         is_flag = isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
-        if is_flag and key not in LEARNT | UNLEARNT and OF_LEARNING.search(key):
+        if is_flag and key not in (*LEARNT, *UNLEARNT) and OF_LEARNING.search(key):
             raise ValueError(
                 f"row {index}: a message says by weight (0 or 1) whether it is learnt, got "
                 f"{key}={value}, which nothing reads; rename it, or leave it out."
             )
-    given = {key: message[key] for key in LEARNT | UNLEARNT if message.get(key) is not None}
+    given = {key: message[key] for key in (*LEARNT, *UNLEARNT) if message.get(key) is not None}
     weights = {} if message.get("weight") is None else {"weight": message["weight"]}
     for key, value in given.items():
         if value not in (0, 1) or not isinstance(value, bool | int | float):

@@ -1,4 +1,4 @@
-"""Optimizers that come with a package of their own: missing ones show before models are loaded."""
+"""Optimizers, before models are loaded: the package that one needs, and the options it reads."""
 
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -41,10 +41,7 @@ READ = (
     ("*ademamix*", ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")),
     (
         "adamw_anyprecision",
-        (
-            *("use_kahan_summation", "momentum_dtype", "variance_dtype"),
-            "compensation_buffer_dtype",
-        ),
+        ("use_kahan_summation", "momentum_dtype", "variance_dtype", "compensation_buffer_dtype"),
     ),
     ("galore_*", LOW_RANK),
     ("apollo_*", (*LOW_RANK, "proj", "scale_type")),
@@ -78,9 +75,7 @@ def check_optimizer(args: GOLDConfig) -> None:
 def check_optimizer_args(args: GOLDConfig) -> None:
     """ValueError for optim_args and optim_target_modules that the optimizer would not read."""
     name = OptimizerNames(args.optim).value
-    if args.optim_target_modules and not fnmatchcase(name, "galore_*") | fnmatchcase(
-        name, "apollo_*"
-    ):
+    if args.optim_target_modules and not name.startswith(("galore_", "apollo_")):
         raise ValueError(
             f"GOLDTrainer: optim_target_modules must be left out with optim={name!r}, got "
             f"{args.optim_target_modules}; galore_ and apollo_ optimizers read it."
