@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gold_kernels import (
-    VocabProjection,
     fused_linear_chunk_likelihood,
     fused_linear_projected_jsd,
     fused_linear_top_k,
@@ -17,10 +16,11 @@ from gold_kernels import (
 )
 from support.backends import on_every_backend
 from support.error_budget import relative_error
+from support.same_tokens import same_projection
 from support.uld_cases import STUDENT_GROUPS, uld_case
 
 MASKED_GROUP = 2
-PROJECTION = VocabProjection.from_entries(torch.arange(301).unsqueeze(1), torch.ones(301, 1), 411)
+PROJECTION = same_projection(301, 411)
 
 
 def masked_case(kind, place, beta, has_overlap):

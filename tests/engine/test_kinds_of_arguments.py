@@ -13,9 +13,7 @@ from torch import nn
 
 from gold_kernels import (
     FusedLinearJSDLoss,
-    TokenAlignment,
     VocabOverlap,
-    VocabProjection,
     fused_linear_chunk_likelihood,
     fused_linear_jsd,
     fused_linear_loss,
@@ -28,7 +26,8 @@ from gold_kernels import (
     jsd_loss,
     uld_loss,
 )
-from gold_kernels.losses import SkewKL, SkewReverseKL, TotalVariation
+from gold_kernels.losses import LOSSES
+from support.same_tokens import same_projection, same_tokens
 
 N, V = 5, 20
 HEADS = {
@@ -38,10 +37,7 @@ HEADS = {
     "teacher_weight": torch.randn(V, 6),
 }
 LOGITS = {"student_logits": torch.randn(N, V), "teacher_logits": torch.randn(N, V)}
-ROWS, NONE = torch.arange(N), torch.arange(0)
-SIDE = ROWS, ROWS, NONE, NONE, NONE
-ALIGNMENT = TokenAlignment(*SIDE, *SIDE, "bayesian", N, N, 0, 0)
-PROJECTION = VocabProjection.from_entries(torch.arange(V).unsqueeze(1), torch.ones(V, 1), V)
+ROWS = torch.arange(N)
 OVERLAP = VocabOverlap(torch.arange(9), torch.arange(9), V, V)
 STUDENT = {name: HEADS[name] for name in ("student_hidden", "student_weight")}
 TOP = {"teacher_ids": ROWS.unsqueeze(1), "teacher_log_probs": -torch.ones(N, 1)}
@@ -50,26 +46,20 @@ OWN_TEACHER = {name: HEADS[name] for name in ("teacher_hidden", "teacher_weight"
 MEANS = {"teacher": head_means(**TEACHER)}
 
 
-def formula(loss):
+def of_one_file(name, temperature=1.0, **arguments):
     """A loss of one file, whose numbers are its own and whose tensors are those of all."""
-
-    def call(temperature=1.0, **arguments):
-        numbers = {"alpha": arguments.pop("alpha")} if "alpha" in arguments else {}
-        row_loss = loss(temperature=temperature, **numbers)
-        return fused_linear_loss(row_loss, **arguments)
-
-    return call, HEADS
+    numbers = {"alpha": arguments.pop("alpha")} if "alpha" in arguments else {}
+    row_loss = LOSSES[name](temperature=temperature, **numbers)
+    return fused_linear_loss(row_loss, **arguments)
 
 
 CALLS = {
     "jsd": (fused_linear_jsd, HEADS),
-    "skew_kl": formula(SkewKL),
-    "skew_reverse_kl": formula(SkewReverseKL),
-    "total_variation": formula(TotalVariation),
+    **{name: (partial(of_one_file, name), HEADS) for name in LOSSES if name != "jsd"},
     "uld": (fused_linear_uld, HEADS),
     "hybrid": (fused_linear_uld, HEADS | {"overlap": OVERLAP}),
-    "likelihood": (fused_linear_chunk_likelihood, HEADS | {"alignment": ALIGNMENT}),
-    "projected": (fused_linear_projected_jsd, HEADS | {"projection": PROJECTION}),
+    "likelihood": (fused_linear_chunk_likelihood, HEADS | {"alignment": same_tokens(ROWS)}),
+    "projected": (fused_linear_projected_jsd, HEADS | {"projection": same_projection(V)}),
     "top_k": (fused_linear_top_k, STUDENT | TOP),
     "mean_kl": (fused_linear_mean_kl, STUDENT | MEANS),
     "head_means": (head_means, TEACHER),

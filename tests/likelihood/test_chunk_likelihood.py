@@ -19,6 +19,7 @@ from gold_kernels.likelihood.torch_rows import two_outcomes
 from gold_kernels.tokens.alignment import SpanGroups
 from support.backends import on_every_backend
 from support.error_budget import relative_error
+from support.same_tokens import same_tokens
 from support.uld_cases import uld_case
 
 CASE = uld_case("bayesian", has_labels=True)
@@ -93,8 +94,7 @@ def test_the_chunk_size_does_not_change_anything(chunk_size, device, backend):
 def one_to_one(num_rows, v, seed=0):
     """A completion in the tokens of one tokenizer on both sides."""
     ids = torch.randint(v, (num_rows,), generator=torch.Generator().manual_seed(seed))
-    groups = torch.arange(num_rows)
-    return TokenAlignment.from_groups(SpanGroups(groups, groups, num_rows, 9), ids, ids, 9)
+    return same_tokens(ids)
 
 
 @on_every_backend

@@ -16,6 +16,7 @@ from gold_kernels import (
 from support.backends import IMPLEMENTATIONS, on_every_backend
 from support.error_budget import relative_error
 from support.jsd_cases import near_converged_case, random_case, run_oracle
+from support.same_tokens import same_projection
 from support.uld_cases import uld_case
 
 TEMPERATURE = (1.25, 0.75)
@@ -93,7 +94,7 @@ def test_near_convergence_it_is_the_jsd_and_keeps_its_digits(beta, device, backe
     """With one tokenizer every entry is projected to itself."""
     case = near_converged_case()
     size = case.student_weight.shape[0]
-    same = VocabProjection.from_entries(torch.arange(size)[:, None], torch.ones(size, 1), size)
+    same = same_projection(size)
     truth = run_oracle(case, beta=beta)
     near = case.to(torch.float32, device)
     loss = fused_linear_projected_jsd(*near, same, beta=beta, backend=backend)
@@ -138,15 +139,11 @@ def test_memory_that_rows_share_is_a_part_of_the_budget():
     assert triton_rows.rows_at_a_time(PROJECTION.folds, 1 << 30)[0] == triton_rows.ROWS
 
 
-def identity(v):
-    return VocabProjection.from_entries(torch.arange(v).unsqueeze(1), torch.ones(v, 1), v)
-
-
 @on_every_backend
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_with_one_vocabulary_it_is_the_generalized_jsd(beta, device, backend):
     case = random_case(n=7, v=90).to(torch.float32, device)
-    ours = fused_linear_projected_jsd(*case, identity(90), beta=beta, backend=backend)
+    ours = fused_linear_projected_jsd(*case, same_projection(90), beta=beta, backend=backend)
     plain = fused_linear_jsd(*case, beta=beta, backend=backend)
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
     leaves = case.student_hidden, case.student_weight
@@ -160,7 +157,7 @@ def test_identical_models_with_one_tokenizer_lose_nothing(beta, device, backend)
     hidden, weight = torch.randn(7, 16, device=device), torch.randn(50, 16, device=device)
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = fused_linear_projected_jsd(
-        *(*leaves, hidden, weight, identity(50)), beta=beta, backend=backend
+        *(*leaves, hidden, weight, same_projection(50)), beta=beta, backend=backend
     )
     assert abs(float(loss.detach())) < 1e-6
     assert all(float(grad.abs().max()) < 1e-6 for grad in torch.autograd.grad(loss, leaves))
