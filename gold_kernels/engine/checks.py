@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.agreement import check_group
-from gold_kernels.engine.kinds import check_factor, check_number, check_tensors, is_number
+from gold_kernels.engine.kinds import check_factor, check_number, check_tensors, is_number, is_whole
 from gold_kernels.engine.options import LossOptions, Options, per_side, resolve_options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss
 from gold_kernels.triton import launch
@@ -108,13 +108,11 @@ def check_vocabulary(
                 "pass what the heads return, (N, V)."
             )
         return v_student
-    is_whole = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
-    if isinstance(vocab_size, tuple) or not (
-        is_whole and 1 <= vocab_size <= min(v_student, v_teacher)
-    ):
+    most = min(v_student, v_teacher)
+    if isinstance(vocab_size, tuple) or not (is_whole(vocab_size) and 1 <= vocab_size <= most):
         raise ValueError(
-            f"{function}: vocab_size must be a whole number in [1, {min(v_student, v_teacher)}], "
-            f"the smaller of both heads, got {vocab_size}; pass len(tokenizer)."
+            f"{function}: vocab_size must be a whole number in [1, {most}], the smaller of both "
+            f"heads, got {vocab_size}; pass len(tokenizer)."
         )
     return vocab_size
 
@@ -233,8 +231,7 @@ def check_module(function: str, options: Mapping[str, Any]) -> None:
     chosen = resolve_options(function, options, LossOptions)
     check_chosen(function, chosen)
     for size in per_side(chosen.vocab_size):
-        is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if size is not None and not is_size:
+        if size is not None and not (is_whole(size) and size >= 1):
             raise ValueError(
                 f"{function}: vocab_size must be a whole number, 1 at least, got {size}; pass "
                 "len(tokenizer)."
@@ -331,8 +328,7 @@ def check_options(function: str, options: Options, hidden: Tensor) -> Options:
 def check_chosen(function: str, options: Options) -> None:
     """The options that can be judged by themselves, at a module's construction too."""
     chunk_size, budget_bytes = options.chunk_size, options.budget_bytes
-    is_count = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
-    if chunk_size is not None and not (is_count and chunk_size >= 1):
+    if chunk_size is not None and not (is_whole(chunk_size) and chunk_size >= 1):
         raise ValueError(
             f"{function}: chunk_size must be a whole number of rows, 1 at least, got {chunk_size}; "
             "pass None to take it from the memory budget."

@@ -50,6 +50,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_number(function: str, name: str, value: Any) -> None:
     if not is_number(value):
         is_pair = isinstance(value, tuple | list)

@@ -20,6 +20,7 @@ from gold_kernels.engine.agreement import refuse_slices
 from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
 from gold_kernels.engine.chunking import run_chunks
 from gold_kernels.engine.heads import check_head, only_head
+from gold_kernels.engine.kinds import is_whole
 from gold_kernels.engine.linear_head import first_entries
 from gold_kernels.engine.options import resolve_options
 from gold_kernels.engine.probabilities import LOG_ZERO
@@ -84,8 +85,7 @@ def head_top_k(
 
 
 def _check_number(function: str, k: int, vocab_size: int) -> None:
-    is_whole = isinstance(k, int) and not isinstance(k, bool)
-    if not (is_whole and 1 <= k <= vocab_size):
+    if not (is_whole(k) and 1 <= k <= vocab_size):
         raise ValueError(
             f"{function}: k must be a whole number in [1, {vocab_size}], the entries of the "
             f"vocabulary, got {k}; 64 is usual, and fused_linear_jsd compares all."

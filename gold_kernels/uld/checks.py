@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.kinds import check_tensors, check_weight
+from gold_kernels.engine.kinds import check_tensors, check_weight, is_whole
 from gold_kernels.engine.options import Options
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
@@ -168,9 +168,9 @@ def check_vocab_sizes(
     if vocab_size is None:
         return v_student, v_teacher
     sizes = vocab_size if isinstance(vocab_size, tuple | list) else (vocab_size, vocab_size)
-    is_whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
     heads = (v_student, v_teacher)
-    if len(sizes) != 2 or not is_whole or not all(map(lambda s, v: 1 <= s <= v, sizes, heads)):
+    are_sizes = len(sizes) == 2 and all(map(is_whole, sizes))
+    if not are_sizes or not all(map(lambda s, v: 1 <= s <= v, sizes, heads)):
         raise ValueError(
             f"{function}: vocab_size must be a whole number of entries of each side, (student, "
             f"teacher), at most {heads}, got {vocab_size}; pass (len(student_tokenizer), "
