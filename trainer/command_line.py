@@ -121,12 +121,18 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
     return model_args, data_args, config
 
 
+def named_fields(argv: list[str]) -> set[str]:
+    """Those that get a value, in the YAML file or by a flag."""
+    flags = (argument.partition("=")[0] for argument in argv if argument.startswith("--"))
+    names = {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
+    if argv and not argv[0].startswith("-"):
+        names |= {name for name, value in read_fields(Path(argv[0])).items() if value is not None}
+    return names
+
+
 def refuse_idle(argv: list[str], config: GOLDConfig) -> None:
     """ValueError for a field without which the run would be the same."""
-    flags = (argument.partition("=")[0] for argument in argv if argument.startswith("--"))
-    given = {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
-    if argv and not argv[0].startswith("-"):
-        given |= {name for name, value in read_fields(Path(argv[0])).items() if value is not None}
+    given = named_fields(argv)
     for switch, names in SWITCHES.items():
         idle = next((name for name in names if name in given), None)
         is_early = switch == "eval_strategy" and config.eval_on_start

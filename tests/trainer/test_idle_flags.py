@@ -6,7 +6,13 @@ import re
 import pytest
 
 from gold_trainer import GOLDConfig
-from gold_trainer.command_line import _lora_config, parse_arguments, read_run, refuse_idle
+from gold_trainer.command_line import (
+    _lora_config,
+    named_fields,
+    parse_arguments,
+    read_run,
+    refuse_idle,
+)
 from gold_trainer.data_files import DataArguments, load_rows
 
 CPU = ("--use_cpu", "--report_to", "none")
@@ -165,3 +171,9 @@ def test_two_revisions_of_a_teacher_are_refused(tmp_path):
         GOLDConfig(output_dir=str(tmp_path), use_cpu=True, **fields)
     fields["teacher_model_init_kwargs"] = {"revision": "v1"}
     GOLDConfig(output_dir=str(tmp_path), use_cpu=True, **fields)
+
+
+def test_fields_are_named_by_flags_in_any_spelling_and_by_what_a_file_sets(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 1\nbf16: null\n")
+    argv = [str(tmp_path / "c.yaml"), "--use-cpu", "--no_shuffle", "--run_name=fp16"]
+    assert named_fields(argv) == {"seed", "use_cpu", "shuffle", "run_name"}

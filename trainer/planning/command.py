@@ -1,14 +1,12 @@
 """`gold-trainer plan`: the peak memory of a run, by part, before any weights are read."""
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from gold_trainer.command_line import Run, read_run
-from gold_trainer.config_file import read_mapping
+from gold_trainer.command_line import Run, named_fields, read_run
 from gold_trainer.planning.memory import (
     ENGINES,
     PARTS,
@@ -105,10 +103,7 @@ def _gib(text: str) -> float:
 
 def _assume_bf16(run: Run, argv: list[str]) -> None:
     """Where nothing says the precision: this machine may have no GPU, the one of the run has."""
-    named = {name.partition("=")[0].lstrip("-") for name in argv}
-    if argv and not argv[0].startswith("-"):
-        named |= set(read_mapping(Path(argv[0])))
-    if not named & {"bf16", "fp16", "use_cpu"}:
+    if not named_fields(argv) & {"bf16", "fp16", "use_cpu"}:
         run.config.bf16 = True
 
 
