@@ -8,6 +8,7 @@ import torch
 from gold_trainer import models, sharding
 from gold_trainer.speed import deepstack, on_host
 from gold_trainer.speed.grouping import by_length
+from gold_trainer.speed.replacing import all_replaced
 from support.on_device import on_device
 from support.tiny_models import tiny, tiny_rows, with_lengths
 from support.trainer_cases import (
@@ -204,14 +205,15 @@ def test_a_mask_that_was_changed_on_the_device_is_given_to_the_model(tmp_path):
 
 
 def test_what_follows_from_sizes_of_pictures_alone_is_computed_on_the_host():
-    (module,) = on_host.modules_with_functions([tiny("qwen3_vl")[0]])
+    functions = on_host.functions_of([tiny("qwen3_vl")[0]])
+    (module,) = {replacement.owner for replacement in functions}
     assert module.__name__.endswith("modeling_qwen3_vl")
     sizes = torch.tensor([[1, 4, 6], [1, 2, 2]])
     expected = module.get_vision_position_ids(sizes, 2)
     moves = []
     before, on_host._to = on_host._to, lambda value, device: moves.append(device) or value
     try:
-        with on_host.answering([module]):
+        with all_replaced(functions):
             assert (module.get_vision_position_ids(on_device(sizes), 2) == expected).all()
             assert module.get_vision_position_ids(sizes, 2).equal(expected)
     finally:
@@ -223,13 +225,14 @@ def test_what_follows_from_sizes_of_pictures_alone_is_computed_on_the_host():
 
 @pytest.mark.parametrize("num_tokens", [0, 5])
 def test_features_are_added_where_the_model_adds_them(num_tokens):
-    (kind,) = deepstack.classes_with_features([tiny("qwen3_vl")[0]])
+    additions = deepstack.additions_of([tiny("qwen3_vl")[0]])
+    ((kind, _, _),) = additions
     hidden, embeds = torch.randn(2, 7, 4, requires_grad=True), torch.randn(num_tokens, 4)
     mask = torch.zeros(2, 7, dtype=torch.bool)
     mask.view(-1)[[1, 2, 5, 8, 13][:num_tokens]] = True
     expected = kind._deepstack_process(None, hidden, mask, embeds)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), hidden)
-    with deepstack.adding([kind]):
+    with all_replaced(additions):
         actual = kind._deepstack_process(None, hidden, mask, embeds)
     (grad,) = torch.autograd.grad(actual.square().sum(), hidden)
     assert actual.equal(expected) and grad.equal(expected_grad)

@@ -7,6 +7,7 @@ import torch
 
 from gold_trainer import models
 from gold_trainer.speed import media, on_host
+from gold_trainer.speed.replacing import all_replaced
 from support.on_device import on_device
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer
@@ -38,10 +39,7 @@ def test_features_of_pictures_need_no_answer_of_the_device(family, asked, tmp_pa
         expected = model.get_image_features(pixels, sizes).pooler_output
         with pytest.raises(AssertionError, match="asks the device"):
             model.get_image_features(pixels, on_device(sizes))
-        with (
-            media.asking_host(media.methods_of([model])),
-            on_host.answering(on_host.modules_with_functions([model])),
-        ):
+        with all_replaced([*media.methods_of([model]), *on_host.functions_of([model])]):
             for again in (False, True):  # from what was computed before
                 actual = model.get_image_features(pixels, on_device(sizes)).pooler_output
                 assert all(map(torch.equal, actual, expected)), again
@@ -59,7 +57,7 @@ def test_placeholders_are_found_and_counted_on_the_host(family, asked, tmp_path)
     num_tokens = int((ids == model.config.image_token_id).sum())
     features = torch.zeros(num_tokens, embeds.shape[-1])
     expected = model.get_placeholder_mask(ids, embeds, image_features=features)
-    with media.asking_host(media.methods_of([model])):
+    with all_replaced(media.methods_of([model])):
         actual = model.get_placeholder_mask(on_device(ids), there, image_features=features)
         with pytest.raises(ValueError, match="do not match"):
             model.get_placeholder_mask(on_device(ids), there, image_features=features[1:])

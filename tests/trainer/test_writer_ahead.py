@@ -9,6 +9,7 @@ import torch
 from gold_trainer.batches import PromptTensors
 from gold_trainer.collator import process_examples
 from gold_trainer.speed import on_host, segments
+from gold_trainer.speed.replacing import all_replaced
 from gold_trainer.writers import LocalWriter, fast_prefill, local
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import GradientRecorder, losses_of, make_trainer, record_completions
@@ -171,14 +172,13 @@ def test_a_prompts_positions_are_counted_on_the_host(family, tmp_path):
     expected = below.get_rope_index(**own)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_host, "_to", lambda value, device: moves.append(device) or value)
-        with on_host.positions_answered(trainer.model):
+        with all_replaced(on_host.index_of(trainer.model)):
             actual = below.get_rope_index(**there, pixel_values=torch.zeros(1, device="meta"))
     assert all(a.equal(b) for a, b in zip(actual, expected, strict=True))
     assert moves == [torch.device("meta")] * 2
     with pytest.raises(Exception, match="meta"):
         below.get_rope_index(**there)
     there["attention_mask"] = torch.ones(1, device="meta")  # nobody knows it on the host
-    with on_host.positions_answered(trainer.model), pytest.raises(Exception, match="meta"):
+    with all_replaced(on_host.index_of(trainer.model)), pytest.raises(Exception, match="meta"):
         below.get_rope_index(**there)
-    with on_host.positions_answered(tiny("qwen3")[0]):
-        pass
+    assert on_host.index_of(tiny("qwen3")[0]) == []

@@ -4,14 +4,13 @@ B sequences, L positions, T tokens of pictures, D hidden size.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gold_trainer.speed.replacing import replaced
+from gold_trainer.speed.replacing import Replacement
 
 METHOD = "_deepstack_process"
 PARAMETERS = ["self", "hidden_states", "visual_pos_masks", "visual_embeds"]
@@ -35,20 +34,12 @@ def add_features(
     return hidden_states.flatten(0, 1).index_add(0, places, features).view_as(hidden_states)
 
 
-def classes_with_features(models: Iterable[nn.Module | None]) -> list[type]:
-    """Classes of modules that have the method as it is known here."""
+def additions_of(models: Iterable[nn.Module | None]) -> list[Replacement]:
+    """Of classes of modules that have the method as it is known here."""
     kinds = {type(m) for model in models if model is not None for m in model.modules()}
     return [
-        kind
+        Replacement(kind, METHOD, add_features)
         for kind in kinds
         if METHOD in vars(kind)
         and list(inspect.signature(vars(kind)[METHOD]).parameters) == PARAMETERS
     ]
-
-
-@contextmanager
-def adding(kinds: Iterable[type]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(replaced(kind, METHOD, add_features))
-        yield

@@ -8,16 +8,15 @@ B sequences, L positions.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gold_trainer.speed.on_host import GOES_TO, host_of, sent
-from gold_trainer.speed.replacing import replaced
+from gold_trainer.speed.replacing import Replacement
 
 TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 SIZES = {"get_image_features": "image_grid_thw", "get_video_features": "video_grid_thw"}
@@ -25,13 +24,7 @@ PLACES = "get_placeholder_mask"
 PARAMETERS = ["self", "input_ids", "inputs_embeds", "image_features", "video_features"]
 
 
-class Method(NamedTuple):
-    owner: type
-    name: str
-    answered: Callable
-
-
-def methods_of(models: Iterable[nn.Module | None]) -> list[Method]:
+def methods_of(models: Iterable[nn.Module | None]) -> list[Replacement]:
     """Those that are as they are known here."""
     modules = (m for model in models if model is not None for m in model.modules())
     kinds = {kind for own in {type(m) for m in modules} for kind in own.__mro__}  # below FSDP's
@@ -42,19 +35,11 @@ def methods_of(models: Iterable[nn.Module | None]) -> list[Method]:
         for name, sizes in SIZES.items():
             method = vars(kind).get(name)
             if method is not None and sizes in inspect.signature(method).parameters:
-                found.append(Method(kind, name, with_sizes(method, sizes)))
+                found.append(Replacement(kind, name, with_sizes(method, sizes)))
         method = vars(kind).get(PLACES)
         if method is not None and list(inspect.signature(method).parameters) == PARAMETERS:
-            found.append(Method(kind, PLACES, with_places(method)))
+            found.append(Replacement(kind, PLACES, with_places(method)))
     return found
-
-
-@contextmanager
-def asking_host(methods: Iterable[Method]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for method in methods:
-            stack.enter_context(replaced(method.owner, method.name, method.answered))
-        yield
 
 
 def with_sizes(method: Callable, name: str) -> Callable:

@@ -11,17 +11,15 @@ B sequences, L positions.
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from functools import wraps
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gold_trainer.speed.replacing import replaced
+from gold_trainer.speed.replacing import Replacement
 
 FUNCTIONS = "transformers.vision_utils"  # of sizes of pictures alone
 INDEX = "get_rope_index"  # of a model, from ids, masks and sizes of pictures
@@ -88,22 +86,15 @@ def with_positions(base: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"position_ids": _to(position_ids, inputs["input_ids"].device)}
 
 
-def modules_with_functions(models: Iterable[nn.Module | None]) -> list[ModuleType]:
-    """The modules of Python in which models call the functions of sizes of pictures."""
+def functions_of(models: Iterable[nn.Module | None]) -> list[Replacement]:
+    """Functions of sizes of pictures, in the modules of Python in which models call them."""
     names = {type(m).__module__ for model in models if model is not None for m in model.modules()}
-    there = [sys.modules[name] for name in sorted(names)]
-    return [module for module in there if any(map(_is_of_sizes, vars(module).values()))]
-
-
-@contextmanager
-def answering(modules: Iterable[ModuleType]) -> Iterator[None]:
-    """Within the context these modules' functions of sizes of pictures run on the host."""
-    with ExitStack() as stack:
-        for module in modules:
-            for name, function in list(vars(module).items()):
-                if _is_of_sizes(function):
-                    stack.enter_context(replaced(module, name, answered(function)))
-        yield
+    return [
+        Replacement(module, name, answered(function))
+        for module in (sys.modules[name] for name in sorted(names))
+        for name, function in vars(module).items()
+        if _is_of_sizes(function)
+    ]
 
 
 def answered(function: Callable) -> Callable:
@@ -118,15 +109,11 @@ def answered(function: Callable) -> Callable:
     return run
 
 
-@contextmanager
-def positions_answered(base: Any) -> Iterator[None]:
-    """Within the context a model that counts positions row by row does so on the host."""
+def index_of(base: Any) -> list[Replacement]:
+    """Of a model that counts positions row by row."""
     kind = type(getattr(base, base.base_model_prefix, base))
-    if INDEX not in vars(kind):
-        yield
-        return
-    with replaced(kind, INDEX, index_answered(vars(kind)[INDEX])):
-        yield
+    method = vars(kind).get(INDEX)
+    return [] if method is None else [Replacement(kind, INDEX, index_answered(method))]
 
 
 def index_answered(function: Callable) -> Callable:

@@ -1,8 +1,14 @@
 """One thing in the place of another, for as long as a context lasts."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+
+class Replacement(NamedTuple):
+    owner: Any
+    name: str
+    value: Any
 
 
 @contextmanager
@@ -13,3 +19,11 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+@contextmanager
+def all_replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for replacement in replacements:
+            stack.enter_context(replaced(*replacement))
+        yield

@@ -1,9 +1,8 @@
 """What surrounds the passes of a micro-batch so that they are fast; a run's rest is outside."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
-from types import ModuleType
 
 from torch import nn
 from transformers import TrainerCallback
@@ -11,12 +10,12 @@ from transformers import TrainerCallback
 from gold_trainer import models
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.answers import answers_of
 from gold_trainer.speed.attention import AttentionKernels, without_cudnn
 from gold_trainer.speed.compiling import CompiledStep
-from gold_trainer.speed.deepstack import adding, classes_with_features
-from gold_trainer.speed.media import Method, asking_host, methods_of
-from gold_trainer.speed.on_host import answering, modules_with_functions, with_positions
+from gold_trainer.speed.on_host import with_positions
 from gold_trainer.speed.packing import Packing
+from gold_trainer.speed.replacing import Replacement, all_replaced
 from gold_trainer.teachers.by_id import TeachersById
 from gold_trainer.teachers.teacher import Teacher
 
@@ -38,31 +37,14 @@ class FastStep:
         self.attention = AttentionKernels(args)
 
     @cached_property
-    def modules(self) -> list[ModuleType]:
-        return modules_with_functions(self.sides.values())
-
-    @cached_property
-    def classes(self) -> list[type]:
-        return classes_with_features(self.sides.values())
-
-    @cached_property
-    def methods(self) -> list[Method]:
-        return methods_of(self.sides.values())
+    def answers(self) -> list[Replacement]:
+        return answers_of(self.sides.values())
 
     @contextmanager
     def running(self, batch: WindowBatch) -> Iterator[None]:
         """Around forward and backward pass of a micro-batch."""
-        contexts = (
-            self.packing.running(),
-            self.attention.running(batch),
-            answering(self.modules),
-            asking_host(self.methods),
-            adding(self.classes),
-            self.compiled.running(),
-        )
-        with ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context)
+        packed, kernels = self.packing.running(), self.attention.running(batch)
+        with packed, kernels, all_replaced(self.answers), self.compiled.running():
             yield
 
     @contextmanager

@@ -3,17 +3,16 @@ training step (speed/step.py), and pictures attend in one call a layer.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.answers import answers_of
 from gold_trainer.speed.attention import without_cudnn
-from gold_trainer.speed.deepstack import adding, classes_with_features
-from gold_trainer.speed.media import asking_host, methods_of
-from gold_trainer.speed.on_host import answering, modules_with_functions, positions_answered
+from gold_trainer.speed.on_host import index_of
+from gold_trainer.speed.replacing import all_replaced
 from gold_trainer.speed.segments import (
     OF_SEGMENTS,
     attention_is,
@@ -29,10 +28,8 @@ logger = logging.get_logger(__name__)
 
 class FastPrefill:
     def __init__(self, base: Any, args: GOLDConfig, name: str) -> None:  # a transformers model
-        self.base, self.name = base, name
-        self.modules = modules_with_functions([base])
-        self.classes = classes_with_features([base])
-        self.methods = methods_of([base])
+        self.name = name
+        self.answers = [*answers_of([base]), *index_of(base)]
         self.configs = towers_of(base, args) if args.device.type == "cuda" else []
 
     def run(self, prefill: Callable[[], Prefilled]) -> Prefilled:
@@ -51,13 +48,8 @@ class FastPrefill:
         return self._run(prefill)
 
     def _run(self, prefill: Callable[[], Prefilled]) -> Prefilled:
-        with ExitStack() as stack:
-            stack.enter_context(without_cudnn())  # prompts' lengths come but once
-            stack.enter_context(answering(self.modules))
-            stack.enter_context(asking_host(self.methods))
-            stack.enter_context(positions_answered(self.base))
-            stack.enter_context(adding(self.classes))
-            stack.enter_context(attention_is(OF_SEGMENTS, self.configs))
+        own = attention_is(OF_SEGMENTS, self.configs)
+        with without_cudnn(), all_replaced(self.answers), own:  # prompts' lengths come but once
             return prefill()
 
 
