@@ -29,9 +29,8 @@ from gold_kernels.engine.torch_rows import (
     without_scratch,
 )
 from gold_kernels.jsd.row_loss import divergence_bound
-from gold_kernels.topk.token_rows import ENTRY_BYTES, Terms, top_k_rows_
+from gold_kernels.topk.token_rows import ENTRY_BYTES, Terms, compare_outcomes, top_k_rows_
 from gold_kernels.uld.group_rows import token_rows_of
-from gold_kernels.uld.torch_rows import matched_jsd
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,7 @@ class TopK(RowLoss):
         others = (s.scatter(1, top, 0).sum(1, keepdim=True) + rest).to(wide)
         is_large = (torch.arange(s.shape[1], device=s.device) == top) & (largest > 0.5)
         log_s = torch.where(is_large, (-others).log1p(), log_s.to(wide))
-        log_t = torch.where(is_entry, log_t.to(wide), LOG_ZERO).clamp_min(LOG_ZERO)
-        t = log_t.exp()
-        other = (1 - t.sum(1, keepdim=True)).clamp_min(SMALLEST_REST)
-        loss, pull = matched_jsd(
-            torch.cat([log_s, rest.to(wide).log()], 1),
-            torch.cat([log_t, other.log()], 1),
-            self.beta,
-        )
+        loss, pull, t = compare_outcomes(log_s, rest, log_t, is_entry, self.beta)
         pull[:, -1:].masked_fill_(rest <= SMALLEST_REST, 0)  # the floor has no slope
         loss, pull, t = (part.to(q.dtype) for part in (loss, pull, t))
         total = pull.sum(1, keepdim=True)

@@ -59,7 +59,7 @@ def top_k_rows_(
     weights[:, 0] = 1
     token_rows_(logits, None, token, token, weights, values[:2], **options)
     sums = _sums_of(entries, values[0].to(torch.float64).unsqueeze(1), temperature)
-    slopes = _compare_outcomes_(values, terms, entries, sums, beta, temperature)
+    slopes = _divergence_(values, terms, entries, sums, beta, temperature)
     if labels is not None:
         slopes = _add_labels_(values, slopes, terms, entries, sums, labels)
     if grad_logits is None:
@@ -146,7 +146,22 @@ class _Slopes(NamedTuple):
     label: Tensor | None = None  # (C, 1) gradient, where the label is no entry
 
 
-def _compare_outcomes_(
+def compare_outcomes(
+    log_s: Tensor,  # (C, k) float64, on mps float32; LOG_ZERO for padding
+    s_0: Tensor,  # (C, 1)
+    log_probs: Tensor,  # (C, k) of the teacher
+    is_entry: Tensor,  # (C, k)
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (C,) loss, (C, k + 1) u, (C, k) t
+    """Of k + 1 outcomes, the last of which is any other."""
+    log_t = torch.where(is_entry, log_probs.to(log_s.dtype), LOG_ZERO).clamp_min(LOG_ZERO)
+    t = log_t.exp()
+    t_0 = (1 - t.sum(1, keepdim=True)).clamp_min(SMALLEST_REST)
+    student = torch.cat([log_s, s_0.to(log_s.dtype).log()], 1)
+    return *matched_jsd(student, torch.cat([log_t, t_0.log()], 1), beta), t
+
+
+def _divergence_(
     values: Tensor,  # (4, C), overwritten
     terms: Terms,
     entries: _Entries,
@@ -157,13 +172,8 @@ def _compare_outcomes_(
     is_entry = entries.is_entry
     log_q = (entries.logits / temperature - sums.lse).clamp_min(LOG_ZERO)
     log_s = torch.where(is_entry, log_q, LOG_ZERO)
-    log_t = torch.where(is_entry, terms.log_probs.to(torch.float64), LOG_ZERO).clamp_min(LOG_ZERO)
-    s, t = log_s.exp(), log_t.exp()
-    s_0 = (sums.log_rest - sums.lse).exp().clamp_min(SMALLEST_REST)
-    t_0 = (1 - t.sum(1, keepdim=True)).clamp_min(SMALLEST_REST)
-    loss, pull = matched_jsd(
-        torch.cat([log_s, s_0.log()], 1), torch.cat([log_t, t_0.log()], 1), beta
-    )
+    s, s_0 = log_s.exp(), (sums.log_rest - sums.lse).exp().clamp_min(SMALLEST_REST)
+    loss, pull, t = compare_outcomes(log_s, s_0, terms.log_probs, is_entry, beta)
     weight = terms.weights[:, :1].to(torch.float64)
     is_soft = weight != 0
     numbers = torch.stack([loss, torch.zeros_like(loss), s.sum(1), t.sum(1)])
