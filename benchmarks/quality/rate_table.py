@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from quality.records import new_panels, save
 from quality.table import NAMES, Line, lines_of
 
 COLOURS = {"uld": "#D55E00", "seq_kd": "#000000", "jsd_0": "#0072B2", "p_kl": "#0072B2"}
@@ -48,12 +49,7 @@ def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     """A point a seed, a line through the means."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure, panels = new_panels(figsize=(10, 4), sharey=True)
     for axes, (pair, name) in zip(panels, NAMES.items(), strict=True):
         for loss, lines in curves_of(rows, pair).items():
             if loss in GIVEN:
@@ -71,7 +67,4 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         axes.set(title=name, xlabel="times the learning rate", ylabel="right answers, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    where = f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['git_sha']}"
-    figure.suptitle(f"A point is a seed. {where}", fontsize=9)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save(figure, path, "A point is a seed.", rows[0])

@@ -1,11 +1,11 @@
 """From the CSV to a table of means and spreads, and to a plot."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+from quality.records import groups_of, new_panels, save
 from quality.rows import GIVEN, LABELS
 
 NAMES = {"same": "one tokenizer", "cross": "two tokenizers"}
@@ -35,13 +35,8 @@ class Line(NamedTuple):
 
 
 def lines_of(rows: Sequence[dict[str, str]], rate: float = 1.0) -> list[Line]:
-    """Of one learning rate, in the order of their first rows; rows that failed are left out here,
-    and stay in the CSV.
-    """
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    for row in rows:
-        if row["status"] == "ok" and float(row["rate"]) == rate:
-            groups[row["pair"], row["loss"], row["policy"], row["crossentropy"]].append(row)
+    """Of one learning rate, in the order of their first rows."""
+    groups = groups_of(rows, ("pair", "loss", "policy", "crossentropy"), rate)
     return [
         Line(
             *key,
@@ -106,16 +101,14 @@ def compact(rows: Sequence[dict[str, str]], pair: str) -> str:
 
 def draw(lines: Sequence[Line], first: dict[str, str], path: Path) -> None:
     """A point a seed; hollow where cross-entropy is added."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 5), layout="constrained", sharex=True)
+    figure, panels = new_panels(figsize=(10, 5), sharex=True)
     teacher = next((x.mean for x in lines if x.loss == "teacher"), None)
     for axes, pair in zip(panels, NAMES, strict=True):
         own = [x for x in lines if x.pair == pair and x.loss != "teacher"]
-        best = {loss: max(x.mean for x in own if x.loss == loss) for loss in {x.loss for x in own}}
+        best = {
+            loss: max(x.mean for x in own if x.loss == loss)
+            for loss in dict.fromkeys(x.loss for x in own)
+        }
         places = {loss: place for place, loss in enumerate(sorted(best, key=lambda k: best[k]))}
         for x in own:
             is_plain = x.loss in (*LABELS, "before")
@@ -134,7 +127,4 @@ def draw(lines: Sequence[Line], first: dict[str, str], path: Path) -> None:
             label = f"{POLICIES[policy]}, {what}"
             panels[0].scatter([], [], facecolors=face, edgecolors=colour, label=label)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    where = f"{first['device']}, torch {first['torch']}, {first['git_sha']}"
-    figure.suptitle(f"A point is a seed. {where}", fontsize=9)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save(figure, path, "A point is a seed.", first)

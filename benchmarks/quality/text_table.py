@@ -1,10 +1,11 @@
 """From the CSV of text to tables of means and spreads, and to a plot."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
+
+from quality.records import groups_of, new_panels, save
 
 MEASURES = ("perplexity", "bits_per_byte", "agreement", "kl")
 COLOURS = {"no": "#0072B2", "yes": "#D55E00"}  # Okabe and Ito's
@@ -27,13 +28,8 @@ class Line(NamedTuple):
 
 
 def lines_of(rows: Sequence[dict[str, str]], rate: float = 1.0) -> list[Line]:
-    """Of one learning rate, in the order of their first rows; rows that failed are left out here,
-    and stay in the CSV.
-    """
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    for row in rows:
-        if row["status"] == "ok" and float(row["rate"]) == rate:
-            groups[row["student"], row["loss"], row["precision"], row["crossentropy"]].append(row)
+    """Of one learning rate, in the order of their first rows."""
+    groups = groups_of(rows, ("student", "loss", "precision", "crossentropy"), rate)
     return [
         Line(*key, {name: [float(row[name]) for row in group] for name in MEASURES})
         for key, group in groups.items()
@@ -101,13 +97,8 @@ def report(rows: Sequence[dict[str, str]], picture: Path) -> str:
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     """A point a seed: perplexity of the small student, KL of the one in 4 bits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     lines = [line for line in lines_of(rows) if line.loss != "teacher"]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, panels = new_panels(figsize=(10, 4))
     for axes, student, name in zip(panels, ("small", "int4"), ("perplexity", "kl"), strict=True):
         own = [line for line in lines if line.student == student]
         own.sort(key=lambda line: -line.mean(name))
@@ -118,7 +109,4 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         axes.set_yticks(range(len(own)), [name_of(line).replace("`", "") for line in own])
         axes.set(title=f"{student}: {'perplexity' if student == 'small' else 'KL, nats'}")
         axes.grid(alpha=0.3)
-    where = f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['git_sha']}"
-    figure.suptitle(f"Held-out text; a point is a seed. {where}", fontsize=9)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save(figure, path, "Held-out text; a point is a seed.", rows[0])
