@@ -131,7 +131,6 @@ class TopK(RowLoss):
         is_large = (torch.arange(s.shape[1], device=s.device) == top) & (largest > 0.5)
         log_s = torch.where(is_large, (-others).log1p(), log_s.to(wide))
         loss, pull, t = compare_outcomes(log_s, rest, log_t, is_entry, self.beta)
-        pull[:, -1:].masked_fill_(rest <= SMALLEST_REST, 0)  # the floor has no slope
         loss, pull, t = (part.to(q.dtype) for part in (loss, pull, t))
         total = pull.sum(1, keepdim=True)
         grad = is_other.mul_(pull[:, -1:] / rest).sub_(total).mul_(q)

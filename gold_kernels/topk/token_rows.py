@@ -158,7 +158,9 @@ def compare_outcomes(
     t = log_t.exp()
     t_0 = (1 - t.sum(1, keepdim=True)).clamp_min(SMALLEST_REST)
     student = torch.cat([log_s, s_0.to(log_s.dtype).log()], 1)
-    return *matched_jsd(student, torch.cat([log_t, t_0.log()], 1), beta), t
+    loss, pull = matched_jsd(student, torch.cat([log_t, t_0.log()], 1), beta)
+    pull[:, -1:].masked_fill_(s_0 <= SMALLEST_REST, 0)  # the floor has no slope
+    return loss, pull, t
 
 
 def _divergence_(

@@ -110,6 +110,20 @@ def test_entries_that_the_students_bias_masks(case, calls):
 
 
 @pytest.mark.parametrize("has_labels", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_a_rest_that_the_student_masks_has_no_slope(beta, has_labels, case, calls):
+    """The teacher has some of it, which moved the entries at beta = 0."""
+    ids = torch.arange(K).repeat(N, 1)
+    log_probs = torch.linspace(-4, -1.8, N * K).view(N, K)
+    assert float(log_probs.exp().sum(1).max()) < 0.9
+    bias = torch.full((V,), -torch.inf)
+    bias[:K] = 0
+    options = {"labels": torch.arange(N) % K} if has_labels else {}
+    assert_equal(case, (ids, log_probs), student_bias=bias, beta=beta, limit=1e-5, **options)
+    assert calls
+
+
+@pytest.mark.parametrize("has_labels", [False, True])
 @pytest.mark.parametrize("gap", [18.0, 40.0])
 def test_near_certainty_entries_and_rest_keep_their_digits(gap, has_labels, calls):
     """The likeliest token has all but exp(-gap), and is an entry, a label, or another."""
