@@ -84,9 +84,9 @@ def test_no_gradient_goes_through_the_floor_of_a_group(name, kind, beta, place, 
         assert not any(grad.any() for grad in truth[1:]), "its only term is the group's floor"
 
 
-@pytest.mark.parametrize("merge", ["base", "scalar"])
-def test_two_masked_tokens_of_the_teacher_count_as_one_floor(merge):
-    case, alignment = masked_case("bayesian", merge, 1.0, False)
+def test_two_masked_tokens_of_the_teacher_count_as_one_floor():
+    case = uld_case("bayesian", has_overlap=False, beta=1.0)
+    alignment = case.options["alignment"]
     bias = torch.zeros(411).double()
     ids = [alignment.teacher_base_ids, alignment.teacher_scalar_ids]
     bias[torch.cat(ids)] = -torch.inf
