@@ -139,26 +139,22 @@ class CrossTokenizer(Objective):
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         alignment = alignment_of(batch).groups
-        sizes = alignment.num_groups, student_hidden.shape[0]
-        own = self.unit_weights(
-            batch,
-            (student_hidden, student_head),
-            (teacher_hidden, teacher_head),
-            may_wait=item_weights is None,
+        student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
+        own, row_weights, label_weights = self.term_weights(
+            batch, student, teacher, item_weights, alignment.num_groups
         )
-        weights = self.term_weights(item_weights, *sizes, student_hidden.device, own)
         student_weight, teacher_weight = student_head.weight, teacher_head.weight
         loss, metrics = self.function(
             student_hidden,
             student_weight,
             teacher_hidden,
             teacher_weight,
-            row_weights=weights[0],
+            row_weights=row_weights,
             alignment=alignment,
             student_bias=student_head.bias,
             teacher_bias=teacher_head.bias,
             return_metrics=True,
-            **self.label_options(batch, weights[1]),
+            **self.label_options(batch, label_weights),
             vocab_size=(
                 self.forms[0].num_entries or student_weight.shape[0],
                 self.forms[1].num_entries or teacher_weight.shape[0],

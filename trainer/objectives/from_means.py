@@ -99,12 +99,8 @@ class FromMeans(SameVocabulary):
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         check_softcap(self.forms[0])
-        num_rows = student_hidden.shape[0]
-        own = self.unit_weights(
-            batch, (student_hidden, student_head), None, may_wait=item_weights is None
-        )
-        row_weights, label_weights = self.term_weights(
-            item_weights, num_rows, num_rows, student_hidden.device, own
+        own, row_weights, label_weights = self.term_weights(
+            batch, (student_hidden, student_head), None, item_weights, student_hidden.shape[0]
         )
         loss, values = fused_linear_mean_kl(
             student_hidden,

@@ -65,15 +65,10 @@ class FromTopK(SameVocabulary):
         batch: MicroBatch,
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        num_rows, form = student_hidden.shape[0], self.forms[0]
-        own = self.unit_weights(
-            batch,
-            (student_hidden, student_head),
-            None if self.is_stored else (teacher_hidden, teacher_head),
-            may_wait=item_weights is None,
-        )
-        row_weights, label_weights = self.term_weights(
-            item_weights, num_rows, num_rows, student_hidden.device, own
+        form, student = self.forms[0], (student_hidden, student_head)
+        teacher = None if self.is_stored else (teacher_hidden, teacher_head)
+        own, row_weights, label_weights = self.term_weights(
+            batch, student, teacher, item_weights, student_hidden.shape[0]
         )
         if self.is_stored:
             ids, log_probs = unpack(teacher_hidden, self.k, self.num_entries)

@@ -163,11 +163,11 @@ class Objective(ABC):
             return SideInputs.without_tensors(examples)
         return build_side(processor, examples, to_device, batch.teacher_unscored)
 
-    def unit_weights(
+    def _own_weights(
         self,
         batch: MicroBatch,
-        student: tuple[Tensor, Head],  # (N_s, D_s) hidden states, and their head
-        teacher: tuple[Tensor, Head] | None,  # (N_t, D_t); None: no hidden states are known
+        student: tuple[Tensor, Head],
+        teacher: tuple[Tensor, Head] | None,
         *,
         may_wait: bool,  # for the device
     ) -> Tensor | None:  # (num_units,); None: all alike
@@ -184,19 +184,24 @@ class Objective(ABC):
 
     def term_weights(
         self,
-        item_weights: Tensor | None,
+        batch: MicroBatch,
+        student: tuple[Tensor, Head],  # (N_s, D_s) hidden states, and their head
+        teacher: tuple[Tensor, Head] | None,  # (N_t, D_t); None: no hidden states are known
+        item_weights: Tensor | None,  # (2,)
         num_units: int,
-        num_labels: int,
-        device: torch.device,
-        unit_weights: Tensor | None = None,  # (num_units,)
-    ) -> tuple[Tensor, Tensor]:  # (num_units,), (num_labels,)
-        """What each unit and each label weighs in the loss of the batch."""
+    ) -> tuple[Tensor | None, Tensor, Tensor]:  # (num_units,), (num_units,), (N_s,)
+        """What token_weighting gives to each unit, None where there is none; what each unit and
+        each label weighs in the loss of the batch.
+        """
+        own = self._own_weights(batch, student, teacher, may_wait=item_weights is None)
+        num_labels, device = student[0].shape[0], student[0].device
         if item_weights is None:
             item_weights = even_weights(num_units, num_labels, device)
         unit_weight, label_weight = item_weights.unbind()
         units = (self.distillation_weight * unit_weight).expand(num_units)
         return (
-            units if unit_weights is None else units * unit_weights,
+            own,
+            units if own is None else units * own,
             (self.crossentropy_weight * label_weight).expand(num_labels),
         )
 

@@ -118,15 +118,9 @@ class SameVocabulary(Objective):
         batch: MicroBatch,
         item_weights: Tensor | None,  # (2,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        num_rows = student_hidden.shape[0]
-        own = self.unit_weights(
-            batch,
-            (student_hidden, student_head),
-            (teacher_hidden, teacher_head),
-            may_wait=item_weights is None,
-        )
-        row_weights, label_weights = self.term_weights(
-            item_weights, num_rows, num_rows, student_hidden.device, own
+        student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
+        own, row_weights, label_weights = self.term_weights(
+            batch, student, teacher, item_weights, student_hidden.shape[0]
         )
         loss, values = fused_linear_loss(
             self.row_loss,
