@@ -5,13 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.__main__ import main
 from support.cross_cases import TEACHER_MERGES
 from support.tiny_models import TEXT_FAMILIES, save_tiny, tiny_rows
-from support.trainer_cases import FIELDS, GradientRecorder, losses_of
+from support.trainer_cases import FIELDS, GradientRecorder, assert_equal_gradients, losses_of
 
 CACHE_FIELDS = FIELDS | {"per_device_train_batch_size": 2, "max_completion_length": 64}
+
+
+Run = tuple[list[float], GradientRecorder, GOLDTrainer]
 
 
 class Pair(NamedTuple):
@@ -91,7 +96,7 @@ def save_in_hub(pair: Pair, cache_dir: Path, commit: str) -> str:
 
 def run_of(
     pair: Pair, output_dir: Path, *, rows: Any = None, resume: Any = None, **options: Any
-) -> tuple[list[float], GradientRecorder, GOLDTrainer]:
+) -> Run:
     """Losses, gradients of every step, and the trainer of a run; options: peft_config, eval_rows,
     and fields of GOLDConfig.
     """
@@ -113,3 +118,11 @@ def run_of(
     )
     trainer.train(resume_from_checkpoint=resume)
     return losses_of(trainer), recorder, trainer
+
+
+def assert_same_runs(actual: Run, expected: Run, relative: float = 1e-5) -> None:
+    """Losses, and within `relative` the gradients of every step."""
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert len(actual[1].steps) == len(expected[1].steps) > 0
+    for one, other in zip(actual[1].steps, expected[1].steps, strict=True):
+        assert_equal_gradients(one, other, relative)

@@ -10,9 +10,8 @@ from peft import LoraConfig
 from gold_trainer.__main__ import main
 from gold_trainer.caching.facts import facts_of_processor
 from support import logit_forms
-from support.cache_cases import Pair, run_of, save_pair, save_rows
+from support.cache_cases import Pair, assert_same_runs, run_of, save_pair, save_rows
 from support.tiny_models import FAMILIES, tiny, tiny_processor
-from support.trainer_cases import assert_equal_gradients
 
 PAIRS = {"one": ("qwen3_vl",), "two": ("lfm2_vl", "qwen3_vl"), "text": ("qwen3",)}
 
@@ -40,13 +39,6 @@ def without_weights(pair):
         yield
     finally:
         away.rename(pair.weights)
-
-
-def assert_same_runs(cached, live, relative=1e-5):
-    assert cached[0] == pytest.approx(live[0], rel=1e-5)
-    assert len(cached[1].steps) == len(live[1].steps) > 0
-    for ours, truth in zip(cached[1].steps, live[1].steps, strict=True):
-        assert_equal_gradients(ours, truth, relative)
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
