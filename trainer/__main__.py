@@ -28,6 +28,8 @@ EXIT_INTERRUPTED = 130  # as a shell has it of Ctrl-C; SIGTERM is 143
 USAGE = """\
 usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
                                                    distil a teacher into a student
+       gold-trainer train --help                   the fields, with their defaults
+       gold-trainer train --help-all               those of transformers too
        gold-trainer check [RECIPE | CONFIG.yaml] [--field value ...]
                                                    read all rows first, train nothing
        gold-trainer cache-teacher [RECIPE | CONFIG.yaml] [--field value ...]
@@ -35,8 +37,6 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
                                                    teacher_cache, which training reads
        gold-trainer plan [RECIPE | CONFIG.yaml] [--field value ...] [--gpu_memory GIB]
                                                    the run's peak memory, and what would make it fit
-       gold-trainer train --help                   the fields, with their defaults
-       gold-trainer train --help-all               those of transformers too
        gold-trainer vllm-command [RECIPE | CONFIG.yaml] [--field value ...]
                                                    the line that starts the run's vLLM server
        gold-trainer teacher-command [RECIPE | CONFIG.yaml] [--field value ...]
@@ -44,6 +44,7 @@ usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
                                                    teacher
        gold-trainer recipes                        files of recipes, and of engines for several GPUs
        gold-trainer demo [--output_dir runs/demo]  handwritten digits, no download
+       gold-trainer COMMAND --help                 what a command does, and takes
        gold-trainer --version
 """
 
@@ -80,6 +81,30 @@ are those of `gold-trainer train --help`, and:
       GiB that a GPU has; with it come the fields to add where the run does not fit.
   --tokens
       Tokens of each row. [those of the longest of 64 rows]
+"""
+
+VLLM_USAGE = """\
+usage: gold-trainer vllm-command [RECIPE | CONFIG.yaml] [--field value ...]
+
+Prints the line that starts the vLLM server to which `gold-trainer train` goes for rollouts with the
+same arguments, use_vllm among them: what the run needs is in it. Run the line in an environment
+that has vLLM, then train. Fields are those of `gold-trainer train --help`.
+"""
+
+TEACHER_USAGE = """\
+usage: gold-trainer teacher-command [RECIPE | CONFIG.yaml] [--field value ...]
+
+Prints the line that starts the vLLM server of the teacher, for the run of `gold-trainer train` with
+the same arguments: teacher_model_name_or_path, the checkpoint to serve, and
+teacher_model_server_url, where. Run the line in an environment that has vLLM, then train. Fields
+are those of `gold-trainer train --help`.
+"""
+
+RECIPES_USAGE = """\
+usage: gold-trainer recipes
+
+Lists the recipes that a command takes by name, with their files: a start for a file of your own.
+Then the files that `accelerate launch --config_file` takes, one for each engine of several GPUs.
 """
 
 CACHE_USAGE = """\
@@ -158,34 +183,38 @@ def _train(argv: list[str]) -> None:
 def _of_a_run(
     argv: list[str],  # those of train, and the command's own
     usage: str,
-    own: Collection[str],
     module: str,
     name: str,
+    own: Collection[str] = (),
 ) -> int:
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(usage)
         return 0
     argv = _known(argv, own)
-    return int(_load(module, name)(argv))
+    return _load(module, name)(argv) or 0
 
 
 def _check(argv: list[str]) -> int:
     own = ("--num_examples", "--output")
-    return _of_a_run(argv, CHECK_USAGE, own, "checking.command", "check")
+    return _of_a_run(argv, CHECK_USAGE, "checking.command", "check", own)
 
 
 def _plan(argv: list[str]) -> int:
     own = ("--engine", "--gpus", "--gpu_memory", "--gpu-memory", "--tokens")
-    return _of_a_run(argv, PLAN_USAGE, own, "planning.command", "plan")
+    return _of_a_run(argv, PLAN_USAGE, "planning.command", "plan", own)
 
 
 def _cache_teacher(argv: list[str]) -> int:
     own = ("--cache_dtype", "--cache_batch_size", "--cache_shard_mib")
-    return _of_a_run(argv, CACHE_USAGE, own, "caching.command", "cache_teacher")
+    return _of_a_run(argv, CACHE_USAGE, "caching.command", "cache_teacher", own)
 
 
 def _demo(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="gold-trainer demo")
+    parser = argparse.ArgumentParser(
+        prog="gold-trainer demo",
+        description="A tiny teacher learns handwritten digits and a smaller student learns from "
+        "it, on the CPU if there is no GPU. Nothing is downloaded.",
+    )
     parser.add_argument(
         "--pair",
         choices=("same", "cross"),
@@ -199,17 +228,18 @@ def _demo(argv: list[str]) -> None:
     run_demo(arguments.output_dir or default, pair=arguments.pair)
 
 
-def _vllm_command(argv: list[str]) -> None:
-    argv = _known(argv)
-    _load("writers.vllm.command", "vllm_command")(argv)
+def _vllm_command(argv: list[str]) -> int:
+    return _of_a_run(argv, VLLM_USAGE, "writers.vllm.command", "vllm_command")
 
 
-def _teacher_command(argv: list[str]) -> None:
-    argv = _known(argv)
-    _load("teachers.served.start_line", "teacher_command")(argv)
+def _teacher_command(argv: list[str]) -> int:
+    return _of_a_run(argv, TEACHER_USAGE, "teachers.served.start_line", "teacher_command")
 
 
 def _recipes(argv: list[str]) -> None:
+    if argv in (["-h"], ["--help"]):
+        sys.stdout.write(RECIPES_USAGE)
+        return
     if argv:
         raise ValueError(f"gold-trainer recipes: no arguments are expected, got {argv[0]!r}")
     for name in recipe_names():

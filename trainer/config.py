@@ -1,12 +1,11 @@
 """GOLDConfig: every field of transformers.TrainingArguments plus those of distillation."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
 from gold_trainer.cache_config import CacheFields
-from gold_trainer.field_checks import check_fields
+from gold_trainer.field_checks import check_fields, dict_of_text
 from gold_trainer.loss_config import LossFields
 from gold_trainer.paths import expand_paths
 from gold_trainer.precision import (
@@ -28,6 +27,12 @@ from gold_trainer.teacher_config import ServedFields, TeacherFields
 from gold_trainer.uld_config import ULDFields
 from gold_trainer.vllm_config import VLLMFields
 from gold_trainer.weighting.fields import WeightingFields
+
+# Dicts, which a command line has as JSON. TrainingArguments would make a number of a text "007".
+DICTS = (
+    *("model_init_kwargs", "teacher_model_init_kwargs", "teacher_models", "chat_template_kwargs"),
+    *("loss_kwargs", "token_weighting_kwargs", "generation_kwargs"),
+)
 
 
 @dataclass
@@ -54,36 +59,6 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     lmbda is the share of on-policy micro-batches, whose completions the student writes.
     """
 
-    _VALID_DICT_FIELDS = [  # noqa: RUF012  # a field of the dataclass if it were annotated
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "teacher_model_init_kwargs",
-        "teacher_models",
-        "loss_kwargs",
-        "token_weighting_kwargs",
-        "chat_template_kwargs",
-        "generation_kwargs",
-    ]
-
-    learning_rate: float = field(
-        default=1e-7, metadata={"help": "Initial learning rate of the optimizer."}
-    )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many steps, or share of the steps if below 1."}
-    )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of from_pretrained for a student given by name."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Arguments of the chat templates of both sides, for instance "
-            '{"enable_thinking": false}; those of a row win over these.'
-        },
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Set every dropout of the student to 0."}
-    )
     lmbda: float = field(
         default=0.5, metadata={"help": "Probability of a micro-batch to be on-policy, in [0, 1]."}
     )
@@ -144,6 +119,8 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         if isinstance(self.resume_from_checkpoint, bool):  # as train() takes it
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
         self.name_weighting()
+        for name in DICTS:
+            setattr(self, name, dict_of_text(getattr(self, name)))
         expand_paths(self, "GOLDConfig")
         check_fields(self, "GOLDConfig")
         self.check_rows()

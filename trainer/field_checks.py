@@ -260,10 +260,18 @@ def _is_dict_if_text(field: dataclasses.Field, value: Any, kinds: tuple[Any, ...
         return True
     if field.name in FILES and not value.lstrip().startswith("{"):
         return os.path.isfile(value)
+    return isinstance(dict_of_text(value), dict)
+
+
+def dict_of_text(value: Any) -> Any:
+    """The dict whose JSON a text is; anything else is as it is."""
+    if not isinstance(value, str):
+        return value
     try:
-        return isinstance(json.loads(value), dict)
-    except json.JSONDecodeError:
-        return False
+        read = json.loads(value)
+    except (ValueError, RecursionError):  # of a number of 5000 digits; of brackets without end
+        return value
+    return read if isinstance(read, dict) else value
 
 
 def _is_in_range(field: dataclasses.Field, kinds: tuple[Any, ...], value: Any) -> bool:

@@ -145,7 +145,7 @@ def fields_of(path: Path, class_name: str) -> list[Flag]:
 def _flag(name: str, value: ast.expr | None) -> Flag:
     """default and help of `name: type = field(default=..., metadata={"help": ...})`."""
     if not isinstance(value, ast.Call):
-        return Flag(name, "", "" if value is None else ast.unparse(value))
+        return Flag(name, "", _default(value))
     words = {keyword.arg: keyword.value for keyword in value.keywords}
     default = words.get("default", words.get("default_factory"))
     if isinstance(default, ast.Lambda):
@@ -153,17 +153,21 @@ def _flag(name: str, value: ast.expr | None) -> Flag:
     metadata, text = words.get("metadata"), ""
     if isinstance(metadata, ast.Dict):
         for key, content in zip(metadata.keys, metadata.values, strict=True):
-            if isinstance(key, ast.Constant) and key.value == "help":
-                text = _text(content)
-    return Flag(name, text, "" if default is None else ast.unparse(default).strip("'"))
+            is_help = isinstance(key, ast.Constant) and key.value == "help"
+            if is_help and isinstance(content, ast.Constant):
+                text = str(content.value)
+    return Flag(name, text, _default(default))
 
 
-def _text(node: ast.expr) -> str:
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(_text(part) for part in node.values)
-    return "..." if isinstance(node, ast.FormattedValue) else ""
+def _default(node: ast.expr | None) -> str:
+    """As a command line has it: the parts of a list one after the other."""
+    if node is None:
+        return ""
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:  # a name: transformers chooses when it is imported
+        return ""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @cache

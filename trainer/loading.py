@@ -160,7 +160,7 @@ def load_config(
 
 
 def _as_dict(init_kwargs: InitKwargs) -> dict[str, Any]:
-    assert not isinstance(init_kwargs, str), "TrainingArguments reads the JSON"
+    assert not isinstance(init_kwargs, str), "GOLDConfig has read the JSON"
     return init_kwargs or {}
 
 

@@ -1,7 +1,6 @@
 """Fields of GOLDConfig for the loss: which one, its numbers, and what it may take of the device."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -40,7 +39,10 @@ class LossFields:
 
     loss: str = field(
         default="jsd",
-        metadata={"help": f"Loss over one vocabulary: {', '.join(LOSSES)}."},
+        metadata={
+            "help": "Loss over one vocabulary: jsd, skew_kl, skew_reverse_kl, total_variation, or "
+            "one of yours."
+        },
     )
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -108,7 +110,7 @@ class LossFields:
     def loss_numbers(self) -> dict[str, Any]:
         """The numbers of the loss, by its own names."""
         names = numbers_of(self.loss)
-        assert not isinstance(self.loss_kwargs, str), "check_loss has read the JSON"
+        assert not isinstance(self.loss_kwargs, str), "GOLDConfig has read the JSON"
         numbers = dict(self.loss_kwargs or {})
         if "beta" in names:
             numbers["beta"] = self.beta
@@ -121,8 +123,6 @@ class LossFields:
 
     def check_loss(self, *, is_across: bool) -> None:
         """ValueError for what cannot be together, and for fields that the loss would ignore."""
-        if isinstance(self.loss_kwargs, str):  # of a command line
-            self.loss_kwargs = json.loads(self.loss_kwargs)
         if self.distillation_weight == self.crossentropy_weight == 0:
             raise ValueError(
                 "GOLDConfig: distillation_weight or crossentropy_weight must be above 0, got 0 for "
@@ -169,7 +169,7 @@ class LossFields:
 
     def _check_kwargs(self) -> None:
         names = [name for name in numbers_of(self.loss) if name not in NUMBER_FIELDS]
-        assert not isinstance(self.loss_kwargs, str), "check_loss has read the JSON"
+        assert not isinstance(self.loss_kwargs, str), "GOLDConfig has read the JSON"
         for name, value in (self.loss_kwargs or {}).items():
             if name in NUMBER_FIELDS:
                 raise ValueError(

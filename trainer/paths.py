@@ -1,6 +1,5 @@
 """Fields that are paths: ~ and $HOME, which a shell reads where it sees them, are read here too."""
 
-import json
 import os
 import re
 from typing import Any
@@ -26,11 +25,6 @@ def expand_paths(config: Any, owner: str) -> None:
             setattr(config, name, expanded(value, name, owner))
     for name in DICTS:
         value = getattr(config, name, None)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:  # which its own check refuses
-                continue
         if isinstance(value, dict) and any(_is_open(part) for part in value.values()):
             parts = {
                 key: expanded(part, f"{name}, {key}", owner) if _is_open(part) else part

@@ -1,6 +1,5 @@
 """Fields of GOLDConfig for completions that are generated: from what they are sampled."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,8 +83,8 @@ class RolloutFields:
                 "would end every completion: leave it out."
             )
         self._check_local()
-        given = self.generation_kwargs or {}
-        kwargs = json.loads(given) if isinstance(given, str) else given
+        kwargs = self.generation_kwargs or {}
+        assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
         for name in kwargs:
             if name in FIELD_OF:
                 raise ValueError(

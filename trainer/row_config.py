@@ -1,6 +1,5 @@
 """Fields of GOLDConfig for rows: columns to leave out, pictures to let in, rows that are bad."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,7 @@ class RowFields:
         },
     )
     max_pixels: int | None = field(
-        default=8192 * 8192,  # MAX_PIXELS of pictures.py, as the help shows it
+        default=67_108_864,  # 8192 x 8192, MAX_PIXELS of pictures.py
         metadata={
             "help": "Most pixels of a picture's file; a larger one is an error before it is "
             "decoded. None: PIL's own limit of 178956970, which holds in any case."
@@ -59,6 +58,13 @@ class RowFields:
             "help": "Folder that paths of pictures start from and may not leave, links followed. "
             "None: they start from the dataset's folder, or from the current one, and may lead "
             "anywhere."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat templates of both sides, for instance "
+            '{"enable_thinking": false}; those of a row win over these.'
         },
     )
     on_bad_row: str = field(
@@ -87,10 +93,9 @@ class RowFields:
         return ("long_prompt",) if self.on_long_prompt == "skip" else ()
 
     def check_rows(self) -> None:
-        kwargs: Any = getattr(self, "chat_template_kwargs", None)
-        if isinstance(kwargs, str):  # of a command line: TrainingArguments would make "007" a 7
-            kwargs = self.chat_template_kwargs = json.loads(kwargs)
-        refuse_reserved(kwargs or {}, "GOLDConfig")
+        kwargs = self.chat_template_kwargs or {}
+        assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
+        refuse_reserved(kwargs, "GOLDConfig")
         if self.picture_folder is not None and not Path(self.picture_folder).is_dir():
             raise ValueError(
                 "GOLDConfig: picture_folder must be a folder that exists, got "

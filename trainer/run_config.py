@@ -1,6 +1,5 @@
 """Fields of GOLDConfig for the run as such, and what of TrainingArguments cannot be used."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from gold_trainer.field_checks import dict_of_text
 from gold_trainer.flags import check_keywords
 from gold_trainer.nearest import did_you_mean
 
@@ -20,12 +20,24 @@ ON_NONFINITE = ("error", "skip")
 
 @dataclass
 class RunFields:
-    """What happens when something goes wrong; TrainingArguments with other defaults."""
+    """The run as such: TrainingArguments with other defaults, and what happens on an error."""
 
     def __new__(cls, *_: Any, **given: Any) -> "RunFields":
         check_keywords(cls.__name__, given, cls.__dataclass_fields__)
         return super().__new__(cls)
 
+    learning_rate: float = field(
+        default=1e-7, metadata={"help": "Initial learning rate of the optimizer."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps, or share of the steps if below 1."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained for a student given by name."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of the student to 0."}
+    )
     on_nonfinite: str = field(
         default="error",
         metadata={
@@ -247,10 +259,9 @@ def rename_checkpointing(args: TrainingArguments) -> None:
 
 def _read(config: Any) -> Any:
     """The path or text of a dict's JSON as that dict; anything else is as it is."""
-    if isinstance(config, str) and config.lstrip().startswith("{"):
-        return json.loads(config)
+    config = dict_of_text(config)
     if isinstance(config, str) and Path(config).is_file():
-        return json.loads(Path(config).read_text(encoding="utf-8"))
+        return dict_of_text(Path(config).read_text(encoding="utf-8"))
     return config
 
 

@@ -63,7 +63,7 @@ class Side:
     ) -> "Side":
         config = models.base_model(model).config
         template_kwargs = args.chat_template_kwargs
-        assert not isinstance(template_kwargs, str), "TrainingArguments reads the JSON"
+        assert not isinstance(template_kwargs, str), "GOLDConfig has read the JSON"
         return cls(
             *models.lm_head(model, name, is_below_adapter=is_below_adapter),
             LogitForm(name),

@@ -3,7 +3,6 @@ vLLM server.
 """
 
 import copy
-import json
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -76,8 +75,6 @@ class TeacherFields:
 
     def check_teacher(self) -> None:
         """ValueError for a device that there is not, and for what cannot be together."""
-        if isinstance(self.teacher_model_init_kwargs, str):  # of a command line
-            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
         self._check_init_kwargs()
         self._check_several()
         if self.teacher_sharding is not None:
@@ -110,8 +107,6 @@ class TeacherFields:
     def _check_several(self) -> None:
         args: Any = self  # a GOLDConfig
         given = self.teacher_models
-        if isinstance(given, str):
-            given = self.teacher_models = json.loads(given)
         if given is None:
             return
         assert isinstance(given, dict), "check_fields has looked at it"
@@ -135,7 +130,7 @@ class TeacherFields:
 
     def _check_init_kwargs(self) -> None:
         given = self.teacher_model_init_kwargs or {}
-        assert isinstance(given, dict), "check_teacher has read the JSON"
+        assert isinstance(given, dict), "GOLDConfig has read the JSON"
         revision = self.teacher_model_revision
         if revision is not None and given.get("revision", revision) != revision:
             raise ValueError(

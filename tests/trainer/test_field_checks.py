@@ -1,6 +1,7 @@
 """Every field with a value of another kind, or an absurd one: one sentence that names it."""
 
 import dataclasses
+import json
 import math
 import re
 import types
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from gold_trainer import GOLDConfig
 from gold_trainer.__main__ import main
 from gold_trainer.command_line import ModelArguments
+from gold_trainer.config import DICTS
 from gold_trainer.field_checks import RANGES, check_fields
 
 HINTS = typing.get_type_hints(GOLDConfig)
@@ -137,6 +140,27 @@ def test_a_config_that_was_made_can_be_made_again(tmp_path):
 def test_fields_of_the_student_are_checked_alike(fields, name):
     with pytest.raises(ValueError, match=f"^gold-trainer train: {name} must be "):
         check_fields(ModelArguments(**fields), "gold-trainer train")
+
+
+TEXTS_IN_JSON = {
+    "model_init_kwargs": '{"revision": "007"}',
+    "teacher_model_init_kwargs": '{"revision": "1e4"}',
+    "teacher_models": '{"math": "007"}',
+    "chat_template_kwargs": '{"note": "true"}',
+    "loss_kwargs": '{"alpha": 0.25}',
+    "token_weighting_kwargs": '{"note": "12"}',
+    "generation_kwargs": '{"prompt_lookup_num_tokens": "7"}',
+}
+
+
+def test_each_dict_of_ours_is_read_from_json_and_its_texts_stay_texts(tmp_path):
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    dicts = {name for name, hint in HINTS.items() if dict in map(typing.get_origin, kinds_of(name))}
+    assert dicts - inherited == set(DICTS) == set(TEXTS_IN_JSON)
+    for name, text in TEXTS_IN_JSON.items():
+        loss = {"loss": "skew_kl"} if name == "loss_kwargs" else {}
+        config = GOLDConfig(output_dir=str(tmp_path), use_cpu=True, **loss, **{name: text})
+        assert getattr(config, name) == json.loads(text)
 
 
 VALUES = {

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from gold_kernels.losses import LOSSES
 from gold_trainer import GOLDConfig, flags
-from gold_trainer.__main__ import main
+from gold_trainer.__main__ import COMMANDS, main
 from gold_trainer.command_line import ModelArguments
 from gold_trainer.data_files import DataArguments
 
@@ -26,8 +27,9 @@ def test_fields_read_from_the_sources_are_those_of_the_classes():
     own = [field for field in fields if field.name in helps]
     assert len(own) > 60
     for field in own:
-        start = helps[field.name].partition("...")[0]  # where a name is put into the text
-        assert field.metadata["help"].startswith(start), field.name
+        assert field.metadata["help"] == helps[field.name], field.name
+    ours = [name for name, kind in LOSSES.items() if kind.__module__.startswith("gold_kernels.")]
+    assert len(ours) == 4 and all(name in helps["loss"] for name in ours)
 
 
 def test_help_shows_our_fields_first_with_defaults_and_the_way_to_the_rest(capsys):
@@ -51,6 +53,21 @@ def test_help_all_lists_what_transformers_has(capsys):
     assert "--adam_beta1" in text and "--lmbda" in text
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "check-data"])
+def test_help_of_every_command_says_what_it_does_and_usage_names_it(command, capsys):
+    assert main(["--help"]) == 0
+    assert f"gold-trainer {command} " in capsys.readouterr().out
+    try:
+        code = main([command, "--help"])
+    except SystemExit as stop:
+        code = stop.code
+    shown = capsys.readouterr()
+    assert code == 0 and not shown.err
+    assert shown.out.startswith(f"usage: gold-trainer {command}")
+    assert len(shown.out.splitlines()) > 3
+    assert all(len(line) <= 100 for line in shown.out.splitlines())
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -59,6 +76,8 @@ def test_help_all_lists_what_transformers_has(capsys):
         ["train", "gold_vlm", "--betta", "1"],
         ["--help"],
         ["recipes"],
+        ["vllm-command", "--help"],
+        ["teacher-command", "--help"],
     ],
 )
 def test_help_and_usage_errors_import_nothing_slow(argv):

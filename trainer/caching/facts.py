@@ -51,7 +51,7 @@ REMEDIES = {
 def facts_of_args(args: GOLDConfig) -> dict[str, Any]:
     """What a config alone says."""
     kwargs = args.chat_template_kwargs or {}
-    assert not isinstance(kwargs, str), "TrainingArguments reads the JSON"
+    assert not isinstance(kwargs, str), "GOLDConfig has read the JSON"
     return {
         "precision": precision_of(args),
         "max_length": args.max_length,
@@ -101,7 +101,7 @@ def facts_of_teacher(args: GOLDConfig, name: str) -> dict[str, Any]:
     files are looked into here and there, not read.
     """
     given = args.teacher_model_init_kwargs or {}
-    assert not isinstance(given, str), "TrainingArguments reads the JSON"
+    assert not isinstance(given, str), "GOLDConfig has read the JSON"
     kept = {key: value for key, value in given.items() if key not in PLACES}
     facts = {"teacher_model_init_kwargs": _as_text(kept)}
     folder = folder_of(args, name)

@@ -250,7 +250,7 @@ def _is_whole(subject: Subject) -> bool:
 
 
 def _given(args: GOLDConfig) -> dict[str, Any]:
-    assert not isinstance(args.teacher_model_init_kwargs, str), "the config has read the JSON"
+    assert not isinstance(args.teacher_model_init_kwargs, str), "GOLDConfig has read the JSON"
     return args.teacher_model_init_kwargs or {}
 
 

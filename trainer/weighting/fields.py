@@ -1,6 +1,5 @@
 """Fields of GOLDConfig for weights of tokens in the loss."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,8 +51,6 @@ class WeightingFields:
 
     def check_weighting(self) -> None:
         """ValueError for a function that cannot be found, and for runs in which it has no use."""
-        if isinstance(self.token_weighting_kwargs, str):  # of a command line
-            self.token_weighting_kwargs = json.loads(self.token_weighting_kwargs)
         if self.token_weighting is None:
             return  # a function may come as an argument of GOLDTrainer
         function = find_weighting(self.token_weighting, self.weighting_kwargs)
@@ -62,7 +59,7 @@ class WeightingFields:
     @property
     def weighting_kwargs(self) -> dict[str, Any]:
         kwargs = self.token_weighting_kwargs or {}
-        assert isinstance(kwargs, dict), "check_weighting has read the JSON"
+        assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
         return kwargs
 
 

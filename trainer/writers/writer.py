@@ -50,7 +50,7 @@ class Sampling:
     def of(cls, args: GOLDConfig, collator: GOLDCollator) -> "Sampling":
         """The run's, for the side whose collator this is."""
         kwargs = args.generation_kwargs or {}
-        assert not isinstance(kwargs, str), "TrainingArguments reads the JSON"
+        assert not isinstance(kwargs, str), "GOLDConfig has read the JSON"
         return cls(
             tuple(sorted(collator.end_ids)),
             frozenset(token_ids_of(collator.processor) - collator.placeholder_ids),

@@ -32,7 +32,7 @@ def server_options(args: GOLDConfig, name: str | None) -> list[str]:
     if args.teacher_model_revision is not None:
         options["--revision"] = args.teacher_model_revision
     given = args.teacher_model_init_kwargs or {}
-    assert isinstance(given, dict), "check_teacher has read the JSON"
+    assert isinstance(given, dict), "GOLDConfig has read the JSON"
     if given.get("trust_remote_code"):
         options["--trust-remote-code"] = None
     if given.get("dtype") not in (None, "auto"):

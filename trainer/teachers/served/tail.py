@@ -91,7 +91,7 @@ def read_tail(name: str, processor: Processor, args: GOLDConfig) -> Tail:
 def _dtype_of(args: GOLDConfig) -> torch.dtype | None:
     """None: that of the files."""
     given = args.teacher_model_init_kwargs or {}
-    assert not isinstance(given, str), "check_teacher has read the JSON"
+    assert not isinstance(given, str), "GOLDConfig has read the JSON"
     dtype = given.get("dtype", given.get("torch_dtype"))
     if dtype in (None, "auto"):
         return None

@@ -1,6 +1,5 @@
 """`gold-trainer vllm-command`: the line that starts the vLLM server of a run."""
 
-import json
 import shlex
 import sys
 from typing import Any
@@ -53,8 +52,8 @@ def server_options(args: GOLDConfig, rank: int | None) -> list[str]:
         "--host": address.hostname or args.vllm_server_host,
         "--port": address.port or (443 if address.scheme == "https" else 80),
     }
-    given = args.model_init_kwargs
-    kwargs = json.loads(given) if isinstance(given, str) else given or {}
+    kwargs = args.model_init_kwargs or {}
+    assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
     if kwargs.get("revision") not in (None, "main"):
         options["--revision"] = kwargs["revision"]
     if kwargs.get("trust_remote_code"):
