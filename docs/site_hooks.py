@@ -1,11 +1,12 @@
 """Hooks of mkdocs: trainer/ under the name that is imported, and tables of its config's fields."""
 
-import ast
 import re
 from pathlib import Path
 
+from gold_trainer import flags
+
 ROOT = Path(__file__).parents[1]
-FIELDS = re.compile(r"^<!-- fields of (\S+) -->$", re.MULTILINE)
+FIELDS = re.compile(r"^<!-- fields of (\w+) -->$", re.MULTILINE)
 
 
 def on_startup(**_: object) -> None:
@@ -17,30 +18,15 @@ def on_startup(**_: object) -> None:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Put a table in the place of <!-- fields of trainer/config.py -->."""
-    return FIELDS.sub(lambda match: fields_table(ROOT / match[1]), markdown)
+    """Put a table in the place of <!-- fields of GOLDConfig -->."""
+    return FIELDS.sub(lambda match: fields_table(match[1]), markdown)
 
 
-def fields_table(path: Path) -> str:
-    """Name, default and help of every field(default=..., metadata={"help": ...}) of a module."""
+def fields_table(class_name: str) -> str:
+    """Name, default and help of the fields that a class declares, as --help has them."""
+    (file,) = (file for file, name, _ in flags.GROUPS if name == class_name)
     lines = ["| field | default | meaning |", "|---|---|---|"]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Call):
-            continue
-        options = {option.arg: option.value for option in node.value.keywords}
-        if "metadata" not in options:
-            continue
-        metadata = dict(zip(options["metadata"].keys, options["metadata"].values, strict=True))
-        text = next(value for key, value in metadata.items() if key.value == "help")
-        default = options.get("default") or options["default_factory"]
-        cells = (ast.unparse(node.target), ast.unparse(default), _text_of(text))
-        name, default, text = (cell.replace("|", "\\|") for cell in cells)
-        lines.append(f"| `{name}` | `{default}` | {text} |")
+    for flag in flags.fields_of(ROOT / "trainer" / file, class_name):
+        text = flag.help.replace("|", "\\|")
+        lines.append(f"| `{flag.name}` | `{flag.default or None}` | {text} |")
     return "\n".join(lines)
-
-
-def _text_of(node: ast.expr) -> str:
-    """A string of the source, with ... for what is formatted in."""
-    if isinstance(node, ast.JoinedStr):
-        return "".join(v.value if isinstance(v, ast.Constant) else "..." for v in node.values)
-    return ast.literal_eval(node)

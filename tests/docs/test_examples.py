@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gold_kernels import jsd_loss
+from gold_trainer import flags
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -74,10 +75,12 @@ def test_picture_of_the_method_is_drawn_from_the_record(tmp_path):
     assert module.PICTURE.exists()
 
 
-def test_site_has_a_table_of_the_fields_of_the_config():
+def test_site_has_a_table_row_for_each_field_of_the_config_and_the_command_line():
     module = load(ROOT / "docs" / "site_hooks.py")
-    table = module.fields_table(ROOT / "trainer" / "loss_config.py")
-    assert "| `beta` | `0.5` |" in table
     page = (ROOT / "docs" / "reference" / "gold_trainer.md").read_text(encoding="utf-8")
-    assert len(module.FIELDS.findall(page)) >= 3
-    assert "| `lmbda` | `0.5` |" in module.on_page_markdown(page)
+    shown = module.on_page_markdown(page)
+    assert "| `lmbda` | `0.5` | Probability of a micro-batch" in shown
+    assert "| `chunk_size` | `None` |" in shown
+    rows = re.findall(r"^\| `(\w+)` \| `.+` \| .+ \|$", shown, re.MULTILINE)
+    fields = [flag.name for _, group in flags.own_groups() for flag in group]
+    assert len(fields) > 100 and sorted(rows) == sorted(fields)
