@@ -21,7 +21,7 @@ from gold_trainer import text_tensors
 from gold_trainer.batches import Example, ModelInputs, SideInputs, WindowBatch
 from gold_trainer.frames import CONTENT, Piece
 from gold_trainer.in_context import InContext, end_ids_of_calls
-from gold_trainer.lost_parts import refuse_lost_turns, warn_of_unread_keys
+from gold_trainer.lost_parts import refuse_cut_text, refuse_lost_turns, warn_of_unread_keys
 from gold_trainer.placeholders import (
     placeholder_names,
     refuse_placeholders,
@@ -129,6 +129,7 @@ class GOLDCollator:
         )
         if pieces is None:
             return example
+        refuse_cut_text(row, pieces, self.in_context.behind_end)
         ids = self.in_context.ids(prompt, pieces)[: self.room(example)]
         text = "".join(piece.text for piece in pieces)
         if not self.placeholder_ids.isdisjoint(ids) or any(p in text for p in self.placeholders):

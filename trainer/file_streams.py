@@ -6,7 +6,7 @@ in rows from the beginning.
 
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,14 @@ from gold_trainer.pictures import undecoded
 SLICE = re.compile(r"(?P<name>[^\[\]+%]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
+def row_numbers() -> Iterator[int]:
+    """Of the rows that this process reads of a stream, one after the other: no two data loader
+    workers have one in common, since a window takes rows of one number for one row.
+    """
+    worker = get_worker_info()
+    return count() if worker is None else count(worker.id, worker.num_workers)
+
+
 class MappedStream(IterableDataset):
     """Rows under the names that the trainer knows, as MappedRows has them."""
 
@@ -40,7 +48,7 @@ class MappedStream(IterableDataset):
         self.data_args = data_args
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for index, row in enumerate(self.rows):
+        for index, row in zip(row_numbers(), self.rows, strict=False):
             yield named_columns(row, self.data_args, index)
 
     def set_epoch(self, epoch: int) -> None:

@@ -74,6 +74,14 @@ class InContext:
             ids = self._behind(prompt, "".join(piece.text for piece in pieces))
         return ids if has_end else [*ids, self.end_of_turn_id]
 
+    def behind_end(self, text: str) -> str:
+        """Text behind the first end token of a text, without special tokens and white space."""
+        end = self._up_to_end(text)[0]
+        rest = text[len(end) :]
+        for name in filter(None, self.special):
+            rest = rest.replace(name, "")
+        return rest.strip()
+
     def length(self, text: str) -> int:
         """Tokens of a template's text, each picture counted as it is written."""
         return len(self._encode(text))

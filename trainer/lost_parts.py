@@ -1,14 +1,15 @@
-"""What a chat template leaves out of a row: turns of a role that it does not know, tools and keys
-that it does not read.
+"""What is left out of a row: turns of a role that a chat template does not know, tools and keys
+that it does not read, text behind the end of a completion.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from transformers.utils import logging
 
+from gold_trainer.frames import Piece
 from gold_trainer.messages import THOUGHT_KEYS
 from gold_trainer.rendering import FIRST_PROBE
 from gold_trainer.row_errors import TemplateError
@@ -44,6 +45,17 @@ def refuse_lost_turns(row: Row, prompt: str, render: Callable[[Row], str]) -> No
                     f"{text[:80]!a}; give it a role that the template knows (system, user), or "
                     "drop the message."
                 )
+
+
+def refuse_cut_text(row: Row, pieces: Sequence[Piece], behind_end: Callable[[str], str]) -> None:
+    """Where nothing tells an answer's text from what ends it, the first end token is the end."""
+    lost = behind_end(pieces[0].text) if len(pieces) == 1 else ""
+    if lost:
+        raise ValueError(
+            f"{row.where}: a completion must end with its first end token, got {lost[:80]!a} "
+            "behind it; leave that out, or write the row as messages, in whose answers such a "
+            "token is text."
+        )
 
 
 def _is_lost(row: Row, place: int, render: Callable[[Row], str]) -> bool:

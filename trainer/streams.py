@@ -5,14 +5,17 @@ from typing import Any
 
 import datasets
 from torch.utils.data import IterableDataset
+from transformers.utils import logging
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset, as_rows
+from gold_trainer.file_streams import MappedStream, row_numbers
 from gold_trainer.pictures import undecoded
 from gold_trainer.row_errors import BadRow, reading
 from gold_trainer.rows import Row, RowReader
 from gold_trainer.tables import refuse_tables
 
+logger = logging.get_logger(__name__)
 END: Any = object()  # of a stream
 
 
@@ -22,8 +25,8 @@ class RowStream(IterableDataset):
     It has to give the same rows whenever it is iterated over: the first row is looked at before
     models are loaded, a resumed run skips what the first one has read, and every process reads all
     rows and keeps its own. A row of several turns that are learnt is read as so many Rows, one
-    after the other: processes share those. Rows are counted from 0
-    in each pass, and in each data loader worker.
+    after the other: processes share those. Rows are counted from 0 in each pass; of several data
+    loader workers each counts its own, and row n is of worker n % workers.
     """
 
     def __init__(self, stream: Any, **options: Any) -> None:
@@ -31,14 +34,13 @@ class RowStream(IterableDataset):
         self.is_tolerant = False  # a BadRow in the place of one that cannot be read
 
     def __iter__(self) -> Iterator[Row | BadRow]:
-        columns, index = iter(self.stream), 0
-        while True:
+        columns = iter(self.stream)
+        for index in row_numbers():
             with reading(index, "stream"):
                 row = next(columns, END)
             if row is END:
                 return
             yield from self.reader.rows(row, index, is_tolerant=self.is_tolerant)
-            index += 1
 
     def set_epoch(self, epoch: int) -> None:
         """Another order of datasets' shuffle buffer in every epoch."""
@@ -108,6 +110,15 @@ def _open_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
 def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
     """ValueError for what a stream cannot do, and for a first row that does not fit."""
     stream = _open_stream(dataset, args, **options)
+    if args.dataloader_num_workers > 1 and not isinstance(
+        dataset, datasets.IterableDataset | MappedStream
+    ):
+        logger.warning_once(
+            f"GOLDTrainer: each of {args.dataloader_num_workers} data loader workers reads a "
+            f"stream of torch from its beginning: {type(dataset).__name__} has to deal its rows to "
+            "them (torch.utils.data.get_worker_info), or each row comes that many times; "
+            "dataloader_num_workers=1 reads it once."
+        )
     stream.is_tolerant = args.on_bad_row == "skip"
     if next((row for row in stream if not isinstance(row, BadRow)), None) is None:
         raise ValueError(

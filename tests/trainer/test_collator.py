@@ -144,7 +144,7 @@ def test_plain_text_gets_an_end_token_once():
         [
             {"prompt": "2 + 2 =", "completion": " 4"},
             {"prompt": "2 + 2 =", "completion": " 4<|im_end|>"},
-            {"prompt": "2 + 2 =", "completion": " 4<|im_end|> and more"},
+            {"prompt": "2 + 2 =", "completion": " 4<|im_end|>\n<|endoftext|>\n"},
             {"prompt": "2 + 2 =", "completion": ""},
         ],
     )
@@ -152,6 +152,13 @@ def test_plain_text_gets_an_end_token_once():
     four = processor(" 4")["input_ids"]
     assert [e.completion_ids for e in examples] == [[*four, end]] * 3 + [[end]]
     assert {e.prompt_text for e in examples} == {"2 + 2 ="}
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n<|endoftext|>"])
+def test_plain_text_with_more_behind_its_end_is_refused(end):
+    row = {"prompt": "2 + 2 =", "completion": f" 4{end} and more"}
+    with pytest.raises(ValueError, match=r"^row 0: a completion must end with .*'and more' behind"):
+        examples_of("qwen3", [row])
 
 
 def test_empty_prompt_is_refused_where_no_token_would_predict_the_completion():

@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+from PIL import Image
 
 from gold_trainer.dataset import RowDataset
 from gold_trainer.streams import RowStream
@@ -83,6 +84,35 @@ def test_several_workers_read_a_stream_of_files_once(tmp_path):
     )
     trainer.train()
     assert trainer.state.global_step == FIELDS["max_steps"]
+
+
+def test_rows_of_several_workers_keep_their_own_pictures(tmp_path):
+    """A window takes rows of one number for one row; each worker counted its rows from 0."""
+
+    def shards(numbers):
+        for number in numbers:
+            yield ROWS[number] | {"images": [Image.new("RGB", (32 + 4 * number, 32))]}
+
+    rows = datasets.IterableDataset.from_generator(shards, gen_kwargs={"numbers": [3, 5]})
+    assert rows.n_shards == 2
+    seen = {}
+    for num_workers in (0, 2):
+        fields = {"per_device_train_batch_size": 1, "max_steps": 1, "lmbda": 0.0}
+        fields |= {"gradient_accumulation_steps": 2, "dataloader_num_workers": num_workers}
+        trainer = make_trainer(tmp_path / str(num_workers), rows, **(STREAMING | fields))
+        (batches, _) = trainer.get_batch_samples(
+            iter(trainer.get_train_dataloader()), 2, trainer.args.device
+        )
+        examples = [example for batch in batches for example in batch.examples]
+        assert [example.index for example in examples] == [0, 1]
+        seen[num_workers] = [(e.written_ids, e.images[0].size) for e in examples]
+    assert seen[2] == seen[0] and seen[0][0] != seen[0][1]
+
+
+@pytest.mark.parametrize(("make", "is_named"), [(Stream, True), (of_datasets, False)])
+def test_a_stream_that_every_worker_reads_is_named(make, is_named, tmp_path, caplog):
+    make_trainer(tmp_path, make(ROWS), **(STREAMING | {"dataloader_num_workers": 2}))
+    assert ("Stream has to deal its rows to them" in caplog.text) == is_named
 
 
 def test_a_stream_of_a_table_hands_out_what_the_table_does(tmp_path):
