@@ -113,9 +113,18 @@ def _missing(folder: Path, is_sharded: bool, num_ranks: int) -> str | None:
         ["rng_state.pth"] if num_ranks == 1 else [f"rng_state_{i}.pth" for i in range(num_ranks)]
     )
     absent = [name for name in needed if not (folder / name).is_file()]
-    if len(absent) == 1 and absent[0].startswith("rng_state") and list(folder.glob("rng_state*")):
-        return None  # written by another number of processes: the Trainer says so
+    if _num_writers(folder) not in (None, num_ranks):  # the run's settings say so
+        absent = [name for name in absent if not name.startswith("rng_state")]
     return f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing" if absent else None
+
+
+def _num_writers(folder: Path) -> int | None:
+    """Processes that have left their random numbers; None: they are not all there."""
+    if (folder / "rng_state.pth").is_file():
+        return 1
+    there = len(list(folder.glob("rng_state_*.pth")))
+    are_all = all((folder / f"rng_state_{i}.pth").is_file() for i in range(there))
+    return there if there > 1 and are_all else None
 
 
 def _unreadable(folder: Path, is_sharded: bool) -> str | None:

@@ -9,6 +9,7 @@ import datasets
 
 from gold_trainer.messages import parsed_json, parsed_messages
 from gold_trainer.nearest import did_you_mean
+from gold_trainer.pictures import undecoded
 from gold_trainer.row_errors import ColumnsError, shown
 
 MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
@@ -46,8 +47,7 @@ def names_of(rows: Any) -> list[str]:
     if isinstance(rows, datasets.Dataset):
         if rows.format["type"] == "custom":  # a transform makes other columns of them
             return []
-        is_empty = {n for n, f in rows.features.items() if f == datasets.Value("null")}
-        return [name for name in rows.format["columns"] if name not in is_empty]
+        return [name for name in rows.format["columns"] if name in KNOWN or _is_held(rows, name)]
     if not isinstance(rows, list | tuple):
         return []  # row 0 shows them
     names: dict[str, None] = {}
@@ -55,6 +55,12 @@ def names_of(rows: Any) -> list[str]:
         if isinstance(row, Mapping):
             names.update((name, None) for name, value in row.items() if holds(value))
     return list(names)
+
+
+def _is_held(rows: datasets.Dataset, name: str) -> bool:
+    """Whether a row holds something there: mostly the first one."""
+    values = undecoded(rows).select_columns(name)
+    return any(holds(row[name]) for row in values)
 
 
 def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:

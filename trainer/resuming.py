@@ -37,9 +37,18 @@ SETTINGS = (
     *("train_sampling_strategy", "data_seed", "dataloader_drop_last", "on_long_prompt"),
     *("chat_template_kwargs", "disable_dropout", "neftune_noise_alpha", "max_grad_norm"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("bf16", "fp16"),
+)
+# Those of them with which a step has other rows: an epoch is taken up where that many steps end.
+OF_STEPS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"),
+    *("processes", "train_on", "train_sampling_strategy", "seed", "data_seed", "rows"),
+    "dataloader_drop_last",
 )
 # What comes back with the optimizer, whatever the config says.
-OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+OF_OPTIMIZER = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"),
+)
 # Of an adapter's config: where its weights came from, and what does not change their meaning.
 NO_SHAPE = (
     *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
@@ -137,9 +146,13 @@ def settings_of_run(
 ) -> dict[str, Any]:
     """rows: of training, whose number and beginning are told where they have a length."""
     settings = {name: getattr(args, name) for name in (*SETTINGS, *OF_OPTIMIZER)}
+    options: Any = args.model_init_kwargs or {}
+    settings |= {"processes": args.world_size, "dtype": options.get("dtype")}
     settings |= {} if weighting is None else weighting.settings
     settings["optim"] = OptimizerNames(args.optim).value
-    settings["lr_scheduler_type"] = SchedulerType(args.lr_scheduler_type).value
+    schedule = settings["lr_scheduler_type"] = SchedulerType(args.lr_scheduler_type).value
+    if not schedule.startswith("constant"):  # its rates follow from the number of all steps
+        settings |= {name: getattr(args, name) for name in ("max_steps", "num_train_epochs")}
     if isinstance(rows, RowDataset):
         settings |= {"rows": len(rows.rows), "first_row": rows.beginning}
     return json.loads(json.dumps(settings, default=str))  # as it is read: a tuple is a list
@@ -160,6 +173,9 @@ def check_settings(
     kept = {name: changed.pop(name) for name in OF_OPTIMIZER if name in changed}
     if changed:
         changes = ", ".join(f"{name} {old} -> {here[name]}" for name, old in changed.items())
+        has_other_rows = any(name in OF_STEPS for name in changed)
+        rows = "; a step has other rows: some come twice in this epoch, or not at all"
+        changes += rows if has_other_rows else ""
         logger.warning("GOLDTrainer: going on from %s with other settings: %s.", folder, changes)
     if kept:
         stays = ", ".join(f"{name} stays {old}, not {here[name]}" for name, old in kept.items())

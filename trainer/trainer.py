@@ -189,8 +189,8 @@ class GOLDTrainer(arguments.KnownArguments, Trainer):
         return super()._get_dataloader(rows, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if not isinstance(eval_dataset, str):  # a key of the evaluation datasets
-            eval_dataset = self._eval_rows(eval_dataset)
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            return self.get_test_dataloader(eval_dataset)  # not kept in the place of its own
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:

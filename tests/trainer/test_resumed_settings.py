@@ -1,11 +1,14 @@
 """What a resumed run is told where fields, rows or its adapter are not those of its checkpoint."""
 
+import json
 from dataclasses import fields
+from shutil import copy
 
 import pytest
 from transformers import TrainingArguments
 
 from gold_trainer import GOLDConfig
+from gold_trainer.checkpoints import MARK, what_is_wrong
 from gold_trainer.dataset import RowDataset
 from gold_trainer.resuming import OF_OPTIMIZER, SETTINGS, settings_of_run
 from support.tiny_models import tiny_rows
@@ -50,7 +53,7 @@ def told(caplog):
         ({"loss_temperature": 2.0}, "loss_temperature 1.0 -> 2.0."),
         ({"crossentropy_weight": 1.0}, "crossentropy_weight 0.0 -> 1.0."),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha None -> 5.0."),
-        ({"train_sampling_strategy": "random"}, "train_sampling_strategy sequential -> random."),
+        ({"bf16": True}, "bf16 False -> True."),
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type constant -> linear."),
         ({"on_bad_row": "skip"}, "on_bad_row error -> skip."),
     ],
@@ -65,6 +68,49 @@ def test_a_field_that_changes_what_is_learnt_is_told(fields, change, tmp_path, c
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "change"),
+    [
+        ({"train_sampling_strategy": "random"}, "train_sampling_strategy sequential -> random"),
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size 4 -> 2"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1 -> 2"),
+    ],
+)
+def test_a_field_that_gives_steps_other_rows_says_so(fields, change, tmp_path, caplog):
+    run(tmp_path)
+    run(tmp_path, resume=True, max_steps=2, **fields)
+    (message,) = told(caplog)
+    rows = "a step has other rows: some come twice in this epoch, or not at all."
+    assert message.endswith(f"{change}; {rows}")
+
+
+def test_a_longer_run_is_told_where_its_schedule_is_another(tmp_path, caplog):
+    run(tmp_path, lr_scheduler_type="linear")
+    run(tmp_path, resume=True, max_steps=2, lr_scheduler_type="linear")
+    assert told(caplog)[0].endswith("with other settings: max_steps 1 -> 2.")
+
+
+def test_another_number_of_processes_is_told_in_both_directions(tmp_path, caplog):
+    """The checkpoint of one process was incomplete for two, and the other way round no one said
+    that the rows of a step are others."""
+    run(tmp_path)
+    checkpoint = tmp_path / "checkpoint-1"
+    assert what_is_wrong(checkpoint) is None
+    assert what_is_wrong(checkpoint, num_ranks=2) is None
+    for rank in range(2):
+        copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    (checkpoint / "rng_state.pth").unlink()
+    mark = json.loads((checkpoint / MARK).read_text())
+    mark["settings"]["processes"] = 2
+    del mark["files"]["rng_state.pth"]
+    (checkpoint / MARK).write_text(json.dumps(mark))
+    assert what_is_wrong(checkpoint, num_ranks=4) is None
+    run(tmp_path, resume=True, max_steps=2)
+    assert "processes 2 -> 1; a step has other rows" in told(caplog)[0]
+    (checkpoint / "rng_state_0.pth").unlink()
+    assert what_is_wrong(checkpoint, num_ranks=2) == "rng_state_0.pth is missing"
+
+
 def test_a_rate_that_the_optimizer_brings_back_is_told_to_stay(tmp_path, caplog):
     run(tmp_path, learning_rate=0.5)
     same = run(tmp_path / "same", learning_rate=0.5, max_steps=3)
@@ -77,7 +123,7 @@ def test_a_rate_that_the_optimizer_brings_back_is_told_to_stay(tmp_path, caplog)
 @pytest.mark.parametrize(
     ("rows", "change"),
     [
-        (ROWS[:8], "other settings: rows 12 -> 8."),
+        (ROWS[:8], "other settings: rows 12 -> 8; a step has other rows"),
         (tiny_rows(12, seed=1), "other settings: first_row "),
     ],
 )

@@ -156,6 +156,13 @@ def test_a_column_that_holds_nothing_is_no_loss():
     table = datasets.Dataset.from_list([rows[0], rows[0]])
     assert table.features["note"] == datasets.Value("null")
     assert RowDataset(table, needs_completion=True, is_text=True)[0].completion == "Rain."
+    for empty, held in (("", "x"), ([], ["x"]), (None, "x")):
+        notes = [empty, empty, held]
+        table = datasets.Dataset.from_dict({"messages": [[USER, ANSWER]] * 3, "note": notes})
+        first = RowDataset(table.select([0, 1]), needs_completion=True, is_text=True)[0]
+        assert first.completion == "Rain."
+        with pytest.raises(ValueError, match="got note, which nothing uses"):
+            RowDataset(table, needs_completion=True, is_text=True)
 
 
 @pytest.mark.parametrize("column", ["prompt", "completion", "output", "system"])

@@ -148,3 +148,42 @@ def test_what_fits_is_used(tmp_path):
 def test_a_run_that_ends_before_its_first_evaluation_is_told(fields, is_told, tmp_path, caplog):
     make(tmp_path, {"eval_strategy": "steps", **fields}, eval_dataset=ROWS)
     assert ("nothing is evaluated with" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"evaluate takes a dataset, or a dict of at least one by name, got \{\}"),
+        ({"a": ROWS, "b": None}, "got {'a': 'list', 'b': 'NoneType'}; pass the rows, or nothing"),
+        ("b", r"the name of an eval_dataset, got 'b' and one of \['a'\]; pass the rows"),
+    ],
+)
+def test_rows_to_evaluate_that_there_are_not_are_refused(given, message, tmp_path):
+    trainer = make(tmp_path, eval_dataset={"a": ROWS})
+    assert "eval_loss" in trainer.evaluate("a")
+    with pytest.raises(ValueError, match=f"^GOLDTrainer: .*{message}"):
+        trainer.evaluate(given)
+
+
+def test_predictions_are_of_one_dataset(tmp_path):
+    trainer = make(tmp_path)
+    with pytest.raises(ValueError, match=r"predict takes one dataset, got a dict of \['a'\]"):
+        trainer.predict({"a": ROWS})
+    with pytest.raises(ValueError, match="got 'a' and no dict of them"):
+        trainer.evaluate("a")
+
+
+def test_workers_that_stay_do_not_keep_rows_that_were_evaluated_once(tmp_path):
+    """transformers keeps one data loader under the name of all datasets that come without one."""
+    fields = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    other = [{"prompt": "What?", "completion": "Quite another answer, of more tokens."}]
+    expected = {
+        name: make(tmp_path).evaluate(rows)["eval_loss"]
+        for name, rows in (("own", ROWS), ("other", other))
+    }
+    trainer = make(tmp_path, fields, eval_dataset=ROWS)
+    for name, rows in (("own", None), ("other", other), ("own", None)):
+        loss = trainer.evaluate(rows)["eval_loss"]
+        assert loss == pytest.approx(expected[name], rel=1e-6), name
+    losses = trainer.evaluate({"own": ROWS, "other": other})
+    assert losses["eval_other_loss"] == pytest.approx(expected["other"], rel=1e-6)
