@@ -4,8 +4,9 @@ N scored rows of a side, D hidden size, V vocabulary, R processes.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,6 @@ NUM_FLOATS = 5  # of the samples that processes compare; behind them are whole n
 SAMPLE_ENTRIES = 64  # of a slice, by which it is told from another
 SIDES = ("student", "teacher")
 Heads = tuple[LinearHead, ...]  # the student's and, if it has one, the teacher's
-Checked = TypeVar("Checked")
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -160,19 +160,15 @@ def join_slices(
     )
 
 
-def told(
-    group: Any,  # the process group that was given, if any
-    hidden: Tensor,
-    weight: Any,
-    check: Callable[[], Checked],
-) -> Checked:
-    """What a check before join_slices returns. It may raise on this process alone: then the others,
-    which wait in join_slices, learn of it.
+@contextmanager
+def told(group: Any, hidden: Any, weight: Any) -> Iterator[None]:
+    """What is checked before join_slices may raise on this process alone: then the others, which
+    wait in join_slices, learn of it. group is the process group that was given, if any.
     """
     try:
-        return check()
-    except ValueError:
-        tell_refusal(group, hidden, weight)
+        yield
+    except Exception:
+        _tell_refusal(group, hidden, weight)
         raise
 
 
@@ -182,22 +178,23 @@ def linear_options(
     hidden: Tensor,
     weight: Any,
     known: type = LinearOptions,
+    **flags: bool,
 ) -> Options:
     """resolve_options of a call of linear heads."""
-    group = given.get("process_group")
-    return told(group, hidden, weight, lambda: resolve_options(function, given, known))
+    with told(given.get("process_group"), hidden, weight):
+        return resolve_options(function, given, known, **flags)
 
 
 def module_options(
     function: str, own: Mapping[str, Any], tensors: Mapping[str, Any], hidden: Tensor, weight: Any
 ) -> Options:
     """Options of a module and the tensors of its call."""
-    group = own.get("process_group")
-    told(group, hidden, weight, lambda: resolve_options(function, tensors, CallTensors))
+    with told(own.get("process_group"), hidden, weight):
+        resolve_options(function, tensors, CallTensors)
     return Options(**own, **tensors)
 
 
-def tell_refusal(group: Any, hidden: Any, weight: Any) -> None:
+def _tell_refusal(group: Any, hidden: Any, weight: Any) -> None:
     """In join_slices' place: this process raises an error that the others may not see, perhaps
     because something is no tensor.
     """

@@ -60,6 +60,11 @@ def check_side(
             f"{function}: {side}_bias must be (V,) = ({weight.shape[0]},), got "
             f"{tuple(bias.shape)}; pass lm_head.bias."
         )
+    if bias is not None and bias.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{function}: {side}_bias must be a float tensor, got {bias.dtype}; pass lm_head.bias, "
+            "or of a mask torch.zeros(V).masked_fill(mask, -torch.inf)."
+        )
     for name, tensor in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(
@@ -226,9 +231,9 @@ def check_row_loss(function: str, row_loss: RowLoss, backend: str | None) -> Non
         )
 
 
-def check_module(function: str, options: Mapping[str, Any]) -> None:
+def check_module(function: str, options: Mapping[str, Any], **flags: bool) -> None:
     """Options at a module's construction."""
-    chosen = resolve_options(function, options, LossOptions)
+    chosen = resolve_options(function, options, LossOptions, **flags)
     check_chosen(function, chosen)
     for size in per_side(chosen.vocab_size):
         if size is not None and not (is_whole(size) and size >= 1):

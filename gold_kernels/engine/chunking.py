@@ -39,6 +39,7 @@ from gold_kernels.triton.launch import aligned_width
 # |row_weight| / grad_bound times themselves (no entry is beyond 3 row weights times grad_bound, see
 # run_chunks, but where log 0 is in it: docs/accuracy.md) and are kept in float32 until backward.
 FLOAT16_GRAD_LIMIT = 2.0**14
+LARGEST_GRAD_SCALE = 2.0**126  # row weights of 1e-36 would have one of inf, and those of 0 NaN
 
 
 class ChunkedGradients(NamedTuple):
@@ -134,7 +135,7 @@ def _scaled_weights(
     if student.hidden.dtype != torch.float16 or not has_grad or student.num_rows == 0:
         return row_weights, None
     peak = row_weights.abs().amax()
-    grad_scale = torch.where(peak > 0, FLOAT16_GRAD_LIMIT / grad_bound / peak, 1.0)
+    grad_scale = (FLOAT16_GRAD_LIMIT / grad_bound / peak).clamp_max(LARGEST_GRAD_SCALE)
     return row_weights * grad_scale, grad_scale
 
 

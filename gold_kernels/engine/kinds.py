@@ -31,6 +31,11 @@ def check_tensors(function: str, **tensors: Any) -> None:
                 f"{function}: {name} must be a dense tensor, got {got}; gather its rows, or pass "
                 "its to_dense()."
             )
+        if type(tensor).dequantize is not Tensor.dequantize:  # torchao's say that they are floats
+            raise ValueError(
+                f"{function}: {name} must be a plain tensor, got {type(tensor).__name__}, which is "
+                "quantised; pass its dequantize()."
+            )
 
 
 def check_same_positions(function: str, **shapes: Sequence[int]) -> None:
@@ -52,6 +57,16 @@ def is_number(value: Any) -> bool:
 
 def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_flags(function: str, **flags: Any) -> None:
+    """Any text is true in Python, "False" too."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"{function}: {name} must be True or False, got {repr(value)[:LONGEST]}; pass one "
+                "of them."
+            )
 
 
 def check_number(function: str, name: str, value: Any) -> None:

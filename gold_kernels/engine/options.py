@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import DEFAULT_BUDGET_BYTES
+from gold_kernels.engine.kinds import check_flags
 
 if TYPE_CHECKING:  # a build without distributed has no such class
     from torch.distributed import ProcessGroup
@@ -108,9 +109,13 @@ def per_side(value: Any) -> tuple[Any, Any]:
 
 
 def resolve_options(
-    function: str, given: Mapping[str, Any], known: type = LinearOptions
+    function: str,
+    given: Mapping[str, Any],
+    known: type = LinearOptions,
+    **flags: bool,  # of the call beside its options
 ) -> Options:
     """The options with defaults; ValueError for a name that is none of them."""
+    check_flags(function, **flags)
     names = known.__annotations__
     for name in given:
         if name not in names:

@@ -16,7 +16,7 @@ from gold_kernels.engine.agreement import (
     module_options,
     own_rows,
     refuse_slices,
-    tell_refusal,
+    told,
 )
 from gold_kernels.engine.heads import (
     check_heads,
@@ -66,7 +66,7 @@ def shared_linear_loss(
     has_metrics: bool,
 ) -> tuple[Tensor, "RowValues"]:
     """Validate, slice the vocabulary, run; behind every public function of one vocabulary."""
-    try:
+    with told(options.process_group, student_hidden, student_weight):
         checks.check_row_loss(function, row_loss, options.backend)
         student, teacher, options = check_heads(
             function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
@@ -75,9 +75,6 @@ def shared_linear_loss(
         checks.check_pair(function, student.hidden, teacher.hidden)
         checks.check_row_weights(function, row_weights, student.hidden)
         checks.check_label_weights(function, options, student.hidden)
-    except ValueError:
-        tell_refusal(options.process_group, student_hidden, student_weight)
-        raise
     heads = student, teacher
     settings = row_loss, has_metrics
     student, teacher = join_slices(function, heads, options, (row_weights,), settings)
@@ -198,7 +195,9 @@ def fused_linear_loss(
         function,
         row_loss,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
-        linear_options(function, options, student_hidden, student_weight),
+        linear_options(
+            function, options, student_hidden, student_weight, return_metrics=return_metrics
+        ),
         return_metrics,
     )
     return (loss, rows.by_name()) if return_metrics else loss
@@ -215,7 +214,7 @@ class FusedLinearLoss(nn.Module):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        checks.check_module("FusedLinearLoss", options)
+        checks.check_module("FusedLinearLoss", options, return_metrics=return_metrics)
         checks.check_row_loss("FusedLinearLoss", row_loss, options.get("backend"))
         self.row_loss = row_loss
         self.return_metrics = return_metrics

@@ -9,7 +9,12 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunk_plan import float_dtype
-from gold_kernels.engine.kinds import check_same_positions, check_tensors, check_weight
+from gold_kernels.engine.kinds import (
+    check_same_positions,
+    check_tensors,
+    check_weight,
+    is_whole,
+)
 from gold_kernels.engine.options import LossOptions, Options, UnchunkedOptions
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS
 from gold_kernels.engine.shared import RowValues, shared_linear_loss
@@ -47,7 +52,7 @@ class FusedLinearJSDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.options: LossOptions = {"chunk_size": chunk_size, **options}
-        checks.check_module(FUNCTION, self.options)
+        checks.check_module(FUNCTION, self.options, return_soft_hard_loss=return_soft_hard_loss)
         if self.options.get("reduction", "sum") != "sum":
             raise ValueError(
                 f"{FUNCTION}: reduction must be 'sum', got {self.options['reduction']!r}; this "
@@ -57,7 +62,7 @@ class FusedLinearJSDLoss(nn.Module):
         self.row_loss.check(FUNCTION)
         check_weight(FUNCTION, "weight_hard_loss", weight_hard_loss)
         check_weight(FUNCTION, "weight_soft_loss", weight_soft_loss)
-        if not isinstance(ignore_index, int) or not -(1 << 63) <= ignore_index < 1 << 63:
+        if not is_whole(ignore_index) or not -(1 << 63) <= ignore_index < 1 << 63:
             raise ValueError(
                 f"{FUNCTION}: ignore_index must be a whole number of 64 bits, got "
                 f"{ignore_index!r}; -100 is the one of transformers' collators."

@@ -107,7 +107,9 @@ def fused_linear_jsd(
         function,
         JSD(beta, temperature),
         *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights),
-        linear_options(function, options, student_hidden, student_weight),
+        linear_options(
+            function, options, student_hidden, student_weight, return_metrics=return_metrics
+        ),
         return_metrics,
     )
     return (loss, JSDMetrics.from_rows(rows.by_name())) if return_metrics else loss
@@ -171,7 +173,9 @@ def jsd_loss(
         function,
         JSD(beta, temperature),
         *(student_logits, teacher_logits, row_weights),
-        resolve_options(function, options, LogitsOptions),
+        resolve_options(
+            function, options, LogitsOptions, in_place=in_place, return_metrics=return_metrics
+        ),
         return_metrics,
         in_place,
     )

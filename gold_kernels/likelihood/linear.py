@@ -105,16 +105,14 @@ def fused_linear_chunk_likelihood(
     fit, with the remedy.
     """
     function = "fused_linear_chunk_likelihood"
-    chosen = linear_options(function, options, student_hidden, student_weight)
-
-    def checked() -> ChunkLikelihood:
+    chosen = linear_options(
+        function, options, student_hidden, student_weight, return_metrics=return_metrics
+    )
+    with told(chosen.process_group, student_hidden, student_weight):
         checks.check_temperature(function, temperature)
         row_loss = ChunkLikelihood(beta, group_temperature, per_side(temperature))
         row_loss.check(function)
         group_checks.check_chain_rule(function, alignment)
-        return row_loss
-
-    row_loss = told(chosen.process_group, student_hidden, student_weight, checked)
     call = check_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),

@@ -24,7 +24,7 @@ __all__ = ["JSD", "LOSSES", "FormulaLoss", "make_loss"]
 
 def make_loss(name: str, **numbers: float | tuple[float, float]) -> RowLoss:
     """The loss of this name with its numbers, checked: make_loss("skew_kl", alpha=0.1)."""
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(f"make_loss: name must be one of {', '.join(LOSSES)}, got {name!r}.")
     known = [field.name for field in dataclasses.fields(LOSSES[name])]
     for given in numbers:

@@ -189,8 +189,9 @@ def fused_linear_mean_kl(
     ValueError for what does not fit, with the remedy.
     """
     function = "fused_linear_mean_kl"
-    chosen = resolve_options(function, options, MeanKLOptions)
+    chosen = resolve_options(function, options, MeanKLOptions, return_metrics=return_metrics)
     refuse_slices(function, student_weight, student_hidden)
+    _check_kind(function, teacher)
     row_loss = MeanKL(temperature, teacher)
     row_loss.check(function)
     student = only_head("student", student_hidden, student_weight, chosen)
@@ -203,6 +204,7 @@ def fused_linear_mean_kl(
     _check_means(function, student, teacher)
     v_student = student.weight.shape[0]
     vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
+    _check_tokens(function, teacher.tokens, vocab_size)
     row_weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
     label_weights = label_weights_of(vocab_size, student.hidden, chosen)
     labels = None if chosen.labels is None else chosen.labels.contiguous()
@@ -225,6 +227,29 @@ def _check_frozen(function: str, student: LinearHead) -> None:
                 f"{function}: {name} must be frozen, got requires_grad=True; means of the head "
                 "hold while it stays as it is: freeze it, or use fused_linear_jsd with beta=0."
             )
+
+
+def _check_kind(function: str, teacher: HeadMeans) -> None:
+    if not isinstance(teacher, HeadMeans):
+        raise ValueError(
+            f"{function}: teacher must be HeadMeans, got {type(teacher).__name__}; pass what "
+            "head_means returns, or HeadMeans(**...) of its fields."
+        )
+    check_tensors(
+        function, **{f"{name} of the teacher": t for name, t in teacher._asdict().items()}
+    )
+
+
+def _check_tokens(function: str, tokens: Tensor, vocab_size: int) -> None:
+    """Looked at on the CPU alone: elsewhere a look would wait for the device."""
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.shape[0]:
+        return
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(
+            f"{function}: tokens of the teacher must be in [0, {vocab_size}), the entries of the "
+            f"head, got {int(tokens.min())} to {int(tokens.max())}; pass head_means of this head "
+            "with the same vocab_size."
+        )
 
 
 def _check_means(function: str, student: LinearHead, teacher: HeadMeans) -> None:

@@ -109,18 +109,16 @@ def fused_linear_projected_jsd(
     transforms. Raises ValueError for what does not fit, with the remedy.
     """
     function = "fused_linear_projected_jsd"
-    chosen = linear_options(function, options, student_hidden, student_weight)
-
-    def checked() -> ProjectedJSD:
+    chosen = linear_options(
+        function, options, student_hidden, student_weight, return_metrics=return_metrics
+    )
+    with told(chosen.process_group, student_hidden, student_weight):
         checks.check_temperature(function, temperature)
         row_loss = ProjectedJSD(beta, per_side(temperature))
         row_loss.check(function)
         if alignment is not None:
             group_checks.check_chain_rule(function, alignment)
         _check_kind(function, projection)
-        return row_loss
-
-    row_loss = told(chosen.process_group, student_hidden, student_weight, checked)
     folds = projection.folds
     call = check_group_call(
         function,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.tokens.arguments import check_flags
 from gold_kernels.tokens.ranges import TextPair, TokenRange
 from gold_kernels.tokens.spans import SpanGroups, align_byte_spans, without_first
 from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
@@ -235,6 +236,7 @@ class CompletionAligner:
         is_late: bool = False,  # TRL's reading of "observed", see TokenAlignment.from_groups
         has_end_of_turn: bool = True,  # False: the stop decision is not distilled
     ) -> None:
+        check_flags("CompletionAligner", is_late=is_late, has_end_of_turn=has_end_of_turn)
         _check_merge("CompletionAligner", merge, is_late)
         self.student, self.teacher = student, teacher
         self.merge, self.is_late, self.has_end_of_turn = merge, is_late, has_end_of_turn

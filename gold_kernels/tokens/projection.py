@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.tokens.arguments import is_number, is_whole
 from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_kernels.tokens.vocabulary import VocabOverlap
 
@@ -42,7 +43,7 @@ class Folds(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """On the device all but the last, which the host reads."""
         parts = [part for part in self if isinstance(part, Tensor)]
-        return [*parts, torch.tensor(self.starts)]
+        return [*parts, torch.tensor(self.starts, device="cpu")]
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor]) -> "Folds":
@@ -74,11 +75,16 @@ class VocabProjection(NamedTuple):
         teacher_vocab_size: int,
     ) -> "VocabProjection":
         is_pair = isinstance(columns, Tensor) and isinstance(weights, Tensor)
-        if not is_pair or columns.dtype != torch.int64:
-            got = columns.dtype if is_pair else type(columns).__name__
+        if not is_pair or columns.dtype != torch.int64 or weights.is_complex():
+            got = (columns.dtype, weights.dtype) if is_pair else type(columns).__name__
             raise ValueError(
                 "VocabProjection: columns and weights must be tensors, columns of int64, got "
-                f"{got}; pass torch.tensor(...) of both."
+                f"{got}; pass torch.tensor(...) of both, and weights of float32."
+            )
+        if not is_whole(teacher_vocab_size):
+            raise ValueError(
+                "VocabProjection: teacher_vocab_size must be a whole number, got "
+                f"{teacher_vocab_size!r}; pass the teacher's len(tokenizer)."
             )
         is_entry = columns >= 0
         if columns.shape != weights.shape or columns.ndim != 2:
@@ -92,13 +98,13 @@ class VocabProjection(NamedTuple):
                 f"VocabProjection: columns must be below {teacher_vocab_size}, the teacher's "
                 f"entries, got {largest}; pass -1 where a row has no further entry."
             )
-        given = weights[is_entry]
+        given = weights[is_entry].float()
         if not bool((given.isfinite() & (given > 0)).all()):
             raise ValueError(
                 "VocabProjection: weights must be positive and finite, got "
                 f"{float(given.min()) if given.numel() else 0}; leave out an entry with column -1."
             )
-        weights = torch.where(is_entry, weights, 0).float()
+        weights = torch.where(is_entry, weights.float(), 0)
         return cls(
             *(columns, weights, columns.shape[0], teacher_vocab_size),
             _fold(columns, weights),
@@ -126,7 +132,8 @@ class VocabProjection(NamedTuple):
         decay: float = DECAY,
     ) -> "VocabProjection":
         """Pieces after the first num_pieces are left out."""
-        if not isinstance(num_pieces, int) or num_pieces < 1 or not 0 <= decay <= 1:
+        is_count = is_whole(num_pieces) and num_pieces >= 1
+        if not is_count or not (is_number(decay) and 0 <= decay <= 1):
             raise ValueError(
                 "VocabProjection: num_pieces must be at least 1 and decay in [0, 1], got "
                 f"{num_pieces} and {decay}; {NUM_PIECES} and {DECAY} are the defaults."
@@ -143,17 +150,18 @@ class VocabProjection(NamedTuple):
                 rows[i] = [by_bytes[piece]]
             elif piece:
                 others.append(i)
+        most = sum(decay**k > torch.finfo(torch.float32).tiny for k in range(num_pieces))
         for i, ids in zip(
             others, _split(teacher, [student.pieces[i] for i in others]), strict=True
         ):
-            rows[i] = ids[: num_pieces if decay else 1]
-        columns = torch.full((len(rows), num_pieces), -1)
-        weights = torch.zeros(len(rows), num_pieces)
+            rows[i] = ids[:most]
+        columns = torch.full((len(rows), num_pieces), -1, device="cpu")
+        weights = torch.zeros(len(rows), num_pieces, dtype=torch.float32, device="cpu")
         for size in range(1, num_pieces + 1):
             own = [i for i, ids in enumerate(rows) if len(ids) == size]
-            shares = torch.tensor([decay**k for k in range(size)], dtype=torch.float64)
+            shares = weights.new_tensor([decay**k for k in range(size)], dtype=torch.float64)
             if own:
-                columns[own, :size] = torch.tensor([rows[i] for i in own])
+                columns[own, :size] = columns.new_tensor([rows[i] for i in own])
                 weights[own, :size] = (shares / shares.sum()).float()
         return cls.from_entries(columns, weights, teacher.vocab_size)
 
@@ -164,7 +172,14 @@ class VocabProjection(NamedTuple):
         largest weight of it, if that is at least least_weight and no other entry's partner. Of
         several the one of the largest weight is taken, then of the lowest id.
         """
-        if not least_weight > 0:
+        sizes = self.student_vocab_size, self.teacher_vocab_size
+        if not isinstance(exact, VocabOverlap) or exact[2:] != sizes:
+            got = exact[2:] if isinstance(exact, VocabOverlap) else type(exact).__name__
+            raise ValueError(
+                f"VocabProjection: the exact overlap must be a VocabOverlap of {sizes} entries, "
+                f"got {got}; pass VocabOverlap.from_tokenizers of the same tokenizers."
+            )
+        if not (is_number(least_weight) and least_weight > 0):
             raise ValueError(
                 f"VocabProjection: least_weight must be positive, got {least_weight}; "
                 f"{RELAXED_WEIGHT} is the default."
@@ -180,7 +195,7 @@ class VocabProjection(NamedTuple):
             if i not in matched and partner not in taken:
                 taken.add(partner)
                 pairs.append((i, partner))
-        ids = torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2)
+        ids = torch.tensor(sorted(pairs), dtype=torch.int64, device="cpu").reshape(-1, 2)
         return VocabOverlap(ids[:, 0].contiguous(), ids[:, 1].contiguous(), *exact[2:])
 
     def to(self, device: torch.device | str) -> "VocabProjection":
@@ -233,6 +248,7 @@ def _longest_entries(piece: bytes, entries: dict[bytes, int], longest: int) -> l
 
 def _fold(columns: Tensor, weights: Tensor) -> Folds:
     """Levels of sums over the rows of each column."""
+    device = columns.device
     rows, pieces = (columns >= 0).nonzero().unbind(1)  # (E,)
     targets, order = columns[rows, pieces].sort(stable=True)
     inputs, factors = rows[order], weights[rows, pieces][order]
@@ -242,26 +258,29 @@ def _fold(columns: Tensor, weights: Tensor) -> Folds:
     while True:
         counts = segments.bincount(minlength=len(teacher_ids))
         sizes = -(-counts // FOLD_WIDTH)  # folds of each segment in this level
-        position = torch.arange(len(segments)) - (counts.cumsum(0) - counts)[segments]
+        position = (
+            torch.arange(len(segments), device=device) - (counts.cumsum(0) - counts)[segments]
+        )
         first = sizes.cumsum(0) - sizes
         fold, lane = first[segments] + position // FOLD_WIDTH, position % FOLD_WIDTH
         num_folds = int(sizes.sum())
-        ids = torch.zeros(FOLD_WIDTH, num_folds, dtype=torch.int32)
-        of_fold = torch.zeros(FOLD_WIDTH, num_folds)
+        ids = torch.zeros(FOLD_WIDTH, num_folds, dtype=torch.int32, device=device)
+        of_fold = torch.zeros_like(ids, dtype=torch.float32)
         ids[lane, fold], of_fold[lane, fold] = inputs.int(), factors
         all_ids.append(ids)
         all_weights.append(of_fold)
         places = torch.where(sizes == 1, starts[-1] + first, places)
         is_open = sizes > 1
-        inputs = starts[-1] + torch.arange(num_folds)
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        inputs = starts[-1] + torch.arange(num_folds, device=device)
+        owners = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
         starts.append(starts[-1] + num_folds)
         is_left = is_open[owners]
         segments, inputs = owners[is_left], inputs[is_left]
-        factors = torch.ones(len(segments))
+        factors = torch.ones_like(segments, dtype=torch.float32)
         if not len(segments):
             break
-    column_places = torch.zeros(int(columns.max()) + 2 if columns.numel() else 1, dtype=torch.int64)
+    num_places = int(columns.max()) + 2 if columns.numel() else 1
+    column_places = places.new_zeros(num_places)
     column_places[teacher_ids] = places
     row_places = column_places[columns.clamp_min(0)].T.int()
     return Folds(

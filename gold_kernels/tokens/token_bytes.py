@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.tokens.arguments import is_whole
+
 ROLES = ("bos", "eos", "unk", "pad")
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WHITESPACE = re.compile(rb"\s*")
@@ -75,8 +77,8 @@ class TokenBytes:
             if spelling.has_fallback and _FALLBACK.fullmatch(token)
         )
         self.special_ids = {added[i].content: i for i in special if i in added}
-        self.lengths = torch.tensor([*map(len, self.pieces)])  # (V + 1,) int64
-        self.is_special = torch.ones(size + 1, dtype=torch.bool)  # (V + 1,)
+        self.lengths = torch.tensor([*map(len, self.pieces)], device="cpu")  # (V + 1,) int64
+        self.is_special = torch.ones(size + 1, dtype=torch.bool, device="cpu")  # (V + 1,)
         self.is_special[list(vocab.values())] = False
         self.is_special[list(special)] = True
 
@@ -87,7 +89,7 @@ class TokenBytes:
         ends = (self.roles["eos"],) if end_ids is None else end_ids
         ends = ends if isinstance(ends, Collection) else (ends,)
         self.end_ids = frozenset(i for i in (end_of_turn_id, *ends) if i is not None)
-        if not all(isinstance(i, int) for i in self.end_ids):
+        if not all(map(is_whole, self.end_ids)):
             raise ValueError(
                 "TokenBytes: end_of_turn_id and end_ids must be ids of tokens, got "
                 f"{end_of_turn_id!r} and {end_ids!r}; pass convert_tokens_to_ids(token) of each."
@@ -155,7 +157,7 @@ class TokenBytes:
         """
         if self.is_spaced:
             spaced = self._spaced_ends(ids, text)
-            return None if spaced is None else torch.tensor(spaced, dtype=torch.int64)
+            return None if spaced is None else as_id_tensor(spaced)
         joined = self._join(ids)
         drops = (lead,) if lead else (1, 0) if self._may_drop(joined) else (0,)
         # With a run of spaces both may fit as a prefix: an exact fit is looked for first.
@@ -209,9 +211,11 @@ def as_id_tensor(ids: Sequence[int] | Tensor) -> Tensor:  # (N,) int64
             if ids.is_floating_point() or ids.dtype == torch.bool:
                 raise TypeError(ids.dtype)
         elif len(ids) == 0:
-            tokens = torch.empty(0, dtype=torch.int64)
+            tokens = torch.empty(0, dtype=torch.int64, device="cpu")
         else:  # ten times as fast as torch.tensor(ids), which was half the time of an alignment
             tokens = torch.frombuffer(array("q", ids), dtype=torch.int64)
+            if isinstance(next(iter(ids)), bool):  # a mask
+                raise TypeError(bool)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             "as_id_tensor: whole numbers are expected as token ids of one completion, got "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.tokens.arguments import is_whole
 from gold_kernels.tokens.token_bytes import TokenBytes
 
 MATCHED_ROLES = ("end_of_turn", "eos")  # never pad, which no model is to predict
@@ -39,15 +40,11 @@ class VocabOverlap(_Overlap):
     ) -> "VocabOverlap":
         sides = (
             ("student", student_ids, student_vocab_size),
-            (
-                "teacher",
-                teacher_ids,
-                teacher_vocab_size,
-            ),
+            ("teacher", teacher_ids, teacher_vocab_size),
         )
         for side, ids, size in sides:
             is_ids = isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1
-            if not (is_ids and isinstance(size, int)):
+            if not (is_ids and is_whole(size) and size >= 0):
                 got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
                 raise ValueError(
                     f"VocabOverlap: the {side}'s ids must be a tensor (K,) of int64, and the size "
@@ -95,7 +92,7 @@ class VocabOverlap(_Overlap):
             for key, student_id in student_entries.items()
             if key in teacher_entries
         )
-        ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+        ids = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
         return cls(
             ids[:, 0].contiguous(), ids[:, 1].contiguous(), student.vocab_size, teacher.vocab_size
         )

@@ -15,7 +15,7 @@ from gold_kernels.engine.agreement import (
     linear_options,
     own_heads,
     own_rows,
-    tell_refusal,
+    told,
 )
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.heads import (
@@ -114,10 +114,16 @@ def fused_linear_top_k(
     teacher_top_mass of every row. Raises ValueError for what does not fit.
     """
     function = "fused_linear_top_k"
-    chosen = linear_options(function, options, student_hidden, student_weight, TopKOptions)
+    chosen = linear_options(
+        function,
+        options,
+        student_hidden,
+        student_weight,
+        TopKOptions,
+        return_metrics=return_metrics,
+    )
     head = only_head("student", student_hidden, student_weight, chosen)
-    group = chosen.process_group
-    try:
+    with told(chosen.process_group, student_hidden, student_weight):
         TopK(beta, temperature).check(function)
         checks.check_pairs(function, chosen)
         check_head_tensors(function, "student", head)
@@ -129,9 +135,6 @@ def fused_linear_top_k(
         checks.check_label_weights(function, chosen, student.hidden)
         check_tensors(function, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs)
         _check_targets(function, student.hidden, teacher_ids, teacher_log_probs)
-    except ValueError:
-        tell_refusal(group, student_hidden, student_weight)
-        raise
     settings, tensors = (beta, temperature, return_metrics), (row_weights, teacher_log_probs)
     ids = teacher_ids
     if row_weights is not None:  # a row of weight 0 may hold anything, on each process another

@@ -9,8 +9,10 @@ from torch import Tensor
 from gold_kernels.engine import checks
 from gold_kernels.engine.kinds import check_tensors, check_weight, is_whole
 from gold_kernels.engine.options import Options
-from gold_kernels.tokens.alignment import TokenAlignment
+from gold_kernels.tokens.alignment import MERGES, TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
+
+SIDES = ("student", "teacher")
 
 
 def check_alignment(
@@ -41,11 +43,28 @@ def check_alignment(
             "completion tokens, or join alignments with TokenAlignment.concatenate."
         )
     check_groups(function, alignment)
+    if not torch.compiler.is_compiling():
+        for side, fields, num_rows in zip(SIDES, alignment.sides, expected, strict=True):
+            _check_rows(function, side, fields, num_rows)
     return alignment.num_groups
 
 
 def check_groups(function: str, alignment: TokenAlignment) -> None:
     """Both sides have the same groups, and a scalar row its token and group."""
+    for name, field in zip(alignment._fields, alignment[:10], strict=False):
+        is_index = isinstance(field, Tensor) and field.dtype == torch.int64 and field.ndim == 1
+        if not is_index:
+            is_tensor = isinstance(field, Tensor)
+            got = f"{tuple(field.shape)} {field.dtype}" if is_tensor else type(field).__name__
+            raise ValueError(
+                f"{function}: {name} of the alignment must be a tensor of one dimension and "
+                f"int64, got {got}; build it with CompletionAligner.align."
+            )
+    if alignment.merge not in MERGES:
+        raise ValueError(
+            f"{function}: merge of the alignment must be 'bayesian' or 'observed', got "
+            f"{alignment.merge!r}; build it with CompletionAligner.align."
+        )
     student, teacher = alignment.sides
     sizes = [tuple(tensor.shape[0] for tensor in side) for side in (student, teacher)]
     has_parts = all(side[0] == side[1] and side[2] == side[3] == side[4] for side in sizes)
@@ -54,6 +73,32 @@ def check_groups(function: str, alignment: TokenAlignment) -> None:
             f"{function}: an alignment must have the same groups on both sides, and one row, id "
             f"and group for each token, got {sizes[0]} tensors' rows for the student and "
             f"{sizes[1]} for the teacher; build it with CompletionAligner.align."
+        )
+
+
+def _check_rows(function: str, side: str, fields: tuple[Tensor, ...], num_rows: int) -> None:
+    """Rows are those of the hidden states, each in one group: the gradient of a row is that of one
+    group. Looked at on the CPU alone, as ids are.
+    """
+    base_rows, _, scalar_rows, _, groups = fields
+    if any(field.device.type != "cpu" for field in fields):
+        return
+    rows, num_groups = torch.cat([base_rows, scalar_rows]), base_rows.shape[0]
+    for name, index, size in (("rows", rows, num_rows), ("groups", groups, num_groups)):
+        if index.shape[0] and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ValueError(
+                f"{function}: the {side}'s {name} in the alignment must be in [0, {size}), got "
+                f"{int(index.min())} to {int(index.max())}; build it with CompletionAligner.align."
+            )
+    if rows.shape[0] and int(rows.bincount().max()) > 1:
+        raise ValueError(
+            f"{function}: a row of the {side} must be in one group of the alignment, got row "
+            f"{int(rows.bincount().argmax())} in several; gather its hidden states once for each."
+        )
+    if bool((groups[1:] < groups[:-1]).any()):
+        raise ValueError(
+            f"{function}: the {side}'s scalar groups in the alignment must ascend, got "
+            f"{groups.tolist()[:8]}; sort its scalar rows, ids and groups by group."
         )
 
 
@@ -75,8 +120,7 @@ def check_token_ids(
     """
     if alignment is None or torch.compiler.is_compiling():
         return
-    names = ("student", "teacher")
-    for side, tensors, size in zip(names, alignment.sides, (v_student, v_teacher), strict=True):
+    for side, tensors, size in zip(SIDES, alignment.sides, (v_student, v_teacher), strict=True):
         for ids in (tensors[1], tensors[3]):
             if ids.device.type != "cpu" or not ids.shape[0]:
                 continue

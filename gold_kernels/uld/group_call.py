@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import join_slices, own_rows, tell_refusal
+from gold_kernels.engine.agreement import join_slices, own_rows, told
 from gold_kernels.engine.heads import check_heads, label_weights_of, row_weights_of
 from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Options
@@ -43,7 +43,7 @@ def check_group_call(
     ids: Sequence[Tensor] = (),  # int64 that the loss has beside the alignment
 ) -> GroupCall:
     """Raises ValueError with the remedy for what does not fit."""
-    try:
+    with told(options.process_group, student_hidden, student_weight):
         student, teacher, options = check_heads(
             function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
         )
@@ -53,9 +53,6 @@ def check_group_call(
         )
         group_checks.check_group_weights(function, row_weights, num_groups, student.hidden)
         checks.check_label_weights(function, options, student.hidden)
-    except ValueError:
-        tell_refusal(options.process_group, student_hidden, student_weight)
-        raise
     if alignment is not None:
         ids = [*ids, *alignment.sides[0], *alignment.sides[1]]
     heads = student, teacher

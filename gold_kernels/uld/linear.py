@@ -12,11 +12,7 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.agreement import linear_options, module_options, refuse_slices, told
-from gold_kernels.engine.heads import (
-    label_weights_of,
-    row_weights_of,
-    unit_stride,
-)
+from gold_kernels.engine.heads import label_weights_of, row_weights_of, unit_stride
 from gold_kernels.engine.linear import run_linear_loss
 from gold_kernels.engine.logits import run_logits_loss
 from gold_kernels.engine.options import (
@@ -34,12 +30,7 @@ from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld import checks as uld_checks
 from gold_kernels.uld.group_call import check_group_call
-from gold_kernels.uld.plan import (
-    matched_tables,
-    overlap_weights,
-    plan_rows,
-    values_of_labels,
-)
+from gold_kernels.uld.plan import matched_tables, overlap_weights, plan_rows, values_of_labels
 from gold_kernels.uld.row_loss import ULD
 
 
@@ -105,8 +96,8 @@ def _linear_uld(
     has_metrics: bool,
 ) -> Tensor | tuple[Tensor, ULDMetrics]:
     """Validate, plan, run; behind the function and the module."""
-    group = options.process_group
-    row_loss = told(group, student_hidden, student_weight, lambda: settings.row_loss(function))
+    with told(options.process_group, student_hidden, student_weight):
+        row_loss = settings.row_loss(function)
     call = check_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),
@@ -242,7 +233,9 @@ def fused_linear_uld(
             *(matched_weight, unmatched_weight),
         ),
         *(student_hidden, student_weight, teacher_hidden, teacher_weight, row_weights, alignment),
-        linear_options(function, options, student_hidden, student_weight),
+        linear_options(
+            function, options, student_hidden, student_weight, return_metrics=return_metrics
+        ),
         return_metrics,
     )
 
@@ -269,7 +262,7 @@ class FusedLinearULDLoss(nn.Module):
             *(matched_weight, unmatched_weight),
         )
         self.settings.row_loss("FusedLinearULDLoss")
-        checks.check_module("FusedLinearULDLoss", options)
+        checks.check_module("FusedLinearULDLoss", options, return_metrics=return_metrics)
         self.options = options
         self.return_metrics = return_metrics
 
@@ -361,7 +354,9 @@ def uld_loss(
     ValueError for shapes, dtypes, devices and numbers that do not fit.
     """
     function = "uld_loss"
-    given = resolve_options(function, options, LogitsOptions)
+    given = resolve_options(
+        function, options, LogitsOptions, in_place=in_place, return_metrics=return_metrics
+    )
     settings = ULDSettings(
         *(temperature, student_temperature, teacher_temperature, overlap, beta),
         *(matched_weight, unmatched_weight),

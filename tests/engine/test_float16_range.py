@@ -54,3 +54,17 @@ def test_jsd_gradients_of_float16_are_finite_and_right(options, device, backend)
     actual = gradients(peaked, torch.float16, device, backend=backend, **options)
     for ours, expected in zip(actual, truth, strict=True):
         assert relative_error(ours.cpu(), expected) < 1e-2
+
+
+@on_every_backend
+@pytest.mark.parametrize("size", [1e-36, 1e-40, 0.0])
+def test_tiny_row_weights_of_float16_make_no_nan_of_rows_of_weight_0(size, device, backend):
+    """What scales them up would be inf, and 0 times it NaN."""
+    weights = torch.full((8,), size, device=device)
+    weights[3] = 0
+    hidden, *_ = tensors = [tensor.to(device) for tensor in heads()]
+    hidden.requires_grad_()
+    loss = fused_linear_jsd(*tensors, weights, backend=backend)
+    (grad,) = torch.autograd.grad(loss * 2.0**100, hidden)
+    assert grad.isfinite().all()
+    assert (size == 1e-36) == bool(grad.any())

@@ -19,6 +19,7 @@ IDS = torch.tensor([0, 1])
         torch.tensor([1.7, 2.0]),
         torch.tensor([True, False]),
         [1.0, 2.0],
+        [True, False],
         [None, 3],
         [[1, 2]],
         [1 << 70],
@@ -51,7 +52,7 @@ def test_what_has_no_form_in_utf_8_is_refused_by_every_tokenizer(text):
 def test_end_tokens_are_ids_one_or_several():
     tokenizer = TOKENIZERS["byte level"]()
     assert TokenBytes(tokenizer, end_ids=5).end_ids >= {5}
-    for options in ({"end_ids": "<eos>"}, {"end_of_turn_id": "<eos>"}, {"end_ids": [1.5]}):
+    for options in ({"end_ids": "<eos>"}, {"end_of_turn_id": "<eos>"}, {"end_ids": [True]}):
         with pytest.raises(ValueError, match=r"must be ids of tokens, got .*convert_tokens_to_ids"):
             TokenBytes(tokenizer, **options)
 
@@ -75,9 +76,43 @@ def test_projections_of_other_kinds_are_refused():
     for columns, weights in ((ones, ones), ([[0]], [[1.0]])):
         with pytest.raises(ValueError, match="must be tensors, columns of int64, got"):
             VocabProjection.from_entries(columns, weights, 5)
-    with pytest.raises(ValueError, match=r"num_pieces must be at least 1 .* got 2\.5"):
-        VocabProjection.from_token_bytes(table("gemma"), table("gemma"), num_pieces=2.5)
+    for options, got in (
+        ({"num_pieces": 2.5}, r"2\.5 and 0\.1"),
+        ({"num_pieces": True}, r"True and 0\.1"),
+        ({"decay": "0.1"}, r"4 and 0\.1"),
+        ({"decay": True}, "4 and True"),
+    ):
+        with pytest.raises(ValueError, match=rf"num_pieces must be at least 1 .* got {got}"):
+            VocabProjection.from_token_bytes(table("gemma"), table("gemma"), **options)
+    for size in ("5", True, 5.0, None):
+        with pytest.raises(ValueError, match="teacher_vocab_size must be a whole number, got"):
+            VocabProjection.from_entries(ones.long(), ones, size)
+    for weight in (1e-300, 1e300):
+        with pytest.raises(ValueError, match=r"weights must be positive and finite, got (0|inf)"):
+            VocabProjection.from_entries(ones.long(), weight * ones.double(), 5)
+    with pytest.raises(ValueError, match=r"got .*torch.complex64\); .* weights of float32"):
+        VocabProjection.from_entries(ones.long(), ones.to(torch.complex64), 5)
     projection = VocabProjection.from_entries(ones.long(), ones, 5)
-    for weight in (0.0, float("nan")):
+    exact = VocabOverlap(IDS[:0], IDS[:0], 5, 5)
+    for weight in (0.0, float("nan"), "0.6", True):
         with pytest.raises(ValueError, match="least_weight must be positive"):
-            projection.relaxed_overlap(VocabOverlap(IDS[:0], IDS[:0], 5, 5), weight)
+            projection.relaxed_overlap(exact, weight)
+    for other in (None, tuple(exact), exact._replace(teacher_vocab_size=6)):
+        with pytest.raises(ValueError, match=r"must be a VocabOverlap of \(5, 5\) entries, got"):
+            projection.relaxed_overlap(other)
+
+
+@pytest.mark.parametrize("name", ["is_late", "has_end_of_turn"])
+def test_flags_of_an_aligner_are_true_or_false(name):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'; pass one"):
+        CompletionAligner(table("gemma"), table("gemma"), **{name: "no"})
+
+
+def test_a_decay_of_which_float32_makes_nothing_leaves_later_pieces_out():
+    """Their weight would be 0, which is refused in entries that a caller makes."""
+    sides = table("byte level"), table("gemma")
+    first = VocabProjection.from_token_bytes(*sides, decay=0.0)
+    for decay in (1e-300, 1e-39):
+        other = VocabProjection.from_token_bytes(*sides, decay=decay)
+        assert torch.equal(other.columns, first.columns)
+        assert torch.equal(other.weights, first.weights)

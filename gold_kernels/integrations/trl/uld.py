@@ -89,7 +89,7 @@ def fused_uld(
     student_hidden, teacher_hidden = student.rows(student_rows), teacher.rows(teacher_rows)
     device = student_hidden.device
     counts = [num_groups[group.sample] for group in groups]
-    weights = torch.tensor(counts, dtype=torch.float64).reciprocal()
+    weights = torch.tensor(counts, dtype=torch.float64, device="cpu").reciprocal()
     weights *= loss_fn.distillation_weight / len(num_groups)
     with heads_at_hand(student, teacher):
         heads = head_weight(student), head_weight(teacher)
@@ -188,11 +188,15 @@ def rows_of_groups(
     for name, side in zip(("student", "teacher"), sides, strict=True):
         length = side.labels.shape[1]
         tokens = [(g, p) for g, group in enumerate(groups) for p in getattr(group, name)]
-        owners, positions = torch.tensor(tokens, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        samples = torch.tensor([group.sample for group in groups], dtype=torch.int64)
+        owners, positions = (
+            torch.tensor(tokens, dtype=torch.int64, device="cpu").reshape(-1, 2).unbind(1)
+        )
+        samples = torch.tensor([group.sample for group in groups], dtype=torch.int64, device="cpu")
         flat = samples[owners] * length + positions
         used = flat - int(is_bayesian)
-        is_row = torch.zeros(side.labels.numel(), dtype=torch.bool).index_fill_(0, used, True)
+        is_row = torch.zeros(side.labels.numel(), dtype=torch.bool, device="cpu").index_fill_(
+            0, used, True
+        )
         if labels is not None and name == "student":
             is_row |= labels.flatten() != IGNORED
         index = is_row.cumsum(0)[used] - 1
@@ -214,7 +218,7 @@ def hybrid_options(loss_fn: Any, v_student: int, v_teacher: int) -> dict[str, An
     """trl's matched entries and the weights of both parts."""
     if loss_fn not in _OVERLAPS:
         pairs = sorted((student, teacher) for teacher, student in loss_fn._vocab_mapping.items())
-        ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+        ids = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
         device = loss_fn.mapping_tensor.device
         own, other = (column.contiguous().to(device) for column in ids.unbind(1))
         _OVERLAPS[loss_fn] = VocabOverlap(own, other, v_student, v_teacher)
