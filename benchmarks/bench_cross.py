@@ -23,15 +23,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from bench_uld import FIELDS as ULD_FIELDS
-from bench_uld import time_of
+from bench_uld import add_row, measure_all, parse_options, time_of
 from jsd_pairs import Case
 from peers import floor_step
-from record import RESULTS, RowLog, environment
+from record import RESULTS, RowLog
 from timing import release
 from torch import Tensor
 from uld_pairs import Shape, random_case, with_logits
@@ -218,40 +217,16 @@ def run_shape(
     inputs, floor = make_inputs(shape, seed, device), 0.0
     for name in options.only:
         columns = measure(name, inputs, options.rep_ms)
-        row = dict.fromkeys(FIELDS, "") | {"implementation": name, "dtype": "bfloat16"}
-        row |= dict(zip(("N", "V_s", "V_t", "D_s", "D_t"), shape, strict=True))
-        row |= columns | options.environment
-        if name == "floor":
-            floor = float(row["median_ms"])
-        if floor and row["median_ms"]:
-            row["times_floor"] = f"{float(row['median_ms']) / floor:.3f}"
-        log.add(row)
-        keys = ("status", "median_ms", "times_floor", "peak_extra_mib", *ERRORS)
-        sys.stdout.write(f"{name:24} {'  '.join(str(row[key]) or '-' for key in keys)}\n")
-        sys.stdout.flush()
+        if name == "floor" and columns["status"] == "ok":
+            floor = float(columns["median_ms"])
+        add_row(name, shape, columns | options.environment, floor, log, ERRORS)
         release(device)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU; no record")
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
-    parser.add_argument("--shapes", nargs="+", help="NxV_sxV_txD_sxD_t")
-    parser.add_argument("--rep-ms", type=float, default=100, help="of timed calls, about")
-    parser.add_argument("--out", type=Path, help="CSV file; default results/cross.csv")
-    options = parser.parse_args(arguments)
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("no CUDA device: pass --tiny to run the same code on small shapes")
-    if options.tiny:
-        options.rep_ms = 1
-    elif options.out is None:
-        options.out = RESULTS / "cross.csv"
-    device, options.environment = "cpu" if options.tiny else "cuda", environment()
-    options.only = [name for name in IMPLEMENTATIONS if name in options.only]
-    log = RowLog(options.out, FIELDS)
-    for seed, text in enumerate(options.shapes or (TINY_SHAPES if options.tiny else SHAPES)):
-        run_shape(Shape.parse(text), seed, options, device, log)
-    return int(any(row["status"].startswith("refused") for row in log.rows))
+    description, out = __doc__.splitlines()[0], RESULTS / "cross.csv"
+    options = parse_options(arguments, description, IMPLEMENTATIONS, SHAPES, TINY_SHAPES, out)
+    return measure_all(options, FIELDS, run_shape)
 
 
 if __name__ == "__main__":

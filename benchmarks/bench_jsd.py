@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from jsd_pairs import Case, Errors, Pair, Shape, errors, random_and_near_converged, random_case
 from peers import COMPILED, PACKAGES, PEERS, Prepare, floor_step
-from record import RESULTS, RowLog, environment, package_versions
+from record import RESULTS, RowLog, environment, package_versions, say
 from timing import MIB, milliseconds, release
 from torch import Tensor
 
@@ -214,10 +214,10 @@ def add_row(
     if floors and row["median_ms"] and name != "floor":
         row["times_floor"] = f"{float(row['median_ms']) / floors[-1]:.3f}"
     setup.log.add(row)
-    say(row)
+    say_row(row)
 
 
-def say(row: dict[str, Any]) -> None:
+def say_row(row: dict[str, Any]) -> None:
     """A line about a row."""
     shape = "x".join(str(row[key]) for key in ("N", "V", "D_s", "D_t"))
     budget = f"{row['budget_bytes'] / MIB:g} MiB" if row["budget_bytes"] else ""
@@ -227,8 +227,7 @@ def say(row: dict[str, Any]) -> None:
         line += f" {row['peak_extra_mib']:>9} MiB  " if row["peak_extra_mib"] else ""
     if row["near_loss_error"]:
         line += " ".join(row[field] or "-" for field in ERROR_FIELDS)
-    sys.stdout.write(f"{line}  {'' if row['status'] == 'ok' else row['status']}".rstrip() + "\n")
-    sys.stdout.flush()
+    say(f"{line}  {'' if row['status'] == 'ok' else row['status']}".rstrip())
 
 
 def make_groups(options: argparse.Namespace) -> Iterator[Group]:
@@ -312,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     log, start = RowLog(options.out, FIELDS), time.monotonic()
     run_all(options, Setup(device, options.rep_ms, log, where))
     where_to = options.out or "nothing written"
-    sys.stdout.write(f"{len(log.rows)} cases in {time.monotonic() - start:.0f} s: {where_to}\n")
+    say(f"{len(log.rows)} cases in {time.monotonic() - start:.0f} s: {where_to}")
     failed = [row for row in log.rows if row["implementation"] in OURS and row["status"] != "ok"]
     for row in failed:
         sys.stderr.write(f"{row['implementation']}: {row['status']}\n")

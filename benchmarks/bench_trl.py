@@ -28,7 +28,7 @@ from bench_train_step import BATCH_SIZE, StepTimer
 from datasets import Dataset
 from peft import LoraConfig
 from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
-from record import RESULTS, RowLog, environment, package_versions
+from record import RESULTS, RowLog, environment, package_versions, say
 
 from gold_kernels.integrations.trl import patch_trl
 
@@ -176,8 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             row |= measure(case, options.completion_tokens, options.tiny)
         log.add(checked(row, log.rows))
-        sys.stdout.write(f"{time.monotonic() - started:.0f} s: {log.rows[-1]}\n")
-        sys.stdout.flush()
+        say(f"{time.monotonic() - started:.0f} s: {log.rows[-1]}")
     return int(any(row["status"] != "ok" for row in log.rows))
 
 

@@ -21,7 +21,7 @@ Peak memory is above the inputs; peak_extra_mib also leaves out the returned gra
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from jsd_pairs import Case
 from peers import floor_step
-from record import RESULTS, RowLog, environment
+from record import RESULTS, RowLog, environment, say
 from timing import MIB, milliseconds, release
 from torch import Tensor
 from uld_pairs import (
@@ -159,17 +159,23 @@ def measure(
     return columns
 
 
-def add_row(name: str, shape: Shape, columns: dict[str, Any], floor: float, log: RowLog) -> None:
+def add_row(
+    name: str,
+    shape: Shape,
+    columns: dict[str, Any],
+    floor: float,
+    log: RowLog,
+    errors: Sequence[str] = ERROR_FIELDS,  # that are said
+) -> None:
     """Write the row and say so."""
-    row = dict.fromkeys(FIELDS, "") | {"implementation": name, "dtype": "bfloat16"}
+    row = dict.fromkeys(log.fields, "") | {"implementation": name, "dtype": "bfloat16"}
     row |= dict(zip(("N", "V_s", "V_t", "D_s", "D_t"), shape, strict=True)) | columns
     if floor and row["median_ms"]:
         row["times_floor"] = f"{float(row['median_ms']) / floor:.3f}"
     log.add(row)
-    keys = ("median_ms", "times_floor", "peak_extra_mib", *ERROR_FIELDS)
+    keys = ("median_ms", "times_floor", "peak_extra_mib", *errors)
     line = f"{name:20}{'x'.join(map(str, shape)):30}{row['status']:4}"
-    sys.stdout.write(f"{line} {'  '.join(str(row[key]) or '-' for key in keys)}\n")
-    sys.stdout.flush()
+    say(f"{line} {'  '.join(str(row[key]) or '-' for key in keys)}")
 
 
 def run_shape(
@@ -187,39 +193,55 @@ def run_shape(
         release(device)
 
 
-def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_options(
+    arguments: list[str] | None,
+    description: str,
+    implementations: Sequence[str],
+    shapes: Sequence[str],
+    tiny_shapes: Sequence[str],
+    out: Path,
+) -> argparse.Namespace:
+    """Of this benchmark and of bench_cross.py; what is not given gets its default."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU; no record")
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument("--only", nargs="+", choices=implementations, default=implementations)
     parser.add_argument("--shapes", nargs="+", help="NxV_sxV_txD_sxD_t")
     parser.add_argument("--rep-ms", type=float, default=100, help="of timed calls, about")
-    parser.add_argument("--out", type=Path, help="CSV file; default results/uld.csv")
+    parser.add_argument("--out", type=Path, help=f"CSV file; default results/{out.name}")
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device: pass --tiny to run the same code on small shapes")
-    if options.shapes is None:
-        options.shapes = TINY_SHAPES if options.tiny else SHAPES
+    texts = options.shapes or (tiny_shapes if options.tiny else shapes)
+    options.shapes = [Shape.parse(text) for text in texts]  # all, before the first is timed
     if options.tiny:
         options.rep_ms = 1
     elif options.out is None:
-        options.out = RESULTS / "uld.csv"
+        options.out = out
     # the floor is what the others are divided by
-    options.only = [name for name in IMPLEMENTATIONS if name in options.only]
+    options.only = [name for name in implementations if name in options.only]
+    options.environment = environment()
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_options(arguments)
-    device = "cpu" if options.tiny else "cuda"
-    shapes = [Shape.parse(text) for text in options.shapes]  # all, before the first is timed
-    options.environment = environment()
-    log = RowLog(options.out, FIELDS)
-    for seed, shape in enumerate(shapes):
+def measure_all(
+    options: argparse.Namespace,
+    fields: Sequence[str],
+    run_shape: Callable[[Shape, int, argparse.Namespace, str, RowLog], None],
+) -> int:
+    """The exit code: 1 where an error exceeds its limit."""
+    device, log = "cpu" if options.tiny else "cuda", RowLog(options.out, fields)
+    for seed, shape in enumerate(options.shapes):
         run_shape(shape, seed, options, device, log)
     refused = [row for row in log.rows if row["status"].startswith("refused")]
     for row in refused:
         sys.stderr.write(f"{row['implementation']}: {row['status']}\n")
     return 1 if refused else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    description, out = __doc__.splitlines()[0], RESULTS / "uld.csv"
+    options = parse_options(arguments, description, IMPLEMENTATIONS, SHAPES, TINY_SHAPES, out)
+    return measure_all(options, FIELDS, run_shape)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, RowLog, environment, package_versions
+from record import RESULTS, RowLog, environment, package_versions, say
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -109,8 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row = {"engine": engine, "case": case, "compared_with": name}
                 row |= row_of(result, runs[name].result()[case])
                 log.add(row | where)
-                sys.stdout.write(f"{row}\n")
-                sys.stdout.flush()
+                say(str(row))
 
 
 if __name__ == "__main__":

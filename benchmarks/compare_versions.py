@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from jsd_pairs import Case
-from record import RESULTS, RowLog, environment
+from record import RESULTS, RowLog, environment, say
 from torch import Tensor
 from uld_pairs import HYBRID, Shape, random_case, random_overlap
 
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
                 row = compare(other, loss, head, shape, device, options.repeats)
                 row |= {"before_sha": options.before_sha, **where}
                 log.add(row)
-                sys.stdout.write(" ".join(f"{key}={row[key]}" for key in FIELDS[:12]) + "\n")
+                say(" ".join(f"{key}={row[key]}" for key in FIELDS[:12]))
     return 0 if all(row["is_equal"] for row in log.rows) else 1
 
 

@@ -6,7 +6,7 @@ renews their rows.
 import sys
 from pathlib import Path
 
-from record import environment
+from record import environment, say
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -32,7 +32,7 @@ def main(wanted: list[str]) -> None:
     outcomes = sweep([case for case in architectures() if not wanted or case[0] in wanted])
     if wanted:
         for outcome in outcomes:
-            sys.stdout.write(f"{outcome}\n")
+            say(str(outcome))
     fresh = {(row["model_type"], row["architecture"]): row for row in as_rows(outcomes)}
     if wanted:
         old = {(row["model_type"], row["architecture"]): row for row in read_rows()}

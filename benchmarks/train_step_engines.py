@@ -32,7 +32,7 @@ import torch
 from bench_train_step import TIMED_STEPS, WARM_UP_STEPS, loss_error
 from peft import LoraConfig
 from qwen3_vl_shapes import build_student, build_teacher, processor_of_448_pixels, rows
-from record import RowLog, environment, package_versions
+from record import RowLog, environment, package_versions, say
 from teacher_kinds import SAVED, config_fields, max_length, prepare_teacher
 from timing import now
 from torch.utils.data import Sampler, SequentialSampler
@@ -54,6 +54,11 @@ FIELDS = (
     *("peak_gib", "reserved_gib", "resident_gib", "loss_error", "first_loss", "grad_norm"),
     *("device", "torch", "triton", "transformers", *VERSIONS, "git_sha"),
 )
+
+
+def say_row(row: dict[str, Any]) -> None:
+    """Of a worker to the process that started it, on a line of its own."""
+    say(f"\n{ROW}{json.dumps(row)}")
 
 
 class Launch(NamedTuple):
@@ -119,14 +124,11 @@ class Lengths(TrainerCallback):
 
     def _print(self, numbers: dict[str, Any]) -> None:
         if self.trainer.is_world_process_zero():
-            sys.stdout.write(f"\n{ROW}{json.dumps(self.row | numbers)}\n")
-            sys.stdout.flush()
+            say_row(self.row | numbers)
 
     def stopped(self, status: str) -> None:
         """Of any rank: the others do not come to say anything."""
-        row = self.row | {"completion_tokens": self.length, "status": status}
-        sys.stdout.write(f"\n{ROW}{json.dumps(row)}\n")
-        sys.stdout.flush()
+        say_row(self.row | {"completion_tokens": self.length, "status": status})
 
 
 class InOrder(GOLDTrainer):
@@ -206,10 +208,9 @@ def work(launch: Launch, options: argparse.Namespace, folder: Path) -> int:
         trainer.train()
     except torch.OutOfMemoryError:
         if lengths is None:
-            sys.stdout.write(f"\n{ROW}{json.dumps(first | {'status': 'out of memory'})}\n")
+            say_row(first | {"status": "out of memory"})
         else:
             lengths.stopped("out of memory")
-        sys.stdout.flush()
         os._exit(1)  # a rank that waits for another would wait in its group's end too
     return 0
 
@@ -338,8 +339,7 @@ def main(options: argparse.Namespace) -> int:
                 row = {"batch_size": options.batch_size, "options": " ".join(options.set)} | row
                 row.setdefault("num_gpus", num_gpus_of(launch, options))
                 log.add(where | checked(row, log.rows))
-                sys.stdout.write(f"{time.monotonic() - started:.0f} s: {row}\n")
-                sys.stdout.flush()
+                say(f"{time.monotonic() - started:.0f} s: {row}")
     return int(any(row["status"].startswith(("failed", "refused")) for row in log.rows))
 
 
