@@ -38,7 +38,7 @@ class Mover:
         return self.move(self.pinned(tensor))
 
     def pinned(self, tensor: Tensor) -> Tensor:
-        return pinned(tensor, self.args.device) if self.args.dataloader_pin_memory else tensor
+        return pinned(tensor, self.args)
 
     def move(self, tensor: Tensor) -> Tensor:
         finish = self.finish()

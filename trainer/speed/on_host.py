@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers import TrainingArguments
 
 from gold_trainer.speed.replacing import Replacement
 
@@ -35,9 +36,10 @@ class Copied(NamedTuple):
     version: int  # of the tensor on the device, which counts its changes in place
 
 
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """In memory from which the device copies without anybody waiting for it."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+def pinned(tensor: Tensor, args: TrainingArguments) -> Tensor:
+    """In memory from which the device copies without anybody waiting for it, if that is wanted."""
+    is_wanted = args.dataloader_pin_memory and args.device.type == "cuda"
+    return tensor.pin_memory() if is_wanted else tensor
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -52,7 +54,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device, without anybody waiting for it."""
-    return moved(pinned(tensor, device), device)
+    return moved(tensor.pin_memory() if device.type == "cuda" else tensor, device)
 
 
 def host_of(tensor: Tensor) -> Tensor | None:

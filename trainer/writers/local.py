@@ -141,8 +141,7 @@ class LocalWriter(Writer):
         self.made = None  # before there are others
         processor = self.collator.processor
         tensors = process_examples(processor, examples)
-        if self.args.dataloader_pin_memory:
-            tensors = {name: pinned(t, self.args.device) for name, t in tensors.items()}
+        tensors = {name: pinned(tensor, self.args) for name, tensor in tensors.items()}
         self.made = PromptTensors(processor, list(examples), tensors)
 
     def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
