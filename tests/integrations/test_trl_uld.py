@@ -11,8 +11,8 @@ from gold_kernels.integrations.trl.uld import Side, find_groups
 from support import logit_forms
 from support.tiny_models import tiny, tiny_rows
 from support.trl_trainers import (
-    LargestTensor,
     assert_equal,
+    assert_no_logits_are_made,
     assert_same_losses,
     batch_of,
     build,
@@ -206,17 +206,7 @@ def test_no_logits_of_a_batch_are_made(options, tmp_path):
     rows = tiny_rows(6)
     options = {"per_device_train_batch_size": 6, "dtype": torch.float32, **options}
     trainer = build("uld", tmp_path, models, rows=rows, **options)
-    batch = batch_of(trainer)
-    weight = trainer.model.lm_head.weight
-    num_scored = int((batch["labels"] != -100).sum())
-    assert num_scored > 1.5 * weight.shape[1], "scored logits must be larger than a gradient"
-    found = []
-    for is_patched in (False, True):
-        with patched(is_patched, chunk_size=8), LargestTensor() as largest:
-            trainer.compute_loss(trainer.model, dict(batch)).backward()
-        found.append(largest.numel)
-    assert found[0] >= batch["labels"].numel() * weight.shape[0]
-    assert found[1] <= weight.numel()
+    assert_no_logits_are_made(trainer, chunk_size=8)
 
 
 def test_logits_that_a_caller_holds_go_to_trl(tmp_path):

@@ -36,11 +36,7 @@ def oracle(beta, tau, has_labels=True):
             group_temperature=tau,
             temperature=TEMPERATURE,
         )
-        labels = CASE.options["labels"]
-        is_label = labels >= 0
-        log_q = reference.log_probs(logits[is_label], 1.0)
-        hard = log_q.gather(1, labels[is_label].unsqueeze(1)).squeeze(1)
-        return loss - has_labels * (hard * CASE.label_weights[is_label]).sum()
+        return loss + has_labels * CASE.hard_loss(logits)
 
     return CASE.run(eager, torch.float64)
 

@@ -187,3 +187,18 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.numel())
         return made
+
+
+def assert_no_logits_are_made(trainer, chunk_size):
+    """TRL's step has a tensor of all logits, the patched one none larger than the head."""
+    batch = batch_of(trainer)
+    weight = trainer.model.lm_head.weight
+    num_scored = int((batch["labels"] != -100).sum())
+    assert num_scored > 1.5 * weight.shape[1], "scored logits must be larger than a gradient"
+    found = []
+    for is_patched in (False, True):
+        with patched(is_patched, chunk_size=chunk_size), LargestTensor() as largest:
+            trainer.compute_loss(trainer.model, dict(batch)).backward()
+        found.append(largest.numel)
+    assert found[0] >= batch["labels"].numel() * weight.shape[0]
+    assert found[1] <= weight.numel()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels import TokenAlignment, VocabOverlap
+from gold_kernels import TokenAlignment, VocabOverlap, reference
 from gold_kernels.tokens.alignment import SpanGroups
 from gold_kernels.uld import reference as reference_uld
 
@@ -38,6 +38,14 @@ class ULDCase(NamedTuple):
             options["label_weights"] = self.label_weights.to(device, wide)
         loss = function(*tensors, row_weights.to(wide), **options)
         return [loss, *torch.autograd.grad(loss, (*tensors[:2], bias))]
+
+    def hard_loss(self, student_logits: Tensor) -> Tensor:  # (N_s, V_s), to ()
+        """The weighed cross-entropy of the labels."""
+        labels = self.options["labels"]
+        is_label = labels >= 0
+        log_q = reference.log_probs(student_logits[is_label], 1.0)
+        hard = log_q.gather(1, labels[is_label].unsqueeze(1)).squeeze(1)
+        return -(hard * self.label_weights[is_label]).sum()
 
     def oracle(self) -> list[Tensor]:
         options = {"weight_hard": 1.0} if "labels" in self.options else {}
