@@ -28,10 +28,10 @@ FAST := \
 # files side by side, in the order of tests/conftest.py: xdist's own begins with those of many tests
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test fast fuzz soak sweep matrix lint types coverage bench docs clean
+.PHONY: help demo test fast fuzz soak sweep matrix lint types served-teacher coverage bench docs clean
 
 help:  ## the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 demo: .venv/installed-demo  ## handwritten digits: a teacher learns, a student learns from it; no download
 	$(BIN)/python -m gold_trainer demo

@@ -52,7 +52,7 @@ DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 setup(
     name="gold-kernels",
     version=VERSION,
-    description="Fused linear distillation losses and a GOLD trainer for vision-language models",
+    description="Distillation for language and vision-language models without full logits",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     keywords=[
