@@ -144,7 +144,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 def end_ids_of(model: nn.Module, processor: Processor) -> list[int]:
     """Tokens that end a generation: the model's own and the tokenizer's."""
-    ids = base_model(model).generation_config.eos_token_id
+    ids = getattr(base_model(model).generation_config, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return sorted({*ids, tokenizer_of(processor).eos_token_id})
 

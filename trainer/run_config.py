@@ -284,8 +284,8 @@ def _check_accelerator(config: Any) -> None:
     unknown = [name for name in values if name not in known]
     if unknown:
         raise ValueError(
-            f"GOLDConfig: accelerator_config must hold {', '.join(known)}, got {unknown[0]!r}; "
-            "check its spelling."
+            f"GOLDConfig: accelerator_config must hold {', '.join(known)}, got "
+            f"{unknown[0]!r}{did_you_mean(unknown[0], known)}."
         )
     accumulation = values.get("gradient_accumulation_kwargs") or {}
     if "num_steps" in accumulation:
@@ -298,7 +298,7 @@ def _check_accelerator(config: Any) -> None:
         if name not in known:
             raise ValueError(
                 "GOLDConfig: gradient_accumulation_kwargs of accelerator_config must hold "
-                f"{', '.join(known[1:])}, got {name!r}; check its spelling."
+                f"{', '.join(known[1:])}, got {name!r}{did_you_mean(name, known[1:])}."
             )
     for name, value in values.items():
         if not isinstance(value, bool | dict | None):

@@ -20,6 +20,7 @@ from gold_trainer.resuming import (
     find_checkpoint,
 )
 from gold_trainer.run_lock import RunLock
+from gold_trainer.savable import check_savable
 from gold_trainer.teachers.offloaded import delete_left
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def survive(
     kept = gather_object(folders)  # of all ranks
 
     def start() -> str | None:
+        student: Any = accelerator.unwrap_model(trainer.model)
+        processor = trainer.prepared.student_processor
+        check_savable(student, processor, args, is_due=args.save_strategy != "no")
         lock.acquire()
         checkpoints.refuse_others(output_dir, args.save_total_limit)
         delete_left(output_dir, kept)
@@ -56,7 +60,7 @@ def survive(
         checkpoint = find_checkpoint(
             wanted,
             output_dir,
-            trainer.accelerator.unwrap_model(trainer.model),
+            student,
             keeps_earlier=keeps_earlier,
             is_sharded=is_sharded,
             num_ranks=args.world_size,

@@ -101,7 +101,7 @@ def test_what_a_library_reads_passes(tmp_path):
         ),
         (
             {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each": True}}},
-            "must hold adjust_scheduler, .*, got 'sync_each'; check its spelling",
+            "must hold adjust_scheduler, .*, got 'sync_each'; did you mean sync_each_batch",
         ),
         (
             {"accelerator_config": {"even_batches": "false"}},
