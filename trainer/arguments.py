@@ -1,10 +1,7 @@
-"""Arguments of GOLDTrainer: of its constructor their names and kinds, before models load; rows that
-it is to evaluate.
-"""
+"""Arguments of GOLDTrainer's constructor: their names and kinds, looked at before models load."""
 
 import inspect
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +13,7 @@ from gold_trainer.batches import WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset
 from gold_trainer.nearest import did_you_mean
-from gold_trainer.row_errors import shown, told
+from gold_trainer.row_errors import told
 
 # Arguments that other trainers have, and what to do here.
 OTHER_ARGUMENTS = {
@@ -61,36 +58,6 @@ class KnownArguments:
                     f"{meant or '; they are ' + ', '.join(known)}."
                 )
         return super().__new__(cls)
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """See transformers.Trainer.evaluate."""
-        _check_evaluated(eval_dataset, getattr(self, "eval_dataset", None))
-        return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
-
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """See transformers.Trainer.predict: metrics, as there are no logits."""
-        if isinstance(test_dataset, Mapping):
-            raise ValueError(
-                "GOLDTrainer: predict takes one dataset, got a dict of "
-                f"{shown(list(test_dataset))}; pass one of them, or call evaluate."
-            )
-        return super().predict(test_dataset, *args, **kwargs)  # type: ignore[misc]
-
-
-def _check_evaluated(given: Any, own: Any) -> None:
-    """given: None or a name for those of the constructor, which are own."""
-    if isinstance(given, str) and not (isinstance(own, Mapping) and given in own):
-        there = "no dict of them" if not isinstance(own, Mapping) else f"one of {shown(list(own))}"
-        raise ValueError(
-            f"GOLDTrainer: evaluate takes rows, or the name of an eval_dataset, got {given!r} and "
-            f"{there}; pass the rows themselves."
-        )
-    if isinstance(given, Mapping) and (not given or None in given.values()):
-        raise ValueError(
-            "GOLDTrainer: evaluate takes a dataset, or a dict of at least one by name, got "
-            f"{shown({name: type(part).__name__ for name, part in given.items()})}; pass the rows, "
-            "or nothing for those of eval_dataset."
-        )
 
 
 def check_arguments(

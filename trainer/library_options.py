@@ -171,7 +171,8 @@ def check_best_metric(args: GOLDConfig, names: Collection[str], eval_dataset: An
         return
     parts = list(eval_dataset) if isinstance(eval_dataset, dict) else []
     known = [*names, *BESIDE]
-    known += [f"{part}_{name}" for part in parts for name in known]
+    if parts:  # none of all together
+        known = [f"{part}_{name}" for part in parts for name in known]
     if metric.removeprefix("eval_") not in known:
         raise ValueError(
             f"GOLDTrainer: metric_for_best_model must be one of {', '.join(known)}, got "

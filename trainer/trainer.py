@@ -24,16 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from gold_trainer import arguments, checkpoints, loading, models, refusals, sharding
 from gold_trainer.ahead import WindowSource
-from gold_trainer.bad_rows import SkippedRows, tolerant, tolerant_collator
+from gold_trainer.bad_rows import SkippedRows, tolerant_collator
 from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.collator import Processor, tokenizer_of
 from gold_trainer.config import GOLDConfig
+from gold_trainer.evaluating import Evaluating
 from gold_trainer.hub import pushing
 from gold_trainer.library_options import check_best_metric
 from gold_trainer.metrics import MetricWindow
@@ -57,7 +58,7 @@ from gold_trainer.window import RepeatSampler, Rollouts, window_rows
 from gold_trainer.writers import connect, make_writers
 
 
-class GOLDTrainer(arguments.KnownArguments, Trainer):
+class GOLDTrainer(arguments.KnownArguments, Evaluating):
     """Trains `model` towards `teacher_model`, by default with the generalized JSD of teacher P and
     student Q:
 
@@ -73,8 +74,6 @@ class GOLDTrainer(arguments.KnownArguments, Trainer):
     of docs/data.md. Loss and gradients do not depend on how the global batch is split into micro-
     batches and ranks. token_weighting: see ScoredTokens and docs/training.md.
     """
-
-    args: GOLDConfig
 
     def __init__(
         self,
@@ -180,21 +179,6 @@ class GOLDTrainer(arguments.KnownArguments, Trainer):
     @property
     def teacher_model(self) -> nn.Module | None:
         return self.teacher.model
-
-    def _eval_rows(self, dataset: Any) -> Any:
-        return read_rows(dataset, self.args, **self.prepared.eval_row_options)
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        rows = tolerant(dataset) if self.args.on_bad_row == "skip" else dataset
-        return super()._get_dataloader(rows, *args, **kwargs)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            return self.get_test_dataloader(eval_dataset)  # not kept in the place of its own
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return super().get_test_dataloader(self._eval_rows(test_dataset))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """With num_generations > 1 rows come as RepeatSampler has them."""
