@@ -20,8 +20,7 @@ from gold_trainer.columns import SHAPE_COLUMNS, names_of
 from gold_trainer.json_files import JSON_SUFFIXES, json_rows, no_utf8
 from gold_trainer.messages import parsed_messages
 from gold_trainer.pictures import undecoded
-
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+from gold_trainer.split_files import BUILDERS, METADATA, SAVED, json_file_of
 
 
 @dataclass
@@ -288,16 +287,16 @@ def _load_folder(path: Path, split: str) -> Sequence[dict[str, Any]]:
     saved = saved_splits(path)
     if saved is not None:
         return _sliced(saved, split, path)
-    files = {file.stem: file for suffix in JSON_SUFFIXES for file in path.glob(f"*{suffix}")}
-    bases = split_names(split)
-    if bases and set(bases) <= set(files):
-        return _sliced({base: list(json_rows(files[base])) for base in bases}, split, path)
+    files = {base: json_file_of(path, base) for base in split_names(split)}
+    found = {base: file for base, file in files.items() if file is not None}
+    if files and len(found) == len(files):
+        return _sliced({base: list(json_rows(file)) for base, file in found.items()}, split, path)
     return load_files_of(path, split)
 
 
 def saved_splits(path: Path) -> dict[str, datasets.Dataset] | None:
     """Of a save_to_disk folder; None for another."""
-    if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
+    if not any((path / name).exists() for name in SAVED):
         return None
     saved = datasets.load_from_disk(str(path))
     return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
@@ -305,7 +304,7 @@ def saved_splits(path: Path) -> dict[str, datasets.Dataset] | None:
 
 def load_files_of(path: Path, split: str, **options: Any) -> Any:
     """Of a folder: pictures with metadata, or files."""
-    if any((path / f"metadata{suffix}").exists() for suffix in (".jsonl", ".csv", ".parquet")):
+    if any((path / name).exists() for name in METADATA):
         return load_split("imagefolder", split, data_dir=str(path), **options)
     return load_split(str(path), split, **options)
 

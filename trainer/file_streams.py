@@ -14,7 +14,6 @@ import datasets
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gold_trainer.data_files import (
-    BUILDERS,
     DataArguments,
     csv_options,
     load_files_of,
@@ -27,6 +26,7 @@ from gold_trainer.data_files import (
 )
 from gold_trainer.json_files import JSON_SUFFIXES, json_rows
 from gold_trainer.pictures import undecoded
+from gold_trainer.split_files import BUILDERS, json_file_of
 
 SLICE = re.compile(r"(?P<name>[^\[\]+%]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
@@ -92,11 +92,10 @@ def load_stream(data_args: DataArguments, purpose: Literal["train", "eval"]) -> 
 
 
 def _json_file(path: Path, split: str) -> Path | None:
-    """The file itself, or SPLIT.jsonl or SPLIT.json in a folder."""
+    """The file itself, or that of the split in a folder."""
     if path.is_file():
         return path if path.suffix in JSON_SUFFIXES else None
-    files = [path / f"{split}{suffix}" for suffix in JSON_SUFFIXES]
-    return next((file for file in files if file.is_file()), None)
+    return json_file_of(path, split)
 
 
 def _open(name: str, path: Path | None, split: str, data_args: DataArguments) -> Any:
