@@ -15,9 +15,9 @@ from gold_kernels.triton.launch import aligned_width
 
 DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
 # Rows of a chunk are a multiple of one of these: 256 rows are two programs of a row kernel on each
-# multiprocessor of a Hopper GPU, 16 fill tiles of GEMMs, and of few rows every one counts, since
-# reading the heads takes most of the time.
-ROW_MULTIPLES = ((256, 256), (64, 16), (8, 8))  # at so many rows or more, a multiple of
+# multiprocessor of a Hopper GPU. Of fewer every one counts, since reading the heads takes most of
+# the time; 4 are 16 bytes of float32, and kernels are compiled for pointers that are aligned so.
+ROW_MULTIPLES = ((256, 256), (8, 4))  # at so many rows or more, a multiple of
 # Where a 16-bit gradient may lie over the logits of its row. Not on a CPU: what is behind it in the
 # row is read there (chunking.py). "meta" stands for a GPU in plans.
 PACKED_ON = ("cuda", "meta")
@@ -114,7 +114,7 @@ def plan_chunks(
         return ChunkPlan(num_rows, num_rows)
     # the gradient of a slice may be too small for what that of the widest one holds
     lent = 2 * student.weight.numel() if is_bfloat16 and student.slices is None else 0
-    if is_one:
+    if is_one and num_rows * row.beside_grad <= budget:
         plans = _plans_of_panel(num_rows, budget - num_rows * row.beside_grad, lent, row)
     else:
         plans = _plans_of_panels(num_rows, budget, lent, row)
@@ -127,7 +127,8 @@ def _plans_of_panels(num_rows: int, budget: int, lent: int, row: _RowBytes) -> I
     panel = _even_rows(num_rows, budget // 2 // row.panel)
     yield from _plans_of_panel(panel, budget - panel * row.panel, 0, row)
     for part in (1, 2):
-        panel = _even_rows(num_rows, lent // part // row.grad)
+        limit = min(lent // part // row.grad, budget // max(1, row.beside_grad))
+        panel = _even_rows(num_rows, limit)
         if panel * row.grad <= lent // part:
             room, left = budget - panel * row.beside_grad, lent - panel * row.grad
             yield from _plans_of_panel(panel, room, left, row, ("panel",))
@@ -140,7 +141,8 @@ def _plans_of_panel(
     lend: tuple[str, ...]
     for lend in ((), ("student",), ("student", "teacher")):
         inside = sum(getattr(row, side) for side in lend)
-        limit = room // max(1, row.chunk - inside)
+        outside = row.chunk - inside
+        limit = room // outside if outside else panel
         if inside:
             limit = min(limit, lent // inside)
         if limit > 0 or not lend:

@@ -27,7 +27,7 @@ def planned(num_rows, budget, v=151936, d_s=2048, d_t=4096, **limits):
     return plan_chunks(head(d_s), head(d_t), Needs(True, True, False), limits)
 
 
-@pytest.mark.parametrize("budget", [32, 64, 256, 1024])
+@pytest.mark.parametrize("budget", [4, 16, 32, 64, 256, 1024])
 @pytest.mark.parametrize("num_rows", [600, 4096, 5000, 16384, 65536])
 def test_a_small_budget_makes_as_many_rows_at_a_time_as_products_need(num_rows, budget):
     plan = planned(num_rows, budget * MIB)
@@ -39,6 +39,14 @@ def test_the_larger_the_budget_the_less_is_lent():
     assert planned(4096, 256 * MIB) == (512, 4096, ("student", "teacher"))
     assert planned(4096, 1024 * MIB) == (1024, 4096, ("student",))
     assert planned(4096, 8192 * MIB) == (4096, 4096, ())
+
+
+def test_copies_of_hidden_states_stay_within_the_budget():
+    """4096 rows of 2048 numbers are 16 MiB, the panel's own rows of which are copied."""
+    assert planned(4096, 16 * MIB) == (512, 4096, ("student", "teacher"))
+    plan = planned(4096, 8 * MIB)
+    assert plan == (256, 1024, ("panel", "student", "teacher"))
+    assert plan.panel * 2048 * 2 <= 8 * MIB
 
 
 def test_heads_in_other_dtypes_and_frozen_ones_lend_nothing():
