@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.triton.launch import row_block
+from gold_kernels.triton.launch import is_over, row_block
 from gold_kernels.triton.lines import BITS, NATS, kl_entries
 from gold_kernels.triton.shared_rows import load_pair, open_row, store_gradient
 
@@ -370,8 +370,7 @@ def jsd_rows_(
         HAS_MASKS=has_masks,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
-        IS_PACKED=grad.data_ptr() == student_logits.data_ptr()
-        and grad.dtype != student_logits.dtype,
+        IS_PACKED=is_over(grad, student_logits),
         BLOCK_V=block_v,
         LINE=line,
         num_warps=num_warps,

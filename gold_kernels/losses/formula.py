@@ -79,7 +79,7 @@ class FormulaLoss(RowLoss):
 
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
         if self._has_kernel(rows):
-            return limits
+            return limits._replace(may_pack=True)
         return without_scratch(limits)
 
     def start(self, rows: Rows) -> RowFunction:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.triton.launch import row_block
+from gold_kernels.triton.launch import is_over, row_block
 from gold_kernels.triton.lines import BITS, NATS, at_least
 from gold_kernels.triton.shared_rows import load_pair, open_row, store_gradient
 
@@ -80,6 +80,7 @@ def write_gradient(
     HAS_PAIR: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
@@ -88,6 +89,8 @@ def write_gradient(
         columns, is_column, student, teacher = load_pair(
             student_ptr, teacher_ptr, start, vocab_size, teacher_scale, HAS_PAIR, BLOCK_V, LINE
         )
+        if IS_PACKED:  # what is stored below lies over what was read here and before
+            tl.debug_barrier()
         log_q, log_p, log_ratio = log_probs(student, teacher, row_sums, bits)
         _, slope = ENTRIES(log_q, log_p, log_ratio, numbers[0], numbers[1])
         grad = (slope - tl.exp(log_q) * total) * scale
@@ -101,7 +104,7 @@ def write_gradient(
 def formula_rows_kernel(
     student_ptr,  # (C, V) logits
     teacher_ptr,  # (C, V) logits
-    grad_ptr,  # (C, V) overwritten with the gradient; may be student_ptr
+    grad_ptr,  # (C, V) overwritten with the gradient; may be student_ptr, and IS_PACKED over it
     weights_ptr,  # (C, T) float32: of the loss and, if HAS_LABELS, of the cross-entropy
     labels_ptr,  # (C,) int64, read if HAS_LABELS
     values_ptr,  # (2, C) float32, overwritten: loss and cross-entropy of each row
@@ -120,6 +123,7 @@ def formula_rows_kernel(
     HAS_LABELS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
@@ -144,7 +148,7 @@ def formula_rows_kernel(
         write_gradient(
             student_ptr, teacher_ptr, grad_ptr + row * grad_row_stride, vocab_size, teacher_scale,
             row_sums, bits, numbers, total, row_weight * inverse_temperature, row_terms, softcap,
-            ENTRIES, HAS_PAIR, HAS_LABELS, HAS_SOFTCAP, BLOCK_V, LINE,
+            ENTRIES, HAS_PAIR, HAS_LABELS, HAS_SOFTCAP, IS_PACKED, BLOCK_V, LINE,
         )  # fmt: skip
 
 
@@ -186,6 +190,7 @@ def formula_rows_(
         HAS_LABELS=labels is not None,
         HAS_SOFTCAP=softcap is not None,
         NEEDS_GRAD=grad_logits is not None,
+        IS_PACKED=is_over(grad, student_logits),
         BLOCK_V=block_v,
         LINE=line,
         num_warps=num_warps,

@@ -96,7 +96,7 @@ def formula_slice_gradient_kernel(
         grad_ptr + row * grad_row_stride, vocab_size, teacher_scale, sides,
         inverse_temperature * BITS, (first_number, second_number),
         tl.load(sums_ptr + row + sums_stride), row_weight * inverse_temperature, row_terms, softcap,
-        ENTRIES, HAS_PAIR, HAS_LABELS, HAS_SOFTCAP, BLOCK_V, LINE,
+        ENTRIES, HAS_PAIR, HAS_LABELS, HAS_SOFTCAP, False, BLOCK_V, LINE,
     )  # fmt: skip
 
 

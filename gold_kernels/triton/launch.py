@@ -52,6 +52,11 @@ def has_aligned_rows(tensor: Tensor) -> bool:
     return tensor.stride(0) % ROW_ALIGNMENT == 0 and tensor.data_ptr() % ROW_ALIGNMENT == 0
 
 
+def is_over(grad: Tensor, logits: Tensor) -> bool:
+    """16-bit rows lie over the rows of float32 that they are the gradient of."""
+    return grad.data_ptr() == logits.data_ptr() and grad.dtype != logits.dtype
+
+
 def row_block(vocab_size: int, dtype: torch.dtype, largest: int = 4096) -> tuple[int, int, int]:
     """(BLOCK_V, LINE, num_warps) of a kernel that walks one row of vocab_size columns. A line is
     the 16 bytes that a thread loads at once.

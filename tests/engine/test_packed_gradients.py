@@ -3,34 +3,52 @@
 N scored rows, V vocabulary.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
-from gold_kernels import fused_linear_jsd
-from gold_kernels.engine import chunk_plan
+from gold_kernels import fused_linear_jsd, fused_linear_loss
+from gold_kernels.engine import chunk_plan, chunking
 from gold_kernels.jsd import triton_rows
+from gold_kernels.losses import make_loss
+from gold_kernels.triton import formula_rows
 from support.backends import on_every_backend
 from support.jsd_cases import random_case
 
 V = 1088  # of 64 numbers: a CPU reads what is behind a row
 
 
-def run(case, **options):
-    loss = fused_linear_jsd(*case, **options)
+def run(loss_of, case, **options):
+    loss = loss_of(*case, **options)
     return loss.detach(), *torch.autograd.grad(loss, case.student_hidden)
 
 
+def formula(name):
+    return partial(fused_linear_loss, make_loss(name))
+
+
+LOSSES = {f"beta {beta}": partial(fused_linear_jsd, beta=beta) for beta in (0.0, 0.5, 0.7, 1.0)}
+LOSSES |= {name: formula(name) for name in ("skew_kl", "total_variation")}
+
+
 @on_every_backend
-@pytest.mark.parametrize("beta", [0.0, 0.5, 0.7, 1.0])
-def test_packed_gradients_have_the_same_bits(beta, device, backend, monkeypatch):
+@pytest.mark.parametrize("name", LOSSES)
+def test_packed_gradients_have_the_same_bits(name, device, backend, monkeypatch):
     if device == "cpu":  # blocks far smaller than a row
-        monkeypatch.setattr(triton_rows, "row_block", lambda *_: (128, 4, 4))
+        for module in (triton_rows, formula_rows):
+            monkeypatch.setattr(module, "row_block", lambda *_: (128, 4, 4))
+    packed, is_packed = [], chunking.is_packed
+    monkeypatch.setattr(
+        chunking, "is_packed", lambda *args: packed.append(is_packed(*args)) or packed[-1]
+    )
     case = random_case(n=5, v=V if device == "cpu" else 151_936).to(torch.bfloat16, device)
     case.student_weight.requires_grad_(False)
     results = []
     for packed_on in ((), (device,)):
         monkeypatch.setattr(chunk_plan, "PACKED_ON", packed_on)
-        results.append(run(case, beta=beta, backend=backend, chunk_size=3))
+        results.append(run(LOSSES[name], case, backend=backend, chunk_size=3))
+    assert packed == [False, backend == "triton" or name.startswith("beta")], "the precondition"
     for ours, truth in zip(*results, strict=True):
         assert torch.equal(ours, truth)
 
