@@ -6,7 +6,7 @@ N scored rows, V vocabulary, D hidden size.
 import pytest
 import torch
 
-from gold_kernels import fused_linear_jsd, fused_linear_uld, peak_extra_bytes
+from gold_kernels import fused_linear_jsd, fused_linear_uld
 from gold_kernels.engine import chunking
 from gold_kernels.engine.chunk_plan import Limits, Needs, plan_chunks
 from gold_kernels.engine.lent import LentMemory
@@ -116,12 +116,20 @@ def test_more_than_there_is_is_not_lent():
         memory.rows(4, 9, torch.bfloat16)
 
 
+def requested_bytes(call):
+    """Peak of what is asked of a GPU's allocator; blocks that it has kept may be 1 MiB larger."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    call()
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1500, 4000])
 def test_extra_memory_on_a_gpu_is_what_docs_say(num_rows):
     v, d, budget = 32_000, 1024, 64 * MIB
     case = random_case(num_rows, v, d, d).to(torch.bfloat16, "cuda")
     run(fused_linear_jsd, case, budget_bytes=budget)  # compiles
-    peak = peak_extra_bytes(lambda: run(fused_linear_jsd, case, budget_bytes=budget), "cuda")
+    peak = requested_bytes(lambda: run(fused_linear_jsd, case, budget_bytes=budget))
     returned = sum(tensor.nbytes for tensor in case[:2])
     assert peak - returned <= budget + 4 * v * d + MIB, "docs/memory.md, and a few row values"
