@@ -80,6 +80,15 @@ def busy_seconds(kernels: Sequence[Kernel]) -> float:
     return (whole - sum(gap.length for gap in gaps_of(kernels))) / 1e6
 
 
+def idle_by_part(kernels: Sequence[Kernel], num_parts: int = 10) -> list[float]:
+    """Milliseconds of gaps that begin in each part of the stretch."""
+    whole = max(kernel.end for kernel in kernels) - kernels[0].start if kernels else 0.0
+    parts = [0.0] * num_parts
+    for gap in gaps_of(kernels):
+        parts[min(num_parts - 1, int(gap.start / whole * num_parts))] += gap.length / 1e3
+    return parts
+
+
 def describe(kernels: Sequence[Kernel], seconds: float) -> None:
     """Of a step that took so many seconds."""
     say = sys.stdout.write
@@ -90,9 +99,14 @@ def describe(kernels: Sequence[Kernel], seconds: float) -> None:
         say(f"    kind {milliseconds:8.2f} ms {count:6d} x {name}\n")
     for name, (milliseconds, count) in list(times_by(kernels, kind=False).items())[:45]:
         say(f"    {milliseconds:8.2f} ms {count:6d} x {name[:130]}\n")
+    others = [kernel for kernel in kernels if kind_of(kernel.name) in (OTHERS, "copies")]
+    for name, (milliseconds, count) in list(times_by(others, kind=False).items())[:25]:
+        say(f"    other {milliseconds:8.2f} ms {count:6d} x {name[:130]}\n")
     for limit in (10, 50, 1000):
         short = [gap.length for gap in gaps if gap.length < limit]
         say(f"    gaps under {limit} us: {len(short)}, {sum(short) / 1e3:.2f} ms\n")
+    idle = [f"{milliseconds:.1f}" for milliseconds in idle_by_part(kernels)]
+    say(f"    idle in each tenth, ms: {' '.join(idle)}\n")
     for gap in sorted(gaps, key=lambda gap: -gap.length)[:25]:
         say(f"    gap {gap.length / 1e3:7.2f} ms at {gap.start / 1e3:8.2f}")
         say(f" after {gap.before[:50]} before {gap.after[:50]}\n")

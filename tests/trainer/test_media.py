@@ -50,6 +50,27 @@ def test_features_of_pictures_need_no_answer_of_the_device(family, asked, tmp_pa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_given_again_to_who_asks_the_same(family, asked, tmp_path):
+    model, inputs = inputs_of(family, tmp_path)
+    pixels, sizes = inputs["pixel_values"], on_device(inputs["image_grid_thw"])
+    answers = []
+    with (
+        torch.no_grad(),
+        all_replaced([*media.methods_of([model]), *on_host.functions_of([model])]),
+    ):
+        with on_host.answers_kept(answers):
+            expected = model.get_image_features(pixels, sizes).pooler_output
+        num_asked = len(asked)
+        assert answers and num_asked >= len(answers)
+        with on_host.answers_given(answers):
+            actual = model.get_image_features(pixels, sizes).pooler_output
+        assert len(asked) == num_asked, "nothing went to the device"
+        assert all(map(torch.equal, actual, expected))
+        model.get_image_features(pixels, sizes)
+        assert len(asked) > num_asked, "outside of the contexts all is as before"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_placeholders_are_found_and_counted_on_the_host(family, asked, tmp_path):
     model, inputs = inputs_of(family, tmp_path)
     ids, embeds = inputs["input_ids"], model.get_input_embeddings()(inputs["input_ids"])

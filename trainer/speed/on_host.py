@@ -11,7 +11,8 @@ B sequences, L positions.
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import TrainingArguments
 
-from gold_trainer.speed.replacing import Replacement
+from gold_trainer.speed.replacing import Replacement, replaced
 
 FUNCTIONS = "transformers.vision_utils"  # of sizes of pictures alone
 INDEX = "get_rope_index"  # of a model, from ids, masks and sizes of pictures
@@ -105,10 +106,38 @@ def answered(function: Callable) -> Callable:
         device, host = getattr(grid_thw, GOES_TO, grid_thw.device), host_of(grid_thw)
         if host is None or device.type == "cpu":
             return function(grid_thw, *args, **kwargs)
-        answer = _answer(function, host, args, kwargs)
-        return tree_map(lambda value: _to(value, device), answer)
+
+        def ask() -> Any:
+            answer = _answer(function, host, args, kwargs)
+            return tree_map(lambda value: _to(value, device), answer)
+
+        return _through(ask)
 
     return run
+
+
+def _through(ask: Callable[[], Any]) -> Any:
+    return ask()
+
+
+@contextmanager
+def answers_kept(answers: list[Any]) -> Iterator[None]:
+    """What is answered within is appended, as it is on the device."""
+
+    def keep(ask: Callable[[], Any]) -> Any:
+        answers.append(ask())
+        return answers[-1]
+
+    with replaced(sys.modules[__name__], "_through", keep):
+        yield
+
+
+@contextmanager
+def answers_given(answers: list[Any]) -> Iterator[None]:
+    """For whom asks the same once more: nothing goes to the device again."""
+    given = iter(answers)
+    with replaced(sys.modules[__name__], "_through", lambda ask: next(given)):
+        yield
 
 
 def index_of(base: Any) -> list[Replacement]:

@@ -12,10 +12,11 @@ from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.answers import answers_of
 from gold_trainer.speed.attention import AttentionKernels, without_cudnn
-from gold_trainer.speed.compiling import CompiledStep
+from gold_trainer.speed.compiling import CompiledStep, is_regional
 from gold_trainer.speed.on_host import with_positions
 from gold_trainer.speed.packing import Packing
 from gold_trainer.speed.replacing import Replacement, all_replaced
+from gold_trainer.speed.towers import Towers
 from gold_trainer.teachers.by_id import TeachersById
 from gold_trainer.teachers.teacher import Teacher
 
@@ -35,6 +36,7 @@ class FastStep:
         self.compiled = CompiledStep(args, sides, callbacks)
         self.packing = Packing(args, sides)
         self.attention = AttentionKernels(args)
+        self.towers = Towers(sides, can_be_recorded=is_regional(args))
 
     @cached_property
     def answers(self) -> list[Replacement]:
@@ -44,7 +46,8 @@ class FastStep:
     def running(self, batch: WindowBatch) -> Iterator[None]:
         """Around forward and backward pass of a micro-batch."""
         packed, kernels = self.packing.running(), self.attention.running(batch)
-        with packed, kernels, all_replaced(self.answers), self.compiled.running():
+        answers, towers = all_replaced(self.answers), self.towers.running()
+        with packed, kernels, answers, self.compiled.running(), towers:
             yield
 
     @contextmanager
