@@ -30,7 +30,10 @@ def test_a_device_is_busy_while_any_kernel_runs_and_gaps_say_what_they_lie_betwe
     gaps = timeline.gaps_of(KERNELS)
     assert [(gap.start, gap.length) for gap in gaps] == [(300.0, 50.0), (450.0, 1000.0)]
     assert (gaps[1].before, gaps[1].after) == ("nvjet_tst_192x192", "jsd_rows_kernel")
+    parts = timeline.idle_by_part(KERNELS, 5)  # of 300 us each
+    assert parts == pytest.approx([0, 1.05, 0, 0, 0])
     assert timeline.gaps_of([]) == [] and timeline.busy_seconds([]) == 0
+    assert timeline.idle_by_part([], 2) == [0, 0]
 
 
 def test_kernels_are_counted_by_kind_and_by_name(capsys):
