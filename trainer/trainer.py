@@ -261,7 +261,7 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        with self.fast.running(inputs):
+        with self.fast.running(inputs, model):
             loss = self.guard.loss_to_log(super().training_step(model, inputs, *args, **kwargs))
         if self.accelerator.sync_gradients:  # the window's last: the device has work, the host none
             self.inputs.make(self.window_source.look_ahead(self.state))

@@ -9,6 +9,7 @@ from gold_trainer import models, sharding
 from gold_trainer.speed import deepstack, on_host
 from gold_trainer.speed.grouping import by_length
 from gold_trainer.speed.replacing import all_replaced
+from gold_trainer.speed.training_mode import TrainingMode
 from support.on_device import on_device
 from support.tiny_models import tiny, tiny_rows, with_lengths
 from support.trainer_cases import (
@@ -236,3 +237,28 @@ def test_features_are_added_where_the_model_adds_them(num_tokens):
         actual = kind._deepstack_process(None, hidden, mask, embeds)
     (grad,) = torch.autograd.grad(actual.square().sum(), hidden)
     assert actual.equal(expected) and grad.equal(expected_grad)
+
+
+class Sleeper(torch.nn.Linear):
+    """Stays in evaluation mode, whatever it is told."""
+
+    def train(self, mode=True):
+        self.told = mode
+        return super().train(False)
+
+
+@pytest.mark.parametrize("kind", ["all in training", "one in evaluation", "one of its own mind"])
+def test_a_model_is_told_to_train_unless_all_of_it_does(kind):
+    last = Sleeper(2, 2) if kind == "one of its own mind" else torch.nn.Linear(2, 2)
+    model, mode = torch.nn.Sequential(torch.nn.Linear(2, 2), last), TrainingMode()
+    for _ in range(2):
+        if kind == "one in evaluation":
+            last.eval()
+        with mode.kept(model):
+            assert ("train" in vars(model)) == (kind == "all in training")
+            assert model.train() is model
+            assert [part.training for part in model] == [True, kind != "one of its own mind"]
+            assert not model.train(False)[0].training
+            assert model.train()[0].training
+        assert "train" not in vars(model)
+    assert kind != "one of its own mind" or last.told

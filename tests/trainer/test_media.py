@@ -90,7 +90,8 @@ def test_within_a_step_alone_methods_are_replaced(tmp_path):
     trainer = make_trainer(tmp_path, tiny_rows(2, images=1), "qwen3_vl")
     kind = type(trainer.model.model)
     before = kind.get_image_features, kind.get_placeholder_mask
-    with trainer.fast.running(trainer.data_collator([trainer.train_dataset[0]])):
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    with trainer.fast.running(batch, trainer.model):
         assert kind.get_image_features is not before[0]
         assert kind.get_placeholder_mask is not before[1]
     assert (kind.get_image_features, kind.get_placeholder_mask) == before

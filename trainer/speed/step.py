@@ -17,6 +17,7 @@ from gold_trainer.speed.on_host import with_positions
 from gold_trainer.speed.packing import Packing
 from gold_trainer.speed.replacing import Replacement, all_replaced
 from gold_trainer.speed.towers import Towers
+from gold_trainer.speed.training_mode import TrainingMode
 from gold_trainer.teachers.by_id import TeachersById
 from gold_trainer.teachers.teacher import Teacher
 
@@ -36,6 +37,7 @@ class FastStep:
         self.compiled = CompiledStep(args, sides, callbacks)
         self.packing = Packing(args, sides)
         self.attention = AttentionKernels(args)
+        self.mode = TrainingMode()
         self.towers = Towers(sides, can_be_recorded=is_regional(args))
 
     @cached_property
@@ -43,11 +45,11 @@ class FastStep:
         return answers_of(self.sides.values())
 
     @contextmanager
-    def running(self, batch: WindowBatch) -> Iterator[None]:
-        """Around forward and backward pass of a micro-batch."""
+    def running(self, batch: WindowBatch, model: nn.Module) -> Iterator[None]:
+        """Around forward and backward pass of a micro-batch; model: the student in its wrapper."""
         packed, kernels = self.packing.running(), self.attention.running(batch)
         answers, towers = all_replaced(self.answers), self.towers.running()
-        with packed, kernels, answers, self.compiled.running(), towers:
+        with packed, kernels, answers, self.compiled.running(), towers, self.mode.kept(model):
             yield
 
     @contextmanager
