@@ -13,6 +13,7 @@ where the host is, and the lines that wait for the device.
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import warnings
@@ -233,6 +234,7 @@ def measure(
         timer = Profiled(options.steps + options.profile, is_on=options.profile and mode != "trl")
         trainer.add_callback(timer)
         if has_cuda:
+            gc.collect()  # trainers of other cases
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
