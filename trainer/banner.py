@@ -97,7 +97,12 @@ class Banner(TrainerCallback):
         ]
 
     def _loss(self, args: GOLDConfig) -> str:
-        loss = f"{args.uld_loss_type} across tokenizers" if args.use_uld_loss else args.loss
+        has_beta = args.loss == "jsd"
+        loss = args.loss
+        if args.use_uld_loss:
+            loss = f"{'hybrid ' * args.uld_use_hybrid_loss}{args.uld_loss_type} across tokenizers"
+            has_beta = args.uld_use_hybrid_loss or args.uld_loss_type != "uld"
+        loss += f", beta {args.beta:g}" if has_beta else ""
         loss += f" of the teacher's {args.loss_top_k} likeliest tokens" if args.loss_top_k else ""
         if self.weighting is None:
             return loss

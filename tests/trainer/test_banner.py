@@ -6,8 +6,11 @@ import re
 import datasets
 import pytest
 import torch
+from transformers import TrainerState
 
+from gold_trainer import GOLDConfig
 from gold_trainer.activations import activation_bytes
+from gold_trainer.banner import Banner
 from gold_trainer.dataset import RowDataset
 from gold_trainer.row_sample import sample_rows
 from support.tiny_models import tiny, tiny_picture, tiny_rows
@@ -41,7 +44,30 @@ def test_mixed_precision_checkpointing_and_weights_of_tokens_are_said(tmp_path, 
     lines = banner(tmp_path, tiny_rows(4), capsys, bf16=True, **fields)
     expected = "weights in float32, computed in bf16; gradient_checkpointing is on"
     assert lines["precision"] == expected
-    assert lines["loss"] == "jsd; tokens have the weights of support.weightings:graded"
+    assert lines["loss"] == "jsd, beta 0.5; tokens have the weights of support.weightings:graded"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"beta": 0.0}, "jsd, beta 0"),
+        ({"loss": "skew_kl"}, "skew_kl"),
+        ({"use_uld_loss": True}, "uld across tokenizers"),
+        (
+            {"use_uld_loss": True, "uld_use_hybrid_loss": True, "beta": 0.0},
+            "hybrid uld across tokenizers, beta 0",
+        ),
+        (
+            {"use_uld_loss": True, "uld_loss_type": "projected_jsd"},
+            "projected_jsd across tokenizers, beta 0.5",
+        ),
+    ],
+)
+def test_the_loss_is_said_with_its_beta_where_it_has_one(fields, expected, tmp_path):
+    config = GOLDConfig(output_dir=str(tmp_path), use_cpu=True, **fields)
+    model, tokenizer = tiny("qwen3")
+    banner = Banner({"student": model, "teacher": None}, [], tokenizer, None)
+    assert dict(banner.lines(config, TrainerState()))["loss"] == expected
 
 
 @pytest.mark.parametrize("place", [1, 37, 63])
