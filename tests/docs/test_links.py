@@ -53,6 +53,13 @@ def test_paths_of_the_repository_exist(page):
         assert list(ROOT.glob(path.rstrip("/"))), f"{path} of {name_of(page)}"
 
 
+def test_each_record_is_named_in_the_page_on_reproducing():
+    page = (DOCS / "reproducing.md").read_text(encoding="utf-8")
+    records = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.csv")]
+    assert len(records) > 10
+    assert [name for name in records if f"`benchmarks/results/{name}`" not in page] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_prose_is_at_most_120_columns_wide_and_a_table_ends_with_an_empty_line(page):
     lines = prose(page).splitlines()
