@@ -11,7 +11,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from quality import rows, scales, table, text_rows, text_table
+from quality import rate_rows, rate_table, rows, scales, table, text_rows, text_table
 
 from gold_trainer import GOLDConfig
 
@@ -36,6 +36,11 @@ def test_tables_of_accuracy_are_those_of_the_record(pair, record):
     assert table.compact(record, pair) + "\n" in TABLES
 
 
+@pytest.mark.parametrize("pair", rows.PAIRS)
+def test_tables_of_learning_rates_on_pictures_are_those_of_the_record(pair):
+    assert rate_table.markdown(read(rate_rows.OUTPUT), pair) + "\n" in TABLES
+
+
 @pytest.mark.parametrize("student", ["small", "int4"])
 def test_tables_of_text_are_those_of_the_record(student):
     assert text_table.markdown(read(WEIGHTS), student) + "\n" in TABLES
@@ -51,7 +56,7 @@ def test_no_loss_and_no_failure_of_the_record_is_left_out(record):
     of_text = {*text_rows.LOSSES, *text_rows.GIVEN, "labels"}
     assert {row["loss"] for row in read(WEIGHTS)} == of_text
     assert {row["loss"] for row in read(text_rows.OUTPUT)} == of_text - {"uld"}  # which is younger
-    everything = [*record, *read(WEIGHTS), *read(text_rows.OUTPUT)]
+    everything = [*record, *read(rate_rows.OUTPUT), *read(WEIGHTS), *read(text_rows.OUTPUT)]
     assert {row["status"] for row in everything} == {"ok"}
     short = {line[1:4]: line.accuracies for line in table.lines_of(record) if line.tokens}
     assert [key for key, found in short.items() if len(found) != 3] == [
@@ -92,6 +97,29 @@ def test_what_the_page_says_is_beyond_the_spread_is(record):
         *(("uld", "yes"), ("chunk_likelihood", "no"), ("chunk_likelihood", "yes")),
         *(("jsd_0.5", "yes"), ("hybrid_0", "yes"), ("hybrid_0.5", "yes")),
     }
+
+
+def test_what_the_page_says_of_learning_rates_on_pictures_is_so():
+    record = read(rate_rows.OUTPUT)
+    cases = [case for case in rate_rows.cases_of([0, 1, 2]) if case.loss not in rows.GIVEN]
+    run = [row for row in record if row["loss"] not in rows.GIVEN]
+    text = " ".join(PAGE.split())
+    assert f"Of {len(cases)} runs {len(run)} were begun in time" in text
+    rate = scales.RATES_RECORD.learning_rate
+    assert f"multiples of {rate:.0e}".replace("e-0", "e-") in text
+    for row in run:
+        assert float(row["learning_rate"]) == pytest.approx(rate * float(row["rate"]))
+    for pair in rows.PAIRS:
+        curves = rate_table.curves_of(record, pair)
+        before, uld = curves["before"][1.0].accuracies, curves["uld"]
+        assert [len(uld[factor].accuracies) for factor in rate_rows.ULD_FACTORS] == [3] * 5
+        assert max(uld, key=lambda factor: uld[factor].mean) == min(rate_rows.ULD_FACTORS)
+        for factor, line in uld.items():
+            assert not beyond(line.accuracies, before)
+            assert beyond(before, line.accuracies) == (factor >= 0.1)
+        for loss in rate_rows.COMPARED[pair]:
+            assert max(curves[loss], key=lambda factor: curves[loss][factor].mean) == 1.0
+            assert {len(line.accuracies) for line in curves[loss].values()} <= {1, 2}
 
 
 def of_text(name: str, student: str, measure: str) -> dict[tuple[str, ...], list[float]]:
