@@ -31,11 +31,22 @@ def check_tensors(function: str, **tensors: Any) -> None:
                 f"{function}: {name} must be a dense tensor, got {got}; gather its rows, or pass "
                 "its to_dense()."
             )
+        if not torch.compiler.is_compiling() and _is_transformed(tensor):
+            raise ValueError(
+                f"{function}: {name} must be a tensor outside of torch.func, got one of grad, vmap "
+                "or the like, which this loss does not support; use backward() or "
+                "torch.autograd.grad."
+            )
         if type(tensor).dequantize is not Tensor.dequantize:  # torchao's say that they are floats
             raise ValueError(
                 f"{function}: {name} must be a plain tensor, got {type(tensor).__name__}, which is "
                 "quantised; pass its dequantize()."
             )
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """torch has no public way to ask."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_same_positions(function: str, **shapes: Sequence[int]) -> None:

@@ -97,6 +97,9 @@ class LogitsLossFunction(torch.autograd.Function):
             values = _run_rows(
                 *(row_loss, grad, teacher_logits, grad, weights, labels, backend, has_metrics)
             )
+            if backend == "triton" and not torch.compiler.is_compiling():
+                # else autograd would not know, whose functions may have saved these logits
+                torch.autograd.graph.increment_version(grad)
         else:
             values, *grads = _logits_loss_operator(
                 student_logits,

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from gold_kernels.engine.logit_form import forward_is
 from gold_kernels.integrations.trl.jsd import IGNORED, fused_jsd
 from gold_kernels.integrations.trl.pending import HiddenModel, NotTakenError
+from gold_kernels.jsd.row_loss import JSD
+
+FUNCTION = "DistillationPlugin"
 
 
 class DistillationArgs(BaseModel):
@@ -39,6 +42,7 @@ class DistillationPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if not cfg.distillation_teacher:
             return None
+        JSD(cfg.distillation_beta, cfg.distillation_temperature).check(FUNCTION)
         from axolotl.core.trainers.base import AxolotlTrainer
 
         return type("DistillationTrainer", (DistillationMixin, AxolotlTrainer), {})
@@ -74,8 +78,8 @@ class DistillationMixin:
         labels = inputs.pop("labels", None)
         if labels is None:
             raise ValueError(
-                "DistillationPlugin: a batch with labels is expected, of whose tokens the "
-                f"divergence is taken, got {', '.join(inputs)}; choose a dataset type that labels "
+                f"{FUNCTION}: a batch with labels is expected, of whose tokens the divergence is "
+                f"taken, got {', '.join(inputs)}; choose a dataset type that labels "
                 "what is to be learnt."
             )
         shifted = torch.full_like(labels, IGNORED)  # (B, L): of the next token
@@ -98,7 +102,7 @@ class DistillationMixin:
                 loss = model(inputs)
         except NotTakenError as error:
             raise ValueError(
-                f"DistillationPlugin: models with a plain lm_head are expected, got {error}; leave "
+                f"{FUNCTION}: models with a plain lm_head are expected, got {error}; leave "
                 "lm_head out of the adapter's and the quantisation's modules."
             ) from error
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -110,7 +114,12 @@ def _check_heads(student: Any, teacher: Any, vocab_size: int | None) -> None:
     sizes = [model.get_input_embeddings().weight.shape[0] for model in (student, teacher)]
     if vocab_size is None and sizes[0] != sizes[1]:
         raise ValueError(
-            f"DistillationPlugin: one vocabulary is expected, got {sizes[0]} entries of a student "
+            f"{FUNCTION}: one vocabulary is expected, got {sizes[0]} entries of a student "
             f"and {sizes[1]} of its teacher; set distillation_vocab_size to the tokenizer's length "
             "if both are padded heads of one tokenizer."
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= min(sizes):
+        raise ValueError(
+            f"{FUNCTION}: distillation_vocab_size must be in [1, {min(sizes)}], the smaller of "
+            f"both heads, got {vocab_size}; set it to the tokenizer's length."
         )

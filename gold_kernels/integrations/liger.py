@@ -54,12 +54,18 @@ def liger_fused_linear_jsd(
     accum_dtype: Any = None,  # gradients of the weight are always summed in float32
 ) -> Tensor:  # ()
     """liger_kernel.transformers.functional.liger_fused_linear_jsd: no cross-entropy."""
+    loss = _divergence(jsd_beta, ignore_index, temperature)
     labels = shift_labels
-    if labels is None:
-        labels = student_input.new_zeros(student_input.shape[:-1], dtype=torch.int64)
-    loss = FusedLinearJSDLoss(0.0, 1.0, jsd_beta, ignore_index, temperature, chunk_size=None)
+    if labels is None:  # any but the one that is not scored
+        scored = int(ignore_index == 0)
+        labels = student_input.new_full(student_input.shape[:-1], scored, dtype=torch.int64)
     value: Tensor = loss(student_input, student_weight, teacher_input, teacher_weight, labels)
     return value
+
+
+def _divergence(jsd_beta: float, ignore_index: int, temperature: float) -> FusedLinearJSDLoss:
+    """Checked."""
+    return FusedLinearJSDLoss(0.0, 1.0, jsd_beta, ignore_index, temperature, chunk_size=None)
 
 
 class LigerFusedLinearJSD(nn.Module):
@@ -73,6 +79,7 @@ class LigerFusedLinearJSD(nn.Module):
         accum_dtype: Any = None,
     ) -> None:
         super().__init__()
+        _divergence(jsd_beta, ignore_index, temperature)
         self.numbers = jsd_beta, ignore_index, temperature, accum_dtype
 
     def forward(

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gold_kernels.engine.kinds import check_same_positions
+from gold_kernels.engine.checks import check_module
+from gold_kernels.engine.kinds import check_same_positions, check_tensors
 from gold_kernels.jsd.linear import fused_linear_jsd
+from gold_kernels.jsd.row_loss import JSD
 
+FUNCTION = "register_fused_jsd"
 STUDENT, TEACHER = "student_hidden_states", "teacher_hidden_states"
 
 
@@ -34,6 +37,10 @@ def register_fused_jsd(
     (B, L, D_t), the states that predict each response token, and data["response_mask"] (B, L), and
     gives (losses (B, L), 0 where the mask is, and metrics). verl clamps, weights and averages them.
     """
+    JSD(beta, temperature).check(FUNCTION)
+    check_module(FUNCTION, {"vocab_size": vocab_size})
+    for side, head in (("student", student_head), ("teacher", teacher_head)):
+        check_tensors(FUNCTION, **{f"the weight of {side}_head": getattr(head, "weight", None)})
     from verl.trainer.distillation.losses import (
         DistillationLossSettings,
         register_distillation_loss,
@@ -44,7 +51,7 @@ def register_fused_jsd(
     ) -> tuple[Tensor, dict[str, Any]]:
         mask = data["response_mask"]
         check_same_positions(
-            "register_fused_jsd",
+            FUNCTION,
             response_mask=mask.shape,
             **{STUDENT: model_output[STUDENT].shape[:-1], TEACHER: data[TEACHER].shape[:-1]},
         )

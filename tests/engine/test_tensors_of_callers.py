@@ -136,3 +136,25 @@ def test_tables_of_any_stride_give_the_same_loss(name, device, backend):
 
     expected, actual = run(torch.clone, projections[0]), run(strided, projections[1])
     assert all(map(torch.equal, actual, expected))
+
+
+@on_every_backend
+@pytest.mark.parametrize("loss", [jsd_loss, uld_loss])
+def test_in_place_is_an_error_where_a_function_has_saved_the_logits(loss, device, backend):
+    """Its gradient would be that of other numbers; a kernel of Triton tells autograd nothing."""
+    leaf = torch.randn(6, 32, device=device, requires_grad=True)
+    teacher = torch.randn(6, 32, device=device)
+    value = loss(leaf.tanh(), teacher, in_place=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_transforms_of_torch_func_are_refused_by_name():
+    heads = [torch.randn(4, 8), torch.randn(20, 8), torch.randn(4, 6), torch.randn(20, 6)]
+    message = "must be a tensor outside of torch.func, got one of grad, vmap or the like"
+    with pytest.raises(ValueError, match=f"student_hidden {message}"):
+        torch.func.grad(lambda hidden: fused_linear_jsd(hidden, *heads[1:]))(heads[0])
+    with pytest.raises(ValueError, match=f"teacher_logits {message}"):
+        torch.func.vmap(lambda teacher: jsd_loss(heads[0], teacher))(torch.randn(2, 4, 8))
+    (grad,) = torch.autograd.grad(fused_linear_jsd(heads[0].requires_grad_(), *heads[1:]), heads[0])
+    assert grad.any()

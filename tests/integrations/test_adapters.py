@@ -197,3 +197,37 @@ def test_axolotl_evaluates_and_refuses_a_batch_without_labels(axolotl, tmp_path)
     assert outputs["loss"] is loss
     with pytest.raises(ValueError, match=r"a batch with labels is expected.*got input_ids; choose"):
         trainer.compute_loss(trainer.model, {"input_ids": ids})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"distillation_beta": 2.0}, r"DistillationPlugin: beta must be in \[0, 1\] .* got 2"),
+        ({"distillation_temperature": 0.0}, "DistillationPlugin: temperature must be positive"),
+        (
+            {"distillation_vocab_size": 0},
+            r"distillation_vocab_size must be in \[1, \d+\], .* got 0",
+        ),
+        ({"distillation_vocab_size": 10**6}, r"distillation_vocab_size must be in .* got 1000000"),
+    ],
+)
+def test_axolotl_refuses_numbers_before_the_first_step(axolotl, fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        axolotl_trainer(axolotl, tmp_path, tiny("qwen3")[0], **fields)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": -0.1}, r"register_fused_jsd: beta must be in \[0, 1\]"),
+        ({"temperature": "1"}, "register_fused_jsd: temperature must be a number of Python"),
+        ({"vocab_size": True}, "register_fused_jsd: vocab_size must be a whole number"),
+        ({"teacher_head": None}, "the weight of teacher_head must be a tensor, got NoneType"),
+    ],
+)
+def test_verl_refuses_numbers_and_heads_when_they_are_registered(options, message, monkeypatch):
+    registry = peer_contracts.verl(monkeypatch)
+    heads = {"student_head": nn.Linear(8, 11), "teacher_head": nn.Linear(12, 11)}
+    with pytest.raises(ValueError, match=message):
+        register_fused_jsd(**{**heads, **options})
+    assert not registry

@@ -117,3 +117,23 @@ def test_a_second_patch_is_refused_and_undo_of_the_first_puts_ligers_back():
 def test_a_module_without_liger_is_refused_by_name():
     with pytest.raises(ValueError, match=r"has imported LigerFusedLinearJSDLoss.* got empty; pass"):
         liger.patch_liger(types.ModuleType("empty"))
+
+
+def test_without_labels_all_rows_are_scored_whatever_is_ignored():
+    """Labels of 0 stood for none: with ignore_index=0 the loss was 0."""
+    given, _ = tensors()
+    expected = evaluate(liger.LigerFusedLinearJSD(0.3), given, None)
+    assert float(expected[0]) > 0
+    for ignored in (0, 1, 5):
+        actual = evaluate(liger.LigerFusedLinearJSD(0.3, ignore_index=ignored), given, None)
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_numbers_are_refused_when_the_module_is_built():
+    for options, message in (
+        ({"jsd_beta": 2.0}, "beta must be in"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"ignore_index": "x"}, "ignore_index must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            liger.LigerFusedLinearJSD(**options)

@@ -1,6 +1,7 @@
 """Replacing functions of trl: all or none, once, and back."""
 
 import pytest
+import torch
 import trl
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.experimental.gold.gold_trainer import GOLDTrainer, ULDLoss
@@ -106,3 +107,19 @@ def test_a_missing_function_is_refused_by_name(monkeypatch):
 def test_another_option_is_refused_by_name():
     with pytest.raises(ValueError, match=r"got chunksize=; did you mean chunk_size\?"):
         patch_trl(chunksize=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": True}, "patch_trl: chunk_size must be a whole number of rows"),
+        ({"budget_bytes": "1GB"}, "patch_trl: budget_bytes must be at least 1"),
+        ({"logits_dtype": torch.float16}, "patch_trl: logits_dtype must be None"),
+        ({"backend": "cuda"}, "patch_trl: backend must be None, 'triton' or 'torch'"),
+    ],
+)
+def test_options_that_no_loss_takes_are_refused_before_a_run(options, message):
+    before = vars(GOLDTrainer)["generalized_jsd_loss"]
+    with pytest.raises(ValueError, match=message):
+        patch_trl(**options)
+    assert vars(GOLDTrainer)["generalized_jsd_loss"] is before

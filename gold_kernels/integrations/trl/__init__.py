@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from gold_kernels.engine.checks import check_chosen
 from gold_kernels.engine.options import resolve_options
 from gold_kernels.integrations.patching import Patch, Target, prepare
 from gold_kernels.integrations.trl.options import PatchOptions
@@ -28,11 +29,12 @@ def patch_trl(**options: Unpack[PatchOptions]) -> Patch:
 
     Returns a Patch: undo() puts trl's own functions back, and so does the end of `with
     patch_trl():`. A second call returns the same. Raises ValueError, and replaces nothing, for a
-    version of trl that is none of VERSIONS, for a function that takes other parameters, and for
-    other options while a patch is active. docs/integrations.md says what keeps trl's own loss.
+    version of trl that is none of VERSIONS, for a function that takes other parameters, for options
+    that no loss takes, and for other options while a patch is active. docs/integrations.md says
+    what keeps trl's own loss.
     """
     global _active
-    resolve_options(FUNCTION, options, PatchOptions)
+    check_chosen(FUNCTION, resolve_options(FUNCTION, options, PatchOptions))
     if _active is not None and _active.is_active:
         if _active.settings != options:
             raise ValueError(
