@@ -12,6 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import profile_step
 from record import RESULTS
 
+# Between ways to compute one step in bf16, as docs/training.md has them. ULD adds up absolute
+# differences, in which rounding does not average out as it does in a JSD, which is smooth.
+LOSS_DIFFERENCES = {"jsd": 1e-4, "uld": 3e-4, "hybrid": 3e-4}
+
 
 def test_all_modes_of_the_record_have_one_loss_and_one_gradient():
     with (RESULTS / "train_step_compiled.csv").open(encoding="utf-8", newline="") as file:
@@ -24,7 +28,8 @@ def test_all_modes_of_the_record_have_one_loss_and_one_gradient():
             if all(other[name] == row[name] for name in ("loss", "completion_tokens"))
         )
         assert row["mode"] in profile_step.MODES and row["status"] == "ok"
-        assert float(row["first_loss"]) == pytest.approx(float(first["first_loss"]), rel=1e-4)
+        limit = LOSS_DIFFERENCES[row["loss"]]
+        assert float(row["first_loss"]) == pytest.approx(float(first["first_loss"]), rel=limit)
         assert float(row["grad_norm"]) == pytest.approx(float(first["grad_norm"]), rel=5e-3)
 
 
