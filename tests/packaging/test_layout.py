@@ -1,6 +1,7 @@
 """Habits that a linter does not check: who imports whom, how long a file is, which characters."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -22,23 +23,23 @@ NEEDED = ("gold_kernels", "torch", "triton", "typing_extensions")
 # a subclass of what another library defines, which alone imports it
 PLUGIN = "gold_kernels/integrations/axolotl.py"
 
-# the same within gold_kernels, as docs/architecture.md has it
-FOLDERS = {
-    "triton": (),
-    "tokens": (),
-    "engine": ("triton",),
-    "jsd": ("engine", "triton"),
-    "losses": ("jsd", "engine", "triton"),
-    "uld": ("jsd", "engine", "triton", "tokens"),
-    "likelihood": ("uld", "jsd", "engine", "triton", "tokens"),
-    "projection": ("likelihood", "uld", "jsd", "engine", "triton", "tokens"),
-    "topk": ("uld", "jsd", "engine", "triton"),
-    "means": ("uld", "engine", "triton"),
-    "integrations": (
-        *("topk", "projection", "likelihood", "means", "losses", "uld", "jsd", "engine", "triton"),
-        "tokens",
-    ),
-}
+
+def folders_of_the_docs():
+    """A folder of gold_kernels -> those that it may import, from a table of docs/architecture.md."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.partition("## Imports point one way\n")[2].partition("\n## ")[0]
+    found = {}
+    for names, below in re.findall(r"^\| (`.+?`) \| (.+) \|$", section, re.MULTILINE):
+        for name in re.findall(r"`(\w+)/`", names):
+            above = set(found)
+            found[name] = set(re.findall(r"`(\w+)/`", below))
+            if "every other folder of the library" in below:
+                found[name] = above
+    del found["trainer"]
+    return found
+
+
+FOLDERS = folders_of_the_docs()
 
 
 def python_files(*folders):
@@ -111,10 +112,16 @@ def test_library_needs_torch_and_triton_alone_when_it_is_imported():
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_folders_of_the_library_import_those_below_them(folder):
+def test_folders_of_the_library_import_those_that_the_docs_name(folder):
     for path in python_files(f"gold_kernels/{folder}"):
         for name in imported_modules(path):
             first, _, rest = name.partition(".")
             imported = rest.partition(".")[0]
             if first == "gold_kernels" and imported in FOLDERS:
                 assert imported in (folder, *FOLDERS[folder]), f"{relative(path)} imports {name}"
+
+
+def test_the_docs_name_every_folder_of_the_library_and_no_two_import_each_other():
+    folders = {path.name for path in (ROOT / "gold_kernels").iterdir() if path.is_dir()}
+    assert folders - {"__pycache__"} == set(FOLDERS)
+    assert not any(a in FOLDERS[b] and b in FOLDERS[a] for a in FOLDERS for b in FOLDERS)
