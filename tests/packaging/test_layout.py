@@ -25,7 +25,7 @@ PLUGIN = "gold_kernels/integrations/axolotl.py"
 
 
 def folders_of_the_docs():
-    """A folder of gold_kernels -> those that it may import, from a table of docs/architecture.md."""
+    """Folder of gold_kernels -> those that it may import, from a table of docs/architecture.md."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     section = page.partition("## Imports point one way\n")[2].partition("\n## ")[0]
     found = {}
