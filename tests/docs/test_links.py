@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import gold_kernels
+import gold_trainer
+from gold_kernels.losses import LOSSES
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = (
@@ -103,3 +107,26 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
     assert len(quoted) >= 10
     for message in quoted:
         assert any(message in text for text in known), message
+
+
+def test_the_reference_has_every_public_name():
+    page = (DOCS / "reference" / "gold_kernels.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
+    names = {f"gold_kernels.{name}" for name in gold_kernels.__all__}
+    assert len(names) > 10 and names <= shown
+    losses = {f"{kind.__module__}.{kind.__qualname__}" for kind in LOSSES.values()}
+    assert {name for name in losses if name.startswith("gold_kernels.")} <= shown
+    for file in (ROOT / "gold_kernels" / "integrations").rglob("*.py"):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        own = [
+            node.name
+            for node in ast.parse(file.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith(("patch_", "register_"))
+        ]
+        assert {f"{module}.{name}" for name in own} <= shown
+
+
+def test_the_reference_of_the_trainer_has_every_public_name():
+    page = (DOCS / "reference" / "gold_trainer.md").read_text(encoding="utf-8")
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    assert set(gold_trainer.__all__) <= shown
