@@ -118,7 +118,7 @@ class WindowSource:
         """Which rows share a micro-batch is settled here, before ranks agree on its pictures and
         before anything is written: it follows from rows and step, also in a resumed run.
         """
-        window = fetch_window(batches, num_batches)
+        window = fetch_window(batches, num_batches, self.args.num_generations > 1)
         if not self.may_group:
             return window
         return by_length(window, [self.rollouts.source(step, i) for i in range(len(window))])

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sized
 from typing import Any
 
+import datasets
+from torch.utils.data import IterableDataset
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -209,6 +211,8 @@ def refuse_splits(train_dataset: Any) -> None:
 def refuse_datasets(train_dataset: Any, eval_dataset: Any, args: GOLDConfig) -> None:
     """Of which no row is looked at yet."""
     refuse_splits(train_dataset)
+    if isinstance(train_dataset, IterableDataset | datasets.IterableDataset):
+        warn_of_one_epoch(args)
     is_due = args.eval_strategy not in (None, "no") or args.eval_on_start
     if eval_dataset is None and is_due:
         name = "eval_on_start" if args.eval_strategy in (None, "no") else "eval_strategy"
@@ -223,6 +227,17 @@ def refuse_datasets(train_dataset: Any, eval_dataset: Any, args: GOLDConfig) -> 
             "GOLDTrainer: eval_dataset must be a dataset, or a dict of at least one by name, got "
             f"{shown({name: type(part).__name__ for name, part in eval_dataset.items()})}; pass "
             "the rows, or leave eval_dataset and eval_strategy out."
+        )
+
+
+def warn_of_one_epoch(args: GOLDConfig) -> None:
+    names = ("logging_strategy", "eval_strategy", "save_strategy")
+    given = [name for name in names if getattr(args, name) == "epoch"]
+    if given:
+        logger.warning(
+            "GOLDTrainer: of a stream nobody knows the length, so that its one epoch is the whole "
+            "run of max_steps=%d: with %s='epoch' all is done at its end; set 'steps'.",
+            *(args.max_steps, "=".join(given)),
         )
 
 

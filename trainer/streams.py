@@ -1,6 +1,8 @@
 """Streaming datasets: rows without a length, read one after the other."""
 
 from collections.abc import Iterator
+from copy import copy
+from itertools import count
 from typing import Any
 
 import datasets
@@ -27,13 +29,36 @@ class RowStream(IterableDataset):
     rows and keeps its own. A row of several turns that are learnt is read as so many Rows, one
     after the other: processes share those. Rows are counted from 0 in each pass; of several data
     loader workers each counts its own, and row n is of worker n % workers.
+
+    Where it is endless, one pass follows the other: a window that a pass leaves open is filled by
+    the next one, and a resumed run finds its place in any of them.
     """
 
     def __init__(self, stream: Any, **options: Any) -> None:
         self.stream, self.reader = undecoded(stream), RowReader.of(stream, **options)
         self.is_tolerant = False  # a BadRow in the place of one that cannot be read
+        self.is_endless = False
 
     def __iter__(self) -> Iterator[Row | BadRow]:
+        if not self.is_endless:
+            yield from self._pass()
+            return
+        for number in count():
+            if number:
+                self.set_epoch(number)
+            rows = self._pass()
+            first = next(rows, END)
+            if first is END and number:
+                raise ValueError(
+                    "GOLDTrainer: a stream must give its rows whenever it is read, got none the "
+                    f"{number + 1}. time; make a new iterator in __iter__."
+                )
+            if first is END:  # other data loader workers have its rows
+                return
+            yield first
+            yield from rows
+
+    def _pass(self) -> Iterator[Row | BadRow]:
         columns = iter(self.stream)
         for index in row_numbers():
             with reading(index, "stream"):
@@ -46,6 +71,15 @@ class RowStream(IterableDataset):
         """Another order of datasets' shuffle buffer in every epoch."""
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(epoch)
+
+
+def endless(rows: Any) -> Any:
+    """A stream that begins again where it ends; rows with a length as they are."""
+    if not isinstance(rows, RowStream):
+        return rows
+    stream = copy(rows)
+    stream.is_endless = True
+    return stream
 
 
 def read_rows(
@@ -101,6 +135,13 @@ def _open_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
             "GOLDTrainer: num_generations must be 1 with a streaming dataset, got "
             f"{args.num_generations}; rows come once: load the dataset without streaming."
         )
+    is_torch = not isinstance(dataset, datasets.IterableDataset | MappedStream)
+    if is_torch and iter(dataset) is iter(dataset):
+        raise ValueError(
+            "GOLDTrainer: a stream must give its rows whenever it is read, got "
+            f"{type(dataset).__name__}, whose __iter__ returns one iterator each time; make a new "
+            "one there."
+        )
     # each process reads for itself: batches of pictures cannot be dealt out by one of them
     accelerator_config: Any = args.accelerator_config
     accelerator_config.dispatch_batches = False
@@ -110,9 +151,8 @@ def _open_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
 def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
     """ValueError for what a stream cannot do, and for a first row that does not fit."""
     stream = _open_stream(dataset, args, **options)
-    if args.dataloader_num_workers > 1 and not isinstance(
-        dataset, datasets.IterableDataset | MappedStream
-    ):
+    is_torch = not isinstance(dataset, datasets.IterableDataset | MappedStream)
+    if args.dataloader_num_workers > 1 and is_torch:
         logger.warning_once(
             f"GOLDTrainer: each of {args.dataloader_num_workers} data loader workers reads a "
             f"stream of torch from its beginning: {type(dataset).__name__} has to deal its rows to "

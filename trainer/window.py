@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -88,10 +89,14 @@ def window_rows(args: GOLDConfig) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
-def fetch_window(batches: Iterator[WindowBatch], num_batches: int) -> list[WindowBatch]:
-    """The next micro-batches. Pictures of a row that comes again are those of the first time:
-    datasets decode a row at each access, and workers send copies.
+def fetch_window(
+    batches: Iterator[WindowBatch], num_batches: int, repeats: bool = True
+) -> list[WindowBatch]:
+    """The next micro-batches. Where rows are repeated, pictures of a row that comes again are those
+    of the first time: datasets decode a row at each access, and workers send copies.
     """
+    if not repeats:  # two rows of a stream may have one number
+        return list(islice(batches, num_batches))
     pictures: Pictures = {}
     return [_share_pictures(batch, pictures) for batch in islice(batches, num_batches)]
 
@@ -114,6 +119,12 @@ def _share_pictures(batch: WindowBatch, pictures: Pictures) -> WindowBatch:
 
 def _with_shared(example: Example, images: list[Image.Image], videos: list[Video]) -> Example:
     return replace(example, images=images, videos=videos)
+
+
+def _key(example: Example) -> tuple[Any, ...]:
+    """The same for repetitions of a row in a window, which share its pictures."""
+    media = tuple(map(id, (*example.images, *example.videos)))
+    return example.index, example.turn, example.prompt_text, media
 
 
 class Rollouts:
@@ -288,12 +299,12 @@ class Rollouts:
     def _prompts_of(
         self, rows: list[Example], name: str, step: int | str, before: Mapping[RowKey, int]
     ) -> list[Prompt]:
-        """Runs of one row are one prompt. Its seed follows from the run's, the step, the side and
-        the row; a row that comes again goes on where its last run ended.
+        """Runs of one row with the same pictures are one prompt. Its seed follows from the run's,
+        the step, the side and the row; a row that comes again goes on where its last run ended.
         """
         prompts: list[Prompt] = []
         repetitions = Counter(before)
-        for (index, turn, _), run in groupby(rows, lambda e: (e.index, e.turn, e.prompt_text)):
+        for (index, turn, *_), run in groupby(rows, _key):
             examples = list(run)
             place = f"{self.args.seed} {step} {name} {index} {turn}"
             seed = random.Random(place).getrandbits(SEED_BITS) + repetitions[index, turn]

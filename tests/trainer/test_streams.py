@@ -2,10 +2,11 @@
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
 from gold_trainer.dataset import RowDataset
-from gold_trainer.streams import RowStream
+from gold_trainer.streams import RowStream, endless
 from support.resumed_runs import FIELDS, assert_same_run
 from support.streams import Stream
 from support.tiny_models import tiny_rows
@@ -17,6 +18,10 @@ STREAMING = FIELDS | {"train_sampling_strategy": "sequential", "lmbda": 0.5}
 
 def of_datasets(rows):
     return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+
+def shuffled(rows):
+    return of_datasets(rows).shuffle(seed=3, buffer_size=4)
 
 
 @pytest.mark.parametrize("make", [Stream, of_datasets])
@@ -35,6 +40,44 @@ def test_resumed_stream_is_the_uninterrupted_one(tmp_path):
     resumed = make_trainer(tmp_path, Stream(ROWS), **STREAMING)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize("make", [Stream, shuffled])
+def test_stream_that_begins_again_keeps_its_steps_whole_and_is_resumed_in_any_pass(make, tmp_path):
+    """A micro-batch that was left over went into the next step, whose loss and gradient doubled,
+    and a resumed run began its second pass anew."""
+    fields = STREAMING | {"lmbda": 0.0}  # rollouts follow from a row's number
+    options = fields | {"save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path, make(ROWS[:5]), **options)
+    whole.train()
+    if make is Stream:  # five rows, again and again
+        rows = make_trainer(tmp_path / "map", ROWS[:5] * 5, **fields)
+        rows.train()
+        assert_same_run(whole, rows)
+    resumed = make_trainer(tmp_path, make(ROWS[:5]), **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same_run(resumed, whole)
+
+
+def test_stream_that_gives_its_rows_once_is_refused(tmp_path):
+    class Once(torch.utils.data.IterableDataset):
+        def __init__(self):
+            self.rows = iter(ROWS)
+
+        def __iter__(self):
+            return self.rows
+
+    with pytest.raises(ValueError, match="got Once, whose __iter__ returns one iterator each time"):
+        make_trainer(tmp_path, Once(), **STREAMING)
+    reader = endless(RowStream(Once(), needs_completion=True, is_text=False))
+    with pytest.raises(ValueError, match=r"whenever it is read, got none the 2\. time"):
+        list(reader)
+
+
+def test_an_epoch_of_a_stream_is_told_to_be_the_run(tmp_path, caplog):
+    fields = STREAMING | {"save_strategy": "epoch"}
+    make_trainer(tmp_path, Stream(ROWS), **fields)
+    assert "with save_strategy='epoch' all is done at its end; set 'steps'" in caplog.text
 
 
 def test_stream_is_evaluated(tmp_path):
