@@ -18,13 +18,22 @@ class Medium(NamedTuple):
 
 
 _NUMBER = r"([ _:-]?\d+|[ _]?(placeholder|token|soft_token|pad|here))?"
+_BRACES = r"\{{1,2}\s?(%s)\s?\}{1,2}"  # of templates of text
+
+
+def _others(names: str, more: str = "") -> re.Pattern[str]:
+    numbered = rf"({names}){_NUMBER}"
+    forms = rf"<\|?{numbered}\|?>", rf"\[({names})\]", _BRACES % numbered
+    return re.compile("|".join(forms) + more, re.IGNORECASE)
+
+
 PICTURE = Medium(
     *("image", "picture", "an image part", PLACE_KEYS, "<image>"),
-    re.compile(rf"<\|?(image|img){_NUMBER}\|?>|<start_of_image>|\[IMG\]", re.IGNORECASE),
+    _others("image|img|picture", "|<start_of_image>"),
 )
 VIDEO = Medium(
     *("video", "video", "a video part", FRAME_KEYS, "<video>"),
-    re.compile(rf"<\|?(video|vid){_NUMBER}\|?>", re.IGNORECASE),
+    _others("video|vid"),
 )
 
 

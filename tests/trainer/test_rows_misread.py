@@ -32,6 +32,7 @@ def read(columns, *, is_text=True, **options):
         ),
         *("<img>", "<IMG>", "<Image>", "<image_placeholder>", "<|image_pad|>", "<ImageHere>"),
         *("<start_of_image>", "[IMG]", "<image_token>"),
+        *("[image]", "{image}", "{{ image_1 }}", "<picture>", "[Picture]"),
     ],
 )
 def test_other_placeholders_beside_a_picture_without_a_place_are_refused(placeholder):
@@ -61,7 +62,10 @@ def test_other_placeholders_beside_placeholders_and_in_other_turns_are_refused()
         read({"messages": [system, USER, ANSWER], **columns}, is_text=False)
 
 
-@pytest.mark.parametrize("text", ['<img src="a.png">', "<images>", "image_1", "<imagine>", "x<3"])
+@pytest.mark.parametrize(
+    "text",
+    ['<img src="a.png">', "<images>", "image_1", "<imagine>", "x<3", "[Image 1]", "<audio>", "{x}"],
+)
 def test_text_that_is_no_placeholder_stays_text(text):
     user = {"role": "user", "content": text}
     row = read({"messages": [user, ANSWER], "image": tiny_picture(0)}, is_text=False)
