@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gold_trainer.demo.digits import load_pictures
+from gold_trainer.demo.digits import Digits, load_pictures
 from gold_trainer.demo.evaluate import accuracy_of, generate_answers
 from gold_trainer.demo.loss_memory import loss_peak_bytes
 from gold_trainer.demo.other_family import build_other_model, build_other_processor
@@ -56,9 +56,7 @@ def run_demo(
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.to(device)
-    questions = make_examples(teacher_processor, held_out, is_labelled=False)
-    answers = generate_answers(teacher, teacher_processor, questions)
-    teacher_accuracy = accuracy_of(answers, held_out)
+    _, teacher_accuracy = _examine(teacher, teacher_processor, held_out)
     console.print(f"The teacher reads {teacher_accuracy:.1%} of the held-out pictures.")
 
     console.rule("Student: learns from the teacher, never sees a label")
@@ -67,19 +65,18 @@ def run_demo(
     else:
         student = build_model(STUDENT_SIZE, processor, settings.seed + 1)
     student.to(device)
-    questions = make_examples(processor, held_out, is_labelled=False)
-    before = accuracy_of(generate_answers(student, processor, questions), held_out)
+    _, before = _examine(student, processor, held_out)
     processors = processor, teacher_processor
     log, student_seconds = train_student(
         output_dir / "student", student, teacher, processors, train, settings
     )
-    answers = generate_answers(student, processor, questions)
+    answers, after = _examine(student, processor, held_out)
     num_rows = settings.student_batch_size * TOKENS_PER_ANSWER
     eager_peak, fused_peak = loss_peak_bytes(student, teacher, num_rows, CHUNK_SIZE, is_cross)
     result = DemoResult(
         teacher_accuracy=teacher_accuracy,
         student_accuracy_before=before,
-        student_accuracy_after=accuracy_of(answers, held_out),
+        student_accuracy_after=after,
         teacher_parameters=teacher.num_parameters(),
         student_parameters=student.num_parameters(),
         teacher_seconds=teacher_seconds,
@@ -96,3 +93,10 @@ def run_demo(
     print_table(result, console)
     console.print(f"Everything is in {output_dir}: metrics.json, loss.png, answers.png, student/")
     return result
+
+
+def _examine(model: Any, processor: Any, held_out: Digits) -> tuple[list[str], float]:
+    """Its answers to the held-out pictures, and the share of right ones."""
+    questions = make_examples(processor, held_out, is_labelled=False)
+    answers = generate_answers(model, processor, questions)
+    return answers, accuracy_of(answers, held_out)
