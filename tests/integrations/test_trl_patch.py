@@ -1,13 +1,18 @@
 """Replacing functions of trl: all or none, once, and back."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 import trl
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
+from trl.experimental.gold import GOLDConfig as TRLConfig
 from trl.experimental.gold.gold_trainer import GOLDTrainer, ULDLoss
 from trl.trainer import distillation_trainer
 
 from gold_kernels.integrations.trl import VERSIONS, patch_trl, undo
+from gold_trainer import GOLDConfig
 
 TARGETS = [
     (distillation_trainer, "_chunked_divergence_loss"),
@@ -123,3 +128,21 @@ def test_options_that_no_loss_takes_are_refused_before_a_run(options, message):
     with pytest.raises(ValueError, match=message):
         patch_trl(**options)
     assert vars(GOLDTrainer)["generalized_jsd_loss"] is before
+
+
+def test_the_page_on_training_names_each_default_that_differs_from_trl():
+    theirs, ours = (
+        {field.name: field for field in dataclasses.fields(kind)}
+        for kind in (TRLConfig, GOLDConfig)
+    )
+    differ = {
+        name
+        for name in theirs.keys() & ours.keys()
+        if name != "remove_unused_columns"  # must stay False here
+        and (theirs[name].default, theirs[name].default_factory)
+        != (ours[name].default, ours[name].default_factory)
+    }
+    assert {"max_length", "uld_token_merge_strategy"} <= differ
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.partition("## What differs from TRL\n")[2].partition("\n## ")[0]
+    assert [name for name in sorted(differ) if f"`{name}`" not in section] == []
