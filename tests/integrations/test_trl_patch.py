@@ -132,8 +132,8 @@ def test_options_that_no_loss_takes_are_refused_before_a_run(options, message):
 
 def test_the_page_on_training_names_each_default_that_differs_from_trl():
     theirs, ours = (
-        {field.name: field for field in dataclasses.fields(kind)}
-        for kind in (TRLConfig, GOLDConfig)
+        {field.name: field for field in dataclasses.fields(config)}
+        for config in (TRLConfig, GOLDConfig)
     )
     differ = {
         name
