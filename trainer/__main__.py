@@ -110,12 +110,13 @@ Then the files that `accelerate launch --config_file` takes, one for each engine
 CACHE_USAGE = """\
 usage: gold-trainer cache-teacher [RECIPE | CONFIG.yaml] [--field value ...]
 
-Runs the teacher once over all rows that `gold-trainer train` would score with the same arguments,
-and writes its last hidden states there, and its head, into the folder teacher_cache. Training with
-that field gives the same loss without the teacher's weights. Disk need is printed first. A run that
-was stopped goes on where it was; rows that are new are added. `accelerate launch -m gold_trainer
-cache-teacher` shares the rows among processes. Fields are those of `gold-trainer train --help`,
-and:
+Runs the teacher once over all rows that `gold-trainer train` would score with the same arguments.
+Into the folder teacher_cache go its last hidden states at the scored tokens, and its head; with
+another teacher_cache_form, or with loss_top_k, what that form takes of them. Training with the same
+teacher_cache gives the same loss without the teacher's weights. Disk need is printed first. A run
+that was stopped goes on where it was; rows that are new are added. `accelerate launch -m
+gold_trainer cache-teacher` shares the rows among processes. Fields are those of `gold-trainer train
+--help`, and:
 
   --cache_dtype
       Type of the hidden states: auto, bfloat16, float16 or float32. auto is the teacher's own, or
