@@ -38,9 +38,9 @@ def record(file: str, **case: str) -> dict[str, str]:
     return rows[0]
 
 
-def table(page: str, after: str) -> dict[str, list[str]]:
+def table(page: str, after: str, folder: str = "docs") -> dict[str, list[str]]:
     """First column -> other cells, of the first table after some text of a page."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = (ROOT / folder / page).read_text(encoding="utf-8")
     lines = re.search(r"(?:^\|.*\n)+", text[text.index(after) :], re.MULTILINE)[0].splitlines()
     rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines[2:]]
     return {row[0]: row[1:] for row in rows}
@@ -278,3 +278,56 @@ def test_trainers_of_trl_with_the_patch():
     own = re.search(r"takes (\S+) s and (\S+) GiB with\sthe JSD, (\S+) s and (\S+) GiB", text)
     rows = [record("trl.csv", trainer="own", loss=loss) for loss in ("jsd", "uld")]
     assert_cells(list(own.groups()), [row[key] for row in rows for key in keys])
+
+
+FAST, FROZEN = {"implementation": "gold_kernels_fast"}, {"head": "frozen"}
+SMALL = {"part": "budgets", "budget_bytes": str(64 << 20)}
+LARGE = {"V": "262144", "D_s": "2560", "D_t": "2560"}
+JSD_GOALS: dict[str, dict[str, str]] = {
+    "4096 rows, trained head": {},
+    "fast mode": FAST,
+    "beta 0": {"part": "betas", "beta": "0.0"},
+    "beta 1": {"part": "betas", "beta": "1.0"},
+    "frozen head": FROZEN,
+    "frozen head, fast mode": FROZEN | FAST,
+    "1024 rows": {"N": "1024"},
+    "1024 rows, fast mode": {"N": "1024"} | FAST,
+    "512 rows": {"N": "512"},
+    "512 rows, frozen head": {"N": "512"} | FROZEN,
+    "262144 entries": LARGE,
+    "262144 entries, frozen head": LARGE | FROZEN,
+    "262144 entries, frozen head, fast mode": LARGE | FROZEN | FAST,
+    "budget of 64 MiB": SMALL,
+    "budget of 64 MiB, frozen head": SMALL | FROZEN,
+}
+RIVALS = {
+    "TRL 1.16's kernel": ({"implementation": "trl"}, {}),
+    "TRL 1.16's kernel, beta 1": (JSD_GOALS["beta 1"] | {"implementation": "trl"}, {}),
+    "Liger 0.8.5, compiled": ({"implementation": "liger_compiled"}, {}),
+    "Liger, not compiled": ({"implementation": "liger"}, {}),
+    "Liger, compiled, ours in fast mode": ({"implementation": "liger_compiled"}, FAST),
+    "Liger, not compiled, ours in fast mode": ({"implementation": "liger"}, FAST),
+}
+
+
+def assert_goal(cells: list[str], value: float, *, is_least: bool) -> None:
+    """Goal and what is reached, with two decimals, and whether that is said to miss it."""
+    goal, (reached, _, rest) = float(cells[0]), cells[1].partition(", ")
+    assert reached == f"{value:.2f}"
+    is_missed = float(reached) < goal if is_least else float(reached) > goal
+    assert rest.startswith("missed") == is_missed, cells
+
+
+def test_the_notes_say_of_each_goal_what_the_records_have():
+    usual = {"part": "shapes", "implementation": "gold_kernels", "head": "trainable", **SIZES}
+    lines = table("NOTES.md", "## Where the goals stand", "benchmarks")
+    assert lines.keys() == JSD_GOALS.keys()
+    for name, case in JSD_GOALS.items():
+        assert_goal(lines[name], times_floor("jsd.csv", **usual | case), is_least=False)
+    lines = table("NOTES.md", "A trained head, 4096 rows.", "benchmarks")
+    assert lines.keys() == RIVALS.keys()
+    for name, (theirs, ours) in RIVALS.items():
+        shared = {key: value for key, value in theirs.items() if key in ("part", "beta")}
+        times = [record("jsd.csv", **usual | case) for case in (theirs, shared | ours)]
+        ratio = float(times[0]["median_ms"]) / float(times[1]["median_ms"])
+        assert_goal(lines[name], ratio, is_least=True)
