@@ -5,11 +5,9 @@ torchrun --nproc_per_node 2 -m support.rank SECONDS
 """
 
 import sys
-from pathlib import Path
-
-import torch
 
 from support.bad_rows import BAD, skips_of, text_rows, with_bad
+from support.rank import leave_state
 from support.streams import Stream
 from support.trainer_cases import losses_of, make_trainer
 
@@ -31,20 +29,15 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     trainer = make_trainer(output_dir, rows, "qwen3", eval_rows=rows, **fields)
     trainer.train()
     metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        evaluated = {k: v for k, v in metrics.items() if "skipped" in k or k == "eval_loss"}
-        state = {
-            "losses": losses_of(trainer),
-            "streamed_losses": losses_of(streamed),
-            "written": skips_of(written)[:2],
-            "skips": skips_of(trainer)[:2],
-            "eval": evaluated,
-            "processes": trainer.args.world_size,
-            "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
-        }
-        torch.save(state, Path(output_dir) / "state.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    leave_state(
+        trainer,
+        output_dir,
+        losses=losses_of(trainer),
+        streamed_losses=losses_of(streamed),
+        written=skips_of(written)[:2],
+        skips=skips_of(trainer)[:2],
+        eval={k: v for k, v in metrics.items() if "skipped" in k or k == "eval_loss"},
+    )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ torchrun --nproc_per_node 2 -m support.rank SECONDS support.cache_step FOLDER
 import sys
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
 from support.cache_cases import Pair, run_of
+from support.rank import leave_state
 
 FIELDS = {
     "per_device_train_batch_size": 2,
@@ -22,16 +20,12 @@ FIELDS = {
 def main(folder: str) -> None:
     pair = Pair.load(Path(folder))
     pair.cache("cache", "--cache_shard_mib=0.001")
-    state = PartialState()
     losses, recorder, trainer = run_of(
         pair, pair.folder / "run", teacher_cache=str(pair.folder / "cache"), **FIELDS
     )
     evaluated = trainer.evaluate(pair.rows[:4])["eval_loss"]
-    if state.is_main_process:
-        result = {"losses": losses, "gradients": recorder.steps, "eval_loss": evaluated}
-        torch.save(result, pair.folder / "state.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    found = {"losses": losses, "gradients": recorder.steps, "eval_loss": evaluated}
+    leave_state(trainer, pair.folder, **found)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ torchrun --nproc_per_node 2 -m support.rank SECONDS
 """
 
 import sys
-from pathlib import Path
-
-import torch
 
 from support.cross_cases import cross_trainer, make_sides
 from support.metric_cases import FIELDS, MEANS, SKIPS, rows_with_skips
+from support.rank import leave_state
 
 
 def main(output_dir: str, batch_size: int, accumulation: int) -> None:
@@ -31,20 +29,10 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
         **FIELDS,
     )
     trainer.train()
-    if trainer.is_world_process_zero():
-        names = ("loss", "off_policy_loss", *MEANS, *SKIPS)
-        state = {
-            "log": [
-                {name: entry[name] for name in names}
-                for entry in trainer.state.log_history
-                if "loss" in entry
-            ],
-            "processes": trainer.args.world_size,
-            "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
-        }
-        torch.save(state, Path(output_dir) / "state.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
+    names = ("loss", "off_policy_loss", *MEANS, *SKIPS)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = [{name: entry[name] for name in names} for entry in entries]
+    leave_state(trainer, output_dir, log=log)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ torchrun --nproc_per_node 2 -m support.rank SECONDS
 """
 
 import sys
-from pathlib import Path
-
-import torch
 
 from gold_trainer import GOLDConfig, GOLDTrainer
+from support.rank import leave_state
 from support.tiny_models import tiny, tiny_rows
+from support.trainer_cases import losses_of
 
 
 def main(output_dir: str, batch_size: int, accumulation: int) -> None:
@@ -50,16 +49,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
-    if trainer.is_world_process_zero():
-        state = {
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "eval_losses": [before, after],
-            "processes": trainer.args.world_size,
-            "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
-        }
-        torch.save(state, Path(output_dir) / "state.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
+    leave_state(trainer, output_dir, losses=losses_of(trainer), eval_losses=[before, after])
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ torchrun --nproc_per_node 2 -m support.rank SECONDS
 """
 
 import sys
-from pathlib import Path
 
 import peft
-import torch
 
 from gold_trainer import GOLDConfig, GOLDTrainer
+from support.rank import leave_state
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import FIELDS, losses_of
 
@@ -47,18 +46,9 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
-    if trainer.is_world_process_zero():
-        state = {
-            "losses": losses_of(trainer),
-            "eval_losses": [before, after],
-            "processes": trainer.args.world_size,
-            "trained": {name for name, p in model.named_parameters() if p.requires_grad},
-            "start": start,
-            "weights": model.state_dict(),
-        }
-        torch.save(state, Path(output_dir) / "state.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    found = {"losses": losses_of(trainer), "eval_losses": [before, after]}
+    leave_state(trainer, output_dir, **found, trained=trained, start=start)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import faulthandler
 import runpy
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,16 @@ def leave_together() -> None:
     """A process that ends while another still talks to it would be an error there."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def leave_state(trainer: Any, folder: str | Path, **found: object) -> None:
+    """The main process writes what was found, and the weights, into state.pt; then all leave."""
+    if trainer.is_world_process_zero():
+        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        state = {"processes": trainer.args.world_size, "weights": weights, **found}
+        torch.save(state, Path(folder) / "state.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ torchrun --nproc_per_node 2 -m support.rank SECONDS
 """
 
 import sys
-from pathlib import Path
 
-import torch
 from accelerate.utils import gather_object
 
 from gold_trainer import GOLDTrainer
+from support.rank import leave_state
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 
@@ -51,11 +50,7 @@ def run(output_dir: str, batch_size: int, accumulation: int) -> tuple[GOLDTraine
 
 def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     trainer, steps = run(output_dir, batch_size, accumulation)
-    ranks = gather_object([steps])
-    if trainer.is_world_process_zero():
-        torch.save({"ranks": ranks}, Path(output_dir) / "state.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
+    leave_state(trainer, output_dir, ranks=gather_object([steps]))
 
 
 if __name__ == "__main__":
