@@ -262,3 +262,9 @@ def test_a_model_is_told_to_train_unless_all_of_it_does(kind):
             assert model.train()[0].training
         assert "train" not in vars(model)
     assert kind != "one of its own mind" or last.told
+
+
+def test_a_model_of_transformers_that_trains_is_not_told_so():
+    model, mode = tiny("qwen3_vl")[0].train(), TrainingMode()
+    with mode.kept(model):
+        assert "train" in vars(model)

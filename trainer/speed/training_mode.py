@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedModel
+
+KNOWN = (nn.Module.train, PreTrainedModel.train)  # where the mode stays they do nothing else
 
 
 class TrainingMode:
@@ -21,7 +24,7 @@ class TrainingMode:
         """Within, model.train() does nothing if it would change nothing."""
         if model is not self.model:
             self.model, self.parts = model, list(model.modules())
-            self.is_plain = all(type(part).train is nn.Module.train for part in self.parts)
+            self.is_plain = all(type(part).train in KNOWN for part in self.parts)
         if "train" in vars(model) or not self.is_plain or not all(p.training for p in self.parts):
             yield
             return
