@@ -92,7 +92,7 @@ class NonFiniteGuard:
         # a scaler of float16 gradients meets inf as a matter of course, and skips the step itself
         if grad_norm is not None and self.accelerator.scaler is None:
             bad[GRADIENT] = ~torch.isfinite(whole(torch.as_tensor(grad_norm))).to(device)
-        bad[STOP] = float(wants_stop)
+        bad[STOP].fill_(float(wants_stop))  # an assignment would copy it, and wait
         # the scaler of float16 gradients takes no step without gradients
         can_be_empty = self.can_be_empty and self.accelerator.scaler is None
         if can_be_empty and self.num_items is not None:
