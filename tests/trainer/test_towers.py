@@ -42,7 +42,7 @@ def tower():
     torch.manual_seed(0)
     module = tiny("qwen3_vl")[0].requires_grad_(False).model.visual
     module.config._attn_implementation = segments.OF_SEGMENTS
-    return Tower("the tower", module, lambda: None)
+    return Tower("the tower", module, towers.Pool())
 
 
 def call(run, sizes):

@@ -56,8 +56,16 @@ class Call(NamedTuple):
     function: Callable[[Tensor], Any]  # of patches
 
 
+class Pool:
+    """Memory of recordings."""
+
+    @cached_property
+    def handle(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+
 class Tower:
-    def __init__(self, name: str, module: nn.Module, pool: Callable[[], Any]) -> None:
+    def __init__(self, name: str, module: nn.Module, pool: Pool) -> None:
         self.name, self.module, self.pool = name, module, pool
         self.parts = list(module.modules())
         self.weights = list(module.parameters())
@@ -128,7 +136,7 @@ class Tower:
             output = function()
         try:
             with on_host.answers_given(answers):
-                self.recording = Recording(function, self.pool())
+                self.recording = Recording(function, self.pool.handle)
             self.recording.replay()
             if _are_equal(self.recording.output, output):
                 self.key, self.answers = call.key, answers  # which the recording reads
@@ -154,18 +162,15 @@ class Towers:
         self.sides, self.can_be_recorded = sides, can_be_recorded
 
     @cached_property
-    def pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
-
-    @cached_property
     def all(self) -> list[Tower]:
         """Asked when weights are where they will be."""
         found: dict[int, Tower] = {}
+        pool = Pool()
         for side, model in self.sides.items():
             for module in () if model is None else model.modules():
                 if id(module) not in found and _is_tower(module):
                     name = f"{type(module).__name__} of the {side}"
-                    found[id(module)] = Tower(name, module, lambda: self.pool)
+                    found[id(module)] = Tower(name, module, pool)
         for tower in found.values():
             tower.can_be_recorded &= self.can_be_recorded
         return list(found.values())
