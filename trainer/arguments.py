@@ -158,6 +158,7 @@ def _check_config(args: Any) -> None:
             f"GOLDTrainer: args must be a GOLDConfig, got {type(args).__name__}; it takes every "
             "field of TrainingArguments."
         )
+    args.check_again()
     is_triton = args.loss_backend == "triton"
     if is_triton and args.device.type not in GPU_DEVICES and not is_interpreted():
         raise ValueError(

@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from gold_trainer.cache_config import CacheFields
 from gold_trainer.field_checks import check_fields, dict_of_text
+from gold_trainer.flags import check_keywords
 from gold_trainer.loss_config import LossFields
 from gold_trainer.paths import expand_paths
 from gold_trainer.precision import (
@@ -98,6 +99,8 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         default=None, metadata={"help": "Rows of that table; None: the whole micro-batch."}
     )
 
+    _computed_batch_size = 0  # no annotation: a field has one
+
     @property
     def cut_to(self) -> int | None:
         """How many last tokens are kept of a prompt that leaves no room; None: none are."""
@@ -114,6 +117,19 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
             super().__post_init__()
         if self.is_checkpointing_chosen:
             choose_checkpointing(self)
+        self._names = {*vars(self), "_names"}
+
+    def check_again(self) -> None:
+        """Of fields that were set since: what the constructor would refuse. A trainer calls it."""
+        if type(self) is GOLDConfig:  # a class of the user's own may have more
+            known = getattr(self, "_names", vars(self))  # of an older file there are none
+            new = [name for name in vars(self) if name not in known and name[0] != "_"]
+            check_keywords("GOLDConfig", new, self.__dataclass_fields__)
+        if self.generation_batch_size == self._computed_batch_size:
+            self.generation_batch_size = None
+        self._check()
+        if isinstance(self.report_to, str):  # TrainingArguments made a list of it
+            self.report_to = [] if self.report_to == "none" else [self.report_to]
 
     def _check(self) -> None:
         if isinstance(self.resume_from_checkpoint, bool):  # as train() takes it
@@ -166,7 +182,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
                 "multiple of it."
             )
         if self.generation_batch_size is None:
-            self.generation_batch_size = rows // num_generations
+            self.generation_batch_size = self._computed_batch_size = rows // num_generations
         if self.generation_batch_size * num_generations != rows:
             raise ValueError(
                 f"GOLDConfig: generation_batch_size * num_generations must be {names}, got "

@@ -6,6 +6,7 @@ import math
 import re
 import types
 import typing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from gold_trainer import GOLDConfig
+from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.__main__ import main
 from gold_trainer.command_line import ModelArguments
 from gold_trainer.config import DICTS
 from gold_trainer.field_checks import RANGES, check_fields
+from support.tiny_models import tiny, tiny_rows
+from support.trainer_cases import FIELDS
 
 HINTS = typing.get_type_hints(GOLDConfig)
 NO_NUMBERS = ["x", "1e-4", [1], {}, b"1", 1j, object()]
@@ -184,3 +187,32 @@ def assert_one_sentence(shown, name):
     assert re.search(rf"\b{name}\b", shown.err), shown.err
     assert shown.err.count("\n") == shown.err.count("error: ") == 1, shown.err
     assert "Traceback" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lmbda", 7.0, r"lmbda must be in \[0, 1\], got 7.0"),
+        ("betta", 0.0, r"there is no field 'betta'; did you mean beta\?"),
+        ("num_generations", 3, r"num_generations must divide .* = 4 \* 1, got 3"),
+        ("report_to", None, None),
+        ("per_device_train_batch_size", 2, None),
+    ],
+)
+def test_a_field_that_is_set_afterwards_is_checked_by_the_trainer(name, value, message, tmp_path):
+    args = GOLDConfig(output_dir=str(tmp_path), **FIELDS)
+    setattr(args, name, value)
+    make = partial(
+        GOLDTrainer,
+        model=tiny("qwen3")[0],
+        teacher_model=tiny("qwen3", "teacher")[0],
+        args=args,
+        train_dataset=tiny_rows(4),
+        processing_class=tiny("qwen3")[1],
+    )
+    if message is None:
+        assert make().args.generation_batch_size == args.per_device_train_batch_size
+        make(model=tiny("qwen3")[0]).train()  # the same config a second time
+        return
+    with pytest.raises(ValueError, match=f"^GOLDConfig: {message}"):
+        make()
