@@ -3,6 +3,7 @@ lines fit a page.
 """
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -130,3 +131,25 @@ def test_the_reference_of_the_trainer_has_every_public_name():
     page = (DOCS / "reference" / "gold_trainer.md").read_text(encoding="utf-8")
     shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
     assert set(gold_trainer.__all__) <= shown
+
+
+# "600 by default", "Off by default", "`error` (the default)", "its port, 8001"
+DEFAULT = re.compile(r"([\w.]+) by default|`(\w+)` \(the default\)|, (\d[\d.]*)$")
+SWITCHES = {"on": True, "off": False}
+
+
+def test_defaults_in_tables_of_fields_are_those_of_the_config():
+    fields = {field.name: field.default for field in dataclasses.fields(gold_trainer.GOLDConfig)}
+    checked = []
+    for page in DOCS.glob("*.md"):
+        for name, cell in re.findall(r"^\| `(\w+)` \| (.*) \|$", prose(page), re.MULTILINE):
+            said = DEFAULT.search(cell)
+            if name not in fields or fields[name] is None or said is None:
+                continue
+            value = next(part for part in said.groups() if part)
+            default = fields[name]
+            kind = str if isinstance(default, str) else float
+            actual = SWITCHES[value.lower()] if isinstance(default, bool) else kind(value)
+            assert actual == default, f"{name} on {name_of(page)}"
+            checked.append(name)
+    assert len(checked) > 12 and {"lmbda", "on_bad_row", "padding_free"} <= set(checked)
