@@ -32,7 +32,7 @@ from gold_trainer.ahead import WindowSource
 from gold_trainer.bad_rows import SkippedRows, tolerant_collator
 from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
-from gold_trainer.collator import Processor, tokenizer_of
+from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.evaluating import Evaluating
 from gold_trainer.hub import pushing
@@ -43,6 +43,7 @@ from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives.by_teacher import Objective, make_objective
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
+from gold_trainer.prompts import tokenizer_of
 from gold_trainer.resuming import settings_of_run
 from gold_trainer.router_loss import has_router_loss, with_router_loss
 from gold_trainer.rows import Row

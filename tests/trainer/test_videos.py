@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from gold_trainer import videos
-from gold_trainer.collator import GOLDCollator, process_examples
+from gold_trainer.collator import GOLDCollator
 from gold_trainer.dataset import RowDataset
+from gold_trainer.prompts import process_examples
 from support.cross_cases import (
     assert_equals,
     cross_trainer,

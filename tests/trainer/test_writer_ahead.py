@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gold_trainer.batches import PromptTensors
-from gold_trainer.collator import process_examples
+from gold_trainer.prompts import process_examples
 from gold_trainer.speed import on_host, segments
 from gold_trainer.speed.replacing import all_replaced
 from gold_trainer.writers import LocalWriter, fast_prefill, local
