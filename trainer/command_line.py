@@ -19,6 +19,7 @@ from gold_trainer.data_files import DataArguments, load_rows
 from gold_trainer.field_checks import check_fields
 from gold_trainer.file_streams import load_stream
 from gold_trainer.flags import all_names, own_groups, read_fields, remedy
+from gold_trainer.messages import parsed_json
 from gold_trainer.paths import expand_paths
 from gold_trainer.resuming import as_wanted, earlier_run
 from gold_trainer.teacher_config import args_by_teacher
@@ -71,6 +72,7 @@ SWITCHES = {
     "use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "eval_strategy": (
         *("eval_steps", "eval_delay", "do_eval", "dataset_test_split"),
+        *("per_device_eval_batch_size", "eval_accumulation_steps"),
         *("metric_for_best_model", "greater_is_better"),
     ),
     "push_to_hub": ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
@@ -115,10 +117,21 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOL
         if not name.startswith("--"):
             raise ValueError(f"unexpected argument {name!r}; the YAML file comes before the flags")
         raise ValueError(f"unknown flag {name}{remedy(name.lstrip('-'), all_names())}")
+    for one in (model_args, config):
+        _read_lists(one)
     for own in (model_args, data_args):
         expand_paths(own, "gold-trainer train")
         check_fields(own, "gold-trainer train")
     return model_args, data_args, config
+
+
+def _read_lists(config: Any) -> None:
+    """A list may come as the JSON that it has elsewhere: --stop_strings '["a", "b"]'."""
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == 1 and str(value[0]).startswith("["):
+            parsed = parsed_json(value[0])
+            if isinstance(parsed, list) and all(isinstance(part, str) for part in parsed):
+                setattr(config, name, parsed)
 
 
 def named_fields(argv: list[str]) -> set[str]:

@@ -276,3 +276,18 @@ def test_nothing_is_written_when_the_configuration_is_wrong(capsys, models, json
     user_error(capsys, "train", *flags, "--beta", "-1")
     user_error(capsys, "train", *flags, "--teacher_model_name_or_path", str(tmp_path / "nowhere"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (['["a", "b"]'], ["a", "b"]),
+        (["a", "b"], ["a", "b"]),
+        (["[END]"], ["[END]"]),
+        (["[1]"], ["[1]"]),
+    ],
+)
+def test_a_list_may_be_json(words, expected):
+    """Its text was the one stop string, at which nothing stops."""
+    flags = ["--use_cpu", "--output_dir", "runs/none", "--stop_strings", *words]
+    assert parse_arguments(flags)[2].stop_strings == expected
