@@ -72,7 +72,6 @@ SWITCHES = {
     "use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "eval_strategy": (
         *("eval_steps", "eval_delay", "do_eval", "dataset_test_split"),
-        *("per_device_eval_batch_size", "eval_accumulation_steps"),
         *("metric_for_best_model", "greater_is_better"),
     ),
     "push_to_hub": ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),

@@ -15,6 +15,7 @@ Message = dict[str, Any]  # role, content, and every other key that its author w
 Messages = list[Message]
 
 MEDIA_TYPES = ("image", "video")
+MEDIA_KEYS = ("image", "images", "video", "videos")  # of a message itself
 # Types of parts in requests to servers, and what chat templates call them.
 OTHER_TYPES = {
     "input_text": "text",
@@ -70,7 +71,7 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
             raise ValueError(
                 f"row {index}: the keys of a message must be text, got {shown(odd)}; rename it."
             )
-    checked = [_with_own_types(_with_calls(message, index)) for message in checked]
+    checked = [_with_own_types(_with_calls(_with_media(m), index)) for m in checked]
     checked = [_with_thoughts(_with_known_role(message), index) for message in checked]
     checked = [_with_weight(message, index) for message in checked]
     for message in checked:
@@ -92,6 +93,11 @@ def _from_sharegpt(message: Any, index: int) -> Any:
         return message  # "from" is a key like any other
     speaker, value = message["from"], message.get("value")
     speaker = speaker.lower() if speaker.lower() in SHAREGPT_ROLES else speaker
+    if value is not None and message.get("content") not in (None, "", [], value):
+        raise ValueError(
+            f"row {index}: a message must say once what is said, got value and content, which "
+            "differ; keep one of them."
+        )
     value = message.get("content") if value is None else value
     others = {k: v for k, v in message.items() if k not in ("from", "value", "role")}
     if speaker == "function_call":
@@ -110,6 +116,28 @@ def _from_sharegpt(message: Any, index: int) -> Any:
             f"{shown(speaker)}; rename it, or write the message with role and content."
         )
     return others | {"role": SHAREGPT_ROLES[speaker], "content": value}
+
+
+def _with_media(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Pictures and videos that a message has under keys of its own, as Ollama's requests have them:
+    in front of its content, as parts.
+    """
+    parts: list[Any] = []
+    for key in MEDIA_KEYS:
+        held = message.get(key)
+        kind = key.removesuffix("s")
+        several = held if isinstance(held, list | tuple) and key != kind else [held]
+        parts += [{"type": kind, kind: one} for one in several if _holds(one)]
+    others = {key: value for key, value in message.items() if key not in MEDIA_KEYS}
+    if not parts:
+        return others
+    content = message.get("content")
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {**others, "content": [*parts, *(content or ())]}
+
+
+def _holds(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str | bytes | list | dict) and not value)
 
 
 def _with_calls(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
@@ -240,12 +268,29 @@ def _check_content(message: Mapping[str, Any], index: int) -> None:
                 f'video, got {shown(part)}; write {{"type": "text", "text": "..."}} or '
                 '{"type": "image"}; no model here takes sound.'
             )
+        _refuse_two_things(part, index)
         unread = sorted(str(k) for k, v in part.items() if k not in PART_KEYS and v is not None)
         if unread:
             logger.warning_once(
                 f"nothing reads {', '.join(unread)}, keys of parts of messages: what they hold is "
                 "left out"
             )
+
+
+def _refuse_two_things(part: Mapping[str, Any], index: int) -> None:
+    """A part is a text, or one picture or video: of two things one would be lost."""
+    given = [key for key in PART_KEYS if key not in ("type", "fps") and _holds(part.get(key))]
+    is_file = set(given) == {"bytes", "path"}  # whose path is a name
+    if len(given) > 1 and not is_file:
+        raise ValueError(
+            f"row {index}: a part of a message must hold one thing, got {' and '.join(given)} in a "
+            f"part of the type {part['type']!r}; write a part for each."
+        )
+    if given and (given == ["text"]) != (part["type"] == "text"):
+        raise ValueError(
+            f"row {index}: a part of the type {part['type']!r} must hold that, got {given[0]}; "
+            "write its type."
+        )
 
 
 def _without_none(message: Mapping[str, Any], is_table: bool) -> Message:

@@ -27,7 +27,6 @@ CPU = ("--use_cpu", "--report_to", "none")
         ),
         (["--lora-target-modules", "q_proj"], "lora_target_modules does nothing while use_peft"),
         (["--eval_steps=5"], "eval_steps does nothing while eval_strategy is not set"),
-        (["--per-device-eval-batch-size", "2"], "per_device_eval_batch_size does nothing while ev"),
         (["--do_eval"], "do_eval does nothing while eval_strategy is not set"),
         (["--dataset_test_split", "val"], "dataset_test_split does nothing while eval_strategy"),
         (["--hub_model_id", "a/b"], "hub_model_id does nothing while push_to_hub is not set"),

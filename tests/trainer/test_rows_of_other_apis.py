@@ -155,3 +155,62 @@ def test_a_placeholder_in_another_turn_than_a_users_is_refused(role):
     qwen.example(read({"messages": turns}, is_text=False))  # without pictures it is text
     said = {"role": "assistant", "content": "<image> is a tag."}
     qwen.example(read({"messages": [USER, said, USER, ANSWER], **picture}, is_text=False))
+
+
+@pytest.mark.parametrize(
+    ("held", "number"),
+    [
+        ({"images": [tiny_picture(0), tiny_picture(1)]}, 2),
+        ({"image": tiny_picture(0)}, 1),
+        ({"images": tiny_picture(0), "videos": [], "video": None}, 1),
+        ({"images": []}, 0),
+    ],
+)
+@pytest.mark.parametrize("content", ["What?", [{"type": "text", "text": "What?"}]])
+def test_pictures_under_a_key_of_their_message_are_its_parts(content, held, number):
+    """They were left out: Qwen's template has the word image in it, so that no warning came."""
+    row = read(
+        {"messages": [USER, ANSWER, {**USER, "content": content, **held}, ANSWER]}, is_text=False
+    )
+    assert row.images == [tiny_picture(i) for i in range(number)]
+    text = [{"type": "text", "text": "What?"}]
+    expected = [{"type": "image"}] * number + text if number else content
+    assert row.prompt[2] == {**USER, "content": expected}
+    if number:
+        with pytest.raises(ValueError, match=rf"text-only student takes no pictures, got {number}"):
+            read({"messages": [{**USER, **held}, ANSWER]})
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "text", "text": "q", "image": "a.png"}, "one thing, got text and image in a"),
+        (
+            {"type": "image", "image": "a.png", "text": "a cat"},
+            "one thing, got text and image in a",
+        ),
+        ({"type": "image", "image": "a.png", "url": "b.png"}, "one thing, got image and url in a"),
+        ({"type": "image", "text": "a cat"}, "of the type 'image' must hold that, got text"),
+    ],
+)
+def test_a_part_that_holds_two_things_is_refused(part, message):
+    with pytest.raises(
+        ValueError, match=f"row 0: a part .* must hold {message.split('hold ')[-1]}"
+    ):
+        read({"messages": [{"role": "user", "content": [part]}, ANSWER]}, is_text=False)
+    filled = {key: value for key, value in part.items() if key in ("type", part["type"])}
+    if len(filled) == 2 and part["type"] == "text":  # None and empty text hold nothing
+        filled |= {"image": None, "url": ""}
+        row = read({"messages": [{"role": "user", "content": [filled]}, ANSWER]}, is_text=False)
+        assert row.images == []
+
+
+def test_what_is_said_under_two_keys_is_refused():
+    turns = [
+        {"from": "human", "value": "Rain?", "content": "Snow?"},
+        {"from": "gpt", "value": "A."},
+    ]
+    with pytest.raises(ValueError, match="row 0: a message must say once what is said, got value"):
+        read({"conversations": turns})
+    turns[0]["content"] = "Rain?"
+    assert read({"conversations": turns}).prompt[0]["content"] == "Rain?"
