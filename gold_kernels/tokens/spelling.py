@@ -21,6 +21,7 @@ class Spelling(NamedTuple):
     has_fallback: bool = False  # <0x0A> is the byte 0x0A
     is_spaced: bool = False  # WordPiece: tokens do not say whether whitespace stood before a word
     has_plain_added: bool = False  # added tokens are written in characters, the others in bytes
+    keeps_spaces: bool = False  # of drops_space: a text that begins with a space gets no other one
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:
@@ -50,7 +51,9 @@ def read_spelling(name: str, backend: Any) -> Spelling:
         )
     )
     if "ByteLevel" in types:
-        return Spelling(_byte_level_piece, drops_space, has_plain_added=True)
+        # its decoder keeps all spaces, that of SentencePiece drops the first one
+        keeps = len(types) == 1 and all(s["type"] != "Prepend" for s in _steps(backend.normalizer))
+        return Spelling(_byte_level_piece, drops_space, has_plain_added=True, keeps_spaces=keeps)
     if "WordPiece" in types:
         prefix = next(step["prefix"] for step in decoder if step["type"] == "WordPiece")
         return Spelling(_word_piece(prefix), True, is_spaced=True)

@@ -41,6 +41,7 @@ class TokenBytes:
         backend = _backend(tokenizer)
         spelling = read_spelling(self.name, backend)
         self.drops_space, self.is_spaced = spelling.drops_space, spelling.is_spaced
+        self.keeps_spaces = spelling.keeps_spaces
         vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         size = max(vocab.values(), default=-1) + 1
         self.vocab_size = size
@@ -168,7 +169,8 @@ class TokenBytes:
         return b"".join(map(self.pieces.__getitem__, self._rows(ids).tolist()))
 
     def _may_drop(self, joined: bytes) -> bool:
-        return self.drops_space and joined.startswith(b" ")
+        is_own = self.keeps_spaces and joined[1:2] in (b"", b" ")
+        return self.drops_space and joined.startswith(b" ") and not is_own
 
     def _spaced_ends(self, ids: Tensor, text: bytes) -> list[int] | None:
         """Ends of WordPiece tokens: whitespace before a word belongs to its first token."""

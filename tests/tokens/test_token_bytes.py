@@ -1,5 +1,6 @@
 """TokenBytes: every token's bytes, whatever the kind of tokenizer."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gold_kernels import CompletionAligner
 from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
 from support.tiny_processors import FAMILIES, VLM_FAMILIES, tiny_processor, tiny_tokenizer
 from support.tokenizers_cases import (
@@ -77,6 +79,18 @@ def test_a_leading_space_of_the_text_is_kept_where_the_tokenizer_adds_none():
         tokens = as_id_tensor(table(name).encode(" The"))
         assert table(name).byte_ends(tokens, b" The")[-1] == 4
         assert table(name).byte_ends(tokens, b"The")[-1] == 3
+
+
+def test_a_byte_level_tokenizer_that_adds_a_space_adds_none_to_a_space():
+    tokenizer = copy.deepcopy(TOKENIZERS["byte level"]())
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    prefixed = TokenBytes(tokenizer)
+    assert prefixed.encode("The") == prefixed.encode(" The"), "no precondition"
+    for text in ("The", "  The", " ", "   "):
+        tokens = as_id_tensor(prefixed.encode(text))
+        assert prefixed.texts(tokens)[0].decode() == text
+        teacher_ids = CompletionAligner(prefixed, table("gemma")).teacher_ids(tokens)
+        assert table("gemma").spelled(as_id_tensor(teacher_ids)).decode() == text
 
 
 def test_word_piece_ends_follow_the_text_where_it_has_spaces_and_where_not():
