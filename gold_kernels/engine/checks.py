@@ -223,6 +223,9 @@ def check_row_loss(function: str, row_loss: RowLoss, backend: str | None) -> Non
             f"{function}: a row loss must have a name of its own, got {type(row_loss).__name__} "
             f"with the name {row_loss.name!r}; set `name: ClassVar[str]` in the class."
         )
+    for name, values in row_loss.by_field().items():
+        for value in values:
+            check_number(function, name, value)
     row_loss.check(function)
     if backend in BACKENDS and backend not in row_loss.backends:
         raise ValueError(

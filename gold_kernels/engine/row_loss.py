@@ -87,7 +87,9 @@ class RowLoss:
         Its weights are (C, T), a column a term: the loss, then, where there are labels, the
         cross-entropy. It writes sum_t weights[:, t] * gradient of term t, and unweighted values.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define start; see docs/add_a_loss.md."
+        )
 
     def slices(self, student: LinearHead, teacher: LinearHead | None) -> Slices | None:
         """Rows.slices: both sides' must be of the same entries."""
@@ -109,14 +111,18 @@ class RowLoss:
         """The limits less what the row function needs beside logits."""
         return limits
 
-    def numbers(self) -> list[float]:
-        flat: list[float] = []
+    def by_field(self) -> dict[str, Sequence[float]]:
+        """The numbers of each field; what is no number of Python is left as it is."""
+        numbers = {}
         for field in dataclasses.fields(self):
-            if field.name in self.tensor_sizes:
-                continue
-            value, size = getattr(self, field.name), self.number_sizes.get(field.name, 1)
-            flat.extend(value if isinstance(value, tuple | list) else [value] * size)
-        return flat
+            if field.name not in self.tensor_sizes:
+                value, size = getattr(self, field.name), self.number_sizes.get(field.name)
+                is_given = size is not None and isinstance(value, tuple | list)
+                numbers[field.name] = value if is_given else [value] * (size or 1)
+        return numbers
+
+    def numbers(self) -> list[float]:
+        return [number for numbers in self.by_field().values() for number in numbers]
 
     def tensors(self) -> list[Tensor | None]:
         """Contiguous: kernels read ids and numbers of rows one behind the other."""

@@ -65,7 +65,28 @@ class FormulaLoss(RowLoss):
         log q agree in all digits that float32 has, it is still exact. Masked entries have log q or
         log p of -1e6, and a ratio in [-1e6, 1e6].
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define entries; see docs/add_a_loss.md."
+        )
+
+    def _checked_entries(self, *given: Tensor) -> tuple[Tensor, Tensor]:  # (c, V) each
+        """Entries, whose gradient is made from log q afterwards."""
+        versions = [None if part.is_inference() else part._version for part in given]
+        found: Any = self.entries(*given)
+        is_pair = isinstance(found, tuple | list) and len(found) == 2
+        parts = found if is_pair else [found]
+        if not is_pair or any(getattr(part, "shape", None) != given[0].shape for part in parts):
+            got = [tuple(getattr(part, "shape", ())) for part in parts]
+            raise ValueError(
+                f"{type(self).__name__}.entries: f and s of every entry are expected, two tensors "
+                f"{tuple(given[0].shape)}, got {got}; return both before they are summed."
+            )
+        if versions != [None if part.is_inference() else part._version for part in given]:
+            raise ValueError(
+                f"{type(self).__name__}.entries: log q, log p and their difference must stay as "
+                "they are, got one that was overwritten; write log_q.exp() in place of exp_()."
+            )
+        return parts[0], parts[1]
 
     def check(self, function: str) -> None:
         checks.check_temperature(function, self.temperature)
@@ -132,7 +153,7 @@ class FormulaLoss(RowLoss):
 
         def divergence(student: Tensor, teacher: Tensor) -> Divergence:
             log_q, log_p, log_ratio = _log_probs(student, teacher, temperatures, slices)
-            per_entry, slope = self.entries(log_q, log_p, log_ratio)
+            per_entry, slope = self._checked_entries(log_q, log_p, log_ratio)
             loss, total = row_sum(per_entry, slices), row_sum(slope, slices)
             return Divergence(loss.squeeze(-1), slope - log_q.exp_().mul_(total))
 
