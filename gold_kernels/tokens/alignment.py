@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.tokens.arguments import check_flags
-from gold_kernels.tokens.ranges import TextPair, TokenRange
+from gold_kernels.tokens.arguments import check_flags, check_index, check_tables
+from gold_kernels.tokens.ranges import SIDES, TextPair, TokenRange, check_texts
 from gold_kernels.tokens.spans import SpanGroups, align_byte_spans, without_first
 from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
 
@@ -125,6 +125,13 @@ class TokenAlignment(NamedTuple):
         out.
         """
         _check_merge("TokenAlignment", merge, is_late)
+        for side, ids, own in zip(SIDES, (student_ids, teacher_ids), groups[:2], strict=True):
+            check_index(f"TokenAlignment.from_groups: {side}_ids", ids, "the completion's tokens")
+            if ids.shape != own.shape:
+                raise ValueError(
+                    f"TokenAlignment.from_groups: each token of the {side} has a group, got "
+                    f"{ids.shape[0]} tokens and {own.shape[0]} groups; pass those of one text."
+                )
         student_groups, teacher_groups = groups.student_groups, groups.teacher_groups
         scored_bytes = groups.num_bytes
         if is_late and groups.num_groups:
@@ -149,12 +156,13 @@ class TokenAlignment(NamedTuple):
     @classmethod
     def concatenate(cls, alignments: Sequence["TokenAlignment"]) -> "TokenAlignment":
         """One alignment of several completions whose rows follow one another on both sides."""
-        merges = {alignment.merge for alignment in alignments}
-        if len(merges) != 1:
+        alignments = list(alignments)
+        merges = {getattr(alignment, "merge", None) for alignment in alignments}
+        if len(merges) != 1 or None in merges:
             raise ValueError(
                 "TokenAlignment.concatenate: at least one alignment and one merge for all are "
-                f"expected, got {len(alignments)} with {sorted(merges)}; align all completions of "
-                "a batch alike."
+                f"expected, got {len(alignments)} with {sorted(map(str, merges))}; align all "
+                "completions of a batch alike."
             )
         student_rows = [a.num_student_rows for a in alignments]
         teacher_rows = [a.num_teacher_rows for a in alignments]
@@ -236,6 +244,7 @@ class CompletionAligner:
         is_late: bool = False,  # TRL's reading of "observed", see TokenAlignment.from_groups
         has_end_of_turn: bool = True,  # False: the stop decision is not distilled
     ) -> None:
+        check_tables("CompletionAligner", student=student, teacher=teacher)
         check_flags("CompletionAligner", is_late=is_late, has_end_of_turn=has_end_of_turn)
         _check_merge("CompletionAligner", merge, is_late)
         self.student, self.teacher = student, teacher
@@ -297,6 +306,7 @@ class CompletionAligner:
         num_teacher, teacher_ended = _split_end(teacher_ids, self.teacher)
         if texts is None:
             texts = [TextPair(TokenRange(0, num_student), TokenRange(0, num_teacher))]
+        check_texts(texts, len(student_ids), len(teacher_ids))
         student_groups = torch.full_like(student_ids, -1)
         teacher_groups = torch.full_like(teacher_ids, -1)
         total = SpanGroups(student_groups, teacher_groups, 0, 0)

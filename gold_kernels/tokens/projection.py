@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.tokens.arguments import is_number, is_whole
+from gold_kernels.tokens.arguments import check_tables, is_number, is_whole
 from gold_kernels.tokens.token_bytes import TokenBytes
 from gold_kernels.tokens.vocabulary import VocabOverlap
 
@@ -138,6 +138,7 @@ class VocabProjection(NamedTuple):
                 "VocabProjection: num_pieces must be at least 1 and decay in [0, 1], got "
                 f"{num_pieces} and {decay}; {NUM_PIECES} and {DECAY} are the defaults."
             )
+        check_tables("VocabProjection.from_token_bytes", student=student, teacher=teacher)
         shared = VocabOverlap.from_token_bytes(student, teacher)
         pairs = dict(zip(shared.student_ids.tolist(), shared.teacher_ids.tolist(), strict=True))
         by_bytes = {student.pieces[i]: t for i, t in pairs.items() if student.pieces[i]}

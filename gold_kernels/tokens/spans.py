@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gold_kernels.tokens.arguments import check_index
+
 
 class SpanGroups(NamedTuple):
     """The group of every token; -1 for tokens in none."""
@@ -31,10 +33,12 @@ def align_byte_spans(
     are a group. Takes N log N steps for N tokens, without a Python loop.
     """
     for side, ends in (("student", student_ends), ("teacher", teacher_ends)):
-        if ends.ndim != 1 or ends.dtype != torch.int64:
+        what = "TokenBytes.byte_ends of one completion"
+        check_index(f"align_byte_spans: {side}_ends", ends, what)
+        if bool((ends[1:] < ends[:-1]).any()):
             raise ValueError(
-                f"align_byte_spans: {side}_ends must be (N,) int64, got {tuple(ends.shape)} "
-                f"{ends.dtype}; pass TokenBytes.byte_ends of one completion."
+                f"align_byte_spans: {side}_ends must not decrease, got {ends.tolist()[:8]}; pass "
+                f"{what}."
             )
     num_student, num_teacher = student_ends.shape[0], teacher_ends.shape[0]
     if num_student == 0 or num_teacher == 0:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gold_kernels.tokens.arguments import is_whole
+from gold_kernels.tokens.arguments import check_tables, is_whole
 from gold_kernels.tokens.token_bytes import TokenBytes
 
 MATCHED_ROLES = ("end_of_turn", "eos")  # never pad, which no model is to predict
@@ -86,6 +86,7 @@ class VocabOverlap(_Overlap):
 
     @classmethod
     def from_token_bytes(cls, student: TokenBytes, teacher: TokenBytes) -> "VocabOverlap":
+        check_tables("VocabOverlap.from_token_bytes", student=student, teacher=teacher)
         student_entries, teacher_entries = _entries(student), _entries(teacher)
         pairs = sorted(
             (student_id, teacher_entries[key])
@@ -111,11 +112,13 @@ class VocabOverlap(_Overlap):
         return self.num_matched / max(1, self.teacher_vocab_size)
 
     def student_mass(self, weights: Tensor) -> Tensor:  # (..., V) -> (...)
-        """Share of probabilities, or of the token counts of a text sample, on matched entries."""
-        return _share(weights, self.student_ids)
+        """Share of probabilities, or of the token counts of a text sample, on matched entries; 0
+        where there are none.
+        """
+        return _share(weights, self.student_ids, self.student_vocab_size)
 
     def teacher_mass(self, weights: Tensor) -> Tensor:  # (..., V) -> (...)
-        return _share(weights, self.teacher_ids)
+        return _share(weights, self.teacher_ids, self.teacher_vocab_size)
 
     def report(
         self,
@@ -159,8 +162,15 @@ def _entries(table: TokenBytes) -> dict[bytes | str, int]:
     return entries | {role: token_id for token_id, role in roles.items()}
 
 
-def _share(weights: Tensor, ids: Tensor) -> Tensor:  # (..., V), (K,) -> (...)
+def _share(weights: Tensor, ids: Tensor, size: int) -> Tensor:  # (..., V), (K,) -> (...)
+    if not isinstance(weights, Tensor) or weights.ndim == 0 or weights.shape[-1] < size:
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(
+            f"VocabOverlap: weights must be a tensor (..., V), V at least {size}, the tokenizer's "
+            f"entries, got {got}; pass probabilities, or counts.bincount(minlength={size})."
+        )
     if not weights.is_floating_point():
         weights = weights.double()
-    dtype = torch.promote_types(weights.dtype, torch.float32)
-    return weights[..., ids].sum(-1, dtype=dtype) / weights.sum(-1, dtype=dtype)
+    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    total = weights.sum(-1, dtype=dtype)
+    return torch.where(total != 0, weights[..., ids].sum(-1, dtype=dtype) / total, 0)

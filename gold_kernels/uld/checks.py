@@ -10,15 +10,14 @@ from gold_kernels.engine import checks
 from gold_kernels.engine.kinds import check_tensors, check_weight, is_whole
 from gold_kernels.engine.options import Options
 from gold_kernels.tokens.alignment import MERGES, TokenAlignment
+from gold_kernels.tokens.ranges import SIDES
 from gold_kernels.tokens.vocabulary import VocabOverlap
-
-SIDES = ("student", "teacher")
 
 
 def check_alignment(
     function: str, student_hidden: Tensor, teacher_hidden: Tensor, alignment: TokenAlignment | None
 ) -> int:
-    """The number of groups. Of indices only the shapes are checked: looking at them would wait for
+    """The number of groups. Indices are looked at on the CPU alone: elsewhere a look would wait for
     the device.
     """
     num_student, num_teacher = student_hidden.shape[0], teacher_hidden.shape[0]

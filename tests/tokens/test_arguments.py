@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gold_kernels import CompletionAligner, VocabOverlap, VocabProjection
+from gold_kernels import CompletionAligner, TokenAlignment, VocabOverlap, VocabProjection
+from gold_kernels.tokens.ranges import TextPair, TokenRange
+from gold_kernels.tokens.spans import align_byte_spans
 from gold_kernels.tokens.token_bytes import TokenBytes, as_id_tensor
 from support.tokenizers_cases import TOKENIZERS, table
 
@@ -116,3 +118,58 @@ def test_a_decay_of_which_float32_makes_nothing_leaves_later_pieces_out():
         other = VocabProjection.from_token_bytes(*sides, decay=decay)
         assert torch.equal(other.columns, first.columns)
         assert torch.equal(other.weights, first.weights)
+
+
+@pytest.mark.parametrize("kind", [CompletionAligner, VocabOverlap, VocabProjection])
+def test_a_tokenizer_in_place_of_its_table_is_refused_where_it_is_given(kind):
+    make = kind if kind is CompletionAligner else kind.from_token_bytes
+    tokenizer = table("gemma").tokenizer
+    for sides, side in (
+        ((tokenizer, table("gemma")), "student"),
+        ((table("gemma"), None), "teach"),
+    ):
+        message = rf"the {side}.* must be TokenBytes, got .*{kind.__name__}\.from_tokenizers"
+        with pytest.raises(ValueError, match=message):
+            make(*sides)
+
+
+def test_ends_and_groups_that_fit_no_tokens_are_refused():
+    """Ends that decrease made groups of other bytes."""
+    with pytest.raises(ValueError, match=r"student_ends must not decrease, got \[3, 2, 5\]"):
+        align_byte_spans(torch.tensor([3, 2, 5]), torch.tensor([5]))
+    with pytest.raises(ValueError, match=r"teacher_ends must be \(N,\) int64, got list"):
+        align_byte_spans(torch.tensor([5]), [5])
+    groups = align_byte_spans(torch.tensor([1, 2]), torch.tensor([2]))
+    for ids, message in (
+        (torch.arange(5), "each token of the student has a group, got 5 tokens and 2 groups"),
+        ([1, 2], r"student_ids must be \(N,\) int64, got list; pass the completion's tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenAlignment.from_groups(groups, ids, torch.arange(1), 2)
+    with pytest.raises(ValueError, match=r"got 1 with \['None'\]; align all completions"):
+        TokenAlignment.concatenate(iter([None]))
+
+
+def test_texts_are_ranges_of_the_tokens_one_behind_the_other():
+    aligner = CompletionAligner(table("gemma"), table("gemma"))
+    ids = table("gemma").encode("The digit is 7.")
+    size = len(ids)
+
+    def pair(first, stop):
+        return TextPair(TokenRange(first, stop), TokenRange(first, stop))
+
+    for texts in ([pair(0, size + 1)], [pair(2, 1)], [pair(0, 2), pair(1, 3)], [pair(-1, 1)]):
+        with pytest.raises(ValueError, match=r"texts must be ranges of the student's .* tokens"):
+            aligner.align(ids, ids, texts)
+    with pytest.raises(ValueError, match="texts must be TextPairs, got tuple; pass"):
+        aligner.align(ids, ids, [((0, 1), (0, 1))])
+    assert aligner.align(ids, ids, [pair(0, 2), pair(2, size)]).num_groups == size
+
+
+def test_masses_are_of_all_entries_and_0_where_there_are_none():
+    overlap = VocabOverlap(IDS, IDS, 20, 20)
+    for weights, got in ((torch.rand(5), r"\(5,\)"), ([1.0] * 20, "list"), (IDS.sum(), r"\(\)")):
+        with pytest.raises(ValueError, match=rf"V at least 20, .* got {got}; pass probabilities"):
+            overlap.student_mass(weights)
+    assert overlap.student_mass(torch.zeros(2, 20)).tolist() == [0, 0]
+    assert overlap.teacher_mass(torch.ones(20).to(torch.float8_e4m3fn)) == pytest.approx(0.1)
