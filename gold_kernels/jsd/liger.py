@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
+from gold_kernels.engine.agreement import told
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.kinds import (
     check_same_positions,
@@ -82,25 +83,9 @@ class FusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # (), or loss, soft loss and hard loss, each ()
-        check_tensors(
-            FUNCTION,
-            student_input=student_input,
-            student_weight=student_weight,
-            teacher_input=teacher_input,
-            teacher_weight=teacher_weight,
-            true_labels=true_labels,
-        )
-        check_same_positions(
-            FUNCTION,
-            student_input=student_input.shape[:-1],
-            teacher_input=teacher_input.shape[:-1],
-            true_labels=true_labels.shape,
-        )
-        labels = true_labels.flatten()
-        student_hidden = student_input.reshape(-1, student_input.shape[-1])
-        teacher_hidden = teacher_input.reshape(-1, teacher_input.shape[-1])
-        checks.check_pair(FUNCTION, student_hidden, teacher_hidden)
-        checks.check_labels(FUNCTION, labels, student_hidden)
+        given = student_input, student_weight, teacher_input, teacher_weight, true_labels
+        with told(self.options.get("process_group"), student_input, student_weight):
+            student_hidden, teacher_hidden, labels = _checked_rows(*given)
         scored = (labels != self.ignore_index).nonzero().squeeze(-1)
         heads = (student_hidden[scored], student_weight, teacher_hidden[scored], teacher_weight)
         labels, biases = labels[scored], (student_bias, teacher_bias)
@@ -132,3 +117,32 @@ class FusedLinearJSDLoss(nn.Module):
             **self.options,
         )
         return shared_linear_loss(FUNCTION, self.row_loss, *heads, like * soft, options, False)
+
+
+def _checked_rows(
+    student_input: Tensor,
+    student_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    true_labels: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, D_s), (N, D_t), (N,)
+    check_tensors(
+        FUNCTION,
+        student_input=student_input,
+        student_weight=student_weight,
+        teacher_input=teacher_input,
+        teacher_weight=teacher_weight,
+        true_labels=true_labels,
+    )
+    check_same_positions(
+        FUNCTION,
+        student_input=student_input.shape[:-1],
+        teacher_input=teacher_input.shape[:-1],
+        true_labels=true_labels.shape,
+    )
+    labels = true_labels.flatten()
+    student_hidden = student_input.reshape(-1, student_input.shape[-1])
+    teacher_hidden = teacher_input.reshape(-1, teacher_input.shape[-1])
+    checks.check_pair(FUNCTION, student_hidden, teacher_hidden)
+    checks.check_labels(FUNCTION, labels, student_hidden)
+    return student_hidden, teacher_hidden, labels

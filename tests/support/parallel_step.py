@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from gold_kernels import (
+    FusedLinearJSDLoss,
     FusedLinearLoss,
     FusedLinearULDLoss,
     VocabProjection,
@@ -115,6 +116,7 @@ def out_of_range(pair: Any) -> Refusals:
     ]
     projected = partial(fused_linear_projected_jsd, *usual, alignment=alignment, **group)
     wrong = {"labelss": None} if rank else {}
+    labels = torch.arange(len(teacher), dtype=torch.int32 if rank else torch.int64)
     for message, call in (
         ("temperature must be", partial(uld, temperature=negative)),
         ("temperature must be", partial(uld, teacher_temperature=negative)),
@@ -125,6 +127,8 @@ def out_of_range(pair: Any) -> Refusals:
         ("did you mean labels", partial(uld, **wrong)),
         ("did you mean labels", partial(FusedLinearULDLoss(**group), *pairs, **wrong)),
         ("did you mean labels", partial(FusedLinearLoss(JSD(), **group), *pairs, **wrong)),
+        ("labels must be an int64", partial(FusedLinearJSDLoss(**group), *pairs, labels)),
+        ("return_metrics must be", partial(uld, return_metrics="no" if rank else False)),
     ):
         yield message if rank == 1 else "got errors on ranks [1]", call
     yield OTHER_VALUES, partial(projected, projections[rank])
