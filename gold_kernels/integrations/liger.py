@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gold_kernels.engine.kinds import check_tensors
 from gold_kernels.integrations.patching import Patch, Target, prepare
 from gold_kernels.jsd.liger import FusedLinearJSDLoss
 
@@ -57,6 +58,7 @@ def liger_fused_linear_jsd(
     loss = _divergence(jsd_beta, ignore_index, temperature)
     labels = shift_labels
     if labels is None:  # any but the one that is not scored
+        check_tensors(FusedLinearJSDLoss.__name__, student_input=student_input)
         scored = int(ignore_index == 0)
         labels = student_input.new_full(student_input.shape[:-1], scored, dtype=torch.int64)
     value: Tensor = loss(student_input, student_weight, teacher_input, teacher_weight, labels)

@@ -16,9 +16,13 @@ class DivergenceLoss(FusedLinearJSDLoss):
     """The divergence alone, unless weights are passed."""
 
     def __init__(
-        self, weight_hard_loss: float = 0.0, weight_soft_loss: float = 1.0, **options: Any
+        self,
+        weight_hard_loss: float = 0.0,
+        weight_soft_loss: float = 1.0,
+        *others: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(weight_hard_loss, weight_soft_loss, **options)
+        super().__init__(weight_hard_loss, weight_soft_loss, *others, **options)
 
 
 def patch_swift() -> Patch:

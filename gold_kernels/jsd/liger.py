@@ -119,6 +119,15 @@ class FusedLinearJSDLoss(nn.Module):
         return shared_linear_loss(FUNCTION, self.row_loss, *heads, like * soft, options, False)
 
 
+def _rows(name: str, states: Tensor) -> Tensor:  # (D,), (N, D) or (B, L, D) -> (N, D)
+    if states.ndim == 0:
+        raise ValueError(
+            f"{FUNCTION}: {name} must be (N, D) or (B, L, D), got shape (); pass the last hidden "
+            "states."
+        )
+    return states.unsqueeze(0) if states.ndim == 1 else states.flatten(0, -2)
+
+
 def _checked_rows(
     student_input: Tensor,
     student_weight: Tensor,
@@ -141,8 +150,8 @@ def _checked_rows(
         true_labels=true_labels.shape,
     )
     labels = true_labels.flatten()
-    student_hidden = student_input.reshape(-1, student_input.shape[-1])
-    teacher_hidden = teacher_input.reshape(-1, teacher_input.shape[-1])
+    student_hidden = _rows("student_input", student_input)
+    teacher_hidden = _rows("teacher_input", teacher_input)
     checks.check_pair(FUNCTION, student_hidden, teacher_hidden)
     checks.check_labels(FUNCTION, labels, student_hidden)
     return student_hidden, teacher_hidden, labels

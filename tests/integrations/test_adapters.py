@@ -155,6 +155,13 @@ def test_swift_trains_the_divergence_alone(weights, monkeypatch):
     torch.testing.assert_close(loss, expected)
 
 
+def test_swift_may_pass_numbers_by_place(monkeypatch):
+    trainer = peer_contracts.swift(monkeypatch)
+    with patch_swift():
+        loss = trainer.LigerFusedLinearJSDLoss(0.0, 1.0, 0.25, 7, 2.0)
+    assert (loss.row_loss.beta, loss.ignore_index, loss.row_loss.temperature) == (0.25, 7, 2.0)
+
+
 def test_swift_gets_its_names_back(monkeypatch):
     liger = object()
     module = peer_contracts.swift(monkeypatch, LigerFusedLinearJSDLoss=liger)

@@ -129,6 +129,21 @@ def test_without_labels_all_rows_are_scored_whatever_is_ignored():
         assert all(map(torch.equal, actual, expected))
 
 
+def test_states_of_any_shape_and_size_are_rows():
+    """One row, no entries of a hidden state, and what is no row at all."""
+    given, labels = tensors()
+    module = liger.LigerFusedLinearJSD(0.3)
+    expected = module(given[0][:1], given[1], given[2][:1], given[3], labels[:1])
+    one = module(given[0][0], given[1], given[2][0], given[3], labels[0])
+    assert torch.equal(one, expected)
+    empty, head = torch.zeros(2, 3, 0), torch.zeros(11, 0)
+    assert float(module(empty, head, empty, head, torch.zeros(2, 3, dtype=torch.int64))) == 0
+    with pytest.raises(ValueError, match=r"student_input must be \(N, D\) or .* got shape \(\)"):
+        module(labels[0].float(), *given[1:], labels[0])
+    with pytest.raises(ValueError, match="student_input must be a tensor, got list"):
+        module(given[0].tolist(), *given[1:], None)
+
+
 def test_numbers_are_refused_when_the_module_is_built():
     for options, message in (
         ({"jsd_beta": 2.0}, "beta must be in"),
