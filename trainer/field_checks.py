@@ -5,7 +5,6 @@ Kinds come from the annotations, choices from the metadata, ranges and remedies 
 """
 
 import dataclasses
-import json
 import math
 import os
 import reprlib
@@ -16,6 +15,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, NamedTuple
 
+from gold_trainer.messages import parsed_json
 from gold_trainer.nearest import nearest
 
 
@@ -265,12 +265,7 @@ def _is_dict_if_text(field: dataclasses.Field, value: Any, kinds: tuple[Any, ...
 
 def dict_of_text(value: Any) -> Any:
     """The dict whose JSON a text is; anything else is as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        read = json.loads(value)
-    except (ValueError, RecursionError):  # of a number of 5000 digits; of brackets without end
-        return value
+    read = parsed_json(value)
     return read if isinstance(read, dict) else value
 
 
