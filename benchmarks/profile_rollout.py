@@ -3,7 +3,8 @@
     python benchmarks/profile_rollout.py --batch-sizes 4 64
 
 The 2B shape of bench_rollout.py with random weights and text prompts of 256 tokens. Printed: ms a
-step of the recorded graph and of the eager step, seconds of recording, the kernels that take most.
+step of the recorded graph and of the eager step, with layers that are compiled and such that are
+kernels of ours; seconds of recording, the kernels that take most.
 """
 
 import argparse
@@ -44,7 +45,9 @@ def decoder_of(model: Any, num_rows: int, sampling: Sampling, compiled: Any) -> 
     )
     batch = Batch.empty(part, [NEW_TOKENS] * num_rows, PROMPT_TOKENS)
     batch.fill(0, part, torch.arange(num_rows, device="cuda"))
-    sampler = Sampler(sampling, list(range(num_rows)), NEW_TOKENS, config.vocab_size, "cuda")
+    sampler = Sampler(
+        sampling, list(range(num_rows)), NEW_TOKENS, config.vocab_size, torch.device("cuda")
+    )
     decoder = Decoder(
         *(model, batch, sampler),
         has_ended=lambda ids: False,
@@ -85,9 +88,14 @@ def main() -> int:
     num_entries = model.lm_head.out_features
     sampling = Sampling((2,), frozenset(range(num_entries)), 0.9, 0.95)
     layers = decoder_layers(model, model.config.text_config.num_hidden_layers)
-    compiled = CompiledLayers(layers, "inductor")
+    compiled, kernels = CompiledLayers(layers, "inductor"), CompiledLayers(layers, "inductor")
+    compiled.has_compiled = kernels.has_kernels = True
     greedy = replace(sampling, top_k=1)
-    cases = [("greedy", greedy, compiled), ("top_p", sampling, compiled)]
+    cases = [
+        ("greedy, compiled", greedy, compiled),
+        ("greedy, kernels", greedy, kernels),
+        ("top_p, kernels", sampling, kernels),
+    ]
     for num_rows in options.batch_sizes:
         for name, used, layers in cases:
             decoder = decoder_of(model, num_rows, used, layers)

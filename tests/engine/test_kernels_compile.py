@@ -13,14 +13,23 @@ from gold_kernels.triton import formula_rows, formula_slices, scale, slice_rows
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
-from gold_trainer.writers import attention_kernel, linear_kernel, sampling_kernel
+from gold_trainer.writers import (
+    attention_kernel,
+    layer_attention,
+    layer_products,
+    linear_kernel,
+    sampling_kernel,
+)
 from support.forks import TESTS
 
 SHARED_BYTES = 48 << 10  # a program gets no more without asking the driver
 MOST_SHARED_BYTES = 99 << 10  # and no more at all on devices for desktops
 ASKING = (
+    "added_product_kernel",
+    "attend_new_kernel",
     "attend_part_kernel",
     "linear_rows_kernel",
+    "normed_product_kernel",
 )  # blocks hide the time that memory takes
 
 
@@ -47,12 +56,13 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
     modules = (jsd_rows, formula_rows, scale, token_rows, uld_rows, uld_sums)
     modules += (triton_folds, projected_rows, slice_rows, jsd_slices, formula_slices)
     modules += (sampling_kernel, attention_kernel, linear_kernel)
+    modules += (layer_attention, layer_products)
     kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
     for architecture in ("sm_80", "sm_90", "sm_100"):
         compiled = {kernel for target, kernel, *_ in cubins if target == architecture}
         assert compiled == kernels, "a kernel without a signature in compile_kernels.py"
     formulas = sum(issubclass(loss, FormulaLoss) for loss in LOSSES.values())
-    variants = 15 + 2 * formulas + 7 + 4 + 6 + 3 + 6 + 14 + 6 + 6
+    variants = 15 + 2 * formulas + 7 + 4 + 6 + 3 + 6 + 14 + 6 + 6 + 9
     assert len(cubins) == variants + 2 * len(kernels)
     assert all(int(size) > 1000 for _, _, size, _ in cubins)
     for architecture, kernel, _, shared in cubins:

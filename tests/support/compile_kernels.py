@@ -27,9 +27,17 @@ from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
 from gold_kernels.uld.bins import LIST_SIZES
 from gold_kernels.uld.lists import list_words
-from gold_trainer.writers import attention_kernel, linear_kernel, sampling_kernel
+from gold_trainer.writers import (
+    attention_kernel,
+    layer_attention,
+    layer_products,
+    layer_steps,
+    linear_kernel,
+    sampling_kernel,
+)
 
 CAPABILITIES = (80, 90, 100)
+SHARED_BYTES = 99 << 10  # of a program, on devices for desktops
 
 
 def signature_of(kernel, types, floats, constexprs):
@@ -296,6 +304,41 @@ def decoding_signatures():
         yield kernel, signature_of(kernel, types, (), constexprs), constexprs, options
 
 
+def layer_signatures(shared_bytes):
+    """Layers of 2048 with norms of heads, for 16 and 64 rows, on a device with so much memory."""
+    types = {"squares_ptr": "*fp32", "parts_ptr": "*fp32", "sums_ptr": "*fp32"}
+    types |= {"counts_ptr": "*i32", "position_ptr": "*i64", "first_ptr": "*i64", "mask_ptr": "*i1"}
+
+    def of(kernel, constexprs, **options):
+        own = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")} | types
+        signature = signature_of(kernel, own, ("eps", "query_eps", "key_eps", "scale"), constexprs)
+        return kernel, signature, constexprs, options
+
+    yield of(layer_products.scale_rows_kernel, {"BLOCK_K": 2048, "BLOCK_T": 128}, num_warps=8)
+    kernels = layer_products.normed_product_kernel, layer_products.added_product_kernel
+    for num_rows in (16, 64):
+        for name, is_gated, kernel in (
+            ("heads", False, kernels[0]),
+            ("gate", True, kernels[0]),
+            ("down", False, kernels[1]),
+        ):
+            blocks = layer_steps.BLOCKS[name][num_rows > 16]
+            own = {"BLOCK_M": num_rows, "BLOCK_N": blocks.outputs, "BLOCK_K": blocks.inputs}
+            own |= {"NUM_INPUTS": 2048, "NUM_PARTS": blocks.parts}
+            if kernel is kernels[0]:
+                own |= {"HAS_BIAS": not is_gated, "IS_GATED": is_gated, "BLOCK_T": 32}
+            size = layer_products.block_bytes(blocks, num_rows, 1 + is_gated, 2)
+            stages = layer_products.stages_of(blocks, size, shared_bytes)
+            yield of(kernel, own, num_warps=blocks.warps, num_stages=stages)
+    dealt = layer_attention.DEALT
+    for is_split in (True, False):
+        own = {"GROUP": 2, "WIDTH": 128, "HAS_NORM": is_split, "HAS_MASK": True}
+        own |= {"IS_SPLIT": is_split, "BLOCK_S": 16, "BLOCK_G": 16, "BLOCK_D": 128}
+        own |= {"BLOCK_L": dealt.tokens}
+        options = {"num_warps": dealt.warps, "num_stages": dealt.stages}
+        yield of(layer_attention.attend_new_kernel, own, **options)
+
+
 def alignment_of(kernel, signature, constexprs):
     """What the launcher says of pointers and strides; rows are aligned where the kernel keeps its
     table in shared memory, and sizes are any number.
@@ -329,6 +372,7 @@ def main(capability: int) -> None:
         *projection_signatures(),
         *draw_signatures(),
         *decoding_signatures(),
+        *layer_signatures(SHARED_BYTES),
     ):
         variant = variants.setdefault(kernel.__name__, 0)
         variants[kernel.__name__] += 1

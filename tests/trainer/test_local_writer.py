@@ -102,6 +102,18 @@ def test_logprobs_are_those_of_the_distribution_that_is_sampled_from(family, tmp
             assert completion.logprobs[i] == pytest.approx(logprobs[0, token_id].item(), abs=2e-4)
 
 
+def test_the_prompts_pass_makes_nothing_that_waits_for_the_device(tmp_path, monkeypatch):
+    """generate() looks at all ids to make processors of logits, which nobody asks for here."""
+    run, writer, prompts = build(tmp_path, "qwen3", num_rows=2)
+
+    def make(*args, **kwargs):
+        raise AssertionError("it would be looked at")
+
+    monkeypatch.setattr(type(run.model), "_get_logits_processor", make)
+    writer.complete(prompts, sampling_of(run))
+    assert writer.refusal is None and "_get_logits_processor" not in vars(run.model)
+
+
 class Forced:
     """Writes given ids."""
 

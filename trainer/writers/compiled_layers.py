@@ -3,7 +3,8 @@
 What a layer does between its matrix products is dozens of small kernels, which cost more than the
 products when each row has one token. Compiling the model as a whole takes half a minute and grows
 with its layers; compiling one layer takes seconds. For that all layers have to look alike: within
-the context each finds its own part of the cache in the place of the first one's.
+the context each finds its own part of the cache in the place of the first one's. Layers of the
+usual kind are not compiled at all, where a GPU has kernels for them (kernel_layers.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gold_kernels.triton.launch import default_backend
 from gold_trainer.writers.fixed_cache import Batch
-from gold_trainer.writers.shared_inputs import shares_inputs
+from gold_trainer.writers.kernel_layers import Step, compared, fit
+from gold_trainer.writers.prefill import CannotDecode
+from gold_trainer.writers.shared_inputs import MOST_ROWS, shares_inputs
 
 # Arguments of attention with which it is more than softmax(scale q k^T + mask) v.
 BESIDE = ("softcap", "s_aux", "position_bias")
@@ -84,13 +87,72 @@ def decoder_layers(base: nn.Module, num_layers: int) -> list[nn.Module] | None:
 
 
 class CompiledLayers:
-    """Within its context the model's layers are compiled, and steps of the batch may run."""
+    """Within its context the model's layers are compiled, or kernels of ours where they compute the
+    same, and steps of the batch may run.
+    """
 
     def __init__(self, layers: list[nn.Module], backend: str | Callable) -> None:
         self.layers, backend = layers, shares_inputs(backend)
         self.compiled: list[Callable] = [
             torch.compile(layer._call_impl, dynamic=True, backend=backend) for layer in layers
         ]
+        # whether a step with them is the model's own; None: nobody has compared it yet
+        self.has_kernels: bool | None = None
+        self.has_compiled: bool | None = None
+        self.errors: list[bool] | None = None  # of layers, while kernels are compared with each
+
+    def is_checked(self, num_rows: int) -> bool:
+        has_kernels = self.has_kernels and num_rows <= MOST_ROWS
+        return bool(has_kernels) or self.has_compiled is not None
+
+    def check(self, step: Callable[[], None], num_rows: int) -> None:
+        """Whatever so many rows, or fewer later, are written with takes a step before, which raises
+        where it is not the model's own.
+        """
+        if self.has_kernels is None:
+            self.has_kernels = self._agree(step)
+        if not self.is_checked(num_rows):
+            has_kernels, self.has_kernels, self.has_compiled = self.has_kernels, False, True
+            try:
+                step()
+            except Exception:
+                self.has_compiled = False
+                raise
+            finally:
+                self.has_kernels = has_kernels
+
+    def _agree(self, step: Callable[[], None]) -> bool:
+        """Whether kernels compute what each layer does, and all of them together."""
+        errors: list[bool] = []
+        self.errors = errors
+        try:
+            step()
+        finally:
+            self.errors = None
+        if len(errors) < len(self.layers) or any(errors):
+            return False
+        self.has_kernels = True
+        try:
+            step()
+        except CannotDecode:
+            return False
+        return True
+
+    def _functions(self, batch: Batch) -> list[Callable]:
+        """What takes the place of each layer's forward."""
+        own = [{batch.cache_name: Cache(layers=[states])} for states in batch.layers]
+        parts = None
+        if self.has_kernels or self.errors is not None:
+            parts = fit(self.layers, batch.layers[0], len(batch.token))
+        kernels = None if parts is None else Step(parts, batch).functions()
+        if self.errors is None and kernels is not None:
+            return kernels
+        if self.errors is None and self.has_compiled:
+            return list(map(with_own, self.compiled, own))
+        plain = list(map(with_own, [layer._call_impl for layer in self.layers], own))
+        if kernels is None or self.errors is None:
+            return plain
+        return [compared(*pair, self.errors) for pair in zip(plain, kernels, strict=True)]
 
     @contextmanager
     def __call__(self, batch: Batch) -> Iterator[None]:
@@ -103,10 +165,8 @@ class CompiledLayers:
         attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_of_one_token(attention)
         try:
-            parts = zip(self.layers, self.compiled, batch.layers, strict=True)
-            for layer, compiled, states in parts:
-                own = {batch.cache_name: Cache(layers=[states])}
-                change(layer, "_compiled_call_impl", with_own(compiled, own))
+            for layer, function in zip(self.layers, self._functions(batch), strict=True):
+                change(layer, "_compiled_call_impl", function)
                 for module in layer.modules():
                     if hasattr(module, "layer_idx"):
                         change(module, "layer_idx", 0)

@@ -10,6 +10,7 @@ B rows, R most new tokens, V entries of the head.
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ MAX_ERROR = 0.1, 1e-3
 # Steps of a row that have to be saved: on an H200 one is 0.02 ms of a 2B model's step, which takes
 # 0.1 s to begin anew. Both grow with the model.
 WORTH_RECORDING = 8192
+SPARE_BYTES = 2**30  # of the device, for what a recorded step keeps beside the cache
 CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look waits for the device
 
 
@@ -65,6 +67,28 @@ def check_step(base: Any, part: Prefilled, compiled: CompiledLayers | None = Non
         raise CannotDecode("with it the next token would be another")
 
 
+def recorded(step: Callable[[], None]) -> Any:
+    """A CUDA graph of it. torch.cuda.graph would wait for the device and give the allocator's free
+    memory back before; here the device works on.
+    """
+    if torch.cuda.mem_get_info()[0] < SPARE_BYTES:
+        torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(_stream(torch.cuda.current_device())):
+        graph.capture_begin()
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    return graph
+
+
+@cache
+def _stream(device: int) -> Any:
+    """One for all: cuBLAS keeps memory for each."""
+    return torch.cuda.Stream(device)
+
+
 class Decoder:
     """Writes the rows of a batch to their ends. Rows that have ended leave it."""
 
@@ -95,6 +119,8 @@ class Decoder:
         """Ids and log-probabilities of every row, with what stands behind its end."""
         self._take(logits)
         written, room = 1, self.batch.ids.shape[1]
+        if room > 1:
+            self._get_ready()  # before the first look at what is written, which waits for it
         self._leave(written, is_last=room == 1)
         while self.rows:
             num_steps = min(CHECK_EVERY, room - written)
@@ -121,26 +147,26 @@ class Decoder:
 
     def _advance(self) -> None:
         self.num_steps += 1
+        self._get_ready()
         if self.graph is not None:
             self.graph.replay()
             return
-        shape = tuple(self.batch.layers[0].keys.shape)
-        if self.is_recorded and shape in self.warm:
-            self._record()
-            if self.graph is not None:
-                self.graph.replay()
-                return
         self._step()  # eager, which warms libraries up and compiles what is not compiled yet
-        self.warm.add(shape)
-        if self.is_recorded:
+        self.warm.add(self._shape())
+        self._get_ready()
+
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(self.batch.layers[0].keys.shape)
+
+    def _get_ready(self) -> None:
+        """Where a step of this shape has run before it is recorded, which needs the host alone."""
+        if self.graph is None and self.is_recorded and self._shape() in self.warm:
             self._record()
 
     def _record(self) -> None:
         started = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self._step()
+            graph = recorded(self._step)
         except (RuntimeError, ValueError) as error:
             self.is_recorded = False
             logger.warning(

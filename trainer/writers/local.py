@@ -166,8 +166,8 @@ class LocalWriter(Writer):
         written: list[Completion] = []
         device = self.args.device
         with writing_mode(base), cast_weights(base, device), uncached_autocast(device):
-            if not self.bytes_per_token:
-                self._try(base, [row.example for row in rows])
+            if not self.bytes_per_token or not self._is_checked(len(rows)):
+                self._try(base, rows)
             while len(written) < len(rows):
                 waiting = rows[len(written) :]
                 number = self._rows_at_a_time(waiting)
@@ -176,33 +176,36 @@ class LocalWriter(Writer):
                 written += self._write(base, waiting[:number], sampling)
         return written
 
-    def _try(self, base: Any, examples: Sequence[Example]) -> None:
+    def _is_checked(self, num_rows: int) -> bool:
+        return self.compiled is None or self.compiled.is_checked(num_rows)
+
+    def _try(self, base: Any, rows: Sequence[Prompt]) -> None:
         """A step of the shortest and the longest prompt: CannotDecode, or what the cache takes."""
+        examples = [row.example for row in rows]
         by_length = sorted(examples, key=lambda example: example.prompt_length)
         part = self._prefill(base, [by_length[0], by_length[-1]], goes_on=True)
         check_step(base, part)
         self.bytes_per_token = part.bytes_per_token
         is_cuda = self.args.device.type == "cuda"
         if is_cuda if self.args.rollout_compile is None else self.args.rollout_compile:
-            self._compile(base, part)
+            self._compile(base, part, len(rows))
 
-    def _compile(self, base: Any, part: Prefilled) -> None:
+    def _compile(self, base: Any, part: Prefilled, num_rows: int) -> None:
         """The layers for decoding; without them where they cannot be, or compute something else."""
         started = time.perf_counter()
         layers = decoder_layers(base, len(part.layers))
         if layers is None:
             return
-        compiled = CompiledLayers(layers, COMPILER)
+        compiled = self.compiled or CompiledLayers(layers, COMPILER)
         try:
-            check_step(base, part, compiled)
+            compiled.check(partial(check_step, base, part, compiled), num_rows)
         except Exception as error:  # whatever a compiler may raise
             logger.warning(
                 "%s writes with layers that are not compiled, which costs time: %s.",
                 self._name(base),
                 str(error).partition("\n")[0] or type(error).__name__,
             )
-        else:
-            self.compiled = compiled
+        self.compiled = compiled if compiled.has_kernels or compiled.has_compiled else None
         self.compile_seconds = time.perf_counter() - started
 
     def _rows_at_a_time(self, rows: Sequence[Prompt]) -> int:
