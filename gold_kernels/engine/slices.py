@@ -3,14 +3,21 @@
 C rows of a chunk, V vocabulary, R processes. Hidden states are the same on all of them.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gold_kernels.engine.probabilities import LOWEST_LOGIT
+
 if TYPE_CHECKING:  # a build without distributed has no such class
     from torch.distributed import ProcessGroup
+
+# Of a row's largest logit: numbers near it are then within a factor of 2 of it, so that taking it
+# off them rounds nothing, and float32 has lost 1e-4 of what is added to it.
+FAR = 1024.0
 
 
 class Slices(NamedTuple):
@@ -81,13 +88,28 @@ def row_max(values: Tensor, slices: Slices, empty: float) -> Tensor:  # (c, V) -
     return slices.gather(values.amax(-1, keepdim=True)).amax(0)
 
 
-def log_sum_exps(
-    student: Tensor,  # (c, V_s) finite logits
-    teacher: Tensor,  # (c, V_t)
+def log_sum_exps_(
+    sides: Sequence[Tensor],  # (c, V) finite logits each
     slices: Slices | None,
-) -> tuple[Tensor, Tensor]:  # (c, 1) each
-    """Log-sum-exps over the vocabulary; with slices two numbers a row are exchanged."""
-    own = [side.logsumexp(-1, keepdim=True) for side in (student, teacher)]
+) -> list[Tensor]:  # (c, 1) each
+    """Log-sum-exps over the vocabulary; with slices two numbers a row and side are exchanged. Where
+    the largest logit of a row is FAR from 0 on any side, each side is overwritten with what its
+    logits are above its own largest: sums and differences of such numbers keep no digit of others.
+    """
+    tops = torch.stack([_largest(side) for side in sides])
+    rests = [(s - top).exp_().sum(-1, keepdim=True) for s, top in zip(sides, tops, strict=True)]
+    logs = torch.stack(rests).log_()
     if slices is not None:
-        own = list(slices.gather(torch.stack(own)).logsumexp(0))
-    return own[0], own[1]
+        tops_of, logs_of = slices.gather(torch.stack([tops, logs])).unbind(1)
+        tops = tops_of.amax(0)
+        logs = logs_of.add_(tops_of - tops).logsumexp(0)
+    shifts = torch.where(tops.abs().amax(0) > FAR, tops, 0)
+    for side, shift in zip(sides, shifts, strict=True):
+        side.sub_(shift)
+    return list(logs.add_(tops - shifts).unbind(0))
+
+
+def _largest(values: Tensor) -> Tensor:  # (c, V) -> (c, 1); without entries below all others
+    if values.shape[-1] == 0:
+        return values.new_full((values.shape[0], 1), LOWEST_LOGIT)
+    return values.amax(-1, keepdim=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, log_probs
-from gold_kernels.engine.slices import Slices, log_sum_exps
+from gold_kernels.engine.slices import Slices, log_sum_exps_
 
 # Temporaries are about eight times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
@@ -58,7 +58,8 @@ def cross_entropy(
     else:
         is_here = (labels >= first) & (labels < first + logits.shape[-1])
         logits = logits.clamp_min(LOWEST_LOGIT)
-        log_q = (logits - log_sum_exps(logits, logits, slices)[0]).clamp_min(LOG_ZERO)
+        (lse,) = log_sum_exps_([logits], slices)
+        log_q = (logits - lse).clamp_min_(LOG_ZERO)
     loss, moves = torch.zeros_like(labels, dtype=log_q.dtype), log_q.exp()
     if logits.shape[-1]:  # a slice may have no entries
         index = torch.where(is_here, labels - first, 0).unsqueeze(-1)

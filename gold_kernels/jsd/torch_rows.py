@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, kl_entries
-from gold_kernels.engine.slices import Slices, log_sum_exps, row_max, row_sum
+from gold_kernels.engine.slices import Slices, log_sum_exps_, row_max, row_sum
 from gold_kernels.engine.torch_rows import BLOCK_ELEMENTS, Divergence, divergence_rows_
 
 MAX_LOG_RATIO = 80.0  # either p or q is then below 1e-34: see jsd/triton_rows.py
@@ -28,7 +28,7 @@ class _Rows:
         self.slices = slices
         self.student = (student_logits / temperatures[0]).clamp_min_(LOWEST_LOGIT)  # (c, V)
         self.teacher = (teacher_logits / temperatures[1]).clamp_min_(LOWEST_LOGIT)
-        student_lse, teacher_lse = log_sum_exps(self.student, self.teacher, slices)
+        student_lse, teacher_lse = log_sum_exps_([self.student, self.teacher], slices)
         if slices is None:
             self.log_q, self.log_p = self.student.log_softmax(-1), self.teacher.log_softmax(-1)
         else:

@@ -23,7 +23,7 @@ from gold_kernels.engine.chunking import RowFunction
 from gold_kernels.engine.options import PerSide, per_side
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT
 from gold_kernels.engine.row_loss import RowLoss, Rows
-from gold_kernels.engine.slices import Slices, log_sum_exps, row_sum
+from gold_kernels.engine.slices import Slices, log_sum_exps_, row_sum
 from gold_kernels.engine.torch_rows import (
     BLOCK_ELEMENTS,
     Divergence,
@@ -176,7 +176,7 @@ def _log_probs(
     """log q, log p and log p - log q."""
     student = (student / temperatures[0]).clamp_min_(LOWEST_LOGIT)
     teacher = (teacher / temperatures[1]).clamp_min_(LOWEST_LOGIT)
-    student_lse, teacher_lse = log_sum_exps(student, teacher, slices)
+    student_lse, teacher_lse = log_sum_exps_([student, teacher], slices)
     log_ratio = (teacher - student).sub_(teacher_lse - student_lse).clamp_(LOG_ZERO, -LOG_ZERO)
     log_q, log_p = student.sub_(student_lse), teacher.sub_(teacher_lse)
     return log_q.clamp_min_(LOG_ZERO), log_p.clamp_min_(LOG_ZERO), log_ratio

@@ -166,6 +166,9 @@ def shared_calls(n: int = 11) -> Iterator[tuple[str, Call]]:
         "jsd masked forward",
         Call(fused_linear_jsd, case, {"beta": 0.0, "student_bias": masked, "chunk_size": 3}),
     )
+    certain = {"teacher_bias": torch.zeros(38).index_fill_(0, torch.tensor(20), 1e8)}
+    yield "jsd far", Call(fused_linear_jsd, case, certain, "uneven")
+    yield "far", Call(_with(fused_linear_loss, TotalVariation()), case, {**certain, **rows})
     yield "jsd uneven", Call(fused_linear_jsd, case, everything, "uneven")
     near = near_converged_case(n=5, v=64, d=8)
     yield "jsd near", Call(fused_linear_jsd, near, {"chunk_size": 2, "return_metrics": True})
