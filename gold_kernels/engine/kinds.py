@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Of numbers that logits are multiplied with, divided by or cut at: beyond, float32 makes 0 or inf
 # of them or of their product with logits, and NaN of the loss.
@@ -47,6 +48,17 @@ def check_tensors(function: str, **tensors: Any) -> None:
 def _is_transformed(tensor: Tensor) -> bool:
     """torch has no public way to ask."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Tensors of the meta device and of a FakeTensorMode have shapes alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a look at its numbers waits for nothing: but on a CPU it waits for the device."""
+    is_there = not torch.compiler.is_compiling() and has_numbers(tensor)
+    return is_there and tensor.device.type == "cpu"
 
 
 def check_same_positions(function: str, **shapes: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from gold_kernels.engine.kinds import (
     check_same_positions,
     check_tensors,
     check_weight,
+    has_numbers,
     is_whole,
 )
 from gold_kernels.engine.options import LossOptions, Options, UnchunkedOptions
@@ -86,7 +87,9 @@ class FusedLinearJSDLoss(nn.Module):
         given = student_input, student_weight, teacher_input, teacher_weight, true_labels
         with told(self.options.get("process_group"), student_input, student_weight):
             student_hidden, teacher_hidden, labels = _checked_rows(*given)
-        scored = (labels != self.ignore_index).nonzero().squeeze(-1)
+        scored: Tensor | slice = slice(None)
+        if has_numbers(labels):  # else nobody can count rows
+            scored = (labels != self.ignore_index).nonzero().squeeze(-1)
         heads = (student_hidden[scored], student_weight, teacher_hidden[scored], teacher_weight)
         labels, biases = labels[scored], (student_bias, teacher_bias)
         soft, hard = self.weight_soft_loss, self.weight_hard_loss

@@ -45,7 +45,7 @@ from gold_kernels.engine.heads import (
     term_weights,
     without_gradient,
 )
-from gold_kernels.engine.kinds import check_tensors
+from gold_kernels.engine.kinds import check_tensors, has_numbers, is_readable
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Reduction, resolve_options
@@ -134,7 +134,7 @@ def head_means(
 
 def check_bias(function: str, bias: Tensor | None) -> None:
     """Waits for the device."""
-    if bias is not None and not bool(bias.isfinite().all()):
+    if bias is not None and has_numbers(bias) and not bool(bias.isfinite().all()):
         raise ValueError(
             f"{function}: student_bias must be finite, got -inf, inf or NaN, of which no mean can "
             "be taken; leave such entries out with vocab_size, or use fused_linear_jsd."
@@ -242,7 +242,7 @@ def _check_kind(function: str, teacher: HeadMeans) -> None:
 
 def _check_tokens(function: str, tokens: Tensor, vocab_size: int) -> None:
     """Looked at on the CPU alone: elsewhere a look would wait for the device."""
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.shape[0]:
+    if not is_readable(tokens) or not tokens.shape[0]:
         return
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(

@@ -27,7 +27,7 @@ from gold_kernels.engine.heads import (
     term_weights,
     without_gradient,
 )
-from gold_kernels.engine.kinds import check_tensors
+from gold_kernels.engine.kinds import check_tensors, is_readable
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.options import Reduction
 from gold_kernels.engine.shared import Metrics, RowValues
@@ -181,7 +181,7 @@ def _check_targets(function: str, hidden: Tensor, ids: Tensor, log_probs: Tensor
 
 def _check_entries(function: str, ids: Tensor, log_probs: Tensor, vocab_size: int) -> None:
     """They are looked at on the CPU alone: elsewhere a look would wait for the device."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+    if not is_readable(ids) or not ids.numel():
         return
     if int(ids.max()) >= vocab_size:
         raise ValueError(

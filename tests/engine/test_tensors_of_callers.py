@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gold_kernels import (
+    FusedLinearJSDLoss,
     HeadMeans,
     VocabOverlap,
     VocabProjection,
@@ -14,6 +16,7 @@ from gold_kernels import (
     fused_linear_top_k,
     fused_linear_uld,
     head_means,
+    head_top_k,
     jsd_loss,
     uld_loss,
 )
@@ -158,3 +161,21 @@ def test_transforms_of_torch_func_are_refused_by_name():
         torch.func.vmap(lambda teacher: jsd_loss(heads[0], teacher))(torch.randn(2, 4, 8))
     (grad,) = torch.autograd.grad(fused_linear_jsd(heads[0].requires_grad_(), *heads[1:]), heads[0])
     assert grad.any()
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode])
+def test_tensors_that_have_shapes_alone_give_shapes(mode):
+    """No look at labels, ids, tokens or a bias, of which there are no numbers."""
+    with mode():
+        leaf = torch.randn(4, 8, requires_grad=True)
+        heads, bias = (torch.randn(20, 8), torch.randn(4, 8), torch.randn(20, 8)), torch.randn(20)
+        labels, ids = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)
+        means = head_means(heads[1], heads[2], heads[0], student_bias=bias)
+        losses = [
+            FusedLinearJSDLoss()(leaf, *heads, labels),
+            fused_linear_top_k(leaf, heads[0], *head_top_k(heads[1], heads[2], 2)),
+            fused_linear_top_k(leaf, heads[0], ids, torch.zeros(4, 2)),
+            fused_linear_mean_kl(leaf, heads[0], means, student_bias=bias),
+        ]
+        assert all(loss.shape == () for loss in losses)
+        assert all(torch.autograd.grad(loss, leaf)[0].shape == (4, 8) for loss in losses)
