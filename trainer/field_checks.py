@@ -9,6 +9,7 @@ import math
 import os
 import reprlib
 import typing
+from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from numbers import Integral, Real
@@ -153,6 +154,7 @@ KINDS = {
 }
 MORE_KINDS = ("fsdp",)  # than its annotation has
 FILES = ("accelerator_config", "deepspeed", "fsdp_config")  # or the JSON, or a dict
+OF_NAMES = ("teacher_models",)  # dicts of texts, of any text
 
 
 def check_fields(config: Any, owner: str) -> None:
@@ -176,8 +178,21 @@ def check_fields(config: Any, owner: str) -> None:
             raise ValueError(
                 f"{owner}: {field.name} must be {must_be}, got {reprlib.repr(value)}; {remedy}."
             )
+        if dict in _bases(kinds) and field.name not in (*FILES, *OF_NAMES):
+            refuse_quoted(dict_of_text(value), f"{owner}: {field.name}")
         if value is not given:
             setattr(config, field.name, value)
+
+
+def refuse_quoted(value: Any, where: str) -> None:
+    """ValueError for "false" in a dict, at any depth: a text that is not empty counts as true."""
+    for key, part in value.items() if isinstance(value, Mapping) else ():
+        if isinstance(part, str) and part.strip().lower() in ("true", "false"):
+            raise ValueError(
+                f"{where} must have true or false without quotes for {key}, got the text {part!r}, "
+                "which counts as true; leave the quotes out."
+            )
+        refuse_quoted(part, where)
 
 
 @cache

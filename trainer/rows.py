@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from gold_trainer.columns import MEDIA, as_conversation, read_teacher_id
 from gold_trainer.data_files import MappedRows
+from gold_trainer.field_checks import refuse_quoted
 from gold_trainer.file_streams import MappedStream
 from gold_trainer.messages import (
     Message,
@@ -310,6 +311,7 @@ def _template_kwargs(columns: Mapping[str, Any], index: int, is_table: bool) -> 
             f'got {shown(kwargs)}; write {{"enable_thinking": false}}.'
         )
     refuse_reserved(kwargs or {}, f"row {index}")
+    refuse_quoted(kwargs, f"row {index}: chat_template_kwargs")
     is_filled = is_table and not isinstance(columns.get("chat_template_kwargs"), str)
     return drop_none(kwargs or {}) if is_filled else dict(kwargs or {})
 

@@ -18,6 +18,7 @@ from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.__main__ import main
 from gold_trainer.command_line import ModelArguments
 from gold_trainer.config import DICTS
+from gold_trainer.dataset import RowDataset
 from gold_trainer.field_checks import RANGES, check_fields
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import FIELDS
@@ -149,7 +150,7 @@ TEXTS_IN_JSON = {
     "model_init_kwargs": '{"revision": "007"}',
     "teacher_model_init_kwargs": '{"revision": "1e4"}',
     "teacher_models": '{"math": "007"}',
-    "chat_template_kwargs": '{"note": "true"}',
+    "chat_template_kwargs": '{"note": "null"}',
     "loss_kwargs": '{"alpha": 0.25}',
     "token_weighting_kwargs": '{"note": "12"}',
     "generation_kwargs": '{"prompt_lookup_num_tokens": "7"}',
@@ -216,3 +217,32 @@ def test_a_field_that_is_set_afterwards_is_checked_by_the_trainer(name, value, m
         return
     with pytest.raises(ValueError, match=f"^GOLDConfig: {message}"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chat_template_kwargs", {"enable_thinking": "False"}),
+        ("chat_template_kwargs", '{"enable_thinking": "false"}'),
+        ("model_init_kwargs", {"trust_remote_code": "false"}),
+        ("teacher_model_init_kwargs", {"quantization_config": {"load_in_4bit": "true"}}),
+        ("gradient_checkpointing_kwargs", {"use_reentrant": " false"}),
+        ("generation_kwargs", '{"renormalize_logits": "True"}'),
+    ],
+)
+def test_truth_in_quotes_is_refused(name, value, tmp_path):
+    """Templates and from_pretrained take the text "false" for true."""
+    message = rf"^GOLDConfig: {name} must have true or false without quotes for \w+, got the text '"
+    with pytest.raises(ValueError, match=message):
+        GOLDConfig(output_dir=str(tmp_path), **{name: value})
+    GOLDConfig(output_dir=str(tmp_path), teacher_models={"a": "true", "b": "false"})
+
+
+@pytest.mark.parametrize("kwargs", [{"enable_thinking": "false"}, '{"enable_thinking": "true"}'])
+def test_truth_in_quotes_of_a_row_names_the_row(kwargs):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": turns, "chat_template_kwargs": kwargs}
+    with pytest.raises(
+        ValueError, match=r"^row 0: chat_template_kwargs must have true or false wi"
+    ):
+        RowDataset([row], needs_completion=True, is_text=True)[0]
