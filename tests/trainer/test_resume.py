@@ -56,7 +56,7 @@ def test_a_resumed_run_keeps_its_optimizer_and_says_what_else_has_changed(tmp_pa
     run(tmp_path, beta=0.25, **options)
     changes = [record.getMessage() for record in caplog.records if "settings" in record.message]
     assert len(changes) == 1
-    assert changes[0].endswith("with other settings: beta 0.5 -> 0.25.")
+    assert changes[0].endswith("with other settings: beta 0.5 -> 0.25, max_steps 2 -> 3.")
 
 
 @pytest.mark.parametrize(
