@@ -14,10 +14,9 @@ from gold_kernels.engine.products import Projection, cut_of
 from gold_kernels.triton.launch import aligned_width
 
 DEFAULT_BUDGET_BYTES = 1 << 30  # of the buffers of a chunk and a panel
-# Rows of a chunk are a multiple of one of these: 256 rows are two programs of a row kernel on each
-# multiprocessor of a Hopper GPU. Of fewer every one counts, since reading the heads takes most of
-# the time; 4 are 16 bytes of float32, and kernels are compiled for pointers that are aligned so.
-ROW_MULTIPLES = ((256, 256), (8, 4))  # at so many rows or more, a multiple of
+# So many rows of a chunk, or a multiple: two programs of a row kernel on each multiprocessor of a
+# Hopper GPU. Of fewer rows every one counts, since reading the heads takes most of the time.
+ROUND_ROWS = 256
 # Where a 16-bit gradient may lie over the logits of its row. Not on a CPU: what is behind it in the
 # row is read there (chunking.py). "meta" stands for a GPU in plans.
 PACKED_ON = ("cuda", "meta")
@@ -200,7 +199,7 @@ def _even_rows(num_rows: int, limit: int) -> int:
     limit = max(1, limit)
     if num_rows <= limit:
         return num_rows
-    multiple = next((m for least, m in ROW_MULTIPLES if limit >= least), 1)
+    multiple = ROUND_ROWS if limit >= ROUND_ROWS else 1
     limit -= limit % multiple
     even = -(-num_rows // -(-num_rows // limit))
     return -(-even // multiple) * multiple

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.triton.launch import is_over, row_block
+from gold_kernels.triton.launch import ANY_ROWS, is_over, row_block
 from gold_kernels.triton.lines import BITS, NATS, at_least
 from gold_kernels.triton.shared_rows import load_pair, open_row, store_gradient
 
@@ -100,7 +100,7 @@ def write_gradient(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def formula_rows_kernel(
     student_ptr,  # (C, V) logits
     teacher_ptr,  # (C, V) logits

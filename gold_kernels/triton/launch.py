@@ -14,6 +14,16 @@ ROW_ALIGNMENT = 16
 # Rows of our own buffers begin 128 bytes apart, for numbers of 16 bits: with 512 rows a JSD of
 # 151664 entries, whose rows did not, took 3.84 ms where 151669 in buffers of 151680 took 3.11.
 ROW_PITCH = 64
+# For triton.jit: what hangs on how many rows a call or a chunk has, and where a chunk begins. These
+# are read or written one number at a time, and Triton would compile a kernel anew for sizes and
+# addresses that are multiples of 16, for those that are not, and for 1.
+ANY_ROWS = {
+    "do_not_specialize": ("num_rows", "values_stride", "sums_stride"),
+    "do_not_specialize_on_alignment": (
+        *("weights_ptr", "labels_ptr", "ids_ptr", "scales_ptr", "log_p_ptr", "values_ptr"),
+        *("student_scales_ptr", "teacher_scales_ptr", "student_spans_ptr", "teacher_spans_ptr"),
+    ),
+}
 
 
 @functools.cache

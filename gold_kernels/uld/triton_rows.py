@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.jsd.triton_rows import FORWARD_KL, JSD, REVERSE_KL
-from gold_kernels.triton.launch import row_block
+from gold_kernels.triton.launch import ANY_ROWS, row_block
 from gold_kernels.triton.lines import BITS, NATS
 from gold_kernels.uld.bin_table import APPEND_BLOCK, NUM_BINS, TABLE_WORDS, shared_table
 from gold_kernels.uld.bins import MAX_LISTED, count_row
@@ -54,7 +54,7 @@ PAIR_BLOCK = 1 << 11
 PAIR_LINE = tl.constexpr(4)  # pairs that a thread loads at once
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def uld_rows_kernel(
     student_ptr,  # (C, V_s) logits
     teacher_ptr,  # (C, V_t) logits

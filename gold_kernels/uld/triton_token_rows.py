@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.jsd.triton_rows import FORWARD_KL, JSD, REVERSE_KL
-from gold_kernels.triton.launch import row_block
+from gold_kernels.triton.launch import ANY_ROWS, row_block
 from gold_kernels.triton.lines import (
     BITS,
     LOG2_ZERO,
@@ -75,7 +75,7 @@ def two_outcomes(log_s, log_t, betas, MODE: tl.constexpr):
     return loss, one_minus_beta * s * (to_n - to_m)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def token_rows_kernel(
     logits_ptr,  # (C, V)
     grad_ptr,  # (C, V) overwritten with the gradient; may be logits_ptr

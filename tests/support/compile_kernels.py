@@ -344,10 +344,13 @@ def alignment_of(kernel, signature, constexprs):
     table in shared memory, and sizes are any number.
     """
     is_aligned = constexprs.get("IS_SHARED", True)
+    any_number = {p.name for p in kernel.params if p.do_not_specialize}
+    any_number |= {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     return {
         (position,): [["tt.divisibility", ROW_ALIGNMENT]]
         for position, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr") or (is_aligned and signature[name] == "i64")
+        if name not in any_number
+        and (name.endswith("_ptr") or (is_aligned and signature[name] == "i64"))
     }
 
 
