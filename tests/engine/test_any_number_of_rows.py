@@ -64,6 +64,6 @@ def test_a_row_kernel_is_compiled_once_for_any_number_of_rows(name, monkeypatch)
     launches = Launches(getattr(module, kernel))
     monkeypatch.setattr(module, kernel, launches)
     for num_rows, chunk_size in ((1, 1), (7, 3), (16, 16)):
-        case = random_case(n=num_rows)
+        case = random_case(num_rows, 37, 8, 8)
         loss_of(*case, chunk_size=chunk_size, labels=torch.arange(num_rows), backend="triton")
     assert len(launches.kinds) == 1
