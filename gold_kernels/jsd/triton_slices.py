@@ -19,7 +19,6 @@ from gold_kernels.jsd.triton_rows import (
     sums_of_row,
     write_gradient,
 )
-from gold_kernels.triton.launch import ANY_ROWS
 from gold_kernels.triton.lines import BITS, NATS
 from gold_kernels.triton.shared_rows import load_pair
 from gold_kernels.triton.slice_rows import open_slice_row, slice_passes
@@ -28,7 +27,7 @@ PULL_SUMS, NUM_SUMS = 3, 9  # of a row; those of metrics come behind the loss an
 NATS_PER_BIT, BITS_PER_NAT = NATS.value, BITS.value
 
 
-@triton.jit(**ANY_ROWS)
+@triton.jit
 def jsd_slice_sums_kernel(
     student_ptr,  # (C, V_r) logits
     teacher_ptr,  # (C, V_r) logits
@@ -90,7 +89,7 @@ def jsd_slice_sums_kernel(
     tl.store(sums_ptr + 8 * sums_stride, tl.sum(tops, 0))
 
 
-@triton.jit(**ANY_ROWS)
+@triton.jit
 def jsd_slice_gradient_kernel(
     student_ptr,  # (C, V_r) logits
     teacher_ptr,  # (C, V_r) logits

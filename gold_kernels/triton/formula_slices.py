@@ -12,14 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gold_kernels.triton.formula_rows import formula_sums, write_gradient
-from gold_kernels.triton.launch import ANY_ROWS
 from gold_kernels.triton.lines import BITS
 from gold_kernels.triton.slice_rows import Slices, open_slice_row, slice_passes
 
 NUM_SUMS = 2  # of a row
 
 
-@triton.jit(**ANY_ROWS)
+@triton.jit
 def formula_slice_sums_kernel(
     student_ptr,  # (C, V_r) logits
     teacher_ptr,  # (C, V_r) logits
@@ -57,7 +56,7 @@ def formula_slice_sums_kernel(
     tl.store(sums_ptr + sums_stride, slope_sum)
 
 
-@triton.jit(**ANY_ROWS)
+@triton.jit
 def formula_slice_gradient_kernel(
     student_ptr,  # (C, V_r) logits
     teacher_ptr,  # (C, V_r) logits

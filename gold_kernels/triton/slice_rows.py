@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gold_kernels.triton.launch import ANY_ROWS, row_block
+from gold_kernels.triton.launch import row_block
 from gold_kernels.triton.lines import BITS, LOWEST_LOGIT, at_least
 from gold_kernels.triton.shared_rows import MAX_LOSS, pair_sums
 
@@ -34,7 +34,7 @@ class Slices(Protocol):
 BITS_PER_NAT, LARGEST_LOSS = BITS.value, MAX_LOSS.value
 
 
-@triton.jit(**ANY_ROWS)
+@triton.jit
 def slice_sums_kernel(
     student_ptr,  # (C, V_r) logits
     teacher_ptr,  # (C, V_r) logits
