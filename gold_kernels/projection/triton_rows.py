@@ -35,7 +35,7 @@ from gold_kernels.projection.triton_folds import (
     rows_of_program,
 )
 from gold_kernels.tokens.projection import Folds
-from gold_kernels.triton.launch import ANY_ROWS, num_blocks, row_block
+from gold_kernels.triton.launch import num_blocks, row_block
 from gold_kernels.triton.lines import (
     BITS,
     LOG2_ZERO,
@@ -171,7 +171,7 @@ def pair_rows_kernel(
     tl.store(sums, tl.where(number == 0, loss, tl.where(number == 1, pull, masses)))
 
 
-@triton.jit(**ANY_ROWS)
+@triton.jit
 def close_rows_kernel(
     student_ptr,  # (C, V_s) logits
     teacher_ptr,  # (C, V_t) logits
