@@ -118,16 +118,16 @@ def row_weights_of(
 
 def label_weights_of(
     vocab_size: int, like: Tensor, options: Options
-) -> Tensor | None:  # (N,); 0 where a label is negative
+) -> Tensor | None:  # (N,); 0 where a label is no entry
     labels, weights, dtype = options.labels, options.label_weights, float_dtype(like)
     if labels is None:
         return None
+    is_label = (labels >= 0) & (labels < vocab_size)
     if weights is None:
-        is_label = (labels >= 0) & (labels < vocab_size)
         weights = is_label.to(dtype)
         if options.reduction == "sum":
             weights = weights / is_label.sum().clamp_min(1)
-    return torch.where(labels >= 0, weights.to(dtype), 0)
+    return torch.where(is_label, weights.to(dtype), 0)  # the weight of no label may be anything
 
 
 def term_weights(

@@ -105,6 +105,12 @@ def patch_liger(*modules: ModuleType) -> Patch:
     undo() of the Patch, or the end of `with patch_liger(module):`, puts them back. ValueError for a
     module that has none of the names, or one that takes other arguments.
     """
+    if not modules or not all(isinstance(module, ModuleType) for module in modules):
+        got = ", ".join(type(module).__name__ for module in modules) or "nothing"
+        raise ValueError(
+            f"{FUNCTION}: the modules that have imported Liger's names are expected, got {got}; "
+            "pass the module in which your trainer makes its loss, imported."
+        )
     targets = [
         Target(module, ours.__name__, partial(_ours, ours))
         for module in modules

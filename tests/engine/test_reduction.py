@@ -3,6 +3,8 @@
 N rows, G groups. The truth is a scalar loss whose row weights are the upstream gradient.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -228,3 +230,17 @@ def test_labels_of_tokens_do_not_mix_with_losses_of_groups():
     case = uld_case("bayesian", has_labels=True)
     with pytest.raises(ValueError, match=r"a loss for each group, got labels too.*own with"):
         case.run(fused_linear_uld, torch.float32, reduction="none")
+
+
+@on_every_backend
+@pytest.mark.parametrize("weight", [math.inf, math.nan])
+def test_the_weight_of_a_label_that_is_no_entry_may_be_anything(weight, device, backend):
+    """inf times its cross-entropy of 0 made NaN of the loss."""
+    heads = [tensor.to(device) for tensor in random_case(n=4, v=20).to(torch.float32)]
+    labels = torch.tensor([3, -100, 20, 7], device=device)
+    weights = torch.tensor([0.5, weight, weight, 0.25], device=device)
+    usual = torch.where(weights.isfinite(), weights, 0)
+    for reduction in ("sum", "none"):
+        options = {"labels": labels, "backend": backend, "reduction": reduction}
+        actual = fused_linear_jsd(*heads, label_weights=weights, **options)
+        assert torch.equal(actual, fused_linear_jsd(*heads, label_weights=usual, **options))

@@ -117,6 +117,11 @@ def test_a_second_patch_is_refused_and_undo_of_the_first_puts_ligers_back():
 def test_a_module_without_liger_is_refused_by_name():
     with pytest.raises(ValueError, match=r"has imported LigerFusedLinearJSDLoss.* got empty; pass"):
         liger.patch_liger(types.ModuleType("empty"))
+    for given, got in (((), "nothing"), (("trainer",), "str"), ((torch.nn, None), "module, NoneT")):
+        with pytest.raises(
+            ValueError, match=f"patch_liger: the modules .* are expected, got {got}"
+        ):
+            liger.patch_liger(*given)
 
 
 def test_without_labels_all_rows_are_scored_whatever_is_ignored():
