@@ -29,7 +29,7 @@ from gold_kernels.engine.chunk_plan import (
     is_packed,
     plan_chunks,
 )
-from gold_kernels.engine.exchange import WholeRows
+from gold_kernels.engine.exchange import SliceRows, WholeRows
 from gold_kernels.engine.lent import LentMemory, rows_in
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.products import Projection, pull_back_, pull_back_weight_
@@ -74,6 +74,7 @@ def run_chunks(
     projection: Projection | None = None,
     num_padded: int = 0,
     values: Tensor | None = None,
+    takes_slices: bool = False,
 ) -> ChunkedGradients:
     """Call row_function on every chunk and return the gradients of the weighted sum of its losses.
 
@@ -84,17 +85,24 @@ def run_chunks(
     weight: float16 must not overflow. Gradients of weight and bias end with num_padded more
     entries, zeros: autograd would copy the gradient of a slice into such a tensor.
 
-    Heads in slices: row_function sees the columns of this process and sums with the others itself;
-    or, where its row values (any, N), zeros so far, are given, whole rows and no others than these
-    are what it takes. grad_hidden is the sum over the processes.
+    Heads in slices: with takes_slices row_function sees the columns of this process and sums with
+    the others itself, and a SliceRows may leave chunks to its function of whole rows. Else whole
+    rows, whose values (any, N), zeros so far, are given, are what it takes. grad_hidden is the sum
+    over the processes.
     """
     hidden, weight = student.hidden, student.weight
     panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
-    exchange = None
+    exchange, retried, again_bytes = None, None, 1
     if values is not None and student.slices is not None:
         dtype = limits.logits_dtype or float_dtype(hidden)
-        exchange = WholeRows(row_function, student, teacher, values, dtype)
-        limits = limits._replace(row_bytes=limits.row_bytes + exchange.row_bytes(panel_dtype))
+        if not takes_slices:
+            exchange = WholeRows(row_function, student, teacher, values, dtype)
+            limits = limits._replace(row_bytes=limits.row_bytes + exchange.row_bytes(panel_dtype))
+        elif isinstance(row_function, SliceRows):
+            retried = WholeRows(row_function.whole, student, teacher, values, dtype)
+            again_bytes = row_function.whole_bytes + retried.row_bytes(panel_dtype)
+            widest = [head.slices.widest for head in (student, teacher) if head and head.slices]
+            again_bytes += dtype.itemsize * sum(widest)  # the logits' own memory is taken
     num_rows, has_grad = student.num_rows, any(needs)
     num_paired = 0 if teacher is None else teacher.num_rows
     plan = plan_chunks(student, teacher, needs, limits, projection)
@@ -121,6 +129,9 @@ def run_chunks(
                 row_function(*logits, grad_logits, rows, row_weights[rows])
         if exchange is not None:
             exchange.finish(last)
+        if retried is not None and isinstance(row_function, SliceRows):
+            again = row_function.refused(), buffers.panel, first, row_weights
+            retried.run_again(*again, max(1, plan.chunk * limits.row_bytes // again_bytes))
         if buffers.panel is not None:
             panel = buffers.panel[: last - first]
             _add_panel(grads, student, panel, first, row_weights, sums, projection)

@@ -159,6 +159,24 @@ class _Gradients:
             self._places = None
 
 
+class SliceRows:
+    """A row function of slices that may leave chunks to one of whole rows."""
+
+    whole: Callable[..., None]  # a chunking.RowFunction
+    whole_bytes: int  # that it needs beside a row of logits
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor, grad: Tensor | None, rows: slice, weights: Tensor
+    ) -> None:
+        raise NotImplementedError
+
+    def refused(self) -> list[slice]:
+        """Rows of chunks, since it was asked last, that need whole rows: the same on all processes.
+        Their gradients and values may be anything.
+        """
+        raise NotImplementedError
+
+
 class WholeRows:
     """Runs a row function that takes whole rows on this process' share of every chunk."""
 
@@ -218,6 +236,26 @@ class WholeRows:
             )
         if self._grads is not None and grad_logits is not None:
             self._grads.post(grad_logits)
+
+    def run_again(
+        self,
+        chunks: Sequence[slice],
+        panel: Tensor | None,  # (P, V_r) gradients, of rows from first on
+        first: int,
+        row_weights: Tensor,  # (N,) or (N, T)
+        part: int,  # rows at a time
+    ) -> None:
+        """Chunks of paired rows that a function of slices has left."""
+        for chunk in chunks:
+            self._values[:, chunk] = 0  # processes add up their shares
+            self._num_summed = chunk.start
+            for start in range(chunk.start, chunk.stop, part):
+                rows = slice(start, min(start + part, chunk.stop))
+                grad = None if panel is None else panel[rows.start - first : rows.stop - first]
+                self.run(rows, grad, row_weights[rows], is_paired=True)
+                self.finish(rows.stop)
+        if chunks:  # memory is for what comes next
+            self._kind, self._sides, self._grads = None, [], None
 
     def finish(self, stop: int) -> None:
         """Wait for gradients of the rows before stop, and sum their values over the processes."""

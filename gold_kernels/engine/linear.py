@@ -111,7 +111,8 @@ def _linear_loss_operator(
         len(row_loss.value_names), student.num_rows, dtype=float_dtype(student_hidden)
     )
     limits = Limits(chunk_size, budget_bytes, logits_dtype)
-    slices = row_loss.slices(student, teacher)
+    logits_dtype = limits.logits_dtype or values.dtype
+    slices = row_loss.slices(student, teacher, labels, logits_dtype)
     rows = Rows(values, labels, limits, backend, has_metrics, student, teacher, slices)
     vocabularies = student.vocab_size, 0 if teacher is None else teacher.vocab_size
     grads = run_chunks(
@@ -124,7 +125,8 @@ def _linear_loss_operator(
         grad_bound=row_loss.grad_bound(),
         projection=row_loss.projection(),
         num_padded=student_weight.shape[0] - num_entries,
-        values=values if slices is None else None,
+        values=values,
+        takes_slices=slices is not None,
     )
     return [values, *(grad for grad in grads if grad is not None)]
 

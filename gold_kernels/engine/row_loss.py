@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import Limits
@@ -91,7 +92,13 @@ class RowLoss:
             f"{type(self).__name__} must define start; see docs/add_a_loss.md."
         )
 
-    def slices(self, student: LinearHead, teacher: LinearHead | None) -> Slices | None:
+    def slices(
+        self,
+        student: LinearHead,
+        teacher: LinearHead | None,
+        labels: Tensor | None,
+        logits_dtype: torch.dtype,
+    ) -> Slices | None:
         """Rows.slices: both sides' must be of the same entries."""
         is_same = teacher is not None and student.slices == teacher.slices
         return student.slices if self.takes_slices and is_same else None

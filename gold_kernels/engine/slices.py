@@ -68,6 +68,18 @@ class Slices(NamedTuple):
         """sum_ of a tensor with entries, which is written until the work has been waited for."""
         return dist.all_reduce(tensor, group=self.group, async_op=True)
 
+    def swap(self, parts: Tensor) -> Tensor:  # (R, any) -> (R, any)
+        """Part r goes to rank r; what comes has every rank's part for this one."""
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=self.group)
+        return received
+
+    def join(self, part: Tensor) -> Tensor:  # (c, any) -> (R c, any)
+        """Contiguous parts of all processes behind each other."""
+        out = part.new_empty(len(self.sizes) * part.shape[0], *part.shape[1:])
+        dist.all_gather_into_tensor(out, part, group=self.group)
+        return out
+
     def gather(self, tensor: Tensor) -> Tensor:  # (any) -> (R, any)
         """A contiguous tensor of every process."""
         out = tensor.new_zeros(len(self.sizes), *tensor.shape)
