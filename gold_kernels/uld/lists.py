@@ -49,7 +49,7 @@ _NUM_LEVELS = tl.constexpr(1 << LEVEL_BITS)
 _COLUMN_MASK = tl.constexpr((1 << COLUMN_BITS) - 1)
 _NO_KEY = tl.constexpr((1 << 31) - 1)  # larger than every key: no entry has the last level
 _UNROLL = tl.constexpr(8)
-_FIXED_POINT = tl.constexpr(2.0**50)  # sums are below 2**11
+FIXED_POINT = tl.constexpr(2.0**50)  # sums are below 2**11
 
 
 def list_words(list_size: int) -> int:
@@ -68,7 +68,7 @@ def parts_of_lists(lists_ptr, NUM_BINS: tl.constexpr, NUM_KEYS: tl.constexpr):
 
 
 @triton.jit
-def _levels_of(logits, bins, origin):
+def levels_of(logits, bins, origin):
     """Level of a value in its bin, 0 at the upper edge. A fused product is not rounded, so that
     logits which differ in the last bit get different levels (the interpreter does round it).
     """
@@ -170,7 +170,7 @@ def place_entries(
         teacher_place = (offsets & SIZE_MASK) + ((words >> SIZE_BITS) & SIZE_MASK)
         own_places = (offsets >> SIZE_BITS) - base
         own_places += tl.where(is_teacher, teacher_place, student_place)
-        keys = (_levels_of(logits, bins, origin) << _LEVEL_SHIFT) | columns
+        keys = (levels_of(logits, bins, origin) << _LEVEL_SHIFT) | columns
         scatter(keys_ptr + own_places, keys, is_entry, IS_SHARED)
         scatter(owners_ptr + own_places, bins, is_entry, IS_SHARED)
 
@@ -242,11 +242,11 @@ def order_lists(
         height = lower * nats * (1.0 + nats * (0.5 + nats / 6.0))  # value - lower
         part = tl.where(above == through, 0.0, sign * height)
         part = tl.where(is_entry, tl.where(is_teacher, -part, part), 0.0)
-        loss += (part * _FIXED_POINT).to(tl.int64)
+        loss += (part * FIXED_POINT).to(tl.int64)
         is_student = is_entry & (is_teacher == 0)
         if NEEDS_GRAD:
             signed = tl.where(is_student, sign * (lower + height), 0.0)
-            mean_sign += (signed * _FIXED_POINT).to(tl.int64)
+            mean_sign += (signed * FIXED_POINT).to(tl.int64)
             columns = keys & _COLUMN_MASK
             tl.store(signs_ptr + columns, sign.to(signs_ptr.dtype.element_ty), mask=is_student)
     return tl.sum(loss, 0), tl.sum(mean_sign, 0)
@@ -333,4 +333,4 @@ def order_row(
         mean_sign += signed
         base += tl.maximum(num_entries, 1)
         tl.debug_barrier()
-    return loss.to(tl.float32) / _FIXED_POINT, mean_sign.to(tl.float32) / _FIXED_POINT
+    return loss.to(tl.float32) / FIXED_POINT, mean_sign.to(tl.float32) / FIXED_POINT

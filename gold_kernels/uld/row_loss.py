@@ -10,17 +10,22 @@ them over its scalar rows, whose gradient is that of the log-scale (group_rows.p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.chunking import RowFunction
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, LOSS, RowLoss, Rows
+from gold_kernels.engine.slices import Slices
 from gold_kernels.engine.torch_rows import SCRATCH_PART, without_scratch
 from gold_kernels.jsd.row_loss import divergence_bound
-from gold_kernels.uld import torch_rows
+from gold_kernels.uld import torch_counts, torch_rows
+from gold_kernels.uld.counted_rows import CountedRows, Counts
 from gold_kernels.uld.group_rows import group_rows, log_scales
 
 VALUE_NAMES = (
@@ -39,6 +44,15 @@ def row_functions(backend: str) -> tuple[Callable, Callable]:
 
         return uld_rows_, row_bytes
     return torch_rows.uld_rows_, torch_rows.row_bytes
+
+
+def counts_of(backend: str) -> tuple[Callable[..., Counts], Callable]:
+    """Counts of slices, and how many bytes a row they take."""
+    if backend == "triton":
+        from gold_kernels.uld import triton_counts  # triton may be missing
+
+        return triton_counts.TritonCounts, triton_counts.row_bytes
+    return torch_counts.TorchCounts, torch_counts.row_bytes
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class ULD(RowLoss):
         "spans": 2,
     }
     is_shared: ClassVar[bool] = False
+    takes_slices: ClassVar[bool] = True  # where no entry has a partner
 
     def check(self, function: str) -> None:
         checks.check_beta(function, self.beta)
@@ -84,9 +99,49 @@ class ULD(RowLoss):
         num_matched = 0 if self.tables is None else self.tables[0].shape[0]
         logits_dtype = limits.logits_dtype or rows.values.dtype
         own_bytes = row_bytes(v_student, v_teacher, num_matched, logits_dtype)
+        if rows.slices is not None:
+            heads = [head for head in (rows.student, rows.teacher) if head is not None]
+            slices = [head.slices for head in heads if head.slices is not None]
+            is_in_place = heads[0].hidden.dtype == logits_dtype
+            own_bytes = counts_of(rows.backend)[1](slices, logits_dtype, is_in_place)
         return without_scratch(limits)._replace(row_bytes=own_bytes)
 
+    def slices(
+        self,
+        student: LinearHead,
+        teacher: LinearHead | None,
+        labels: Tensor | None,
+        logits_dtype: torch.dtype,
+    ) -> Slices | None:
+        """Sides may be cut at other entries. 16-bit logits are ties, whose bins no pool holds."""
+        tensors = (self.student_scalars, self.teacher_scalars, self.tables, self.spans, labels)
+        is_plain = self.takes_slices and logits_dtype.itemsize > 2
+        is_plain &= all(part is None for part in tensors)
+        if not is_plain or teacher is None or teacher.num_rows != student.num_rows:
+            return None
+        return student.slices
+
     def start(self, rows: Rows) -> RowFunction:
+        whole = self._whole_rows(rows)
+        if rows.slices is None:
+            return whole
+        counts = partial(
+            counts_of(rows.backend)[0],
+            temperatures=self.temperature,
+            unmatched_weight=self.unmatched_weight,
+            softcap=rows.softcap,
+            scratch_bytes=rows.limits.budget_bytes // SCRATCH_PART,
+        )
+        student, teacher = rows.student, rows.teacher
+        assert student is not None and teacher is not None, "slices are of heads"
+        dtype = rows.limits.logits_dtype or rows.values.dtype
+        whole_bytes = row_functions(rows.backend)[1](
+            student.vocab_size, teacher.vocab_size, 0, dtype
+        )
+        values = rows.values, self.unmatched_weight
+        return CountedRows(whole, whole_bytes, counts, student, teacher, *values)
+
+    def _whole_rows(self, rows: Rows) -> RowFunction:
         scalars = self.student_scalars, self.teacher_scalars
         scales = log_scales(rows, scalars, self.temperature)
         slopes = rows.values[SCALE_SLOPE]

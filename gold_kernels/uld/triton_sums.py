@@ -9,6 +9,7 @@ a time, so that a sector which is needed again is still in the L2 cache. The row
 many rows as it has programs, more than the cache holds: there each entry cost a sector of memory.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -176,12 +177,16 @@ def uld_sums(
     teacher_ids: Tensor | None,  # (K,) int32
     student_bits: float,
     teacher_bits: float,
+    padded: tuple[int, Sequence[float]] | None = None,  # S, and values of slices without entries
 ) -> Sums:
     """Launch uld_sums_kernel on the rows of a chunk."""
     num_rows, v_student = student_logits.shape
     v_teacher = teacher_logits.shape[1]
     slices = Slices.of(v_student, v_teacher, student_logits.dtype)
-    sums = student_logits.new_empty(num_rows, 2, slices.most, SLICE_VALUES, dtype=torch.float64)
+    most, neutral = (slices.most, None) if padded is None else padded
+    sums = student_logits.new_empty(num_rows, 2, most, SLICE_VALUES, dtype=torch.float64)
+    if neutral is not None:
+        sums.copy_(sums.new_tensor(neutral))
     next_row = student_logits.new_empty((), dtype=torch.int32)
     partners, num_matched, pair_block = None, 0, 1 << 16 if is_interpreted() else PAIR_BLOCK
     if teacher_ids is not None:
@@ -206,7 +211,7 @@ def uld_sums(
         num_matched,
         student_bits,
         teacher_bits,
-        NUM_SLICES=slices.most,
+        NUM_SLICES=most,
         SLICE=slices.size,
         BLOCK_V=slices.block_v,
         LINE=slices.line,

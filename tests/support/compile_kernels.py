@@ -22,6 +22,7 @@ from gold_kernels.projection import triton_rows as projected_rows
 from gold_kernels.tokens.projection import FOLD_WIDTH
 from gold_kernels.triton import formula_rows, formula_slices, scale, slice_rows
 from gold_kernels.triton.launch import ROW_ALIGNMENT
+from gold_kernels.uld import count_kernels, open_kernels
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
 from gold_kernels.uld import triton_token_rows as token_rows
@@ -175,6 +176,33 @@ def uld_sums_signatures():
             types |= {"teacher_ids_ptr": "*fp64", "partners_ptr": "*fp64"}
         floats = ("student_bits", "teacher_bits")
         yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+
+
+def count_signatures():
+    """The passes of ULD over slices of rows, of two processes and, once more, of three."""
+    kernels = (
+        count_kernels.count_columns_kernel,
+        count_kernels.scan_counts_kernel,
+        open_kernels.collect_open_kernel,
+        open_kernels.order_open_kernel,
+        count_kernels.sign_columns_kernel,
+    )
+    integers = ("counts", "words", "offsets", "befores", "state", "next", "lists", "pools")
+    integers += ("entries", "ends", "keys", "owners", "table")
+    floats = ("student_bits", "teacher_bits", "unmatched_weight", "softcap")
+    for num_ranks, grad in ((2, "*bf16"), (3, "*fp32")):
+        sizes = {"IS_SHARED": num_ranks == 2, "NUM_BINS": uld_rows.NUM_BINS, "LINE": 4}
+        sizes |= {"TABLE_WORDS": uld_rows.TABLE_WORDS, "SCAN_BINS": uld_rows.SCAN_BINS}
+        sizes |= {"NUM_SLICES": 32, "NUM_RANKS": num_ranks, "BLOCK_V": 4096}
+        sizes |= {"MAX_LISTED": uld_rows.MAX_LISTED, "NEEDS_GRAD": True, "HAS_SOFTCAP": True}
+        for kernel in kernels:
+            constexprs = {k: v for k, v in sizes.items() if k in kernel.arg_names}
+            types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+            types |= {f"{k}_ptr": "*i32" for k in integers if f"{k}_ptr" in types}
+            given = {"sums_ptr": "*fp64", "grad_ptr": grad, "own_signs_ptr": grad}
+            given |= {"found_ptr": "*fp16", "signs_ptr": "*fp16"}
+            types |= {name: kind for name, kind in given.items() if name in types}
+            yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
 
 
 def token_signatures():
@@ -371,6 +399,7 @@ def main(capability: int) -> None:
         *scale_signatures(),
         *uld_signatures(),
         *uld_sums_signatures(),
+        *count_signatures(),
         *token_signatures(),
         *projection_signatures(),
         *draw_signatures(),
