@@ -46,7 +46,7 @@ class _Parcels:
         sent: Sequence[Shape],
         received: Sequence[Shape],
     ) -> None:
-        self._group = slices.group
+        self._slices = slices
         self._work: dist.Work | None = None
         self._out, self._out_counts, self.sent = _parts(like, dtype, slices.rank, sent)
         self._in, self._in_counts, self._received = _parts(like, dtype, slices.rank, received)
@@ -56,7 +56,7 @@ class _Parcels:
             return
         self._work = dist.all_to_all_single(
             *(self._in, self._out, self._in_counts, self._out_counts),
-            group=self._group,
+            group=self._slices.group(),
             async_op=True,
         )
 

@@ -11,12 +11,12 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.agreement import (
-    join_slices,
     linear_options,
     module_options,
     own_rows,
     refuse_slices,
     told,
+    with_slices,
 )
 from gold_kernels.engine.heads import (
     check_heads,
@@ -26,7 +26,7 @@ from gold_kernels.engine.heads import (
     unit_stride,
 )
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
-from gold_kernels.engine.linear_head import first_entries
+from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.logits import run_logits_loss
 from gold_kernels.engine.options import (
     CallTensors,
@@ -75,24 +75,26 @@ def shared_linear_loss(
         checks.check_pair(function, student.hidden, teacher.hidden)
         checks.check_row_weights(function, row_weights, student.hidden)
         checks.check_label_weights(function, options, student.hidden)
-    heads = student, teacher
-    settings = row_loss, has_metrics
-    student, teacher = join_slices(function, heads, options, (row_weights,), settings)
-    sizes = student.vocab_size, teacher.vocab_size
-    vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
-    row_weights = row_weights_of(row_weights, student.num_rows, student.hidden, options)
-    label_weights = label_weights_of(vocab_size, student.hidden, options)
-    labels = None if options.labels is None else options.labels.contiguous()
-    loss, values = run_linear_loss(
-        row_loss,
-        student,
-        first_entries(teacher, vocab_size),
-        RowPlan(term_weights(row_weights, label_weights), labels),
-        options,
-        has_metrics,
-        vocab_size,
-    )
-    return loss, RowValues(row_loss.value_names, values, labels is not None)
+    given = options, (row_weights,), (row_loss, has_metrics)
+
+    def run(student: LinearHead, teacher: LinearHead) -> tuple[Tensor, RowValues]:
+        sizes = student.vocab_size, teacher.vocab_size
+        vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
+        weights = row_weights_of(row_weights, student.num_rows, student.hidden, options)
+        label_weights = label_weights_of(vocab_size, student.hidden, options)
+        labels = None if options.labels is None else options.labels.contiguous()
+        loss, values = run_linear_loss(
+            row_loss,
+            student,
+            first_entries(teacher, vocab_size),
+            RowPlan(term_weights(weights, label_weights), labels),
+            options,
+            has_metrics,
+            vocab_size,
+        )
+        return loss, RowValues(row_loss.value_names, values, labels is not None)
+
+    return with_slices(function, (student, teacher), *given, run)
 
 
 def shared_logits_loss(

@@ -3,7 +3,8 @@
 C rows of a chunk, V vocabulary, R processes. Hidden states are the same on all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +20,19 @@ if TYPE_CHECKING:  # a build without distributed has no such class
 # off them rounds nothing, and float32 has lost 1e-4 of what is added to it.
 FAR = 1024.0
 
+# By name of a group: what is called before every message, and raises where there must be none.
+_CHECKS: dict[str, Callable[[], None]] = {}
+
+
+@contextmanager
+def messages_after(group_name: str, check: Callable[[], None]) -> Iterator[None]:
+    """Within it check is called before every message of slices over the group."""
+    _CHECKS[group_name] = check
+    try:
+        yield
+    finally:
+        del _CHECKS[group_name]
+
 
 class Slices(NamedTuple):
     """How many entries of a head each process has that take part, in the order of its ranks."""
@@ -27,14 +41,21 @@ class Slices(NamedTuple):
     sizes: tuple[int, ...]  # may be 0
 
     @property
-    def group(self) -> "ProcessGroup":
+    def _group(self) -> "ProcessGroup":
         from torch.distributed.distributed_c10d import _resolve_process_group  # no public way
 
         return _resolve_process_group(self.group_name)  # type: ignore[arg-type]  # newer: GroupName
 
+    def group(self) -> "ProcessGroup":
+        """For a message: see messages_after."""
+        check = _CHECKS.get(self.group_name)
+        if check is not None:
+            check()
+        return self._group
+
     @property
     def rank(self) -> int:
-        return dist.get_rank(self.group)
+        return dist.get_rank(self._group)
 
     @property
     def first(self) -> int:
@@ -61,23 +82,23 @@ class Slices(NamedTuple):
     def sum_(self, tensor: Tensor) -> Tensor:
         """Overwrite a contiguous tensor with the sum of all processes'."""
         if tensor.numel():
-            dist.all_reduce(tensor, group=self.group)
+            dist.all_reduce(tensor, group=self.group())
         return tensor
 
     def start_sum_(self, tensor: Tensor) -> "dist.Work":
         """sum_ of a tensor with entries, which is written until the work has been waited for."""
-        return dist.all_reduce(tensor, group=self.group, async_op=True)
+        return dist.all_reduce(tensor, group=self.group(), async_op=True)
 
     def swap(self, parts: Tensor) -> Tensor:  # (R, any) -> (R, any)
         """Part r goes to rank r; what comes has every rank's part for this one."""
         received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=self.group)
+        dist.all_to_all_single(received, parts, group=self.group())
         return received
 
     def join(self, part: Tensor) -> Tensor:  # (c, any) -> (R c, any)
         """Contiguous parts of all processes behind each other."""
         out = part.new_empty(len(self.sizes) * part.shape[0], *part.shape[1:])
-        dist.all_gather_into_tensor(out, part, group=self.group)
+        dist.all_gather_into_tensor(out, part, group=self.group())
         return out
 
     def gather(self, tensor: Tensor) -> Tensor:  # (any) -> (R, any)

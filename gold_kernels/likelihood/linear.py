@@ -18,7 +18,7 @@ from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.likelihood.row_loss import ChunkLikelihood
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.uld import checks as group_checks
-from gold_kernels.uld.group_call import check_group_call
+from gold_kernels.uld.group_call import GroupCall, run_group_call
 from gold_kernels.uld.plan import plan_groups, values_of_labels
 
 
@@ -113,31 +113,37 @@ def fused_linear_chunk_likelihood(
         row_loss = ChunkLikelihood(beta, group_temperature, per_side(temperature))
         row_loss.check(function)
         group_checks.check_chain_rule(function, alignment)
-    call = check_group_call(
+
+    def run(call: GroupCall) -> Tensor | tuple[Tensor, LikelihoodMetrics]:
+        student, labels = call.student, call.options.labels
+        groups = alignment.to(student.hidden.device)
+        plan, student_scalars, teacher_scalars = plan_groups(
+            groups, call.row_weights, labels, call.label_weights, student.num_rows
+        )
+        own_loss = dataclasses.replace(
+            row_loss,
+            student_scalars=student_scalars,
+            teacher_scalars=teacher_scalars,
+            ends=[groups.student_base_ids, groups.teacher_base_ids],
+        )
+        loss, values = run_linear_loss(
+            own_loss, student, call.teacher, plan, call.options, return_metrics, call.sizes[0]
+        )
+        if not return_metrics:
+            return loss
+        rows = dict(zip(row_loss.value_names, values, strict=True))
+        loss_rows, *sides = (
+            rows[name][: call.num_groups] for name in LikelihoodMetrics._fields[:3]
+        )
+        cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
+        return loss, LikelihoodMetrics(loss_rows, sides[0], sides[1], cross_entropy)
+
+    return run_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),
         row_weights,
         alignment,
         chosen,
         (row_loss, return_metrics),
+        run,
     )
-    student, labels = call.student, call.options.labels
-    alignment = alignment.to(student.hidden.device)
-    plan, student_scalars, teacher_scalars = plan_groups(
-        alignment, call.row_weights, labels, call.label_weights, student.num_rows
-    )
-    row_loss = dataclasses.replace(
-        row_loss,
-        student_scalars=student_scalars,
-        teacher_scalars=teacher_scalars,
-        ends=[alignment.student_base_ids, alignment.teacher_base_ids],
-    )
-    loss, values = run_linear_loss(
-        row_loss, student, call.teacher, plan, call.options, return_metrics, call.sizes[0]
-    )
-    if not return_metrics:
-        return loss
-    rows = dict(zip(row_loss.value_names, values, strict=True))
-    loss_rows, *sides = (rows[name][: call.num_groups] for name in LikelihoodMetrics._fields[:3])
-    cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
-    return loss, LikelihoodMetrics(loss_rows, sides[0], sides[1], cross_entropy)

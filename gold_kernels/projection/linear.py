@@ -20,7 +20,7 @@ from gold_kernels.projection.row_loss import ProjectedJSD
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.projection import VocabProjection
 from gold_kernels.uld import checks as group_checks
-from gold_kernels.uld.group_call import check_group_call
+from gold_kernels.uld.group_call import GroupCall, run_group_call
 from gold_kernels.uld.plan import plan_groups, two_terms, values_of_labels
 
 
@@ -120,42 +120,49 @@ def fused_linear_projected_jsd(
             group_checks.check_chain_rule(function, alignment)
         _check_kind(function, projection)
     folds = projection.folds
-    call = check_group_call(
+
+    def run(call: GroupCall) -> Tensor | tuple[Tensor, ProjectedMetrics]:
+        hidden, labels = call.student.hidden, call.options.labels
+        _check_projection(function, projection, *call.sizes)
+        own_folds = projection.to(hidden.device).folds.tensors()
+        own_loss = dataclasses.replace(row_loss, folds=own_folds)
+        if alignment is None:
+            own_labels = None if labels is None else labels.contiguous()
+            plan = RowPlan(two_terms(call.row_weights, call.label_weights), own_labels)
+        else:
+            firsts = alignment.to(hidden.device).with_first_base()
+            plan, student_scalars, teacher_scalars = plan_groups(
+                firsts, call.row_weights, labels, call.label_weights, call.student.num_rows
+            )
+            has_spans = student_scalars is not None or teacher_scalars is not None
+            own_loss = dataclasses.replace(
+                own_loss,
+                student_scalars=student_scalars,
+                teacher_scalars=teacher_scalars,
+                spans=firsts.span_ids() if has_spans else None,
+            )
+        loss, values = run_linear_loss(
+            own_loss, call.student, call.teacher, plan, call.options, return_metrics, call.sizes[0]
+        )
+        if not return_metrics:
+            return loss
+        rows = dict(zip(row_loss.value_names, values, strict=True))
+        loss_rows, *masses = (
+            rows[name][: call.num_groups] for name in ProjectedMetrics._fields[:3]
+        )
+        cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
+        return loss, ProjectedMetrics(loss_rows, masses[0], masses[1], cross_entropy)
+
+    return run_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),
         row_weights,
         alignment,
         chosen,
         (row_loss, return_metrics),
+        run,
         (folds.teacher_ids, folds.places, folds.row_weights.view(torch.int32)),
     )
-    hidden, labels = call.student.hidden, call.options.labels
-    _check_projection(function, projection, *call.sizes)
-    row_loss = dataclasses.replace(row_loss, folds=projection.to(hidden.device).folds.tensors())
-    if alignment is None:
-        own_labels = None if labels is None else labels.contiguous()
-        plan = RowPlan(two_terms(call.row_weights, call.label_weights), own_labels)
-    else:
-        firsts = alignment.to(hidden.device).with_first_base()
-        plan, student_scalars, teacher_scalars = plan_groups(
-            firsts, call.row_weights, labels, call.label_weights, call.student.num_rows
-        )
-        has_spans = student_scalars is not None or teacher_scalars is not None
-        row_loss = dataclasses.replace(
-            row_loss,
-            student_scalars=student_scalars,
-            teacher_scalars=teacher_scalars,
-            spans=firsts.span_ids() if has_spans else None,
-        )
-    loss, values = run_linear_loss(
-        row_loss, call.student, call.teacher, plan, call.options, return_metrics, call.sizes[0]
-    )
-    if not return_metrics:
-        return loss
-    rows = dict(zip(row_loss.value_names, values, strict=True))
-    loss_rows, *masses = (rows[name][: call.num_groups] for name in ProjectedMetrics._fields[:3])
-    cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
-    return loss, ProjectedMetrics(loss_rows, masses[0], masses[1], cross_entropy)
 
 
 def _check_kind(function: str, projection: VocabProjection) -> None:

@@ -11,11 +11,11 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.agreement import (
-    join_slices,
     linear_options,
     own_heads,
     own_rows,
     told,
+    with_slices,
 )
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.heads import (
@@ -29,6 +29,7 @@ from gold_kernels.engine.heads import (
 )
 from gold_kernels.engine.kinds import check_tensors, is_readable
 from gold_kernels.engine.linear import RowPlan, run_linear_loss
+from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Reduction
 from gold_kernels.engine.shared import Metrics, RowValues
 from gold_kernels.topk.row_loss import TopK
@@ -139,26 +140,29 @@ def fused_linear_top_k(
     ids = teacher_ids
     if row_weights is not None:  # a row of weight 0 may hold anything, on each process another
         ids = torch.where((row_weights != 0).unsqueeze(1), ids, -1)
-    (student,) = join_slices(function, (student,), chosen, tensors, settings, (ids,))
-    v_student = student.vocab_size
-    vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
-    _check_entries(function, ids, teacher_log_probs, vocab_size)
-    log_probs = teacher_log_probs.detach().to(float_dtype(student.hidden))
-    row_loss = TopK(beta, temperature, [ids, log_probs])
-    weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
-    label_weights = label_weights_of(vocab_size, student.hidden, chosen)
-    labels = None if chosen.labels is None else chosen.labels.contiguous()
-    loss, values = run_linear_loss(
-        row_loss,
-        without_gradient(student),
-        None,
-        RowPlan(term_weights(weights, label_weights), labels),
-        chosen,
-        return_metrics,
-        vocab_size,
-    )
-    rows = RowValues(row_loss.value_names, values, labels is not None)
-    return (loss, rows.by_name()) if return_metrics else loss
+
+    def run(student: LinearHead) -> Tensor | tuple[Tensor, Metrics]:
+        v_student = student.vocab_size
+        vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
+        _check_entries(function, ids, teacher_log_probs, vocab_size)
+        log_probs = teacher_log_probs.detach().to(float_dtype(student.hidden))
+        row_loss = TopK(beta, temperature, [ids, log_probs])
+        weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
+        label_weights = label_weights_of(vocab_size, student.hidden, chosen)
+        labels = None if chosen.labels is None else chosen.labels.contiguous()
+        loss, values = run_linear_loss(
+            row_loss,
+            without_gradient(student),
+            None,
+            RowPlan(term_weights(weights, label_weights), labels),
+            chosen,
+            return_metrics,
+            vocab_size,
+        )
+        rows = RowValues(row_loss.value_names, values, labels is not None)
+        return (loss, rows.by_name()) if return_metrics else loss
+
+    return with_slices(function, (student,), chosen, tensors, settings, run, (ids,))
 
 
 def _check_targets(function: str, hidden: Tensor, ids: Tensor, log_probs: Tensor) -> None:

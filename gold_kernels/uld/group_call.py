@@ -4,18 +4,20 @@ N scored rows of a side (N_s, N_t), G aligned groups or pairs of rows, D hidden 
 vocabulary (V_s, V_t).
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import join_slices, own_rows, told
+from gold_kernels.engine.agreement import own_rows, told, with_slices
 from gold_kernels.engine.heads import check_heads, label_weights_of, row_weights_of
 from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Options
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.uld import checks as group_checks
+
+Result = TypeVar("Result")
 
 
 class GroupCall(NamedTuple):
@@ -30,7 +32,7 @@ class GroupCall(NamedTuple):
     label_weights: Tensor | None  # (N_s,)
 
 
-def check_group_call(
+def run_group_call(
     function: str,
     student_hidden: Tensor,  # (N_s, D_s)
     student_weight: Tensor,  # (V_s, D_s)
@@ -40,9 +42,10 @@ def check_group_call(
     alignment: TokenAlignment | None,
     options: Options,
     settings: object,  # of the loss, and whether there are metrics
+    run: Callable[[GroupCall], Result],
     ids: Sequence[Tensor] = (),  # int64 that the loss has beside the alignment
-) -> GroupCall:
-    """Raises ValueError with the remedy for what does not fit."""
+) -> Result:
+    """What run returns of arguments that fit. Raises ValueError with the remedy for others."""
     with told(options.process_group, student_hidden, student_weight):
         student, teacher, options = check_heads(
             function, student_hidden, student_weight, teacher_hidden, teacher_weight, options
@@ -55,15 +58,19 @@ def check_group_call(
         checks.check_label_weights(function, options, student.hidden)
     if alignment is not None:
         ids = [*ids, *alignment.sides[0], *alignment.sides[1]]
+
+    def run_with(student: LinearHead, teacher: LinearHead) -> Result:
+        sizes = group_checks.check_vocab_sizes(
+            function, student.vocab_size, teacher.vocab_size, options.vocab_size
+        )
+        hidden = student.hidden
+        group_checks.check_token_ids(function, alignment, *sizes)
+        group_checks.check_reduction(function, options, alignment)
+        weights = row_weights_of(row_weights, num_groups, hidden, options)
+        label_weights = label_weights_of(sizes[0], hidden, options)
+        live = first_entries(teacher, sizes[1])
+        given = GroupCall(student, live, options, sizes, num_groups, weights, label_weights)
+        return run(given)
+
     heads = student, teacher
-    student, teacher = join_slices(function, heads, options, (row_weights,), settings, ids)
-    sizes = group_checks.check_vocab_sizes(
-        function, student.vocab_size, teacher.vocab_size, options.vocab_size
-    )
-    teacher = first_entries(teacher, sizes[1])
-    hidden = student.hidden
-    group_checks.check_token_ids(function, alignment, *sizes)
-    group_checks.check_reduction(function, options, alignment)
-    weights = row_weights_of(row_weights, num_groups, hidden, options)
-    label_weights = label_weights_of(sizes[0], hidden, options)
-    return GroupCall(student, teacher, options, sizes, num_groups, weights, label_weights)
+    return with_slices(function, heads, options, (row_weights,), settings, run_with, ids)

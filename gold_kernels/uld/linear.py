@@ -29,7 +29,7 @@ from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld import checks as uld_checks
-from gold_kernels.uld.group_call import check_group_call
+from gold_kernels.uld.group_call import GroupCall, run_group_call
 from gold_kernels.uld.plan import matched_tables, overlap_weights, plan_rows, values_of_labels
 from gold_kernels.uld.row_loss import ULD
 
@@ -98,33 +98,30 @@ def _linear_uld(
     """Validate, plan, run; behind the function and the module."""
     with told(options.process_group, student_hidden, student_weight):
         row_loss = settings.row_loss(function)
-    call = check_group_call(
-        function,
-        *(student_hidden, student_weight, teacher_hidden, teacher_weight),
-        row_weights,
-        alignment,
-        options,
-        (row_loss, has_metrics),
-        () if settings.overlap is None else settings.overlap[:2],
-    )
-    student, labels = call.student, call.options.labels
-    device = student.hidden.device
-    uld_checks.check_overlap(function, settings.overlap, *call.sizes)
-    plan, row_loss = plan_rows(
-        row_loss,
-        None if alignment is None else alignment.to(device),
-        call.row_weights,
-        labels,
-        call.label_weights,
-        student.num_rows,
-        matched_tables(settings.overlap, *call.sizes, device),
-    )
-    loss, values = run_linear_loss(
-        row_loss, student, call.teacher, plan, call.options, has_metrics, call.sizes[0]
-    )
-    if not has_metrics:
-        return loss
-    return loss, ULDMetrics.from_values(values, call.num_groups, labels, plan.student_index)
+
+    def run(call: GroupCall) -> Tensor | tuple[Tensor, ULDMetrics]:
+        student, labels, device = call.student, call.options.labels, call.student.hidden.device
+        uld_checks.check_overlap(function, settings.overlap, *call.sizes)
+        plan, own_loss = plan_rows(
+            row_loss,
+            None if alignment is None else alignment.to(device),
+            call.row_weights,
+            labels,
+            call.label_weights,
+            student.num_rows,
+            matched_tables(settings.overlap, *call.sizes, device),
+        )
+        loss, values = run_linear_loss(
+            own_loss, student, call.teacher, plan, call.options, has_metrics, call.sizes[0]
+        )
+        if not has_metrics:
+            return loss
+        return loss, ULDMetrics.from_values(values, call.num_groups, labels, plan.student_index)
+
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    ids = () if settings.overlap is None else settings.overlap[:2]
+    same = row_loss, has_metrics
+    return run_group_call(function, *heads, row_weights, alignment, options, same, run, ids)
 
 
 @overload
