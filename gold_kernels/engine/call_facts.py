@@ -67,7 +67,7 @@ def _live_rows(
 def write_facts_(
     facts: Tensor,  # (5 + 7 * 3,) float64 zeros
     samples: Samples,
-    sizes: tuple[int, int],  # of both slices
+    sizes: Sequence[int],  # of both slices, or of one
     same: int,  # a number of all that must be equal
     backend: str | None,
 ) -> None:
@@ -78,9 +78,10 @@ def write_facts_(
     if backend == "triton":
         from gold_kernels.triton.call_facts import add_facts_  # triton may be missing
 
-        add_facts_(facts, samples.slices, samples.rows, samples.is_live, (*sizes, same))
+        numbers = *(*sizes, 0)[:2], same
+        add_facts_(facts, samples.slices, samples.rows, samples.is_live, numbers)
         return
-    facts[:3] = facts.new_tensor([*sizes, same])
+    facts[:3] = facts.new_tensor([*(*sizes, 0)[:2], same])
     sums = [part.sum(dtype=float_dtype(part)) for part in samples.slices]
     facts[3:5] = torch.stack([*sums, *sums][:2])  # without a teacher the student's twice
     first = 5

@@ -92,7 +92,7 @@ def run_chunks(
     """
     hidden, weight = student.hidden, student.weight
     panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
-    exchange, retried, again_bytes = None, None, 1
+    exchange, retried, own_bytes, again_bytes = None, None, 1, 1
     if values is not None and student.slices is not None:
         dtype = limits.logits_dtype or float_dtype(hidden)
         if not takes_slices:
@@ -100,9 +100,10 @@ def run_chunks(
             limits = limits._replace(row_bytes=limits.row_bytes + exchange.row_bytes(panel_dtype))
         elif isinstance(row_function, SliceRows):
             retried = WholeRows(row_function.whole, student, teacher, values, dtype)
-            again_bytes = row_function.whole_bytes + retried.row_bytes(panel_dtype)
             widest = [head.slices.widest for head in (student, teacher) if head and head.slices]
-            again_bytes += dtype.itemsize * sum(widest)  # the logits' own memory is taken
+            logits_bytes = dtype.itemsize * sum(widest)
+            own_bytes = logits_bytes + limits.row_bytes
+            again_bytes = logits_bytes + row_function.whole_bytes + retried.row_bytes(panel_dtype)
     num_rows, has_grad = student.num_rows, any(needs)
     num_paired = 0 if teacher is None else teacher.num_rows
     plan = plan_chunks(student, teacher, needs, limits, projection)
@@ -124,17 +125,27 @@ def run_chunks(
             is_paired = rows.start < num_paired
             if exchange is not None:
                 exchange.run(rows, grad_logits, row_weights[rows], is_paired=is_paired)
+            elif isinstance(row_function, SliceRows) and row_function.is_over:
+                row_function.leave(rows)
             else:
                 logits = buffers.logits(student, teacher if is_paired else None, grad_logits, rows)
                 row_function(*logits, grad_logits, rows, row_weights[rows])
         if exchange is not None:
             exchange.finish(last)
+        panel = None if buffers.panel is None else buffers.panel[: last - first]
+        if panel is not None:
+            _add_hidden(grads, student, panel, first, row_weights, projection)
         if retried is not None and isinstance(row_function, SliceRows):
-            again = row_function.refused(), buffers.panel, first, row_weights
-            retried.run_again(*again, max(1, plan.chunk * limits.row_bytes // again_bytes))
-        if buffers.panel is not None:
-            panel = buffers.panel[: last - first]
-            _add_panel(grads, student, panel, first, row_weights, sums, projection)
+            # asked here, the device has gradients of hidden states to multiply meanwhile
+            refused = row_function.refused()
+            if refused:
+                buffers = buffers._replace(student=None, teacher=None)  # memory for what follows
+                part = max(1, plan.chunk * own_bytes // again_bytes)
+                retried.run_again(refused, panel, first, row_weights, part)
+            if refused and panel is not None:
+                _add_hidden(grads, student, panel, first, row_weights, projection)
+        if panel is not None and projection is None:
+            _add_panel(grads, student, panel, first, row_weights, sums)
     return _finish(padded, student, grad_scale, returned, sums)
 
 
@@ -258,6 +269,28 @@ def _empty_gradients(
     return grads
 
 
+def _add_hidden(
+    grads: ChunkedGradients,
+    student: LinearHead,
+    grad_logits: Tensor,  # (P, V_s)
+    first: int,
+    row_weights: Tensor,  # (N,) or (N, W)
+    projection: Projection | None,
+) -> None:
+    """The gradient of the hidden states of the rows first to first + P."""
+    if grads.hidden is None:
+        return
+    rows = slice(first, first + grad_logits.shape[0])
+    if projection is not None:
+        grads.hidden[rows] = projection.rows(grad_logits, student.weight, rows, row_weights)
+    elif student.row_index is None:
+        pull_back_(grads.hidden[rows], grad_logits, student.weight)
+    else:
+        grad_hidden = grads.hidden.new_empty(grad_logits.shape[0], grads.hidden.shape[1])
+        pull_back_(grad_hidden, grad_logits, student.weight)
+        grads.hidden.index_copy_(0, student.row_index[rows], grad_hidden)
+
+
 def _add_panel(
     grads: ChunkedGradients,
     student: LinearHead,
@@ -265,24 +298,14 @@ def _add_panel(
     first: int,
     row_weights: Tensor,  # (N,) or (N, W)
     sums: list["dist.Work"],  # quoted: a build without distributed has no such class
-    projection: Projection | None = None,
 ) -> None:
-    """The gradient GEMMs of the rows first to first + P. Of heads in slices the sum of grad_hidden
-    over the processes begins, which the next GEMM hides; sums has what to wait for.
+    """Gradients of weight and bias. Of heads in slices the sum of grad_hidden over the processes
+    begins, which the next GEMM hides; sums has what to wait for.
     """
     rows = slice(first, first + grad_logits.shape[0])
-    if projection is not None:
-        assert grads.hidden is not None, "a projection is of gradients of hidden states"
-        grads.hidden[rows] = projection.rows(grad_logits, student.weight, rows, row_weights)
-        return
-    if grads.hidden is not None and student.row_index is None:
-        pull_back_(grads.hidden[rows], grad_logits, student.weight)
-        if student.slices is not None and grads.hidden.is_contiguous():
-            sums.append(student.slices.start_sum_(grads.hidden[rows]))
-    elif grads.hidden is not None and student.row_index is not None:
-        grad_hidden = grads.hidden.new_empty(grad_logits.shape[0], grads.hidden.shape[1])
-        pull_back_(grad_hidden, grad_logits, student.weight)
-        grads.hidden.index_copy_(0, student.row_index[rows], grad_hidden)
+    hidden = None if student.row_index is not None else grads.hidden
+    if student.slices is not None and hidden is not None and hidden.is_contiguous():
+        sums.append(student.slices.start_sum_(hidden[rows]))
     if grads.weight is not None:
         # 0 * NaN is NaN: a row of weight 0 must not reach the sum over rows
         is_live = row_weights[rows].reshape(grad_logits.shape[0], -1) != 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from gold_kernels.engine.call_facts import Samples, write_facts_
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Options
-from gold_kernels.engine.slices import Slices, messages_after
+from gold_kernels.engine.slices import Slices, messages_after, to_host
 
 # Of the norm of what is summed: rounding that differs between processes moves a sum by 1e-3 of it,
 # other rows by about as much as it is.
@@ -63,18 +63,15 @@ class Comparison:
         same = zlib.crc32(plain.encode()) >> 1  # 31 bits: one kind of number for kernels
         like = heads[0].hidden
         facts = like.new_zeros(len(slices.sizes), NUM_FACTS, dtype=torch.float64)
-        write_facts_(facts[slices.rank], samples, (*own, 0)[:2], same, options.backend)
-        self._facts = slices.sum_(facts)  # for few numbers faster than all_gather
-        self._copied: torch.cuda.Event | None = None
-        if facts.device.type == "cuda" and not torch.compiler.is_compiling():
-            on_host = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
-            on_host.copy_(self._facts, non_blocking=True)
-            self._facts = on_host
-            self._copied = torch.cuda.current_stream(facts.device).record_event()
+        write_facts_(facts[slices.rank], samples, own, same, options.backend)
+        slices.sum_(facts)
+        self._facts, self._copied = to_host(facts)
         self._is_read = False
 
     def sizes(self) -> Sizes:
-        """What the facts say, and the next call begins with. Waits for the device. Raises what one of the processes would have to, on all of them."""
+        """What the facts say, and the next call begins with. Waits for the device. Raises what one
+        of the processes would have to, on all of them.
+        """
         self._is_read = True
         if self._copied is not None:
             self._copied.synchronize()

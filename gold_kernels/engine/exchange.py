@@ -164,15 +164,20 @@ class SliceRows:
 
     whole: Callable[..., None]  # a chunking.RowFunction
     whole_bytes: int  # that it needs beside a row of logits
+    is_over = False  # all chunks from here on need whole rows: it need not be called
 
     def __call__(
         self, student: Tensor, teacher: Tensor, grad: Tensor | None, rows: slice, weights: Tensor
     ) -> None:
         raise NotImplementedError
 
+    def leave(self, rows: slice) -> None:
+        """A chunk that it was not called for, since is_over."""
+        raise NotImplementedError
+
     def refused(self) -> list[slice]:
         """Rows of chunks, since it was asked last, that need whole rows: the same on all processes.
-        Their gradients and values may be anything.
+        Their gradients and values may be anything. Waits for the device, but not for gradients.
         """
         raise NotImplementedError
 
@@ -243,14 +248,15 @@ class WholeRows:
         panel: Tensor | None,  # (P, V_r) gradients, of rows from first on
         first: int,
         row_weights: Tensor,  # (N,) or (N, T)
-        part: int,  # rows at a time
+        part: int,  # rows at a time, at most
     ) -> None:
         """Chunks of paired rows that a function of slices has left."""
         for chunk in chunks:
             self._values[:, chunk] = 0  # processes add up their shares
             self._num_summed = chunk.start
-            for start in range(chunk.start, chunk.stop, part):
-                rows = slice(start, min(start + part, chunk.stop))
+            size = -(-(chunk.stop - chunk.start) // -(-(chunk.stop - chunk.start) // part))
+            for start in range(chunk.start, chunk.stop, size):
+                rows = slice(start, min(start + size, chunk.stop))
                 grad = None if panel is None else panel[rows.start - first : rows.stop - first]
                 self.run(rows, grad, row_weights[rows], is_paired=True)
                 self.finish(rows.stop)

@@ -89,23 +89,33 @@ class Slices(NamedTuple):
         """sum_ of a tensor with entries, which is written until the work has been waited for."""
         return dist.all_reduce(tensor, group=self.group(), async_op=True)
 
-    def swap(self, parts: Tensor) -> Tensor:  # (R, any) -> (R, any)
+    def swap(self, parts: Tensor, out: Tensor | None = None) -> Tensor:  # (R, any) -> (R, any)
         """Part r goes to rank r; what comes has every rank's part for this one."""
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=self.group())
-        return received
+        out = torch.empty_like(parts) if out is None else out
+        dist.all_to_all_single(out, parts, group=self.group())
+        return out
 
-    def join(self, part: Tensor) -> Tensor:  # (c, any) -> (R c, any)
+    def join(self, part: Tensor, out: Tensor | None = None) -> Tensor:  # (c, any) -> (R c, any)
         """Contiguous parts of all processes behind each other."""
-        out = part.new_empty(len(self.sizes) * part.shape[0], *part.shape[1:])
-        dist.all_gather_into_tensor(out, part, group=self.group())
+        if out is None:
+            out = part.new_empty(len(self.sizes) * part.shape[0], *part.shape[1:])
+        # the older name from torch 2.14 on is a warning
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(out, part, group=self.group())
         return out
 
     def gather(self, tensor: Tensor) -> Tensor:  # (any) -> (R, any)
         """A contiguous tensor of every process."""
-        out = tensor.new_zeros(len(self.sizes), *tensor.shape)
-        out[self.rank] = tensor
-        return self.sum_(out)  # for few numbers faster than all_gather, which copies lists
+        return self.join(tensor.flatten()).view(len(self.sizes), *tensor.shape)
+
+
+def to_host(tensor: Tensor) -> "tuple[Tensor, torch.cuda.Event | None]":
+    """A copy that the host may read after the event, if there is one; it does not wait here."""
+    if tensor.device.type != "cuda":
+        return tensor, None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    return copy, torch.cuda.current_stream(tensor.device).record_event()
 
 
 def row_sum(values: Tensor, slices: Slices | None) -> Tensor:  # (c, V) -> (c, 1)

@@ -3,7 +3,7 @@ of triton_rows.py, for columns of which this process has a part. What a row kern
 memory between its passes goes through global memory here.
 
 C rows of a chunk, V_r columns of this process, V of all, R processes, c rows of which each is the
-owner, S slices of a row over all processes, P open entries that a pool has room for.
+owner, S slices of a row that each process has, P open entries that a pool has room for.
 """
 
 import triton
@@ -19,12 +19,13 @@ MOST_OPEN = 1 << 16  # open entries of a row; a row with more is refused
 _MOST_OPEN = tl.constexpr(MOST_OPEN)
 REFUSED = tl.constexpr(1)  # word behind the bins: a row that has too many
 _HIGH_STEP = tl.constexpr(1 << 16)
-BLOCK = tl.constexpr(512)
+BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
 def grid_of_row(
-    sums_ptr,  # (C, 2, S, 3) float64
+    sums_ptr,  # (R, C, 2, S, 3) float64
+    sums_stride,  # from one process to the next
     row,
     student_size,
     teacher_size,
@@ -32,12 +33,15 @@ def grid_of_row(
     teacher_bits,
     NUM_BINS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):  # -> sides, grid, origins, log2 of the student's sum; the same on all processes
     bits = (student_bits, teacher_bits)
     nobody = (NUM_SLICES, NUM_SLICES)  # slices without entries are there, and neutral
     sides, lowest, scales, totals, gap = row_sides(
-        sums_ptr, sums_ptr, sums_ptr, row, nobody, bits, False, 1, NUM_SLICES
-    )
+        sums_ptr, sums_ptr, sums_ptr, row, nobody, bits, False, 1, NUM_SLICES, sums_stride,
+        NUM_RANKS, RANK_BLOCK,
+    )  # fmt: skip
     sizes = (student_size, teacher_size)
     grid, origins = grid_of(sides, lowest, scales, gap, sizes, False, NUM_BINS)
     return sides, grid, origins, tl.log2(totals[0])
@@ -78,7 +82,8 @@ def count_columns_kernel(
     teacher_ptr,  # (C, V_r)
     weights_ptr,  # (C, 2) float32
     counts_ptr,  # (R c, words) int32, overwritten: counts of bins, entries counted of both sides
-    sums_ptr,  # (C, 2, S, 3) float64
+    sums_ptr,  # (R, C, 2, S, 3) float64
+    sums_stride,  # from one process to the next
     student_size,  # V
     teacher_size,
     student_bits,
@@ -92,14 +97,17 @@ def count_columns_kernel(
     TABLE_WORDS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
     """A row of weight 0 counts nothing: it may hold NaN."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 from 14k rows at V = 152k
     _, _, origins, _ = grid_of_row(
-        sums_ptr, row, student_size, teacher_size, student_bits, teacher_bits, NUM_BINS, NUM_SLICES
-    )
+        sums_ptr, sums_stride, row, student_size, teacher_size, student_bits, teacher_bits,
+        NUM_BINS, NUM_SLICES, NUM_RANKS, RANK_BLOCK,
+    )  # fmt: skip
     is_live = tl.load(weights_ptr + 2 * row) != 0.0
     words_ptr = counts_ptr + row * TABLE_WORDS
     table = open_table(words_ptr, IS_SHARED)
@@ -129,7 +137,8 @@ def scan_counts_kernel(
     state_ptr,  # (c, 2) int32, overwritten: where keys of a row begin, and how many it has
     next_ptr,  # () int32, 0: keys of all rows
     edges_ptr,  # (c,) float32, overwritten: part of the loss that hangs on bins alone
-    sums_ptr,  # (C, 2, S, 3) float64
+    sums_ptr,  # (R, C, 2, S, 3) float64
+    sums_stride,  # from one process to the next
     student_size,
     teacher_size,
     student_bits,
@@ -137,20 +146,22 @@ def scan_counts_kernel(
     first_row,  # of the chunk that is this process' own
     num_own,  # c
     num_keys,  # that there is room for
-    NUM_RANKS: tl.constexpr,
     MAX_LISTED: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
     TABLE_WORDS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):
     """One row of those that this process owns."""
     own_row = tl.program_id(0).to(tl.int64)
     row = first_row + own_row
     _, grid, _, _ = grid_of_row(
-        sums_ptr, row, student_size, teacher_size, student_bits, teacher_bits, NUM_BINS, NUM_SLICES
-    )
+        sums_ptr, sums_stride, row, student_size, teacher_size, student_bits, teacher_bits,
+        NUM_BINS, NUM_SLICES, NUM_RANKS, RANK_BLOCK,
+    )  # fmt: skip
     words_ptr += own_row * TABLE_WORDS
     counts_ptr += own_row * TABLE_WORDS
     table = open_table(words_ptr, IS_SHARED)
@@ -183,7 +194,7 @@ def scan_counts_kernel(
     tl.store(words_ptr + NUM_BINS + REFUSED, is_refused.to(tl.int32))
     tl.store(state_ptr + 2 * own_row, first_key)
     tl.store(state_ptr + 2 * own_row + 1, tl.where(is_refused, 0, num_open))
-    tl.store(edges_ptr + own_row, edges)
+    tl.store(edges_ptr + own_row, tl.where(is_live, edges, 0.0))  # of NaN they would be NaN
 
 
 @triton.jit
@@ -193,11 +204,11 @@ def sign_columns_kernel(
     own_signs_ptr,  # (C, V_r) overwritten; may be grad_ptr
     weights_ptr,  # (C, 2) float32
     words_ptr,  # (R c, words) int32, see scan_counts_kernel
-    pools_ptr,  # (R, 2 c + P) int32, as they were sent
-    entries_ptr,  # (R, P) int32
+    entries_ptr,  # (R, 2 c + P) int32, see collect_open_kernel
     signs_ptr,  # (R, P) of the student's entries
-    pulls_ptr,  # (C,) float32 sum of s times its sign, of all processes
-    sums_ptr,  # (C, 2, S, 3) float64
+    totals_ptr,  # (C, 3) float32, of all processes: see counted_rows
+    sums_ptr,  # (R, C, 2, S, 3) float64
+    sums_stride,  # from one process to the next
     student_size,
     teacher_size,
     student_bits,
@@ -216,23 +227,28 @@ def sign_columns_kernel(
     TABLE_WORDS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     sides, _, origins, log2_total = grid_of_row(
-        sums_ptr, row, student_size, teacher_size, student_bits, teacher_bits, NUM_BINS, NUM_SLICES
-    )
+        sums_ptr, sums_stride, row, student_size, teacher_size, student_bits, teacher_bits,
+        NUM_BINS, NUM_SLICES, NUM_RANKS, RANK_BLOCK,
+    )  # fmt: skip
     rank = row // num_own
-    header_ptr = pools_ptr + rank * (2 * num_own + pool_size) + 2 * (row - rank * num_own)
+    entries_ptr += rank * (2 * num_own + pool_size)
+    header_ptr = entries_ptr + 2 * (row - rank * num_own)
     first_entry, num_entries = tl.load(header_ptr), tl.load(header_ptr + 1)
-    first_entry += rank * pool_size
+    entries_ptr += 2 * num_own + first_entry
+    signs_ptr += rank * pool_size + first_entry
     own_signs = own_signs_ptr + row * signs_row_stride
     for first in range(0, num_entries, BLOCK):
         places = first + tl.arange(0, BLOCK)
         is_entry = places < num_entries
-        entries = tl.load(entries_ptr + first_entry + places, mask=is_entry, other=1)
-        signs = tl.load(signs_ptr + first_entry + places, mask=is_entry, other=0.0)
+        entries = tl.load(entries_ptr + places, mask=is_entry, other=1)
+        signs = tl.load(signs_ptr + places, mask=is_entry, other=0.0)
         signs = signs.to(tl.float32).to(own_signs.dtype.element_ty)
         scatter(own_signs + (entries >> 1), signs, is_entry & ((entries & 1) == 0), IS_SHARED)
     row_words = words_ptr + row * TABLE_WORDS
@@ -240,8 +256,8 @@ def sign_columns_kernel(
     read_table(table, row_words, IS_SHARED, NUM_BINS, SCAN_BINS)
     weight = tl.load(weights_ptr + 2 * row)
     soft = (
-        weight * student_bits * NATS, unmatched_weight, unmatched_weight * tl.load(pulls_ptr + row),
-        weight != 0.0,
+        weight * student_bits * NATS, unmatched_weight,
+        unmatched_weight * tl.load(totals_ptr + 3 * row + 1), weight != 0.0,
     )  # fmt: skip
     nothing = (-1, 0.0, 0.0, 0.0, row < 0)  # no label
     write_gradient(

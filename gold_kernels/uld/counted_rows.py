@@ -12,10 +12,10 @@ the owner, P entries of a pool.
 4. The owner orders them, adds their loss, and sends back the sign of each.
 5. Sums of the rows are added up over the processes, and each writes the gradient of its columns.
 
-A process sends 41 KB (R - 1) / R a row for counts, as much for signs, and 6 bytes for each entry
-of others' rows that a pool has room for, one in OPEN_PART. A chunk that has
-more of them, as near convergence, is flagged in the sums of step 5, alike on all processes, and
-its rows are exchanged (engine/exchange.py).
+A process sends 41 KB (R - 1) / R a row for counts, as much for signs, and 6 bytes for each entry of
+others' rows that a pool has room for, one in OPEN_PART. A chunk that has more of them, as near
+convergence, is flagged in the sums of step 5, alike on all processes, and its rows are exchanged
+(engine/exchange.py). So are those of the chunks behind it.
 """
 
 from collections.abc import Callable
@@ -26,23 +26,25 @@ from torch import Tensor
 
 from gold_kernels.engine.exchange import SliceRows
 from gold_kernels.engine.linear_head import LinearHead
-from gold_kernels.engine.slices import Slices
+from gold_kernels.engine.slices import Slices, to_host
 
-# Random rows of 151936 entries twice have 16,000 of 304,000 open, as the mean of a chunk
-OPEN_PART = 12  # of so many entries of a row one may be open, as the mean of a pool's rows
+# Random rows of 151936 entries twice have 16,200 of 304,000 open, as the mean of a chunk
+OPEN_PART = 16  # of so many entries of a row one may be open, as the mean of a pool's rows
 LOSS, PULL, IS_REFUSED = range(3)
 NUM_TOTALS = 3  # of a row: loss, sum of s times its sign, whether its chunk is refused
 UNMATCHED, SCALE_SLOPE = 3, 6  # places in ULD.value_names
 
 
 class Counts(Protocol):
-    """The work of a backend on a chunk, in the order of its calls."""
+    """The work of a backend on a chunk, in the order of its calls. It adds this process' part to
+    totals (C, 3), which are 0, or overwrites them; write_gradient reads those of all.
+    """
 
-    totals: Tensor  # (3, C) float, this process' part
+    spare: Tensor | None  # memory for what comes back, after scan and after order
 
-    def sums(self) -> Tensor: ...  # (any) what log-sum-exps and the grid follow from
+    def sums(self) -> Tensor: ...  # (C, any) what log-sum-exps and the grid follow from
 
-    def count(self, sums: Tensor) -> Tensor: ...  # (R, any) sums -> (R, c, words)
+    def count(self, sums: Tensor) -> Tensor: ...  # (R, C, any) sums -> (R, c, words)
 
     def scan(self, counts: Tensor) -> Tensor: ...  # (R, c, words) of own rows -> (c, words)
 
@@ -50,7 +52,7 @@ class Counts(Protocol):
 
     def order(self, entries: Tensor) -> Tensor: ...  # (R, P) of own rows -> (R, P) their signs
 
-    def write_gradient(self, signs: Tensor, totals: Tensor) -> None: ...
+    def write_gradient(self, signs: Tensor) -> None: ...
 
 
 def pool_rows(num_rows: int, num_parts: int) -> int:
@@ -81,7 +83,10 @@ class CountedRows(SliceRows):
         self.whole, self.whole_bytes = whole, whole_bytes
         self._counts, self._values, self._weight = counts, values, unmatched_weight
         self._slices = student.slices, teacher.slices
-        self._refused: list[tuple[slice, Tensor]] = []
+        self._totals = values.new_zeros(values.shape[1], NUM_TOTALS)
+        self._done: list[slice] = []  # chunks that values do not have yet
+        self._copies: list[tuple[slice, Tensor, torch.cuda.Event | None]] = []  # not looked at
+        self._refused: list[slice] = []
 
     def __call__(
         self,
@@ -91,26 +96,41 @@ class CountedRows(SliceRows):
         rows: slice,
         weights: Tensor,  # (C, 2)
     ) -> None:
-        group = self._slices[0]
-        counts = self._counts(student, teacher, grad, weights, self._slices)
-        signs = group.join(counts.scan(group.swap(counts.count(group.gather(counts.sums())))))
-        own_signs = group.swap(counts.order(group.swap(counts.collect(signs))))
-        totals = group.sum_(counts.totals)
+        self._look()  # the chunk before is done, or will be before the products of this one
+        if self.is_over:
+            self.leave(rows)
+            return
+        group, totals = self._slices[0], self._totals[rows]
+        counts = self._counts(student, teacher, grad, weights, totals, self._slices)
+        words = counts.scan(group.swap(counts.count(group.gather(counts.sums()))))
+        entries = counts.collect(group.join(words, counts.spare))
+        signs = group.swap(counts.order(group.swap(entries)), counts.spare)
+        group.sum_(totals)
+        self._done.append(rows)
+        self._copies.append((rows, *to_host(totals)))
         if grad is not None:
-            counts.write_gradient(own_signs, totals)
-        self._refused.append((rows, totals[IS_REFUSED].amax()))
-        is_live = weights[:, 0] != 0
-        loss, pull = (torch.where(is_live, totals[place], 0) for place in (LOSS, PULL))
-        values = self._values[:, rows]
-        values[0] = self._weight * loss
-        values[UNMATCHED] = loss
-        values[SCALE_SLOPE] = self._weight * pull
+            counts.write_gradient(signs)
+
+    def leave(self, rows: slice) -> None:
+        self._refused.append(rows)
+
+    def _look(self) -> None:
+        """Waits for the device, until totals of the last chunk are known."""
+        for rows, totals, copied in self._copies:
+            if copied is not None:
+                copied.synchronize()
+            if totals[:, IS_REFUSED].any():
+                self.leave(rows)
+                self.is_over = True  # rows are like the ones before them
+        self._copies = []
 
     def refused(self) -> list[slice]:
-        """Waits for the device, once a panel."""
-        if not self._refused:
-            return []
-        flags = torch.stack([flag for _, flag in self._refused]).tolist()
-        found = [rows for (rows, _), flag in zip(self._refused, flags, strict=True) if flag]
-        self._refused = []
+        self._look()
+        if self._done:
+            rows = slice(self._done[0].start, self._done[-1].stop)
+            totals, values = self._totals[rows].T, self._values[:, rows]
+            torch.mul(totals[LOSS], self._weight, out=values[0])
+            torch.mul(totals[PULL], self._weight, out=values[SCALE_SLOPE])
+            values[UNMATCHED] = totals[LOSS]
+        found, self._refused, self._done = self._refused, [], []
         return found

@@ -2,7 +2,7 @@
 of a row orders those of all (lists.py).
 
 C rows of a chunk, V_r columns of this process, V of all, R processes, c rows of which each is the
-owner, S slices of a row over all processes, P open entries that a pool has room for.
+owner, S slices of a row that each process has, P open entries that a pool has room for.
 """
 
 import triton
@@ -63,18 +63,18 @@ def collect_open_kernel(
     weights_ptr,  # (C, 2) float32
     words_ptr,  # (R c, words) int32, see scan_counts_kernel
     lists_ptr,  # (programs, L) int32, overwritten
-    pools_ptr,  # (R, 2 c + P) int32, overwritten but for the headers of rows without entries
-    entries_ptr,  # (R, P) int32, overwritten: 2 * column + side of the entries of the pools
+    pools_ptr,  # (R, 2 c + P) int32, overwritten but for what is behind the entries
+    entries_ptr,  # (R, 2 c + P) int32, the same with 2 * column + side of the entries
     ends_ptr,  # (R,) int32, 0: entries of each pool
-    totals_ptr,  # (3, C) float32, overwritten
-    sums_ptr,  # (C, 2, S, 3) float64
+    totals_ptr,  # (C, 3) float32, overwritten
+    sums_ptr,  # (R, C, 2, S, 3) float64
+    sums_stride,  # from one process to the next
     student_size,
     teacher_size,
     student_bits,
     teacher_bits,
     student_row_stride,
     teacher_row_stride,
-    totals_stride,
     num_rows,
     num_own,  # c
     pool_size,  # P
@@ -86,6 +86,8 @@ def collect_open_kernel(
     TABLE_WORDS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LINE: tl.constexpr,
 ):
@@ -96,8 +98,8 @@ def collect_open_kernel(
     while row < num_rows:
         offset = tl.cast(row, tl.int64)
         sides, _, origins, _ = grid_of_row(
-            sums_ptr, offset, student_size, teacher_size, student_bits, teacher_bits, NUM_BINS,
-            NUM_SLICES,
+            sums_ptr, sums_stride, offset, student_size, teacher_size, student_bits, teacher_bits,
+            NUM_BINS, NUM_SLICES, NUM_RANKS, RANK_BLOCK,
         )  # fmt: skip
         student_row = student_ptr + offset * student_row_stride
         teacher_row = teacher_ptr + offset * teacher_row_stride
@@ -119,18 +121,22 @@ def collect_open_kernel(
         base = tl.atomic_add(ends_ptr + rank, num_open, sem="relaxed")
         has_room = base + num_open <= pool_size
         num_packed = tl.where(has_room, num_open, 0)
-        pool_ptr = pools_ptr + rank * (2 * num_own + pool_size)
-        header_ptr = pool_ptr + 2 * (offset - rank * num_own)
-        tl.store(header_ptr, base)
-        tl.store(header_ptr + 1, num_packed)
+        first_word = rank * (2 * num_own + pool_size)
+        header = first_word + 2 * (offset - rank * num_own)
+        tl.store(pools_ptr + header, base)
+        tl.store(pools_ptr + header + 1, num_packed)
+        tl.store(entries_ptr + header, base)
+        tl.store(entries_ptr + header + 1, num_packed)
+        first_word += 2 * num_own + base
         _pack_entries(
             student_row, teacher_row, origins, list_ptr, num_packed,
-            pool_ptr + 2 * num_own + base, entries_ptr + rank * pool_size + base, NUM_BINS,
+            pools_ptr + first_word, entries_ptr + first_word, NUM_BINS,
         )  # fmt: skip
-        tl.store(totals_ptr + offset, student_sum - teacher_sum)
-        tl.store(totals_ptr + totals_stride + offset, student_sum)
+        row_totals = totals_ptr + 3 * offset
+        tl.store(row_totals, student_sum - teacher_sum)
+        tl.store(row_totals + 1, student_sum)
         is_refused |= has_room == 0
-        tl.store(totals_ptr + 2 * totals_stride + offset, is_refused.to(tl.float32))
+        tl.store(row_totals + 2, is_refused.to(tl.float32))
         row += tl.num_programs(0)
 
 
@@ -169,34 +175,36 @@ def order_open_kernel(
     befores_ptr,  # (c, bins) int32
     state_ptr,  # (c, 2) int32
     edges_ptr,  # (c,) float32
-    keys_ptr,  # (keys,) int32, overwritten
-    owners_ptr,  # (keys,) int32, overwritten
-    found_ptr,  # (keys,) overwritten: signs in the order of a row's list
+    keys_ptr,  # (R P,) int32, overwritten
+    owners_ptr,  # (R P,) int32, overwritten
+    found_ptr,  # (R P,) overwritten: signs in the order of a row's list
     signs_ptr,  # (R, P) overwritten: signs of the student's entries of the pools
     table_ptr,  # (c, words) int32, overwritten; not read if IS_SHARED
-    totals_ptr,  # (3, C) float32, to which own rows are added
-    sums_ptr,  # (C, 2, S, 3) float64
+    totals_ptr,  # (C, 3) float32, to which own rows are added
+    sums_ptr,  # (R, C, 2, S, 3) float64
+    sums_stride,  # from one process to the next
     student_size,
     teacher_size,
     student_bits,
     teacher_bits,
-    totals_stride,
     first_row,
     num_own,  # c
     pool_size,  # P
     NEEDS_GRAD: tl.constexpr,
-    NUM_RANKS: tl.constexpr,
     IS_SHARED: tl.constexpr,
     NUM_BINS: tl.constexpr,
     TABLE_WORDS: tl.constexpr,
     SCAN_BINS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):
     own_row = tl.program_id(0).to(tl.int64)
     row = first_row + own_row
     _, grid, _, _ = grid_of_row(
-        sums_ptr, row, student_size, teacher_size, student_bits, teacher_bits, NUM_BINS, NUM_SLICES
-    )
+        sums_ptr, sums_stride, row, student_size, teacher_size, student_bits, teacher_bits,
+        NUM_BINS, NUM_SLICES, NUM_RANKS, RANK_BLOCK,
+    )  # fmt: skip
     base = tl.load(state_ptr + 2 * own_row)
     expected = tl.load(state_ptr + 2 * own_row + 1)
     num_open = 0
@@ -241,7 +249,7 @@ def order_open_kernel(
                 tl.store(reply_ptr + places, signs, mask=is_entry)
             first_place += num_entries
     own_loss = tl.load(edges_ptr + own_row) + loss.to(tl.float32) / FIXED_POINT
-    totals_ptr += row
+    totals_ptr += 3 * row
     tl.store(totals_ptr, tl.load(totals_ptr) + own_loss)
-    totals_ptr += totals_stride
-    tl.store(totals_ptr, tl.load(totals_ptr) + mean_sign.to(tl.float32) / FIXED_POINT)
+    own_pull = mean_sign.to(tl.float32) / FIXED_POINT
+    tl.store(totals_ptr + 1, tl.load(totals_ptr + 1) + own_pull)

@@ -37,13 +37,18 @@ def row_sides(
     HAS_SCALES: tl.constexpr,
     SLICE: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    rank_stride=0,
+    NUM_RANKS: tl.constexpr = 1,
+    RANK_BLOCK: tl.constexpr = 1,
 ):  # -> sides, lowest logits, log2-scales, sums of exp2, log2 of the teacher's over the other
     student_max, student_total, student_lowest = join_slices(
-        sums_ptr, row, vocab_sizes[0], bits[0], False, SLICE, NUM_SLICES
-    )
+        sums_ptr, row, vocab_sizes[0], bits[0], False, SLICE, NUM_SLICES, rank_stride,
+        NUM_RANKS, RANK_BLOCK,
+    )  # fmt: skip
     teacher_max, teacher_total, teacher_lowest = join_slices(
-        sums_ptr, row, vocab_sizes[1], bits[1], True, SLICE, NUM_SLICES
-    )
+        sums_ptr, row, vocab_sizes[1], bits[1], True, SLICE, NUM_SLICES, rank_stride,
+        NUM_RANKS, RANK_BLOCK,
+    )  # fmt: skip
     # not the difference of two logarithms: both are about 17 bits, and near convergence their
     # rounding would be all that is left
     excess = ((teacher_total - student_total) / student_total).to(tl.float32)

@@ -17,7 +17,6 @@ from gold_kernels.engine.torch_rows import store_gradient_
 from gold_kernels.uld.counted_rows import (
     IS_REFUSED,
     LOSS,
-    NUM_TOTALS,
     PULL,
     pool_rows,
     pool_size,
@@ -25,6 +24,9 @@ from gold_kernels.uld.counted_rows import (
 
 MOST_BINS = 10240
 ENTRIES_A_BIN = 16
+# Of pools: random rows of 151936 entries twice have 30,000 of 304,000 open, since no sign is taken
+# for likely here.
+ROOM = 2
 _RANGE = 12 * math.log(2)  # nats that the grid goes below 1 / V
 _OPEN = 2  # beside the signs -1, 0 and 1
 _FIELDS = 3  # of an open entry: its row of the owner or -1, 2 * bin + side, value
@@ -49,6 +51,7 @@ class TorchCounts:
         teacher: Tensor,
         grad: Tensor | None,  # (C, V_r), overwritten; may be student
         weights: Tensor,  # (C, 2)
+        totals: Tensor,  # (C, 3) zeros
         slices: tuple[Slices, Slices],
         *,
         temperatures: tuple[float, float],
@@ -69,17 +72,19 @@ class TorchCounts:
         self._num_ranks, self._num_rows = len(slices[0].sizes), len(student)
         self._own = pool_rows(self._num_rows, self._num_ranks)
         self._bins = num_bins(*(side.total for side in slices))
-        self.totals = weights.new_zeros(NUM_TOTALS, self._num_rows)
+        self._totals = totals.T
+        self.spare: Tensor | None = None
 
-    def sums(self) -> Tensor:  # (2, C)
-        return torch.stack([side.logsumexp(1) for side in self._logits])
+    def sums(self) -> Tensor:  # (C, 2)
+        return torch.stack([side.logsumexp(1) for side in self._logits], 1)
 
-    def count(self, sums: Tensor) -> Tensor:  # (R, 2, C) -> (R, c, 2 B)
+    def count(self, sums: Tensor) -> Tensor:  # (R, C, 2) -> (R, c, 2 B)
         self._values, self._places = [], []
         sizes = max(side.total for side in self._slices)
         per_nat = (self._bins - 1) / (math.log(sizes) + _RANGE)
         counts = self._student.new_zeros(self._own * self._num_ranks, 2, self._bins)
-        for side, (logits, total) in enumerate(zip(self._logits, sums.logsumexp(0), strict=True)):
+        totals = sums.logsumexp(0).unbind(1)
+        for side, (logits, total) in enumerate(zip(self._logits, totals, strict=True)):
             log_values = logits - total.unsqueeze(1)
             places = (-per_nat * log_values).floor().clamp(0, self._bins - 1).long()
             self._values.append(log_values.exp())
@@ -93,7 +98,7 @@ class TorchCounts:
 
     def _own_totals(self) -> Tensor:  # (3, any) of the rows that are this process' own
         first = self._slices[0].rank * self._own
-        return self.totals[:, first : first + self._own]
+        return self._totals[:, first : first + self._own]
 
     def scan(self, counts: Tensor) -> Tensor:  # (R, c, 2 B) -> (c, B) int8
         student, teacher = counts.sum(0).view(self._own, 2, self._bins).unbind(1)
@@ -117,9 +122,9 @@ class TorchCounts:
         self._signs = torch.where(is_open[0], 0, codes[0]).to(self._student.dtype)
         closed = torch.where(is_open[1], 0, codes[1]) * self._values[1]
         pull = (self._signs * self._values[0]).sum(1)
-        self.totals[PULL] += pull
-        self.totals[LOSS] += pull - closed.sum(1)
-        size = pool_size(self._own, self._slices)
+        self._totals[PULL] += pull
+        self._totals[LOSS] += pull - closed.sum(1)
+        size = ROOM * pool_size(self._own, self._slices)
         pools = self._student.new_full((self._num_ranks, size, _FIELDS), -1)
         self._listed = []
         for rank in range(self._num_ranks):
@@ -133,7 +138,7 @@ class TorchCounts:
             ]
             entries = torch.cat(found)
             if len(entries) > size:
-                self.totals[IS_REFUSED, rows] = 1
+                self._totals[IS_REFUSED, rows] = 1
                 entries = entries[:size]
             pools[rank, : len(entries)] = entries
             self._listed.append(index[0])
@@ -179,12 +184,12 @@ class TorchCounts:
         signs[at[0][turn], at[1][turn]] = sign[level]
         return signs
 
-    def write_gradient(self, signs: Tensor, totals: Tensor) -> None:
+    def write_gradient(self, signs: Tensor) -> None:
         assert self._grad is not None, "called for a gradient"
         for rank, index in enumerate(self._listed):
             rows = slice(rank * self._own, (rank + 1) * self._own)
             num = min(len(index[0]), signs.shape[1])
             self._signs[rows][index[0][:num], index[1][:num]] = signs[rank, :num]
-        grad = self._values[0] * (self._signs - totals[PULL].unsqueeze(1))
+        grad = self._values[0] * (self._signs - self._totals[PULL].unsqueeze(1))
         grad *= self._weight.unsqueeze(1)
         store_gradient_(self._grad, grad, self._student, self._is_live, self._softcap)

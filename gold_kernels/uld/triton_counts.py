@@ -21,7 +21,7 @@ from gold_kernels.triton.launch import (
     is_interpreted,
     row_block,
 )
-from gold_kernels.triton.lines import BITS, LOWEST_LOGIT
+from gold_kernels.triton.lines import BITS
 from gold_kernels.uld.bin_table import APPEND_BLOCK, NUM_BINS, TABLE_WORDS
 from gold_kernels.uld.bins import MAX_LISTED
 from gold_kernels.uld.count_kernels import (
@@ -31,26 +31,26 @@ from gold_kernels.uld.count_kernels import (
     scan_counts_kernel,
     sign_columns_kernel,
 )
-from gold_kernels.uld.counted_rows import NUM_TOTALS, PULL, pool_rows, pool_size
+from gold_kernels.uld.counted_rows import pool_rows, pool_size
 from gold_kernels.uld.open_kernels import collect_open_kernel, order_open_kernel
 from gold_kernels.uld.row_memory import MAX_PROGRAMS
-from gold_kernels.uld.triton_sums import SLICE_VALUES, uld_sums
 from gold_kernels.uld.triton_sums import Slices as RowSlices
+from gold_kernels.uld.triton_sums import uld_sums
 
-LOWEST = LOWEST_LOGIT.value
-NEUTRAL = (LOWEST, 0.0, 1e30)  # of a slice that has no entries
 SIGN_DTYPE = torch.float16  # of open entries on their way
 
 
 def row_bytes(slices: Sequence[Slices], dtype: torch.dtype, is_in_place: bool) -> int:
     """What a row of a chunk takes, at most. is_in_place: its gradient lies over its logits."""
     number = len(slices[0].sizes)
-    # counts, those received, signs; offsets and D of own rows; pools sent and received, columns,
-    # keys and their bins; signs of entries, found, sent and received
-    tables = 4 * TABLE_WORDS * (3 + 2 / number)
+    # counts that are sent, later offsets and D of own rows; those received, later signs of all
+    # rows; signs of own rows, and a table where it is not shared
+    tables = 4 * TABLE_WORDS * (max(2 / number, 1) + 1 + 2 / number)
+    # pools that are sent, later keys; those received; columns of entries; bins of keys; signs of
+    # entries that are found, later received; those sent
     entries = pool_size(1 << 10, (slices[0], slices[1])) / (1 << 10)
     signs = dtype.itemsize * aligned_width(slices[0].widest) if is_in_place else 0
-    return int(tables + entries * (5 * 4 + 3 * SIGN_DTYPE.itemsize)) + signs
+    return int(tables + entries * (4 * 4 + 2 * SIGN_DTYPE.itemsize)) + signs
 
 
 class TritonCounts:
@@ -62,6 +62,7 @@ class TritonCounts:
         teacher: Tensor,  # (C, V_r), unit column stride
         grad: Tensor | None,  # (C, V_r), overwritten; may be student
         weights: Tensor,  # (C, 2) float32, contiguous
+        totals: Tensor,  # (C, 3) float32, overwritten
         slices: tuple[Slices, Slices],
         *,
         temperatures: tuple[float, float],
@@ -88,8 +89,8 @@ class TritonCounts:
         self._table = {"IS_SHARED": is_shared, "NUM_BINS": NUM_BINS, "TABLE_WORDS": TABLE_WORDS}
         self._table |= {"SCAN_BINS": SCAN_BINS, "num_warps": num_warps}
         self._table |= {"maxnreg": 64} if is_shared else {}
-        self._sums = student
-        self.totals = weights.new_zeros(NUM_TOTALS, self._num_rows)
+        self._totals = totals
+        self.spare: Tensor | None = None
 
     def _integers(self, *shape: int) -> Tensor:
         return self._student.new_empty(shape, dtype=torch.int32)
@@ -97,58 +98,57 @@ class TritonCounts:
     def sums(self) -> Tensor:  # (C, 2, S, 3) float64
         student, teacher = self._slices
         most = RowSlices.of(student.widest, teacher.widest, self._student.dtype).most
-        bits = self._bits[0], self._bits[1]
-        return uld_sums(self._student, self._teacher, None, *bits, (most, NEUTRAL)).sums
+        return uld_sums(self._student, self._teacher, None, self._bits[0], self._bits[1], most).sums
 
     def count(self, sums: Tensor) -> Tensor:  # (R, C, 2, S, 3) -> (R, c, words)
-        number = 1 << (self._num_ranks - 1).bit_length()  # tl.arange wants powers of two
-        neutral = sums.new_tensor(NEUTRAL)
-        joined = neutral.expand(self._num_rows, 2, number, sums.shape[3], SLICE_VALUES).clone()
-        joined[:, :, : self._num_ranks] = sums.permute(1, 2, 0, 3, 4)
-        self._sums = joined
-        self._grid = (joined, *(side.total for side in self._slices), *self._bits)
-        self._table["NUM_SLICES"] = number * sums.shape[3]
-        counts = self._integers(self._num_ranks, self._own, TABLE_WORDS)
+        self._grid = (sums, sums.stride(0), *(side.total for side in self._slices), *self._bits)
+        self._table |= {"NUM_SLICES": sums.shape[3], "NUM_RANKS": self._num_ranks}
+        self._table |= {"RANK_BLOCK": 1 << (self._num_ranks - 1).bit_length()}
+        self._counts = self._integers(self._num_ranks, self._own, TABLE_WORDS)
         count_columns_kernel[(self._num_rows,)](
-            *(self._student, self._teacher, self._weights, counts, *self._grid),
+            *(self._student, self._teacher, self._weights, self._counts, *self._grid),
             *(self._student.stride(0), self._teacher.stride(0)),
             *(self._student.shape[1], self._teacher.shape[1]),
             **self._table,
             **self._columns,
         )
-        return counts
+        return self._counts
 
     def scan(self, counts: Tensor) -> Tensor:  # (R, c, words) -> (c, words)
-        words = self._integers(self._own, TABLE_WORDS)
-        self._spare = counts
-        self._befores, self._offsets = self._integers(2, self._own, NUM_BINS).unbind(0)
+        words, self.spare = self._integers(self._own, TABLE_WORDS), counts.flatten(0, 1)
+        self._befores, self._offsets = self._own_bins()
         self._state = self._integers(self._own, 2)
-        self._next_key = self._state.new_zeros(())
-        self._edges = self.totals.new_empty(self._own)
-        self._num_keys = self._num_ranks * self._pool
+        self._ends = self._state.new_zeros(self._num_ranks + 1)  # of pools, and of keys
+        self._edges = self._totals.new_empty(self._own)
         scan_counts_kernel[(self._num_own,)](
             *(counts, self._weights, words, self._offsets, self._befores, self._state),
-            *(self._next_key, self._edges, *self._grid, self._first, self._own, self._num_keys),
-            NUM_RANKS=self._num_ranks,
+            *(self._ends[-1:], self._edges, *self._grid, self._first, self._own),
+            self._num_ranks * self._pool,
             MAX_LISTED=MAX_LISTED,
             **self._table,
         )
         return words
 
+    def _own_bins(self) -> tuple[Tensor, Tensor]:  # (c, bins) each
+        """In the memory of counts that were sent, if it is enough."""
+        size = self._own * NUM_BINS
+        memory = self._counts.flatten()
+        memory = memory if len(memory) >= 2 * size else self._integers(2 * size)
+        first, second = (memory[at : at + size].view(self._own, NUM_BINS) for at in (0, size))
+        return first, second
+
     def collect(self, signs: Tensor) -> Tensor:  # (R c, words) -> (R, 2 c + P)
         self._words = signs
         self._pools = self._integers(self._num_ranks, 2 * self._own + self._pool)
-        self._pools[:, : 2 * self._own] = 0
-        self._entries = self._integers(self._num_ranks, self._pool)
-        ends = self._entries.new_zeros(self._num_ranks)
+        self._entries = torch.empty_like(self._pools)
         list_size = min(MOST_OPEN, sum(aligned_width(side.widest) for side in self._slices))
         most = max(1, min(MAX_PROGRAMS, self._scratch_bytes // (4 * list_size)))
         num_programs = 1 if is_interpreted() else min(self._num_rows, most)
         lists = self._integers(num_programs, list_size)
         collect_open_kernel[(num_programs,)](
             *(self._student, self._teacher, self._weights, signs, lists, self._pools),
-            *(self._entries, ends, self.totals, *self._grid),
-            *(self._student.stride(0), self._teacher.stride(0), self.totals.stride(0)),
+            *(self._entries, self._ends, self._totals, *self._grid),
+            *(self._student.stride(0), self._teacher.stride(0)),
             *(self._num_rows, self._own, self._pool, list_size),
             *(self._student.shape[1], self._teacher.shape[1]),
             **self._table,
@@ -158,26 +158,29 @@ class TritonCounts:
 
     def order(self, entries: Tensor) -> Tensor:  # (R, 2 c + P) -> (R, P)
         signs = self._student.new_empty(self._num_ranks, self._pool, dtype=SIGN_DTYPE)
-        found = signs.new_empty(self._num_keys)
-        keys, owners = self._integers(2, self._num_keys).unbind(0)
+        self.spare = torch.empty_like(signs)
+        owners = self._integers(signs.numel())
+        table = owners  # not read where it is shared
+        if not self._table["IS_SHARED"]:
+            table = self._integers(self._own, TABLE_WORDS)
         order_open_kernel[(self._num_own,)](
-            *(entries, self._offsets, self._befores, self._state, self._edges, keys, owners),
-            *(found, signs, self._spare, self.totals, *self._grid, self.totals.stride(0)),
+            *(entries, self._offsets, self._befores, self._state, self._edges),
+            # what was sent is not needed again: its memory is that of the keys
+            *(self._pools, owners, self.spare, signs, table, self._totals, *self._grid),
             *(self._first, self._own, self._pool),
             NEEDS_GRAD=self._grad is not None,
-            NUM_RANKS=self._num_ranks,
             **self._table,
         )
         return signs
 
-    def write_gradient(self, signs: Tensor, totals: Tensor) -> None:
+    def write_gradient(self, signs: Tensor) -> None:  # (R, P)
         assert self._grad is not None, "called for a gradient"
         own = self._grad  # signs of open entries lie where the gradient is to be
         if own.data_ptr() == self._student.data_ptr():
             own = empty_rows(own, len(own), own.shape[1], own.dtype)
         sign_columns_kernel[(self._num_rows,)](
-            *(self._student, self._grad, own, self._weights, self._words, self._pools),
-            *(self._entries, signs, totals[PULL], *self._grid),
+            *(self._student, self._grad, own, self._weights, self._words, self._entries),
+            *(signs, self._totals, *self._grid),
             *(self._student.stride(0), self._grad.stride(0), own.stride(0)),
             *(self._own, self._pool, self._student.shape[1], self._weight),
             1.0 if self._softcap is None else self._softcap,

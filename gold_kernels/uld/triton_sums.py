@@ -9,7 +9,6 @@ a time, so that a sector which is needed again is still in the L2 cache. The row
 many rows as it has programs, more than the cache holds: there each entry cost a sector of memory.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -159,10 +158,20 @@ def join_slices(
     IS_TEACHER: tl.constexpr,
     SLICE: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    rank_stride=0,
+    NUM_RANKS: tl.constexpr = 1,
+    RANK_BLOCK: tl.constexpr = 1,  # a power of two, as NUM_SLICES is
 ):  # -> () largest logit of a row, () float64 sum of exp2 from there, () lowest logit
-    slices = tl.arange(0, NUM_SLICES)
+    """With ranks: of all processes, each of which has so many slices."""
+    slices = tl.arange(0, RANK_BLOCK * NUM_SLICES)
     is_slice = slices * SLICE < vocab_size
-    slice_ptrs = _slices_ptr(sums_ptr, row, IS_TEACHER, NUM_SLICES) + slices * _VALUES
+    slice_ptrs = _slices_ptr(sums_ptr, row, IS_TEACHER, NUM_SLICES)
+    if NUM_RANKS > 1:
+        ranks = slices // NUM_SLICES
+        slices -= ranks * NUM_SLICES
+        is_slice = (slices * SLICE < vocab_size) & (ranks < NUM_RANKS)
+        slice_ptrs += ranks.to(tl.int64) * rank_stride
+    slice_ptrs += slices * _VALUES
     largest = tl.load(slice_ptrs, mask=is_slice, other=LOWEST_LOGIT).to(tl.float32)
     totals = tl.load(slice_ptrs + 1, mask=is_slice, other=0.0)
     lowest = tl.load(slice_ptrs + 2, mask=is_slice, other=1e30).to(tl.float32)
@@ -177,16 +186,15 @@ def uld_sums(
     teacher_ids: Tensor | None,  # (K,) int32
     student_bits: float,
     teacher_bits: float,
-    padded: tuple[int, Sequence[float]] | None = None,  # S, and values of slices without entries
+    most: int | None = None,  # S, of all of which values are written; without entries neutral ones
 ) -> Sums:
     """Launch uld_sums_kernel on the rows of a chunk."""
     num_rows, v_student = student_logits.shape
     v_teacher = teacher_logits.shape[1]
     slices = Slices.of(v_student, v_teacher, student_logits.dtype)
-    most, neutral = (slices.most, None) if padded is None else padded
-    sums = student_logits.new_empty(num_rows, 2, most, SLICE_VALUES, dtype=torch.float64)
-    if neutral is not None:
-        sums.copy_(sums.new_tensor(neutral))
+    if most is not None:
+        slices = slices._replace(student=most, teacher=most)
+    sums = student_logits.new_empty(num_rows, 2, slices.most, SLICE_VALUES, dtype=torch.float64)
     next_row = student_logits.new_empty((), dtype=torch.int32)
     partners, num_matched, pair_block = None, 0, 1 << 16 if is_interpreted() else PAIR_BLOCK
     if teacher_ids is not None:
@@ -211,7 +219,7 @@ def uld_sums(
         num_matched,
         student_bits,
         teacher_bits,
-        NUM_SLICES=most,
+        NUM_SLICES=slices.most,
         SLICE=slices.size,
         BLOCK_V=slices.block_v,
         LINE=slices.line,

@@ -9,7 +9,7 @@ from gold_kernels.jsd import triton_slices as jsd_slices
 from gold_kernels.losses import LOSSES, FormulaLoss
 from gold_kernels.projection import triton_folds
 from gold_kernels.projection import triton_rows as projected_rows
-from gold_kernels.triton import formula_rows, formula_slices, scale, slice_rows
+from gold_kernels.triton import call_facts, formula_rows, formula_slices, scale, slice_rows
 from gold_kernels.uld import count_kernels, open_kernels
 from gold_kernels.uld import triton_rows as uld_rows
 from gold_kernels.uld import triton_sums as uld_sums
@@ -56,7 +56,7 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
         cubins += [line.split() for line in output.splitlines()]
     modules = (jsd_rows, formula_rows, scale, token_rows, uld_rows, uld_sums)
     modules += (triton_folds, projected_rows, slice_rows, jsd_slices, formula_slices)
-    modules += (count_kernels, open_kernels)
+    modules += (count_kernels, open_kernels, call_facts)
     modules += (sampling_kernel, attention_kernel, linear_kernel)
     modules += (layer_attention, layer_products)
     kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
@@ -64,7 +64,7 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell():
         compiled = {kernel for target, kernel, *_ in cubins if target == architecture}
         assert compiled == kernels, "a kernel without a signature in compile_kernels.py"
     formulas = sum(issubclass(loss, FormulaLoss) for loss in LOSSES.values())
-    variants = 15 + 2 * formulas + 7 + 4 + 6 + 3 + 6 + 14 + 6 + 6 + 9 + 10
+    variants = 15 + 2 * formulas + 7 + 4 + 6 + 3 + 6 + 14 + 6 + 6 + 9 + 10 + 2
     assert len(cubins) == variants + 2 * len(kernels)
     assert all(int(size) > 1000 for _, _, size, _ in cubins)
     for architecture, kernel, _, shared in cubins:

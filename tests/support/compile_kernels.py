@@ -20,7 +20,7 @@ from gold_kernels.losses import LOSSES, FormulaLoss
 from gold_kernels.projection import triton_folds as folds
 from gold_kernels.projection import triton_rows as projected_rows
 from gold_kernels.tokens.projection import FOLD_WIDTH
-from gold_kernels.triton import formula_rows, formula_slices, scale, slice_rows
+from gold_kernels.triton import call_facts, formula_rows, formula_slices, scale, slice_rows
 from gold_kernels.triton.launch import ROW_ALIGNMENT
 from gold_kernels.uld import count_kernels, open_kernels
 from gold_kernels.uld import triton_rows as uld_rows
@@ -193,7 +193,8 @@ def count_signatures():
     for num_ranks, grad in ((2, "*bf16"), (3, "*fp32")):
         sizes = {"IS_SHARED": num_ranks == 2, "NUM_BINS": uld_rows.NUM_BINS, "LINE": 4}
         sizes |= {"TABLE_WORDS": uld_rows.TABLE_WORDS, "SCAN_BINS": uld_rows.SCAN_BINS}
-        sizes |= {"NUM_SLICES": 32, "NUM_RANKS": num_ranks, "BLOCK_V": 4096}
+        sizes |= {"NUM_SLICES": 16, "NUM_RANKS": num_ranks, "BLOCK_V": 4096}
+        sizes |= {"RANK_BLOCK": 1 << (num_ranks - 1).bit_length()}
         sizes |= {"MAX_LISTED": uld_rows.MAX_LISTED, "NEEDS_GRAD": True, "HAS_SOFTCAP": True}
         for kernel in kernels:
             constexprs = {k: v for k, v in sizes.items() if k in kernel.arg_names}
@@ -203,6 +204,23 @@ def count_signatures():
             given |= {"found_ptr": "*fp16", "signs_ptr": "*fp16"}
             types |= {name: kind for name, kind in given.items() if name in types}
             yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+
+
+def call_signatures():
+    """Facts of a call: of everything, and of hidden states alone. What is not there is float64."""
+    kernel = call_facts.call_facts_kernel
+    hidden = ("student_entries", "teacher_entries", "student_hidden", "teacher_hidden")
+    for has_live, dtype in ((False, "*bf16"), (True, "*fp32")):
+        constexprs = {"HAS_LIVE": has_live, "ROWS": call_facts.ROWS, "BLOCK": call_facts.BLOCK}
+        types = {name: "*fp64" for name in kernel.arg_names if name.endswith("_ptr")}
+        types |= {f"{name}_ptr": dtype for name in hidden}
+        if not has_live:
+            constexprs |= {"first_size": 1, "second_size": 1}  # as the launcher makes of a 1
+        if has_live:
+            types |= {"first_floats_ptr": "*fp32", "second_floats_ptr": "*bf16"}
+            types |= {"labels_ptr": "*i64", "ids_ptr": "*i64", "live_ptr": "*i1"}
+        signature = signature_of(kernel, types, (), constexprs)
+        yield kernel, signature, constexprs, {"num_warps": 4}
 
 
 def token_signatures():
@@ -400,6 +418,7 @@ def main(capability: int) -> None:
         *uld_signatures(),
         *uld_sums_signatures(),
         *count_signatures(),
+        *call_signatures(),
         *token_signatures(),
         *projection_signatures(),
         *draw_signatures(),

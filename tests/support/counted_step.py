@@ -22,9 +22,14 @@ from support.rank import leave_together
 # names of cases, with room for all open entries and with little: the interpreter is slow
 IN_INTERPRETER = (("everything", "near", "16 bits", "no rows"), ("plain", "near"))
 refused: list[int] = []  # number of chunks of each panel
+called: list[slice] = []  # for which chunks
 
 
 class Watched(counted_rows.CountedRows):
+    def __call__(self, *args: Any) -> None:
+        called.append(args[3])
+        super().__call__(*args)
+
     def refused(self) -> list[slice]:
         chunks = super().refused()
         refused.append(len(chunks))
@@ -99,6 +104,24 @@ def check_exchange(call: Call, dtype: torch.dtype, processes: Processes, limit: 
     return [f"{name} beside rows: {e:.1e}" for name, e in errors.items() if not e < limit]
 
 
+def check_left(processes: Processes, limit: float) -> list[str]:
+    """Once a chunk had no room no other one is counted; where a panel has all chunks, the second
+    is made before that is known.
+    """
+    counted_rows.OPEN_PART = 1000
+    wrong = []
+    for dtype, number in ((torch.float64, 1), (torch.bfloat16, 2)):
+        case = near_converged_case(n=8, v=97, d=8).to(dtype)
+        called.clear()
+        refused.clear()
+        call = Call(fused_linear_uld, case, {"chunk_size": 2})
+        wrong += check(call, dtype, processes, limit) if dtype == torch.float64 else []
+        wrong += check_exchange(call, dtype, processes, limit) if dtype != torch.float64 else []
+        if (len(called), sum(refused)) != (number, 4):
+            wrong.append(f"{len(called)} chunks of 4 were made, {sum(refused)} exchanged")
+    return [f"near, in four chunks: {one}" for one in wrong]
+
+
 def check_group(processes: Processes, backend: str) -> list[str]:
     """With room for all open entries no chunk is exchanged; with little, some are."""
     dtype, limit, v = (
@@ -119,6 +142,8 @@ def check_group(processes: Processes, backend: str) -> list[str]:
             number += sum(refused)
         if (number > 0) != is_any:
             wrong.append(f"room for 1 in {open_part}: {number} chunks were exchanged")
+    if backend == "torch":
+        wrong += check_left(processes, limit)
     counted_rows.OPEN_PART = 1
     return wrong + check_dead_rows(processes, backend, dtype)
 
