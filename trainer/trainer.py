@@ -259,14 +259,14 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         if model.training:
             rows = (example.index for example in inputs.student.examples)
             self.guard.add(rows, is_bad(teacher_hidden), loss, inputs.bad_weights)
+            self.inputs.look_ahead()  # while the device works
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        with self.fast.running(inputs, model):
-            loss = self.guard.loss_to_log(super().training_step(model, inputs, *args, **kwargs))
-        if self.accelerator.sync_gradients:  # the window's last: the device has work, the host none
-            self.inputs.make(self.window_source.look_ahead(self.state))
-        return loss
+        is_last = self.accelerator.sync_gradients  # of its window
+        find = partial(self.window_source.look_ahead, self.state) if is_last else None
+        with self.inputs.preparing(find), self.fast.running(inputs, model):
+            return self.guard.loss_to_log(super().training_step(model, inputs, *args, **kwargs))
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: Tensor | float | None = None

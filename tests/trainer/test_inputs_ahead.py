@@ -85,3 +85,35 @@ def test_where_a_step_asks_the_processor_itself_there_is_no_thread(
     assert not Inputs(*parts).has_thread, "nor on a CPU, which has its cores for the models"
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
     assert Inputs(*parts).has_thread == expected
+
+
+def test_rows_of_the_next_window_are_read_between_both_passes_of_this_ones_last(tmp_path):
+    trainer, _ = built(tmp_path, has_thread=False)
+    events = []
+
+    def told(owner, name, event):
+        function = getattr(owner, name)
+
+        def run(*args, **kwargs):
+            result = function(*args, **kwargs)
+            events.append(event)
+            return result
+
+        setattr(owner, name, run)
+
+    told(trainer.window_source, "look_ahead", "rows")
+    told(trainer.objective, "loss", "forward")
+    told(trainer.accelerator, "backward", "backward")
+    told(trainer.objective, "prepare", "tensors")
+    trainer.train()
+    inner = ["tensors", "forward", "backward"]
+    last = ["tensors", "forward", "rows", "backward"]
+    # the second window's first tensors are there before its turn; behind the last window is none
+    assert events == [*inner, *inner, *last, *inner, *inner, *last]
+
+
+def test_a_loss_that_is_asked_for_outside_of_a_step_reads_no_rows(tmp_path):
+    trainer, _ = built(tmp_path, has_thread=False)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    trainer.window_source.look_ahead = None
+    assert torch.isfinite(trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)))

@@ -1,13 +1,15 @@
 """Micro-batches become tensors while others are computed.
 
 Those of a window are made by a thread, one ahead: what launches kernels has no time for pictures
-where the device is as fast as it is. The first one of the next window is made at the end of this
-one. Between two windows the host reads the gradient's norm, and would only then begin to read rows
-and pictures.
+where the device is as fast as it is. For the first one of the next window rows are read between the
+last forward and backward pass of this one, and become tensors behind the latter: a device has work
+for as many kernels as its queue holds, which is not enough for both at once. Between two windows
+the host reads the gradient's norm, and would only then begin to read rows and pictures.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakMethod
@@ -59,6 +61,8 @@ class Inputs:
         self.objective, self.mover, self.foresee = objective, Mover(args, finish), foresee
         self.made: Made | None = None
         self.pending: Future[Made] | None = None  # of the next one of the window
+        self.find: Callable[[], WindowBatch | None] | None = None  # the first one of the next
+        self.found: WindowBatch | None = None
         self.passes = TeacherPasses(objective, args, self.mover)
         # A processor is for one thread at a time: others may ask it within a step.
         is_asked = objective.is_teacher_apart or objective.weighting is not None
@@ -70,9 +74,25 @@ class Inputs:
         on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         return ThreadPoolExecutor(1, "gold_trainer inputs", *on_device)
 
-    def make(self, batch: WindowBatch | None) -> None:
-        """Of a batch whose turn comes next; None: it is not known, or has to be written first."""
-        self.made = None if batch is None else self._made(batch)
+    @contextmanager
+    def preparing(self, find: Callable[[], WindowBatch | None] | None) -> Iterator[None]:
+        """Around both passes of a micro-batch. find: reads the next window's rows, of which it
+        gives the first micro-batch if that may become tensors now; None: others come before it.
+        """
+        self.find, self.found = find, None
+        try:
+            yield
+            self.look_ahead()
+            if find is not None:
+                self.made = None if self.found is None else self._made(self.found)
+        finally:
+            self.find = self.found = None
+
+    def look_ahead(self) -> None:
+        """Between both passes."""
+        find, self.find = self.find, None
+        if find is not None:
+            self.found = find()
 
     def _made(self, batch: WindowBatch) -> Made:
         try:
