@@ -28,6 +28,7 @@ from transformers.utils import is_peft_available
 
 from gold_trainer import models, quantised
 from gold_trainer.adapters import telling_what_fits, warn_of_unmatched
+from gold_trainer.checkpoints import checkpoints_in
 from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.nearest import nearest
@@ -114,12 +115,25 @@ def config_of(
     except (OSError, ValueError) as error:
         raise ValueError(
             f"GOLDTrainer: the {side} must be a model's folder or hub id, got {model!r}, which "
-            f"cannot be read ({error}); check its spelling and your access to it."
+            f"cannot be read ({error}); {_remedy(Path(model))}."
         ) from error
     if config.is_encoder_decoder:
         raise models.not_a_decoder(config.model_type, side)
     models.check_causal(config, side)
     return config
+
+
+def _remedy(folder: Path) -> str:
+    """Of a folder or hub id without a config."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "it holds an adapter alone: load it with peft and pass the model, or save what its "
+            "merge_and_unload() gives"
+        )
+    inner = checkpoints_in(folder)
+    if inner:
+        return f"it holds checkpoints of a run that was not ended: give {inner[-1]}"
+    return "check its spelling and your access to it"
 
 
 def is_missing_folder(name: str) -> bool:

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.__main__ import main
 from support.tiny_models import save_tiny_pair, tiny, tiny_rows
 from support.trainer_cases import make_trainer
@@ -100,3 +101,23 @@ def test_a_command_that_saves_at_its_end_alone_looks_at_its_beginning(tmp_path, 
     assert "that have no effect: temperature." in caplog.text
     saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
     assert "temperature" not in saved
+
+
+@pytest.mark.parametrize("side", ["model", "teacher_model"])
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("adapter_config.json", "it holds an adapter alone: load it with peft and pass the model"),
+        ("checkpoint-7/config.json", "it holds checkpoints of a run .*give .*checkpoint-7"),
+        ("notes.txt", "check its spelling and your access to it"),
+    ],
+)
+def test_a_folder_that_a_run_has_left_is_named_for_what_it_holds(file, remedy, side, tmp_path):
+    path = tmp_path / "left" / file
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    models = {"model": tiny("qwen3")[0], "teacher_model": tiny("qwen3", "teacher")[0]}
+    models[side] = str(tmp_path / "left")
+    args = GOLDConfig(output_dir=str(tmp_path / "run"), use_cpu=True)
+    with pytest.raises(ValueError, match=rf"(?s)which cannot be read \(.*\); {remedy}.*\.$"):
+        GOLDTrainer(**models, args=args, train_dataset=ROWS, processing_class=tiny("qwen3")[1])
