@@ -7,7 +7,7 @@ window of a run, of an epoch and of a resumed run is written with the newest wei
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import TrainerState
 
@@ -16,6 +16,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.router_loss import has_router_loss
 from gold_trainer.sharding import PicturesForAll
 from gold_trainer.speed.grouping import by_length
+from gold_trainer.streams import passes
 from gold_trainer.window import Rollouts, fetch_window
 
 
@@ -44,6 +45,17 @@ class WindowSource:
         self.asked: Asked | None = None
         self.fetched: Fetched | None = None
         self.rest: Iterator[WindowBatch] = iter(())  # of the epoch
+        self.stream: tuple[Any, Iterator[WindowBatch]] | None = None  # its loader, what is left
+
+    def of_stream(self, loader: Any, state: TrainerState) -> Iterator[WindowBatch]:
+        """In the place of an epoch's: transformers takes max_steps for the one epoch of a stream,
+        whatever a pass holds.
+        """
+        if self.stream is None or self.stream[0] is not loader:  # a run begins, or is resumed
+            skips = not self.args.ignore_data_skip
+            done = state.global_step * self.args.gradient_accumulation_steps * skips
+            self.stream = loader, passes(loader, done)
+        return self.stream[1]
 
     def next(
         self, batches: Iterator[WindowBatch], num_batches: int, state: TrainerState
@@ -85,7 +97,7 @@ class WindowSource:
 
     def close(self) -> None:
         """The run has ended, or its next one begins elsewhere."""
-        self.asked = self.fetched = None
+        self.asked = self.fetched = self.stream = None
         for writer in self.rollouts.writers.values():
             writer.close()
 

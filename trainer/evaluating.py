@@ -11,7 +11,7 @@ from gold_trainer.bad_rows import tolerant
 from gold_trainer.config import GOLDConfig
 from gold_trainer.preparing import Prepared
 from gold_trainer.row_errors import shown
-from gold_trainer.streams import endless, read_rows
+from gold_trainer.streams import read_rows
 
 
 class Evaluating(Trainer):
@@ -48,7 +48,7 @@ class Evaluating(Trainer):
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
         rows = tolerant(dataset) if self.args.on_bad_row == "skip" else dataset
         if kwargs.get("is_training"):
-            return super()._get_dataloader(endless(rows), *args, **kwargs)
+            return super()._get_dataloader(rows, *args, **kwargs)
         with _all_rows(self.args):
             return super()._get_dataloader(rows, *args, **kwargs)
 

@@ -1,14 +1,14 @@
 """Streaming datasets: rows without a length, read one after the other."""
 
 from collections.abc import Iterator
-from copy import copy
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import datasets
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
+from gold_trainer.batches import WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.dataset import RowDataset, as_rows
 from gold_trainer.file_streams import MappedStream, row_numbers
@@ -29,36 +29,13 @@ class RowStream(IterableDataset):
     rows and keeps its own. A row of several turns that are learnt is read as so many Rows, one
     after the other: processes share those. Rows are counted from 0 in each pass; of several data
     loader workers each counts its own, and row n is of worker n % workers.
-
-    Where it is endless, one pass follows the other: a window that a pass leaves open is filled by
-    the next one, and a resumed run finds its place in any of them.
     """
 
     def __init__(self, stream: Any, **options: Any) -> None:
         self.stream, self.reader = undecoded(stream), RowReader.of(stream, **options)
         self.is_tolerant = False  # a BadRow in the place of one that cannot be read
-        self.is_endless = False
 
     def __iter__(self) -> Iterator[Row | BadRow]:
-        if not self.is_endless:
-            yield from self._pass()
-            return
-        for number in count():
-            if number:
-                self.set_epoch(number)
-            rows = self._pass()
-            first = next(rows, END)
-            if first is END and number:
-                raise ValueError(
-                    "GOLDTrainer: a stream must give its rows whenever it is read, got none the "
-                    f"{number + 1}. time; make a new iterator in __iter__."
-                )
-            if first is END:  # other data loader workers have its rows
-                return
-            yield first
-            yield from rows
-
-    def _pass(self) -> Iterator[Row | BadRow]:
         columns = iter(self.stream)
         for index in row_numbers():
             with reading(index, "stream"):
@@ -73,13 +50,25 @@ class RowStream(IterableDataset):
             self.stream.set_epoch(epoch)
 
 
-def endless(rows: Any) -> Any:
-    """A stream that begins again where it ends; rows with a length as they are."""
-    if not isinstance(rows, RowStream):
-        return rows
-    stream = copy(rows)
-    stream.is_endless = True
-    return stream
+def passes(loader: Any, num_skipped: int) -> Iterator[WindowBatch]:
+    """Micro-batches of a stream, pass after pass: a window that one leaves open is filled by the
+    next, and a resumed run, which skips what is done, finds its place in any of them.
+    """
+
+    def batches() -> Iterator[WindowBatch]:
+        for number in count():
+            loader.set_epoch(number)
+            num_batches = 0
+            for batch in loader:
+                num_batches += 1
+                yield batch
+            if not num_batches:
+                raise ValueError(
+                    "GOLDTrainer: a stream must give its rows whenever it is read, got none the "
+                    f"{number + 1}. time; make a new iterator in __iter__."
+                )
+
+    return islice(batches(), num_skipped, None)
 
 
 def read_rows(

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -201,6 +201,9 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         """
         if 0 < self.state.max_steps <= self.state.global_step:  # resumed where it had ended
             return [], None
+        if isinstance(self.train_dataset, IterableDataset):
+            loader = self.callback_handler.train_dataloader
+            epoch_iterator = self.window_source.of_stream(loader, self.state)
         self.windows["train"].start()
         self.windows["train"].keep()
         self.guard.start()

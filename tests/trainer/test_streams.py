@@ -1,12 +1,15 @@
 """Streaming datasets train as those with a length do, a resumed run included."""
 
+from itertools import islice
+
 import datasets
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderShard
 from PIL import Image
 
 from gold_trainer.dataset import RowDataset
-from gold_trainer.streams import RowStream, endless
+from gold_trainer.streams import RowStream, passes
 from support.resumed_runs import FIELDS, assert_same_run
 from support.streams import Stream
 from support.tiny_models import tiny_rows
@@ -48,15 +51,29 @@ def test_stream_that_begins_again_keeps_its_steps_whole_and_is_resumed_in_any_pa
     and a resumed run began its second pass anew."""
     fields = STREAMING | {"lmbda": 0.0}  # rollouts follow from a row's number
     options = fields | {"save_strategy": "steps", "save_steps": 1}
-    whole = make_trainer(tmp_path, make(ROWS[:5]), **options)
+    whole = make_trainer(tmp_path, make(ROWS[:6]), **options)
     whole.train()
-    if make is Stream:  # five rows, again and again
-        rows = make_trainer(tmp_path / "map", ROWS[:5] * 5, **fields)
+    if make is Stream:  # three batches in windows of two
+        rows = make_trainer(tmp_path / "map", ROWS[:6] * 5, **fields)
         rows.train()
         assert_same_run(whole, rows)
-    resumed = make_trainer(tmp_path, make(ROWS[:5]), **fields)
+    resumed = make_trainer(tmp_path, make(ROWS[:6]), **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same_run(resumed, whole)
+
+
+def test_each_pass_has_each_row_once_whatever_files_the_workers_have(tmp_path):
+    """A worker with few rows waits for the others, and none reads by the epoch of another."""
+    files = datasets.IterableDataset.from_generator(
+        lambda numbers: (ROWS[i] for n in numbers for i in range(n, 5, 3)),
+        gen_kwargs={"numbers": [0, 1, 2]},
+    )
+    fields = STREAMING | {"per_device_train_batch_size": 1, "dataloader_num_workers": 3}
+    trainer = make_trainer(tmp_path, files, **fields)
+    batches = passes(trainer.get_train_dataloader(), 0)
+    for _ in range(3):
+        seen = [tuple(batch.examples[0].written_ids) for batch in islice(batches, 5)]
+        assert len(set(seen)) == 5
 
 
 def test_stream_that_gives_its_rows_once_is_refused(tmp_path):
@@ -69,9 +86,11 @@ def test_stream_that_gives_its_rows_once_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="got Once, whose __iter__ returns one iterator each time"):
         make_trainer(tmp_path, Once(), **STREAMING)
-    reader = endless(RowStream(Once(), needs_completion=True, is_text=False))
+    loader = DataLoaderShard(
+        RowStream(Once(), needs_completion=True, is_text=False), batch_size=None
+    )
     with pytest.raises(ValueError, match=r"whenever it is read, got none the 2\. time"):
-        list(reader)
+        list(passes(loader, 0))
 
 
 def test_an_epoch_of_a_stream_is_told_to_be_the_run(tmp_path, caplog):
@@ -143,9 +162,8 @@ def test_rows_of_several_workers_keep_their_own_pictures(tmp_path):
         fields = {"per_device_train_batch_size": 1, "max_steps": 1, "lmbda": 0.0}
         fields |= {"gradient_accumulation_steps": 2, "dataloader_num_workers": num_workers}
         trainer = make_trainer(tmp_path / str(num_workers), rows, **(STREAMING | fields))
-        (batches, _) = trainer.get_batch_samples(
-            iter(trainer.get_train_dataloader()), 2, trainer.args.device
-        )
+        trainer.callback_handler.train_dataloader = trainer.get_train_dataloader()
+        (batches, _) = trainer.get_batch_samples(iter(()), 2, trainer.args.device)
         examples = [example for batch in batches for example in batch.examples]
         assert [example.index for example in examples] == [0, 1]
         seen[num_workers] = [(e.written_ids, e.images[0].size) for e in examples]
