@@ -17,6 +17,9 @@ from record import RESULTS
 LOSS_DIFFERENCES = {"jsd": 1e-4, "uld": 3e-4, "hybrid": 3e-4}
 
 
+RECORDED = 0.1  # GiB that recordings of both towers keep, as docs/training.md has it
+
+
 def test_all_modes_of_the_record_have_one_loss_and_one_gradient():
     with (RESULTS / "train_step_compiled.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -33,11 +36,12 @@ def test_all_modes_of_the_record_have_one_loss_and_one_gradient():
         assert float(row["grad_norm"]) == pytest.approx(float(first["grad_norm"]), rel=5e-3)
 
 
-def test_a_compiled_step_of_the_record_needs_no_more_memory_than_others():
+def test_a_compiled_step_of_the_record_needs_no_more_memory_than_trls_or_its_recordings():
     with (RESULTS / "train_step_compiled.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["micro_batches"] == "1"]
     peaks = {(r["mode"], (r["loss"], r["completion_tokens"])): float(r["peak_gib"]) for r in rows}
     compiled = {case: peak for (mode, case), peak in peaks.items() if mode == "regional"}
     assert len(compiled) >= 3
     for case, peak in compiled.items():
-        assert all(peak <= peaks.get((mode, case), peak) for mode in ("off", "trl"))
+        assert peak <= peaks.get(("trl", case), peak)
+        assert peak <= peaks.get(("off", case), peak) + RECORDED
