@@ -17,7 +17,7 @@ from record import RESULTS
 LOSS_DIFFERENCES = {"jsd": 1e-4, "uld": 3e-4, "hybrid": 3e-4}
 
 
-RECORDED = 0.1  # GiB that recordings of both towers keep, as docs/training.md has it
+RECORDED = 0.1  # GiB that recordings of both towers keep, as docs/speed.md has it
 
 
 def test_all_modes_of_the_record_have_one_loss_and_one_gradient():
