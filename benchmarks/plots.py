@@ -1,12 +1,11 @@
-"""Draw what bench_jsd.py and bench_uld.py recorded, from their CSV alone.
+"""Draw what bench_jsd.py recorded, from its CSV alone.
 
-    python benchmarks/plots.py                       # benchmarks/results/jsd.csv -> jsd_*.png
-    python benchmarks/plots.py benchmarks/results/uld.csv
+    python benchmarks/plots.py                       # results/jsd.csv -> docs/images/jsd_*.png
     python benchmarks/plots.py some.csv --folder /tmp
 
-Time and memory against N and V, the cost of a smaller budget, error against beta. The first row of
-the CSV says which shape the rest is compared with. A case that failed is missing from its line; the
-CSV's status column has the reason.
+Time and memory against N, the cost of a smaller budget, error against beta. The first row of the
+CSV says which head and shape the rest is compared with. A case that failed is missing from its
+line; the CSV's status column has the reason.
 """
 
 import argparse
@@ -24,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from record import RESULTS
 
+PICTURES = RESULTS.parents[1] / "docs" / "images"
 Row = dict[str, Any]
 # implementation -> label, colour (Okabe and Ito's palette, told apart by colour-blind readers),
 # marker
@@ -37,12 +37,8 @@ STYLES = {
     "liger_triton": ("Liger Triton", "#CC79A7", "P"),
     "eager_compiled": ("eager, torch.compile", "#000000", "X"),
     "eager": ("eager torch", "#999933", "*"),
-    "gold_kernels_hybrid": ("gold_kernels, hybrid loss", "#CC79A7", "P"),
-    "eager_bf16": ("eager, bf16", "#E69F00", "D"),
-    "eager_float32": ("eager, float32", "#999933", "*"),
 }
 SHAPE = ("N", "V", "D_s", "D_t")
-ULD_SHAPE = ("V_s", "V_t")
 NUMBERS = (*SHAPE, "beta", "budget_bytes", "median_ms", "p20_ms", "p80_ms", "peak_extra_mib")
 ERRORS = ("loss_error", "grad_hidden_error", "near_loss_error", "near_grad_hidden_error")
 ERROR_TITLES = (
@@ -60,7 +56,7 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"read_rows: expected rows in {path}, got none; run bench_jsd.py first")
     for row in rows:
-        for key in (*NUMBERS, *ERRORS, *ULD_SHAPE):
+        for key in (*NUMBERS, *ERRORS):
             if key in row:
                 row[key] = float(row[key]) if row[key] else None
     return rows
@@ -100,7 +96,7 @@ def finish(figure: Figure, panels: list[Axes], rows: list[Row], path: Path, titl
     first = rows[0]
     names = ("torch", "triton", "trl", "liger-kernel")
     versions = ", ".join(f"{name} {first[name]}" for name in names if first.get(name))
-    where = f"{first['device']}; {versions}; {first['git_sha']}"
+    where = f"{first['device']}; {versions}"
     figure.suptitle(f"{title}\n{where}", fontsize=9)
     columns = min(4, max(1, len(entries)))
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=8)
@@ -108,57 +104,23 @@ def finish(figure: Figure, panels: list[Axes], rows: list[Row], path: Path, titl
     plt.close(figure)
 
 
-def draw_time_and_memory(rows: list[Row], head: str, x: str, folder: Path) -> Path:
-    """Against N at the anchor's heads, or against V at the anchor's N."""
+def draw_rows(rows: list[Row], folder: Path) -> Path:
+    """Time and memory against N, with the head of the first row."""
     anchor = rows[0]
-    same = ("N",) if x == "V" else ("V", "D_s", "D_t")
-    chosen = [
-        row
-        for row in rows
-        if row["part"] == "shapes"
-        and row["head"] == head
-        and all(row[key] == anchor[key] for key in same)
-    ]
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
-    for axes, y, label in zip(
-        panels,
-        ("median_ms", "peak_extra_mib"),
-        ("forward + backward, ms", "peak above inputs and gradients, MiB"),
-        strict=True,
-    ):
-        draw_lines(axes, chosen, x, y)
-        if x == "V":
-            widths = {
-                row["V"]: f"{row['V']:.0f}\n{row['D_s']:.0f}/{row['D_t']:.0f}" for row in chosen
-            }
-            set_log_x(axes, sorted(widths), "V, and D_s / D_t below it", widths.__getitem__)
-        else:
-            set_log_x(axes, sorted({row["N"] for row in chosen}), "N scored rows", "{:.0f}".format)
-        if any(row[y] for row in chosen):  # a CPU's peak may be 0, which has no logarithm
-            axes.set_yscale("log")
-        axes.set_ylabel(label)
-    fixed = ", ".join(f"{key} = {anchor[key]:.0f}" for key in same)
-    path = folder / f"jsd_{'vocabulary' if x == 'V' else 'rows'}_{head}.png"
-    finish(figure, list(panels), rows, path, f"{head} head, {fixed}, beta = {anchor['beta']:g}")
-    return path
-
-
-def draw_uld(rows: list[Row], folder: Path) -> Path:
-    """Time and memory against N at the heads of the first row."""
-    anchor = rows[0]
-    same = ("V_s", "V_t", "D_s", "D_t")
+    same = ("part", "head", "V", "D_s", "D_t")
     chosen = [row for row in rows if all(row[key] == anchor[key] for key in same)]
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
     labels = ("forward + backward, ms", "peak above inputs and gradients, MiB")
     for axes, y, label in zip(panels, ("median_ms", "peak_extra_mib"), labels, strict=True):
         draw_lines(axes, chosen, "N", y)
-        set_log_x(axes, sorted({row["N"] for row in chosen}), "N pairs of rows", "{:.0f}".format)
+        set_log_x(axes, sorted({row["N"] for row in chosen}), "N scored rows", "{:.0f}".format)
         if any(row[y] for row in chosen):  # a CPU's peak may be 0, which has no logarithm
             axes.set_yscale("log")
         axes.set_ylabel(label)
-    path = folder / "uld_rows.png"
-    fixed = ", ".join(f"{key} = {anchor[key]:.0f}" for key in same)
-    finish(figure, list(panels), rows, path, f"ULD, {fixed}")
+    path = folder / "jsd_rows.png"
+    fixed = ", ".join(f"{key} = {anchor[key]:.0f}" for key in same[2:])
+    title = f"JSD, {anchor['head']} head, {fixed}, beta = {anchor['beta']:g}"
+    finish(figure, list(panels), rows, path, title)
     return path
 
 
@@ -223,22 +185,15 @@ def draw_all(csv_path: Path, folder: Path) -> list[Path]:
     """The pictures drawn."""
     rows = read_rows(csv_path)
     folder.mkdir(parents=True, exist_ok=True)
-    if "V_s" in rows[0]:
-        return [draw_uld(rows, folder)]
-    paths = [
-        draw_time_and_memory(rows, head, x, folder)
-        for head in dict.fromkeys(row["head"] for row in rows)
-        for x in ("N", "V")
-    ]
-    return [*paths, draw_budgets(rows, folder), draw_errors(rows, folder)]
+    return [draw_rows(rows, folder), draw_budgets(rows, folder), draw_errors(rows, folder)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv_path", type=Path, nargs="?", default=RESULTS / "jsd.csv")
-    parser.add_argument("--folder", type=Path, help="default: the folder of the CSV")
+    parser.add_argument("--folder", type=Path, default=PICTURES, help="default: docs/images")
     options = parser.parse_args()
-    draw_all(options.csv_path, options.folder or options.csv_path.parent)
+    draw_all(options.csv_path, options.folder)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from gold_kernels.uld import reference as reference_uld
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_uld
-import plots
 import uld_pairs
 
 UNEQUAL, EQUAL = "16x60x100x8x12", "16x80x80x8x12"
@@ -193,8 +192,3 @@ def test_without_a_gpu_it_says_what_to_pass(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         bench_uld.main([])
     assert "pass --tiny" in capsys.readouterr().err
-
-
-def test_the_plot_is_drawn_from_the_csv_alone(tiny_run, tmp_path):
-    (picture,) = plots.draw_all(tiny_run[0], tmp_path)
-    assert picture.name == "uld_rows.png" and picture.stat().st_size > 10_000
