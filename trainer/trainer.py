@@ -48,6 +48,7 @@ from gold_trainer.resuming import settings_of_run
 from gold_trainer.router_loss import has_router_loss, with_router_loss
 from gold_trainer.rows import Row
 from gold_trainer.sides import Side
+from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.inputs import Inputs
 from gold_trainer.speed.step import FastStep
 from gold_trainer.stopping import Stopper
@@ -143,10 +144,12 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
         self.teacher.place(self.accelerator.device)
-        writers = make_writers(student, self.teacher, self.objective.collators, args, connection)
+        note = CompileNote(self.callback_handler.callbacks)
+        collators = self.objective.collators
+        writers = make_writers(student, self.teacher, collators, args, connection, note)
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
-        self.fast = FastStep(args, student, self.teacher, self.callback_handler.callbacks)
+        self.fast = FastStep(args, student, self.teacher, note)
         self.inputs = Inputs(self.objective, args, self._prepare_input, self.fast.foresee)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}

@@ -6,6 +6,7 @@ import pytest
 from transformers import ProgressCallback, TrainerCallback
 
 from gold_trainer.speed import compiling
+from gold_trainer.writers import local
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 
@@ -45,8 +46,31 @@ def test_compiling_is_said_while_it_lasts_and_when_it_is_over(
     kinds = "Qwen3DecoderLayer of the student, Qwen3DecoderLayer of the teacher"
     assert shown.out.count(f"  compiled   {kinds} in ") == 1
     assert all((bar is None) == disable_tqdm for bar in while_compiling) and while_compiling
-    seconds = trainer.fast.compiled.all_seconds
+    seconds = trainer.fast.compiled.note.all_seconds
     assert seconds > 0.4, "two kinds"
     assert ("compiling:   0%" in shown.err) != disable_tqdm
     expected = [(desc, f"{seconds:.0f} s of compiling") for desc in ("", "")]
     assert bars.seen == ([] if disable_tqdm else expected)
+
+
+def test_what_a_writer_compiles_is_said_in_the_bar_too(graphs, monkeypatch, capsys, tmp_path):
+    check = local.check_step
+
+    def slow(*args):
+        time.sleep(0.3)
+        check(*args)
+
+    monkeypatch.setattr(local, "check_step", slow)
+    rows = [{**row, "messages": row["messages"][:1]} for row in tiny_rows(4)]
+    fields = {"max_steps": 1, "lmbda": 1.0, "rollout_compile": True, "disable_tqdm": False}
+    trainer = make_trainer(tmp_path, rows, "qwen3", **fields)
+    bars = Bars()
+    bars.callbacks = trainer.callback_handler.callbacks
+    trainer.add_callback(bars)
+    trainer.train()
+    shown = capsys.readouterr()
+    seconds = trainer.rollouts.writers["student"].compile_seconds
+    assert seconds > 0.3 and graphs
+    assert "compiling:   0%" in shown.err
+    assert bars.seen == [("", f"{seconds:.0f} s of compiling")]
+    assert f"{seconds:.1f} s compiling a layer" in shown.out

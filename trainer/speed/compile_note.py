@@ -12,8 +12,9 @@ WORTH_A_LINE = 0.1  # seconds
 class CompileNote:
     """Of the process that shows the progress; where it shows no bar, lines alone."""
 
-    def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
+    def __init__(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
         self.callbacks = callbacks  # those of the trainer, to which others may still come
+        self.all_seconds = 0.0  # of compiling, since the run began
 
     @property
     def bar(self) -> Any | None:
@@ -25,16 +26,19 @@ class CompileNote:
         if self.bar is not None:
             self.bar.set_description("compiling")
 
-    def end(self, names: str, seconds: float, all_seconds: float) -> None:
-        """After a micro-batch in which something was; all_seconds: since the run began."""
+    def end(self, seconds: float, names: str = "") -> None:
+        """What that took; with names, a line says what has been compiled."""
+        self.all_seconds += seconds
         bar = self.bar
         if bar is not None:
             bar.set_description()
         if seconds < WORTH_A_LINE:
             return
-        line = f"  compiled   {names} in {seconds:.1f} s"
-        if bar is None:
-            Console(highlight=False).print(line, markup=False, soft_wrap=True)
-        else:
-            bar.write(line)
-            bar.set_postfix_str(f"{all_seconds:.0f} s of compiling")
+        if bar is not None:
+            bar.set_postfix_str(f"{self.all_seconds:.0f} s of compiling")
+        if names:
+            line = f"  compiled   {names} in {seconds:.1f} s"
+            if bar is None:
+                Console(highlight=False).print(line, markup=False, soft_wrap=True)
+            else:
+                bar.write(line)

@@ -10,7 +10,7 @@ FSDP, embeddings, positions, pictures, the head with the loss) runs as it always
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from types import CodeType, FunctionType
@@ -21,7 +21,6 @@ from torch import nn
 from torch._dynamo import callback as compiler_events
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gold_kernels.engine.logit_form import forward_is
@@ -107,11 +106,11 @@ class CompiledStep:
         self,
         args: GOLDConfig,
         sides: Mapping[str, nn.Module | None],
-        callbacks: Sequence[TrainerCallback] = (),  # that show the progress
+        note: CompileNote | None = None,
     ) -> None:
         self.args, self.sides = args, sides
-        self.note = CompileNote(callbacks)
-        self.seconds = self.all_seconds = 0.0  # of compiling: since they were told, and in all
+        self.note = note or CompileNote()
+        self.seconds = 0.0  # of compiling, since they were told
 
     @cached_property
     def kinds(self) -> list[LayerKind]:
@@ -173,10 +172,9 @@ class CompiledStep:
 
     def _tell(self) -> None:
         """Where a step has compiled something: the first ones, and one with a new kind of batch."""
-        self.all_seconds += self.seconds
         if self.seconds > 0 and self.args.process_index == 0:
             names = ", ".join(kind.name for kind in self.kinds if kind.is_compiled)
-            self.note.end(names, self.seconds, self.all_seconds)
+            self.note.end(self.seconds, names)
         self.seconds = 0.0
 
 

@@ -1,17 +1,17 @@
 """What surrounds the passes of a micro-batch so that they are fast; a run's rest is outside."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
 from torch import nn
-from transformers import TrainerCallback
 
 from gold_trainer import models
 from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.answers import answers_of
 from gold_trainer.speed.attention import AttentionKernels, without_cudnn
+from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.compiling import CompiledStep, is_regional
 from gold_trainer.speed.on_host import with_positions
 from gold_trainer.speed.packing import Packing
@@ -28,13 +28,13 @@ class FastStep:
         args: GOLDConfig,
         student: nn.Module,
         teacher: Teacher,
-        callbacks: Sequence[TrainerCallback],
+        note: CompileNote,
     ) -> None:
         sides = {"student": student, "teacher": teacher.model}
         if isinstance(teacher, TeachersById):
             sides |= {f"teacher {key!r}": one.model for key, one in teacher.teachers.items()}
         self.sides = sides
-        self.compiled = CompiledStep(args, sides, callbacks)
+        self.compiled = CompiledStep(args, sides, note)
         self.packing = Packing(args, sides)
         self.attention = AttentionKernels(args)
         self.mode = TrainingMode()

@@ -7,6 +7,7 @@ from torch import nn
 
 from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
+from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.teachers.teacher import Teacher
 from gold_trainer.writers.local import LocalWriter
 from gold_trainer.writers.vllm.check import ServerInfo, connect
@@ -33,8 +34,9 @@ def make_writer(
     collator: GOLDCollator,  # of its side
     args: GOLDConfig,
     side: str = "student",
+    note: CompileNote | None = None,
 ) -> Writer:
-    return LocalWriter(writing, collator, args, side)
+    return LocalWriter(writing, collator, args, side, note)
 
 
 def make_writers(
@@ -43,12 +45,15 @@ def make_writers(
     collators: Mapping[str, GOLDCollator],  # of "student" and "teacher"
     args: GOLDConfig,
     server: tuple[Server, ServerInfo] | None,  # that writes for the student
+    note: CompileNote,
 ) -> dict[str, Writer]:
     writing: dict[str, Callable[[], AbstractContextManager[nn.Module]]] = {
         "student": lambda: nullcontext(student),
         "teacher": teacher.writing,
     }
-    writers = {name: make_writer(writing[name], collators[name], args, name) for name in collators}
+    writers = {
+        name: make_writer(writing[name], collators[name], args, name, note) for name in collators
+    }
     if args.use_vllm and server is None:
         writers["student"] = EngineWriter(student, collators["student"], args)
     if server is not None:

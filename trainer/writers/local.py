@@ -19,6 +19,7 @@ from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, is_offloaded, may_pad_left
 from gold_trainer.prompts import process_examples
+from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.on_host import moved, pinned, sent
 from gold_trainer.writers.cast_weights import cast_weights
 from gold_trainer.writers.compiled_layers import CompiledLayers, decoder_layers
@@ -51,9 +52,10 @@ class LocalWriter(Writer):
         collator: GOLDCollator,  # of the side whose prompts these are
         args: GOLDConfig,
         side: str = "student",
+        note: CompileNote | None = None,
     ) -> None:
         self.writing, self.collator, self.args = writing, collator, args
-        self.side = side
+        self.side, self.note = side, note or CompileNote()
         self.version = 0
         self.refusal: str | None = None  # why generate() writes, once it is known
         self.bytes_per_token = 0  # of the cache, for one row; 0: not known yet
@@ -197,6 +199,7 @@ class LocalWriter(Writer):
         if layers is None:
             return
         compiled = self.compiled or CompiledLayers(layers, COMPILER)
+        self.note.begin()
         try:
             compiled.check(partial(check_step, base, part, compiled), num_rows)
         except Exception as error:  # whatever a compiler may raise
@@ -207,6 +210,7 @@ class LocalWriter(Writer):
             )
         self.compiled = compiled if compiled.has_kernels or compiled.has_compiled else None
         self.compile_seconds = time.perf_counter() - started
+        self.note.end(self.compile_seconds)
 
     def _rows_at_a_time(self, rows: Sequence[Prompt]) -> int:
         """How many of the first rows the cache has room for; one at least."""
