@@ -140,7 +140,7 @@ def test_training_steps_with_compiled_layers():
 
 
 def test_steps_of_mixed_lengths():
-    lines = table("hardware.md", "tokens of answers):")
+    lines = table("hardware.md", "Answers of several lengths")
     case = {"loss": "jsd", "micro_batches": "4", "status": "ok"}
     mixed = record("train_step_compiled.csv", mode="packed", **case)["completion_tokens"]
     kinds = [("regional", "550"), ("regional", mixed), ("packed", mixed)]

@@ -27,7 +27,7 @@ ROWS = (
     ("jsd.csv", JSD, "peak_extra_mib", ".0f"),
     ("jsd.csv", JSD, "near_grad_hidden_error", ".2g"),
     ("train_step_compiled.csv", STEP | {"loss": "jsd"}, "seconds_median", ".2f"),
-    ("train_step.csv", STEP | {"loss": "uld"}, "seconds_median", ".2f"),
+    ("train_step_compiled.csv", STEP | {"loss": "uld"}, "seconds_median", ".2f"),
 )
 
 
