@@ -24,6 +24,7 @@ TRAINER = [
     "matplotlib",  # the demo's loss curve and contact sheet
     "pyyaml",  # HfArgumentParser reads the YAML configs with it
     "requests",  # to a vLLM server
+    "jinja2>=3.1.6",  # of chat templates, as transformers needs it
 ]
 PEFT = ["peft>=0.17"]
 DEEPSPEED = ["deepspeed>=0.18"]  # ZeRO-2 and ZeRO-3

@@ -99,7 +99,7 @@ class GOLDCollator:
             prompt, pieces = self.renderer.answered(row, answer)
         if not isinstance(row.prompt, str):
             refuse_lost_turns(row, prompt, self.renderer.prompt)
-            warn_of_unread_keys(row, self.processor.chat_template)
+            warn_of_unread_keys(row, self.processor.chat_template, self.renderer.template_kwargs)
         refuse_videos(self.processor, len(row.videos), row.where)
         has_special = self._adds_special_tokens(row, prompt)
         length, is_cut = self._prompt_length(row, prompt, has_special)

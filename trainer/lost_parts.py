@@ -3,7 +3,7 @@ that it does not read, text behind the end of a completion.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from gold_trainer.messages import THOUGHT_KEYS
 from gold_trainer.rendering import FIRST_PROBE
 from gold_trainer.row_errors import TemplateError
 from gold_trainer.rows import Row
+from gold_trainer.template_keys import keys_read
 
 logger = logging.get_logger(__name__)
 
@@ -75,15 +76,19 @@ def _mark_of(text: str, role: str) -> str:
     return text.strip()
 
 
-def warn_of_unread_keys(row: Row, template: Any) -> None:
+def warn_of_unread_keys(
+    row: Row,
+    template: Any,
+    template_kwargs: Iterable[str],  # of all rows
+) -> None:
     """Once for each set of keys, in each process."""
-    source = str(template)
+    read = keys_read(template, has_tools=bool(row.tools))
     messages = [*(row.prompt if not isinstance(row.prompt, str) else ()), row.answer or {}]
     names = {str(key) for message in messages for key in message if key not in LABELS}
-    if any(key in source for key in THOUGHT_KEYS):  # the template gets thoughts under its own key
+    if read.reads_any(THOUGHT_KEYS):  # the template gets thoughts under its own key
         names -= {*THOUGHT_KEYS}
-    names |= {*row.chat_template_kwargs, *(["tools"] if row.tools else [])}
-    keys = sorted(key for key in names if not re.search(rf"\b{re.escape(key)}\b", source))
+    variables = [*template_kwargs, *row.chat_template_kwargs, *(["tools"] if row.tools else [])]
+    keys = sorted(read.unread(names, variables))
     if keys:
         logger.warning_once(
             f"the chat template reads nothing of {', '.join(keys)}, keys of rows, messages or "

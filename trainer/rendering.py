@@ -31,6 +31,7 @@ from gold_trainer.frames import (
 from gold_trainer.messages import THOUGHT_KEYS, Messages, continued, joined_text
 from gold_trainer.row_errors import TemplateError, told
 from gold_trainer.rows import Row
+from gold_trainer.template_keys import keys_read
 
 logger = logging.get_logger(__name__)
 
@@ -169,10 +170,10 @@ class Renderer:
         lost = [kind for kind, text in texts_of(answer).items() if text and kind not in frame.keys]
         if answer.get(CALLS) and self._writes_no_calls(row, answer, rendered):
             lost.append(CALLS)
-        source = str(self.processor.chat_template)
+        read = keys_read(self.processor.chat_template, has_tools=bool(row.tools))
         names = {THOUGHTS: THOUGHT_KEYS, CALLS: (CALLS,), CONTENT: (CONTENT,)}
         for key in lost:
-            is_read = any(name in source for name in names[key])  # others are told by name anyway
+            is_read = read.reads_any(names[key])  # others are told by name anyway
             if is_read and key not in self.warned:
                 self.warned.add(key)
                 logger.warning(
@@ -225,7 +226,7 @@ class Renderer:
                 tokenize=False,
                 **{**self.template_kwargs, **row.chat_template_kwargs, **options},
             )
-        except Exception as error:  # templates raise errors of jinja2, which is not a dependency
+        except Exception as error:  # templates raise errors of jinja2 and of their own
             roles = [message["role"] for message in messages]
             raise TemplateError(
                 f"{row.where}: the chat template must take the conversation, got an error for "

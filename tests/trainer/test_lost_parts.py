@@ -75,3 +75,25 @@ def test_keys_that_the_template_does_not_read_are_said_once(caplog):
     warning_once.cache_clear()
     example_of("qwen3", [USER, ANSWER | {"reasoning_content": "Hm."}])
     assert len(caplog.records) == 1
+
+
+def test_words_of_a_template_are_not_keys_that_it_reads(caplog):
+    """Its text speaks of a description and of parameters, which are those of tools."""
+    warning_once.cache_clear()
+    answer = ANSWER | {"description": "A look.", "parameters": "None."}
+    example_of("llama3_1", [USER, answer], tools=[TOOL])
+    example_of("glm4moe", [USER, ANSWER | {"name": "Ann", "function": "look"}])
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "reads nothing of description, parameters, keys of" in first
+    assert "reads nothing of function, keys of" in second
+
+
+def test_keys_of_the_configuration_that_the_template_does_not_read_are_said(caplog):
+    warning_once.cache_clear()
+    tokenizer = templated("qwen3", "qwen")
+    fields = {"enable_thinking": False, "reasoning_effort": "low"}
+    collator = GOLDCollator(tokenizer, [tokenizer.eos_token_id], None, (), fields)
+    rows = RowDataset([{"messages": [USER, ANSWER]}], needs_completion=True, is_text=True)
+    collator.example(rows[0])
+    (record,) = caplog.records
+    assert "the chat template reads nothing of reasoning_effort, keys of" in record.getMessage()
