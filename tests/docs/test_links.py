@@ -65,6 +65,20 @@ def test_each_record_is_named_in_the_page_on_reproducing():
     assert [name for name in records if f"`benchmarks/results/{name}`" not in page] == []
 
 
+def test_commits_that_have_another_name_now_are_those_of_rows_of_the_records():
+    page = (DOCS / "reproducing.md").read_text(encoding="utf-8")
+    renamed = re.findall(r"^\| ([0-9a-f]{7}) \| [0-9a-f]{7} \|", page, re.MULTILINE)
+    records = (ROOT / "benchmarks" / "results").glob("*.csv")
+    rows = " ".join(path.read_text(encoding="utf-8") for path in records)
+    assert renamed and [commit for commit in renamed if commit not in rows] == []
+
+
+def test_each_picture_is_shown_on_a_page():
+    shown = {(page.parent / link).resolve() for page in PAGES for link in LINK.findall(prose(page))}
+    pictures = [*(ROOT / "benchmarks").rglob("*.png"), *DOCS.rglob("*.png")]
+    assert len(pictures) > 5 and [path for path in pictures if path not in shown] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_prose_is_at_most_120_columns_wide_and_a_table_ends_with_an_empty_line(page):
     lines = prose(page).splitlines()
