@@ -1,6 +1,6 @@
 """Rows that a trainer evaluates: read like those of training, all of them, each time anew."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from gold_trainer.bad_rows import tolerant
 from gold_trainer.config import GOLDConfig
+from gold_trainer.filled import WithoutFill, filled, filled_sampler
 from gold_trainer.preparing import Prepared
 from gold_trainer.row_errors import shown
 from gold_trainer.streams import read_rows
@@ -19,6 +20,7 @@ class Evaluating(Trainer):
 
     args: GOLDConfig
     prepared: Prepared
+    objective: Any  # whose collator makes blank batches
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See transformers.Trainer.evaluate."""
@@ -45,22 +47,48 @@ class Evaluating(Trainer):
     def _eval_rows(self, dataset: Any) -> Any:
         return read_rows(dataset, self.args, **self.prepared.eval_row_options)
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+    def _get_dataloader(  # type: ignore[override]  # the Trainer passes names
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Any] | None = None,
+        is_training: bool = False,
+        **kwargs: Any,
+    ) -> DataLoader:
         rows = tolerant(dataset) if self.args.on_bad_row == "skip" else dataset
-        if kwargs.get("is_training"):
-            return super()._get_dataloader(rows, *args, **kwargs)
-        with _all_rows(self.args):
-            return super()._get_dataloader(rows, *args, **kwargs)
+        given = description, batch_size
+        # each process reads a stream for itself: one cannot deal out batches of pictures
+        self.accelerator.dataloader_config.dispatch_batches = False
+        if is_training:
+            return super()._get_dataloader(
+                rows, *given, sampler_fn=sampler_fn, is_training=True, **kwargs
+            )
+        num_processes = self.accelerator.num_processes
+        with self._all_rows():
+            if num_processes == 1:
+                return super()._get_dataloader(rows, *given, sampler_fn=sampler_fn, **kwargs)
+            multiple = batch_size * num_processes
+            return super()._get_dataloader(
+                filled(rows, multiple),
+                *given,
+                sampler_fn=filled_sampler(sampler_fn, multiple),
+                **kwargs,
+            )
 
-
-@contextmanager
-def _all_rows(args: GOLDConfig) -> Iterator[None]:
-    """Also those that fill no batch: dataloader_drop_last is for steps of one size."""
-    drops, args.dataloader_drop_last = args.dataloader_drop_last, False
-    try:
-        yield
-    finally:
-        args.dataloader_drop_last = drops
+    @contextmanager
+    def _all_rows(self) -> Iterator[None]:
+        """Also those that fill no batch: dataloader_drop_last is for steps of one size. And each
+        once: what fills a batch is no row.
+        """
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        collate: Any = self.data_collator
+        self.data_collator = WithoutFill(collate, self.objective.collator.blank)
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drops
+            self.data_collator = collate
 
 
 def _check_evaluated(given: Any, own: Any) -> None:

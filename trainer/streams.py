@@ -131,9 +131,6 @@ def _open_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
             f"{type(dataset).__name__}, whose __iter__ returns one iterator each time; make a new "
             "one there."
         )
-    # each process reads for itself: batches of pictures cannot be dealt out by one of them
-    accelerator_config: Any = args.accelerator_config
-    accelerator_config.dispatch_batches = False
     return RowStream(dataset, **options)
 
 

@@ -352,8 +352,8 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Metrics are means over the scored tokens of all rows, whatever the batch size; rows that
-        are repeated to fill the last batches of several ranks count again.
+        """Metrics are means over the scored tokens of all rows, each once, whatever the batch size
+        and the number of ranks.
         """
         window, train_window = self.windows["eval"], self.windows["train"]
         window.reset()

@@ -1,0 +1,62 @@
+"""One process of test_evaluating_ranks: evaluations of rows that fill no batch of all ranks.
+
+torchrun --nproc_per_node 2 -m support.rank SECONDS
+    support.evaluating_step OUT_DIR BATCH_SIZE WORKERS
+"""
+
+import sys
+
+import datasets
+
+from gold_trainer import GOLDConfig, GOLDTrainer
+from support.rank import leave_state
+from support.tiny_models import tiny
+
+TEXTS = ("One.", "Two, and a few words more.", "None.", "A third answer.", "Four and five.")
+ROWS = [{"prompt": "What?", "completion": text} for text in TEXTS]
+ROWS[2]["prompt"] = ""  # which is skipped
+NUM_ROWS = (1, 3, 5)
+
+
+def main(output_dir: str, batch_size: int, num_workers: int) -> None:
+    student, tokenizer = tiny("qwen3")
+    trainer = GOLDTrainer(
+        model=student,
+        teacher_model=tiny("qwen3", "teacher")[0],
+        args=GOLDConfig(
+            output_dir=output_dir,
+            per_device_eval_batch_size=batch_size,
+            dataloader_num_workers=num_workers,
+            dataloader_drop_last=True,
+            on_bad_row="skip",
+            max_steps=1,
+            max_length=64,
+            max_completion_length=32,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=ROWS,
+        processing_class=tokenizer,
+    )
+    found = {}
+    for count in NUM_ROWS:
+        table = datasets.Dataset.from_list(ROWS[:count])
+        forms = {"rows": ROWS[:count], "table": table, "stream": table.to_iterable_dataset()}
+        for form, rows in forms.items():
+            metrics = trainer.evaluate(rows)
+            found[form, count] = {
+                name: value
+                for name, value in metrics.items()
+                if not name.endswith(("_second", "_time", "_runtime"))
+            }
+        found["predict", count] = {
+            name.replace("test_", "eval_"): value
+            for name, value in trainer.predict(ROWS[:count]).metrics.items()
+            if not name.endswith(("_second", "_time", "_runtime"))
+        }
+    leave_state(trainer, output_dir, found=found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
