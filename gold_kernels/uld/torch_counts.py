@@ -86,7 +86,8 @@ class TorchCounts:
         totals = sums.logsumexp(0).unbind(1)
         for side, (logits, total) in enumerate(zip(self._logits, totals, strict=True)):
             log_values = logits - total.unsqueeze(1)
-            places = (-per_nat * log_values).floor().clamp(0, self._bins - 1).long()
+            places = (-per_nat * log_values).nan_to_num(0.0)  # of a row of NaN any will do
+            places = places.floor().clamp(0, self._bins - 1).long()
             self._values.append(log_values.exp())
             self._places.append(places)
             ones = log_values.new_ones(()).expand_as(log_values)

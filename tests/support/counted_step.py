@@ -94,6 +94,22 @@ def check_dead_rows(processes: Processes, backend: str, dtype: torch.dtype) -> l
     return [] if is_right else [f"a row of NaN: {found['loss']} for {expected}"]
 
 
+def check_lost_rows(processes: Processes, backend: str, dtype: torch.dtype) -> list[str]:
+    """The loss of a row that has become NaN or infinite is NaN, as that of whole heads is."""
+    wrong = []
+    for number in (torch.nan, torch.inf):
+        hidden, *others = random_case(n=4, v=60, d_s=4, d_t=5)
+        with torch.no_grad():
+            hidden[1, 0] = number
+        found = run(
+            Call(fused_linear_uld, (hidden, *others), {"backend": backend}), dtype, processes
+        )
+        is_lost = found["grad_hidden"].isnan().any(1).tolist()
+        if not found["loss"].isnan() or is_lost != [False, True, False, False]:
+            wrong.append(f"a row with {number}: {found['loss']}, gradients of {is_lost} are NaN")
+    return wrong
+
+
 def check_exchange(call: Call, dtype: torch.dtype, processes: Processes, limit: float) -> list[str]:
     """Counts beside rows exchanged."""
     counted = run(call, dtype, processes)
@@ -145,6 +161,7 @@ def check_group(processes: Processes, backend: str) -> list[str]:
     if backend == "torch":
         wrong += check_left(processes, limit)
     counted_rows.OPEN_PART = 1
+    wrong += check_lost_rows(processes, backend, dtype) if backend == "torch" else []
     return wrong + check_dead_rows(processes, backend, dtype)
 
 
