@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, Ministral3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.ministral3.modeling_ministral3 import Ministral3DecoderLayer
 
 from gold_kernels.triton.launch import is_interpreted
 from gold_trainer.writers import compiled_layers, kernel_layers, layer_steps, local
+from gold_trainer.writers.fixed_cache import FixedLayer
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 
@@ -78,6 +82,33 @@ def test_layers_that_only_look_usual_are_compiled(kind, kernels, graphs, tmp_pat
 
 def fails(*args, **kwargs):
     raise TypeError("other arguments")
+
+
+@pytest.mark.parametrize("kind", ["quantised", "a gate among queries", "scaled far away"])
+def test_layers_that_no_comparison_would_find_are_not_taken(kind, kernels):
+    """A quantised weight has no address, queries with a gate are more than the matrix behind
+    attention takes, and Ministral 3 differs behind thousands of tokens.
+    """
+    layer, states = usual_layer()
+    assert kernel_layers.fit([layer], states, 1) is not None
+    if kind == "quantised":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(layer.mlp, quantization.Int8WeightOnlyConfig())
+        assert layer.mlp.up_proj.weight.dtype == states.keys.dtype
+    elif kind == "a gate among queries":
+        layer.self_attn.q_proj = torch.nn.Linear(64, 128, bias=False)
+    else:
+        layer, states = usual_layer(Ministral3Config, Ministral3DecoderLayer)
+        assert layer.self_attn.config.rope_parameters["llama_4_scaling_beta"]
+    assert kernel_layers.fit([layer], states, 1) is None
+
+
+def usual_layer(config_class=LlamaConfig, kind=LlamaDecoderLayer):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    config = config_class(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    keys = torch.zeros(1, 2, 64, 16)
+    states = FixedLayer(keys, keys.clone(), torch.zeros(1, dtype=torch.int64))
+    return kind(config, layer_idx=0).requires_grad_(False), states
 
 
 @interpreted

@@ -44,6 +44,8 @@ def fit(layers: list[nn.Module], states: FixedLayer, num_rows: int) -> list[Part
     sizes = [matrix.shape for matrix in parts[0].matrices]
     num_queries, num_keys, num_values = (size[0] for size in sizes[:3])
     is_grouped = num_keys == num_values == keys.shape[1] * width and num_queries % num_keys == 0
+    # where queries have a gate among them, kernels would read beyond the matrix behind attention
+    is_grouped &= sizes[3][1] == num_queries and sizes[4] == sizes[5] == sizes[6][::-1]
     is_even = width % 2 == 0 and width <= MOST_WIDTH and keys.shape == states.values.shape
     if not (is_grouped and is_even):
         return None

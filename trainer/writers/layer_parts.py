@@ -34,6 +34,8 @@ def parts_of(layer: nn.Module) -> Parts | None:
     known = needed.union(*(names for names in (biases, head_norms) if names[0] in parameters))
     if set(parameters) != known or any(True for _ in layer.buffers()):
         return None
+    if any(type(parameter) is not nn.Parameter for parameter in parameters.values()):
+        return None  # of torchao: it says a dtype in which its numbers are not
     if any(m._forward_hooks or m._forward_pre_hooks for m in modules.values()):
         return None
     if any("forward" in vars(module) for module in modules.values()):
@@ -45,8 +47,9 @@ def parts_of(layer: nn.Module) -> Parts | None:
     eps: list[Any] = [
         getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms
     ]
-    scaling = getattr(modules["self_attn"], "scaling", None)
-    if None in eps or scaling is None:
+    attention = modules["self_attn"]
+    scaling = getattr(attention, "scaling", None)
+    if None in eps or scaling is None or _scales_far_queries(attention):
         return None
     first, second, *of_heads = map(float, eps)
     return Parts(
@@ -58,3 +61,10 @@ def parts_of(layer: nn.Module) -> Parts | None:
         (of_heads[0], of_heads[1]) if of_heads else (0.0, 0.0),
         scaling,
     )
+
+
+def _scales_far_queries(attention: nn.Module) -> bool:
+    """Ministral 3 does: from 16,384 tokens on, behind which no step is compared."""
+    config: Any = getattr(attention, "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return bool(rope.get("llama_4_scaling_beta"))
