@@ -111,6 +111,13 @@ def usual_layer(config_class=LlamaConfig, kind=LlamaDecoderLayer):
     return kind(config, layer_idx=0).requires_grad_(False), states
 
 
+def test_layers_that_give_tuples_are_not_taken():
+    errors = []
+    run = kernel_layers.compared(lambda states: (states,), lambda states: states, errors)
+    states = torch.ones(1, 1, 4)
+    assert run(states) == (states,) and errors == [True]
+
+
 @interpreted
 def test_more_rows_than_kernels_take_are_compiled_and_compared_first(
     kernels, graphs, tmp_path, monkeypatch
