@@ -4,7 +4,8 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_leaves
 
 from gold_trainer.speed import compiling, segments, towers
@@ -108,6 +109,34 @@ def test_what_the_recording_would_not_see_is_run(tower, recordings):
     tower.module.config._attn_implementation = "sdpa"
     assert_same(call(tower.run, ONE), call(plain(tower), ONE))
     assert recordings[0].num_replays == 1
+
+
+def test_buffers_that_are_others_are_read(tower, recordings):
+    for _ in range(2):
+        call(tower.run, ONE)
+    rotary = tower.module.rotary_pos_emb
+    rotary.inv_freq = rotary.inv_freq * 2
+    assert_same(call(tower.run, ONE), call(plain(tower), ONE))
+    assert recordings[0].num_replays == 1
+
+
+def test_a_frozen_adapter_is_switched_off_and_on(recordings):
+    """A student without its adapter may be the teacher, with the same pictures."""
+    torch.manual_seed(0)
+    module = tiny("qwen3_vl")[0].model.visual
+    config = LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    inject_adapter_in_model(config, module).requires_grad_(False)
+    module.config._attn_implementation = segments.OF_SEGMENTS
+    tower = Tower("the tower", module, towers.Pool())
+    outputs = []
+    for is_on in (True, True, False, True, False):
+        for part in module.modules():
+            if isinstance(part, BaseTunerLayer):
+                part.enable_adapters(is_on)
+        module.requires_grad_(False)
+        outputs.append(call(tower.run, ONE).pooler_output)
+        assert_same(call(tower.run, ONE), call(plain(tower), ONE))
+    assert not torch.equal(outputs[0], outputs[2]) and not recordings
 
 
 @pytest.mark.parametrize("is_trained", [True, False])

@@ -69,8 +69,10 @@ class Tower:
         self.name, self.module, self.pool = name, module, pool
         self.parts = list(module.modules())
         self.weights = list(module.parameters())
+        self.holders = [part for part in self.parts if part._buffers]
         has_chance = any(drops_out(part) or _is_dropout(part) for part in self.parts)
-        self.can_be_recorded = _is_here(self.weights[0].device) and not has_chance
+        has_switch = any(hasattr(part, "_disable_adapters") for part in self.parts)  # of peft
+        self.can_be_recorded = _is_here(self.weights[0].device) and not (has_chance or has_switch)
         self.last_key: tuple[Any, ...] | None = None
         self.key: tuple[Any, ...] | None = None  # of what is recorded
         self.recording: Recording
@@ -120,6 +122,8 @@ class Tower:
             *(implementation, torch.backends.cuda.cudnn_sdp_enabled()),
             *(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
             tuple(weight.data_ptr() for weight in self.weights),
+            # a move of the module makes new ones of them
+            tuple(one.data_ptr() for part in self.holders for one in part.buffers(recurse=False)),
         )
 
         def function(own: Tensor) -> Any:
