@@ -1,5 +1,6 @@
 """Streaming datasets: rows without a length, read one after the other."""
 
+import json
 from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any
@@ -125,13 +126,29 @@ def _open_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
             f"{args.num_generations}; rows come once: load the dataset without streaming."
         )
     is_torch = not isinstance(dataset, datasets.IterableDataset | MappedStream)
-    if is_torch and iter(dataset) is iter(dataset):
+    if is_torch and _goes_on(dataset):
         raise ValueError(
             "GOLDTrainer: a stream must give its rows whenever it is read, got "
             f"{type(dataset).__name__}, whose __iter__ returns one iterator each time; make a new "
             "one there."
         )
     return RowStream(dataset, **options)
+
+
+def _goes_on(dataset: Any) -> bool:
+    """Whether its iterator is one, which goes on where it was; __iter__ may also begin it again."""
+    if iter(dataset) is not iter(dataset):
+        return False
+    firsts = []
+    for _ in range(2):
+        with reading(0, "stream"):
+            firsts.append(_plain(next(iter(dataset), END)))
+    return firsts[0] != firsts[1]
+
+
+def _plain(row: Any) -> str:
+    """Text and numbers of a row; pictures may be made anew."""
+    return json.dumps(row, default=lambda value: type(value).__name__, skipkeys=True)
 
 
 def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:

@@ -76,6 +76,22 @@ def test_each_pass_has_each_row_once_whatever_files_the_workers_have(tmp_path):
         assert len(set(seen)) == 5
 
 
+def test_stream_that_is_its_own_iterator_may_begin_again(tmp_path):
+    class Again(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            self.rows = iter(ROWS)
+            return self
+
+        def __next__(self):
+            return next(self.rows)
+
+    whole = make_trainer(tmp_path / "map", ROWS, **STREAMING)
+    whole.train()
+    streamed = make_trainer(tmp_path / "stream", Again(), **STREAMING)
+    streamed.train()
+    assert_same_run(streamed, whole)
+
+
 def test_stream_that_gives_its_rows_once_is_refused(tmp_path):
     class Once(torch.utils.data.IterableDataset):
         def __init__(self):
