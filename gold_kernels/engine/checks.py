@@ -271,54 +271,6 @@ def check_head_options(function: str, logit_scale: float, softcap: float | None)
         check_factor(function, "final_logit_softcapping", softcap, remedy, expected)
 
 
-def check_in_place(
-    function: str, in_place: bool, logits: Tensor, vocab_size: int, teacher: Tensor
-) -> None:
-    """A gradient can take the place of logits that are one block of memory of their own."""
-    if not in_place:
-        return
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError(
-            f"{function}: in_place needs student_logits that a model computed, got a leaf tensor "
-            "that requires a gradient; its .grad would be the tensor itself: pass in_place=False."
-        )
-    if logits.dtype == torch.float16:
-        raise ValueError(
-            f"{function}: in_place needs logits that can hold their gradient, got torch.float16; "
-            "pass in_place=False, or logits in bfloat16 or float32."
-        )
-    if not logits.is_contiguous() or vocab_size != logits.shape[1]:
-        raise ValueError(
-            f"{function}: in_place needs contiguous student_logits of vocab_size columns, got "
-            f"strides {logits.stride()}, {logits.shape[1]} columns and vocab_size {vocab_size}; "
-            "pass in_place=False."
-        )
-    if _overlaps(logits, teacher):
-        raise ValueError(
-            f"{function}: in_place needs student_logits that share no memory with teacher_logits, "
-            "got views of one tensor, of which the gradient would overwrite the teacher's rows; "
-            "pass in_place=False."
-        )
-
-
-def _overlaps(logits: Tensor, other: Tensor) -> bool:
-    """Whether both have memory in common. Not so where all of it is the same: a row's gradient is
-    written when both of its rows were read.
-    """
-    if torch.compiler.is_compiling() or "meta" in (logits.device.type, other.device.type):
-        return False
-    own, others = _memory(logits), _memory(other)
-    is_same = own == others and logits.stride() == other.stride()
-    return not is_same and own.start < others.stop and others.start < own.stop
-
-
-def _memory(tensor: Tensor) -> range:
-    """Addresses of its entries, and of what lies between them."""
-    sides = zip(tensor.shape, tensor.stride(), strict=True)
-    span = tensor.numel() and 1 + sum((size - 1) * step for size, step in sides)
-    return range(tensor.data_ptr(), tensor.data_ptr() + span * tensor.itemsize)
-
-
 def check_options(function: str, options: Options, hidden: Tensor) -> Options:
     """The options that need the student's tensor to be judged; returned with the backend named."""
     check_chosen(function, options)

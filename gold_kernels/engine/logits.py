@@ -19,6 +19,7 @@ from gold_kernels.engine.gradients import (
 )
 from gold_kernels.engine.linear import reduce_rows
 from gold_kernels.engine.options import Options
+from gold_kernels.engine.overwriting import is_intact, overwriting, refuse_overwritten
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss, Rows
 
 
@@ -56,6 +57,8 @@ def _logits_loss_operator(
     has_metrics: bool,
 ) -> list[Tensor]:  # (number of value names, N) row values, then the gradient (N, V_s) if needed
     """An operator, so that torch.compile takes it as it is."""
+    sides = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    refuse_overwritten(f"{loss}_loss", **sides)
     row_loss = ROW_LOSSES[loss].from_flat(numbers, tensors)
     grad = empty_logits_gradient(student_logits) if needs_grad else None
     values = _run_rows(
@@ -92,14 +95,16 @@ class LogitsLossFunction(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         ctx.backend = backend
         ctx.grad_in_place = None
-        if is_in_place and needs_grad:
+        # a traced pass cannot tell what an earlier one has overwritten: memory of its own
+        if is_in_place and needs_grad and not torch.compiler.is_compiling():
             ctx.grad_in_place = grad = student_logits.detach()
-            values = _run_rows(
-                *(row_loss, grad, teacher_logits, grad, weights, labels, backend, has_metrics)
-            )
-            if backend == "triton" and not torch.compiler.is_compiling():
-                # else autograd would not know, whose functions may have saved these logits
-                torch.autograd.graph.increment_version(grad)
+            with overwriting(grad):
+                values = _run_rows(
+                    *(row_loss, grad, teacher_logits, grad, weights, labels, backend, has_metrics)
+                )
+                if backend == "triton":
+                    # else autograd would not know, whose functions may have saved these logits
+                    torch.autograd.graph.increment_version(grad)
         else:
             values, *grads = _logits_loss_operator(
                 student_logits,
@@ -135,7 +140,13 @@ class LogitsLossFunction(torch.autograd.Function):
                 "in_place: a second backward needs in_place=False; the first one scaled the "
                 "gradient where it lies."
             )
-        return grad.mul_(factor), *others
+        if not is_intact(grad):
+            raise RuntimeError(
+                "in_place: student_logits hold the gradient until backward, and were written to "
+                "before it; pass in_place=False."
+            )
+        with overwriting(grad):
+            return grad.mul_(factor), *others
 
 
 def run_logits_loss(

@@ -34,6 +34,7 @@ from gold_kernels.engine.options import (
     LossOptions,
     Options,
 )
+from gold_kernels.engine.overwriting import check_in_place, refuse_overwritten
 from gold_kernels.engine.row_loss import CROSS_ENTROPY, RowLoss
 
 Metrics = dict[str, Tensor]  # name -> (N,), unweighted and detached
@@ -111,11 +112,12 @@ def shared_logits_loss(
     checks.check_row_loss(function, row_loss, options.backend)
     refuse_slices(function, student_logits, teacher_logits)
     checks.check_logits(function, student_logits, teacher_logits, row_weights)
+    refuse_overwritten(function, student_logits=student_logits, teacher_logits=teacher_logits)
     options = checks.check_options(function, options, student_logits)
     checks.check_label_weights(function, options, student_logits)
     sizes = student_logits.shape[1], teacher_logits.shape[1]
     vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
-    checks.check_in_place(function, in_place, student_logits, vocab_size, teacher_logits)
+    check_in_place(function, in_place, student_logits, vocab_size, teacher_logits)
     row_weights = row_weights_of(row_weights, student_logits.shape[0], student_logits, options)
     label_weights = label_weights_of(vocab_size, student_logits, options)
     loss, values = run_logits_loss(

@@ -164,9 +164,11 @@ def jsd_loss(
     backend, reduction.
 
     in_place=True overwrites student_logits with their gradient, so that nothing of size (N, V) is
-    allocated; do not read them afterwards, and call backward once. Padded columns (vocab_size) get
-    gradient 0. Not supported: a second derivative. Raises ValueError for shapes, dtypes, devices
-    and numbers that do not fit.
+    allocated; do not read them afterwards, and call backward once. Of several losses of the same
+    logits the last alone may be in place: later ones are refused. Under torch.compile the logits
+    stay as they are, and the gradient is allocated. Padded columns (vocab_size) get gradient 0. Not
+    supported: a second derivative. Raises ValueError for shapes, dtypes, devices and numbers that
+    do not fit.
     """
     function = "jsd_loss"
     loss, rows = shared_logits_loss(

@@ -25,6 +25,7 @@ from gold_kernels.engine.options import (
     per_side,
     resolve_options,
 )
+from gold_kernels.engine.overwriting import check_in_place, refuse_overwritten
 from gold_kernels.engine.row_loss import CROSS_ENTROPY
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
@@ -361,13 +362,14 @@ def uld_loss(
     row_loss = settings.row_loss(function)
     refuse_slices(function, student_logits, teacher_logits)
     checks.check_logits(function, student_logits, teacher_logits, row_weights)
+    refuse_overwritten(function, student_logits=student_logits, teacher_logits=teacher_logits)
     given = checks.check_options(function, given, student_logits)
     v_student, v_teacher = student_logits.shape[1], teacher_logits.shape[1]
     uld_checks.check_columns(function, v_student, v_teacher)
     sizes = uld_checks.check_vocab_sizes(function, v_student, v_teacher, given.vocab_size)
     uld_checks.check_overlap(function, overlap, *sizes)
     checks.check_label_weights(function, given, student_logits)
-    checks.check_in_place(function, in_place, student_logits, sizes[0], teacher_logits)
+    check_in_place(function, in_place, student_logits, sizes[0], teacher_logits)
     num_rows = student_logits.shape[0]
     plan, row_loss = plan_rows(
         row_loss,
