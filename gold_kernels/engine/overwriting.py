@@ -112,7 +112,7 @@ def _place(tensor: Tensor, start: int = 0) -> range:
     """Bytes of its entries, and of what lies between them, in a storage that begins at start."""
     sides = zip(tensor.shape, tensor.stride(), strict=True)
     span = tensor.numel() and 1 + sum((size - 1) * step for size, step in sides)
-    start += tensor.storage_offset() * tensor.itemsize
+    start += int(tensor.storage_offset()) * tensor.itemsize
     return range(start, start + span * tensor.itemsize)
 
 
