@@ -81,6 +81,7 @@ class MeanKLOptions(TypedDict, total=False):
     reduction: Reduction
 
 
+@torch.compiler.disable(reason="head_means runs outside the graph: call it before")
 @torch.no_grad()
 def head_means(
     teacher_hidden: Tensor,  # (N, D_t)

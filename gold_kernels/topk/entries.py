@@ -37,6 +37,7 @@ class EntriesOptions(TypedDict, total=False):
     logit_scale: float
 
 
+@torch.compiler.disable(reason="head_top_k runs outside the graph: call it before")
 @torch.no_grad()
 def head_top_k(
     teacher_hidden: Tensor,  # (N, D)

@@ -11,6 +11,7 @@ from gold_kernels import (
     fused_linear_jsd,
     fused_linear_mean_kl,
     head_means,
+    head_top_k,
     peak_extra_bytes,
 )
 from gold_kernels.jsd import reference
@@ -282,3 +283,16 @@ def test_it_is_no_loss_of_two_heads():
     from gold_kernels.losses import LOSSES
 
     assert MeanKL.name not in LOSSES
+
+
+@pytest.mark.parametrize("name", ["head_means", "head_top_k"])
+def test_torch_compile_leaves_what_is_asked_of_a_teacher_outside_and_names_it(name):
+    hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
+    call = {
+        "head_means": lambda: head_means(hidden, weight, weight)[0],
+        "head_top_k": lambda: head_top_k(hidden, weight, 2)[1],
+    }[name]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"{name} runs outside the graph"):
+        torch.compile(call, backend="eager", fullgraph=True)()
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(call, backend="eager")(), call())

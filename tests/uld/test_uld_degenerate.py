@@ -106,3 +106,17 @@ def test_a_row_of_nan_and_weight_zero_leaves_the_other_rows_alone(sizes, device,
     torch.testing.assert_close(with_nan, loss)
     torch.testing.assert_close(grad_with_nan[1:], grad)
     assert not grad_with_nan[0].any()
+
+
+@on_every_backend
+@pytest.mark.parametrize("size", [1e4, 1e5])
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (50, 40)])
+def test_single_logits_up_to_the_documented_bound_lose_no_digits(sizes, size, device, backend):
+    generator = torch.Generator().manual_seed(int(size))
+    student, teacher = (torch.randn(2, v, generator=generator) for v in sizes)
+    student[0, 0], student[1, -1] = size, -size
+    sides = [t.double().softmax(-1).sort(-1, descending=True)[0] for t in (student, teacher)]
+    p, q = (torch.nn.functional.pad(s, (0, max(sizes) - s.shape[1])) for s in sides)
+    given = student.to(device), teacher.to(device)
+    actual = uld_loss(*given, backend=backend, reduction="none").cpu().double()
+    torch.testing.assert_close(actual, (p - q).abs().sum(-1), rtol=0, atol=2e-6)
