@@ -41,6 +41,7 @@ class DistillationPlugin(BasePlugin):
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if not cfg.distillation_teacher:
+            _check_nothing_is_lost(cfg)
             return None
         JSD(cfg.distillation_beta, cfg.distillation_temperature).check(FUNCTION)
         from axolotl.core.trainers.base import AxolotlTrainer
@@ -108,6 +109,17 @@ class DistillationMixin:
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of ranks
         return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def _check_nothing_is_lost(cfg: Any) -> None:
+    """Without a teacher the plugin does nothing."""
+    for name, field in DistillationArgs.model_fields.items():
+        value = getattr(cfg, name, field.default)
+        if name != "distillation_teacher" and value not in (None, field.default):
+            raise ValueError(
+                f"{FUNCTION}: distillation_teacher is expected beside {name}, got {name} {value} "
+                "alone; name the teacher, or leave the field out."
+            )
 
 
 def _check_heads(student: Any, teacher: Any, vocab_size: int | None) -> None:

@@ -70,6 +70,11 @@ def test_axolotl_finds_the_fields_and_leaves_other_runs_alone(axolotl):
     module, _, name = plugin.get_input_args().rpartition(".")
     assert getattr(sys.modules[module], name) is axolotl.DistillationArgs
     assert plugin.get_trainer_cls(axolotl.DistillationArgs()) is None
+    for field, value in (("beta", 0.0), ("temperature", 2.0), ("vocab_size", 9)):
+        alone = axolotl.DistillationArgs(**{f"distillation_{field}": value})
+        message = f"distillation_teacher is expected beside distillation_{field}, got .* name the"
+        with pytest.raises(ValueError, match=message):
+            plugin.get_trainer_cls(alone)
 
 
 def test_axolotl_refuses_a_head_that_is_not_understood_by_name(axolotl, tmp_path):
