@@ -120,7 +120,7 @@ def _from_sharegpt(message: Any, index: int) -> Any:
 
 def _with_media(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Pictures and videos that a message has under keys of its own, as Ollama's requests have them:
-    in front of its content, as parts.
+    as parts, at the places that its content has for them, or in front of it.
     """
     parts: list[Any] = []
     for key in MEDIA_KEYS:
@@ -133,7 +133,20 @@ def _with_media(message: Mapping[str, Any]) -> Mapping[str, Any]:
         return others
     content = message.get("content")
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return {**others, "content": [*parts, *(content or ())]}
+    content = list(content or ())
+    places = [i for i, part in enumerate(content) if _is_place(part)]
+    if [content[i]["type"] for i in places] != [part["type"] for part in parts]:
+        return {**others, "content": [*parts, *content]}
+    for place, part in zip(places, parts, strict=True):
+        content[place] = part
+    return {**others, "content": content}
+
+
+def _is_place(part: Any) -> bool:
+    """A part for a picture or video that is elsewhere."""
+    if not isinstance(part, Mapping) or part.get("type") not in MEDIA_TYPES:
+        return False
+    return not any(_holds(value) for key, value in part.items() if key in PART_KEYS[3:])
 
 
 def _holds(value: Any) -> bool:

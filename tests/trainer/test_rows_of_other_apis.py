@@ -157,6 +157,17 @@ def test_a_placeholder_in_another_turn_than_a_users_is_refused(role):
     qwen.example(read({"messages": [USER, said, USER, ANSWER], **picture}, is_text=False))
 
 
+def test_pictures_under_a_key_of_their_message_are_at_the_places_that_it_has_for_them():
+    text, place = {"type": "text", "text": "Which?"}, {"type": "image", "image": None}
+    pictures = [tiny_picture(0), tiny_picture(1)]
+    turn = {**USER, "content": [text, place, text, {"type": "image"}], "images": pictures}
+    row = read({"messages": [turn, ANSWER]}, is_text=False)
+    assert row.images == pictures
+    assert [part["type"] for part in row.prompt[0]["content"]] == ["text", "image"] * 2
+    with pytest.raises(ValueError, match="image parts must all hold their picture or none"):
+        read({"messages": [{**turn, "images": pictures[:1]}, ANSWER]}, is_text=False)
+
+
 @pytest.mark.parametrize(
     ("held", "number"),
     [
