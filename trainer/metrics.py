@@ -94,15 +94,18 @@ class MetricWindow:
             dict(zip(names, row, strict=True)) for row in (rows.sum(0).tolist(), *rows.tolist())
         )
         result = self.objective.means(total)
-        if not total["tokens"]:  # a mean over nothing is no loss to choose a checkpoint by
-            result["loss"] = math.nan
+        if not total["tokens"]:  # a mean over nothing is nothing to choose a checkpoint by
+            result |= {name: math.nan for name in result if name not in self.count_names}
         for policy, row in zip(POLICIES, policies, strict=True):
             if row["tokens"]:
                 result[f"{policy}_loss"] = self.objective.means(row)["loss"]
         if total[AUX_BATCHES]:
             result[AUX_LOSS] = total[AUX_LOSS] / total[AUX_BATCHES]
             result["loss"] += self.aux_coefficient * result[AUX_LOSS]
-        result["completion_length"] = total["tokens"] / max(total["completions"], 1)
+        num_completions = total["completions"]
+        result["completion_length"] = (
+            total["tokens"] / num_completions if num_completions else math.nan
+        )
         if seconds > 0:
             result["tokens_per_second"] = total["tokens"] / seconds
         return result

@@ -163,7 +163,9 @@ def test_a_dataset_whose_rows_are_all_bad_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, TEXT, "qwen3", **SKIP)
     metrics = trainer.evaluate([BAD["long_prompt"]] * 3)
     assert metrics["eval_skipped_rows"] == 3
-    assert math.isnan(metrics["eval_loss"])
+    means = {"loss", "student_entropy", "completion_length"}
+    assert all(math.isnan(metrics[f"eval_{name}"]) for name in means)
+    assert [name for name, value in metrics.items() if value == 0] == ["epoch"]
 
 
 def test_a_step_without_rows_logs_their_number_and_no_loss(tmp_path):
