@@ -92,3 +92,22 @@ def test_an_error_of_the_call_itself_leaves_nothing_behind(group, monkeypatch):
         with pytest.raises(RuntimeError, match="out of memory"):
             fused_linear_jsd(*case, process_group=group)
     torch.testing.assert_close(fused_linear_jsd(*case, process_group=group), expected)
+
+
+def test_many_ids_are_compared_whatever_the_order_in_which_a_device_adds_them():
+    """Their sum by places is beyond the whole numbers that float64 has."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(150_000, (4096 * 256,), generator=generator).double()
+    blocks = (ids * torch.arange(1, len(ids) + 1)).view(-1, 256).sum(1)
+
+    def facts(order, more=0):
+        total = 0.0
+        for part in blocks[order].tolist():
+            total += part
+        return [0.0] * 5 + [float(ids.sum()) + more, total + more, 0.0]
+
+    first = facts(torch.arange(len(blocks)))
+    others = [facts(torch.randperm(len(blocks), generator=generator)) for _ in range(3)]
+    assert any(other != first for other in others) and first[6] > 2**53
+    assert not any(comparison._has_other_rows(other, first) for other in others)
+    assert comparison._has_other_rows(facts(torch.arange(len(blocks)), more=1), first)
