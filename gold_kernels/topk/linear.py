@@ -37,6 +37,9 @@ from gold_kernels.topk.row_loss import TopK
 if TYPE_CHECKING:  # a build without distributed has no such class
     from torch.distributed import ProcessGroup
 
+# a name: torch.compile reads no subscript in the annotation of an inner function
+TopKLoss = Tensor | tuple[Tensor, Metrics]
+
 LARGEST_SUM = 1.05  # of a row's probabilities; log-probabilities of 16 bits are 1 % off
 
 
@@ -141,7 +144,7 @@ def fused_linear_top_k(
     if row_weights is not None:  # a row of weight 0 may hold anything, on each process another
         ids = torch.where((row_weights != 0).unsqueeze(1), ids, -1)
 
-    def run(student: LinearHead) -> Tensor | tuple[Tensor, Metrics]:
+    def run(student: LinearHead) -> TopKLoss:
         v_student = student.vocab_size
         vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
         _check_entries(function, ids, teacher_log_probs, vocab_size)
