@@ -102,8 +102,8 @@ class Banner(TrainerCallback):
         if args.use_uld_loss:
             loss = f"{'hybrid ' * args.uld_use_hybrid_loss}{args.uld_loss_type} across tokenizers"
             has_beta = args.uld_use_hybrid_loss or args.uld_loss_type != "uld"
-        loss += f", beta {args.beta:g}" if has_beta else ""
         loss += f" of the teacher's {args.loss_top_k} likeliest tokens" if args.loss_top_k else ""
+        loss += f", beta {args.beta:g}" if has_beta else ""
         if self.weighting is None:
             return loss
         return f"{loss}; tokens have the weights of {self.weighting.settings['token_weighting']}"
