@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jsd_pairs import Shape, random_case
-from record import RESULTS, RowLog, environment
+from record import RESULTS, RowLog, environment, say
 from timing import MIB, release
 from torch import Tensor
 
@@ -153,9 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
                 log.add(row)
                 release(device_type())
                 if is_first:
-                    sys.stdout.write(
+                    say(
                         f"{name:10}{head:9}{shape_text:24}{row['whole_ms']:>8} ms whole"
-                        f"{row['slices_ms']:>8} ms in slices{row['ratio']:>8}  {row['status']}\n"
+                        f"{row['slices_ms']:>8} ms in slices{row['ratio']:>8}  {row['status']}"
                     )
     dist.barrier()
     dist.destroy_process_group()

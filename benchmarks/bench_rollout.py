@@ -163,10 +163,11 @@ def in_own_process(flags: list[str], options: argparse.Namespace, seconds: float
         return {"status": f"stopped: {options.seconds:g} s were over"}
     if done.returncode != 0:
         return {"status": f"failed with {done.returncode}"}
-    sys.stdout.write(
-        "".join(f"  {line}\n" for line in done.stdout.splitlines() if "rollouts" in line)
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    for line in lines:
+        if "rollouts" in line:
+            say(f"  {line}")
+    return json.loads(lines[-1])
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:

@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from types import FrameType
 
+from record import say
+
 SECONDS = 1e-3
 PACKAGES = "site-packages/"
 
@@ -59,11 +61,11 @@ class HostSamples:
         self.functions.update(seen)
 
     def describe(self, seconds: float) -> None:
-        sys.stdout.write(f"  host: {self.count} samples in {seconds:.3f} s\n")
+        say(f"  host: {self.count} samples in {seconds:.3f} s")
         for kind, counts, most in (("line", self.lines, 45), ("below", self.functions, 90)):
             for place, count in counts.most_common(most):
                 share = seconds * count / max(1, self.count)
-                sys.stdout.write(f"    {kind} {share * 1e3:8.1f} ms {place}\n")
+                say(f"    {kind} {share * 1e3:8.1f} ms {place}")
 
 
 def _is_idle(frame: FrameType) -> bool:

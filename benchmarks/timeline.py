@@ -5,12 +5,12 @@ recorded at a cost of its own, in which the device would wait.
 """
 
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from record import say
 
 # The first that is found in a kernel's name; a fused one of inductor has names of aten in it.
 KINDS = {
@@ -91,22 +91,25 @@ def idle_by_part(kernels: Sequence[Kernel], num_parts: int = 10) -> list[float]:
 
 def describe(kernels: Sequence[Kernel], seconds: float) -> None:
     """Of a step that took so many seconds."""
-    say = sys.stdout.write
     busy, gaps = busy_seconds(kernels), gaps_of(kernels)
-    say(f"  profiled: {seconds:.3f} s, {busy:.3f} s in {len(kernels)} kernels")
-    say(f" ({busy / seconds:.0%})\n")
+    say(
+        f"  profiled: {seconds:.3f} s, {busy:.3f} s in {len(kernels)} kernels"
+        f" ({busy / seconds:.0%})"
+    )
     for name, (milliseconds, count) in times_by(kernels, kind=True).items():
-        say(f"    kind {milliseconds:8.2f} ms {count:6d} x {name}\n")
+        say(f"    kind {milliseconds:8.2f} ms {count:6d} x {name}")
     for name, (milliseconds, count) in list(times_by(kernels, kind=False).items())[:45]:
-        say(f"    {milliseconds:8.2f} ms {count:6d} x {name[:130]}\n")
+        say(f"    {milliseconds:8.2f} ms {count:6d} x {name[:130]}")
     others = [kernel for kernel in kernels if kind_of(kernel.name) in (OTHERS, "copies")]
     for name, (milliseconds, count) in list(times_by(others, kind=False).items())[:25]:
-        say(f"    other {milliseconds:8.2f} ms {count:6d} x {name[:130]}\n")
+        say(f"    other {milliseconds:8.2f} ms {count:6d} x {name[:130]}")
     for limit in (10, 50, 1000):
         short = [gap.length for gap in gaps if gap.length < limit]
-        say(f"    gaps under {limit} us: {len(short)}, {sum(short) / 1e3:.2f} ms\n")
+        say(f"    gaps under {limit} us: {len(short)}, {sum(short) / 1e3:.2f} ms")
     idle = [f"{milliseconds:.1f}" for milliseconds in idle_by_part(kernels)]
-    say(f"    idle in each tenth, ms: {' '.join(idle)}\n")
+    say(f"    idle in each tenth, ms: {' '.join(idle)}")
     for gap in sorted(gaps, key=lambda gap: -gap.length)[:25]:
-        say(f"    gap {gap.length / 1e3:7.2f} ms at {gap.start / 1e3:8.2f}")
-        say(f" after {gap.before[:50]} before {gap.after[:50]}\n")
+        say(
+            f"    gap {gap.length / 1e3:7.2f} ms at {gap.start / 1e3:8.2f}"
+            f" after {gap.before[:50]} before {gap.after[:50]}"
+        )
