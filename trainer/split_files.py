@@ -49,13 +49,16 @@ def json_file_of(folder: Path, split: str) -> Path | None:
 def _named(folder: Path, split: str) -> list[Path]:
     """As datasets reads names: train.jsonl, train-00000.jsonl, train/a.jsonl; for "" all."""
     is_of_split = re.compile(rf"(^|[-._ /\d]){re.escape(split)}([-._ /\d]|$)")
+    suffixes = (*JSON_SUFFIXES, *BUILDERS)
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+        for name in names:
+            if name.startswith(".") or not name.endswith(suffixes):  # pictures are many
+                continue
+            path = Path(parent, name)
             place = path.relative_to(folder).with_suffix("").as_posix()
-            is_rows = path.suffix in (*JSON_SUFFIXES, *BUILDERS)
-            if is_rows and (not split or is_of_split.search(place)):
+            if not split or is_of_split.search(place):
                 found.append(path)
     return sorted(found)
 
