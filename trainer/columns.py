@@ -59,6 +59,9 @@ def names_of(rows: Any) -> list[str]:
 
 def _is_held(rows: datasets.Dataset, name: str) -> bool:
     """Whether a row holds something there: mostly the first one."""
+    column = rows.data.column(name)
+    if column.null_count == len(column):  # told without reading rows, of which there may be many
+        return False
     values = undecoded(rows).select_columns(name)
     return any(holds(row[name]) for row in values)
 
