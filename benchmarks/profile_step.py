@@ -244,7 +244,7 @@ def measure(
     batch = [lengths[i % len(lengths)] for i in range(BATCH_SIZE * options.micro_batches)]
     say(f"  seconds of all steps: {[round(seconds, 3) for seconds in timer.seconds]}")
     if mode != "trl":
-        row["compile_seconds"] = round(trainer.fast.compiled.all_seconds, 1)
+        row["compile_seconds"] = round(trainer.fast.compiled.note.all_seconds, 1)
     return row | {
         "seconds_median": round(median, 3),
         "tokens_per_second": round(sum(batch) / median),

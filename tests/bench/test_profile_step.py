@@ -45,3 +45,14 @@ def test_a_compiled_step_of_the_record_needs_no_more_memory_than_trls_or_its_rec
     for case, peak in compiled.items():
         assert peak <= peaks.get(("trl", case), peak)
         assert peak <= peaks.get(("off", case), peak) + RECORDED
+
+
+def test_a_tiny_case_is_measured_from_end_to_end(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    case = ["--tiny", "--modes", "off", "--tokens", "8", "--steps", "3", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", ["profile_step", *case])
+    profile_step.main()
+    with path.open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["status"], row["mode"], row["completion_tokens"]) == ("ok", "off", "8")
+    assert float(row["seconds_median"]) > 0 and row["compile_seconds"] == "0.0"
