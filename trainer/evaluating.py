@@ -1,7 +1,7 @@
 """Rows that a trainer evaluates: read like those of training, all of them, each time anew."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -57,24 +57,15 @@ class Evaluating(Trainer):
         **kwargs: Any,
     ) -> DataLoader:
         rows = tolerant(dataset) if self.args.on_bad_row == "skip" else dataset
-        given = description, batch_size
         # each process reads a stream for itself: one cannot deal out batches of pictures
         self.accelerator.dataloader_config.dispatch_batches = False
-        if is_training:
-            return super()._get_dataloader(
-                rows, *given, sampler_fn=sampler_fn, is_training=True, **kwargs
-            )
         num_processes = self.accelerator.num_processes
-        with self._all_rows():
-            if num_processes == 1:
-                return super()._get_dataloader(rows, *given, sampler_fn=sampler_fn, **kwargs)
+        if not is_training and num_processes > 1:
             multiple = batch_size * num_processes
-            return super()._get_dataloader(
-                filled(rows, multiple),
-                *given,
-                sampler_fn=filled_sampler(sampler_fn, multiple),
-                **kwargs,
-            )
+            rows, sampler_fn = filled(rows, multiple), filled_sampler(sampler_fn, multiple)
+        options = {"sampler_fn": sampler_fn, "is_training": is_training, **kwargs}
+        with nullcontext() if is_training else self._all_rows():
+            return super()._get_dataloader(rows, description, batch_size, **options)
 
     @contextmanager
     def _all_rows(self) -> Iterator[None]:
