@@ -209,8 +209,9 @@ class LocalWriter(Writer):
                 str(error).partition("\n")[0] or type(error).__name__,
             )
         self.compiled = compiled if compiled.has_kernels or compiled.has_compiled else None
-        self.compile_seconds = time.perf_counter() - started
-        self.note.end(self.compile_seconds)
+        seconds = time.perf_counter() - started
+        self.compile_seconds += seconds
+        self.note.end(seconds)
 
     def _rows_at_a_time(self, rows: Sequence[Prompt]) -> int:
         """How many of the first rows the cache has room for; one at least."""
