@@ -65,8 +65,8 @@ def passes(loader: Any, num_skipped: int) -> Iterator[WindowBatch]:
                 yield batch
             if not num_batches:
                 raise ValueError(
-                    "GOLDTrainer: a stream must give its rows whenever it is read, got none the "
-                    f"{number + 1}. time; make a new iterator in __iter__."
+                    "GOLDTrainer: a stream must give its rows whenever it is read, got none in "
+                    f"pass {number + 1}; make a new iterator in __iter__."
                 )
 
     return islice(batches(), num_skipped, None)
