@@ -37,9 +37,6 @@ from gold_kernels.topk.row_loss import TopK
 if TYPE_CHECKING:  # a build without distributed has no such class
     from torch.distributed import ProcessGroup
 
-# a name: torch.compile reads no subscript in the annotation of an inner function
-TopKLoss = Tensor | tuple[Tensor, Metrics]
-
 LARGEST_SUM = 1.05  # of a row's probabilities; log-probabilities of 16 bits are 1 % off
 
 
@@ -144,7 +141,7 @@ def fused_linear_top_k(
     if row_weights is not None:  # a row of weight 0 may hold anything, on each process another
         ids = torch.where((row_weights != 0).unsqueeze(1), ids, -1)
 
-    def run(student: LinearHead) -> TopKLoss:
+    def run(student: LinearHead) -> tuple[Tensor, RowValues]:
         v_student = student.vocab_size
         vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
         _check_entries(function, ids, teacher_log_probs, vocab_size)
@@ -162,10 +159,10 @@ def fused_linear_top_k(
             return_metrics,
             vocab_size,
         )
-        rows = RowValues(row_loss.value_names, values, labels is not None)
-        return (loss, rows.by_name()) if return_metrics else loss
+        return loss, RowValues(row_loss.value_names, values, labels is not None)
 
-    return with_slices(function, (student,), chosen, tensors, settings, run, (ids,))
+    loss, rows = with_slices(function, (student,), chosen, tensors, settings, run, (ids,))
+    return (loss, rows.by_name()) if return_metrics else loss
 
 
 def _check_targets(function: str, hidden: Tensor, ids: Tensor, log_probs: Tensor) -> None:
