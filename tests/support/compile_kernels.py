@@ -43,6 +43,8 @@ SHARED_BYTES = 99 << 10  # of a program, on devices for desktops
 
 def signature_of(kernel, types, floats, constexprs):
     """Pointers by name, strides int64, the named floats fp32, everything else int32."""
+    missing = {param.name for param in kernel.params if param.is_constexpr} - constexprs.keys()
+    assert not missing, f"{kernel.__name__} would be compiled with a number for {missing}"
     return {
         name: "constexpr"
         if name in constexprs
@@ -90,6 +92,7 @@ def formula_signatures():
             constexprs = dict.fromkeys(names, has_all) | {
                 "ENTRIES": entries,
                 "NEEDS_GRAD": True,
+                "IS_PACKED": not has_all,
                 "BLOCK_V": 4096,
                 "LINE": 4 if logits == "*fp32" else 8,
             }
