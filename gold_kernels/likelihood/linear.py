@@ -12,14 +12,14 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.agreement import linear_options, told
-from gold_kernels.engine.linear import run_linear_loss
+from gold_kernels.engine.linear import RowPlan
 from gold_kernels.engine.options import LinearOptions, PerSide, per_side
-from gold_kernels.engine.row_loss import CROSS_ENTROPY
+from gold_kernels.engine.row_loss import RowLoss
 from gold_kernels.likelihood.row_loss import ChunkLikelihood
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.uld import checks as group_checks
 from gold_kernels.uld.group_call import GroupCall, run_group_call
-from gold_kernels.uld.plan import plan_groups, values_of_labels
+from gold_kernels.uld.plan import plan_groups
 
 
 class LikelihoodMetrics(NamedTuple):
@@ -114,11 +114,11 @@ def fused_linear_chunk_likelihood(
         row_loss.check(function)
         group_checks.check_chain_rule(function, alignment)
 
-    def run(call: GroupCall) -> Tensor | tuple[Tensor, LikelihoodMetrics]:
-        student, labels = call.student, call.options.labels
-        groups = alignment.to(student.hidden.device)
+    def plan_of(call: GroupCall) -> tuple[RowPlan, RowLoss]:
+        groups = alignment.to(call.student.hidden.device)
         plan, student_scalars, teacher_scalars = plan_groups(
-            groups, call.row_weights, labels, call.label_weights, student.num_rows
+            *(groups, call.row_weights, call.options.labels, call.label_weights),
+            call.student.num_rows,
         )
         own_loss = dataclasses.replace(
             row_loss,
@@ -126,24 +126,18 @@ def fused_linear_chunk_likelihood(
             teacher_scalars=teacher_scalars,
             ends=[groups.student_base_ids, groups.teacher_base_ids],
         )
-        loss, values = run_linear_loss(
-            own_loss, student, call.teacher, plan, call.options, return_metrics, call.sizes[0]
-        )
-        if not return_metrics:
-            return loss
-        rows = dict(zip(row_loss.value_names, values, strict=True))
-        loss_rows, *sides = (
-            rows[name][: call.num_groups] for name in LikelihoodMetrics._fields[:3]
-        )
-        cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
-        return loss, LikelihoodMetrics(loss_rows, sides[0], sides[1], cross_entropy)
+        return plan, own_loss
 
-    return run_group_call(
+    loss, values = run_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),
         row_weights,
         alignment,
         chosen,
-        (row_loss, return_metrics),
-        run,
+        row_loss,
+        return_metrics,
+        plan_of,
     )
+    if not return_metrics:
+        return loss
+    return loss, LikelihoodMetrics(**values.by_name(LikelihoodMetrics._fields))

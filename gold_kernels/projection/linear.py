@@ -13,15 +13,15 @@ from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
 from gold_kernels.engine.agreement import linear_options, told
-from gold_kernels.engine.linear import RowPlan, run_linear_loss
+from gold_kernels.engine.linear import RowPlan
 from gold_kernels.engine.options import LinearOptions, PerSide, per_side
-from gold_kernels.engine.row_loss import CROSS_ENTROPY
+from gold_kernels.engine.row_loss import RowLoss
 from gold_kernels.projection.row_loss import ProjectedJSD
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.projection import VocabProjection
 from gold_kernels.uld import checks as group_checks
 from gold_kernels.uld.group_call import GroupCall, run_group_call
-from gold_kernels.uld.plan import plan_groups, two_terms, values_of_labels
+from gold_kernels.uld.plan import plan_groups, two_terms
 
 
 class ProjectedMetrics(NamedTuple):
@@ -121,7 +121,7 @@ def fused_linear_projected_jsd(
         _check_kind(function, projection)
     folds = projection.folds
 
-    def run(call: GroupCall) -> Tensor | tuple[Tensor, ProjectedMetrics]:
+    def plan_of(call: GroupCall) -> tuple[RowPlan, RowLoss]:
         hidden, labels = call.student.hidden, call.options.labels
         _check_projection(function, projection, *call.sizes)
         own_folds = projection.to(hidden.device).folds.tensors()
@@ -141,28 +141,22 @@ def fused_linear_projected_jsd(
                 teacher_scalars=teacher_scalars,
                 spans=firsts.span_ids() if has_spans else None,
             )
-        loss, values = run_linear_loss(
-            own_loss, call.student, call.teacher, plan, call.options, return_metrics, call.sizes[0]
-        )
-        if not return_metrics:
-            return loss
-        rows = dict(zip(row_loss.value_names, values, strict=True))
-        loss_rows, *masses = (
-            rows[name][: call.num_groups] for name in ProjectedMetrics._fields[:3]
-        )
-        cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, plan.student_index)
-        return loss, ProjectedMetrics(loss_rows, masses[0], masses[1], cross_entropy)
+        return plan, own_loss
 
-    return run_group_call(
+    loss, values = run_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),
         row_weights,
         alignment,
         chosen,
-        (row_loss, return_metrics),
-        run,
+        row_loss,
+        return_metrics,
+        plan_of,
         (folds.teacher_ids, folds.places, folds.row_weights.view(torch.int32)),
     )
+    if not return_metrics:
+        return loss
+    return loss, ProjectedMetrics(**values.by_name(ProjectedMetrics._fields))
 
 
 def _check_kind(function: str, projection: VocabProjection) -> None:

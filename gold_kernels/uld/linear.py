@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from gold_kernels.engine import checks
 from gold_kernels.engine.agreement import linear_options, module_options, refuse_slices, told
 from gold_kernels.engine.heads import label_weights_of, row_weights_of, unit_stride
-from gold_kernels.engine.linear import run_linear_loss
+from gold_kernels.engine.linear import RowPlan
 from gold_kernels.engine.logits import run_logits_loss
 from gold_kernels.engine.options import (
     CallTensors,
@@ -26,12 +26,12 @@ from gold_kernels.engine.options import (
     resolve_options,
 )
 from gold_kernels.engine.overwriting import check_in_place, refuse_overwritten
-from gold_kernels.engine.row_loss import CROSS_ENTROPY
+from gold_kernels.engine.row_loss import RowLoss
 from gold_kernels.tokens.alignment import TokenAlignment
 from gold_kernels.tokens.vocabulary import VocabOverlap
 from gold_kernels.uld import checks as uld_checks
-from gold_kernels.uld.group_call import GroupCall, run_group_call
-from gold_kernels.uld.plan import matched_tables, overlap_weights, plan_rows, values_of_labels
+from gold_kernels.uld.group_call import GroupCall, GroupValues, run_group_call
+from gold_kernels.uld.plan import matched_tables, overlap_weights, plan_rows
 from gold_kernels.uld.row_loss import ULD
 
 
@@ -44,19 +44,6 @@ class ULDMetrics(NamedTuple):
     student_matched_mass: Tensor  # probability of the matched entries
     teacher_matched_mass: Tensor
     cross_entropy: Tensor | None = None  # (N_s,) of the labels, nats; None without labels
-
-    @classmethod
-    def from_values(
-        cls,
-        values: Tensor,  # (number of value names, R)
-        num_groups: int,
-        labels: Tensor | None,  # (N_s,)
-        student_index: Tensor | None,  # (R,) the row of student_hidden of each projected row
-    ) -> "ULDMetrics":
-        rows = dict(zip(ULD.value_names, values, strict=True))
-        groups = {name: rows[name][:num_groups] for name in cls._fields if name != CROSS_ENTROPY}
-        cross_entropy = values_of_labels(rows[CROSS_ENTROPY], labels, student_index)
-        return cls(**groups, cross_entropy=cross_entropy)
 
 
 class ULDSettings(NamedTuple):
@@ -100,29 +87,31 @@ def _linear_uld(
     with told(options.process_group, student_hidden, student_weight):
         row_loss = settings.row_loss(function)
 
-    def run(call: GroupCall) -> Tensor | tuple[Tensor, ULDMetrics]:
-        student, labels, device = call.student, call.options.labels, call.student.hidden.device
+    def plan_of(call: GroupCall) -> tuple[RowPlan, RowLoss]:
         uld_checks.check_overlap(function, settings.overlap, *call.sizes)
-        plan, own_loss = plan_rows(
+        device = call.student.hidden.device
+        return plan_rows(
             row_loss,
             None if alignment is None else alignment.to(device),
             call.row_weights,
-            labels,
+            call.options.labels,
             call.label_weights,
-            student.num_rows,
+            call.student.num_rows,
             matched_tables(settings.overlap, *call.sizes, device),
         )
-        loss, values = run_linear_loss(
-            own_loss, student, call.teacher, plan, call.options, has_metrics, call.sizes[0]
-        )
-        if not has_metrics:
-            return loss
-        return loss, ULDMetrics.from_values(values, call.num_groups, labels, plan.student_index)
 
-    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    ids = () if settings.overlap is None else settings.overlap[:2]
-    same = row_loss, has_metrics
-    return run_group_call(function, *heads, row_weights, alignment, options, same, run, ids)
+    loss, values = run_group_call(
+        function,
+        *(student_hidden, student_weight, teacher_hidden, teacher_weight),
+        row_weights,
+        alignment,
+        options,
+        row_loss,
+        has_metrics,
+        plan_of,
+        () if settings.overlap is None else settings.overlap[:2],
+    )
+    return (loss, ULDMetrics(**values.by_name(ULDMetrics._fields))) if has_metrics else loss
 
 
 @overload
@@ -391,4 +380,5 @@ def uld_loss(
     )
     if not return_metrics:
         return loss
-    return loss, ULDMetrics.from_values(values, num_rows, given.labels, None)
+    rows = GroupValues(row_loss.value_names, values, num_rows, given.labels, None)
+    return loss, ULDMetrics(**rows.by_name(ULDMetrics._fields))

@@ -118,17 +118,6 @@ def plan_rows(
     return plan, row_loss
 
 
-def values_of_labels(
-    values: Tensor,  # (R,) cross-entropies of the projected rows
-    labels: Tensor | None,  # (N_s,)
-    student_index: Tensor | None,  # (R,) the row of student_hidden of each projected row
-) -> Tensor | None:  # (N_s,)
-    """The cross-entropy of every label, in the order of the labels."""
-    if labels is None or student_index is None:
-        return None if labels is None else values
-    return values.new_zeros(labels.shape[0]).index_copy(0, student_index, values)
-
-
 def two_terms(weights: Tensor, label_weights: Tensor | None) -> Tensor:  # (R, 2)
     """Kernels of groups read both weights of a row, with labels or without."""
     return term_weights(
