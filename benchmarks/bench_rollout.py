@@ -47,7 +47,7 @@ from record import RESULTS, RowLog, say
 from rollout_case import Case, measure
 
 from gold_trainer import GOLDConfig, GOLDTrainer
-from gold_trainer.prompts import process_prompts
+from gold_trainer.rendering.prompts import process_prompts
 
 IMPLEMENTATIONS = ("local", "generate", "trl", "vllm")
 TRAININGS = ("full", "float32", "lora")

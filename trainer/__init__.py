@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gold_trainer.collator import GOLDCollator
     from gold_trainer.config import GOLDConfig
+    from gold_trainer.rendering.collator import GOLDCollator
     from gold_trainer.trainer import GOLDTrainer
     from gold_trainer.weighting.tokens import ScoredTokens
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["GOLDCollator", "GOLDConfig", "GOLDTrainer", "ScoredTokens"]
 
 _MODULES = {
-    "GOLDCollator": "collator",
+    "GOLDCollator": "rendering.collator",
     "GOLDConfig": "config",
     "GOLDTrainer": "trainer",
     "ScoredTokens": "weighting.tokens",

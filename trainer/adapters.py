@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import is_peft_available
 
 from gold_trainer.config import GOLDConfig
-from gold_trainer.row_errors import told
+from gold_trainer.data.row_errors import told
 
 # Adapters, by their peft_type, that a training step alone does not train.
 OF_OWN_LOOPS = {

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from gold_kernels.triton.launch import GPU_DEVICES, is_interpreted
 from gold_trainer.batches import WindowBatch
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.row_errors import told
 from gold_trainer.nearest import did_you_mean
-from gold_trainer.row_errors import told
 
 # Arguments that other trainers have, and what to do here.
 OTHER_ARGUMENTS = {

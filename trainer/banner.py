@@ -14,9 +14,9 @@ from gold_trainer import models
 from gold_trainer.activations import activation_bytes
 from gold_trainer.caching.store import form_of_cache
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.row_sample import RowSample, sample_rows
 from gold_trainer.precision import describe
-from gold_trainer.row_sample import RowSample, sample_rows
 from gold_trainer.weighting.weighting import Weighting
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from gold_kernels import TokenAlignment
-from gold_trainer.frames import Frames, Piece
-from gold_trainer.row_errors import BadRow
-from gold_trainer.rows import name_of
-from gold_trainer.videos import Video
+from gold_trainer.data.row_errors import BadRow
+from gold_trainer.data.rows import name_of
+from gold_trainer.data.videos import Video
+from gold_trainer.rendering.frames import Frames, Piece
 
 NO_FRAMES = Frames()
 

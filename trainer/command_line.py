@@ -13,16 +13,16 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from rich.console import Console
 from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 
-from gold_trainer import checkpoints
 from gold_trainer.config import GOLDConfig
-from gold_trainer.data_files import DataArguments, load_rows
-from gold_trainer.field_checks import check_fields
-from gold_trainer.file_streams import load_stream
+from gold_trainer.data.data_files import DataArguments, load_rows
+from gold_trainer.data.file_streams import load_stream
+from gold_trainer.data.messages import parsed_json
+from gold_trainer.fields.checks import check_fields
+from gold_trainer.fields.paths import expand_paths
+from gold_trainer.fields.teacher import args_by_teacher
 from gold_trainer.flags import all_names, own_groups, read_fields, remedy
-from gold_trainer.messages import parsed_json
-from gold_trainer.paths import expand_paths
-from gold_trainer.resuming import as_wanted, earlier_run
-from gold_trainer.teacher_config import args_by_teacher
+from gold_trainer.survival import checkpoints
+from gold_trainer.survival.resuming import as_wanted, earlier_run
 
 
 @dataclass
@@ -240,7 +240,7 @@ def train(argv: list[str]) -> None:
     config = run.config
     _check_checkpoint(config)
 
-    from gold_trainer.savable import check_savable  # slow to import: after the checks
+    from gold_trainer.survival.savable import check_savable  # slow to import: after the checks
     from gold_trainer.trainer import GOLDTrainer
 
     trainer = GOLDTrainer(

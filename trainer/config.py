@@ -4,29 +4,29 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from gold_trainer.cache_config import CacheFields
-from gold_trainer.field_checks import check_fields, dict_of_text
-from gold_trainer.flags import check_keywords
-from gold_trainer.loss_config import LossFields
-from gold_trainer.paths import expand_paths
-from gold_trainer.precision import (
-    choose_checkpointing,
-    choose_precision,
-    is_checkpointing_open,
-)
-from gold_trainer.rollout_config import RolloutFields
-from gold_trainer.row_config import RowFields
-from gold_trainer.run_config import (
+from gold_trainer.fields.cache import CacheFields
+from gold_trainer.fields.checks import check_fields, dict_of_text
+from gold_trainer.fields.loss import LossFields
+from gold_trainer.fields.paths import expand_paths
+from gold_trainer.fields.rollout import RolloutFields
+from gold_trainer.fields.rows import RowFields
+from gold_trainer.fields.run import (
     RunFields,
     check_inherited,
     check_output_dir,
     naming_the_launcher,
     rename_checkpointing,
 )
+from gold_trainer.fields.teacher import ServedFields, TeacherFields
+from gold_trainer.fields.uld import ULDFields
+from gold_trainer.fields.vllm import VLLMFields
+from gold_trainer.flags import check_keywords
+from gold_trainer.precision import (
+    choose_checkpointing,
+    choose_precision,
+    is_checkpointing_open,
+)
 from gold_trainer.speed.fields import SpeedFields
-from gold_trainer.teacher_config import ServedFields, TeacherFields
-from gold_trainer.uld_config import ULDFields
-from gold_trainer.vllm_config import VLLMFields
 from gold_trainer.weighting.fields import WeightingFields
 
 # Dicts, which a command line has as JSON. TrainingArguments would make a number of a text "007".

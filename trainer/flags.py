@@ -19,19 +19,19 @@ from gold_trainer.nearest import did_you_mean
 # File, class, title: ours, in the order in which they are shown.
 GROUPS = (
     ("command_line.py", "ModelArguments", "student"),
-    ("data_files.py", "DataArguments", "data"),
-    ("teacher_config.py", "TeacherFields", "teacher"),
-    ("teacher_config.py", "ServedFields", "a served teacher"),
-    ("cache_config.py", "CacheFields", "a cached teacher"),
+    ("data/data_files.py", "DataArguments", "data"),
+    ("fields/teacher.py", "TeacherFields", "teacher"),
+    ("fields/teacher.py", "ServedFields", "a served teacher"),
+    ("fields/cache.py", "CacheFields", "a cached teacher"),
     ("config.py", "GOLDConfig", "completions"),
-    ("rollout_config.py", "RolloutFields", "sampling"),
-    ("loss_config.py", "LossFields", "loss"),
-    ("uld_config.py", "ULDFields", "two tokenizers"),
+    ("fields/rollout.py", "RolloutFields", "sampling"),
+    ("fields/loss.py", "LossFields", "loss"),
+    ("fields/uld.py", "ULDFields", "two tokenizers"),
     ("weighting/fields.py", "WeightingFields", "token weights"),
-    ("row_config.py", "RowFields", "rows"),
-    ("vllm_config.py", "VLLMFields", "vLLM"),
+    ("fields/rows.py", "RowFields", "rows"),
+    ("fields/vllm.py", "VLLMFields", "vLLM"),
     ("speed/fields.py", "SpeedFields", "speed"),
-    ("run_config.py", "RunFields", "run"),
+    ("fields/run.py", "RunFields", "run"),
 )
 # The fields of TrainingArguments that most runs set.
 USUAL = (

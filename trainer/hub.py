@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
-from gold_trainer.row_errors import told
+from gold_trainer.data.row_errors import told
 
 if TYPE_CHECKING:
     from gold_trainer.config import GOLDConfig

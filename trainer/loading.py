@@ -28,10 +28,10 @@ from transformers.utils import is_peft_available
 
 from gold_trainer import models, quantised
 from gold_trainer.adapters import telling_what_fits, warn_of_unmatched
-from gold_trainer.checkpoints import checkpoints_in
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.nearest import nearest
+from gold_trainer.rendering.collator import Processor
+from gold_trainer.survival.checkpoints import checkpoints_in
 
 # Arguments of from_pretrained; a config's are a dict from the moment that it is made, as a command
 # line's JSON is read then.

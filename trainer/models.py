@@ -17,8 +17,8 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
-from gold_trainer.collator import Processor
-from gold_trainer.prompts import tokenizer_of
+from gold_trainer.rendering.collator import Processor
+from gold_trainer.rendering.prompts import tokenizer_of
 
 # Config fields of tokens that stand for picture, video or sound features.
 PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|boi|eoi).*token_(id|index)$")

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from gold_trainer import loading, models, refusals
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.videos import takes_videos
 from gold_trainer.objectives import Objective, choose_objective
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.teachers.by_id import check_teachers
-from gold_trainer.videos import takes_videos
 from gold_trainer.weighting.fields import refuse_text
 
 

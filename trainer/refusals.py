@@ -14,11 +14,11 @@ from transformers.integrations.integration_utils import (
 from gold_trainer import models
 from gold_trainer.adapters import check_adapter
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.row_errors import shown
+from gold_trainer.data.tables import refuse_tables
+from gold_trainer.fields.library_options import check_library_options
 from gold_trainer.hub import check_login
-from gold_trainer.library_options import check_library_options
 from gold_trainer.precision import refuse_fp16
-from gold_trainer.row_errors import shown
-from gold_trainer.tables import refuse_tables
 
 SMALL_RATE = 1e-6
 # Names of report_to whose package has another name on the registry.

@@ -23,11 +23,11 @@ from torch.distributed.fsdp import (
 )
 
 from gold_trainer.batches import Example, WindowBatch
-from gold_trainer.collator import GOLDCollator
+from gold_trainer.data.rows import Row
+from gold_trainer.data.videos import Video
+from gold_trainer.fields.optimizers import refuse_in_parts
 from gold_trainer.models import base_model, has_adapter, is_quantised, is_vocabulary_slice
-from gold_trainer.optimizers import refuse_in_parts
-from gold_trainer.rows import Row
-from gold_trainer.videos import Video
+from gold_trainer.rendering.collator import GOLDCollator
 
 if TYPE_CHECKING:
     from gold_trainer.config import GOLDConfig

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from gold_trainer import models
 from gold_trainer.batches import SideInputs
-from gold_trainer.collator import GOLDCollator, Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.loss_at_head import gather_rows, run_to_head
+from gold_trainer.rendering.collator import GOLDCollator, Processor
 from gold_trainer.speed.on_host import with_positions
 from gold_trainer.speed.packing import packed
 

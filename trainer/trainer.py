@@ -2,7 +2,7 @@
 
 A step, in order, and who does it:
 
-    row      dataset row -> messages, pictures, completion            rows.py
+    row      dataset row -> messages, pictures, completion            data/rows.py
     batch    rows -> examples of both sides, in data loader workers   objective.collator
     window   examples -> completions, by a writer where it is due     window.py, writers/
     tensors  examples -> inputs on the device, their scored rows      objective.prepare
@@ -10,7 +10,7 @@ A step, in order, and who does it:
     student  inputs -> its hidden states, at the place of its head    loss_at_head.py
     loss     hidden states and heads of both sides -> a scalar        objectives/
     log      sums by name -> means                                    metrics.py
-    survive  lock, resume, NaN, signals, errors                       survival.py, nonfinite.py
+    survive  lock, resume, NaN, signals, errors                       survival/
 
 B sequences, L positions, N scored rows of a side (N_s, N_t), D hidden size.
 """
@@ -27,33 +27,34 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from gold_trainer import arguments, checkpoints, loading, models, refusals, sharding
+from gold_trainer import arguments, loading, models, refusals, sharding
 from gold_trainer.ahead import WindowSource
-from gold_trainer.bad_rows import SkippedRows, tolerant_collator
 from gold_trainer.banner import Banner
 from gold_trainer.batches import MicroBatch, WindowBatch
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
-from gold_trainer.evaluating import Evaluating
+from gold_trainer.data.bad_rows import SkippedRows, tolerant_collator
+from gold_trainer.data.evaluating import Evaluating
+from gold_trainer.data.rows import Row
+from gold_trainer.data.streams import read_rows
+from gold_trainer.fields.library_options import check_best_metric
 from gold_trainer.hub import pushing
-from gold_trainer.library_options import check_best_metric
 from gold_trainer.metrics import MetricWindow
 from gold_trainer.model_card import card_facts, write_card
-from gold_trainer.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.objectives.by_teacher import Objective, make_objective
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
-from gold_trainer.prompts import tokenizer_of
-from gold_trainer.resuming import settings_of_run
+from gold_trainer.rendering.collator import Processor
+from gold_trainer.rendering.prompts import tokenizer_of
 from gold_trainer.router_loss import has_router_loss, with_router_loss
-from gold_trainer.rows import Row
 from gold_trainer.sides import Side
 from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.inputs import Inputs
 from gold_trainer.speed.step import FastStep
-from gold_trainer.stopping import Stopper
-from gold_trainer.streams import read_rows
-from gold_trainer.survival import survive
+from gold_trainer.survival import checkpoints
+from gold_trainer.survival.nonfinite import NonFiniteGuard, is_bad
+from gold_trainer.survival.resuming import settings_of_run
+from gold_trainer.survival.stopping import Stopper
+from gold_trainer.survival.survive import survive
 from gold_trainer.teachers import check_cached, make_teacher, source_of
 from gold_trainer.weighting.weighting import hidden_rows, make_weighting
 from gold_trainer.window import RepeatSampler, Rollouts, window_rows

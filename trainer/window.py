@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from gold_trainer.batches import Example, PromptTensors, SideInputs, WindowBatch
 from gold_trainer.completions import print_completions
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.videos import Video
 from gold_trainer.objectives import Objective
 from gold_trainer.sampling_check import SamplingCheck
 from gold_trainer.sharding import missing_media, num_calls
 from gold_trainer.sides import Side
-from gold_trainer.videos import Video
 from gold_trainer.writers import Completion, Prompt, Sampling, Writer
 
 RowKey = tuple[int, int | None]  # row of the dataset and turn

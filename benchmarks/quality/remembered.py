@@ -10,7 +10,7 @@ from transformers.image_utils import make_flat_list_of_images
 
 from gold_kernels import TokenAlignment
 from gold_trainer.batches import BatchAlignment, WindowBatch
-from gold_trainer.rows import Row
+from gold_trainer.data.rows import Row
 
 
 class Remembered:

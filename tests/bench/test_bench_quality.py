@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_quality as bench
 from quality import models, pictures, rows, runs, scales, schooling, table, tasks, workers
 
-from gold_trainer.collator import build_inputs
+from gold_trainer.rendering.collator import build_inputs
 from support.inline_pool import Inline
 
 CPU = torch.device("cpu")

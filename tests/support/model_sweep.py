@@ -18,10 +18,10 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from gold_trainer import GOLDConfig, models
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
 from gold_trainer.loading import disable_dropout
 from gold_trainer.objectives import SameVocabulary
-from gold_trainer.prompts import process_prompts
+from gold_trainer.rendering.prompts import process_prompts
 from gold_trainer.router_loss import coefficient_of
 from gold_trainer.sides import Side
 from gold_trainer.speed import packing

@@ -3,11 +3,11 @@
 from typing import Any
 
 from gold_trainer import GOLDConfig, models
+from gold_trainer.data.streams import read_rows
 from gold_trainer.planning.memory import Subject
 from gold_trainer.planning.subject import repeated
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
-from gold_trainer.streams import read_rows
 from support.tiny_models import tiny, tiny_rows
 
 

@@ -1,6 +1,6 @@
 """A stand-in for what samples a model's completions, which writes what a test says."""
 
-from gold_trainer.prompts import tokenizer_of
+from gold_trainer.rendering.prompts import tokenizer_of
 from gold_trainer.writers import Completion, LocalWriter
 
 

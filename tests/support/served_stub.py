@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gold_trainer.prompts import tokenizer_of
+from gold_trainer.rendering.prompts import tokenizer_of
 from gold_trainer.writers.vllm.requests import GENERATE
 from support.vllm_stub import Stub, stub_server
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from gold_trainer import checkpoints
+from gold_trainer.survival import checkpoints
 from support.forks import Forked
 from support.resumed_runs import FIELDS
 from support.tiny_models import tiny_rows

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from gold_trainer import checkpoints
-from gold_trainer.nonfinite import NonFiniteError
 from gold_trainer.objectives import same_vocabulary
-from gold_trainer.run_lock import NAME
+from gold_trainer.survival import checkpoints
+from gold_trainer.survival.nonfinite import NonFiniteError
+from gold_trainer.survival.run_lock import NAME
 from support.rank import leave_together
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer

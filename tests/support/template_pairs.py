@@ -5,10 +5,10 @@ from functools import lru_cache
 
 from gold_kernels import CompletionAligner
 from gold_kernels.tokens.token_bytes import TokenBytes
-from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import RowDataset
-from gold_trainer.pairing import CompletionPairs, PairCollator
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.pairing import CompletionPairs, PairCollator
 from support.tokenizers_cases import table
 
 USER = {"role": "user", "content": "What is this?"}

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 
-from gold_trainer.collator import GOLDCollator, build_inputs
+from gold_trainer.rendering.collator import GOLDCollator, build_inputs
 from support import bad_rows_step
 from support.bad_rows import BAD, BAD_TEXT, REFUSING, skips_of, text_rows, with_bad
 from support.processes import run_step

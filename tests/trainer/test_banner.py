@@ -11,8 +11,8 @@ from transformers import TrainerState
 from gold_trainer import GOLDConfig
 from gold_trainer.activations import activation_bytes
 from gold_trainer.banner import Banner
-from gold_trainer.dataset import RowDataset
-from gold_trainer.row_sample import sample_rows
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.row_sample import sample_rows
 from support.tiny_models import tiny, tiny_picture, tiny_rows
 from support.trainer_cases import make_trainer
 

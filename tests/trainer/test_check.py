@@ -11,9 +11,9 @@ from rich.console import Console
 from gold_trainer import loading
 from gold_trainer.__main__ import main
 from gold_trainer.checking.tables import pieces_of, print_examples
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.dataset import RowDataset
-from gold_trainer.prompts import prompt_length
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.prompts import prompt_length
 from support.bad_rows import ANSWER, BAD, QUESTION, skips_of, text_rows, with_bad
 from support.tiny_models import save_tiny, save_tiny_pair, tiny, tiny_picture, tiny_rows
 from support.trainer_cases import make_trainer

@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 
-from gold_trainer import checkpoints, run_lock
-from gold_trainer.nonfinite import NonFiniteError
 from gold_trainer.objectives import same_vocabulary
+from gold_trainer.survival import checkpoints, run_lock
+from gold_trainer.survival.nonfinite import NonFiniteError
 from support.resumed_runs import FIELDS, assert_same_run
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer

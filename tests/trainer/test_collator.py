@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gold_trainer.collator import IGNORE_INDEX, GOLDCollator, build_inputs, until_end
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
 from gold_trainer.models import placeholder_ids_of
-from gold_trainer.prompts import process_prompts, prompt_length, text_ids, tokenizer_of
+from gold_trainer.rendering.collator import IGNORE_INDEX, GOLDCollator, build_inputs, until_end
+from gold_trainer.rendering.prompts import process_prompts, prompt_length, text_ids, tokenizer_of
 from support.eager_step import completion_of, prompt_inputs
 from support.tiny_models import (
     FAMILIES,

@@ -6,8 +6,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from gold_trainer.data_files import DataArguments, MappedRows, load_rows
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.data_files import DataArguments, MappedRows, load_rows
+from gold_trainer.data.dataset import RowDataset
 from support.tiny_data import write_json_rows
 from support.tiny_models import tiny_picture, tiny_rows
 

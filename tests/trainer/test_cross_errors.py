@@ -8,7 +8,7 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, SmolVLMForConditionalGeneration
 
 from gold_trainer import GOLDCollator, GOLDConfig, GOLDTrainer
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
 from support.cross_cases import (
     Side,
     aligner_of,

@@ -7,10 +7,10 @@ import json
 import datasets
 import pytest
 
-from gold_trainer.data_files import DataArguments, load_rows
-from gold_trainer.dataset import RowDataset
-from gold_trainer.file_streams import load_stream
-from gold_trainer.messages import parsed_messages
+from gold_trainer.data.data_files import DataArguments, load_rows
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.file_streams import load_stream
+from gold_trainer.data.messages import parsed_messages
 from support.tiny_models import tiny_picture
 
 ROWS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(10)]

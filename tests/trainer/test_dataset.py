@@ -7,8 +7,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from gold_trainer.data_files import DataArguments, load_rows
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.data_files import DataArguments, load_rows
+from gold_trainer.data.dataset import RowDataset
 from support.tiny_models import tiny_picture
 
 USER = {"role": "user", "content": "What is this?"}

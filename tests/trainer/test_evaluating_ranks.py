@@ -2,7 +2,7 @@
 
 import pytest
 
-from gold_trainer.filled import FilledRows, FilledSampler, FilledStream, WithoutFill
+from gold_trainer.data.filled import FilledRows, FilledSampler, FilledStream, WithoutFill
 from support.processes import run_step
 
 

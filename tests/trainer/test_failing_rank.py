@@ -2,7 +2,7 @@
 
 import pytest
 
-from gold_trainer import checkpoints
+from gold_trainer.survival import checkpoints
 from support.processes import start_ranks
 
 

@@ -18,8 +18,8 @@ from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.__main__ import main
 from gold_trainer.command_line import ModelArguments
 from gold_trainer.config import DICTS
-from gold_trainer.dataset import RowDataset
-from gold_trainer.field_checks import RANGES, check_fields
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.fields.checks import RANGES, check_fields
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import FIELDS
 

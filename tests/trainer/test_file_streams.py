@@ -7,9 +7,9 @@ import pytest
 
 from gold_trainer import loading
 from gold_trainer.__main__ import main
-from gold_trainer.data_files import DataArguments, load_rows
-from gold_trainer.file_streams import load_stream
-from gold_trainer.streams import RowStream
+from gold_trainer.data.data_files import DataArguments, load_rows
+from gold_trainer.data.file_streams import load_stream
+from gold_trainer.data.streams import RowStream
 from support.tiny_models import save_tiny_pair, tiny_picture, tiny_rows
 
 ROWS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(10)]

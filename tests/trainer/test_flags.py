@@ -10,7 +10,7 @@ from gold_kernels.losses import LOSSES
 from gold_trainer import GOLDConfig, flags
 from gold_trainer.__main__ import COMMANDS, main
 from gold_trainer.command_line import ModelArguments
-from gold_trainer.data_files import DataArguments
+from gold_trainer.data.data_files import DataArguments
 
 SLOW = ("torch", "transformers", "datasets", "numpy")
 

@@ -3,8 +3,8 @@
 import pytest
 
 from gold_trainer import GOLDConfig
-from gold_trainer.library_options import check_library_options
-from gold_trainer.run_config import naming_the_launcher
+from gold_trainer.fields.library_options import check_library_options
+from gold_trainer.fields.run import naming_the_launcher
 from support.tiny_models import tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 

@@ -13,7 +13,7 @@ from gold_trainer.command_line import (
     read_run,
     refuse_idle,
 )
-from gold_trainer.data_files import DataArguments, load_rows
+from gold_trainer.data.data_files import DataArguments, load_rows
 
 CPU = ("--use_cpu", "--report_to", "none")
 

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from gold_trainer import GOLDConfig
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.rows import Row
+from gold_trainer.data.rows import Row
+from gold_trainer.rendering.collator import GOLDCollator
 from gold_trainer.writers import Prompt, Sampling, make_writer
 from support.tiny_configs import tiny_models
 from support.tiny_models import tiny, tiny_rows

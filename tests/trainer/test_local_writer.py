@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers.generation import logits_process as library
 
 from gold_trainer.models import base_model
-from gold_trainer.prompts import process_examples, tokenizer_of
+from gold_trainer.rendering.prompts import process_examples, tokenizer_of
 from gold_trainer.writers import Prompt, decoding, fixed_cache, local
 from gold_trainer.writers.cast_weights import cast_weights
 from gold_trainer.writers.writer import has_stop

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from gold_trainer import GOLDConfig
-from gold_trainer.collator import GOLDCollator, build_inputs
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator, build_inputs
 from support.bad_rows import ANSWER, BAD, skips_of, text_rows, with_bad
 from support.cross_cases import cross_trainer, make_sides
 from support.tiny_models import tiny

@@ -3,8 +3,8 @@
 import pytest
 from transformers.utils.logging import warning_once
 
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator
 from support.chat_templates import template_names, templated
 from support.tiny_models import tiny_processor
 

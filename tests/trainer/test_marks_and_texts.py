@@ -4,7 +4,7 @@ them; what a template leaves out is told.
 
 import pytest
 
-from gold_trainer.collator import GOLDCollator
+from gold_trainer.rendering.collator import GOLDCollator
 from support.template_pairs import (
     ANSWER,
     CHATML,

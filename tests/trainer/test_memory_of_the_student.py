@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 
-from gold_trainer import optimizers, sharding
+from gold_trainer import sharding
+from gold_trainer.fields import optimizers
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gold_trainer import models
-from gold_trainer.collator import GOLDCollator, build_inputs
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator, build_inputs
 from support.eager_step import completion_of, eager_step
 from support.tiny_models import tiny, tiny_rows
 from support.tiny_more import tiny_more

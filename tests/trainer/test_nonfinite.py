@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from gold_trainer import GOLDConfig
-from gold_trainer.nonfinite import NonFiniteError, is_bad
 from gold_trainer.objectives import same_vocabulary
+from gold_trainer.survival.nonfinite import NonFiniteError, is_bad
 from support.cross_cases import cross_trainer, make_sides, rows_of
 from support.tiny_models import tiny_rows
 from support.trainer_cases import losses_of, make_trainer

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.dataset import RowDataset
-from gold_trainer.frames import CONTENT, THOUGHT_KEYS, THOUGHTS
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.frames import CONTENT, THOUGHT_KEYS, THOUGHTS
 from support.chat_templates import (
     END_OF_TEXT,
     LITERALS,

@@ -4,7 +4,7 @@ one side are not text of the other.
 
 import pytest
 
-from gold_trainer.collator import GOLDCollator
+from gold_trainer.rendering.collator import GOLDCollator
 from support.template_pairs import (
     ANSWER,
     CHATML,

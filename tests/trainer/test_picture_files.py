@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
 
 CHAT = {
     "messages": [

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import RowDataset
-from gold_trainer.pictures import MAX_PIXELS, PictureReader
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.pictures import MAX_PIXELS, PictureReader
+from gold_trainer.rendering.collator import GOLDCollator
 from support.tiny_models import VLM_FAMILIES, tiny_picture, tiny_processor
 
 CHAT = {

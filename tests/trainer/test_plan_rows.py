@@ -19,12 +19,12 @@ from teacher_kinds import KINDS
 
 from gold_trainer import GOLDConfig, loading
 from gold_trainer.batches import MicroBatch
+from gold_trainer.data.streams import read_rows
 from gold_trainer.planning.memory import Planner, Setup, Subject
 from gold_trainer.planning.remedies import with_fields
 from gold_trainer.planning.subject import repeated
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
-from gold_trainer.streams import read_rows
 
 ERROR = 0.15
 RECORDS = ("train_step.csv", "train_step_h100.csv", "train_step_engines.csv")

@@ -4,8 +4,8 @@ import threading
 
 from transformers.utils import logging
 
-from gold_trainer.prompts import WARN_OF_SHAPES, process_prompts, prompt_ids
 from gold_trainer.quiet import quiet
+from gold_trainer.rendering.prompts import WARN_OF_SHAPES, process_prompts, prompt_ids
 from support.tiny_models import tiny
 
 NAME = WARN_OF_SHAPES[0]
@@ -44,7 +44,7 @@ def test_tokens_that_threads_count_at_a_time_leave_the_verbosity_as_it_was(monke
         seen.append(logging.get_verbosity())
         return process_prompts(*args, **kwargs)
 
-    monkeypatch.setattr("gold_trainer.prompts.process_prompts", watched)
+    monkeypatch.setattr("gold_trainer.rendering.prompts.process_prompts", watched)
     threads = [threading.Thread(target=prompt_ids, args=(processor, "a", [])) for _ in range(2)]
     for thread in threads:
         thread.start()

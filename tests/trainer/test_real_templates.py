@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.dataset import RowDataset
-from gold_trainer.prompts import process_prompts
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.prompts import process_prompts
 from support.chat_templates import (
     LITERALS,
     NUM_EXAMPLES,

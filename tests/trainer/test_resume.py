@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-from gold_trainer import GOLDConfig, checkpoints
+from gold_trainer import GOLDConfig
 from gold_trainer.objectives import same_vocabulary
-from gold_trainer.resuming import check_settings, settings_of_run
+from gold_trainer.survival import checkpoints
+from gold_trainer.survival.resuming import check_settings, settings_of_run
 from support.eager_step import completion_of, eager_step
 from support.resumed_runs import FIELDS, NUM_STEPS, assert_same_run
 from support.tiny_models import tiny, tiny_rows

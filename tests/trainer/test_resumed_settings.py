@@ -8,9 +8,9 @@ import pytest
 from transformers import TrainingArguments
 
 from gold_trainer import GOLDConfig
-from gold_trainer.checkpoints import MARK, what_is_wrong
-from gold_trainer.dataset import RowDataset
-from gold_trainer.resuming import OF_OPTIMIZER, SETTINGS, settings_of_run
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.survival.checkpoints import MARK, what_is_wrong
+from gold_trainer.survival.resuming import OF_OPTIMIZER, SETTINGS, settings_of_run
 from support.tiny_models import tiny_rows
 from support.trainer_cases import losses_of, make_trainer
 

@@ -12,11 +12,12 @@ import torch
 from tokenizers import Tokenizer
 
 from gold_kernels import fused_linear_loss
-from gold_trainer import GOLDTrainer, collator
+from gold_trainer import GOLDTrainer
 from gold_trainer.models import placeholder_ids_of
 from gold_trainer.objectives import same_vocabulary
 from gold_trainer.objectives.one_family import shared_vocab_size
-from gold_trainer.prompts import process_prompts, tokenizer_of
+from gold_trainer.rendering import collator
+from gold_trainer.rendering.prompts import process_prompts, tokenizer_of
 from gold_trainer.writers import Prompt
 from support.scripted_generate import Script, ids_of
 from support.tiny_models import tiny, tiny_rows

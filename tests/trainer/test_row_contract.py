@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import RowDataset, as_rows
+from gold_trainer.data.dataset import RowDataset, as_rows
 
 USER = {"role": "user", "content": "Weather in Ulm?"}
 ANSWER = {"role": "assistant", "content": "Rain."}
@@ -359,7 +359,7 @@ def test_alpaca_columns_that_mean_nothing_are_refused(columns, said):
 @pytest.mark.parametrize("has_chat_template", [True, False])
 def test_one_rule_says_who_gets_the_chat_template_and_the_log_says_it(has_chat_template, caplog):
     options = {"needs_completion": True, "is_text": True, "has_chat_template": has_chat_template}
-    caplog.set_level("INFO", logger="gold_trainer.dataset")
+    caplog.set_level("INFO", logger="gold_trainer.data.dataset")
     for columns in ({"prompt": "a", "completion": "b"}, {"prompt": [USER], "completion": "b"}):
         as_rows([columns], **options)
     said = [record.getMessage() for record in caplog.records]

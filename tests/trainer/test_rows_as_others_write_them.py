@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gold_trainer.data_files import DataArguments, load_rows
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.data_files import DataArguments, load_rows
+from gold_trainer.data.dataset import RowDataset
 
 USER = {"role": "user", "content": "Weather in Ulm?"}
 ANSWER = {"role": "assistant", "content": "Rain."}

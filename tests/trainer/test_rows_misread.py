@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator
 from support.chat_templates import templated, text_template_names
 from support.tiny_models import tiny_picture
 

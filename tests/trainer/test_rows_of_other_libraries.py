@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gold_trainer.bad_rows import tolerant
-from gold_trainer.dataset import RowDataset
-from gold_trainer.pictures import PictureReader
-from gold_trainer.streams import RowStream
+from gold_trainer.data.bad_rows import tolerant
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.pictures import PictureReader
+from gold_trainer.data.streams import RowStream
 from support.tiny_models import tiny_picture
 
 USER = {"role": "user", "content": "Weather in Ulm?"}

@@ -14,7 +14,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from gold_trainer.prompts import tokenizer_of
+from gold_trainer.rendering.prompts import tokenizer_of
 from support.eager_step import prompt_inputs
 from support.tiny_models import TEXT_FAMILIES, tiny, tiny_rows
 from support.trainer_cases import losses_of, make_trainer

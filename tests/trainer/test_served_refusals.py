@@ -10,8 +10,8 @@ import torch
 
 from gold_trainer import GOLDConfig
 from gold_trainer.batches import SideInputs
+from gold_trainer.data.rows import Row
 from gold_trainer.preparing import prepare
-from gold_trainer.rows import Row
 from gold_trainer.teachers import make_teacher, source_of
 from gold_trainer.teachers.served import client
 from gold_trainer.teachers.served.check import Served, warn_of_another

@@ -11,9 +11,9 @@ from PIL import Image
 
 from gold_trainer import sharding
 from gold_trainer.batches import Example, WindowBatch
-from gold_trainer.collator import GOLDCollator
+from gold_trainer.data.rows import Row
 from gold_trainer.demo.tiny_vlm import build_processor
-from gold_trainer.rows import Row
+from gold_trainer.rendering.collator import GOLDCollator
 from support.tiny_models import tiny
 
 

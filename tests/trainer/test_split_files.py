@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 
-from gold_trainer.data_files import DataArguments, load_rows
-from gold_trainer.file_streams import load_stream
+from gold_trainer.data.data_files import DataArguments, load_rows
+from gold_trainer.data.file_streams import load_stream
 
 
 def write(folder, names):

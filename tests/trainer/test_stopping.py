@@ -12,8 +12,8 @@ import torch
 
 from gold_trainer import command_line
 from gold_trainer.__main__ import main
-from gold_trainer.checkpoints import what_is_wrong
 from gold_trainer.objectives import same_vocabulary
+from gold_trainer.survival.checkpoints import what_is_wrong
 from support.forks import Forked
 from support.resumed_runs import FIELDS, assert_same_run
 from support.tiny_models import save_tiny_pair, tiny_rows

@@ -8,8 +8,8 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from PIL import Image
 
-from gold_trainer.dataset import RowDataset
-from gold_trainer.streams import RowStream, passes
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.streams import RowStream, passes
 from support.resumed_runs import FIELDS, assert_same_run
 from support.streams import Stream
 from support.tiny_models import tiny_rows

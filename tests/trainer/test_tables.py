@@ -9,9 +9,10 @@ import pyarrow
 import pytest
 import torch
 
-from gold_trainer import GOLDConfig, refusals, tables
-from gold_trainer.dataset import RowDataset
-from gold_trainer.streams import read_rows
+from gold_trainer import GOLDConfig, refusals
+from gold_trainer.data import tables
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.streams import read_rows
 
 USER = {"role": "user", "content": "What is this?"}
 ANSWER = {"role": "assistant", "content": "A bar."}

@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 
 from gold_trainer import GOLDCollator, sharding
 from gold_trainer.__main__ import main
-from gold_trainer.dataset import RowDataset
-from gold_trainer.row_errors import LongPromptError
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.row_errors import LongPromptError
 from gold_trainer.speed.grouping import by_length
 from gold_trainer.window import fetch_window
 from support.cache_cases import save_pair

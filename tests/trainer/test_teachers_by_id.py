@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from gold_trainer import GOLDConfig, GOLDTrainer, loading
 from gold_trainer.__main__ import main
-from gold_trainer.columns import read_teacher_id
+from gold_trainer.data.columns import read_teacher_id
 from gold_trainer.metrics import MetricWindow
 from support.cache_cases import CACHE_FIELDS, save_pair, save_rows
 from support.cross_cases import TEACHER_MERGES

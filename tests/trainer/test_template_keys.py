@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from gold_trainer.template_keys import keys_read
+from gold_trainer.rendering.template_keys import keys_read
 from support.chat_templates import TOOL, template_folder
 
 FOLDER = template_folder()

@@ -8,8 +8,9 @@ import re
 import pytest
 import torch
 
-from gold_trainer import GOLDConfig, ScoredTokens, checkpoints
-from gold_trainer.resuming import check_settings, settings_of_run
+from gold_trainer import GOLDConfig, ScoredTokens
+from gold_trainer.survival import checkpoints
+from gold_trainer.survival.resuming import check_settings, settings_of_run
 from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.weighting import make_weighting
 from support import weightings

@@ -9,10 +9,10 @@ from functools import lru_cache
 import pytest
 from tokenizers import processors
 
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
 from gold_trainer.models import placeholder_ids_of
-from gold_trainer.prompts import process_prompts, tokenizer_of
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.prompts import process_prompts, tokenizer_of
 from support.tiny_models import VLM_FAMILIES, tiny, tiny_picture, tiny_processor
 from support.tokenizers_cases import table
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, default_data_collator
 
 from gold_trainer import GOLDConfig, GOLDTrainer, arguments
-from gold_trainer.collator import GOLDCollator
+from gold_trainer.rendering.collator import GOLDCollator
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import FIELDS, losses_of
 

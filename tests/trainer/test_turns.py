@@ -6,11 +6,11 @@ import datasets
 import pytest
 from transformers.utils.logging import warning_once
 
-from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
-from gold_trainer.data_files import DataArguments, load_rows
-from gold_trainer.dataset import RowDataset
-from gold_trainer.streams import RowStream
+from gold_trainer.data.data_files import DataArguments, load_rows
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.streams import RowStream
+from gold_trainer.rendering.collator import GOLDCollator
 from support.chat_templates import template_names, templated
 from support.tiny_models import tiny_picture
 

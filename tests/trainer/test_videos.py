@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gold_trainer import videos
-from gold_trainer.collator import GOLDCollator
-from gold_trainer.dataset import RowDataset
-from gold_trainer.prompts import process_examples
+from gold_trainer.data import videos
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.prompts import process_examples
 from support.cross_cases import (
     assert_equals,
     cross_trainer,

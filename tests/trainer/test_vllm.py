@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gold_trainer import sampling_check
-from gold_trainer.prompts import process_examples
+from gold_trainer.rendering.prompts import process_examples
 from gold_trainer.writers.vllm import requests as vllm_requests
 from gold_trainer.writers.vllm import sync as vllm_sync
 from gold_trainer.writers.vllm.requests import GENERATE, request_body, sampling_params

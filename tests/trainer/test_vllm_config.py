@@ -11,7 +11,7 @@ import pytest
 
 from gold_trainer import GOLDConfig, loading
 from gold_trainer.__main__ import main
-from gold_trainer.library_options import check_library_options
+from gold_trainer.fields.library_options import check_library_options
 from support.tiny_models import tiny_rows
 from support.trainer_cases import FIELDS, make_trainer
 from support.vllm_stub import GENERATE, stub_server

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from gold_trainer import GOLDTrainer
-from gold_trainer.prompts import prompt_ids
+from gold_trainer.rendering.prompts import prompt_ids
 from gold_trainer.writers.vllm import sync as vllm_sync
 from gold_trainer.writers.weights import checkpoint_weights, gathered_weights
 from support.tiny_models import tiny, tiny_rows

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gold_trainer.run_lock import NAME
+from gold_trainer.survival.run_lock import NAME
 from support.tiny_models import tiny_rows
 from support.walk import CHAT, Case, walk
 

@@ -13,8 +13,9 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
 from gold_kernels.tokens.token_bytes import TokenBytes
-from gold_trainer import GOLDConfig, GOLDTrainer, ahead, collator, window
+from gold_trainer import GOLDConfig, GOLDTrainer, ahead, window
 from gold_trainer.batches import WindowBatch
+from gold_trainer.rendering import collator
 from gold_trainer.window import RepeatSampler
 from gold_trainer.writers import LocalWriter, local
 from support import window_step

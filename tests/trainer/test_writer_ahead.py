@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gold_trainer.batches import PromptTensors
-from gold_trainer.prompts import process_examples
+from gold_trainer.rendering.prompts import process_examples
 from gold_trainer.speed import on_host, segments
 from gold_trainer.speed.replacing import all_replaced
 from gold_trainer.writers import LocalWriter, fast_prefill, local
@@ -27,7 +27,7 @@ def processed(monkeypatch):
         return process_examples(processor, examples)
 
     monkeypatch.setattr(local, "process_examples", record)
-    monkeypatch.setattr("gold_trainer.collator.process_examples", record)
+    monkeypatch.setattr("gold_trainer.rendering.collator.process_examples", record)
     return calls
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from gold_trainer import refusals, run_lock
+from gold_trainer import refusals
 from gold_trainer.caching import store
 from gold_trainer.caching.facts import (
     facts_of_args,
@@ -26,10 +26,11 @@ from gold_trainer.caching.run import Caching, Encoder
 from gold_trainer.caching.store import Manifest
 from gold_trainer.caching.top_k import TopKEncoder
 from gold_trainer.command_line import Run, read_run
+from gold_trainer.fields.teacher import args_by_teacher
 from gold_trainer.preparing import Prepared, prepare
 from gold_trainer.ranks import on_main_process
-from gold_trainer.run_lock import RunLock
-from gold_trainer.teacher_config import args_by_teacher
+from gold_trainer.survival import run_lock
+from gold_trainer.survival.run_lock import RunLock
 from gold_trainer.teachers.named import live_source
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -16,10 +16,10 @@ import torch
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from gold_trainer.caching.keys import file_digest, text_digest
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loading import hub_options
-from gold_trainer.prompts import tokenizer_of
+from gold_trainer.rendering.collator import Processor
+from gold_trainer.rendering.prompts import tokenizer_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG = "config.json"

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from gold_trainer.batches import Example
-from gold_trainer.videos import Video
+from gold_trainer.data.videos import Video
 
 KEY_BYTES = 16
 NUM_PROBES = 1024  # parts that are read of a large file

@@ -30,15 +30,15 @@ from gold_trainer.caching.scan import (
     scan,
 )
 from gold_trainer.caching.store import Index, Manifest, Place, ShardWriter, head_bytes
-from gold_trainer.collator import build_side
 from gold_trainer.command_line import Run
+from gold_trainer.data.rows import name_of
+from gold_trainer.data.streams import open_rows
 from gold_trainer.empty_sides import empty_sides
 from gold_trainer.preparing import Prepared
 from gold_trainer.progress import num_cores, progress
-from gold_trainer.rows import name_of
+from gold_trainer.rendering.collator import build_side
 from gold_trainer.sides import Side
 from gold_trainer.speed.attention import without_cudnn
-from gold_trainer.streams import open_rows
 from gold_trainer.teachers import make_live_teacher
 from gold_trainer.teachers.teacher import Teacher
 

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Subset
 
-from gold_trainer.bad_rows import tolerant, tolerant_collator
 from gold_trainer.batches import Example, ModelInputs, WindowBatch
 from gold_trainer.caching.keys import Key, key_of
 from gold_trainer.caching.store import Place
-from gold_trainer.collator import Processor, build_inputs
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.bad_rows import tolerant, tolerant_collator
 from gold_trainer.objectives import Objective
+from gold_trainer.rendering.collator import Processor, build_inputs
 
 SCAN_SIZE = 16  # rows that a worker hands over at a time
 

@@ -15,21 +15,21 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from gold_trainer import models, refusals
-from gold_trainer.bad_rows import TolerantCollator, tolerant
 from gold_trainer.batches import WindowBatch
 from gold_trainer.caching.store import form_of_cache
 from gold_trainer.checking.counts import Part, PartCollator, SplitReport
 from gold_trainer.checking.tables import make_console, print_examples, print_split
 from gold_trainer.command_line import Run, read_run
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.bad_rows import TolerantCollator, tolerant
+from gold_trainer.data.dataset import RowDataset
+from gold_trainer.data.row_errors import REASONS, BadRow
+from gold_trainer.data.streams import RowStream, open_rows
 from gold_trainer.empty_sides import empty_sides
 from gold_trainer.objectives import CrossTokenizer, Objective
 from gold_trainer.preparing import Prepared, prepare
 from gold_trainer.progress import num_cores, progress
-from gold_trainer.prompts import token_ids_of
-from gold_trainer.row_errors import REASONS, BadRow
-from gold_trainer.streams import RowStream, open_rows
+from gold_trainer.rendering.prompts import token_ids_of
 from gold_trainer.teachers import source_of
 from gold_trainer.teachers.cached import as_stored
 

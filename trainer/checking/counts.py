@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gold_trainer.bad_rows import TolerantCollator
 from gold_trainer.batches import Example, WindowBatch
-from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
-from gold_trainer.row_errors import BadRow
+from gold_trainer.data.bad_rows import TolerantCollator
+from gold_trainer.data.row_errors import BadRow
+from gold_trainer.rendering.collator import GOLDCollator
 
 NUM_PLACES = 5  # dataset rows that are named of a kind of refusal
 SIDES = ("student", "teacher")

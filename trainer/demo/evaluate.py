@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from gold_trainer.collator import Example
 from gold_trainer.demo.digits import Digits, parse_answer
-from gold_trainer.prompts import process_prompts
+from gold_trainer.rendering.collator import Example
+from gold_trainer.rendering.prompts import process_prompts
 from gold_trainer.writers.generating import generation_mode
 
 BATCH_SIZE = 120

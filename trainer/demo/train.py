@@ -17,11 +17,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from gold_trainer.collator import Example, GOLDCollator, build_inputs
 from gold_trainer.config import GOLDConfig
-from gold_trainer.dataset import RowDataset
+from gold_trainer.data.dataset import RowDataset
 from gold_trainer.demo.digits import Digits, make_rows
 from gold_trainer.demo.tiny_vlm import TEACHER_SIZE, build_model
+from gold_trainer.rendering.collator import Example, GOLDCollator, build_inputs
 from gold_trainer.trainer import GOLDTrainer
 
 logger = logging.getLogger(__name__)

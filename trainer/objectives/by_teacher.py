@@ -13,11 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from gold_kernels import TokenAlignment
 from gold_trainer.batches import BatchAlignment, Example, MicroBatch, SideInputs, WindowBatch
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head
 from gold_trainer.objectives.objective import Objective, even_weights
 from gold_trainer.preparing import Prepared
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.sides import Side
 from gold_trainer.teachers.by_id import TeachersById, places_by_teacher
 from gold_trainer.teachers.teacher import Teacher

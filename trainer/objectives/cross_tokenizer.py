@@ -19,7 +19,6 @@ from gold_kernels import (
 )
 from gold_trainer import loading, models
 from gold_trainer.batches import BatchAlignment, Example, MicroBatch, SideInputs, WindowBatch
-from gold_trainer.collator import Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head
 from gold_trainer.objectives.objective import (
@@ -29,7 +28,8 @@ from gold_trainer.objectives.objective import (
     memory_options,
     summed,
 )
-from gold_trainer.pairing import SKIP_REASONS, CompletionPairs, PairCollator
+from gold_trainer.rendering.collator import Processor, build_side
+from gold_trainer.rendering.pairing import SKIP_REASONS, CompletionPairs, PairCollator
 from gold_trainer.sides import Side
 
 MATCHED = ("matched_loss", "unmatched_loss", "student_matched_mass", "teacher_matched_mass")

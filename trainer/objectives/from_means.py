@@ -12,11 +12,11 @@ from gold_kernels import HeadMeans, fused_linear_mean_kl
 from gold_kernels.means.row_loss import MeanKL
 from gold_trainer import sharding
 from gold_trainer.batches import MicroBatch
-from gold_trainer.cache_config import check_head_means
 from gold_trainer.caching.facts import PRECISIONS, precision_of, refuse_other_facts
 from gold_trainer.caching.keys import digest
 from gold_trainer.caching.store import manifest_of
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.cache import check_head_means
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import Head
 from gold_trainer.objectives.objective import summed

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gold_trainer.batches import Example, MicroBatch, SideInputs, WindowBatch
-from gold_trainer.collator import GOLDCollator, Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import Head
-from gold_trainer.pairing import PairCollator
+from gold_trainer.rendering.collator import GOLDCollator, Processor, build_side
+from gold_trainer.rendering.pairing import PairCollator
 from gold_trainer.sides import Side
 from gold_trainer.weighting.fields import refuse_text
 from gold_trainer.weighting.log_probs import ScoredSide

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig, ProcessorMixin
 
 from gold_trainer import models
-from gold_trainer.collator import Processor
-from gold_trainer.prompts import token_ids_of, tokenizer_of
+from gold_trainer.rendering.collator import Processor
+from gold_trainer.rendering.prompts import token_ids_of, tokenizer_of
 
 # Heads of one tokenizer are padded to a multiple of 64 to 512 rows (Qwen2.5: 151936 and 152064),
 # heads of two differ by thousands.

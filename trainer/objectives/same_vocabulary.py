@@ -12,7 +12,6 @@ from gold_kernels import fused_linear_loss
 from gold_kernels.losses import make_loss
 from gold_trainer import loading, models
 from gold_trainer.batches import Example, MicroBatch, SideInputs, WindowBatch
-from gold_trainer.collator import GOLDCollator, Processor, build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import Head
 from gold_trainer.objectives import one_family
@@ -25,6 +24,7 @@ from gold_trainer.objectives.objective import (
     summed,
 )
 from gold_trainer.privileged.sides import completed
+from gold_trainer.rendering.collator import GOLDCollator, Processor, build_side
 from gold_trainer.sides import Side
 
 

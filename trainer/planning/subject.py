@@ -12,13 +12,13 @@ from gold_trainer.batches import Example, MicroBatch, WindowBatch
 from gold_trainer.caching.store import manifest_of
 from gold_trainer.command_line import Run
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.streams import RowStream, open_rows
 from gold_trainer.objectives import Objective
 from gold_trainer.planning.memory import Subject
 from gold_trainer.planning.passes import Stored, kept_tokens
 from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
 from gold_trainer.sides import Side
-from gold_trainer.streams import RowStream, open_rows
 from gold_trainer.teachers.cached import as_stored
 
 NUM_ROWS = 64

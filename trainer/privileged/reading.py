@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from gold_trainer.columns import TEACHER_VIEW, holds
-from gold_trainer.messages import (
+from gold_trainer.data.columns import TEACHER_VIEW, holds
+from gold_trainer.data.messages import (
     Message,
     Messages,
     check_unicode,
@@ -18,13 +18,13 @@ from gold_trainer.messages import (
     parsed_json,
     parsed_messages,
 )
-from gold_trainer.placing import PICTURE, VIDEO, num_parts_of, place, take
-from gold_trainer.row_errors import renamed, shown
-from gold_trainer.turns import Conversation
-from gold_trainer.videos import Video, VideoReader
+from gold_trainer.data.placing import PICTURE, VIDEO, num_parts_of, place, take
+from gold_trainer.data.row_errors import renamed, shown
+from gold_trainer.data.turns import Conversation
+from gold_trainer.data.videos import Video, VideoReader
 
 if TYPE_CHECKING:
-    from gold_trainer.rows import Row, RowReader
+    from gold_trainer.data.rows import Row, RowReader
 
 IMAGES, MESSAGES = TEACHER_VIEW
 

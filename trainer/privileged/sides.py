@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gold_trainer.batches import Example, WindowBatch
-from gold_trainer.row_errors import renamed
-from gold_trainer.rows import Row
+from gold_trainer.data.row_errors import renamed
+from gold_trainer.data.rows import Row
 
 if TYPE_CHECKING:
-    from gold_trainer.collator import GOLDCollator
+    from gold_trainer.rendering.collator import GOLDCollator
 
 
 def batch_of(collator: "GOLDCollator", rows: Sequence[Row], examples: list[Example]) -> WindowBatch:

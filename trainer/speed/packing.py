@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
+from gold_trainer.rendering.text_tensors import PLACES
 from gold_trainer.speed.on_host import host_of, sent
 from gold_trainer.speed.segments import (
     attention_is,
@@ -28,7 +29,6 @@ from gold_trainer.speed.segments import (
     dtype_of_products,
     within,
 )
-from gold_trainer.text_tensors import PLACES
 
 # transformers makes no mask for attention of a name that it does not know
 OF_ROWS = "gold_trainer_rows"

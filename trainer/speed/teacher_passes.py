@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gold_trainer.batches import Example, SideInputs, WindowBatch
-from gold_trainer.collator import build_side
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
+from gold_trainer.rendering.collator import build_side
 from gold_trainer.teachers.teacher import Teacher
 
 

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from gold_trainer import sharding
 from gold_trainer.batches import WindowBatch
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
-from gold_trainer.teacher_config import args_by_teacher
+from gold_trainer.fields.teacher import args_by_teacher
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.teachers.by_id import TeachersById
 from gold_trainer.teachers.cached import CachedTeacher
 from gold_trainer.teachers.frozen import FrozenTeacher

@@ -15,11 +15,11 @@ from gold_trainer import loading
 from gold_trainer.batches import Example, SideInputs
 from gold_trainer.caching.facts import facts_of_processor
 from gold_trainer.caching.store import form_of_cache
-from gold_trainer.collator import Processor, build_side
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.teacher import args_by_teacher
 from gold_trainer.models import Head, StoredHead
+from gold_trainer.rendering.collator import Processor, build_side
 from gold_trainer.speed.on_host import sent
-from gold_trainer.teacher_config import args_by_teacher
 from gold_trainer.teachers.absent import AbsentTeacher
 from gold_trainer.teachers.named import live_source, source_of
 from gold_trainer.teachers.teacher import Teacher

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gold_trainer import loading
 from gold_trainer.batches import Example, SideInputs, WindowBatch
-from gold_trainer.cache_config import check_head_means, check_top_k
 from gold_trainer.caching import store
 from gold_trainer.caching.facts import (
     facts_of_args,
@@ -25,10 +24,11 @@ from gold_trainer.caching.facts import (
 )
 from gold_trainer.caching.keys import Key, key_of
 from gold_trainer.caching.store import Index, Manifest, form_of_cache, manifest_of
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.cache import check_head_means, check_top_k
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.models import StoredHead
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.sides import Side, StoredEntries
 from gold_trainer.teachers.absent import AbsentTeacher
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from gold_trainer import loading, models, quantised
 from gold_trainer.batches import SideInputs
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.sides import Side
 from gold_trainer.teachers.teacher import Teacher
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from gold_trainer.caching import store
 from gold_trainer.config import GOLDConfig
-from gold_trainer.teacher_config import (
+from gold_trainer.fields.teacher import (
     args_by_teacher,
     is_address,
     refuse_bare_address,

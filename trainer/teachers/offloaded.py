@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gold_trainer import loading
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.teachers.frozen import FrozenTeacher, refuse_kinds
 from gold_trainer.teachers.layer_stream import Layer, LayerStream, outermost_lists, split_layers
 

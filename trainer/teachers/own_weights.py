@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.sides import Side
 from gold_trainer.teachers.frozen import FrozenTeacher
 

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from gold_trainer import models
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.teachers.frozen import FrozenTeacher, refuse_kinds
 from gold_trainer.teachers.layer_stream import outermost_lists
 

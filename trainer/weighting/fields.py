@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gold_trainer.teacher_config import args_by_teacher
+from gold_trainer.fields.teacher import args_by_teacher
 from gold_trainer.weighting.named import find_weighting, name_of
 from gold_trainer.weighting.picture_detail import PictureDetail
 

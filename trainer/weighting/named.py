@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from gold_trainer.data.row_errors import told
 from gold_trainer.nearest import did_you_mean
-from gold_trainer.row_errors import told
 from gold_trainer.weighting.picture_detail import PictureDetail
 
 BUILT_IN = {PictureDetail.name: PictureDetail}

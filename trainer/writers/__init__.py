@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
-from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
+from gold_trainer.rendering.collator import GOLDCollator
 from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.teachers.teacher import Teacher
 from gold_trainer.writers.local import LocalWriter

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from gold_trainer import sharding
 from gold_trainer.batches import Example, PromptTensors
-from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model, is_offloaded, may_pad_left
-from gold_trainer.prompts import process_examples
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.prompts import process_examples
 from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.on_host import moved, pinned, sent
 from gold_trainer.writers.cast_weights import cast_weights

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gold_trainer.batches import Example, PromptTensors
-from gold_trainer.collator import GOLDCollator, until_end
 from gold_trainer.config import GOLDConfig
-from gold_trainer.prompts import token_ids_of
+from gold_trainer.rendering.collator import GOLDCollator, until_end
+from gold_trainer.rendering.prompts import token_ids_of
 
 
 @dataclass(frozen=True)

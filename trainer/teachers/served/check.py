@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loading import find_tokenizer, hub_options, load_config
-from gold_trainer.prompts import tokenizer_of
+from gold_trainer.rendering.collator import Processor
+from gold_trainer.rendering.prompts import tokenizer_of
 from gold_trainer.teachers.served.client import HiddenStates
 from gold_trainer.teachers.served.likeliest import LikeliestTokens
 from gold_trainer.teachers.served.start_line import longest, start_line

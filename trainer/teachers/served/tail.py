@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gold_trainer import loading, models
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
 from gold_trainer.loss_at_head import run_to_head
 from gold_trainer.models import StoredHead
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.sides import Side
 from gold_trainer.speed.on_host import with_positions
 from gold_trainer.teachers.layer_stream import outermost_lists

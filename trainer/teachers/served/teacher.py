@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gold_trainer import loading
 from gold_trainer.batches import Example, SideInputs
-from gold_trainer.collator import Processor
 from gold_trainer.config import GOLDConfig
+from gold_trainer.rendering.collator import Processor
 from gold_trainer.sides import Side, StoredEntries
 from gold_trainer.teachers.absent import AbsentTeacher
 from gold_trainer.teachers.served.check import (

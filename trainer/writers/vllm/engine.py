@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
-from gold_trainer.prompts import tokenizer_of
 from gold_trainer.ranks import on_every_rank
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.prompts import tokenizer_of
 from gold_trainer.writers.vllm.check import refuse_whole_of_quantised
 from gold_trainer.writers.vllm.command import dtype_of, engine_options
 from gold_trainer.writers.vllm.requests import (

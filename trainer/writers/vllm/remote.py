@@ -7,11 +7,11 @@ from uuid import uuid4
 from accelerate import PartialState
 from torch import nn
 
-from gold_trainer.collator import GOLDCollator
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import base_model
-from gold_trainer.prompts import tokenizer_of
 from gold_trainer.ranks import on_every_rank, on_main_process
+from gold_trainer.rendering.collator import GOLDCollator
+from gold_trainer.rendering.prompts import tokenizer_of
 from gold_trainer.writers.background import Background
 from gold_trainer.writers.vllm.check import ServerInfo
 from gold_trainer.writers.vllm.requests import (

@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 
 from gold_trainer.batches import Example
-from gold_trainer.collator import Processor
-from gold_trainer.prompts import prompt_ids, text_ids
+from gold_trainer.rendering.collator import Processor
+from gold_trainer.rendering.prompts import prompt_ids, text_ids
 from gold_trainer.writers.writer import Completion, Prompt, Sampling
 
 GENERATE = "/inference/v1/generate"

@@ -1,0 +1,396 @@
+"""Messages of a row as its author wrote them: checked, with every key that holds something."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils import logging
+
+from gold_trainer.data.row_errors import shown
+
+logger = logging.get_logger(__name__)
+
+Message = dict[str, Any]  # role, content, and every other key that its author wrote
+Messages = list[Message]
+
+MEDIA_TYPES = ("image", "video")
+MEDIA_KEYS = ("image", "images", "video", "videos")  # of a message itself
+# Types of parts in requests to servers, and what chat templates call them.
+OTHER_TYPES = {
+    "input_text": "text",
+    "output_text": "text",
+    "input_image": "image",
+    "image_url": "image",
+    "video_url": "video",
+}
+# What a part says of thoughts, as other APIs have it, and the key of its text.
+THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # the first that holds something
+PART_KEYS = (
+    *("type", "text", "fps", "image", "image_url", "url", "path", "base64", "bytes", "source"),
+    *("data", "video", "video_url"),
+)
+# Whether a turn is learnt: ms-swift and XTuner, axolotl, torchtune.
+LEARNT = ("loss", "train", "training", "trainable")
+UNLEARNT = ("masked",)
+# Other flags that say so, by their names; whoever brings one means a weight.
+OF_LEARNING = re.compile(r"(^|_)(loss|train\w*|mask\w*|learn\w*|supervised?)(_|$)")
+# Who speaks in {"from": ..., "value": ...}, as sharegpt's data have it.
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+# The same as a role, in any case; roles of tools and others are the template's business.
+ROLES = {**{r: to for r, to in SHAREGPT_ROLES.items() if to != "tool"}, "tool": "tool"}
+
+
+def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
+    """Copies of the messages, or of those that JSON text holds, with every key that holds
+    something.
+    """
+    if isinstance(messages, str):  # which holds a null only where its author wrote one
+        messages, is_table = parsed_messages(messages), False
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(
+            f"row {index}: a conversation must be a list of messages, got {shown(messages)}; drop "
+            "the row or mend the column."
+        )
+    checked = [_from_sharegpt(message, index) for message in messages]
+    for message in checked:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"row {index}: a message must have a role and a content, got {shown(message)}; "
+                "write "
+                '{"role": "user", "content": "..."}.'
+            )
+        odd = next((key for key in message if not isinstance(key, str)), None)
+        if odd is not None:
+            raise ValueError(
+                f"row {index}: the keys of a message must be text, got {shown(odd)}; rename it."
+            )
+    checked = [_with_own_types(_with_calls(_with_media(m), index)) for m in checked]
+    checked = [_with_thoughts(_with_known_role(message), index) for message in checked]
+    checked = [_with_weight(message, index) for message in checked]
+    for message in checked:
+        _check_content(message, index)
+        weight = message.get("weight")
+        if message["role"] == "assistant" and weight not in (None, 0, 1):
+            raise ValueError(
+                f"row {index}: the weight of an answer must be 0 or 1, got {shown(weight)}; write "
+                "0 for one that is not learnt, or leave it out."
+            )
+    return [_without_none(message, is_table) for message in checked]
+
+
+def _from_sharegpt(message: Any, index: int) -> Any:
+    """{"from": "human", "value": "..."} as a message; anything else as it is."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("from"), str):
+        return message
+    if message.get("role") is not None:
+        return message  # "from" is a key like any other
+    speaker, value = message["from"], message.get("value")
+    speaker = speaker.lower() if speaker.lower() in SHAREGPT_ROLES else speaker
+    if value is not None and message.get("content") not in (None, "", [], value):
+        raise ValueError(
+            f"row {index}: a message must say once what is said, got value and content, which "
+            "differ; keep one of them."
+        )
+    value = message.get("content") if value is None else value
+    others = {k: v for k, v in message.items() if k not in ("from", "value", "role")}
+    if speaker == "function_call":
+        calls = [
+            {"type": "function", "function": call} for call in _as_list(parsed_json(value)) if call
+        ]
+        if not all(isinstance(call["function"], Mapping) for call in calls):
+            raise ValueError(
+                f"row {index}: a function_call must be JSON with name and arguments, got "
+                f"{shown(value)}; write it as a message with tool_calls."
+            )
+        return others | {"role": "assistant", "content": None, "tool_calls": calls}
+    if speaker not in SHAREGPT_ROLES:
+        raise ValueError(
+            f"row {index}: `from` must be one of {', '.join(SHAREGPT_ROLES)} or function_call, got "
+            f"{shown(speaker)}; rename it, or write the message with role and content."
+        )
+    return others | {"role": SHAREGPT_ROLES[speaker], "content": value}
+
+
+def _with_media(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Pictures and videos that a message has under keys of its own, as Ollama's requests have them:
+    as parts, at the places that its content has for them, or in front of it.
+    """
+    parts: list[Any] = []
+    for key in MEDIA_KEYS:
+        held = message.get(key)
+        kind = key.removesuffix("s")
+        several = held if isinstance(held, list | tuple) and key != kind else [held]
+        parts += [{"type": kind, kind: one} for one in several if _holds(one)]
+    others = {key: value for key, value in message.items() if key not in MEDIA_KEYS}
+    if not parts:
+        return others
+    content = message.get("content")
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    content = list(content or ())
+    places = [i for i, part in enumerate(content) if _is_place(part)]
+    if [content[i]["type"] for i in places] != [part["type"] for part in parts]:
+        return {**others, "content": [*parts, *content]}
+    for place, part in zip(places, parts, strict=True):
+        content[place] = part
+    return {**others, "content": content}
+
+
+def _is_place(part: Any) -> bool:
+    """A part for a picture or video that is elsewhere."""
+    if not isinstance(part, Mapping) or part.get("type") not in MEDIA_TYPES:
+        return False
+    return not any(_holds(value) for key, value in part.items() if key in PART_KEYS[3:])
+
+
+def _holds(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str | bytes | list | dict) and not value)
+
+
+def _with_calls(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """Calls of tools may be JSON text: a table has one shape for the arguments of all."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return message
+    calls = parsed_json(calls or [])
+    if not isinstance(calls, list | tuple):
+        raise ValueError(
+            f"row {index}: tool_calls must be a list of calls, got {shown(message['tool_calls'])}; "
+            'write [{"type": "function", "function": {"name": ..., "arguments": ...}}].'
+        )
+    # text that is no JSON is as its template wants it
+    return {**message, "tool_calls": [parsed_json(call) for call in calls]}
+
+
+def _with_own_types(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return message
+    parts = [
+        {**part, "type": OTHER_TYPES[part["type"]]}
+        if isinstance(part, Mapping) and part.get("type") in OTHER_TYPES
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
+def _with_known_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """human, gpt, User and the like under the names that templates know."""
+    role = ROLES.get(message["role"].strip().lower())
+    return message if role is None else {**message, "role": role}
+
+
+def _with_weight(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """Flags of other projects that say whether a turn is learnt, as the weight that it has."""
+    for key, value in message.items():
+        is_flag = isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
+        if is_flag and key not in (*LEARNT, *UNLEARNT) and OF_LEARNING.search(key):
+            raise ValueError(
+                f"row {index}: a message says by weight (0 or 1) whether it is learnt, got "
+                f"{key}={value}, which nothing reads; rename it, or leave it out."
+            )
+    given = {key: message[key] for key in (*LEARNT, *UNLEARNT) if message.get(key) is not None}
+    weights = {} if message.get("weight") is None else {"weight": message["weight"]}
+    for key, value in given.items():
+        if value not in (0, 1) or not isinstance(value, bool | int | float):
+            raise ValueError(
+                f"row {index}: {key} of a message must be true or false, got {shown(value)}; write "
+                "one of them, or leave it out."
+            )
+        weights[key] = int(value) if key in LEARNT else 1 - int(value)
+    if not given:
+        return message
+    others = {key: value for key, value in message.items() if key not in given}
+    if message["role"] != "assistant":
+        learnt = next((key for key in given if key in LEARNT and weights[key]), None)
+        if learnt is not None:
+            raise ValueError(
+                f"row {index}: {learnt} of a message must be false beside the role "
+                f"{message['role']!r}, got true; an assistant's turns alone are learnt: leave it "
+                "out."
+            )
+        return others
+    if len(set(weights.values())) > 1:
+        raise ValueError(
+            f"row {index}: a message must say once whether it is learnt, got "
+            f"{' and '.join(f'{key}={shown(message[key])}' for key in weights)}; keep one of them."
+        )
+    return {**others, "weight": next(iter(weights.values()))}
+
+
+def _with_thoughts(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """Thoughts that stand in parts of the content under their own key; ValueError for thoughts
+    under several keys that say different things, of which one would be lost.
+    """
+    content = message.get("content")
+    if message["role"] == "assistant" and isinstance(content, list | tuple):
+        thoughts = [_thought_of(part) for part in content]
+        if any(thought is not None for thought in thoughts):
+            rest = [p for p, thought in zip(content, thoughts, strict=True) if thought is None]
+            text = "".join(thought for thought in thoughts if thought)
+            if any(message.get(key) not in (None, "", text) for key in THOUGHT_KEYS):
+                raise ValueError(
+                    f"row {index}: a message must have its thoughts in one place, got parts of its "
+                    f"content and {', '.join(k for k in THOUGHT_KEYS if message.get(k))}; keep one."
+                )
+            message = {**message, "content": rest, THOUGHT_KEYS[0]: text}
+    given = {key: message[key] for key in THOUGHT_KEYS if isinstance(message.get(key), str)}
+    if len({text for text in given.values() if text}) > 1:
+        raise ValueError(
+            f"row {index}: a message must have its thoughts under one key, got "
+            f"{' and '.join(given)}, which differ; keep one of them."
+        )
+    return message
+
+
+def _thought_of(part: Any) -> str | None:
+    """Its text; None for a part of another type."""
+    if not isinstance(part, Mapping) or part.get("type") not in THOUGHT_PARTS:
+        return None
+    text = part.get(THOUGHT_PARTS[part["type"]])
+    if isinstance(text, list | tuple) and all(isinstance(p, Mapping) for p in text):
+        text = "".join(str(p.get("text") or "") for p in text)
+    return text if isinstance(text, str) else None
+
+
+def _check_content(message: Mapping[str, Any], index: int) -> None:
+    content = message.get("content")
+    others = (v for k, v in message.items() if k not in ("role", "content", "name"))
+    if content is None and any(v and isinstance(v, str | list | tuple | Mapping) for v in others):
+        return  # the turn is a call of tools, or whatever else the template reads
+    parts = content if isinstance(content, list | tuple) else ()
+    is_parts = parts is content and all(isinstance(part, Mapping) for part in parts)
+    if not isinstance(content, str) and not is_parts:
+        raise ValueError(
+            f"row {index}: the content of a message must be text or a list of parts, got "
+            f"{shown(content)}; write it as text, or as "
+            '[{"type": "image"}, {"type": "text", "text": "..."}].'
+        )
+    for part in parts:
+        is_text = part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text and part.get("type") not in MEDIA_TYPES:
+            raise ValueError(
+                f"row {index}: a part of a message must be text, or the place of a picture or a "
+                f'video, got {shown(part)}; write {{"type": "text", "text": "..."}} or '
+                '{"type": "image"}; no model here takes sound.'
+            )
+        _refuse_two_things(part, index)
+        unread = sorted(str(k) for k, v in part.items() if k not in PART_KEYS and v is not None)
+        if unread:
+            logger.warning_once(
+                f"nothing reads {', '.join(unread)}, keys of parts of messages: what they hold is "
+                "left out"
+            )
+
+
+def _refuse_two_things(part: Mapping[str, Any], index: int) -> None:
+    """A part is a text, or one picture or video: of two things one would be lost."""
+    given = [key for key in PART_KEYS if key not in ("type", "fps") and _holds(part.get(key))]
+    is_file = set(given) == {"bytes", "path"}  # whose path is a name
+    if len(given) > 1 and not is_file:
+        raise ValueError(
+            f"row {index}: a part of a message must hold one thing, got {' and '.join(given)} in a "
+            f"part of the type {part['type']!r}; write a part for each."
+        )
+    if given and (given == ["text"]) != (part["type"] == "text"):
+        raise ValueError(
+            f"row {index}: a part of the type {part['type']!r} must hold that, got {given[0]}; "
+            "write its type."
+        )
+
+
+def _without_none(message: Mapping[str, Any], is_table: bool) -> Message:
+    """A message without keys that hold None: Arrow gives every message and part the keys of all,
+    and templates take a part with the key "image" for a picture. Content stays, and so does a null
+    deeper down, in the arguments of a call, where no table has filled it in.
+    """
+    kept = {k: v for k, v in message.items() if v is not None}
+    content = kept.get("content")
+    if is_table or isinstance(content, list | tuple):
+        content = drop_none(content)
+    return (drop_none(kept) if is_table else kept) | {"content": content}
+
+
+def drop_none(value: Any) -> Any:
+    """Without the keys that a table has filled up with None."""
+    if isinstance(value, Mapping):
+        return {k: drop_none(v) for k, v in value.items() if v is not None}
+    return [drop_none(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def parsed_json(value: Any) -> Any:
+    """Columns of mixed shape are often kept as JSON, since Arrow has one shape for all rows."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):  # of a number of 5000 digits; of brackets without end
+        return value  # refused by the caller
+
+
+def parsed_messages(value: Any) -> Any:
+    """A conversation that is kept as JSON text; anything else, plain text too, as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    messages = parsed_json(value)
+    is_conversation = isinstance(messages, list) and all(
+        isinstance(message, Mapping) and ("role" in message or "from" in message)
+        for message in messages
+    )
+    return messages if is_conversation and messages else value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def text_of(answer: Message, index: int) -> str:
+    content = answer["content"]
+    if isinstance(content, list) and any(part["type"] != "text" for part in content):
+        raise ValueError(
+            f"row {index}: an answer must be text, got {shown(content)}; drop other parts."
+        )
+    return joined_text(content) or ""
+
+
+def joined_text(content: Any) -> str | None:
+    """A content of text as one text, whatever its parts."""
+    if content is None or isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def continued(last: Mapping[str, Any], answer: Mapping[str, Any]) -> Message:
+    """The turn that a prompt leaves open, with the answer at its end."""
+    content, end = last.get("content"), joined_text(answer.get("content"))
+    if isinstance(content, str | None):
+        return {**last, **answer, "content": (content or "") + (end or "")}
+    *parts, open_part = content
+    text = {**open_part, "text": open_part["text"] + (end or "")}
+    return {**last, **answer, "content": [*parts, text]}
+
+
+def check_unicode(value: Any, where: str) -> None:
+    """ValueError for a lone surrogate, which no tokenizer can encode."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} must be text in Unicode, got the lone surrogate "
+                f"{value[error.start]!a} at character {error.start}; replace it or drop the row."
+            ) from error
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            check_unicode(key, f"{where}, a key")
+            check_unicode(part, f"{where}, {key}")
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            check_unicode(part, f"{where}[{i}]")

@@ -1,0 +1,117 @@
+"""A row's conversation, and the turn of it that an example learns.
+
+Every example is what inference sees: a prompt, and behind it the one turn that is learnt. Templates
+write earlier turns otherwise than the last one (Qwen3's leave their thoughts out), so that several
+turns of one rendering would not be those that a model writes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gold_trainer.data.messages import (
+    Message,
+    Messages,
+    checked_messages,
+    continued,
+    parsed_messages,
+)
+
+
+class Conversation(NamedTuple):
+    """All messages of a row, the completion's behind the prompt's."""
+
+    messages: Messages
+    num_given: int  # the prompt's, which are not learnt; 0 where one column holds all
+    is_prefill: bool = False  # the completion goes on where the prompt's last message stops
+
+    def learnt(self, train_on: str) -> list[int]:
+        """Where the turns stand that are learnt, each in an example of its own: not those whose
+        author gave them the weight 0, as OpenAI's data have it. Behind the last message stands
+        what is yet to be written.
+        """
+        first = max(self.num_given, 1)  # nobody asked for what an assistant says first
+        places = [
+            i
+            for i, message in enumerate(self.messages)
+            if i >= first and message["role"] == "assistant" and message.get("weight") != 0
+        ]
+        if self.messages[-1]["role"] != "assistant" or not places:
+            places.append(len(self.messages))
+        return places if train_on == "all" else places[-1:]
+
+    def answer(self, place: int) -> Message | None:
+        """The message that is learnt; None where it has to be written."""
+        return self.messages[place] if place < len(self.messages) else None
+
+    def prompt(self, place: int) -> Messages:
+        """What stands before it."""
+        first = self.num_given
+        if not self.is_prefill or place <= first:
+            return self.messages[:place]
+        begun = continued(self.messages[first - 1], self.messages[first])
+        return [*self.messages[: first - 1], begun, *self.messages[first + 1 : place]]
+
+    def goes_on(self, place: int) -> bool:
+        """Whether the answer goes on where its prompt's last message stops."""
+        return self.is_prefill and place == self.num_given
+
+
+def read_conversation(
+    columns: Mapping[str, Any], index: int, is_text: bool, is_table: bool
+) -> Conversation | None:
+    """Of messages, or of prompt and completion; None for plain text that stays plain."""
+    conversation = _as_written(columns, index, is_text, is_table)
+    if conversation is None or conversation.messages[-1]["role"] != "assistant":
+        return conversation
+    if conversation.learnt("last") == [len(conversation.messages)]:
+        raise ValueError(
+            f"row {index}: an answer must have a weight of 1, got 0 for all of them, of which "
+            "nothing is learnt; drop the row."
+        )
+    return conversation
+
+
+def _as_written(
+    columns: Mapping[str, Any], index: int, is_text: bool, is_table: bool
+) -> Conversation | None:
+    if columns.get("messages") is not None:
+        messages = checked_messages(columns["messages"], index, is_table)
+        if len(messages) == 1 and messages[0]["role"] == "assistant":
+            raise ValueError(
+                f"row {index}: a conversation must have a message before its answer, got the "
+                "answer alone; add what it answers, or drop the row."
+            )
+        return Conversation(messages, 0)
+    prompt, completion = columns["prompt"], columns.get("completion")
+    if _is_plain(prompt):
+        if completion is not None and not _is_plain(completion):
+            raise ValueError(
+                f"row {index}: prompt is plain text, so completion must be too, got "
+                f"{type(completion).__name__}; make both conversations or both text."
+            )
+        if is_text:
+            return None
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = checked_messages(prompt, index, is_table)
+    if _is_plain(completion):
+        completion = [{"role": "assistant", "content": completion}]
+    is_open = prompt[-1]["role"] == "assistant"
+    if not completion:  # a table's empty list too
+        if is_open:
+            raise ValueError(
+                f"row {index}: a prompt must end before the assistant's turn, got an answer as its "
+                "last message; make it the completion, or name the column messages."
+            )
+        return Conversation(prompt, len(prompt))
+    messages = checked_messages(completion, index, is_table)
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant":
+        raise ValueError(
+            f"row {index}: a completion must end with an assistant's message, got {roles}; put "
+            "earlier turns into the prompt, and leave later ones out."
+        )
+    return Conversation(prompt + messages, len(prompt), is_open and roles[0] == "assistant")
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(parsed_messages(value), str)

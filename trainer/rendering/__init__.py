@@ -1,0 +1,1 @@
+"""From rows to token ids: chat templates, tokens of an answer, tensors of a batch."""

@@ -1,0 +1,1 @@
+"""How a run begins and ends: its lock, its checkpoints, NaN, signals and errors."""
