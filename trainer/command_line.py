@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
 from gold_trainer.config import GOLDConfig
 from gold_trainer.data.data_files import DataArguments, load_rows
 from gold_trainer.data.file_streams import load_stream
-from gold_trainer.data.messages import parsed_json
+from gold_trainer.data.json_text import parsed_json
 from gold_trainer.fields.checks import check_fields
 from gold_trainer.fields.paths import expand_paths
 from gold_trainer.fields.teacher import args_by_teacher

@@ -23,7 +23,7 @@ def read(columns, *, is_text=True, **options):
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    for module in ("messages", "lost_parts"):
+    for module in ("data.messages", "rendering.lost_parts"):
         logger = logging.get_logger(f"gold_trainer.{module}")
         monkeypatch.setattr(logger, "warning_once", said.append, raising=False)
     return said

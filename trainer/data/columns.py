@@ -7,7 +7,8 @@ from typing import Any
 
 import datasets
 
-from gold_trainer.data.messages import parsed_json, parsed_messages
+from gold_trainer.data.json_text import parsed_json
+from gold_trainer.data.messages import parsed_messages
 from gold_trainer.data.pictures import undecoded
 from gold_trainer.data.row_errors import ColumnsError, shown
 from gold_trainer.nearest import did_you_mean

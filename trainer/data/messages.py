@@ -1,12 +1,13 @@
 """Messages of a row as its author wrote them: checked, with every key that holds something."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from transformers.utils import logging
 
+from gold_trainer.data.calls import CALLERS, RESULTS, speaker_of, with_calls
+from gold_trainer.data.json_text import parsed_json
 from gold_trainer.data.row_errors import shown
 
 logger = logging.get_logger(__name__)
@@ -40,7 +41,7 @@ OF_LEARNING = re.compile(r"(^|_)(loss|train\w*|mask\w*|learn\w*|supervised?)(_|$
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("tool", "observation"), "tool"),
     "system": "system",
 }
 # The same as a role, in any case; roles of tools and others are the template's business.
@@ -71,7 +72,7 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
             raise ValueError(
                 f"row {index}: the keys of a message must be text, got {shown(odd)}; rename it."
             )
-    checked = [_with_own_types(_with_calls(_with_media(m), index)) for m in checked]
+    checked = with_calls([_with_own_types(_with_media(m)) for m in checked], index)
     checked = [_with_thoughts(_with_known_role(message), index) for message in checked]
     checked = [_with_weight(message, index) for message in checked]
     for message in checked:
@@ -100,16 +101,8 @@ def _from_sharegpt(message: Any, index: int) -> Any:
         )
     value = message.get("content") if value is None else value
     others = {k: v for k, v in message.items() if k not in ("from", "value", "role")}
-    if speaker == "function_call":
-        calls = [
-            {"type": "function", "function": call} for call in _as_list(parsed_json(value)) if call
-        ]
-        if not all(isinstance(call["function"], Mapping) for call in calls):
-            raise ValueError(
-                f"row {index}: a function_call must be JSON with name and arguments, got "
-                f"{shown(value)}; write it as a message with tool_calls."
-            )
-        return others | {"role": "assistant", "content": None, "tool_calls": calls}
+    if speaker_of(speaker) in (*CALLERS, *RESULTS):
+        return others | {"role": speaker, "content": value}
     if speaker not in SHAREGPT_ROLES:
         raise ValueError(
             f"row {index}: `from` must be one of {', '.join(SHAREGPT_ROLES)} or function_call, got "
@@ -151,21 +144,6 @@ def _is_place(part: Any) -> bool:
 
 def _holds(value: Any) -> bool:
     return value is not None and not (isinstance(value, str | bytes | list | dict) and not value)
-
-
-def _with_calls(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """Calls of tools may be JSON text: a table has one shape for the arguments of all."""
-    calls = message.get("tool_calls")
-    if calls is None:
-        return message
-    calls = parsed_json(calls or [])
-    if not isinstance(calls, list | tuple):
-        raise ValueError(
-            f"row {index}: tool_calls must be a list of calls, got {shown(message['tool_calls'])}; "
-            'write [{"type": "function", "function": {"name": ..., "arguments": ...}}].'
-        )
-    # text that is no JSON is as its template wants it
-    return {**message, "tool_calls": [parsed_json(call) for call in calls]}
 
 
 def _with_own_types(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -229,8 +207,10 @@ def _with_thoughts(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
     """Thoughts that stand in parts of the content under their own key; ValueError for thoughts
     under several keys that say different things, of which one would be lost.
     """
+    if message["role"] != "assistant":
+        return message
     content = message.get("content")
-    if message["role"] == "assistant" and isinstance(content, list | tuple):
+    if isinstance(content, list | tuple):
         thoughts = [_thought_of(part) for part in content]
         if any(thought is not None for thought in thoughts):
             rest = [p for p, thought in zip(content, thoughts, strict=True) if thought is None]
@@ -241,13 +221,28 @@ def _with_thoughts(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
                     f"content and {', '.join(k for k in THOUGHT_KEYS if message.get(k))}; keep one."
                 )
             message = {**message, "content": rest, THOUGHT_KEYS[0]: text}
-    given = {key: message[key] for key in THOUGHT_KEYS if isinstance(message.get(key), str)}
+    given = {
+        key: _thoughts_in(message[key], key, index)
+        for key in THOUGHT_KEYS
+        if message.get(key) is not None
+    }
     if len({text for text in given.values() if text}) > 1:
         raise ValueError(
             f"row {index}: a message must have its thoughts under one key, got "
             f"{' and '.join(given)}, which differ; keep one of them."
         )
-    return message
+    return {**message, **given}
+
+
+def _thoughts_in(value: Any, key: str, index: int) -> str:
+    """What a key of thoughts holds: a text, or parts with texts."""
+    text = value if isinstance(value, str) else _text_of_parts(value)
+    if text is None:
+        raise ValueError(
+            f"row {index}: {key} of a message must be text, got {shown(value)}; write the thoughts "
+            "as one text."
+        )
+    return text
 
 
 def _thought_of(part: Any) -> str | None:
@@ -255,9 +250,20 @@ def _thought_of(part: Any) -> str | None:
     if not isinstance(part, Mapping) or part.get("type") not in THOUGHT_PARTS:
         return None
     text = part.get(THOUGHT_PARTS[part["type"]])
-    if isinstance(text, list | tuple) and all(isinstance(p, Mapping) for p in text):
-        text = "".join(str(p.get("text") or "") for p in text)
-    return text if isinstance(text, str) else None
+    return text if isinstance(text, str) else _text_of_parts(text)
+
+
+def _text_of_parts(parts: Any) -> str | None:
+    """One text of a list of texts, or of parts that hold one; None for anything else."""
+    if not isinstance(parts, list | tuple):
+        return None
+    texts = []
+    for part in parts:
+        text = _thought_of(part) or part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts)
 
 
 def _check_content(message: Mapping[str, Any], index: int) -> None:
@@ -325,16 +331,6 @@ def drop_none(value: Any) -> Any:
     return [drop_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def parsed_json(value: Any) -> Any:
-    """Columns of mixed shape are often kept as JSON, since Arrow has one shape for all rows."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):  # of a number of 5000 digits; of brackets without end
-        return value  # refused by the caller
-
-
 def parsed_messages(value: Any) -> Any:
     """A conversation that is kept as JSON text; anything else, plain text too, as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
@@ -345,10 +341,6 @@ def parsed_messages(value: Any) -> Any:
         for message in messages
     )
     return messages if is_conversation and messages else value
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def text_of(answer: Message, index: int) -> str:

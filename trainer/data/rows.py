@@ -13,15 +13,16 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from gold_trainer.data.calls import as_tool
 from gold_trainer.data.columns import MEDIA, as_conversation, read_teacher_id
 from gold_trainer.data.data_files import MappedRows
 from gold_trainer.data.file_streams import MappedStream
+from gold_trainer.data.json_text import parsed_json
 from gold_trainer.data.messages import (
     Message,
     Messages,
     check_unicode,
     drop_none,
-    parsed_json,
     text_of,
 )
 from gold_trainer.data.pictures import MAX_PIXELS, PictureReader
@@ -286,7 +287,7 @@ def _refuse_beside_text(columns: Mapping[str, Any], index: int) -> None:
 def _tools(columns: Mapping[str, Any], index: int, is_table: bool) -> list[Any] | None:
     tools = parsed_json(columns.get("tools") or None)
     if isinstance(tools, list | tuple):  # a list of JSON texts: each tool has a shape of its own
-        tools = [parsed_json(tool) for tool in tools]
+        tools = [as_tool(parsed_json(tool)) for tool in tools]
     if not isinstance(tools, list | tuple | None) or not all(
         isinstance(tool, Mapping) or callable(tool) for tool in tools or ()
     ):

@@ -103,6 +103,8 @@ def _as_written(
                 "last message; make it the completion, or name the column messages."
             )
         return Conversation(prompt, len(prompt))
+    if is_open and prompt[-1]["content"] is None:  # its thoughts are all that it says so far
+        prompt[-1] = {**prompt[-1], "content": ""}
     messages = checked_messages(completion, index, is_table)
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":

@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, NamedTuple
 
-from gold_trainer.data.messages import parsed_json
+from gold_trainer.data.json_text import parsed_json
 from gold_trainer.nearest import nearest
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from gold_trainer.data.columns import TEACHER_VIEW, holds
+from gold_trainer.data.json_text import parsed_json
 from gold_trainer.data.messages import (
     Message,
     Messages,
     check_unicode,
     checked_messages,
     joined_text,
-    parsed_json,
     parsed_messages,
 )
 from gold_trainer.data.placing import PICTURE, VIDEO, num_parts_of, place, take

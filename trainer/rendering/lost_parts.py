@@ -41,10 +41,11 @@ def refuse_lost_turns(row: Row, prompt: str, render: Callable[[Row], str]) -> No
             if not is_lost and role not in USUAL and (i, role) != (0, "system"):
                 is_lost = _is_lost(row, i, render)
             if is_lost:
+                known = "tool" if role in TOOLS else "system, user"
                 raise TemplateError(
                     f"{row.where}: the chat template leaves out message {i}, of the role {role!r}: "
-                    f"{text[:80]!a}; give it a role that the template knows (system, user), or "
-                    "drop the message."
+                    f"{text[:80]!a}; give it a role that the template knows ({known}), or drop the "
+                    "message."
                 )
 
 

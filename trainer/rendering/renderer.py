@@ -6,6 +6,7 @@ tell them apart the template is rendered once more with a private character in t
 the answer's texts. Special tokens are looked for in marks only: in an answer they are text.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from gold_trainer.data.calls import CALLS
 from gold_trainer.data.messages import THOUGHT_KEYS, Messages, continued, joined_text
 from gold_trainer.data.row_errors import TemplateError, told
 from gold_trainer.data.rows import Row
+from gold_trainer.rendering.calls import has_calls, rendered_with_calls
 from gold_trainer.rendering.frames import (
     CLOSE,
     CONTENT,
@@ -36,7 +39,6 @@ from gold_trainer.rendering.template_keys import keys_read
 logger = logging.get_logger(__name__)
 
 Processor = ProcessorMixin | PreTrainedTokenizerBase
-CALLS = "tool_calls"
 KNOWN_ROLES = ("system", "user", "assistant")  # of every template
 FIRST_PROBE = 0xE000  # of the private use area: no template looks for it, none trims it
 
@@ -138,11 +140,12 @@ class Renderer:
                 if pieces is not None and not frame.keys and texts and not answer.get(CALLS):
                     pieces = _around_nothing(rendered[len(frame.prompt) :], end)
                 if pieces is not None:
-                    self._warn_of_losses(row, form, rendered, frame)
+                    self._warn_of_losses(row, form, rendered, frame, is_inline=form is not answer)
                     return frame.prompt, with_inline_thoughts(pieces)
         if not rendered.startswith(prompt):
-            raise _rewritten(row, prompt, rendered)
+            return self._with_keyed_thoughts(row, inline, _rewritten(row, prompt, rendered))
         completion = rendered[len(prompt) :]
+        self._warn_of_lost_words(row, answer, completion)
         pieces = read_as_thoughts(completion, end, inline)
         if pieces is not None:
             return prompt, pieces
@@ -163,8 +166,36 @@ class Renderer:
             pass
         return answer
 
+    def _with_keyed_thoughts(
+        self, row: Row, inline: list[dict[str, Any]], refusal: TemplateError
+    ) -> tuple[str, list[Piece]]:
+        """For a template that takes thoughts under their key, and not as their author put them
+        into the content."""
+        for form in inline:
+            prompt, pieces = self.answered(row, form)
+            if any(piece.key == THOUGHTS for piece in pieces):
+                return prompt, pieces
+        raise refusal
+
+    def _warn_of_lost_words(self, row: Row, answer: Mapping[str, Any], completion: str) -> None:
+        words = re.findall(r"\w+", joined_text(answer.get(CONTENT)) or "")
+        lost = next((word for word in words if word not in completion), None)
+        if lost is not None and CONTENT not in self.warned:
+            self.warned.add(CONTENT)
+            logger.warning(
+                "%s: the chat template does not write all of the answer's content, %r among it, so "
+                "it is not learnt (of all rows the first is told)",
+                *(row.where, lost[:80]),
+            )
+
     def _warn_of_losses(
-        self, row: Row, answer: Mapping[str, Any], rendered: str, frame: Frame
+        self,
+        row: Row,
+        answer: Mapping[str, Any],
+        rendered: str,
+        frame: Frame,
+        *,
+        is_inline: bool,  # its author wrote the thoughts into the content
     ) -> None:
         """What an answer has and its template does not write is not learnt: that is said once."""
         lost = [kind for kind, text in texts_of(answer).items() if text and kind not in frame.keys]
@@ -173,8 +204,9 @@ class Renderer:
         read = keys_read(self.processor.chat_template, has_tools=bool(row.tools))
         names = {THOUGHTS: THOUGHT_KEYS, CALLS: (CALLS,), CONTENT: (CONTENT,)}
         for key in lost:
-            is_read = read.reads_any(names[key])  # others are told by name anyway
-            if is_read and key not in self.warned:
+            # other keys of a message are told by name anyway
+            is_told = not read.reads_any(names[key]) and not (is_inline and key == THOUGHTS)
+            if not is_told and key not in self.warned:
                 self.warned.add(key)
                 logger.warning(
                     "%s: the chat template does not write the answer's %s, so it is not learnt (of "
@@ -219,13 +251,17 @@ class Renderer:
                 f"{type(self.processor).__name__} has none; set its chat_template, or pass prompt "
                 "and completion as plain text."
             )
+        kwargs = {**self.template_kwargs, **row.chat_template_kwargs, **options}
+
+        def render(messages: Messages, tools: list[Any] | None) -> Any:
+            made = [self._message(message) for message in messages]
+            return self.processor.apply_chat_template(made, tools=tools, tokenize=False, **kwargs)
+
         try:
-            text = self.processor.apply_chat_template(
-                [self._message(message) for message in messages],
-                tools=row.tools,
-                tokenize=False,
-                **{**self.template_kwargs, **row.chat_template_kwargs, **options},
-            )
+            if has_calls(messages, row.tools):
+                text = rendered_with_calls(render, messages, row.tools)
+            else:
+                text = render(messages, row.tools)
         except Exception as error:  # templates raise errors of jinja2 and of their own
             roles = [message["role"] for message in messages]
             raise TemplateError(

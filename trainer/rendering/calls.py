@@ -1,0 +1,119 @@
+"""Calls of tools in the form that a chat template takes.
+
+Data have the arguments of a call as an object, or as its JSON, as servers send it. Templates are
+written for objects: most of them refuse JSON or write it as one text in quotes. A few (DeepSeek)
+take JSON alone. So an object is tried first.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gold_trainer.data.calls import CALLS
+from gold_trainer.data.json_text import parsed_json
+from gold_trainer.data.messages import Message, Messages
+
+Tools = list[Any] | None
+Render = Callable[[Messages, Tools], str]
+
+
+def rendered_with_calls(render: Render, messages: Messages, tools: Tools) -> str:
+    """What render makes of the first form that it takes; its first error where it takes none."""
+    refused: Exception | None = None
+    for is_whole in (False, True):
+        given = [_whole(message) for message in messages] if is_whole else messages
+        given_tools = [_whole_tool(tool) for tool in tools or ()] or None if is_whole else tools
+        as_object = as_text = None
+        try:
+            as_object = render(_with_arguments(given, _object), given_tools)
+            if not _has_text(given) and not _is_python(given, as_object):
+                return as_object
+        except Exception as error:  # of the template
+            refused = refused or error
+        try:
+            as_text = render(_with_arguments(given, _text), given_tools)
+        except Exception as error:
+            refused = refused or error
+        if as_text is not None and (as_object is None or _takes_text(given, as_object, as_text)):
+            return as_text
+        if as_object is not None:
+            return as_object
+    assert refused is not None, "a form that was not refused is returned"
+    raise refused
+
+
+def has_calls(messages: Messages, tools: Tools) -> bool:
+    return bool(tools) or any(message.get(CALLS) for message in messages)
+
+
+def _functions(messages: Messages) -> list[Mapping[str, Any]]:
+    calls = [call for message in messages for call in message.get(CALLS) or ()]
+    functions = [_function(call) for call in calls if isinstance(call, Mapping)]
+    return [function for function in functions if isinstance(function, Mapping)]
+
+
+def _function(call: Mapping[str, Any]) -> Any:
+    return call.get("function", call)
+
+
+def _has_text(messages: Messages) -> bool:
+    return any(isinstance(part.get("arguments"), str) for part in _functions(messages))
+
+
+def _is_python(messages: Messages, text: str) -> bool:
+    """Whether the template writes an object as Python does, so that it wants a text."""
+    objects = [_object(function.get("arguments")) for function in _functions(messages)]
+    return any(isinstance(o, dict) and o and str(o) in text for o in objects)
+
+
+def _takes_text(messages: Messages, as_object: str, as_text: str) -> bool:
+    """Whether the template writes a text where it writes the JSON of an object."""
+    if _is_python(messages, as_object):
+        return True
+    for function in _functions(messages):
+        arguments = function.get("arguments")
+        as_object = as_object.replace(_text(_object(arguments)), _text(arguments))
+    return as_object == as_text
+
+
+def _with_arguments(messages: Messages, change: Callable[[Any], Any]) -> Messages:
+    return [
+        {**message, CALLS: [_changed(call, change) for call in message[CALLS]]}
+        if message.get(CALLS)
+        else message
+        for message in messages
+    ]
+
+
+def _changed(call: Any, change: Callable[[Any], Any]) -> Any:
+    if not isinstance(call, Mapping) or not isinstance(_function(call), Mapping):
+        return call  # as its author wrote it
+    function = {**_function(call), "arguments": change(_function(call).get("arguments"))}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _object(arguments: Any) -> Any:
+    """None and an empty text are no arguments; a text that is no JSON of an object stays."""
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
+    parsed = parsed_json(arguments)
+    return parsed if isinstance(parsed, dict) else arguments
+
+
+def _text(arguments: Any) -> str:
+    arguments = _object(arguments) if not isinstance(arguments, str) or not arguments else arguments
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _whole(message: Message) -> Message:
+    """Calls as servers have them, and a content."""
+    if not message.get(CALLS):
+        return message
+    content = "" if message.get("content") is None else message["content"]
+    return {**message, "content": content, CALLS: [_whole_tool(c) for c in message[CALLS]]}
+
+
+def _whole_tool(tool: Any) -> Any:
+    """{"type": "function", "function": ...} of the function alone."""
+    is_alone = isinstance(tool, Mapping) and "function" not in tool and "name" in tool
+    return {"type": "function", "function": tool} if is_alone else tool
