@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gold_trainer import configs, flags
+from gold_trainer.nearest import nearest
+from gold_trainer.quiet import quiet
 from gold_trainer.recipes import FOLDER, find_config, recipe_names
 
 logger = logging.getLogger("gold_trainer")
@@ -24,6 +26,13 @@ logger = logging.getLogger("gold_trainer")
 EXIT_ERROR = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as a shell has it of Ctrl-C; SIGTERM is 143
+
+REMEDIES = {  # by the name of an error: its class may be that of a library that is not imported
+    "OutOfMemoryError": " `gold-trainer plan` with the same arguments and --gpu_memory GIB says "
+    "what to set.",
+}
+# loggers that warn of how two libraries fit each other when they are imported, whatever the run is
+WARN_OF_THEMSELVES = ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
 USAGE = """\
 usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]
@@ -144,9 +153,14 @@ def main(argv: list[str] | None = None) -> int:
 
         sys.stdout.write(f"gold-trainer {__version__}\n")
         return 0
-    if command is not None:
-        sys.stderr.write(f"error: unknown command {command!r}\n")
-    sys.stderr.write(USAGE)
+    if command is None:
+        sys.stderr.write(USAGE)
+    else:
+        meant = nearest(command, COMMANDS)
+        hint = (
+            f"did you mean gold-trainer {meant}?" if meant else f"it may be {', '.join(COMMANDS)}"
+        )
+        sys.stderr.write(f"error: unknown command {command!r}; {hint}\n")
     return EXIT_USER_ERROR
 
 
@@ -164,7 +178,8 @@ def _known(argv: list[str], own: Collection[str] = ()) -> list[str]:
 def _load(module: str, name: str, extra: str = "trainer") -> Any:
     """What a command runs, imported now; extra: of the packages that it needs."""
     try:
-        return getattr(import_module(f"gold_trainer.{module}"), name)
+        with quiet(*WARN_OF_THEMSELVES):
+            return getattr(import_module(f"gold_trainer.{module}"), name)
     except ImportError as error:
         raise ValueError(
             f"a package that is needed here is missing ({error}): pip install "
@@ -250,7 +265,7 @@ def _recipes(argv: list[str]) -> None:
         sys.stdout.write(f"{name:16} {configs.FOLDER / name}.yaml\n")
 
 
-COMMANDS: dict[str | None, Callable[[list[str]], int | None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
     "check": _check,
     "check-data": _check,
@@ -282,7 +297,7 @@ def _report_errors(command: Callable[[list[str]], int | None], argv: list[str]) 
             "w", prefix="gold-trainer-", suffix=".txt", delete=False, encoding="utf-8"
         ) as file:
             traceback.print_exception(error, file=file)
-        text = _message(error).strip().partition("\n")[0]
+        text = _message(error).strip().partition("\n")[0] + REMEDIES.get(type(error).__name__, "")
         sys.stderr.write(f"error: {type(error).__name__}: {text} (traceback: {file.name})\n")
         return EXIT_ERROR
 

@@ -21,6 +21,7 @@ from gold_trainer.fields.checks import check_fields
 from gold_trainer.fields.paths import expand_paths
 from gold_trainer.fields.teacher import args_by_teacher
 from gold_trainer.flags import all_names, own_groups, read_fields, remedy
+from gold_trainer.nearest import did_you_mean
 from gold_trainer.survival import checkpoints
 from gold_trainer.survival.resuming import as_wanted, earlier_run
 
@@ -91,10 +92,23 @@ class Parser(HfArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(_in_our_words(message))
 
     def action_of(self, name: str) -> argparse.Action:
         return self._option_string_actions[f"--{name}"]
+
+
+def _in_our_words(message: str) -> str:
+    """Of argparse, which names a flag twice, and every choice that there is."""
+    message = re.sub(r"^argument --(\w+)\S*: ", r"\1: ", message)
+    for kind, expected in (("int", "a whole number"), ("float", "a number")):
+        if f": invalid {kind} value: " in message:
+            return f"{message}; {expected} is expected"
+    found = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message, re.DOTALL)
+    if found is None:
+        return message
+    known = re.findall(r"[\w-]+", found[3])
+    return found[1] + (did_you_mean(found[2], known) or f"; it may be {', '.join(known)}")
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOLDConfig]:

@@ -26,6 +26,12 @@ def choose_precision(args: "GOLDConfig") -> None:
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         is_open = not args.fp16 and launcher == "no"
         args.bf16 = is_open and not args.use_cpu and is_torch_bf16_gpu_available()
+    if args.bf16 and not args.use_cpu and not is_torch_bf16_gpu_available():
+        raise ValueError(
+            "GOLDConfig: bf16 needs a GPU that has bfloat16, got True and none; leave bf16 out (on "
+            "the command line --bf16 false wins over a file), or set use_cpu=True, which computes "
+            "in bfloat16 on the CPU."
+        )
 
 
 def choose_checkpointing(args: "GOLDConfig") -> None:
@@ -54,7 +60,7 @@ def refuse_fp16(args: "GOLDConfig") -> None:
     if args.device.type == "cpu" and (args.fp16 or (launcher == "fp16" and not args.bf16)):
         raise ValueError(
             "GOLDTrainer: fp16 needs a GPU, got a run on the CPU, which would compute in float32; "
-            "set bf16=True, or neither."
+            "leave it out, or set bf16=True and use_cpu=True."
         )
 
 

@@ -1,16 +1,19 @@
 """The command line: fields from YAML and flags, datasets of every kind, errors in one message."""
 
 import json
+import logging
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from gold_trainer import configs, loading
-from gold_trainer.__main__ import main
+from gold_trainer import __main__, configs, loading
+from gold_trainer.__main__ import COMMANDS, WARN_OF_THEMSELVES, main
 from gold_trainer.command_line import parse_arguments
 from gold_trainer.recipes import find_config, recipe_names
 from support.tiny_data import write_json_rows
@@ -117,9 +120,11 @@ def test_without_a_command_the_usage_is_shown(capsys):
 
 
 def test_unknown_command_names_the_commands(capsys):
-    text = user_error(capsys, "trian")
-    assert "'trian'" in text
-    assert "gold-trainer train" in text
+    assert user_error(capsys, "trian") == (
+        "error: unknown command 'trian'; did you mean gold-trainer train?\n"
+    )
+    text = user_error(capsys, "fit")
+    assert "'fit'" in text and "train, check" in text and text.count("\n") == 1
 
 
 def test_a_recipe_goes_by_its_name_and_a_file_by_its_path(tmp_path, monkeypatch):
@@ -162,9 +167,22 @@ def test_unknown_yaml_key_names_the_nearest_field(capsys, tmp_path):
     ("argv", "message"),
     [
         (["--betta", "0.5"], "unknown flag --betta; did you mean beta?"),
-        (["--beta", "much"], "invalid float value: 'much'"),
+        (["--beta", "much"], "error: beta: invalid float value: 'much'; a number is expected"),
+        (["--max_steps", "1.5"], "invalid int value: '1.5'; a whole number is expected"),
+        (
+            ["--dtype", "bf16"],
+            "error: dtype: invalid choice: 'bf16'; did you mean bfloat16?",
+        ),
+        (["--optim", "adam_8bit"], "error: optim: invalid choice: 'adam_8bit'; did you mean ad"),
+        (["--loss_backend", "cuda"], "invalid choice: 'cuda'; it may be triton, torch"),
+        (["--use_cpu", "maybe"], "error: use_cpu: "),
+        (["--beta"], "error: beta: expected one argument"),
         (["--beta", "2"], "beta"),
-        (["missing.yaml"], "missing.yaml"),
+        (
+            ["missing.yaml"],
+            "got 'missing.yaml', and there is no such file; the recipes are gold_vlm",
+        ),
+        (["/"], "got '/', a folder; the recipes are"),
         (["--lmbda", "0.5", "late.yaml"], "the YAML file comes before the flags"),
         ([], "model_name_or_path is missing"),
         (["--model_name_or_path", "a"], "dataset_name is missing"),
@@ -291,3 +309,27 @@ def test_a_list_may_be_json(words, expected):
     """Its text was the one stop string, at which nothing stops."""
     flags = ["--use_cpu", "--output_dir", "runs/none", "--stop_strings", *words]
     assert parse_arguments(flags)[2].stop_strings == expected
+
+
+def test_a_run_that_is_out_of_memory_says_which_command_helps(capsys, monkeypatch):
+    def train(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setitem(COMMANDS, "train", train)
+    assert main(["train"]) == 1
+    shown = capsys.readouterr().err
+    assert "allocate 2.00 GiB. `gold-trainer plan` with the same arguments" in shown
+    assert shown.count("\n") == 1
+    Path(re.search(r"traceback: (\S+)\)", shown)[1]).unlink()
+
+
+def test_warnings_of_libraries_about_each_other_are_not_those_of_a_run(monkeypatch, caplog):
+    def noisy(module):
+        for name in WARN_OF_THEMSELVES:
+            logging.getLogger(name).warning("of itself")
+        logging.getLogger("another").warning("heard")
+        return SimpleNamespace(run=1)
+
+    monkeypatch.setattr(__main__, "import_module", noisy)
+    assert __main__._load("anything", "run") == 1
+    assert [record.getMessage() for record in caplog.records] == ["heard"]

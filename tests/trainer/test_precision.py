@@ -72,6 +72,16 @@ def test_fp16_which_a_cpu_has_not_is_refused(how, tmp_path, monkeypatch):
         make_trainer(tmp_path, tiny_rows(4), "llama", **fields)
 
 
+def test_bf16_without_a_gpu_that_has_it_is_refused_unless_the_run_is_the_cpu_s(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(precision, "is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match=r"bf16 needs a GPU that has bfloat16.*set use_cpu=True"):
+        GOLDConfig(output_dir=str(tmp_path), bf16=True)
+    assert GOLDConfig(output_dir=str(tmp_path), bf16=True, use_cpu=True).bf16
+    assert GOLDConfig(output_dir=str(tmp_path)).bf16 is False
+
+
 def test_flags_and_yaml_set_both(tmp_path):
     argv = ["--use_cpu", "--output_dir", str(tmp_path)]
     assert parse_arguments([*argv, "--bf16", "--gradient_checkpointing"])[2].bf16 is True

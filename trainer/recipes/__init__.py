@@ -16,7 +16,9 @@ def find_config(name: str) -> Path:
         return path
     if name in recipe_names():
         return FOLDER / f"{name}.yaml"
+    is_file = path.suffix in (".yaml", ".yml")
+    what = ", a folder" if path.is_dir() else ", and there is no such file" if is_file else ""
     raise ValueError(
-        f"gold-trainer train: a YAML file or the name of a recipe is expected, got {name!r}; the "
-        f"recipes are {', '.join(recipe_names())}"
+        f"gold-trainer train: a YAML file or the name of a recipe is expected, got {name!r}{what}; "
+        f"the recipes are {', '.join(recipe_names())}"
     )
