@@ -83,7 +83,9 @@ class Banner(TrainerCallback):
             logger.warning("GOLDTrainer: rows are %s.", sample.mixture)
         writer = "the teacher writes" if args.seq_kd else "the rows have"
         shares = f"{args.lmbda:.0%} of micro-batches: the student writes the completions"
-        if args.lmbda < 1:
+        if args.lmbda == 0:
+            shares = f"0% of micro-batches: {writer} the completions"
+        elif args.lmbda < 1:
             shares += f"; else {writer} them"
         return [
             ("data", self._data(args, sample)),
@@ -112,8 +114,8 @@ class Banner(TrainerCallback):
         sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
         rows = "a stream of rows" if self.num_rows is None else f"{self.num_rows} rows"
         step = (
-            f"{sizes[0] * sizes[1] * sizes[2]} a step: {sizes[0]} of a device x "
-            f"{sizes[1]} micro-batches x {sizes[2]} processes"
+            f"{sizes[0] * sizes[1] * sizes[2]} a step: {sizes[0]} of a device x {sizes[1]} "
+            f"micro-batch{'es' * (sizes[1] > 1)} x {sizes[2]} process{'es' * (sizes[2] > 1)}"
         )
         if not sample.lengths or self.num_rows is None:
             return f"{rows}; {step}"

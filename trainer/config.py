@@ -15,6 +15,7 @@ from gold_trainer.fields.run import (
     check_inherited,
     check_output_dir,
     naming_the_launcher,
+    pin_beside_a_gpu,
     rename_checkpointing,
 )
 from gold_trainer.fields.teacher import ServedFields, TeacherFields
@@ -117,6 +118,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
             super().__post_init__()
         if self.is_checkpointing_chosen:
             choose_checkpointing(self)
+        pin_beside_a_gpu(self)
         self._names = {*vars(self), "_names"}
 
     def check_again(self) -> None:

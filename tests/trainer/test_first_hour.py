@@ -43,7 +43,7 @@ def test_short_run_shows_a_banner_and_its_first_step(tmp_path, capsys):
     trainer.train()
     shown = capsys.readouterr().out
     for text in (
-        "8 rows; 4 a step",
+        "8 rows; 4 a step: 2 of a device x 2 micro-batches x 1 process; ",
         "25% of micro-batches",
         "0 of 3",
         "jsd",
@@ -53,6 +53,17 @@ def test_short_run_shows_a_banner_and_its_first_step(tmp_path, capsys):
         assert text in shown, text
     assert shown.index("gold-trainer ") < shown.index("'loss'")
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1]
+
+
+def test_run_that_learns_from_its_rows_says_so_and_nothing_of_pinned_memory(
+    tmp_path, capsys, recwarn
+):
+    trainer = make_trainer(tmp_path, ROWS, max_steps=1, lmbda=0.0, gradient_accumulation_steps=1)
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert "0% of micro-batches: the rows have the completions" in shown
+    assert "1 micro-batch x 1 process;" in shown
+    assert [str(w.message) for w in recwarn if "pin_memory" in str(w.message)] == []
 
 
 @pytest.mark.parametrize(("rate", "is_said"), [(1e-7, True), (9e-7, True), (1e-6, False)])

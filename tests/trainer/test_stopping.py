@@ -192,3 +192,17 @@ def test_interrupt_before_the_first_step_is_one_line(flags, tmp_path, monkeypatc
     monkeypatch.setattr(command_line, "load_rows", load_rows)
     assert main(["train", *flags, "--output_dir", str(tmp_path)]) == 130
     assert capfd.readouterr().err.strip() == "error: interrupted"
+
+
+def test_an_error_in_the_first_step_says_that_there_is_no_checkpoint_yet(
+    tmp_path, monkeypatch, caplog
+):
+    trainer = make_trainer(tmp_path, ROWS, **FIELDS | {"save_strategy": "steps"})
+
+    def failing(*args, **options):
+        raise RuntimeError("of the first step")
+
+    monkeypatch.setattr(same_vocabulary, "fused_linear_loss", failing)
+    with pytest.raises(RuntimeError, match="of the first step"):
+        trainer.train()
+    assert "RuntimeError in step 1; there is no checkpoint yet." in caplog.text

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import GradientAccumulationPlugin
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -311,6 +312,11 @@ def _check_accelerator(config: Any) -> None:
             "GOLDConfig: accelerator_config must not set dispatch_batches, got True; batches hold "
             "pictures and text, which one process cannot cut up for the others: leave it out."
         )
+
+
+def pin_beside_a_gpu(args: TrainingArguments) -> None:
+    """Torch warns of pinned memory in every run on a machine without one."""
+    args.dataloader_pin_memory &= torch.accelerator.is_available()
 
 
 def check_output_dir(args: TrainingArguments) -> None:

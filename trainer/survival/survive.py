@@ -125,7 +125,6 @@ def _end(trainer: "GOLDTrainer") -> None:
 def _where(args: GOLDConfig) -> str:
     newest, _ = checkpoints.find_newest(Path(args.output_dir or "."))
     if newest is None:
-        return (
-            f"there is no checkpoint (save_strategy is {SaveStrategy(args.save_strategy).value!r})"
-        )
+        is_off = SaveStrategy(args.save_strategy) == SaveStrategy.NO
+        return "there is no checkpoint" + (" (save_strategy is 'no')" if is_off else " yet")
     return f"{newest} is complete, resume_from_checkpoint=True goes on from there"
