@@ -41,6 +41,10 @@ class Limits(NamedTuple):
     row_bytes: int = 0  # that the row function needs beside a row of logits
     may_pack: bool = False  # the row function may write a gradient over logits of twice its size
 
+    def dtype_of_logits(self, like: torch.Tensor) -> torch.dtype:
+        """like: hidden states, or row values."""
+        return self.logits_dtype or float_dtype(like)
+
 
 class ChunkPlan(NamedTuple):
     """How many rows at a time; panel is at least chunk. What is lent lies in the memory of the
@@ -79,7 +83,7 @@ def is_packed(
     student: LinearHead, needs: Needs, limits: Limits, projection: Projection | None
 ) -> bool:
     """Gradients of logits, which a frozen head needs a chunk at a time, take no memory."""
-    hidden, logits_dtype = student.hidden, limits.logits_dtype or float_dtype(student.hidden)
+    hidden, logits_dtype = student.hidden, limits.dtype_of_logits(student.hidden)
     has_room = hidden.device.type in PACKED_ON and logits_dtype.itemsize == 2 * hidden.itemsize
     is_frozen = any(needs) and not needs.weight and projection is None
     return limits.may_pack and has_room and is_frozen and student.slices is None
@@ -159,7 +163,7 @@ def _row_bytes(
     panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
     v_student = aligned_width(student.weight.shape[0])
     v_teacher = 0 if teacher is None else aligned_width(teacher.weight.shape[0])
-    logits_dtype = limits.logits_dtype or float_dtype(hidden)
+    logits_dtype = limits.dtype_of_logits(hidden)
     is_in_place = has_grad and logits_dtype == panel_dtype
     student_logits = 0 if is_in_place else logits_dtype.itemsize * v_student
     teacher_logits = logits_dtype.itemsize * v_teacher

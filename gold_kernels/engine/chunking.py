@@ -94,7 +94,7 @@ def run_chunks(
     panel_dtype = hidden.dtype if projection is None else float_dtype(hidden)
     exchange, retried, own_bytes, again_bytes = None, None, 1, 1
     if values is not None and student.slices is not None:
-        dtype = limits.logits_dtype or float_dtype(hidden)
+        dtype = limits.dtype_of_logits(hidden)
         if not takes_slices:
             exchange = WholeRows(row_function, student, teacher, values, dtype)
             limits = limits._replace(row_bytes=limits.row_bytes + exchange.row_bytes(panel_dtype))
@@ -197,7 +197,7 @@ def _buffers(
     has_packed: bool,  # gradients, over the logits of their rows
 ) -> _Buffers:
     hidden, vocab_size = student.hidden, student.weight.shape[0]
-    logits_dtype = limits.logits_dtype or float_dtype(hidden)
+    logits_dtype = limits.dtype_of_logits(hidden)
     panel = student_rows = teacher_rows = None
     if has_packed:
         rows = rows_in(None, hidden, plan.chunk, aligned_width(vocab_size), logits_dtype)

@@ -111,8 +111,7 @@ def _linear_loss_operator(
         len(row_loss.value_names), student.num_rows, dtype=float_dtype(student_hidden)
     )
     limits = Limits(chunk_size, budget_bytes, logits_dtype)
-    logits_dtype = limits.logits_dtype or values.dtype
-    slices = row_loss.slices(student, teacher, labels, logits_dtype)
+    slices = row_loss.slices(student, teacher, labels, limits.dtype_of_logits(values))
     rows = Rows(values, labels, limits, backend, has_metrics, student, teacher, slices)
     vocabularies = student.vocab_size, 0 if teacher is None else teacher.vocab_size
     grads = run_chunks(

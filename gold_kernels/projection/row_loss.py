@@ -72,7 +72,7 @@ class ProjectedJSD(RowLoss):
         return max(1.0, 2 * divergence_bound(self.beta) / self.temperature[0])
 
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
-        logits_dtype = limits.logits_dtype or rows.values.dtype
+        logits_dtype = limits.dtype_of_logits(rows.values)
         assert self.folds is not None, "a call has its projection"
         folds, functions = Folds.from_tensors(self.folds), row_functions(rows.backend)
         scratch = functions.rows_at_a_time(folds, limits.budget_bytes // SCRATCH_PART)[1]

@@ -97,7 +97,7 @@ class ULD(RowLoss):
     def limits(self, limits: Limits, v_student: int, v_teacher: int, rows: Rows) -> Limits:
         row_bytes = row_functions(rows.backend)[1]
         num_matched = 0 if self.tables is None else self.tables[0].shape[0]
-        logits_dtype = limits.logits_dtype or rows.values.dtype
+        logits_dtype = limits.dtype_of_logits(rows.values)
         own_bytes = row_bytes(v_student, v_teacher, num_matched, logits_dtype)
         if rows.slices is not None:
             heads = [head for head in (rows.student, rows.teacher) if head is not None]
@@ -134,7 +134,7 @@ class ULD(RowLoss):
         )
         student, teacher = rows.student, rows.teacher
         assert student is not None and teacher is not None, "slices are of heads"
-        dtype = rows.limits.logits_dtype or rows.values.dtype
+        dtype = rows.limits.dtype_of_logits(rows.values)
         whole_bytes = row_functions(rows.backend)[1](
             student.vocab_size, teacher.vocab_size, 0, dtype
         )
