@@ -142,8 +142,8 @@ def run_chunks(
                 buffers = buffers._replace(student=None, teacher=None)  # memory for what follows
                 part = max(1, plan.chunk * own_bytes // again_bytes)
                 retried.run_again(refused, panel, first, row_weights, part)
-            if refused and panel is not None:
-                _add_hidden(grads, student, panel, first, row_weights, projection)
+                if panel is not None:
+                    _add_hidden(grads, student, panel, first, row_weights, projection)
         if panel is not None and projection is None:
             _add_panel(grads, student, panel, first, row_weights, sums)
     return _finish(padded, student, grad_scale, returned, sums)

@@ -260,8 +260,7 @@ class WholeRows:
                 grad = None if panel is None else panel[rows.start - first : rows.stop - first]
                 self.run(rows, grad, row_weights[rows], is_paired=True)
                 self.finish(rows.stop)
-        if chunks:  # memory is for what comes next
-            self._kind, self._sides, self._grads = None, [], None
+        self._kind, self._sides, self._grads = None, [], None  # memory is for what comes next
 
     def finish(self, stop: int) -> None:
         """Wait for gradients of the rows before stop, and sum their values over the processes."""

@@ -375,7 +375,7 @@ def uld_loss(
         unit_stride(teacher_logits[:, : sizes[1]]),
         plan.weights,
         given,
-        True,
+        return_metrics,
         in_place,
     )
     if not return_metrics:
