@@ -52,7 +52,7 @@ def decoder_of(model: Any, num_rows: int, sampling: Sampling, compiled: Any) -> 
         *(model, batch, sampler),
         has_ended=lambda ids: False,
         is_recorded=True,
-        compiled=compiled,
+        within=compiled,
     )
     decoder._take(part.logits)
     return decoder

@@ -89,9 +89,9 @@ def test_weights_of_32_bits_are_written_with_in_16_under_autocast(family, graphs
     run, writer, prompts = build(tmp_path, family, rollout_compile=True)
     dtypes, check = set(), local.check_step
 
-    def checked(base, part, *compiled):
+    def checked(base, part, *within):
         dtypes.update(states.dtype for pair in part.layers for states in pair)
-        check(base, part, *compiled)
+        check(base, part, *within)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         patch.setattr(local, "check_step", checked)

@@ -7,9 +7,9 @@ the context each finds its own part of the cache in the place of the first one's
 usual kind are not compiled at all, where a GPU has kernels for them (kernel_layers.py).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ MOST_WIDTH = 256  # of a head, in our kernel
 # Graphs of a layer, at least: torch counts them by a function of nn.Module's, which the layers of
 # all models of a process share.
 LIMIT = 64
+
+Within = Callable[[Batch], AbstractContextManager[Any]]  # in which steps of the batch may run
 
 
 @torch.library.custom_op("gold_trainer::attend", mutates_args=())
@@ -99,63 +101,63 @@ class CompiledLayers:
         # whether a step with them is the model's own; None: nobody has compared it yet
         self.has_kernels: bool | None = None
         self.has_compiled: bool | None = None
-        self.errors: list[bool] | None = None  # of layers, while kernels are compared with each
 
     def is_checked(self, num_rows: int) -> bool:
         has_kernels = self.has_kernels and num_rows <= MOST_ROWS
         return bool(has_kernels) or self.has_compiled is not None
 
-    def check(self, step: Callable[[], None], num_rows: int) -> None:
+    def check(self, step: Callable[[Within], None], num_rows: int) -> None:
         """Whatever so many rows, or fewer later, are written with takes a step before, which raises
         where it is not the model's own.
         """
         if self.has_kernels is None:
             self.has_kernels = self._agree(step)
         if not self.is_checked(num_rows):
-            has_kernels, self.has_kernels, self.has_compiled = self.has_kernels, False, True
-            try:
-                step()
-            except Exception:
-                self.has_compiled = False
-                raise
-            finally:
-                self.has_kernels = has_kernels
+            self.has_compiled = False
+            step(partial(self._with, self._compiled))
+            self.has_compiled = True
 
-    def _agree(self, step: Callable[[], None]) -> bool:
+    def _agree(self, step: Callable[[Within], None]) -> bool:
         """Whether kernels compute what each layer does, and all of them together."""
         errors: list[bool] = []
-        self.errors = errors
-        try:
-            step()
-        finally:
-            self.errors = None
+        step(partial(self._with, partial(self._compared, errors)))
         if len(errors) < len(self.layers) or any(errors):
             return False
-        self.has_kernels = True
         try:
-            step()
+            step(partial(self._with, self._kernels))
         except CannotDecode:
             return False
         return True
 
-    def _functions(self, batch: Batch) -> list[Callable]:
-        """What takes the place of each layer's forward."""
-        own = [{batch.cache_name: Cache(layers=[states])} for states in batch.layers]
-        parts = None
-        if self.has_kernels or self.errors is not None:
-            parts = fit(self.layers, batch.layers[0], len(batch.token))
-        kernels = None if parts is None else Step(parts, batch).functions()
-        if self.errors is None and kernels is not None:
+    def _plain(self, batch: Batch) -> list[Callable]:
+        return with_own([layer._call_impl for layer in self.layers], batch)
+
+    def _compiled(self, batch: Batch) -> list[Callable]:
+        return with_own(self.compiled, batch)
+
+    def _kernels(self, batch: Batch) -> list[Callable] | None:
+        parts = fit(self.layers, batch.layers[0], len(batch.token))
+        return None if parts is None else Step(parts, batch).functions()
+
+    def _compared(self, errors: list[bool], batch: Batch) -> list[Callable]:
+        """The model's own, beside which kernels run."""
+        own, ours = self._plain(batch), self._kernels(batch)
+        if ours is None:
+            return own
+        return [compared(*pair, errors) for pair in zip(own, ours, strict=True)]
+
+    def _fastest(self, batch: Batch) -> list[Callable]:
+        kernels = self._kernels(batch) if self.has_kernels else None
+        if kernels is not None:
             return kernels
-        if self.errors is None and self.has_compiled:
-            return list(map(with_own, self.compiled, own))
-        plain = list(map(with_own, [layer._call_impl for layer in self.layers], own))
-        if kernels is None or self.errors is None:
-            return plain
-        return [compared(*pair, self.errors) for pair in zip(plain, kernels, strict=True)]
+        return self._compiled(batch) if self.has_compiled else self._plain(batch)
+
+    def __call__(self, batch: Batch) -> AbstractContextManager[None]:
+        return self._with(self._fastest, batch)
 
     @contextmanager
-    def __call__(self, batch: Batch) -> Iterator[None]:
+    def _with(self, functions_of: Callable[[Batch], Any], batch: Batch) -> Iterator[None]:
+        """What functions_of gives stands in the place of each layer's forward."""
         before: list[tuple[nn.Module, str, Any]] = []
 
         def change(module: nn.Module, name: str, value: Any) -> None:
@@ -165,7 +167,7 @@ class CompiledLayers:
         attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_of_one_token(attention)
         try:
-            for layer, function in zip(self.layers, self._functions(batch), strict=True):
+            for layer, function in zip(self.layers, functions_of(batch), strict=True):
                 change(layer, "_compiled_call_impl", function)
                 for module in layer.modules():
                     if hasattr(module, "layer_idx"):
@@ -185,8 +187,14 @@ def put(module: nn.Module, name: str, value: Any) -> None:
     object.__setattr__(module, name, value)
 
 
-def with_own(function: Callable, own: dict[str, Any]) -> Callable:
-    return lambda *args, **kwargs: function(*args, **(kwargs | own))
+def with_own(functions: Sequence[Callable], batch: Batch) -> list[Callable]:
+    """Each with its own part of the cache."""
+
+    def run(function: Callable, own: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs | own)
+
+    own = [{batch.cache_name: Cache(layers=[states])} for states in batch.layers]
+    return [partial(run, *pair) for pair in zip(functions, own, strict=True)]
 
 
 @cache

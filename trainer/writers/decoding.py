@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from gold_trainer.writers.compiled_layers import CompiledLayers
+from gold_trainer.writers.compiled_layers import Within
 from gold_trainer.writers.fixed_cache import Batch
 from gold_trainer.writers.prefill import CannotDecode, Prefilled
 from gold_trainer.writers.sampling import Sampler
@@ -34,7 +34,7 @@ SPARE_BYTES = 2**30  # of the device, for what a recorded step keeps beside the 
 CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look waits for the device
 
 
-def next_logits(base: Any, batch: Batch, compiled: CompiledLayers | None = None) -> Tensor:
+def next_logits(base: Any, batch: Batch, within: Within = nullcontext) -> Tensor:
     """(B, V) of the token behind the last one, which goes into the cache."""
     inputs = base.prepare_inputs_for_generation(
         batch.token,
@@ -44,14 +44,14 @@ def next_logits(base: Any, batch: Batch, compiled: CompiledLayers | None = None)
         **batch.type_ids,
         **batch.options,
     )
-    with nullcontext() if compiled is None else compiled(batch):
+    with within(batch):
         logits: Tensor = base(**inputs, return_dict=True).logits[:, -1]
     batch.position.add_(1)
     batch.positions.add_(1)
     return logits
 
 
-def check_step(base: Any, part: Prefilled, compiled: CompiledLayers | None = None) -> None:
+def check_step(base: Any, part: Prefilled, within: Within = nullcontext) -> None:
     """CannotDecode where a step with the fixed cache is not one with the model's own."""
     assert part.next_logits is not None, "the part went on"
     num_rows, width = part.input_ids.shape
@@ -59,7 +59,7 @@ def check_step(base: Any, part: Prefilled, compiled: CompiledLayers | None = Non
     batch.fill(0, part, torch.arange(num_rows, device=part.logits.device))
     batch.token.copy_(part.logits.argmax(-1, keepdim=True))
     expected = part.next_logits.float()
-    actual = next_logits(base, batch, compiled).float()
+    actual = next_logits(base, batch, within).float()
     error = (actual - expected).square().mean().sqrt()
     sizes = [t.element_size() for t in (part.next_logits, *part.layers[0])]
     limit = MAX_ERROR[min(sizes) >= 4] * expected.std()
@@ -100,14 +100,14 @@ class Decoder:
         *,
         has_ended: Callable[[list[int]], bool],  # what no single token says: stop strings
         is_recorded: bool,  # whether steps become a CUDA graph
-        compiled: CompiledLayers | None = None,
+        within: Within = nullcontext,  # of every step
         warm: set[tuple[int, ...]] | None = None,  # shapes whose steps have run before
         name: str = "",  # of the model, in what is told
     ) -> None:
         self.name = name or type(base).__name__
         self.warm = set() if warm is None else warm
         self.base, self.batch, self.sampler = base, batch, sampler
-        self.has_ended, self.is_recorded, self.compiled = has_ended, is_recorded, compiled
+        self.has_ended, self.is_recorded, self.within = has_ended, is_recorded, within
         self.end_ids = torch.tensor(sampler.sampling.end_ids, device=batch.ids.device)
         self.written: dict[int, tuple[list[int], list[float]]] = {}
         self.rows = list(range(len(batch.ids)))  # of the batch that was given
@@ -143,7 +143,7 @@ class Decoder:
         batch.is_done.logical_or_(has_end | (batch.count >= batch.rooms))
 
     def _step(self) -> None:
-        self._take(next_logits(self.base, self.batch, self.compiled))
+        self._take(next_logits(self.base, self.batch, self.within))
 
     def _advance(self) -> None:
         self.num_steps += 1

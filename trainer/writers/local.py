@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
@@ -201,7 +201,7 @@ class LocalWriter(Writer):
         compiled = self.compiled or CompiledLayers(layers, COMPILER)
         self.note.begin()
         try:
-            compiled.check(partial(check_step, base, part, compiled), num_rows)
+            compiled.check(partial(check_step, base, part), num_rows)
         except Exception as error:  # whatever a compiler may raise
             logger.warning(
                 "%s writes with layers that are not compiled, which costs time: %s.",
@@ -254,7 +254,7 @@ class LocalWriter(Writer):
             *(base, batch, sampler),
             has_ended=partial(has_stop, self.collator.tokenizer, sampling.stop_strings),
             is_recorded=self.args.device.type == "cuda",
-            compiled=self.compiled,
+            within=self.compiled or nullcontext,
             warm=self.warm,
             name=self._name(base),
         )
