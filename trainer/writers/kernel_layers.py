@@ -1,9 +1,8 @@
 """Decoder layers of the usual kind, each as five kernels of a step of decoding.
 
-The usual kind is that of Llama: norms in front of attention and of a gated product, both added to
-what came in; perhaps norms of heads, or biases of queries, keys and values. Between its seven
-matrices torch launches a dozen small kernels, each of which takes longer to begin than to run. Here
-whatever surrounds a product is part of it (layer_products.py, layer_attention.py).
+Between the seven matrices of such a layer (layer_parts.py) torch launches a dozen small kernels,
+each of which takes longer to begin than to run. Here whatever surrounds a product is part of it
+(layer_products.py, layer_attention.py).
 
 Which layers are of the kind says their structure; that they compute nothing else is found out by
 numbers, before they are used (compared()).
