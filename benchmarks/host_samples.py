@@ -23,7 +23,9 @@ def place_of(frame: FrameType, *, has_line: bool = True) -> str:
 
 
 class HostSamples:
-    """Between start and stop: samples by innermost line, and by function anywhere below."""
+    """Between start and stop, or within its context: samples by innermost line, and by function
+    anywhere below.
+    """
 
     def __init__(self) -> None:
         self.lines: Counter[str] = Counter()
@@ -41,6 +43,13 @@ class HostSamples:
         self._is_over.set()
         self._thread.join()
         sys.setswitchinterval(self._before)
+
+    def __enter__(self) -> "HostSamples":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _run(self) -> None:
         own = threading.get_ident()

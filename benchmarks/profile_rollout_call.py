@@ -93,10 +93,8 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def say_host(call: Callable[[], Any]) -> None:
-    samples = HostSamples()
-    samples.start()
-    seconds = seconds_of(call)
-    samples.stop()
+    with HostSamples() as samples:
+        seconds = seconds_of(call)
     samples.describe(seconds)
 
 

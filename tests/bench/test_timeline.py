@@ -50,14 +50,15 @@ def test_kernels_are_counted_by_kind_and_by_name(capsys):
 
 
 def test_samples_say_where_a_thread_is_and_leave_out_those_that_wait(capsys):
-    stopped, samples = threading.Event(), HostSamples()
+    stopped = threading.Event()
     waiting = threading.Thread(target=stopped.wait)
     waiting.start()
-    samples.start()
-    busy_here(0.05)
-    samples.stop()
-    stopped.set()
-    waiting.join()
+    try:
+        with HostSamples() as samples:
+            busy_here(0.05)
+    finally:
+        stopped.set()
+        waiting.join()
     assert samples.count > 5
     here = [n for place, n in samples.functions.items() if place.endswith("busy_here")]
     assert here and here[0] > samples.count / 4
