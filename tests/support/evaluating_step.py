@@ -1,7 +1,7 @@
 """One process of test_evaluating_ranks: evaluations of rows that fill no batch of all ranks.
 
 torchrun --nproc_per_node 2 -m support.rank SECONDS
-    support.evaluating_step OUT_DIR BATCH_SIZE WORKERS
+    support.evaluating_step OUT_DIR BATCH_SIZE
 """
 
 import sys
@@ -18,7 +18,7 @@ ROWS[2]["prompt"] = ""  # which is skipped
 NUM_ROWS = (1, 3, 5)
 
 
-def main(output_dir: str, batch_size: int, num_workers: int) -> None:
+def main(output_dir: str, batch_size: int) -> None:
     student, tokenizer = tiny("qwen3")
     trainer = GOLDTrainer(
         model=student,
@@ -26,7 +26,6 @@ def main(output_dir: str, batch_size: int, num_workers: int) -> None:
         args=GOLDConfig(
             output_dir=output_dir,
             per_device_eval_batch_size=batch_size,
-            dataloader_num_workers=num_workers,
             dataloader_drop_last=True,
             on_bad_row="skip",
             max_steps=1,
@@ -44,19 +43,14 @@ def main(output_dir: str, batch_size: int, num_workers: int) -> None:
         table = datasets.Dataset.from_list(ROWS[:count])
         forms = {"rows": ROWS[:count], "table": table, "stream": table.to_iterable_dataset()}
         for form, rows in forms.items():
-            metrics = trainer.evaluate(rows)
-            found[form, count] = {
-                name: value
-                for name, value in metrics.items()
-                if not name.endswith(("_second", "_time", "_runtime"))
-            }
-        found["predict", count] = {
-            name.replace("test_", "eval_"): value
-            for name, value in trainer.predict(ROWS[:count]).metrics.items()
-            if not name.endswith(("_second", "_time", "_runtime"))
-        }
+            found[form, count] = trainer.evaluate(rows)
+        metrics = trainer.predict(ROWS[:count]).metrics
+        found["predict", count] = {k.replace("test_", "eval_"): v for k, v in metrics.items()}
+    for metrics in found.values():
+        for name in [name for name in metrics if name.endswith(("_second", "_time", "_runtime"))]:
+            del metrics[name]
     leave_state(trainer, output_dir, found=found)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -27,12 +27,11 @@ def run_step(
     script: str,  # of this folder, without its ending
     output_dir: Path,
     processes: int,
-    batch_size: int,
-    accumulation: int,
+    *sizes: int,  # of a batch; of most scripts then micro-batches a step
 ) -> dict[str, Any]:
     """What the script's first process left in state.pt."""
     output_dir.mkdir()
-    done = start_ranks(script, processes, str(output_dir), str(batch_size), str(accumulation))
+    done = start_ranks(script, processes, str(output_dir), *map(str, sizes))
     assert done.returncode == 0, done.stderr
     return torch.load(output_dir / "state.pt")
 

@@ -199,7 +199,7 @@ def test_two_ranks_leave_out_what_one_does(tmp_path):
     (tmp_path / "one").mkdir()
     bad_rows_step.main(str(tmp_path / "one"), 4, 1)
     one = torch.load(tmp_path / "one" / "state.pt")
-    two = run_step("bad_rows_step", tmp_path / "two", 2, batch_size=2, accumulation=1)
+    two = run_step("bad_rows_step", tmp_path / "two", 2, 2, 1)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["skips"] == one["skips"]

@@ -11,8 +11,8 @@ def test_two_processes_give_the_loss_and_weights_of_one(tmp_path):
     runs evaluate first, which must not leave the model without DDP. Tokens are weighed, and the
     teacher has views of its own.
     """
-    one = run_step("distributed_step", tmp_path / "one", processes=1, batch_size=4, accumulation=1)
-    two = run_step("distributed_step", tmp_path / "two", processes=2, batch_size=1, accumulation=2)
+    one = run_step("distributed_step", tmp_path / "one", 1, 4, 1)
+    two = run_step("distributed_step", tmp_path / "two", 2, 1, 2)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["eval_losses"] == pytest.approx(one["eval_losses"], rel=1e-5)

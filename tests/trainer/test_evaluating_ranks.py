@@ -10,9 +10,8 @@ def test_two_processes_evaluate_each_row_once(tmp_path):
     """One row leaves a rank without any; three and five fill no last batch. An empty prompt is
     skipped, and counted once.
     """
-    sizes = {"batch_size": 2, "accumulation": 0}
-    one = run_step("evaluating_step", tmp_path / "one", processes=1, **sizes)
-    two = run_step("evaluating_step", tmp_path / "two", processes=2, **sizes)
+    one = run_step("evaluating_step", tmp_path / "one", 1, 2)
+    two = run_step("evaluating_step", tmp_path / "two", 2, 2)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert {form for form, _ in one["found"]} == {"rows", "table", "stream", "predict"}
     for case, expected in one["found"].items():

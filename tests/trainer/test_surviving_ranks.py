@@ -9,7 +9,7 @@ from support.processes import run_step
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks") / "run"
-    run_step("surviving_step", folder, processes=2, batch_size=2, accumulation=1)
+    run_step("surviving_step", folder, 2, 2, 1)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
 
 
