@@ -105,6 +105,30 @@ def test_variables_are_those_that_the_template_looks_up():
     assert unread(body, ("deep", "tools", "high", "low")) == KEYS | {"tools", "high", "low"}
 
 
+@pytest.mark.parametrize(
+    ("body", "is_read"),
+    [
+        ("{% if deep %}{% set mode = 1 %}{% else %}{% set mode = 2 %}{% endif %}{{ mode }}", False),
+        (
+            "{% if deep %}{% set mode = 1 %}{% elif low %}{% set mode = 2 %}{% endif %}{{ mode }}",
+            True,
+        ),
+        ("{% if mode %}{% set mode = 1 %}{% else %}{% set mode = 2 %}{% endif %}", True),
+        ("{% if deep %}{% set mode = mode %}{% else %}{% set mode = 2 %}{% endif %}", True),
+        ("{{ mode }}{% if deep %}{% set mode = 1 %}{% else %}{% set mode = 2 %}{% endif %}", True),
+        (
+            "{% if deep %}{% if low %}{% set mode = 1 %}{% else %}{% set mode = 2 %}{% endif %}"
+            "{% else %}{% set mode %}3{% endset %}{% endif %}{{ mode }}",
+            False,
+        ),
+        ("{% set mode = mode | default(1) %}", True),
+        ("{% if mode is not defined %}{% set mode = 1 %}{% endif %}{{ mode }}", True),
+    ],
+)
+def test_a_variable_that_the_template_sets_in_any_case_is_unread(body, is_read):
+    assert unread(body, ("mode",)) == (KEYS if is_read else KEYS | {"mode"})
+
+
 def test_of_several_templates_the_one_in_use_is_asked():
     both = {"default": EACH + END, "tool_use": EACH + "{{ message.mood }}" + END}
     assert keys_read(both).unread({"mood"}, ()) == {"mood"}

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, TemplateSyntaxError, meta, nodes
+from jinja2 import Environment, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+
+from gold_trainer.rendering.template_variables import variables_read
 
 MAX_DEPTH = 4  # of lists in lists
 ELEMENTS = ("first", "last", "min", "max", "random")
@@ -72,8 +74,7 @@ def _keys_read(source: str) -> ReadKeys:
         reader.statements(tree.body, (0,))
         if reader.size() == before:
             break
-    variables = frozenset(meta.find_undeclared_variables(tree))
-    return ReadKeys(variables, frozenset(reader.keys), reader.has_all)
+    return ReadKeys(variables_read(tree), frozenset(reader.keys), reader.has_all)
 
 
 class _Generation(Extension):
