@@ -4,8 +4,6 @@ import logging
 from collections.abc import Sized
 from typing import Any
 
-import datasets
-from torch.utils.data import IterableDataset
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -15,6 +13,7 @@ from gold_trainer import models
 from gold_trainer.adapters import check_adapter
 from gold_trainer.config import GOLDConfig
 from gold_trainer.data.row_errors import shown
+from gold_trainer.data.streams import is_stream
 from gold_trainer.data.tables import refuse_tables
 from gold_trainer.fields.library_options import check_library_options
 from gold_trainer.hub import check_login
@@ -211,7 +210,7 @@ def refuse_splits(train_dataset: Any) -> None:
 def refuse_datasets(train_dataset: Any, eval_dataset: Any, args: GOLDConfig) -> None:
     """Of which no row is looked at yet."""
     refuse_splits(train_dataset)
-    if isinstance(train_dataset, IterableDataset | datasets.IterableDataset):
+    if is_stream(train_dataset):
         warn_of_one_epoch(args)
     is_due = args.eval_strategy not in (None, "no") or args.eval_on_start
     if eval_dataset is None and is_due:

@@ -22,6 +22,15 @@ logger = logging.get_logger(__name__)
 END: Any = object()  # of a stream
 
 
+def is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset | datasets.IterableDataset)
+
+
+def _is_of_torch(stream: Any) -> bool:
+    """Its __iter__ alone knows of workers; ours and that of datasets share rows out."""
+    return not isinstance(stream, datasets.IterableDataset | MappedStream)
+
+
 class RowStream(IterableDataset):
     """An iterable dataset (datasets.IterableDataset, or torch's) read as Rows.
 
@@ -84,7 +93,7 @@ def read_rows(
         }
     if isinstance(dataset, RowStream):
         return dataset
-    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+    if is_stream(dataset):
         return read_stream(dataset, args, **options)
     skips_bad = args.on_bad_row == "skip"
     has = bool(has_chat_template)
@@ -103,7 +112,7 @@ def open_rows(
     dataset: Any, args: GOLDConfig, *, has_chat_template: bool = False, **options: Any
 ) -> RowDataset | RowStream:
     """One dataset read as Rows; no row is looked at."""
-    if isinstance(dataset, IterableDataset | datasets.IterableDataset):
+    if is_stream(dataset):
         return _open_stream(dataset, args, **options)
     return RowDataset(dataset, **options)
 
@@ -125,8 +134,7 @@ def _open_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
             "GOLDTrainer: num_generations must be 1 with a streaming dataset, got "
             f"{args.num_generations}; rows come once: load the dataset without streaming."
         )
-    is_torch = not isinstance(dataset, datasets.IterableDataset | MappedStream)
-    if is_torch and _goes_on(dataset):
+    if _is_of_torch(dataset) and _goes_on(dataset):
         raise ValueError(
             "GOLDTrainer: a stream must give its rows whenever it is read, got "
             f"{type(dataset).__name__}, whose __iter__ returns one iterator each time; make a new "
@@ -154,8 +162,7 @@ def _plain(row: Any) -> str:
 def read_stream(dataset: Any, args: GOLDConfig, **options: Any) -> RowStream:
     """ValueError for what a stream cannot do, and for a first row that does not fit."""
     stream = _open_stream(dataset, args, **options)
-    is_torch = not isinstance(dataset, datasets.IterableDataset | MappedStream)
-    if args.dataloader_num_workers > 1 and is_torch:
+    if args.dataloader_num_workers > 1 and _is_of_torch(dataset):
         logger.warning_once(
             f"GOLDTrainer: each of {args.dataloader_num_workers} data loader workers reads a "
             f"stream of torch from its beginning: {type(dataset).__name__} has to deal its rows to "
