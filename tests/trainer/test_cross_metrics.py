@@ -2,6 +2,7 @@
 rows of a batch, of a window of several steps, and of an evaluation.
 """
 
+import math
 from itertools import combinations
 
 import pytest
@@ -73,3 +74,21 @@ def test_a_window_of_several_steps_is_a_mean_over_what_each_metric_counts(tmp_pa
         assert loss_of(window) != pytest.approx(losses["loss"], rel=1e-4)
         losses["off_policy_loss"] = loss_of(window)
         assert_log(entry, metrics_of(window) | losses)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_an_evaluation_in_which_nothing_is_distilled_has_no_mean_of_it(weight, tmp_path):
+    """0 would be the best loss of all checkpoints. The cross-entropy of the tokens remains."""
+    sides = make_sides(*PAIR)
+    given = rows_with_skips(*sides, count=3, unspelled=(0, 2), cut=1)
+    fields = FIELDS | {"uld_crossentropy_weight": weight}
+    trainer, _ = cross_trainer(
+        tmp_path, given.rows, *sides, max_length=given.max_length, max_steps=1, **fields
+    )
+    metrics = trainer.evaluate([given.rows[i] for i in given.unspelled])
+    assert metrics["eval_skipped_unspelled"] == 2 and metrics["eval_groups_per_token"] == 0
+    assert math.isnan(metrics["eval_uld_loss"]) and math.isnan(metrics["eval_matched_loss"])
+    if weight:
+        assert metrics["eval_loss"] == pytest.approx(weight * metrics["eval_crossentropy"])
+    else:
+        assert math.isnan(metrics["eval_loss"])

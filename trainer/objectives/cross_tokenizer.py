@@ -25,6 +25,7 @@ from gold_trainer.objectives.objective import (
     TOKEN_WEIGHT,
     Objective,
     form_options,
+    mean_of,
     memory_options,
     summed,
 )
@@ -182,18 +183,18 @@ class CrossTokenizer(Objective):
 
     def means(self, totals: dict[str, float]) -> dict[str, float]:
         """Means over groups, tokens, labels or bytes, as each name says; skips are counts."""
-        num_groups, num_tokens = max(totals["groups"], 1), max(totals["tokens"], 1)
-        unit_loss = totals["loss"] / num_groups
+        num_groups = totals["groups"]
         result = {
-            "groups_per_token": totals["groups"] / num_tokens,
-            "scored_bytes": totals["scored_bytes"] / max(totals["completion_bytes"], 1),
+            "groups_per_token": mean_of(num_groups, totals["tokens"]),
+            "scored_bytes": mean_of(totals["scored_bytes"], totals["completion_bytes"]),
             **{name: totals[name] for name in SKIPS},
-            **self.loss_means(self.loss_name, unit_loss, totals),
+            **self.loss_means(self.loss_name, num_groups, totals),
         }
         if self.distillation_weight:
-            result[self.loss_name] = unit_loss
             weight = () if self.weighting is None else (TOKEN_WEIGHT,)
-            result |= {name: totals[name] / num_groups for name in (*self.logged(), *weight)}
+            names = *self.logged(), *weight
+            result[self.loss_name] = mean_of(totals["loss"], num_groups)
+            result |= {name: mean_of(totals[name], num_groups) for name in names}
         return result
 
 

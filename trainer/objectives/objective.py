@@ -3,6 +3,7 @@
 N_s, N_t scored rows of student and teacher, D hidden size (D_s, D_t).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -122,19 +123,20 @@ class Objective(ABC):
             return {}
         return {"labels": batch.student.labels, "label_weights": label_weights}
 
-    def loss_means(self, name: str, unit_mean: float, totals: dict[str, float]) -> dict[str, float]:
+    def loss_means(self, name: str, num_units: float, totals: dict[str, float]) -> dict[str, float]:
         """The loss for the log and, where a cross-entropy is part of it, its two parts.
 
-        A part of weight 0 is not computed and not logged.
+        A part of weight 0 is not computed and not logged; the loss of nothing is NaN.
         """
-        result = {"loss": self.distillation_weight * unit_mean}
+        unit_mean, num_labels = mean_of(totals["loss"], num_units), totals["labels"]
+        parts = [self.distillation_weight * unit_mean] if num_units else []
+        result = {}
         if self.crossentropy_weight:
-            crossentropy = totals[CROSS_ENTROPY] / max(totals["labels"], 1)
-            result["loss"] += self.crossentropy_weight * crossentropy
-            result["crossentropy"] = crossentropy
+            result["crossentropy"] = totals[CROSS_ENTROPY] / max(num_labels, 1)
+            parts += [self.crossentropy_weight * result["crossentropy"]] if num_labels else []
             if self.distillation_weight:
                 result[name] = unit_mean
-        return result
+        return {"loss": sum(parts) if parts else math.nan, **result}
 
     @property
     def entries(self) -> tuple[int | None, int | None]:
@@ -210,6 +212,11 @@ def even_weights(num_units: int, num_labels: int, device: torch.device) -> Tenso
     """What a unit and a label weigh where the batch is all that there is."""
     shares = [1 / max(size, 1) for size in (num_units, num_labels)]
     return torch.tensor(shares, device=device)
+
+
+def mean_of(total: float, number: float) -> float:
+    """Of nothing NaN: no number to choose a checkpoint by."""
+    return total / number if number else math.nan
 
 
 def summed(values: Mapping[str, Tensor | None], weights: Tensor | None) -> dict[str, Tensor]:

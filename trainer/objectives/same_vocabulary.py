@@ -151,5 +151,5 @@ class SameVocabulary(Objective):
         """Means over scored tokens, of the cross-entropy over labels."""
         values = {name: totals[name] / max(totals["tokens"], 1) for name in self.sums}
         del values[CROSS_ENTROPY]
-        losses = self.loss_means(f"{self.row_loss.name}_loss", values["loss"], totals)
+        losses = self.loss_means(f"{self.row_loss.name}_loss", totals["tokens"], totals)
         return values | losses if self.distillation_weight else losses
