@@ -21,9 +21,9 @@ class _SetBefore(NodeTransformer):
         self.generic_visit(node)
         branches = [node.body, *(other.body for other in node.elif_), node.else_]
         names = frozenset.intersection(*map(_set_in, branches))
-        parts = [*([nodes.Output([part.test])] for part in (node, *node.elif_)), *branches]
-        for part in parts if names else []:
-            names -= _looked_up(part, node)
+        if names:
+            tests: list[nodes.Node] = [nodes.Output([part.test]) for part in (node, *node.elif_)]
+            names = names.difference(*(_looked_up(part, node) for part in (tests, *branches)))
         none = nodes.Const(None)
         sets = [nodes.Assign(nodes.Name(name, "store"), none) for name in sorted(names)]
         return [*(one.set_lineno(node.lineno) for one in sets), node]
@@ -37,5 +37,7 @@ def _set_in(body: Sequence[nodes.Node]) -> frozenset[str]:
 
 def _looked_up(body: Sequence[nodes.Node], node: nodes.Node) -> set[str]:
     """By what stands in the node."""
-    template = nodes.Template(list(body)).set_environment(node.environment)
+    assert node.environment is not None, "a parser sets it"
+    template = nodes.Template(list(body))
+    template.set_environment(node.environment)
     return meta.find_undeclared_variables(template)
