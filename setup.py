@@ -6,6 +6,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# a package index has none of the files that relative links lead to: it names them instead
+README = re.sub(r"^!\[[^]]*\]\((?!https?:).*\)\n\n", "", README, flags=re.MULTILINE)
+README = re.sub(r"\[([^]]+)\]\(((?!https?:|#)[^)]+)\)", r"\1 (\2)", README)
 # the one place of the version; read, not imported: a build has no torch
 VERSION = re.search(
     r'^__version__ = "(.+)"$',
@@ -54,7 +58,7 @@ setup(
     name="gold-kernels",
     version=VERSION,
     description="Distillation for language and vision-language models without full logits",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=README,
     long_description_content_type="text/markdown",
     keywords=[
         "knowledge distillation",

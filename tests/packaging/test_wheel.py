@@ -1,6 +1,7 @@
 """Sdist and wheel, built and installed as a user gets them, beside another package's `trainer`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,15 @@ def test_the_wheel_holds_both_packages_with_types_and_recipes(wheel):
         "gold_kernels",
         "gold_trainer",
     }
+
+
+def test_the_description_for_an_index_names_files_and_links_to_none(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    links = re.compile(r"\]\((?!https?:)")
+    assert links.search((ROOT / "README.md").read_text())
+    assert "(docs/hardware.md)" in metadata and not links.search(metadata)
 
 
 def test_it_shares_no_file_with_the_registrys_trainer(wheel, other_wheel, installed):
