@@ -249,3 +249,20 @@ def assert_equals(trainer: GOLDTrainer, recorder: GradientRecorder, expected: tu
         error = (recorder.gradients[name].double() - gradient).norm()
         # A bias in front of a softmax has a gradient of zero but for rounding.
         assert error <= 1e-4 * max(gradient.norm(), 1e-4 * scale), f"{name}: {error:.1e}"
+
+
+def assert_step_is_eager(
+    output_dir: Any,
+    sides: tuple[Side, Side],
+    rows: Any,
+    parts: Any = None,  # completions of both sides and how they are aligned
+    eager: dict[str, Any] | None = None,  # of eager_cross_step
+    **options: Any,  # of cross_trainer
+) -> GOLDTrainer:
+    """Takes one off-policy step."""
+    parts = off_policy_parts(*sides, rows) if parts is None else parts
+    expected = eager_cross_step(*sides, rows, *parts, **(eager or {}))
+    trainer, recorder = cross_trainer(output_dir, rows, *sides, **({"max_steps": 1} | options))
+    trainer.train()
+    assert_equals(trainer, recorder, expected)
+    return trainer

@@ -12,10 +12,9 @@ from gold_trainer.data.dataset import RowDataset
 from support.cross_cases import (
     Side,
     aligner_of,
-    assert_equals,
+    assert_step_is_eager,
     completions_of,
     cross_trainer,
-    eager_cross_step,
     make_sides,
     rows_of,
     teacher_completion,
@@ -205,12 +204,9 @@ def test_completion_is_cut_where_either_side_is_full(tmp_path):
     ids = ids[: max_length - trainer_side_length(student, rows)]
     alignment = aligner_of(student, teacher).align(ids, teacher_ids)
     assert 0 < alignment.scored_bytes < alignment.completion_bytes
-    expected = eager_cross_step(student, teacher, rows, [(ids, teacher_ids)], [alignment])
-    trainer, recorder = cross_trainer(
-        tmp_path, rows, student, teacher, max_length=max_length, max_completion_length=2
-    )
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    parts = [(ids, teacher_ids)], [alignment]
+    fields = {"max_length": max_length, "max_completion_length": 2}
+    trainer = assert_step_is_eager(tmp_path, (student, teacher), rows, parts, **fields)
     share = alignment.scored_bytes / alignment.completion_bytes
     assert trainer.state.log_history[0]["scored_bytes"] == pytest.approx(share)
 
@@ -233,19 +229,11 @@ def test_text_that_the_teacher_cannot_spell_is_left_out_and_counted(
         completions.append((ids, teacher_ids))
     alignments = [aligner.align(*pair) for pair in completions]
     assert [alignment.num_groups > 0 for alignment in alignments] == [False, True, True, False]
-    expected = eager_cross_step(
-        student,
-        teacher,
-        rows,
-        completions,
-        alignments,
-        crossentropy_weight=crossentropy_weight,
+    trainer = assert_step_is_eager(
+        *(tmp_path, (student, teacher), rows, (completions, alignments)),
+        {"crossentropy_weight": crossentropy_weight},
+        uld_crossentropy_weight=crossentropy_weight,
     )
-    trainer, recorder = cross_trainer(
-        tmp_path, rows, student, teacher, uld_crossentropy_weight=crossentropy_weight
-    )
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
     assert trainer.state.log_history[0]["skipped_unspelled"] == 2
     assert trainer.state.log_history[0]["skipped_no_common_end"] == 0
     warned = [r for r in caplog.records if "is not distilled" in r.getMessage()]

@@ -12,6 +12,7 @@ from support.cross_cases import (
     aligned,
     aligner_of,
     assert_equals,
+    assert_step_is_eager,
     by_position,
     completions_of,
     cross_trainer,
@@ -44,20 +45,13 @@ HYBRID_EAGER = {"is_hybrid": True, "crossentropy_weight": 0.3}
     ("student", "teacher", "is_hybrid"), [(*pair, i % 2 == 0) for i, pair in enumerate(PAIRS)]
 )
 def test_off_policy_step_equals_the_eager_float64_step(student, teacher, is_hybrid, tmp_path):
-    student, teacher = make_sides(student, teacher)
-    rows = rows_of(student.family)
-    parts = off_policy_parts(student, teacher, rows)
-    expected = eager_cross_step(
-        student, teacher, rows, *parts, **(HYBRID_EAGER if is_hybrid else {})
-    )
-    fields = HYBRID if is_hybrid else {}
-    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **fields)
+    sides, rows = make_sides(student, teacher), rows_of(student)
+    fields, eager = (HYBRID, HYBRID_EAGER) if is_hybrid else ({}, {})
     with recorded_warnings() as messages:
-        trainer.train()
+        trainer = assert_step_is_eager(tmp_path, sides, rows, eager=eager, max_steps=2, **fields)
     assert messages == []
     assert len(losses_of(trainer)) == 2
     assert all(math.isfinite(loss) for loss in losses_of(trainer))
-    assert_equals(trainer, recorder, expected)
 
 
 @pytest.mark.parametrize(
@@ -148,24 +142,15 @@ def test_teacher_writes_and_the_student_learns_its_text_in_own_tokens(student, t
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_accumulation_changes_neither_loss_nor_gradient(accumulation, tmp_path):
-    student, teacher = make_sides("lfm2_vl", "qwen3_vl")
-    rows = rows_of("lfm2_vl", count=4)
-    parts = off_policy_parts(student, teacher, rows)
+    sides, rows = make_sides("lfm2_vl", "qwen3_vl"), rows_of("lfm2_vl", count=4)
+    parts = off_policy_parts(*sides, rows)
     groups = [alignment.num_groups for alignment in parts[1]]
     assert len(set(groups)) > 1, "a mean of means would differ"
-    expected = eager_cross_step(student, teacher, rows, *parts, **HYBRID_EAGER)
-    trainer, recorder = cross_trainer(
-        tmp_path,
-        rows,
-        student,
-        teacher,
-        per_device_train_batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
-        max_steps=1,
-        **HYBRID,
-    )
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    batches = {
+        "per_device_train_batch_size": 4 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+    }
+    assert_step_is_eager(tmp_path, sides, rows, parts, HYBRID_EAGER, **batches, **HYBRID)
 
 
 @pytest.mark.parametrize(
@@ -178,25 +163,15 @@ def test_accumulation_changes_neither_loss_nor_gradient(accumulation, tmp_path):
     ids=lambda fields: next(iter(fields)),
 )
 def test_how_a_step_is_computed_changes_nothing(fields, tmp_path):
-    student, teacher = make_sides("smolvlm", "qwen3_vl")
-    rows = rows_of("smolvlm")
-    parts = off_policy_parts(student, teacher, rows)
-    expected = eager_cross_step(student, teacher, rows, *parts)
-    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, max_steps=1, **fields)
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    sides = make_sides("smolvlm", "qwen3_vl")
+    assert_step_is_eager(tmp_path, sides, rows_of("smolvlm"), **fields)
 
 
 @pytest.mark.parametrize("sides", [("right", "left"), ("left", "right")])
 def test_padding_sides_may_differ_and_change_nothing(sides, tmp_path):
     student, teacher = make_sides("lfm2_vl", "qwen3_vl")
-    rows = rows_of("lfm2_vl")
-    parts = off_policy_parts(student, teacher, rows)
-    expected = eager_cross_step(student, teacher, rows, *parts)
     student.tokenizer.padding_side, teacher.tokenizer.padding_side = sides
-    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, max_steps=1)
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    assert_step_is_eager(tmp_path, (student, teacher), rows_of("lfm2_vl"))
 
 
 def test_bf16_autocast_is_close_to_float32(tmp_path):
@@ -219,74 +194,39 @@ def test_bf16_autocast_is_close_to_float32(tmp_path):
 
 
 def test_options_reach_the_loss(tmp_path):
-    student, teacher = make_sides("llama", "qwen3")
-    rows = rows_of("llama")
-    aligner = aligner_of(student, teacher, has_end_of_turn=False)
-    parts = off_policy_parts(student, teacher, rows, aligner)
-    expected = eager_cross_step(
-        student,
-        teacher,
-        rows,
-        *parts,
-        is_hybrid=True,
-        weights=(0.7, 0.4),
-        beta=0.2,
-        crossentropy_weight=0.6,
-        distillation_weight=1.5,
-        student_temperature=1.25,
-        teacher_temperature=0.75,
-    )
-    trainer, recorder = cross_trainer(
-        tmp_path,
-        rows,
-        student,
-        teacher,
-        max_steps=1,
+    sides, rows = make_sides("llama", "qwen3"), rows_of("llama")
+    options = {
+        "crossentropy_weight": 0.6,
+        "distillation_weight": 1.5,
+        "student_temperature": 1.25,
+        "teacher_temperature": 0.75,
+    }
+    assert_step_is_eager(
+        *(tmp_path, sides, rows),
+        off_policy_parts(*sides, rows, aligner_of(*sides, has_end_of_turn=False)),
+        {"is_hybrid": True, "weights": (0.7, 0.4), "beta": 0.2, **options},
         beta=0.2,
         uld_use_hybrid_loss=True,
         uld_hybrid_matched_weight=0.7,
         uld_hybrid_unmatched_weight=0.4,
-        uld_crossentropy_weight=0.6,
-        uld_distillation_weight=1.5,
-        uld_student_temperature=1.25,
-        uld_teacher_temperature=0.75,
         uld_skip_student_eos=True,
+        **{f"uld_{name}": value for name, value in options.items()},
     )
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
 
 
 def test_observed_merging_is_that_of_trl(tmp_path):
-    student, teacher = make_sides("llama", "qwen3")
-    rows = rows_of("llama")
-    parts = off_policy_parts(student, teacher, rows, aligner_of(student, teacher, "observed"))
-    expected = eager_cross_step(student, teacher, rows, *parts)
-    trainer, recorder = cross_trainer(
-        tmp_path, rows, student, teacher, max_steps=1, uld_token_merge_strategy="observed"
-    )
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    sides, rows = make_sides("llama", "qwen3"), rows_of("llama")
+    parts = off_policy_parts(*sides, rows, aligner_of(*sides, "observed"))
+    assert_step_is_eager(tmp_path, sides, rows, parts, uld_token_merge_strategy="observed")
 
 
 @pytest.mark.parametrize("skips", [False, True])
 def test_plain_uld_pairs_tokens_by_position(skips, tmp_path):
-    student, teacher = make_sides("llama", "qwen3")
-    rows = rows_of("llama")
-    completions, alignments = off_policy_parts(student, teacher, rows)
-    positions = by_position(completions, alignments, skips)
-    expected = eager_cross_step(student, teacher, rows, completions, positions)
-    trainer, recorder = cross_trainer(
-        tmp_path,
-        rows,
-        student,
-        teacher,
-        max_steps=1,
-        use_extended_uld=False,
-        uld_skip_student_eos=skips,
-        uld_skip_teacher_eos=skips,
-    )
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    sides, rows = make_sides("llama", "qwen3"), rows_of("llama")
+    completions, alignments = off_policy_parts(*sides, rows)
+    parts = completions, by_position(completions, alignments, skips)
+    fields = dict.fromkeys(("uld_skip_student_eos", "uld_skip_teacher_eos"), skips)
+    assert_step_is_eager(tmp_path, sides, rows, parts, use_extended_uld=False, **fields)
 
 
 def test_plain_uld_takes_what_a_student_sampled_beyond_its_tokens(tmp_path):

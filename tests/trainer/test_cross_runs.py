@@ -13,10 +13,9 @@ from gold_trainer.__main__ import main
 from support.cross_cases import (
     Side,
     aligner_of,
-    assert_equals,
+    assert_step_is_eager,
     completions_of,
     cross_trainer,
-    eager_cross_step,
     make_sides,
     rows_of,
 )
@@ -117,16 +116,7 @@ def test_sentencepiece_teacher_whose_end_of_turn_is_not_its_eos(tmp_path):
     assert end != tokenizer.eos_token_id and all(ids[-1] == end for _, ids in completions)
     alignments = [aligner.align(*pair) for pair in completions]
     options = {"uld_use_hybrid_loss": True, "uld_crossentropy_weight": 0.3}
-    expected = eager_cross_step(
-        student,
-        teacher,
-        rows,
-        completions,
-        alignments,
-        is_hybrid=True,
-        crossentropy_weight=0.3,
-    )
-    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **options)
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    eager = {"is_hybrid": True, "crossentropy_weight": 0.3}
+    parts = completions, alignments
+    trainer = assert_step_is_eager(tmp_path, (student, teacher), rows, parts, eager, **options)
     assert trainer.state.log_history[0]["scored_bytes"] == 1

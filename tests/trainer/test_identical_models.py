@@ -11,15 +11,15 @@ from tokenizers import models
 from support.cross_cases import (
     TEACHER_MERGES,
     Side,
-    assert_equals,
+    assert_step_is_eager,
     by_position,
     cross_trainer,
-    eager_cross_step,
     off_policy_parts,
     rows_of,
 )
 from support.eager_step import prompt_inputs
 from support.tiny_models import tiny, tiny_processor
+from support.trainer_cases import losses_of
 
 
 def identical_sides(family: str) -> tuple[Side, Side]:
@@ -76,10 +76,6 @@ def test_identical_models_of_two_tokenizers_have_the_loss_of_the_oracle(
     assert all(len(own) < len(other) for own, other in completions)
     if not is_extended:
         alignments = by_position(completions, alignments, skips=False)
-    expected = eager_cross_step(student, teacher, rows, completions, alignments)
-    assert expected[0] > 0.01, "other tokens must make another loss"
-    trainer, recorder = cross_trainer(
-        tmp_path, rows, student, teacher, max_steps=1, use_extended_uld=is_extended
-    )
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    parts, fields = (completions, alignments), {"use_extended_uld": is_extended}
+    trainer = assert_step_is_eager(tmp_path, (student, teacher), rows, parts, **fields)
+    assert losses_of(trainer)[0] > 0.01, "other tokens must make another loss"

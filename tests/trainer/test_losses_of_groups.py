@@ -8,14 +8,19 @@ import pytest
 
 from gold_kernels import VocabProjection, reference
 from support.cross_cases import (
-    assert_equals,
+    assert_step_is_eager,
     cross_trainer,
-    eager_cross_step,
     make_sides,
-    off_policy_parts,
     rows_of,
 )
 from support.trainer_cases import losses_of
+
+FIELDS = {
+    "beta": 0.25,
+    "uld_student_temperature": 1.5,
+    "uld_teacher_temperature": 0.8,
+    "uld_crossentropy_weight": 0.3,
+}
 
 
 def eager_projected(projection):
@@ -39,20 +44,11 @@ def eager_likelihood(student_logits, teacher_logits, alignment, weights):
 
 @pytest.mark.parametrize(("student", "teacher"), [("qwen3", "llama"), ("idefics3", "lfm2_vl")])
 def test_the_chunk_likelihood_equals_the_eager_float64_step(student, teacher, tmp_path):
-    student, teacher = make_sides(student, teacher)
-    rows = rows_of(student.family)
-    parts = off_policy_parts(student, teacher, rows)
-    expected = eager_cross_step(
-        student, teacher, rows, *parts, unit_loss=eager_likelihood, crossentropy_weight=0.3
-    )
-    fields = {"uld_loss_type": "chunk_likelihood", "uld_group_temperature": 10.0, "beta": 0.25}
-    fields |= {"uld_student_temperature": 1.5, "uld_teacher_temperature": 0.8}
-    trainer, recorder = cross_trainer(
-        tmp_path, rows, student, teacher, uld_crossentropy_weight=0.3, **fields
-    )
-    trainer.train()
+    sides, rows = make_sides(student, teacher), rows_of(student)
+    eager = {"unit_loss": eager_likelihood, "crossentropy_weight": 0.3}
+    fields = {"uld_loss_type": "chunk_likelihood", "uld_group_temperature": 10.0, **FIELDS}
+    trainer = assert_step_is_eager(tmp_path, sides, rows, None, eager, **fields)
     assert all(math.isfinite(loss) for loss in losses_of(trainer))
-    assert_equals(trainer, recorder, expected)
     log = trainer.state.log_history[0]
     assert log["chunk_likelihood_loss"] > 0 and "uld_loss" not in log
     assert log["student_log_likelihood"] < 0 and log["teacher_log_likelihood"] < 0
@@ -60,21 +56,12 @@ def test_the_chunk_likelihood_equals_the_eager_float64_step(student, teacher, tm
 
 @pytest.mark.parametrize(("student", "teacher"), [("qwen3", "llama"), ("lfm2_vl", "qwen3_vl")])
 def test_the_projected_jsd_equals_the_eager_float64_step(student, teacher, tmp_path):
-    student, teacher = make_sides(student, teacher)
-    rows = rows_of(student.family)
-    parts = off_policy_parts(student, teacher, rows)
-    projection = VocabProjection.from_tokenizers(student.tokenizer, teacher.tokenizer)
+    sides, rows = make_sides(student, teacher), rows_of(student)
+    projection = VocabProjection.from_tokenizers(*(side.tokenizer for side in sides))
     assert (projection.columns[:, 1] >= 0).any()
-    expected = eager_cross_step(
-        *(student, teacher, rows, *parts),
-        unit_loss=eager_projected(projection),
-        crossentropy_weight=0.3,
-    )
-    fields = {"uld_loss_type": "projected_jsd", "beta": 0.25, "uld_crossentropy_weight": 0.3}
-    fields |= {"uld_student_temperature": 1.5, "uld_teacher_temperature": 0.8}
-    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **fields)
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    eager = {"unit_loss": eager_projected(projection), "crossentropy_weight": 0.3}
+    fields = {"uld_loss_type": "projected_jsd", **FIELDS}
+    trainer = assert_step_is_eager(tmp_path, sides, rows, None, eager, **fields)
     log = trainer.state.log_history[0]
     assert log["projected_jsd_loss"] > 0 and 0 < log["teacher_projected_mass"] <= 1
 

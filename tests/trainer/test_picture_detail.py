@@ -14,9 +14,7 @@ from gold_trainer import GOLDConfig
 from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.weighting import make_weighting
 from support.cross_cases import (
-    assert_equals,
-    cross_trainer,
-    eager_cross_step,
+    assert_step_is_eager,
     make_sides,
     off_policy_parts,
     rows_of,
@@ -170,10 +168,8 @@ def test_across_families_a_group_has_the_advantage_of_its_bytes(tmp_path):
             [sum(weights[place] for place in own) / len(own) for own in members.values()]
         )
 
-    expected = eager_cross_step(student, teacher, rows, *parts, unit_weights=of_groups)
-    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, max_steps=1, **DETAIL)
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    eager = {"unit_weights": of_groups}
+    assert_step_is_eager(tmp_path, (student, teacher), rows, parts, eager, **DETAIL)
 
 
 def test_the_teacher_looks_twice_at_pictures_alone(tmp_path):

@@ -15,10 +15,8 @@ from gold_trainer.weighting.picture_detail import PictureDetail
 from gold_trainer.weighting.weighting import make_weighting
 from support import weightings
 from support.cross_cases import (
-    assert_equals,
+    assert_step_is_eager,
     by_position,
-    cross_trainer,
-    eager_cross_step,
     make_sides,
     off_policy_parts,
     rows_of,
@@ -121,11 +119,9 @@ def test_a_group_weighs_as_much_as_its_tokens_do_on_average(kind, tmp_path):
         own = own + tokens.teacher_log_probs().abs()
         return torch.where(tokens.is_compared, own, 1e6)  # of which nothing comes
 
-    expected = eager_cross_step(student, teacher, rows, *parts, unit_weights=of_groups, **eager)
     fields["token_weighting"] = weigh
-    trainer, recorder = cross_trainer(tmp_path, rows, student, teacher, **fields)
-    trainer.train()
-    assert_equals(trainer, recorder, expected)
+    eager["unit_weights"] = of_groups
+    trainer = assert_step_is_eager(tmp_path, (student, teacher), rows, parts, eager, **fields)
     assert trainer.state.log_history[0]["token_weight"] > 1
 
 
