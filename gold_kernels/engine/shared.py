@@ -81,21 +81,30 @@ def shared_linear_loss(
     def run(student: LinearHead, teacher: LinearHead) -> tuple[Tensor, RowValues]:
         sizes = student.vocab_size, teacher.vocab_size
         vocab_size = checks.check_vocabulary(function, *sizes, options.vocab_size)
-        weights = row_weights_of(row_weights, student.num_rows, student.hidden, options)
-        label_weights = label_weights_of(vocab_size, student.hidden, options)
-        labels = None if options.labels is None else options.labels.contiguous()
-        loss, values = run_linear_loss(
-            row_loss,
-            student,
-            first_entries(teacher, vocab_size),
-            RowPlan(term_weights(weights, label_weights), labels),
-            options,
-            has_metrics,
-            vocab_size,
-        )
-        return loss, RowValues(row_loss.value_names, values, labels is not None)
+        heads = student, first_entries(teacher, vocab_size)
+        return run_shared(row_loss, *heads, row_weights, options, has_metrics, vocab_size)
 
     return with_slices(function, (student, teacher), *given, run)
+
+
+def run_shared(
+    row_loss: RowLoss,
+    student: LinearHead,
+    teacher: LinearHead | None,  # None: the row loss knows it by its own tensors
+    row_weights: Tensor | None,  # (N,)
+    options: Options,
+    has_metrics: bool,
+    vocab_size: int,  # entries of the student's head that take part
+) -> tuple[Tensor, RowValues]:
+    """Run on what is checked."""
+    weights = row_weights_of(row_weights, student.num_rows, student.hidden, options)
+    label_weights = label_weights_of(vocab_size, student.hidden, options)
+    labels = None if options.labels is None else options.labels.contiguous()
+    plan = RowPlan(term_weights(weights, label_weights), labels)
+    loss, values = run_linear_loss(
+        row_loss, student, teacher, plan, options, has_metrics, vocab_size
+    )
+    return loss, RowValues(row_loss.value_names, values, labels is not None)
 
 
 def shared_logits_loss(

@@ -39,18 +39,14 @@ from gold_kernels.engine.chunking import run_chunks
 from gold_kernels.engine.heads import (
     check_head,
     check_head_tensors,
-    label_weights_of,
     only_head,
-    row_weights_of,
-    term_weights,
     without_gradient,
 )
 from gold_kernels.engine.kinds import check_tensors, has_numbers, is_readable
-from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Reduction, resolve_options
 from gold_kernels.engine.products import Projection
-from gold_kernels.engine.shared import Metrics, RowValues
+from gold_kernels.engine.shared import Metrics, run_shared
 from gold_kernels.means.row_loss import HeadMeans, MeanKL, mean_rows
 
 
@@ -206,18 +202,9 @@ def fused_linear_mean_kl(
     v_student = student.weight.shape[0]
     vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
     _check_tokens(function, teacher.tokens, vocab_size)
-    row_weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
-    label_weights = label_weights_of(vocab_size, student.hidden, chosen)
-    labels = None if chosen.labels is None else chosen.labels.contiguous()
-    loss, values = run_linear_loss(
-        row_loss,
-        without_gradient(first_entries(student, vocab_size)),
-        None,
-        RowPlan(term_weights(row_weights, label_weights), labels),
-        chosen,
-        return_metrics,
-    )
-    rows = RowValues(row_loss.value_names, values, labels is not None)
+    student = without_gradient(student)
+    given = row_weights, chosen, return_metrics, vocab_size
+    loss, rows = run_shared(row_loss, student, None, *given)
     return (loss, rows.by_name()) if return_metrics else loss
 
 

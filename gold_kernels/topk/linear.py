@@ -21,17 +21,13 @@ from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.heads import (
     check_head,
     check_head_tensors,
-    label_weights_of,
     only_head,
-    row_weights_of,
-    term_weights,
     without_gradient,
 )
 from gold_kernels.engine.kinds import check_tensors, is_readable
-from gold_kernels.engine.linear import RowPlan, run_linear_loss
 from gold_kernels.engine.linear_head import LinearHead
 from gold_kernels.engine.options import Reduction
-from gold_kernels.engine.shared import Metrics, RowValues
+from gold_kernels.engine.shared import Metrics, RowValues, run_shared
 from gold_kernels.topk.row_loss import TopK
 
 if TYPE_CHECKING:  # a build without distributed has no such class
@@ -146,20 +142,8 @@ def fused_linear_top_k(
         vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
         _check_entries(function, ids, teacher_log_probs, vocab_size)
         log_probs = teacher_log_probs.detach().to(float_dtype(student.hidden))
-        row_loss = TopK(beta, temperature, [ids, log_probs])
-        weights = row_weights_of(row_weights, student.num_rows, student.hidden, chosen)
-        label_weights = label_weights_of(vocab_size, student.hidden, chosen)
-        labels = None if chosen.labels is None else chosen.labels.contiguous()
-        loss, values = run_linear_loss(
-            row_loss,
-            without_gradient(student),
-            None,
-            RowPlan(term_weights(weights, label_weights), labels),
-            chosen,
-            return_metrics,
-            vocab_size,
-        )
-        return loss, RowValues(row_loss.value_names, values, labels is not None)
+        row_loss, student = TopK(beta, temperature, [ids, log_probs]), without_gradient(student)
+        return run_shared(row_loss, student, None, row_weights, chosen, return_metrics, vocab_size)
 
     loss, rows = with_slices(function, (student,), chosen, tensors, settings, run, (ids,))
     return (loss, rows.by_name()) if return_metrics else loss
