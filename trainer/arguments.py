@@ -14,6 +14,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.data.dataset import RowDataset
 from gold_trainer.data.row_errors import told
 from gold_trainer.nearest import did_you_mean
+from gold_trainer.survival.callback_states import check_early_stopping
 
 # Arguments that other trainers have, and what to do here.
 OTHER_ARGUMENTS = {
@@ -81,6 +82,7 @@ def check_arguments(
                 f"{kind.__name__}{' in it' * are_listed}; write callbacks=[...], and "
                 "derive a class of your own from transformers.TrainerCallback."
             )
+    check_early_stopping(callbacks or (), args)
     is_pair = isinstance(optimizers, tuple | list) and len(optimizers) == 2
     optimizer, schedule = optimizers if is_pair else (optimizers, None)
     if not is_pair or not isinstance(optimizer, torch.optim.Optimizer | None):

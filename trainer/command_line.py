@@ -3,25 +3,25 @@
 The YAML holds the same names as the flags; a flag wins over the YAML.
 """
 
-import argparse
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
-from transformers import HfArgumentParser, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.config_file import as_written
 from gold_trainer.data.data_files import DataArguments, load_rows
 from gold_trainer.data.file_streams import load_stream
 from gold_trainer.data.json_text import parsed_json
 from gold_trainer.fields.checks import check_fields
+from gold_trainer.fields.parser import Parser
 from gold_trainer.fields.paths import expand_paths
 from gold_trainer.fields.teacher import args_by_teacher
-from gold_trainer.flags import all_names, own_groups, read_fields, remedy
-from gold_trainer.nearest import did_you_mean
+from gold_trainer.flags import all_names, read_fields, remedy
 from gold_trainer.survival import checkpoints
 from gold_trainer.survival.resuming import as_wanted, earlier_run
 
@@ -82,40 +82,10 @@ RESUME = "resume_from_checkpoint"
 RESUME_WORDS = ("true", "false", "auto")
 
 
-class Parser(HfArgumentParser):
-    """Says what is wrong in one line: the usage text of 150 fields would hide it. What begins as a
-    negative number, -1e-5 too, is a value and no flag.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(_in_our_words(message))
-
-    def action_of(self, name: str) -> argparse.Action:
-        return self._option_string_actions[f"--{name}"]
-
-
-def _in_our_words(message: str) -> str:
-    """Of argparse, which names a flag twice, and every choice that there is."""
-    message = re.sub(r"^argument --(\w+)\S*: ", r"\1: ", message)
-    for kind, expected in (("int", "a whole number"), ("float", "a number")):
-        if f": invalid {kind} value: " in message:
-            return f"{message}; {expected} is expected"
-    found = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message, re.DOTALL)
-    if found is None:
-        return message
-    known = re.findall(r"[\w-]+", found[3])
-    return found[1] + (did_you_mean(found[2], known) or f"; it may be {', '.join(known)}")
-
-
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, GOLDConfig]:
     """argv: an optional YAML file, then flags. ValueError says what to change."""
-    kinds: list[Any] = [ModelArguments, DataArguments, GOLDConfig]  # its own type fits no class
     parser = Parser(
-        kinds,
+        [ModelArguments, DataArguments, GOLDConfig],
         prog="gold-trainer train",
         usage="%(prog)s [RECIPE | CONFIG.yaml] [--field value ...]",
         allow_abbrev=False,
@@ -175,25 +145,36 @@ def refuse_idle(argv: list[str], config: GOLDConfig) -> None:
 
 def _read_config(path: Path, parser: Parser) -> list[str]:
     """The YAML as flags, so that argparse converts and checks both alike."""
-    flags, own = [], {flag.name for _, group in own_groups() for flag in group}
+    flags: list[str] = []
     for name, value in read_fields(path).items():
         action = parser.action_of(name)
         if value is False and "no" in (action.choices or ()):
             value = "no"  # eval_strategy: no, which YAML reads as false
-        if isinstance(value, bool) and action.type is str and name in own - {RESUME}:
-            raise ValueError(
-                f"{path}: {name} must be text, got {str(value).lower()}, as YAML reads yes, no, on "
-                "and off too; put it in quotes"
-            )
+        if parser.is_text(name):
+            for part in value if isinstance(value, list) else [value]:
+                _refuse_no_text(part, name, path, is_whole=part is value)
         if isinstance(value, dict):
             flags.append(f"--{name}={json.dumps(value)}")
         elif isinstance(value, list) and value and action.nargs == "+":
-            flags += [f"--{name}", *map(str, value)]
+            texts = [as_written(part) for part in value]
+            is_odd = any(text.startswith("-") for text in texts)  # argparse takes it for a flag
+            flags += [f"--{name}={json.dumps(texts)}"] if is_odd else [f"--{name}", *texts]
         elif value is None or isinstance(value, list):  # which no flag can say
             parser.set_defaults(**{name: value})
         else:
-            flags.append(f"--{name}={value}")
+            text = as_written(value) if parser.is_text(name) else str(value)
+            flags.append(f"--{name}={text}")
     return flags
+
+
+def _refuse_no_text(value: Any, name: str, path: Path, *, is_whole: bool) -> None:
+    if isinstance(value, bool) and name != RESUME:
+        raise ValueError(
+            f"{path}: {name} must be text, got {str(value).lower()}, as YAML reads yes, no, on "
+            "and off too; put it in quotes"
+        )
+    if value is None and not is_whole:
+        raise ValueError(f"{path}: {name} must hold texts, got null; leave it out")
 
 
 class Run(NamedTuple):

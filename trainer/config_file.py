@@ -10,6 +10,23 @@ import yaml
 REPLACED = ("int", "float", "timestamp")
 
 
+class WrittenInt(int):
+    """A whole number of a file, and how it is written there: 1234567 may be a revision."""
+
+    text: str
+
+
+class WrittenFloat(float):
+    """The same of other numbers: 1.10 and 12e4 may be names too."""
+
+    text: str
+
+
+def as_written(value: Any) -> str:
+    """The text of a value, as the file has it."""
+    return getattr(value, "text", None) or str(value)
+
+
 class Loader(yaml.SafeLoader):
     """YAML 1.1 with its mistakes mended: 1e-5 is a number, 010, 1:30 and 2026-11-30 are as they are
     written (not 8, 90 and a date), and a key may stand once.
@@ -35,6 +52,19 @@ class Loader(yaml.SafeLoader):
                 lines[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        number = WrittenInt(self.construct_yaml_int(node))
+        number.text = node.value
+        return number
+
+    def construct_float(self, node: yaml.ScalarNode) -> float:
+        number = WrittenFloat(self.construct_yaml_float(node))
+        number.text = node.value
+        return number
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_int)
+Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_float)
 
 # As YAML 1.2 and JSON have them; YAML 1.1 wants a dot and a sign: 1.0e+5.
 Loader.add_implicit_resolver(

@@ -17,6 +17,7 @@ from gold_trainer.data.streams import is_stream
 from gold_trainer.data.tables import refuse_tables
 from gold_trainer.fields.library_options import check_library_options
 from gold_trainer.hub import check_login
+from gold_trainer.nearest import did_you_mean
 from gold_trainer.precision import refuse_fp16
 
 SMALL_RATE = 1e-6
@@ -153,6 +154,16 @@ def refuse_reports(args: GOLDConfig) -> None:
     available = get_available_reporting_integrations()
     assert isinstance(args.report_to, list), "TrainingArguments makes one"
     for name in args.report_to:
+        if name not in (*INTEGRATION_TO_CALLBACK, "none"):
+            unset = str(name).lower() in ("none", "null", "false", "no", "")
+            known = ("none", *sorted(INTEGRATION_TO_CALLBACK))
+            remedy = "; write none." if unset else ""
+            if not unset and "," not in str(name):
+                remedy = did_you_mean(str(name), known)
+            raise ValueError(
+                f"GOLDTrainer: report_to must be among {', '.join(known)}, got {str(name)!a}"
+                f"{remedy or '; write them as a list.'}"
+            )
         if name != "none" and name in INTEGRATION_TO_CALLBACK and name not in available:
             package = PACKAGES.get(name, name)
             raise ValueError(

@@ -51,6 +51,7 @@ from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.inputs import Inputs
 from gold_trainer.speed.step import FastStep
 from gold_trainer.survival import checkpoints
+from gold_trainer.survival.callback_states import CallbackStates
 from gold_trainer.survival.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.survival.resuming import settings_of_run
 from gold_trainer.survival.stopping import Stopper
@@ -166,6 +167,7 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         banner = Banner(sides, self.train_dataset, tokenizer, self.objective.weighting)
         self.callback_handler.callbacks.insert(0, banner)  # before the progress bar's line
         self.stopper = Stopper()
+        self.add_callback(CallbackStates(self.callback_handler.callbacks))
         self.add_callback(self.stopper)
         self.add_callback(self.skipped)
 

@@ -163,7 +163,7 @@ def check_fields(config: Any, owner: str) -> None:
     """
     config_type: Any = type(config)
     for field in dataclasses.fields(config):
-        kinds, is_known = _kinds(config_type)[field.name]
+        kinds, is_known = kinds_of(config_type)[field.name]
         given = getattr(config, field.name)
         if given is field.default:
             continue
@@ -196,7 +196,7 @@ def refuse_quoted(value: Any, where: str) -> None:
 
 
 @cache
-def _kinds(config_type: type) -> dict[str, tuple[tuple[Any, ...], bool]]:
+def kinds_of(config_type: type) -> dict[str, tuple[tuple[Any, ...], bool]]:
     """The kinds of each field, and whether they are all that it takes: so it is of ours, and of
     those of transformers that hold one value.
     """
