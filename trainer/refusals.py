@@ -15,7 +15,9 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.data.row_errors import shown
 from gold_trainer.data.streams import is_stream
 from gold_trainer.data.tables import refuse_tables
+from gold_trainer.fields.checks import refuse_given
 from gold_trainer.fields.library_options import check_library_options
+from gold_trainer.fields.teacher import PLACES
 from gold_trainer.hub import check_login
 from gold_trainer.nearest import did_you_mean
 from gold_trainer.precision import refuse_fp16
@@ -105,17 +107,10 @@ def refuse_no_batch(args: GOLDConfig, rows: Any) -> None:
 
 def refuse_places(teacher_model: Any, args: GOLDConfig) -> None:
     """Of the teacher's weights."""
-    places = {
-        name: getattr(args, name)
-        for name in ("teacher_sharding", "teacher_device", "teacher_offload")
-        if getattr(args, name) is not None
-    }
-    for name, value in places.items():
-        if teacher_model is None:
-            raise ValueError(
-                f"GOLDTrainer: {name} must be None for a student that is its own teacher, got "
-                f"{value!r}: its weights are where the student's are; pass teacher_model=."
-            )
+    if teacher_model is None:
+        remedy = ": its weights are where the student's are; pass teacher_model="
+        must_be = "None for a student that is its own teacher"
+        refuse_given(args, PLACES, must_be, remedy, "GOLDTrainer")
     device, sharding = args.teacher_device, args.teacher_sharding
     if device is not None and device != "cpu" and args.world_size > 1:
         instead = "set teacher_sharding='fsdp'" if args.teacher_cache is None else "leave it out"

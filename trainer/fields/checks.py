@@ -9,7 +9,7 @@ import math
 import os
 import reprlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import cache
 from numbers import Integral, Real
@@ -193,6 +193,16 @@ def refuse_quoted(value: Any, where: str) -> None:
                 "which counts as true; leave the quotes out."
             )
         refuse_quoted(part, where)
+
+
+def refuse_given(
+    config: Any, names: Iterable[str], must_be: str, remedy: str, owner: str = "GOLDConfig"
+) -> None:
+    """ValueError for the first of these fields that has not its default, as it must here."""
+    for name in names:
+        value = getattr(config, name)
+        if value != config.__dataclass_fields__[name].default:
+            raise ValueError(f"{owner}: {name} must be {must_be}, got {value!r}{remedy}.")
 
 
 @cache

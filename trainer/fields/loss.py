@@ -7,6 +7,7 @@ from typing import Any
 
 from gold_kernels.engine.checks import BACKENDS
 from gold_kernels.losses import LOSSES
+from gold_trainer.fields.checks import refuse_given
 
 LOGITS_DTYPES = ("float32", "bfloat16")
 # Numbers of losses that have fields of their own, with the names that TRL users know.
@@ -137,12 +138,8 @@ class LossFields:
 
     def _check_none_is_given(self) -> None:
         for name, remedy in ACROSS.items():
-            value, default = getattr(self, name), _default(name)
-            if value != default:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be {default!r} with use_uld_loss, got {value!r}; set "
-                    f"{remedy}."
-                )
+            default = LossFields.__dataclass_fields__[name].default
+            refuse_given(self, (name,), f"{default!r} with use_uld_loss", f"; set {remedy}")
 
     def _check_name(self) -> None:
         if self.loss not in LOSSES:
@@ -152,13 +149,9 @@ class LossFields:
             )
         names = numbers_of(self.loss)
         for number in (number for number in NUMBER_FIELDS if number not in names):
-            for name in NUMBER_FIELDS[number]:
-                value = getattr(self, name)
-                if value != _default(name):
-                    raise ValueError(
-                        f"GOLDConfig: {name} must be left out with loss={self.loss!r}, which has "
-                        f"no {number}, got {value}; its numbers are {_list(names)}."
-                    )
+            must_be = f"left out with loss={self.loss!r}, which has no {number}"
+            remedy = f"; its numbers are {_list(names)}"
+            refuse_given(self, NUMBER_FIELDS[number], must_be, remedy)
 
     def _check_top_k(self) -> None:
         if self.loss_top_k and self.loss != "jsd":
@@ -191,10 +184,6 @@ class LossFields:
 
 def numbers_of(loss: str) -> list[str]:
     return [f.name for f in dataclasses.fields(LOSSES[loss])]
-
-
-def _default(name: str) -> Any:
-    return LossFields.__dataclass_fields__[name].default
 
 
 def _list(names: list[str]) -> str:

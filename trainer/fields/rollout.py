@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from gold_trainer.fields.checks import refuse_given
+
 # Arguments of transformers' GenerationConfig and vLLM's SamplingParams -> the field to set instead.
 FIELD_OF = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
@@ -103,9 +105,6 @@ class RolloutFields:
         if args.seq_kd or (args.lmbda > 0 and not args.use_vllm):
             return
         why = "use_vllm=True" if args.use_vllm else "lmbda=0"
-        for name in ("rollout_cache_gib", "rollout_compile"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be None where no completion is written in this "
-                    f"process, got {getattr(self, name)!r} with {why}; leave it out."
-                )
+        names = "rollout_cache_gib", "rollout_compile"
+        must_be = "None where no completion is written in this process"
+        refuse_given(self, names, must_be, f" with {why}; leave it out")

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from gold_trainer.fields.checks import refuse_given
+
+CHOOSE = "; choose one of the two"
 SHARDINGS = ("fsdp",)
 OFFLOADS = ("cpu", "disk")
 # Where the weights of a teacher are that is here.
@@ -78,12 +81,8 @@ class TeacherFields:
         self._check_init_kwargs()
         self._check_several()
         if self.teacher_sharding is not None:
-            for name in ("teacher_device", "teacher_offload"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"GOLDConfig: {name} must be None with teacher_sharding, got "
-                        f"{getattr(self, name)!r}; choose one of the two."
-                    )
+            names = "teacher_device", "teacher_offload"
+            refuse_given(self, names, "None with teacher_sharding", CHOOSE)
         if self.teacher_device is not None:
             _check_device(self.teacher_device)
         if self.teacher_batch_size is not None:
@@ -116,12 +115,8 @@ class TeacherFields:
                 "GOLDConfig: teacher_models must be a dict of ids without slashes and of models by "
                 f'name, got {given}; write {{"math": "PATH", "code": "PATH"}}.'
             )
-        for name in NOT_OF_SEVERAL:
-            if getattr(args, name) not in (None, False):
-                raise ValueError(
-                    f"GOLDConfig: {name} must be left out with teacher_models, got "
-                    f"{getattr(args, name)!r}; train with one teacher, teacher_model_name_or_path."
-                )
+        remedy = "; train with one teacher, teacher_model_name_or_path"
+        refuse_given(args, NOT_OF_SEVERAL, "left out with teacher_models", remedy)
         if args.teacher_cache_form == "head_means":
             raise ValueError(
                 "GOLDConfig: teacher_cache_form must be 'hidden' or 'top_k' with teacher_models, "
@@ -152,12 +147,9 @@ class TeacherFields:
                     f"GOLDConfig: teacher_model_init_kwargs must be without device_map where "
                     f"{name} is set, got {given['device_map']!r}; choose one of the two."
                 )
-        for name in ("teacher_sharding", "teacher_offload"):
-            if "quantization_config" in given and getattr(self, name) is not None:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be None for a teacher in 8 or 4 bits, got "
-                    f"{getattr(self, name)!r}; choose one of the two."
-                )
+        if "quantization_config" in given:
+            names = "teacher_sharding", "teacher_offload"
+            refuse_given(self, names, "None for a teacher in 8 or 4 bits", CHOOSE)
 
 
 def _check_device(name: str) -> None:
@@ -234,7 +226,9 @@ class ServedFields:
         if url is None:
             several = args_by_teacher(args).values()  # those that are servers are checked there
             if all(one.teacher_model_server_url is None for one in several):
-                self._refuse_fields_of_servers()
+                names = [one.name for one in fields(ServedFields)]
+                remedy = "; set teacher_model_server_url"
+                refuse_given(self, names, "left out unless a server is the teacher", remedy)
             return
         if not is_address(url):
             raise ValueError(
@@ -253,26 +247,13 @@ class ServedFields:
                 f"where a server gives the tokens of loss_top_k, got {args.teacher_temperature}: "
                 "its log-probabilities are at 1; set loss_teacher_temperature=1."
             )
-        for name in PLACES:
-            if getattr(args, name) is not None:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be None with teacher_model_server_url, got "
-                    f"{getattr(args, name)!r}: its weights are where the server is; leave one of "
-                    "them out."
-                )
+        remedy = ": its weights are where the server is; leave one of them out"
+        refuse_given(args, PLACES, "None with teacher_model_server_url", remedy)
         if "quantization_config" in (args.teacher_model_init_kwargs or {}):
             raise ValueError(
                 "GOLDConfig: teacher_model_init_kwargs must be without quantization_config with "
                 "teacher_model_server_url, got one; start the server with --quantization."
             )
-
-    def _refuse_fields_of_servers(self) -> None:
-        for one in fields(ServedFields):
-            if getattr(self, one.name) != one.default:
-                raise ValueError(
-                    f"GOLDConfig: {one.name} must be left out unless a server is the teacher, "
-                    f"got {getattr(self, one.name)!r}; set teacher_model_server_url."
-                )
 
 
 def is_address(name: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from gold_trainer.fields.checks import refuse_given
+
 MERGE_STRATEGIES = ("bayesian", "observed")
 LOSS_TYPES = ("uld", "chunk_likelihood", "projected_jsd")
 HYBRID_WEIGHTS = ("uld_hybrid_matched_weight", "uld_hybrid_unmatched_weight")
@@ -186,10 +188,7 @@ class ULDFields:
             )
         if kind == "uld":
             return
+        why = f"with uld_loss_type={kind!r}, which compares aligned groups by the chain rule"
         for name in ("uld_use_hybrid_loss", "use_extended_uld", "uld_token_merge_strategy"):
-            value, default = getattr(self, name), ULDFields.__dataclass_fields__[name].default
-            if value != default:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be {default!r} with uld_loss_type={kind!r}, which "
-                    f"compares aligned groups by the chain rule, got {value!r}; leave it out."
-                )
+            default = ULDFields.__dataclass_fields__[name].default
+            refuse_given(self, (name,), f"{default!r} {why}", "; leave it out")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from gold_trainer.fields.checks import refuse_given
+
 # Fields of one mode, or of one way to bring weights over: what the other would ignore is refused.
 OF_SERVER = (
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
@@ -10,6 +12,7 @@ OF_SERVER = (
     *("async_rollouts", "vllm_merge_adapter", "vllm_tensor_parallel_size"),
 )
 OF_COLOCATE = ("vllm_enable_sleep_mode",)
+UNREAD = ", which nothing would read"
 
 
 @dataclass
@@ -123,13 +126,9 @@ class VLLMFields:
     def check_vllm(self) -> None:
         """Fields that nothing would read, or that contradict one another."""
         own: Any = self
-        given = {f.name for f in fields(VLLMFields) if getattr(self, f.name) != f.default}
         if not self.use_vllm:
-            for name in sorted(given):
-                raise ValueError(
-                    f"GOLDConfig: {name} must be left out unless vLLM writes, got "
-                    f"{getattr(self, name)!r}; set use_vllm=True."
-                )
+            names = sorted(f.name for f in fields(VLLMFields))
+            refuse_given(self, names, "left out unless vLLM writes", "; set use_vllm=True")
             return
         if own.lmbda == 0:
             raise ValueError(
@@ -137,20 +136,17 @@ class VLLMFields:
                 "and lmbda=0.0; vLLM writes what the student learns from: raise lmbda."
             )
         others = OF_COLOCATE if self.vllm_mode == "server" else OF_SERVER
-        for name in others:
-            if name in given:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be left out with vllm_mode={self.vllm_mode!r}, got "
-                    f"{getattr(self, name)!r}, which nothing would read."
-                )
+        refuse_given(self, others, f"left out with vllm_mode={self.vllm_mode!r}", UNREAD)
         if self.async_rollouts and self.vllm_sync_frequency > 1:
             raise ValueError(
                 "GOLDConfig: vllm_sync_frequency must be 1 with async_rollouts=1, got "
                 f"{self.vllm_sync_frequency}, with which rollouts would be older than one step; "
                 "leave one of them out."
             )
-        self._check_address(given)
-        self._check_sync(given)
+        self._check_address()
+        ignored = "vllm_sync_dir" if self.vllm_weight_sync == "nccl" else "vllm_group_port"
+        why = f"with vllm_weight_sync={self.vllm_weight_sync!r}"
+        refuse_given(self, (ignored,), f"left out {why}", UNREAD)
         length, max_length = self.vllm_max_model_length, own.max_length
         if length is not None and max_length is not None and length < max_length:
             raise ValueError(
@@ -158,7 +154,7 @@ class VLLMFields:
                 f"{length} and {max_length}; lower max_length, or leave vllm_max_model_length out."
             )
 
-    def _check_address(self, given: set[str]) -> None:
+    def _check_address(self) -> None:
         url = self.vllm_server_base_url
         if url is None:
             return
@@ -167,19 +163,6 @@ class VLLMFields:
                 "GOLDConfig: vllm_server_base_url must be an address like http://localhost:8001, "
                 f"got {url!r}; begin it with http://."
             )
-        for name in ("vllm_server_host", "vllm_server_port"):
-            if name in given:
-                raise ValueError(
-                    f"GOLDConfig: {name} must be left out beside vllm_server_base_url, got "
-                    f"{getattr(self, name)!r} and {url!r}; the address has both."
-                )
-
-    def _check_sync(self, given: set[str]) -> None:
-        is_nccl = self.vllm_weight_sync == "nccl"
-        ignored = "vllm_sync_dir" if is_nccl else "vllm_group_port"
-        if ignored in given:
-            raise ValueError(
-                f"GOLDConfig: {ignored} must be left out with vllm_weight_sync="
-                f"{self.vllm_weight_sync!r}, got {getattr(self, ignored)!r}, which nothing would "
-                "read."
-            )
+        names = "vllm_server_host", "vllm_server_port"
+        remedy = f" and {url!r}; the address has both"
+        refuse_given(self, names, "left out beside vllm_server_base_url", remedy)
