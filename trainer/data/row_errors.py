@@ -44,6 +44,11 @@ def told(error: Exception) -> str:
     return _cut(str(error)) or type(error).__name__
 
 
+def first_line(error: Exception) -> str:
+    """Of one that goes on with a trace or advice, as compilers' do."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def _cut(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 3]}..."

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gold_kernels.engine.logit_form import forward_is
 from gold_trainer import models, sharding
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.row_errors import first_line
 from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.replacing import replaced
 from gold_trainer.speed.segments import (
@@ -76,7 +77,7 @@ class LayerKind:
     def _give_up(self, error: Exception) -> None:
         """What is the layer's own error comes again without the compiler."""
         self.is_compiled = False
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if isinstance(error, FailOnRecompileLimitHit):
             reason = (
                 f"its layers need more than {torch._dynamo.config.recompile_limit} pieces of code, "

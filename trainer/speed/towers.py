@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gold_kernels.engine.logit_form import forward_is
+from gold_trainer.data.row_errors import first_line
 from gold_trainer.speed import on_host
 from gold_trainer.speed.compiling import RECORDERS
 from gold_trainer.speed.media import TYPES
@@ -147,7 +148,7 @@ class Tower:
             else:
                 self._give_up("its outputs differ from those of the tower")
         except (RuntimeError, ValueError) as error:
-            self._give_up(str(error).partition("\n")[0] or type(error).__name__)
+            self._give_up(first_line(error))
         return output
 
     def _give_up(self, reason: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from gold_trainer.data.row_errors import first_line
 from gold_trainer.writers.compiled_layers import Within
 from gold_trainer.writers.fixed_cache import Batch
 from gold_trainer.writers.prefill import CannotDecode, Prefilled
@@ -173,7 +174,7 @@ class Decoder:
                 "%s writes without a CUDA graph, which costs time: its decoding step cannot be "
                 "recorded (%s).",
                 self.name,
-                str(error).partition("\n")[0],
+                first_line(error),
             )
         else:
             self.graph = graph

@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.row_errors import first_line
 from gold_trainer.speed.answers import answers_of
 from gold_trainer.speed.attention import without_cudnn
 from gold_trainer.speed.on_host import index_of
@@ -42,7 +43,7 @@ class FastPrefill:
                 logger.warning(
                     "%s writes with its own attention of pictures, which costs time: %s.",
                     self.name,
-                    str(error).partition("\n")[0] or type(error).__name__,
+                    first_line(error),
                 )
                 self.configs = []
         return self._run(prefill)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from gold_trainer import sharding
 from gold_trainer.batches import Example, PromptTensors
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.row_errors import first_line
 from gold_trainer.models import base_model, is_offloaded, may_pad_left
 from gold_trainer.rendering.collator import GOLDCollator
 from gold_trainer.rendering.prompts import process_examples
@@ -206,7 +207,7 @@ class LocalWriter(Writer):
             logger.warning(
                 "%s writes with layers that are not compiled, which costs time: %s.",
                 self._name(base),
-                str(error).partition("\n")[0] or type(error).__name__,
+                first_line(error),
             )
         self.compiled = compiled if compiled.has_kernels or compiled.has_compiled else None
         seconds = time.perf_counter() - started
