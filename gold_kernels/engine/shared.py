@@ -182,6 +182,10 @@ def fused_linear_loss(
 ) -> Tensor | tuple[Tensor, Metrics]:  # (), float32; (N,) with reduction="none"
     """Any row loss over one vocabulary, from hidden states and heads, without full logits.
 
+    Shapes: student_hidden (N, D_s), student_weight (V, D_s), teacher_hidden (N, D_t),
+    teacher_weight (V, D_t), row_weights (N,) float32, 1 / N each if None. Returns () float32;
+    (N,) with reduction="none". N scored rows, V vocabulary, D hidden sizes.
+
         loss = sum_i row_weights[i] * row_loss(student_logits_i, teacher_logits_i)
              + sum_i label_weights[i] * CE_i                                 where labels are given
         logits = softcap(logit_scale * (hidden weight^T + bias)),  softcap(x) = c tanh(x / c)
@@ -242,6 +246,7 @@ class FusedLinearLoss(nn.Module):
         row_weights: Tensor | None = None,  # (N,)
         **tensors: Unpack[CallTensors],
     ) -> Tensor | tuple[Tensor, Metrics]:
+        """Tensors, shapes and what is returned as in fused_linear_loss."""
         name = "FusedLinearLoss"
         loss, rows = shared_linear_loss(
             name,

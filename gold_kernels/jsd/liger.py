@@ -84,6 +84,10 @@ class FusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # (), or loss, soft loss and hard loss, each ()
+        """Shapes: student_input (N, D_s) or (B, L, D_s), student_weight (V, D_s), teacher_input
+        (N, D_t) or (B, L, D_t), teacher_weight (V, D_t), true_labels (N,) or (B, L) int64, already
+        shifted, student_bias (V,), teacher_bias (V,). Returns () float32, in nats.
+        """
         given = student_input, student_weight, teacher_input, teacher_weight, true_labels
         with told(self.options.get("process_group"), student_input, student_weight):
             student_hidden, teacher_hidden, labels = _checked_rows(*given)

@@ -18,6 +18,9 @@ from gold_kernels.jsd.row_loss import JSD
 class JSDMetrics(NamedTuple):
     """Unweighted values of every scored row, detached, (N,) float32 each; entropies, divergences
     and the cross-entropy in nats.
+
+    forward_kl is KL(P || Q), reverse_kl KL(Q || P). top1_agreement is 1 where some token is the
+    most likely one on both sides, else 0. cross_entropy is None without labels.
     """
 
     loss: Tensor
@@ -78,6 +81,10 @@ def fused_linear_jsd(
 ) -> Tensor | tuple[Tensor, JSDMetrics]:  # (), float32; (N,) with reduction="none"
     """Generalized JSD of teacher P and student Q, summed over rows with row_weights, without full
     logits.
+
+    Shapes: student_hidden (N, D_s), student_weight (V, D_s), teacher_hidden (N, D_t),
+    teacher_weight (V, D_t), row_weights (N,) float32, 1 / N each if None. Returns () float32, in
+    nats; (N,) with reduction="none". N scored rows, V vocabulary, D hidden sizes.
 
         loss = sum_i row_weights[i] * (beta KL(P_i || M_i) + (1 - beta) KL(Q_i || M_i))
              + sum_i label_weights[i] * CE_i                             where labels are given
@@ -155,6 +162,9 @@ def jsd_loss(
     **options: Unpack[LogitsOptions],
 ) -> Tensor | tuple[Tensor, JSDMetrics]:  # (), float32; (N,) with reduction="none"
     """Generalized JSD of teacher P and student Q from logits, the meaning of fused_linear_jsd.
+
+    Shapes: student_logits (N, V), teacher_logits (N, V), row_weights (N,) float32, 1 / N each if
+    None. Returns () float32, in nats; (N,) with reduction="none".
 
         loss = sum_i row_weights[i] * (beta KL(P_i || M_i) + (1 - beta) KL(Q_i || M_i))
 

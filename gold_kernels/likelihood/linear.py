@@ -23,7 +23,11 @@ from gold_kernels.uld.plan import plan_groups
 
 
 class LikelihoodMetrics(NamedTuple):
-    """Unweighted values, detached, float32: of every group, (G,) each, in nats."""
+    """Unweighted values, detached, float32: of every group, (G,) each, in nats.
+
+    Log-likelihoods are at the temperature of the logits, not that of the groups. cross_entropy,
+    (N_s,) of the labels, is None without labels.
+    """
 
     loss: Tensor
     student_log_likelihood: Tensor  # at the temperature of the logits, not that of the groups
@@ -80,6 +84,10 @@ def fused_linear_chunk_likelihood(
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, LikelihoodMetrics]:  # (), float32; (G,) with reduction="none"
     """How likely both models find the bytes of a group, as a divergence of two outcomes.
+
+    Shapes: student_hidden (N_s, D_s), student_weight (V_s, D_s), teacher_hidden (N_t, D_t),
+    teacher_weight (V_t, D_t), row_weights (G,) float32, 1 / G each if None. Returns () float32;
+    (G,) with reduction="none". G groups of the alignment.
 
         loss = sum_g row_weights[g] * JSD_beta((p_g, 1 - p_g), (q_g, 1 - q_g))
              + sum_i label_weights[i] * CE_i                             where labels are given

@@ -19,9 +19,12 @@ from gold_kernels.uld.group_rows import token_rows_of
 
 
 class HeadMeans(NamedTuple):
-    """What the forward KL of a frozen student head takes of the teacher; y is its likeliest token.
+    """What the forward KL of a frozen student head W takes of the teacher P, whose likeliest token
+    is y.
 
-    Stored in float32: means are differences of nearly equal numbers where the student is close.
+    means (N, D) are P W - W_y, entropies (N,) those of P in nats, bias_means (N,) P . bias - bias_y
+    (0 without a bias), tokens (N,) int64 the y. Stored in float32: means are differences of nearly
+    equal numbers where the student is close.
     """
 
     means: Tensor  # (N, D) P W - W_y

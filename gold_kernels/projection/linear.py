@@ -25,7 +25,11 @@ from gold_kernels.uld.plan import plan_groups, two_terms
 
 
 class ProjectedMetrics(NamedTuple):
-    """Unweighted values, detached, float32: of every group or pair of rows, (G,) each."""
+    """Unweighted values, detached, float32: of every group or pair of rows, (G,) each.
+
+    A mass is the probability that is compared: of the student what is projected, of the teacher the
+    entries that are reached. cross_entropy, (N_s,) of the labels in nats, is None without labels.
+    """
 
     loss: Tensor
     student_projected_mass: Tensor  # probability of what is projected
@@ -82,6 +86,10 @@ def fused_linear_projected_jsd(
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, ProjectedMetrics]:  # (), float32; (G,) with reduction="none"
     """Generalized JSD of the teacher and the student's distribution projected into its vocabulary.
+
+    Shapes: student_hidden (N_s, D_s), student_weight (V_s, D_s), teacher_hidden (N_t, D_t),
+    teacher_weight (V_t, D_t), row_weights (G,) float32, 1 / G each if None. Returns () float32;
+    (G,) with reduction="none". G groups; without an alignment row i meets row i, and G = N.
 
         loss = sum_g row_weights[g] * JSD_beta(P_g, Q_g W) + sum_i label_weights[i] * CE_i
 

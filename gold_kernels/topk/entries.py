@@ -50,6 +50,9 @@ def head_top_k(
     """What fused_linear_top_k takes of a teacher: its k likeliest tokens, in float32 (float64 of
     float64 inputs).
 
+    Shapes: teacher_hidden (N, D), teacher_weight (V, D). Returns ids (N, k) int64, the likeliest
+    first, and their log-probabilities (N, k).
+
     Logits are float32, and made for as many rows at a time as budget_bytes holds: no more than that
     is extra memory beside what is returned. Which of several equal logits is the last of the k is
     left to torch.topk. Raises ValueError for what does not fit, with the remedy.

@@ -97,6 +97,11 @@ def fused_linear_top_k(
 ) -> Tensor | tuple[Tensor, Metrics]:  # (), float32; (N,) with reduction="none"
     """Generalized JSD of k + 1 outcomes, from log-probabilities that a server or a file has.
 
+    Shapes: student_hidden (N, D), student_weight (V, D), teacher_ids (N, k) int64, different in a
+    row, negative for none; teacher_log_probs (N, k) float, at the teacher's temperature;
+    row_weights (N,) float32, 1 / N each if None. Returns () float32, in nats; (N,) with
+    reduction="none".
+
         loss = sum_i row_weights[i] * JSD_beta(P_i, Q_i) + sum_i label_weights[i] * CE_i
 
     over the teacher's k entries and one outcome for all others, 1 minus their sum on either side:

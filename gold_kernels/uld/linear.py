@@ -36,7 +36,12 @@ from gold_kernels.uld.row_loss import ULD
 
 
 class ULDMetrics(NamedTuple):
-    """Unweighted values, detached, float32: of every group or pair of rows, (G,) each."""
+    """Unweighted values, detached, float32: of every group or pair of rows, (G,) each.
+
+    matched_loss is the JSD of matched entries, unmatched_loss the sorted L1 of the others (of all
+    without an overlap); a mass is the probability of the matched entries. cross_entropy, (N_s,) of
+    the labels in nats, is None without labels.
+    """
 
     loss: Tensor
     matched_loss: Tensor  # generalized JSD of matched entries, without its weight
@@ -176,6 +181,10 @@ def fused_linear_uld(
 ) -> Tensor | tuple[Tensor, ULDMetrics]:  # (), float32; (G,) with reduction="none"
     """Universal logit distillation between two vocabularies, without full logits.
 
+    Shapes: student_hidden (N_s, D_s), student_weight (V_s, D_s), teacher_hidden (N_t, D_t),
+    teacher_weight (V_t, D_t), row_weights (G,) float32, 1 / G each if None. Returns () float32;
+    (G,) with reduction="none". G groups; without an alignment row i meets row i, and G = N.
+
         loss = sum_g row_weights[g] * sum_k |s_g(k) - t_g(k)| + sum_i label_weights[i] * CE_i
 
     s_g and t_g are the probabilities of group g, sorted in descending order, the shorter side
@@ -263,6 +272,7 @@ class FusedLinearULDLoss(nn.Module):
         alignment: TokenAlignment | None = None,
         **tensors: Unpack[CallTensors],
     ) -> Tensor | tuple[Tensor, ULDMetrics]:
+        """Tensors, shapes and what is returned as in fused_linear_uld."""
         return _linear_uld(
             name := "FusedLinearULDLoss",
             self.settings,
@@ -328,6 +338,9 @@ def uld_loss(
     **options: Unpack[LogitsOptions],
 ) -> Tensor | tuple[Tensor, ULDMetrics]:  # (), float32; (N,) with reduction="none"
     """Universal logit distillation from logits, the meaning of fused_linear_uld without groups.
+
+    Shapes: student_logits (N, V_s), teacher_logits (N, V_t), row_weights (N,) float32, 1 / N each
+    if None. Returns () float32; (N,) with reduction="none".
 
         loss = sum_i row_weights[i] * sum_k |s_i(k) - t_i(k)|
 
