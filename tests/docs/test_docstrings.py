@@ -1,4 +1,4 @@
-"""help() of a public name says what the source says beside its arguments: shapes, and what comes."""
+"""help() of a public name has what the source says beside its arguments: shapes, what comes back."""
 
 import ast
 import inspect
