@@ -1,4 +1,4 @@
-"""help() of a public name has what the source says beside its arguments: shapes, what comes back."""
+"""help() of a public name has what the source says beside its arguments: shapes, what returns."""
 
 import ast
 import inspect
