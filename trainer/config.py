@@ -62,7 +62,12 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     """
 
     lmbda: float = field(
-        default=0.5, metadata={"help": "Probability of a micro-batch to be on-policy, in [0, 1]."}
+        default=0.5,
+        metadata={
+            "help": "Probability of a micro-batch to be on-policy, in [0, 1]: the student writes "
+            "its completions. Others are off-policy: completions of the rows, or with seq_kd the "
+            "teacher's."
+        },
     )
     max_completion_length: int = field(
         default=128, metadata={"help": "Most tokens of a generated completion."}

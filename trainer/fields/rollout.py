@@ -54,7 +54,7 @@ class RolloutFields:
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "More arguments of who writes completions: of transformers' GenerationConfig, "
+            "help": "More arguments for writing completions: of transformers' GenerationConfig, "
             'as {"no_repeat_ngram_size": 4}; with use_vllm of vLLM\'s SamplingParams, as '
             '{"min_tokens": 4}.'
         },

@@ -28,7 +28,11 @@ class RunFields:
         return super().__new__(cls)
 
     learning_rate: float = field(
-        default=1e-7, metadata={"help": "Initial learning rate of the optimizer."}
+        default=1e-7,
+        metadata={
+            "help": "Learning rate after the warm-up. The default is TRL's, at which a short run "
+            "learns nothing: 1e-5 is usual for all weights, 1e-4 for an adapter."
+        },
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps, or share of the steps if below 1."}

@@ -45,13 +45,16 @@ class TeacherFields:
         default=None, metadata={"help": "Branch, tag or commit of a teacher from the hub."}
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of from_pretrained for the teacher."}
+        default=None,
+        metadata={
+            "help": 'Arguments of from_pretrained for the teacher, as {"dtype": "bfloat16"}.'
+        },
     )
     teacher_sharding: str | None = field(
         default=None,
         metadata={
-            "help": "fsdp: each process holds a part of the teacher, whose layers are gathered "
-            "when they run; whatever becomes of the student. None: each has all of it.",
+            "help": "fsdp: each process holds a part of the teacher, and a layer is gathered when "
+            "it runs; with any engine of the student. None: each process has all of it.",
             "choices": SHARDINGS,
         },
     )
@@ -179,8 +182,8 @@ class ServedFields:
     teacher_model_server_url: str | None = field(
         default=None,
         metadata={
-            "help": "Address of a vLLM server that runs the teacher, `gold-trainer "
-            "teacher-command` prints its start line; of the checkpoint norm and head are read here."
+            "help": "Address of a vLLM server that runs the teacher; `gold-trainer "
+            "teacher-command` prints its start line. The run reads norm and head of the checkpoint."
         },
     )
     teacher_server_timeout: float = field(

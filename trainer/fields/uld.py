@@ -36,7 +36,7 @@ class ULDFields:
         default=False,
         metadata={
             "help": "Distil across tokenizers and families: each side has its own processor and "
-            "chat template, completions meet by their bytes."
+            "chat template, and completions are aligned by their bytes."
         },
     )
     uld_loss_type: str = field(

@@ -21,9 +21,9 @@ class SpeedFields:
     group_by_length: bool | None = field(
         default=None,
         metadata={
-            "help": "Deal the rows of an optimizer step that learn from the dataset's completions "
-            "to its micro-batches by their length: less padding, the same loss and gradient. Which "
-            "rows a step has stays as it is. None: on a CUDA GPU.",
+            "help": "Sort the rows of an optimizer step by length before they go into its "
+            "micro-batches: less padding, the same loss and gradient, the same rows in the step. "
+            "Only rows that learn from the dataset's completions. None: on a CUDA GPU.",
             "nargs": "?",
             "const": True,
         },
@@ -31,8 +31,8 @@ class SpeedFields:
     padding_free: bool = field(
         default=False,
         metadata={
-            "help": "The rows of a micro-batch share one sequence, in which each sees itself "
-            "alone, in place of being padded to the longest: the same loss and gradient. Refused "
+            "help": "Put the rows of a micro-batch into one sequence, in which a row sees only "
+            "itself, instead of padding them to the longest: the same loss and gradient. Refused "
             "for models that cannot.",
         },
     )
