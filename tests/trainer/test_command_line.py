@@ -183,6 +183,7 @@ def test_unknown_yaml_key_names_the_nearest_field(capsys, tmp_path):
             "got 'missing.yaml', and there is no such file; the recipes are gold_vlm",
         ),
         (["/"], "got '/', a folder; the recipes are"),
+        (["rows.jsonl"], "got 'rows.jsonl'; pass a file of rows as --dataset_name rows.jsonl"),
         (["--lmbda", "0.5", "late.yaml"], "the YAML file comes before the flags"),
         ([], "model_name_or_path is missing"),
         (["--model_name_or_path", "a"], "dataset_name is missing"),

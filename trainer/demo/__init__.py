@@ -47,6 +47,12 @@ def run_demo(
     teacher_processor = build_processor()
     processor: Any = build_other_processor() if is_cross else teacher_processor
 
+    console.print(
+        f"{settings.teacher_steps} steps of a teacher, then {settings.student_steps} of a student; "
+        "by default that takes about three minutes on two CPU cores. "
+        f"Everything is written to {output_dir}.",
+        soft_wrap=True,
+    )
     console.rule("Teacher: learns from labelled pictures")
     # models are Any: the annotation of their .to() lacks its self
     teacher: Any
