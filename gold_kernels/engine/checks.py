@@ -117,7 +117,7 @@ def check_vocabulary(
     if isinstance(vocab_size, tuple) or not (is_whole(vocab_size) and 1 <= vocab_size <= most):
         raise ValueError(
             f"{function}: vocab_size must be a whole number in [1, {most}], the smaller of both "
-            f"heads, got {vocab_size}; pass len(tokenizer)."
+            f"heads, got {vocab_size!r}; pass len(tokenizer)."
         )
     return vocab_size
 
@@ -241,7 +241,7 @@ def check_module(function: str, options: Mapping[str, Any], **flags: bool) -> No
     for size in per_side(chosen.vocab_size):
         if size is not None and not (is_whole(size) and size >= 1):
             raise ValueError(
-                f"{function}: vocab_size must be a whole number, 1 at least, got {size}; pass "
+                f"{function}: vocab_size must be a whole number, 1 at least, got {size!r}; pass "
                 "len(tokenizer)."
             )
 
@@ -290,12 +290,12 @@ def check_chosen(function: str, options: Options) -> None:
     chunk_size, budget_bytes = options.chunk_size, options.budget_bytes
     if chunk_size is not None and not (is_whole(chunk_size) and chunk_size >= 1):
         raise ValueError(
-            f"{function}: chunk_size must be a whole number of rows, 1 at least, got {chunk_size}; "
-            "pass None to take it from the memory budget."
+            f"{function}: chunk_size must be a whole number of rows, 1 at least, got "
+            f"{chunk_size!r}; pass None to take it from the memory budget."
         )
     if not is_number(budget_bytes) or not 1 <= budget_bytes < math.inf:
         raise ValueError(
-            f"{function}: budget_bytes must be at least 1, got {budget_bytes}; 1 << 30 is the "
+            f"{function}: budget_bytes must be at least 1, got {budget_bytes!r}; 1 << 30 is the "
             "default, a row of logits of both sides the least that is used."
         )
     if options.logits_dtype not in (None, torch.float32, torch.bfloat16):

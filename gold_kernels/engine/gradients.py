@@ -2,12 +2,69 @@
 above.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import float_dtype
+from gold_kernels.engine.kinds import is_transformed
+
+Gradients = tuple[Tensor | None, ...]  # of the inputs of an autograd Function
+
+
+class _NoSecondFunction(torch.autograd.Function):
+    """Gradients whose own derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, num_anchors: int, *tensors: Tensor | None) -> Gradients:
+        return tensors[num_anchors:]
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> Gradients:
+        raise RuntimeError(
+            "gold_kernels: a loss has no second derivative, got a backward pass through gradients "
+            "that were taken with create_graph=True; leave the loss out of that pass, or take it "
+            "from the functions of gold_kernels.reference, which autograd differentiates twice."
+        )
+
+
+def graph_anchors(*leaves: Tensor | None) -> tuple[Tensor, ...]:
+    """Empty tensors in the graphs of those that require a gradient: see once_differentiable."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(t[:0].clone() for t in leaves if t is not None and t.requires_grad)
+
+
+def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """torch's decorator of this name refuses a second derivative with respect to what comes from
+    above alone: gradients of create_graph=True were constants, and a penalty on them had none.
+
+    Here they depend on ctx.anchors too, which keep no memory of the tensors they are made of.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *from_above: Tensor) -> Gradients:
+        with torch.no_grad():
+            grads = backward(ctx, *from_above)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return grads
+        anchors = *ctx.anchors, *(g for g in from_above if g is not None and g.requires_grad)
+        found: Gradients = _NoSecondFunction.apply(len(anchors), *anchors, *grads)
+        return found
+
+    return once
+
+
+def refuse_batch(from_above: Tensor, what: str) -> None:
+    """Several gradients from above in one pass, where each needs a pass of its own."""
+    if is_transformed(from_above):
+        raise RuntimeError(
+            f"gold_kernels: one gradient from above is expected of a loss with {what}, got a batch "
+            "of them (is_grads_batched=True, or jacobian(vectorize=True)); take them one by one."
+        )
 
 
 @torch.library.custom_op("gold_kernels::scaled", mutates_args=())
@@ -36,6 +93,8 @@ def finished_gradients(
     where they lie and handed over, which saves a second gradient of the head, and, where the scale
     is 1, reading and writing the first.
     """
+    if is_transformed(scale):  # is_grads_batched: an operator has no rule for that
+        return [(tensor * scale).to(dtype) for tensor in tensors]
     # A traced pass is not asked; dtypes differ for float16, whose gradients are float32 so far.
     is_kept = torch.compiler.is_compiling() or _keeps_graph()
     if is_kept or any(t.dtype != dtype or not t.is_contiguous() for t in tensors):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 # Of numbers that logits are multiplied with, divided by or cut at: beyond, float32 makes 0 or inf
 # of them or of their product with logits, and NaN of the loss.
@@ -32,11 +33,11 @@ def check_tensors(function: str, **tensors: Any) -> None:
                 f"{function}: {name} must be a dense tensor, got {got}; gather its rows, or pass "
                 "its to_dense()."
             )
-        if not torch.compiler.is_compiling() and _is_transformed(tensor):
+        if is_transformed(tensor):
             raise ValueError(
                 f"{function}: {name} must be a tensor outside of torch.func, got one of grad, vmap "
-                "or the like, which this loss does not support; use backward() or "
-                "torch.autograd.grad."
+                "or the like, or with a tangent, which this loss does not support; use backward() "
+                "or torch.autograd.grad."
             )
         if type(tensor).dequantize is not Tensor.dequantize:  # torchao's say that they are floats
             raise ValueError(
@@ -45,14 +46,27 @@ def check_tensors(function: str, **tensors: Any) -> None:
             )
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """torch has no public way to ask."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it is a tensor of torch.func, one of a batch of gradients, or one with a tangent of
+    forward-mode autograd. torch has no public way to ask.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    is_batch = functorch.is_legacy_batchedtensor(tensor)  # of is_grads_batched=True
+    if is_batch or functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Tensors of the meta device and of a FakeTensorMode have shapes alone."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+    """Tensors of the meta device and of a FakeTensorMode have shapes alone, and within such a mode
+    nobody reads those of others.
+    """
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    fake = torch._C._TorchDispatchModeKey.FAKE
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fake) is None
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -112,7 +126,8 @@ def check_factor(
     if not 1 / LARGEST_FACTOR <= value <= LARGEST_FACTOR:
         raise ValueError(
             f"{function}: {name} must be in [{1 / LARGEST_FACTOR:g}, {LARGEST_FACTOR:g}], got "
-            f"{value:g}, which float32 cannot multiply logits with or divide them by; {remedy}"
+            f"{repr(value)[:LONGEST]}, which float32 cannot multiply logits with or divide them "
+            f"by; {remedy}"
         )
 
 

@@ -18,11 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gold_kernels.engine.chunk_plan import Limits, Needs, float_dtype
 from gold_kernels.engine.chunking import run_chunks
-from gold_kernels.engine.gradients import empty_gradients, empty_values, finished_gradients
+from gold_kernels.engine.gradients import (
+    empty_gradients,
+    empty_values,
+    finished_gradients,
+    graph_anchors,
+    once_differentiable,
+    refuse_batch,
+)
 from gold_kernels.engine.linear_head import LinearHead, first_entries
 from gold_kernels.engine.options import Options
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss, Rows
@@ -163,10 +169,12 @@ class LinearLossFunction(torch.autograd.Function):
         settings: _Settings,
         owners: Tensor | None,  # (R,) int64
         is_per_row: bool,
+        anchors: tuple[Tensor, ...],  # gradients.graph_anchors of the first three
     ) -> tuple[Tensor, Tensor]:  # () or (P,) loss, (number of value names, R) values
         needs = list(ctx.needs_input_grad[:3])
         leaves = (student_hidden, student_weight, student_bias)
         ctx.needs, ctx.settings, ctx.is_per_row = needs, settings, is_per_row
+        ctx.anchors = anchors
         ctx.is_deferred = is_per_row and (needs[1] or needs[2])
         values, *grads = _linear_loss_operator(
             *leaves,
@@ -192,6 +200,7 @@ class LinearLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.is_deferred:
+            refuse_batch(grad_loss, "reduction='none' with a trained head or bias")
             grads = _deferred_gradients(ctx, grad_loss)
         elif ctx.is_per_row:
             grads = _row_gradients(ctx, grad_loss)
@@ -199,7 +208,7 @@ class LinearLossFunction(torch.autograd.Function):
             backend = ctx.settings.backend
             grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.dtype, backend)
         needed = iter(grads)
-        return (*(next(needed) if need else None for need in ctx.needs), *[None] * 5)
+        return (*(next(needed) if need else None for need in ctx.needs), *[None] * 6)
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -316,4 +325,5 @@ def run_linear_loss(
             settings,
             plan.owners,
             options.reduction == "none",
+            graph_anchors(*student[:3]),
         )

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gold_kernels.engine.chunk_plan import Limits, float_dtype
 from gold_kernels.engine.gradients import (
     empty_logits_gradient,
     empty_values,
     finished_gradients,
+    graph_anchors,
+    once_differentiable,
+    refuse_batch,
 )
 from gold_kernels.engine.linear import reduce_rows
 from gold_kernels.engine.options import Options
@@ -91,8 +93,10 @@ class LogitsLossFunction(torch.autograd.Function):
         has_metrics: bool,
         is_per_row: bool,
         is_in_place: bool,
+        anchors: tuple[Tensor, ...],  # gradients.graph_anchors of student_logits
     ) -> tuple[Tensor, Tensor]:  # () or (N,) loss, (number of value names, N) values
         needs_grad = ctx.needs_input_grad[0]
+        ctx.anchors = anchors
         ctx.backend = backend
         ctx.grad_in_place = None
         # a traced pass cannot tell what an earlier one has overwritten: memory of its own
@@ -124,7 +128,7 @@ class LogitsLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        others = [None] * 8
+        others = [None] * 9
         if ctx.grad_in_place is None and ctx.is_live is None:
             grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.logits_dtype, ctx.backend)
             return grads[0], *others
@@ -134,6 +138,7 @@ class LogitsLossFunction(torch.autograd.Function):
         if ctx.grad_in_place is None:
             (grad,) = ctx.saved_tensors
             return (grad * factor).to(ctx.logits_dtype), *others
+        refuse_batch(grad_loss, "in_place=True")
         grad, ctx.grad_in_place = ctx.grad_in_place, False
         if grad is False:
             raise RuntimeError(
@@ -172,4 +177,5 @@ def run_logits_loss(
         has_metrics,
         options.reduction == "none",
         is_in_place,
+        graph_anchors(student_logits),
     )

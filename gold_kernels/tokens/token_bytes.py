@@ -53,15 +53,16 @@ class TokenBytes:
         if spelling.has_plain_added:
             for token_id, token in added.items():
                 self.pieces[token_id] = token.content.encode()
-        special = {token_id for token_id, token in added.items() if token.special}
-        special.update(tokenizer.all_special_ids)
-        for token_id in special:
-            self.pieces[token_id] = b""
         self.fallback_ids = frozenset(
             token_id
             for token, token_id in vocab.items()
             if spelling.has_fallback and FALLBACK.fullmatch(token)
         )
+        special = {token_id for token_id, token in added.items() if token.special}
+        # who trains a tokenizer has no way to give it bytes but as special tokens
+        special = (special - self.fallback_ids).union(tokenizer.all_special_ids)
+        for token_id in special:
+            self.pieces[token_id] = b""
         self.special_ids = {added[i].content: i for i in special if i in added}
         self.lengths = torch.tensor([*map(len, self.pieces)], device="cpu")  # (V + 1,) int64
         self.is_special = torch.ones(size + 1, dtype=torch.bool, device="cpu")  # (V + 1,)

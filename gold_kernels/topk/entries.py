@@ -92,5 +92,5 @@ def _check_number(function: str, k: int, vocab_size: int) -> None:
     if not (is_whole(k) and 1 <= k <= vocab_size):
         raise ValueError(
             f"{function}: k must be a whole number in [1, {vocab_size}], the entries of the "
-            f"vocabulary, got {k}; 64 is usual, and fused_linear_jsd compares all."
+            f"vocabulary, got {k!r}; 64 is usual, and fused_linear_jsd compares all."
         )

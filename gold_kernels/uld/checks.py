@@ -215,7 +215,7 @@ def check_vocab_sizes(
     if not are_sizes or not all(map(lambda s, v: 1 <= s <= v, sizes, heads)):
         raise ValueError(
             f"{function}: vocab_size must be a whole number of entries of each side, (student, "
-            f"teacher), at most {heads}, got {vocab_size}; pass (len(student_tokenizer), "
+            f"teacher), at most {heads}, got {vocab_size!r}; pass (len(student_tokenizer), "
             "len(teacher_tokenizer)) for padded heads."
         )
     return sizes[0], sizes[1]

@@ -179,3 +179,21 @@ def test_tensors_that_have_shapes_alone_give_shapes(mode):
         ]
         assert all(loss.shape == () for loss in losses)
         assert all(torch.autograd.grad(loss, leaf)[0].shape == (4, 8) for loss in losses)
+
+
+def test_tables_that_have_numbers_give_shapes_within_a_fake_mode():
+    """Memory is planned so: states are fake, tokens those of a batch that was read."""
+    labels = CASE.options.get("labels", torch.zeros(10, dtype=torch.int64))
+    projection = VocabProjection.from_entries(torch.zeros(301, 1).long(), torch.ones(301, 1), 411)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        leaf, weight = torch.randn(10, 16, requires_grad=True), torch.randn(301, 16)
+        sides = leaf, weight, torch.randn(8, 24), torch.randn(411, 24)
+        losses = [
+            fused_linear_uld(*sides, alignment=ALIGNMENT),
+            fused_linear_chunk_likelihood(*sides, ALIGNMENT),
+            fused_linear_projected_jsd(*sides, projection, alignment=ALIGNMENT),
+            fused_linear_top_k(leaf, weight, IDS, torch.randn(10, 2)),
+            FusedLinearJSDLoss()(leaf, weight, torch.randn(10, 24), sides[3][:301], labels),
+        ]
+        assert all(loss.shape == () for loss in losses)
+        assert all(torch.autograd.grad(loss, leaf)[0].shape == (10, 16) for loss in losses)

@@ -171,6 +171,22 @@ def test_byte_fallback_tokens_are_one_byte_each():
     assert table("qwen").fallback_ids == frozenset()
 
 
+def test_byte_fallback_tokens_that_were_added_as_special_ones_are_bytes():
+    """A tokenizer that is trained gets them so: texts with any of them were refused."""
+    vocab = {"<unk>": 0, "a": 1, "\u2581": 2, "<0xC3>": 3, "<0xA9>": 4, "</s>": 5}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens(["<unk>", "<0xC3>", "<0xA9>", "</s>"])
+    spelling = TokenBytes(
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    )
+    assert spelling.encode("a \u00e9") == [1, 2, 3, 4]
+    assert spelling.is_text(torch.tensor([0, 3, 4, 5])).tolist() == [False, True, True, False]
+
+
 def test_without_byte_fallback_its_tokens_are_text():
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("<0x41>", -1.0), ("A", -1.0)], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")

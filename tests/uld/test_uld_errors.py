@@ -126,5 +126,5 @@ def test_uld_loss_checks_its_input():
 def test_a_second_derivative_is_refused():
     hidden = torch.randn(4, 8, requires_grad=True)
     (grad,) = torch.autograd.grad(call(student_hidden=hidden), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match="a loss has no second derivative"):
         grad.sum().backward()
