@@ -4,6 +4,7 @@ Everything that a config can tell is checked before weights are read.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -208,6 +209,15 @@ def load_model(
         raise ValueError(
             "GOLDTrainer: model_init_kwargs and teacher_model_init_kwargs must be arguments of "
             f"from_pretrained, got {options} for {name_or_path!r} ({error}); check their spelling."
+        ) from error
+    except (ImportError, ValueError) as error:
+        kind = options.get("attn_implementation")
+        if kind is None or not re.search(r"attn_implementation|Flash ?Attention", str(error)):
+            raise
+        raise ValueError(
+            "GOLDTrainer: attn_implementation must be one that is installed and that the model has, "
+            f"got {kind!r} for {name_or_path!r} ({str(error).partition('. ')[0]}); write sdpa, or "
+            "leave it out."
         ) from error
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils import is_flash_attn_2_available
 
 from gold_trainer import GOLDConfig, loading, refusals
 from gold_trainer.__main__ import main
@@ -97,6 +98,20 @@ def test_hub_ids_are_not_taken_for_folders(tmp_path, monkeypatch):
     assert not loading.is_missing_folder("Qwen/Qwen3-0.6B")
     assert not loading.is_missing_folder("gpt2")
     assert not loading.is_missing_folder("runs")
+
+
+@pytest.mark.parametrize("kind", ["flash_attention_2", "flashy"])
+@pytest.mark.parametrize("side", ["", "teacher_"])
+def test_attention_that_is_not_there_is_refused_with_what_is(side, kind, folder, tmp_path):
+    if kind != "flashy" and is_flash_attn_2_available():
+        pytest.skip("it is installed")
+    names = {"student": str(folder / "student"), "teacher": str(folder / "teacher")}
+    options = {f"{side}model_init_kwargs": {"attn_implementation": kind}}
+    match = (
+        rf"attn_implementation must be .*, got '{kind}' for .*{side[:-1]}.*; write sdpa, or leave"
+    )
+    with pytest.raises(ValueError, match=match):
+        make_trainer(tmp_path, ROWS, **names, **options)
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {}])
