@@ -215,9 +215,9 @@ def load_model(
         if kind is None or not re.search(r"attn_implementation|Flash ?Attention", str(error)):
             raise
         raise ValueError(
-            "GOLDTrainer: attn_implementation must be one that is installed and that the model has, "
-            f"got {kind!r} for {name_or_path!r} ({str(error).partition('. ')[0]}); write sdpa, or "
-            "leave it out."
+            "GOLDTrainer: attn_implementation must be one that is installed and that the model "
+            f"has, got {kind!r} for {name_or_path!r} ({str(error).partition('. ')[0]}); write "
+            "sdpa, or leave it out."
         ) from error
 
 
