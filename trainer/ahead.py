@@ -14,7 +14,7 @@ from transformers import TrainerState
 from gold_trainer.batches import Example, WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.data.streams import passes
-from gold_trainer.router_loss import has_router_loss
+from gold_trainer.models import has_router_loss
 from gold_trainer.sharding import PicturesForAll
 from gold_trainer.speed.grouping import by_length
 from gold_trainer.window import Rollouts, fetch_window

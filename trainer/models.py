@@ -160,6 +160,13 @@ def is_quantised(model: nn.Module) -> bool:
     return getattr(base_model(model), "quantization_method", None) is not None
 
 
+def has_router_loss(model: nn.Module) -> bool:
+    """Of a mixture's routers, as far as its config says."""
+    config = base_model(model).config
+    configs = (config, config.get_text_config())
+    return any(getattr(of, "output_router_logits", False) for of in configs)
+
+
 def check_adapter_of_quantised(student: nn.Module, peft_config: Any) -> None:
     if is_quantised(student) and peft_config is None and not has_adapter(student):
         raise ValueError(

@@ -30,13 +30,6 @@ def with_router_loss(
     return loss + coefficient / num_batches * auxiliary.to(loss.device)
 
 
-def has_router_loss(model: nn.Module) -> bool:
-    """As far as its config says."""
-    config = base_model(model).config
-    configs = (config, config.get_text_config())
-    return any(getattr(of, "output_router_logits", False) for of in configs)
-
-
 def coefficient_of(model: nn.Module) -> float:
     """What the model itself multiplies it with where it gets labels."""
     base = base_model(model)

@@ -45,7 +45,7 @@ from gold_trainer.precision import fit_to_model
 from gold_trainer.preparing import prepare
 from gold_trainer.rendering.collator import Processor
 from gold_trainer.rendering.prompts import tokenizer_of
-from gold_trainer.router_loss import has_router_loss, with_router_loss
+from gold_trainer.router_loss import with_router_loss
 from gold_trainer.sides import Side
 from gold_trainer.speed.compile_note import CompileNote
 from gold_trainer.speed.inputs import Inputs
@@ -156,7 +156,7 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
-        names = self.windows["eval"].names(has_aux_loss=has_router_loss(student))
+        names = self.windows["eval"].names(has_aux_loss=models.has_router_loss(student))
         check_best_metric(args, names, self.eval_dataset)
         sharding.prepare(self.accelerator, student, args.optim)
         self.pictures_for_all = sharding.PicturesForAll(

@@ -21,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gold_trainer import models
 from gold_trainer.config import GOLDConfig
 from gold_trainer.rendering.text_tensors import PLACES
+from gold_trainer.speed.kinds import KERNELS, PICTURES, TEXT, reason_against_kind
+from gold_trainer.speed.masks import MASK, without_mask
 from gold_trainer.speed.on_host import host_of, sent
 from gold_trainer.speed.segments import (
     attention_is,
@@ -32,21 +34,8 @@ from gold_trainer.speed.segments import (
 
 # transformers makes no mask for attention of a name that it does not know
 OF_ROWS = "gold_trainer_rows"
-# Whose layers mix tokens by attention alone, to which all arguments of the forward pass come.
-TEXT = (
-    *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4"),
-    *("granite", "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo"),
-    *("olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
-    *("seed_oss", "smollm3", "starcoder2"),
-)
-PICTURES = (
-    *("idefics3", "llava", "smolvlm"),
-    *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
-)
-LAYERS = {"full_attention", "sliding_attention"}
 # Whose window is in the mask alone, which packed rows do not have.
 WINDOW_IN_MASK = ("qwen2_moe",)
-KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3")
 # Arguments of attention that only other kernels know.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 
@@ -113,18 +102,18 @@ def packed(
     mask: Tensor,  # (B, L) of the text
     scored_rows: Tensor,  # (N,) flat positions b * L + l
 ) -> tuple[dict[str, Any], Tensor]:  # (1, T), and (N,) positions within T
-    """As they were where the model's attention is not one of rows."""
+    """Padded rows, without their mask if that may be, where the attention is not one of rows."""
     base = models.base_model(model)
     is_known = base.config.model_type in (*TEXT, *PICTURES)
     if not is_known or base.get_decoder().config._attn_implementation != OF_ROWS:
-        return inputs, scored_rows
+        return without_mask(model, inputs, mask), scored_rows
     device = mask.device
     is_text = _on_host(mask).bool()
     lengths = is_text.sum(1)
     made = {
         name: _on_host(tensor)[is_text][None]
         for name, tensor in inputs.items()
-        if name in PLACES and name != "attention_mask"
+        if name in PLACES and name != MASK
     }
     position_ids = inputs.get("position_ids")
     if position_ids is None:
@@ -134,7 +123,7 @@ def packed(
     made["cu_seq_lens_q"] = functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     places = (is_text.flatten().cumsum(0) - 1)[_on_host(scored_rows)]
     there = {name: sent(tensor, device) for name, tensor in made.items()}
-    rest = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    rest = {name: value for name, value in inputs.items() if name != MASK}
     sizes = {"max_length_q": int(lengths.max())}
     return rest | there | sizes, sent(places, device)
 
@@ -154,15 +143,11 @@ def _configs(model: nn.Module) -> list[Any]:
 def _reason_against(model: nn.Module, args: GOLDConfig) -> str | None:
     """Behind "a student" or "a teacher"."""
     base = models.base_model(model)
-    config, text = base.config, base.config.get_text_config()
-    names = TEXT if text is config else PICTURES
-    if config.model_type not in names:
-        return f"of the type {config.model_type}; {', '.join(names)} are known"
-    if text.model_type not in (*TEXT, f"{config.model_type}_text"):
-        return f"whose text is of the type {text.model_type}; {', '.join(TEXT)} are known"
-    kinds = set(getattr(text, "layer_types", None) or ())
-    if others := kinds - LAYERS:
-        return f"with layers of the kind {min(others)}; attention is known"
+    text = base.config.get_text_config()
+    reason = reason_against_kind(base)
+    if reason is not None:
+        return reason
+    kinds = getattr(text, "layer_types", None) or ()
     if "sliding_attention" in kinds and text.model_type in WINDOW_IN_MASK:
         return f"of the type {text.model_type} with a window; use_sliding_window=False is known"
     if text._attn_implementation not in (*KERNELS, OF_ROWS):
