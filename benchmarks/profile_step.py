@@ -6,10 +6,12 @@ The models and rows of bench_train_step.py: Qwen3-VL-8B -> 2B shapes, LoRA, 4 ro
 Modes: "regional" and "off" are values of compile_models, "packed" is regional with
 padding_free=True, "dynamic" is regional with sizes that are not fixed, "trl" is the learning step
 of TRL's stable DistillationTrainer, whose generation is replaced by the rows' ids, or, with ULD, of
-its GOLDTrainer. --tokens takes lengths of answers, or several with commas between them, one a row
-of a batch. Our loss is first compared with full logits in float64 softmax; one that fails has no
-time. --profile adds, of each of our modes, kernels by their total time, where the device waits,
-where the host is, and the lines that wait for the device.
+its GOLDTrainer. "before" is ours of a commit before 2026-11-30, when layers were not compiled:
+PYTHONPATH has gold_trainer and gold_kernels of that commit, and this file is of a later one.
+--tokens takes lengths of answers, or several with commas between them, one a row of a batch. Our
+loss is first compared with full logits in float64 softmax; one that fails has no time. --profile
+adds, of each of our modes, kernels by their total time, where the device waits, where the host is,
+and the lines that wait for the device.
 """
 
 import argparse
@@ -32,9 +34,9 @@ from timeline import describe, kernels_of
 from timing import now
 
 from gold_trainer import GOLDConfig, GOLDTrainer
-from gold_trainer.speed import compiling
 
-MODES = ("off", "regional", "packed", "dynamic", "trl")
+MODES = ("off", "regional", "packed", "dynamic", "trl", "before")
+CHECKED = ("off", "regional", "packed", "dynamic")
 STEPS, WARM_UP = 6, 2
 HYBRID = {"uld_hybrid_matched_weight": 0.5, "uld_hybrid_unmatched_weight": 0.5}
 LOSSES: dict[str, dict[str, Any]] = {  # fields of both GOLDConfigs
@@ -106,7 +108,7 @@ class Profiled(StepTimer):
 def fields_of(lengths: list[int], options: argparse.Namespace) -> dict[str, Any]:
     """Of both trainers' configs."""
     return {
-        "per_device_train_batch_size": BATCH_SIZE,
+        "per_device_train_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.micro_batches,
         "max_steps": options.steps + options.profile,
         "gradient_checkpointing": options.checkpointing == "on",
@@ -123,7 +125,7 @@ def fields_of(lengths: list[int], options: argparse.Namespace) -> dict[str, Any]
 
 def rows_of(processor: Any, lengths: list[int], fields: dict[str, Any]) -> list[dict[str, Any]]:
     batch = [row for length in lengths for row in rows(processor, length, 1)]
-    size = BATCH_SIZE * fields["gradient_accumulation_steps"]
+    size = fields["per_device_train_batch_size"] * fields["gradient_accumulation_steps"]
     return (batch * size)[:size] * fields["max_steps"]
 
 
@@ -131,7 +133,13 @@ def ours(
     pair: tuple[Any, Any], processor: Any, lengths: list[int], mode: str, options: Any, folder: str
 ) -> GOLDTrainer:
     fields = fields_of(lengths, options)
-    compiling.DYNAMIC = True if mode == "dynamic" else None
+    speed: dict[str, Any] = {}
+    if mode != "before":
+        from gold_trainer.speed import compiling
+
+        compiling.DYNAMIC = True if mode == "dynamic" else None
+        compiled = "off" if mode == "off" else "regional"
+        speed = {"compile_models": compiled, "padding_free": mode == "packed"}
     return GOLDTrainer(
         model=pair[0],
         teacher_model=pair[1],
@@ -142,8 +150,7 @@ def ours(
             max_length=512 + max(lengths),
             train_sampling_strategy=options.sampling,
             **LOSSES[options.loss],
-            compile_models="off" if mode == "off" else "regional",
-            padding_free=mode == "packed",
+            **speed,
         ),
         train_dataset=rows_of(processor, lengths, fields),
         processing_class=processor,
@@ -214,7 +221,7 @@ def measure(
     pair: tuple[Any, Any], processor: Any, lengths: list[int], mode: str, options: Any
 ) -> dict[str, Any]:
     has_cuda = torch.cuda.is_available()
-    row = {"mode": mode, "loss": options.loss, "batch_size": BATCH_SIZE, "status": "ok"}
+    row = {"mode": mode, "loss": options.loss, "batch_size": options.batch_size, "status": "ok"}
     row |= {"completion_tokens": " ".join(map(str, lengths)), **environment()}
     row |= {"micro_batches": options.micro_batches, "checkpointing": options.checkpointing}
     with tempfile.TemporaryDirectory() as folder:
@@ -223,6 +230,7 @@ def measure(
             trainer = build(pair, processor, lengths, options, folder)
         else:
             trainer = ours(pair, processor, lengths, mode, options, folder)
+        if mode in CHECKED:
             num_rows = 2 if mode == "packed" else 1
             error, limit = (
                 loss_error(trainer, num_rows),
@@ -231,7 +239,7 @@ def measure(
             row["loss_error"] = f"{error:.1e}"
             if not error <= limit:  # a NaN too
                 return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
-        timer = Profiled(options.steps + options.profile, is_on=options.profile and mode != "trl")
+        timer = Profiled(options.steps + options.profile, is_on=options.profile and mode in CHECKED)
         trainer.add_callback(timer)
         if has_cuda:
             gc.collect()  # trainers of other cases
@@ -241,9 +249,9 @@ def measure(
     peak = torch.cuda.max_memory_allocated() / 2**30 if has_cuda else 0
     first = next(log for log in trainer.state.log_history if "grad_norm" in log)
     median = statistics.median(timer.seconds[WARM_UP : options.steps])
-    batch = [lengths[i % len(lengths)] for i in range(BATCH_SIZE * options.micro_batches)]
+    batch = [lengths[i % len(lengths)] for i in range(options.batch_size * options.micro_batches)]
     say(f"  seconds of all steps: {[round(seconds, 3) for seconds in timer.seconds]}")
-    if mode != "trl":
+    if mode in CHECKED:
         row["compile_seconds"] = round(trainer.fast.compiled.note.all_seconds, 1)
     return row | {
         "seconds_median": round(median, 3),
@@ -281,6 +289,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["regional", "off"], choices=MODES)
     parser.add_argument("--loss", default="jsd", choices=LOSSES)
     parser.add_argument("--cases", nargs="+", help="in place of these: MODE:TOKENS[:LOSS[:MICRO]]")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="of a micro-batch")
     parser.add_argument("--checkpointing", default="on", choices=("on", "off"))
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--sampling", default="sequential", help="train_sampling_strategy")
