@@ -114,3 +114,24 @@ def test_models_that_see_what_stands_behind_cannot_share_a_sequence(tmp_path):
     student.config.is_causal = False
     with pytest.raises(ValueError, match="is_causal=False, whose tokens see those behind them"):
         make_trainer(tmp_path, tiny_rows(4), "qwen3", student=student, padding_free=True)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_pass_over_text_waits(tmp_path, monkeypatch):
+    """The first step measures the form of logits, which is read back."""
+    rows = with_lengths(tiny_rows(8, images=0), LENGTHS * 2)
+    trainer = make_trainer(
+        *(tmp_path, rows, "qwen3"), max_steps=2, use_cpu=False, bf16=True, compile_models="off"
+    )
+    compute_loss = trainer.compute_loss
+
+    def watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error" if trainer.state.global_step else "default")
+        try:
+            return compute_loss(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer, "compute_loss", watched)
+    trainer.train()
+    assert trainer.state.global_step == 2
