@@ -7,9 +7,9 @@ from typing import Any
 
 import datasets
 
+from gold_trainer.data.features import undecoded
 from gold_trainer.data.json_text import parsed_json
 from gold_trainer.data.messages import parsed_messages
-from gold_trainer.data.pictures import undecoded
 from gold_trainer.data.row_errors import ColumnsError, shown
 from gold_trainer.nearest import did_you_mean
 

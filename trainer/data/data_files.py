@@ -17,10 +17,18 @@ import datasets
 import torch
 
 from gold_trainer.data.columns import SHAPE_COLUMNS, names_of
+from gold_trainer.data.features import as_written, undecoded
 from gold_trainer.data.json_files import JSON_SUFFIXES, json_rows, no_utf8
 from gold_trainer.data.messages import parsed_messages
-from gold_trainer.data.pictures import undecoded
-from gold_trainer.data.split_files import BUILDERS, METADATA, SAVED, json_file_of
+from gold_trainer.data.split_files import (
+    BUILDERS,
+    METADATA,
+    SAVED,
+    files_of_one_kind,
+    json_file_of,
+)
+
+METADATA_CSV, FILE_NAME = "metadata.csv", "file_name"  # of a folder of pictures
 
 
 @dataclass
@@ -92,6 +100,7 @@ class MappedRows(torch.utils.data.Dataset):
         self, rows: Sequence[dict[str, Any]], folder: Path | None, data_args: DataArguments
     ):
         self.rows = undecoded(rows)
+        self.as_written = as_written(self.rows)
         self.folder = folder  # that relative paths of pictures start from
         self.data_args = data_args
 
@@ -116,7 +125,7 @@ class MappedRows(torch.utils.data.Dataset):
         return MappedRows(rows, self.folder, replace(args, image_column=None))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return named_columns(self.rows[index], self.data_args, index)
+        return named_columns(self.as_written(self.rows[index]), self.data_args, index)
 
 
 def named_columns(columns: Mapping[str, Any], args: DataArguments, index: int) -> dict[str, Any]:
@@ -304,9 +313,28 @@ def saved_splits(path: Path) -> dict[str, datasets.Dataset] | None:
 
 def load_files_of(path: Path, split: str, **options: Any) -> Any:
     """Of a folder: pictures with metadata, or files."""
+    bases = split_names(split)
+    if (path / METADATA_CSV).exists() and bases == ["train"]:
+        return _load_metadata(path, split, **options)
     if any((path / name).exists() for name in METADATA):
         return load_split("imagefolder", split, data_dir=str(path), **options)
-    return load_split(str(path), split, **options)
+    files = files_of_one_kind(path, bases)
+    if files is None:
+        return load_split(str(path), split, **options)
+    first = files[bases[0]][0]
+    if first.suffix == ".csv":
+        options = {**csv_options(first), **options}
+    names = {base: list(map(str, paths)) for base, paths in files.items()}
+    return load_split(BUILDERS.get(first.suffix, "json"), split, data_files=names, **options)
+
+
+def _load_metadata(path: Path, split: str, **options: Any) -> Any:
+    """Pictures by path, beside cells as they are written: imagefolder makes numbers of some."""
+    file = path / METADATA_CSV
+    rows = load_split("csv", split, data_files={"train": str(file)}, **csv_options(file), **options)
+    if FILE_NAME not in rows.column_names:
+        return load_split("imagefolder", split, data_dir=str(path), **options)
+    return rows.rename_column(FILE_NAME, "image")
 
 
 def refuse_missing_split(split: str, splits: Collection[str], path: Path) -> None:
@@ -347,7 +375,8 @@ def load_split(builder: str, split: str, **options: Any) -> Any:
             "is here, or a hub id that can be reached"
         ) from error
     except (datasets.exceptions.DatasetsError, ValueError, AssertionError) as error:
-        files = set((options.get("data_files") or {}).values())
-        name = ", ".join(files) or options.get("data_dir") or builder
+        given = (options.get("data_files") or {}).values()
+        files = [file for part in given for file in ([part] if isinstance(part, str) else part)]
+        name = ", ".join(dict.fromkeys(files)) or options.get("data_dir") or builder
         reason = f" ({error.__cause__})" if error.__cause__ is not None else ""
         raise ValueError(f"dataset {name}: {error}{reason}") from error

@@ -18,7 +18,7 @@ from gold_trainer.data.columns import (
     refuse_unused_columns,
 )
 from gold_trainer.data.data_files import MappedRows
-from gold_trainer.data.pictures import undecoded
+from gold_trainer.data.features import as_written, undecoded
 from gold_trainer.data.row_errors import ColumnsError, reading, shown
 from gold_trainer.data.rows import Row, RowReader
 from gold_trainer.data.tables import refuse_tables
@@ -47,8 +47,9 @@ class RowDataset(torch.utils.data.Dataset):
             )
         self.reader = RowReader.of(rows, **options)
         self.rows = undecoded(rows)
+        self.as_written = as_written(self.rows)
         self.first_index = 0  # of those that can be read
-        if has_shape(self.reader.columns(_columns(self.rows, 0))):
+        if has_shape(self.reader.columns(self._columns(0))):
             names = rows.column_names() if isinstance(rows, MappedRows) else names_of(rows)
             refuse_unused_columns(n for n in names if str(n) not in self.reader.ignore_columns)
         self.turns = self._turns() if self.reader.train_on == "all" else None
@@ -108,7 +109,11 @@ class RowDataset(torch.utils.data.Dataset):
         turn = 0
         if self.turns is not None:
             index, turn = self.turns[index].tolist()
-        return self.reader.row(self.reader.columns(_columns(self.rows, index)), index, turn)
+        return self.reader.row(self.reader.columns(self._columns(index)), index, turn)
+
+    def _columns(self, index: int) -> Any:
+        with reading(index, "dataset"):
+            return self.as_written(self.rows[index])
 
     def row_of(self, index: int) -> int:
         """The dataset's row that an example is of."""
@@ -137,11 +142,6 @@ def conversations(rows: Any) -> Any:
     if isinstance(rows, datasets.Dataset) and rows.format["type"] is None:
         return rows.select_columns([n for n in rows.format["columns"] if n in SHAPE_COLUMNS])
     return rows
-
-
-def _columns(rows: Any, index: int) -> Any:
-    with reading(index, "dataset"):
-        return rows[index]
 
 
 def as_rows(

@@ -24,8 +24,8 @@ from gold_trainer.data.data_files import (
     source_of,
     split_names,
 )
+from gold_trainer.data.features import as_written, undecoded
 from gold_trainer.data.json_files import JSON_SUFFIXES, json_rows
-from gold_trainer.data.pictures import undecoded
 from gold_trainer.data.split_files import BUILDERS, json_file_of
 
 SLICE = re.compile(r"(?P<name>[^\[\]+%]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
@@ -44,12 +44,13 @@ class MappedStream(IterableDataset):
 
     def __init__(self, rows: Any, folder: Path | None, data_args: DataArguments) -> None:
         self.rows = undecoded(rows)
+        self.as_written = as_written(self.rows)
         self.folder = folder  # that relative paths of pictures start from
         self.data_args = data_args
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index, row in zip(row_numbers(), self.rows, strict=False):
-            yield named_columns(row, self.data_args, index)
+            yield named_columns(self.as_written(row), self.data_args, index)
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.rows, datasets.IterableDataset):

@@ -9,7 +9,9 @@ JSON_SUFFIXES = (".json", ".jsonl")
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a .json file, which is one list, or of a .jsonl file, line by line; pictures by path."""
+    """Of a .json file, which is one list or has a row a line, or of a .jsonl file, line by line;
+    pictures by path.
+    """
     rows = _in_list(path) if path.suffix == ".json" else _in_lines(path)
     for where, row in rows:
         if not isinstance(row, dict):
@@ -23,10 +25,15 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _in_list(path: Path) -> Iterator[tuple[str, Any]]:
     """With the place of each row, as errors say it."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        text = path.read_text(encoding="utf-8-sig")
+        rows = json.loads(text, object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise no_utf8(path, error) from error
     except (ValueError, RecursionError) as error:
+        is_json = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if is_json and text.lstrip().startswith("{"):
+            yield from _in_lines(path)  # as many projects write it
+            return
         raise ValueError(f"dataset {path}: not valid JSON: {error}; mend it there") from error
     if not isinstance(rows, list):
         raise ValueError(

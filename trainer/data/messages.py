@@ -9,6 +9,7 @@ from transformers.utils import logging
 from gold_trainer.data.calls import CALLERS, RESULTS, speaker_of, with_calls
 from gold_trainer.data.json_text import parsed_json
 from gold_trainer.data.row_errors import shown
+from gold_trainer.data.thoughts import with_thoughts
 
 logger = logging.get_logger(__name__)
 
@@ -25,9 +26,6 @@ OTHER_TYPES = {
     "image_url": "image",
     "video_url": "video",
 }
-# What a part says of thoughts, as other APIs have it, and the key of its text.
-THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}
-THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # the first that holds something
 PART_KEYS = (
     *("type", "text", "fps", "image", "image_url", "url", "path", "base64", "bytes", "source"),
     *("data", "video", "video_url"),
@@ -59,7 +57,7 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
             f"row {index}: a conversation must be a list of messages, got {shown(messages)}; drop "
             "the row or mend the column."
         )
-    checked = [_from_sharegpt(message, index) for message in messages]
+    checked = [_from_sharegpt(parsed_json(message), index) for message in messages]
     for message in checked:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
@@ -73,7 +71,7 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
                 f"row {index}: the keys of a message must be text, got {shown(odd)}; rename it."
             )
     checked = with_calls([_with_own_types(_with_media(m)) for m in checked], index)
-    checked = [_with_thoughts(_with_known_role(message), index) for message in checked]
+    checked = [with_thoughts(_with_known_role(message), index) for message in checked]
     checked = [_with_weight(message, index) for message in checked]
     for message in checked:
         _check_content(message, index)
@@ -143,20 +141,33 @@ def _is_place(part: Any) -> bool:
 
 
 def _holds(value: Any) -> bool:
-    return value is not None and not (isinstance(value, str | bytes | list | dict) and not value)
+    is_empty = isinstance(value, str | bytes | list | dict) and not value
+    return not is_empty and not holds_nothing(value)
+
+
+def holds_nothing(value: Any) -> bool:
+    """None, an empty text, and a struct of them, as tables have it."""
+    if isinstance(value, Mapping):
+        return all(part is None for part in value.values())
+    return value is None or (isinstance(value, str) and not value)
 
 
 def _with_own_types(message: Mapping[str, Any]) -> Mapping[str, Any]:
     content = message.get("content")
     if not isinstance(content, list | tuple):
         return message
-    parts = [
-        {**part, "type": OTHER_TYPES[part["type"]]}
-        if isinstance(part, Mapping) and part.get("type") in OTHER_TYPES
-        else part
-        for part in content
-    ]
-    return {**message, "content": parts}
+    return {**message, "content": [_own_part(part) for part in content]}
+
+
+def _own_part(part: Any) -> Any:
+    """Without keys of pictures that hold nothing, which templates take for a picture."""
+    if not isinstance(part, Mapping):
+        return part
+    kept = {
+        k: v for k, v in part.items() if k in ("type", "text") or k not in PART_KEYS or _holds(v)
+    }
+    own_type = OTHER_TYPES.get(kept.get("type", ""))
+    return kept if own_type is None else {**kept, "type": own_type}
 
 
 def _with_known_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -201,69 +212,6 @@ def _with_weight(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
             f"{' and '.join(f'{key}={shown(message[key])}' for key in weights)}; keep one of them."
         )
     return {**others, "weight": next(iter(weights.values()))}
-
-
-def _with_thoughts(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """Thoughts that stand in parts of the content under their own key; ValueError for thoughts
-    under several keys that say different things, of which one would be lost.
-    """
-    if message["role"] != "assistant":
-        return message
-    content = message.get("content")
-    if isinstance(content, list | tuple):
-        thoughts = [_thought_of(part) for part in content]
-        if any(thought is not None for thought in thoughts):
-            rest = [p for p, thought in zip(content, thoughts, strict=True) if thought is None]
-            text = "".join(thought for thought in thoughts if thought)
-            if any(message.get(key) not in (None, "", text) for key in THOUGHT_KEYS):
-                raise ValueError(
-                    f"row {index}: a message must have its thoughts in one place, got parts of its "
-                    f"content and {', '.join(k for k in THOUGHT_KEYS if message.get(k))}; keep one."
-                )
-            message = {**message, "content": rest, THOUGHT_KEYS[0]: text}
-    given = {
-        key: _thoughts_in(message[key], key, index)
-        for key in THOUGHT_KEYS
-        if message.get(key) is not None
-    }
-    if len({text for text in given.values() if text}) > 1:
-        raise ValueError(
-            f"row {index}: a message must have its thoughts under one key, got "
-            f"{' and '.join(given)}, which differ; keep one of them."
-        )
-    return {**message, **given}
-
-
-def _thoughts_in(value: Any, key: str, index: int) -> str:
-    """What a key of thoughts holds: a text, or parts with texts."""
-    text = value if isinstance(value, str) else _text_of_parts(value)
-    if text is None:
-        raise ValueError(
-            f"row {index}: {key} of a message must be text, got {shown(value)}; write the thoughts "
-            "as one text."
-        )
-    return text
-
-
-def _thought_of(part: Any) -> str | None:
-    """Its text; None for a part of another type."""
-    if not isinstance(part, Mapping) or part.get("type") not in THOUGHT_PARTS:
-        return None
-    text = part.get(THOUGHT_PARTS[part["type"]])
-    return text if isinstance(text, str) else _text_of_parts(text)
-
-
-def _text_of_parts(parts: Any) -> str | None:
-    """One text of a list of texts, or of parts that hold one; None for anything else."""
-    if not isinstance(parts, list | tuple):
-        return None
-    texts = []
-    for part in parts:
-        text = _thought_of(part) or part.get("text") if isinstance(part, Mapping) else part
-        if not isinstance(text, str):
-            return None
-        texts.append(text)
-    return "".join(texts)
 
 
 def _check_content(message: Mapping[str, Any], index: int) -> None:

@@ -7,15 +7,14 @@ Nothing is ever fetched: an address is an error.
 
 import base64
 import binascii
-import dataclasses
 import io
 import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -58,6 +57,8 @@ class PictureReader:
         key = where.partition(": ")[2]
         if isinstance(value, Image.Image):
             return value
+        if is_of_numbers(value):  # as tables have arrays
+            value = array_of_lists(value, where)
         if isinstance(value, np.ndarray | torch.Tensor):
             return picture_of_array(value, where)
         source = self._source(value, where)
@@ -123,6 +124,10 @@ class PictureReader:
         path = folder / text
         try:
             is_file = path.is_file()  # no folder, and no pipe that would wait for a writer
+            if not is_file:
+                found = (folder / form for form in _other_forms(text))
+                path = next((other for other in found if other.is_file()), path)
+                is_file = path.is_file()
         except (OSError, ValueError) as error:  # too long; a NUL or a lone surrogate
             raise PictureError(
                 f"{where} must be the path of {what}, got {text[:80]!a} ({told(error)}); mend or "
@@ -174,6 +179,35 @@ def _decoded(text: str | bytes, where: str) -> bytes:
         raise PictureError(
             f"{where} must be base64, got {text[:40]!a} ({told(error)}); encode the file again."
         ) from error
+
+
+def _other_forms(text: str) -> list[str]:
+    """A path as other systems write it: of macOS, which takes letters and accents apart, of
+    Windows.
+    """
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    return [form for form in (*forms, text.replace("\\", "/")) if form != text]
+
+
+def is_of_numbers(value: Any) -> bool:
+    """Whether lists in lists are an array."""
+    depth = 0
+    while isinstance(value, list | tuple) and value:
+        value, depth = value[0], depth + 1
+    return depth > 1 and isinstance(value, int | float)
+
+
+def array_of_lists(value: Any, where: str) -> np.ndarray:
+    try:
+        levels = np.asarray(value)
+    except ValueError as error:
+        raise PictureError(
+            f"{where} must be lists of numbers of one length, got others ({told(error)}); mend or "
+            "drop the row."
+        ) from error
+    if np.issubdtype(levels.dtype, np.integer) and levels.min() >= 0 and levels.max() < 2**16:
+        return levels.astype(np.uint8 if levels.max() < 256 else np.uint16)
+    return levels
 
 
 def levels_of(value: Any, where: str) -> np.ndarray:
@@ -248,31 +282,3 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         see_through = levels == picture.info.get("transparency")
         levels = np.where(see_through, 255, levels >> 8 if is_deep else levels)
     return Image.fromarray(levels.astype(np.uint8))
-
-
-def undecoded(rows: Any) -> Any:
-    """A table or a stream whose pictures come as bytes and paths, to be checked before decoding.
-
-    With a transform of its own a table is left as it is; formats (torch, numpy, ...) change nothing
-    but the kind of its lists.
-    """
-    if isinstance(rows, datasets.IterableDataset):
-        rows = rows.with_format(None)
-        return rows.decode(False) if rows.features else rows
-    if not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom":
-        return rows
-    view = rows.with_format(None, columns=rows.format["columns"])
-    view.info.features = datasets.Features(_without_decoding(dict(rows.features)))
-    return view
-
-
-def _without_decoding(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
-        return dataclasses.replace(feature, decode=False)
-    if isinstance(feature, dict):
-        return {name: _without_decoding(part) for name, part in feature.items()}
-    if isinstance(feature, datasets.List):
-        return datasets.List(_without_decoding(feature.feature), length=feature.length)
-    if isinstance(feature, datasets.LargeList):
-        return datasets.LargeList(_without_decoding(feature.feature))
-    return feature

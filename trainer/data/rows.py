@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from PIL import Image
 from transformers.utils import logging
@@ -16,6 +15,7 @@ from transformers.utils import logging
 from gold_trainer.data.calls import as_tool
 from gold_trainer.data.columns import MEDIA, as_conversation, read_teacher_id
 from gold_trainer.data.data_files import MappedRows
+from gold_trainer.data.features import may_be_filled
 from gold_trainer.data.file_streams import MappedStream
 from gold_trainer.data.json_text import parsed_json
 from gold_trainer.data.messages import (
@@ -23,9 +23,10 @@ from gold_trainer.data.messages import (
     Messages,
     check_unicode,
     drop_none,
+    holds_nothing,
     text_of,
 )
-from gold_trainer.data.pictures import MAX_PIXELS, PictureReader
+from gold_trainer.data.pictures import MAX_PIXELS, PictureReader, is_of_numbers
 from gold_trainer.data.placing import PICTURE, VIDEO, Medium, num_parts_of, place, take
 from gold_trainer.data.row_errors import BadRow, NoAnswerError, renamed, shown
 from gold_trainer.data.turns import Conversation, read_conversation
@@ -110,7 +111,7 @@ class RowReader:
             folder = Path(picture_folder)
         if is_table is None:
             raw = rows.rows if is_mapped else rows
-            is_table = isinstance(raw, datasets.Dataset | datasets.IterableDataset)
+            is_table = may_be_filled(raw)
         return cls(
             needs_completion,
             is_text,
@@ -321,7 +322,7 @@ def _values(
     columns: Mapping[str, Any], names: tuple[str, str], index: int
 ) -> list[tuple[Any, str]]:
     """What the columns of pictures or videos hold, with the keys it stands under."""
-    one, several = (_as_list(columns.get(name)) for name in names)
+    one, several = (_held(columns.get(name), name) for name in names)
     if one and several:
         kind = "pictures" if names == MEDIA[0] else "videos"
         raise ValueError(
@@ -330,18 +331,16 @@ def _values(
         )
     if one and names == MEDIA[1]:
         return [(columns[names[0]], names[0])]  # a list is of its frames
-    name = names[0] if one else names[1]
-    is_list = isinstance(columns.get(name), list | tuple)
-    return [(value, f"{name}[{i}]" if is_list else name) for i, value in enumerate(one or several)]
+    return one or several
 
 
-def _as_list(value: Any) -> list[Any] | tuple[Any, ...]:
-    """A row without a picture holds None, or an empty path, or what a table makes of them."""
+def _held(value: Any, name: str) -> list[tuple[Any, str]]:
+    """A row without a picture holds None, or an empty path, or what a table makes of them. In a
+    list of pictures each has to be one.
+    """
     if isinstance(value, str) and value.startswith("["):  # as a csv file has a list of paths
         parsed = parsed_json(value)
         value = parsed if isinstance(parsed, list) else value
-    if isinstance(value, list | tuple):
-        return value
-    is_struct = isinstance(value, Mapping) and all(part is None for part in value.values())
-    is_empty = value is None or is_struct or (isinstance(value, str) and not value)
-    return [] if is_empty else [value]
+    if isinstance(value, list | tuple) and not (name == "image" and is_of_numbers(value)):
+        return [(part, f"{name}[{i}]") for i, part in enumerate(value)]
+    return [] if holds_nothing(value) else [(value, name)]

@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 SAVED = ("dataset_dict.json", "state.json")  # by save_to_disk
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))  # of pictures
+NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
 def json_file_of(folder: Path, split: str) -> Path | None:
@@ -46,6 +47,19 @@ def json_file_of(folder: Path, split: str) -> Path | None:
     return own[0] if is_json else None
 
 
+def files_of_one_kind(folder: Path, splits: Sequence[str]) -> dict[str, list[Path]] | None:
+    """The files of each split, without regard to pictures that lie beside them; None where they are
+    of several kinds, or where there are none. Files without a split's name are those of train.
+    """
+    files = {split: _named(folder, split) for split in splits}
+    if list(splits) == ["train"] and not files["train"]:
+        files["train"] = _named(folder, "")
+    found = [path for paths in files.values() for path in paths]
+    of_pictures = any(path.name in METADATA for path in found)
+    is_clear = all(files.values()) and not of_pictures and not _has_several_kinds(found)
+    return files if is_clear else None
+
+
 def _named(folder: Path, split: str) -> list[Path]:
     """As datasets reads names: train.jsonl, train-00000.jsonl, train/a.jsonl; for "" all."""
     is_of_split = re.compile(rf"(^|[-._ /\d]){re.escape(split)}([-._ /\d]|$)")
@@ -55,6 +69,8 @@ def _named(folder: Path, split: str) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         for name in names:
             if name.startswith(".") or not name.endswith(suffixes):  # pictures are many
+                continue
+            if name in NO_ROWS:
                 continue
             path = Path(parent, name)
             place = path.relative_to(folder).with_suffix("").as_posix()

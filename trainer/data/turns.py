@@ -83,6 +83,11 @@ def _as_written(
             )
         return Conversation(messages, 0)
     prompt, completion = columns["prompt"], columns.get("completion")
+    if isinstance(completion, bool | int | float):
+        raise ValueError(
+            f"row {index}: completion must be text or messages, got the number {completion!r}; "
+            "write it in quotes."
+        )
     if _is_plain(prompt):
         if completion is not None and not _is_plain(completion):
             raise ValueError(

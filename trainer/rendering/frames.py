@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from gold_trainer.data.messages import THOUGHT_KEYS, joined_text
+from gold_trainer.data.messages import joined_text
+from gold_trainer.data.thoughts import THOUGHT_KEYS
 
 # Kinds of texts, named as most templates name their keys.
 CONTENT, THOUGHTS = "content", "reasoning_content"

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from gold_trainer.data.messages import THOUGHT_KEYS
 from gold_trainer.data.row_errors import TemplateError
 from gold_trainer.data.rows import Row
+from gold_trainer.data.thoughts import THOUGHT_KEYS
 from gold_trainer.rendering.frames import Piece
 from gold_trainer.rendering.renderer import FIRST_PROBE
 from gold_trainer.rendering.template_keys import keys_read

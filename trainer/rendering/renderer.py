@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from gold_trainer.data.calls import CALLS
-from gold_trainer.data.messages import THOUGHT_KEYS, Messages, continued, joined_text
+from gold_trainer.data.messages import Messages, continued, joined_text
 from gold_trainer.data.row_errors import TemplateError, told
 from gold_trainer.data.rows import Row
+from gold_trainer.data.thoughts import THOUGHT_KEYS
 from gold_trainer.rendering.calls import has_calls, rendered_with_calls
 from gold_trainer.rendering.frames import (
     CLOSE,
