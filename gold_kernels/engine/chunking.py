@@ -14,8 +14,10 @@ asked otherwise, row functions in float32, grad_weight accumulated in float32 ov
 rounded once. float64 inputs are computed in float64 throughout.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -42,6 +44,9 @@ FLOAT16_GRAD_LIMIT = 2.0**14
 LARGEST_GRAD_SCALE = 2.0**126  # row weights of 1e-36 would have one of inf, and those of 0 NaN
 
 
+Inputs = ParamSpec("Inputs")
+
+
 class ChunkedGradients(NamedTuple):
     """Gradients of sum_i row_weights[i] * loss_i; None where not needed."""
 
@@ -62,6 +67,24 @@ class ChunkedGradients(NamedTuple):
 RowFunction = Callable[[Tensor, Any, Tensor | None, slice, Tensor], None]
 
 
+def _without_autocast(
+    run: Callable[Concatenate[LinearHead, Inputs], ChunkedGradients],
+) -> Callable[Concatenate[LinearHead, Inputs], ChunkedGradients]:
+    """Heads have been cast; what a row function multiplies in float32 is not."""
+
+    @functools.wraps(run)
+    def guarded(
+        student: LinearHead, *args: Inputs.args, **kwargs: Inputs.kwargs
+    ) -> ChunkedGradients:
+        device_type = student.hidden.device.type
+        is_meta = device_type == "meta"  # shapes alone: nothing to cast
+        with nullcontext() if is_meta else torch.autocast(device_type, enabled=False):
+            return run(student, *args, **kwargs)
+
+    return guarded
+
+
+@_without_autocast
 def run_chunks(
     student: LinearHead,
     teacher: LinearHead | None,

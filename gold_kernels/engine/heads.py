@@ -95,12 +95,7 @@ def check_heads(
         teacher = check_head(function, "teacher", teacher, is_slice)
     checks.check_same_kind(function, student.hidden, teacher.hidden)
     options = checks.check_options(function, options, student.hidden)
-    return without_gradient(student), teacher, options
-
-
-def without_gradient(student: LinearHead) -> LinearHead:
-    """Under no_grad: an autograd Function is told of requires_grad alone."""
-    return student if torch.is_grad_enabled() else _map_tensors(student, Tensor.detach)
+    return student, teacher, options
 
 
 def row_weights_of(
@@ -126,7 +121,7 @@ def label_weights_of(
     if weights is None:
         weights = is_label.to(dtype)
         if options.reduction == "sum":
-            weights = weights / is_label.sum().clamp_min(1)
+            weights = weights / is_label.sum()
     return torch.where(is_label, weights.to(dtype), 0)  # the weight of no label may be anything
 
 

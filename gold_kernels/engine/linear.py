@@ -13,7 +13,6 @@ more.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -315,15 +314,15 @@ def run_linear_loss(
         "" if slices[0] is None else slices[0].group_name,
         *([] if side is None else list(side.sizes) for side in slices),
     )
-    device_type = student.hidden.device.type
-    is_meta = device_type == "meta"  # shapes alone: nothing to cast
-    with nullcontext() if is_meta else torch.autocast(device_type, enabled=False):
-        return LinearLossFunction.apply(
-            *student[:3],
-            inputs,
-            row_loss.tensors(),
-            settings,
-            plan.owners,
-            options.reduction == "none",
-            graph_anchors(*student[:3]),
-        )
+    leaves: Sequence[Any] = student[:3]
+    if not torch.is_grad_enabled():  # an autograd Function is told of requires_grad alone
+        leaves = [None if leaf is None else leaf.detach() for leaf in leaves]
+    return LinearLossFunction.apply(
+        *leaves,
+        inputs,
+        row_loss.tensors(),
+        settings,
+        plan.owners,
+        options.reduction == "none",
+        graph_anchors(*leaves),
+    )

@@ -40,7 +40,6 @@ from gold_kernels.engine.heads import (
     check_head,
     check_head_tensors,
     only_head,
-    without_gradient,
 )
 from gold_kernels.engine.kinds import check_tensors, has_numbers, is_readable
 from gold_kernels.engine.linear_head import LinearHead, first_entries
@@ -211,7 +210,6 @@ def fused_linear_mean_kl(
     v_student = student.weight.shape[0]
     vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
     _check_tokens(function, teacher.tokens, vocab_size)
-    student = without_gradient(student)
     given = row_weights, chosen, return_metrics, vocab_size
     loss, rows = run_shared(row_loss, student, None, *given)
     return (loss, rows.by_name()) if return_metrics else loss

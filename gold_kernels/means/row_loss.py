@@ -81,9 +81,6 @@ class MeanKL(RowLoss):
             labels = tokens if rows.labels is None else rows.labels[chunk]
             options = {"temperature": self.temperature, "softcap": None}
             token_rows_(logits, grad_logits, tokens, labels, weights, values[:2], **options)
-            if grad_logits is not None and rows.labels is None:
-                grad = torch.expm1(-values[0]) * weights[:, 0] / self.temperature
-                grad_logits.scatter_(1, tokens.unsqueeze(1), grad.unsqueeze(1))  # as in mean_rows
             hidden = student.rows_of(chunk).to(teacher.means.dtype)
             shift = (hidden * teacher.means[chunk]).sum(-1) + teacher.bias_means[chunk]
             shift = shift * (student.logit_scale / self.temperature)

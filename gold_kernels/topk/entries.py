@@ -61,7 +61,6 @@ def head_top_k(
     chosen = resolve_options(function, options, EntriesOptions)
     refuse_slices(function, teacher_weight, teacher_hidden)
     checks.check_one_temperature(function, temperature)
-    checks.check_pairs(function, chosen)
     teacher = only_head("teacher", teacher_hidden, teacher_weight, chosen)
     teacher = check_head(function, "teacher", teacher)
     chosen = checks.check_options(function, chosen, teacher.hidden)
@@ -77,10 +76,11 @@ def head_top_k(
     def row_function(logits: Tensor, _: None, __: Tensor | None, rows: slice, ___: Tensor) -> None:
         logits.div_(temperature)
         values, found = logits.topk(k, -1)
-        logits.sub_(values[:, :1]).exp_().scatter_(1, found[:, :1], 0)
+        largest = values[:, :1].clone()
+        logits.sub_(largest).exp_().scatter_(1, found[:, :1], 0)
         log_sum = logits.sum(-1, keepdim=True).log1p_()
         ids[rows] = found
-        log_probs[rows] = (values - values[:, :1] - log_sum).clamp_min_(LOG_ZERO)
+        log_probs[rows] = values.sub_(largest).sub_(log_sum).clamp_min_(LOG_ZERO)
 
     limits = Limits(chosen.chunk_size, chosen.budget_bytes, row_bytes=16 * k)  # values and ids
     weights = log_probs.new_ones(teacher.num_rows)

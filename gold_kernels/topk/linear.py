@@ -22,7 +22,6 @@ from gold_kernels.engine.heads import (
     check_head,
     check_head_tensors,
     only_head,
-    without_gradient,
 )
 from gold_kernels.engine.kinds import check_tensors, is_readable
 from gold_kernels.engine.linear_head import LinearHead
@@ -127,7 +126,6 @@ def fused_linear_top_k(
     head = only_head("student", student_hidden, student_weight, chosen)
     with told(chosen.process_group, student_hidden, student_weight):
         TopK(beta, temperature).check(function)
-        checks.check_pairs(function, chosen)
         check_head_tensors(function, "student", head)
         (head,), chosen = own_heads(function, (head,), chosen)
         student = check_head(function, "student", head, chosen.process_group is not None)
@@ -147,7 +145,7 @@ def fused_linear_top_k(
         vocab_size = checks.check_vocabulary(function, v_student, v_student, chosen.vocab_size)
         _check_entries(function, ids, teacher_log_probs, vocab_size)
         log_probs = teacher_log_probs.detach().to(float_dtype(student.hidden))
-        row_loss, student = TopK(beta, temperature, [ids, log_probs]), without_gradient(student)
+        row_loss = TopK(beta, temperature, [ids, log_probs])
         return run_shared(row_loss, student, None, row_weights, chosen, return_metrics, vocab_size)
 
     loss, rows = with_slices(function, (student,), chosen, tensors, settings, run, (ids,))

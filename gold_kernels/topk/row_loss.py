@@ -5,8 +5,8 @@ s_j = q(id_j) and t_j = p(id_j) of the entries, s_0 and t_0 of all others, u_j =
 
     grad_v = u_j - q_v sum u  for an entry,  q_v (u_0 / s_0 - sum u)  for another
 
-Near certainty one entry has all but 1e-6: s_0 is summed over the others, the likeliest entry is 1
-minus what all others have, and the k + 1 outcomes are compared in float64.
+Near certainty one entry has all but 1e-6: s_0 is summed over the others, and the k + 1 outcomes are
+compared in float64.
 """
 
 from collections.abc import Sequence
@@ -118,7 +118,7 @@ class TopK(RowLoss):
         is_entry = numbers >= 0
         index = torch.where(is_entry, numbers, 0).long()
         q = (student / self.temperature).clamp_min_(LOWEST_LOGIT).log_softmax(-1)
-        log_s = torch.where(is_entry, q.gather(1, index).clamp_min(LOG_ZERO), LOG_ZERO)
+        log_s = torch.where(is_entry, q.gather(1, index), LOG_ZERO)
         q = q.exp_()
         s = torch.where(is_entry, q.gather(1, index), 0)
         is_other = torch.ones_like(q).scatter_reduce_(
@@ -126,11 +126,7 @@ class TopK(RowLoss):
         )
         rest = (q * is_other).sum(1, keepdim=True).clamp_min(SMALLEST_REST)
         wide = torch.float32 if q.device.type == "mps" else torch.float64
-        largest, top = s.max(1, keepdim=True)
-        others = (s.scatter(1, top, 0).sum(1, keepdim=True) + rest).to(wide)
-        is_large = (torch.arange(s.shape[1], device=s.device) == top) & (largest > 0.5)
-        log_s = torch.where(is_large, (-others).log1p(), log_s.to(wide))
-        loss, pull, t = compare_outcomes(log_s, rest, log_t, is_entry, self.beta)
+        loss, pull, t = compare_outcomes(log_s.to(wide), rest, log_t, is_entry, self.beta)
         loss, pull, t = (part.to(q.dtype) for part in (loss, pull, t))
         total = pull.sum(1, keepdim=True)
         grad = is_other.mul_(pull[:, -1:] / rest).sub_(total).mul_(q)

@@ -171,6 +171,20 @@ def test_a_head_changed_between_forward_and_backward_is_an_error():
 
 
 @pytest.mark.parametrize("has_frozen_head", [False, True])
+def test_a_row_with_the_weight_of_its_label_alone_has_a_gradient(has_frozen_head):
+    case = random_case(n=N, v=40).to(torch.float32)
+    leaves, weights = leaves_of(case, has_frozen_head), torch.ones(N)
+    weights[2] = 0
+    options = {"labels": torch.arange(N), "label_weights": torch.ones(N)}
+    rows = fused_linear_jsd(*case, weights, reduction="none", **options)
+    total = fused_linear_jsd(*case, weights, **options)
+    ours = torch.autograd.grad(rows.sum(), leaves)
+    assert ours[0][2].any()
+    for grad, expected in zip(ours, torch.autograd.grad(total, leaves), strict=True):
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("has_frozen_head", [False, True])
 def test_the_peak_stays_within_the_budget(has_frozen_head):
     budget, n, v, d = 2 << 20, 600, 4096, 32
     case = random_case(n, v, d, d).to(torch.float32)

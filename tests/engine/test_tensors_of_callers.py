@@ -20,6 +20,7 @@ from gold_kernels import (
     jsd_loss,
     uld_loss,
 )
+from gold_kernels.engine import linear
 from support.backends import on_every_backend
 from support.uld_cases import uld_case
 
@@ -34,8 +35,8 @@ def copied(alignment):
     return alignment._replace(**{k: t.clone() for k, t in fields if isinstance(t, torch.Tensor)})
 
 
-def loss_of(name, leaves, teacher, head, alignment, ids, labels):
-    options = {"reduction": "none"}
+def loss_of(name, leaves, teacher, head, alignment, ids, labels, reduction="none"):
+    options = {"reduction": reduction}
     if name == "jsd":
         pair = torch.cat([teacher, teacher[:2]]), head[:301]
         return fused_linear_jsd(*leaves, *pair, labels=labels, **options)
@@ -197,3 +198,25 @@ def test_tables_that_have_numbers_give_shapes_within_a_fake_mode():
         ]
         assert all(loss.shape == () for loss in losses)
         assert all(torch.autograd.grad(loss, leaf)[0].shape == (10, 16) for loss in losses)
+
+
+@pytest.mark.parametrize("name", ["jsd", "top_k", "uld", "likelihood", "mean_kl"])
+def test_no_loss_computes_a_gradient_without_grad_mode(name, monkeypatch):
+    """An evaluation would pay for a gradient of the head."""
+    given = TEACHER, TEACHER_WEIGHT, ALIGNMENT, IDS, torch.arange(10)
+    means = head_means(HIDDEN, WEIGHT, WEIGHT)
+    leaves = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_(name != "mean_kl")
+    asked, run_chunks = [], linear.run_chunks
+
+    def watched(*args, **kwargs):
+        asked.append(any(args[4]))
+        return run_chunks(*args, **kwargs)
+
+    monkeypatch.setattr(linear, "run_chunks", watched)
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            if name == "mean_kl":
+                fused_linear_mean_kl(*leaves, means)
+            else:
+                loss_of(name, leaves, *given, reduction="sum")
+    assert asked == [True, False, False]

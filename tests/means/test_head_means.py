@@ -186,9 +186,13 @@ def test_rows_of_weight_zero_hold_anything_and_chunks_change_nothing(device, bac
     means = teacher.means.clone()
     means[2] = torch.nan
     spoilt = teacher._replace(means=means)
-    loss = fused_linear_mean_kl(hidden.requires_grad_(), weight, spoilt, weights, backend=backend)
+    spoilt.entropies[2], spoilt.tokens[2] = torch.nan, 0  # where the largest NaN is
+    hidden.requires_grad_()
+    options = {"backend": backend, "return_metrics": True}
+    loss, rows = fused_linear_mean_kl(hidden, weight, spoilt, weights, **options)
     loss.backward()
     assert loss.isfinite() and hidden.grad.isfinite().all() and not hidden.grad[2].any()
+    assert [float(values[2]) for values in rows.values()] == [0] * len(rows)
     none = HeadMeans(*(tensor[:0] for tensor in teacher))
     loss = fused_linear_mean_kl(case.student_hidden[:0], weight, none, backend=backend)
     loss.backward()
@@ -216,6 +220,31 @@ def test_torch_compile_takes_it_whole_and_autocast_casts_as_a_linear_layer_does(
         loss = fused_linear_mean_kl(case.student_hidden, weight, teacher)
     (grad,) = torch.autograd.grad(loss, case.student_hidden)
     assert relative_error(grad, expected) < 1e-2
+
+
+@on_every_backend
+def test_means_of_a_teacher_who_is_sure_are_nothing(device, backend):
+    """No other entry has a probability by which its share could be divided."""
+    hidden, heads = 200 * torch.eye(3, 4, device=device), torch.eye(6, 4, device=device)
+    means, entropies, _, tokens = head_means(hidden, heads, heads, backend=backend)
+    assert tokens.tolist() == [0, 1, 2]
+    assert not means.any() and not entropies.any()
+
+
+def test_a_head_of_another_precision_than_the_teachers_is_refused():
+    case = random_case(n=3, v=9)
+    with pytest.raises(ValueError, match=r"^head_means: float64 needs both sides in float64, got "):
+        head_means(*case.to(torch.float64)[2:], case.student_weight)
+
+
+def test_under_autocast_a_bias_is_summed_in_float32():
+    case, bias = random_case(n=6, v=300).to(torch.bfloat16), torch.randn(300).bfloat16().float()
+    given = *case[2:], case.student_weight.detach()
+    expected = head_means(*given, student_bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = head_means(*given, student_bias=bias)
+    for ours, truth in zip(actual, expected, strict=True):
+        assert torch.equal(ours, truth)
 
 
 @pytest.mark.parametrize("n", [200, 1000])

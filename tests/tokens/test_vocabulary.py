@@ -178,6 +178,12 @@ def test_shares_and_report_are_of_each_vocabulary():
     assert pair.report(teacher_weights=counts) == (
         f"{pair.report()}, 75.0% of the teacher's probability mass"
     )
+    probabilities = torch.zeros(2, pair.student_vocab_size)
+    probabilities[:, pair.student_ids[0]] = torch.tensor([1.0, 0.5])
+    probabilities[1, (~torch.isin(torch.arange(151648), pair.student_ids)).nonzero()[0]] = 0.5
+    assert pair.report(probabilities) == (
+        f"{pair.report()}, 75.0% of the student's probability mass"
+    )
 
 
 def test_matched_mass_of_probabilities_and_of_token_counts():

@@ -99,17 +99,42 @@ def test_near_convergence_the_loss_keeps_its_digits(beta, device, backend):
         assert relative_error(one.cpu(), other) < 5e-5
 
 
-def test_near_certainty_the_rest_is_summed_and_not_subtracted():
-    """The student's other entries have 1e-8 together; 1 - q of float32 is 0."""
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("gap", [20.0, 12.0])
+def test_near_certainty_the_rest_is_summed_and_not_subtracted(gap, beta):
+    """The student's other entries have 1e-8 together, or 1e-5; 1 - q of float32 is 0, or next."""
     weight = torch.eye(4)
-    hidden = torch.tensor([[20.0, 1.0, 0.5, 0.0]])
+    hidden = torch.tensor([[gap, 1.0, 0.5, 0.0]])
     ids, log_probs = torch.tensor([[0]]), torch.tensor([[-1e-6]])
-    grads = []
+    found = []
     for dtype in (torch.float32, torch.float64):
         leaf = hidden.to(dtype).requires_grad_()
-        loss = fused_linear_top_k(leaf, weight.to(dtype), ids, log_probs.to(dtype))
-        grads.append(torch.autograd.grad(loss, leaf)[0])
-    assert relative_error(*grads) < 1e-5
+        loss = fused_linear_top_k(leaf, weight.to(dtype), ids, log_probs.to(dtype), beta=beta)
+        found.append([loss, torch.autograd.grad(loss, leaf)[0]])
+    for ours, truth in zip(*found, strict=True):
+        assert relative_error(ours, truth) < 1e-5
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("others", "log_probs"),
+    [(-60.0, [-2.0, -1.5, -1.8]), (0.5, [-1.0, -1.0, -1.3297])],
+    ids=["of the student", "of the teacher"],
+)
+def test_a_rest_below_its_floor_is_that_of_the_oracle(others, log_probs, beta):
+    """The student's has no slope; the teacher's is nothing where rounding takes its sum above 1."""
+    logits = torch.full((1, 9), others, dtype=torch.float64)
+    logits[0, :3] = torch.arange(3)
+    ids, log_probs = torch.tensor([[0, 1, 2]]), torch.tensor([log_probs], dtype=torch.float64)
+    assert others < 0 or 1 < float(log_probs.exp().sum()) < 1.001
+    results = []
+    for function in (fused_linear_top_k, eager):
+        leaf = logits.clone().requires_grad_()
+        weights = torch.ones(1, dtype=torch.float64)
+        loss = function(leaf, torch.eye(9).double(), ids, log_probs, weights, beta=beta)
+        results.append([loss, torch.autograd.grad(loss, leaf)[0]])
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-12)
 
 
 def test_gradcheck_in_float64():

@@ -92,6 +92,25 @@ def test_memory_is_in_the_budget():
     assert peak_extra_bytes(call) < budget + returned + 2**14 < 4 * 256 * 6000
 
 
+def test_many_entries_are_in_the_budget_and_have_no_graph():
+    case, budget, k = random_case(n=64, v=2000), 400_000, 1500
+
+    def call():
+        return head_top_k(*case[2:], k, budget_bytes=budget)
+
+    case.teacher_hidden.requires_grad_()
+    ids, log_probs = call()
+    assert not log_probs.requires_grad
+    assert peak_extra_bytes(call) < budget + 12 * ids.numel() + 2**14
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, (1.0, 2.0)])
+def test_a_temperature_that_is_none_says_so(temperature):
+    case = random_case(n=N, v=V)
+    with pytest.raises(ValueError, match=r"^head_top_k: temperature must be "):
+        head_top_k(*case[2:], K, temperature=temperature)
+
+
 def test_no_rows_make_no_entries():
     case = random_case(n=N, v=V)
     ids, log_probs = head_top_k(case.teacher_hidden[:0], case.teacher_weight, K)
