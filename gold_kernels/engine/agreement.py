@@ -5,7 +5,7 @@ N scored rows of a side, D hidden size, V vocabulary, R processes.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from gold_kernels.engine.slices import Slices
 
 if TYPE_CHECKING:  # a build without distributed has no such class
     from torch.distributed import ProcessGroup
+
+
+Given = TypeVar("Given", Tensor, Tensor | None)
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -98,7 +101,7 @@ def own_heads(function: str, heads: Heads, options: Options) -> tuple[Heads, Opt
     return tuple(result), options
 
 
-def own_rows(function: str, name: str, tensor: Tensor | None) -> Tensor | None:  # (N,)
+def own_rows(function: str, name: str, tensor: Given) -> Given:  # (N, ...)
     """What is the same on all processes, out of a DTensor too."""
     return own_part(function, name, tensor, True)[0] if is_sharded(tensor) else tensor
 
@@ -122,13 +125,15 @@ def check_group(function: str, group: Any) -> None:
     )
 
 
-def refuse_slices(function: str, *tensors: Tensor) -> None:
+def refuse_slices(function: str, options: Options, **tensors: Tensor | None) -> None:
     """For losses whose heads must be whole, and which have no option process_group."""
-    if any(is_sharded(tensor) for tensor in tensors):
-        raise ValueError(
-            f"{function}: heads, hidden states and logits must be whole, got a DTensor; pass its "
-            "full_tensor(), or use fused_linear_jsd, which takes slices of a vocabulary."
-        )
+    for name, tensor in {**tensors, **options._asdict()}.items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{function}: heads, hidden states and logits must be whole, got a DTensor as "
+                f"{name}; pass its full_tensor(), or use fused_linear_jsd, which takes slices of a "
+                "vocabulary."
+            )
 
 
 def with_slices(

@@ -119,9 +119,10 @@ def shared_logits_loss(
 ) -> tuple[Tensor, "RowValues"]:
     """The same for logits that the caller holds; padded columns get gradient 0."""
     checks.check_row_loss(function, row_loss, options.backend)
-    refuse_slices(function, student_logits, teacher_logits)
+    logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    refuse_slices(function, options, row_weights=row_weights, **logits)
     checks.check_logits(function, student_logits, teacher_logits, row_weights)
-    refuse_overwritten(function, student_logits=student_logits, teacher_logits=teacher_logits)
+    refuse_overwritten(function, **logits)
     options = checks.check_options(function, options, student_logits)
     checks.check_label_weights(function, options, student_logits)
     sizes = student_logits.shape[1], teacher_logits.shape[1]

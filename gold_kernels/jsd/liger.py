@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gold_kernels.engine import checks
-from gold_kernels.engine.agreement import told
+from gold_kernels.engine.agreement import own_rows, told
 from gold_kernels.engine.chunk_plan import float_dtype
 from gold_kernels.engine.kinds import (
     check_same_positions,
@@ -150,6 +150,9 @@ def _checked_rows(
         teacher_weight=teacher_weight,
         true_labels=true_labels,
     )
+    student_input = own_rows(FUNCTION, "student_input", student_input)
+    teacher_input = own_rows(FUNCTION, "teacher_input", teacher_input)
+    true_labels = own_rows(FUNCTION, "true_labels", true_labels)
     check_same_positions(
         FUNCTION,
         student_input=student_input.shape[:-1],

@@ -99,7 +99,13 @@ def head_means(
     """
     function = "head_means"
     chosen = resolve_options(function, options, MeansOptions)
-    refuse_slices(function, student_weight, teacher_weight, teacher_hidden)
+    refuse_slices(
+        function,
+        chosen,
+        student_weight=student_weight,
+        teacher_weight=teacher_weight,
+        teacher_hidden=teacher_hidden,
+    )
     checks.check_one_temperature(function, temperature)
     check_tensors(function, student_weight=student_weight)
     teacher = only_head("teacher", teacher_hidden, teacher_weight, chosen)
@@ -195,8 +201,10 @@ def fused_linear_mean_kl(
     """
     function = "fused_linear_mean_kl"
     chosen = resolve_options(function, options, MeanKLOptions, return_metrics=return_metrics)
-    refuse_slices(function, student_weight, student_hidden)
+    sides = {"student_weight": student_weight, "student_hidden": student_hidden}
+    refuse_slices(function, chosen, **sides, row_weights=row_weights)
     _check_kind(function, teacher)
+    refuse_slices(function, chosen, **teacher._asdict())
     row_loss = MeanKL(temperature, teacher)
     row_loss.check(function)
     student = only_head("student", student_hidden, student_weight, chosen)

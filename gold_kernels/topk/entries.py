@@ -59,7 +59,7 @@ def head_top_k(
     """
     function = "head_top_k"
     chosen = resolve_options(function, options, EntriesOptions)
-    refuse_slices(function, teacher_weight, teacher_hidden)
+    refuse_slices(function, chosen, teacher_weight=teacher_weight, teacher_hidden=teacher_hidden)
     checks.check_one_temperature(function, temperature)
     teacher = only_head("teacher", teacher_hidden, teacher_weight, chosen)
     teacher = check_head(function, "teacher", teacher)

@@ -133,6 +133,8 @@ def fused_linear_top_k(
         row_weights = own_rows(function, "row_weights", row_weights)
         checks.check_row_weights(function, row_weights, student.hidden)
         checks.check_label_weights(function, chosen, student.hidden)
+        teacher_ids = own_rows(function, "teacher_ids", teacher_ids)
+        teacher_log_probs = own_rows(function, "teacher_log_probs", teacher_log_probs)
         check_tensors(function, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs)
         _check_targets(function, student.hidden, teacher_ids, teacher_log_probs)
     settings, tensors = (beta, temperature, return_metrics), (row_weights, teacher_log_probs)

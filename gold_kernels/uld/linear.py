@@ -362,9 +362,10 @@ def uld_loss(
         *(matched_weight, unmatched_weight),
     )
     row_loss = settings.row_loss(function)
-    refuse_slices(function, student_logits, teacher_logits)
+    logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    refuse_slices(function, given, row_weights=row_weights, **logits)
     checks.check_logits(function, student_logits, teacher_logits, row_weights)
-    refuse_overwritten(function, student_logits=student_logits, teacher_logits=teacher_logits)
+    refuse_overwritten(function, **logits)
     given = checks.check_options(function, given, student_logits)
     v_student, v_teacher = student_logits.shape[1], teacher_logits.shape[1]
     uld_checks.check_columns(function, v_student, v_teacher)

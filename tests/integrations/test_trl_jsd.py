@@ -10,7 +10,9 @@ from peft import LoraConfig, PromptTuningConfig
 from torch import nn
 from trl.experimental.gkd import GKDTrainer
 
+from gold_kernels.engine.logit_form import LogitForm
 from gold_kernels.integrations.trl import patch_trl
+from gold_kernels.integrations.trl.pending import PendingLogits
 from support import logit_forms
 from support.tiny_models import tiny, tiny_rows
 from support.trl_trainers import (
@@ -240,3 +242,14 @@ def test_logits_that_a_caller_holds_go_to_trl():
         expected = GKDTrainer.generalized_jsd_loss(*logits, **options)
         with patch_trl():
             assert torch.equal(GKDTrainer.generalized_jsd_loss(*logits, **options), expected)
+
+
+def test_logits_of_other_positions_than_the_labels_are_refused():
+    """Positions were counted through both, and rows of other tokens taken."""
+    head = nn.Linear(8, 7, bias=False)
+    long, short = (
+        PendingLogits(torch.randn(2, size, 8), head, LogitForm(), None) for size in (4, 3)
+    )
+    for sides in ((long, short), (short, long)):
+        with patch_trl(), pytest.raises(ValueError, match=r"positions must be the same \(B, L\)"):
+            GKDTrainer.generalized_jsd_loss(*sides, torch.ones(2, 3, dtype=torch.int64))

@@ -84,6 +84,24 @@ def test_a_rank_without_scored_tokens_has_loss_zero_and_a_gradient(num_items):
     assert all(float(value.abs().sum()) == 0 for value in ours.values())
 
 
+def test_states_of_other_positions_than_the_mask_are_refused():
+    """Positions were counted through both, and rows of other tokens taken."""
+    given, _ = tensors()
+    for place, cut in itertools.product((0, 1), (lambda t: t[:, 1:], lambda t: t[1:])):
+        wrong = [cut(t) if place == i else t for i, t in enumerate(given)]
+        with patch_trl(), pytest.raises(ValueError, match=r"positions must be the same \(B, L\)"):
+            distillation_trainer._chunked_divergence_loss(*wrong, 0.5)
+
+
+def test_flat_rows_are_taken_as_in_trl():
+    given, biases = tensors()
+    flat = [t.flatten(0, 1) for t in (*given[:2], given[4])]
+    with patch_trl():
+        rows = distillation_trainer._chunked_divergence_loss(*flat[:2], *given[2:4], flat[2], 0.5)
+        batch = distillation_trainer._chunked_divergence_loss(*given, 0.5)
+    assert all(map(torch.equal, rows, batch))
+
+
 def test_frozen_head_gets_no_gradient():
     given, _ = tensors()
     given[2].requires_grad_(False)

@@ -175,6 +175,10 @@ def wrong_slices(pair: Any) -> Refusals:
             f"{loss.__name__}: heads, hidden states and logits must be whole",
             partial(loss, logits, logits),
         )
+        plain = logits.full_tensor()
+        yield "got a DTensor as row_weights", partial(loss, plain, plain, cut_rows)
+        labels = {"labels": torch.arange(5), "label_weights": cut_rows}
+        yield "got a DTensor as label_weights", partial(loss, plain, plain, **labels)
     yield (
         "head_means: heads, hidden states and logits must be whole",
         partial(head_means, teacher, teacher_weight, sharded),
@@ -187,6 +191,12 @@ def wrong_slices(pair: Any) -> Refusals:
         "fused_linear_mean_kl: heads, hidden states and logits must be whole",
         partial(fused_linear_mean_kl, hidden, sharded, None),
     )
+    biases = {"student_bias": sharded[:, 0], "teacher_bias": sharded[:, 0]}
+    for name, call in (
+        ("student_bias", partial(head_means, teacher, teacher_weight, weight)),
+        ("teacher_bias", partial(head_top_k, hidden, weight, 3)),
+    ):
+        yield f"got a DTensor as {name}", partial(call, **{name: biases[name]})
 
 
 @dataclass(frozen=True)
@@ -219,10 +229,18 @@ def check_accepted(pair: Any) -> list[str]:
         ),
     ]
     ids, log_probs = torch.arange(12).view(6, 2), torch.full((6, 2), -1.5, dtype=torch.float64)
+    replicated = partial(distribute_tensor, device_mesh=mesh, placements=[Replicate()])
+    entries, labels = [replicated(ids), replicated(log_probs)], ids[:, 0]
+    liger = FusedLinearJSDLoss(0.3, 0.7)(*case, labels)
+    of_liger = FusedLinearJSDLoss(0.3, 0.7, process_group=pair)(
+        *(replicated(case[0].detach()), own[0], replicated(case[2]), own[1], replicated(labels))
+    )
     whole = fused_linear_top_k(case[0], case[1], ids, log_probs, weights)
     ids[1], log_probs[1] = 90 * rank, (torch.nan, 7.0)[rank]
     top_k = fused_linear_top_k(hidden, own[0], ids, log_probs, weights, process_group=pair)
-    pairs = [(one, expected) for one in found] + [(top_k, whole)]
+    of_entries = fused_linear_top_k(hidden, own[0], *entries, weights, process_group=pair)
+    pairs = [(one, expected) for one in found]
+    pairs += [(top_k, whole), (of_entries, whole), (of_liger, liger)]
     return [f"accepted: {one} for {other}" for one, other in pairs if not one.isclose(other)]
 
 

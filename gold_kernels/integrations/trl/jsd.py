@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gold_kernels.engine.kinds import check_same_positions
 from gold_kernels.integrations.trl.losses import takes_pending_logits
 from gold_kernels.integrations.trl.options import PatchOptions
 from gold_kernels.integrations.trl.pending import (
@@ -94,6 +95,9 @@ def fused_jsd(
     vocab_size: int | None = None,
 ) -> Tensor:  # ()
     assert labels is not None, "is_taken() has seen them"
+    sides = {"student_logits": student, "teacher_logits": teacher}
+    positions = {name: side.hidden.shape[:-1] for name, side in sides.items()}
+    check_same_positions("generalized_jsd_loss", labels=labels.shape, **positions)
     rows = (labels.flatten() != IGNORED).nonzero().squeeze(1)
     student_rows, teacher_rows = student.rows(rows), teacher.rows(rows)
     with heads_at_hand(student, teacher):

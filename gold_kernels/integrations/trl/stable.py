@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gold_kernels.engine.chunk_plan import float_dtype
+from gold_kernels.engine.kinds import check_same_positions
 from gold_kernels.integrations.trl.options import PatchOptions
 from gold_kernels.integrations.trl.pending import gathered, whole
 from gold_kernels.jsd.linear import fused_linear_jsd
@@ -36,9 +37,15 @@ def divergence_of(options: PatchOptions) -> Callable[[Callable[..., Any]], Calla
     ) -> tuple[Tensor, Tensor, Tensor]:  # loss, sum of the student's entropies, scored rows; ()
         student_head = student_lm_head_weight, student_lm_head_bias
         teacher_head = teacher_lm_head_weight, teacher_lm_head_bias
+        check_same_positions(
+            "patch_trl",
+            completion_mask=completion_mask.shape,
+            student_hidden_states=student_hidden_states.shape[:-1],
+            teacher_hidden_states=teacher_hidden_states.shape[:-1],
+        )
         rows = (completion_mask.flatten() != 0).nonzero().squeeze(1)
-        student_hidden = student_hidden_states.flatten(0, 1)[rows]
-        teacher_hidden = teacher_hidden_states.flatten(0, 1)[rows]
+        student_hidden = student_hidden_states.flatten(0, -2)[rows]
+        teacher_hidden = teacher_hidden_states.flatten(0, -2)[rows]
         with gathered(*student_head, *teacher_head):
             student_weight, student_bias = (_in_dtype(student_hidden, t) for t in student_head)
             teacher_weight, teacher_bias = (_in_dtype(teacher_hidden, t) for t in teacher_head)

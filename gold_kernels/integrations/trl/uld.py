@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from gold_kernels.engine.kinds import check_same_positions
 from gold_kernels.integrations.trl.jsd import IGNORED
 from gold_kernels.integrations.trl.losses import takes_pending_logits
 from gold_kernels.integrations.trl.options import PatchOptions
@@ -82,6 +83,9 @@ def fused_uld(
     sides: list[Side],  # of the student, of the teacher
     options: PatchOptions,
 ) -> Tensor:  # ()
+    for name, side, logits in zip(("student", "teacher"), sides, (student, teacher), strict=True):
+        positions = {f"{name}_logits": logits.hidden.shape[:-1]}
+        check_same_positions("ULDLoss", **{f"{name}_labels": side.labels.shape}, **positions)
     groups, num_groups = find_groups(loss_fn, *sides)
     labels = _shifted_labels(loss_fn, sides[0])
     (student_rows, teacher_rows), alignment = rows_of_groups(loss_fn, groups, sides, labels)
