@@ -94,7 +94,7 @@ def test_states_of_other_positions_than_the_mask_are_refused():
 
 
 def test_flat_rows_are_taken_as_in_trl():
-    given, biases = tensors()
+    given, _ = tensors()
     flat = [t.flatten(0, 1) for t in (*given[:2], given[4])]
     with patch_trl():
         rows = distillation_trainer._chunked_divergence_loss(*flat[:2], *given[2:4], flat[2], 0.5)
