@@ -67,8 +67,8 @@ def test_a_field_that_is_not_counted_is_named():
     args.eval_strategy, args.use_vllm, args.vllm_mode = "steps", True, "colocate"
     for field, value in NAMED.items():
         setattr(args, field, value)
-    assert {field.field for field in FIELDS} == NAMED.keys()
     lines = uncounted(args, Setup())
+    assert FIELDS.keys() <= NAMED.keys() and len(lines) == len(NAMED)
     for field, value in NAMED.items():
         assert any(line.startswith(f"not counted: {field}={value!r}, ") for line in lines), field
 

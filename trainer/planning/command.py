@@ -1,7 +1,7 @@
 """`gold-trainer plan`: the peak memory of a run, by part, before any weights are read."""
 
 import argparse
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,36 +24,31 @@ GIB = 2**30
 FREE = 0.05  # of a GPU, for what allocators round up and CUDA itself takes
 
 
-class Options(NamedTuple):
-    setup: Setup
-    gpu_bytes: int | None
-    num_tokens: int | None
-
-
 def plan(argv: list[str]) -> int:
     """0, or 1 where the run does not fit the GPU; ValueError for what the user can mend."""
-    options, argv = _own_arguments(argv)
+    setup, num_tokens, argv = _own_arguments(argv)
     run = read_run(argv)
     _assume_bf16(run, argv)
-    found = find_subject(run, options.num_tokens)
-    planner = Planner(found.subject, options.setup)
+    found = find_subject(run, num_tokens)
+    planner = Planner(found.subject, setup)
     result = planner.plan()
     console = Console(highlight=False)
     for name, model in (("student", found.subject.student), ("teacher", found.subject.teacher)):
         source = run.student if name == "student" else run.teacher
         numbers = _elsewhere(found.subject) if model is None else _numbers(model)
         console.print(f"{name}: {source}, {numbers}", markup=False, soft_wrap=True)
-    for line in (f"a micro-batch: {found.assumption}", _precision(run, options.setup)):
+    for line in (f"a micro-batch: {found.assumption}", _precision(run, setup)):
         console.print(line, markup=False, soft_wrap=True)
     console.print(_table(result))
-    for line in uncounted(run.config, options.setup):
+    for line in uncounted(run.config, setup):
         console.print(line, markup=False, soft_wrap=True)
-    if options.gpu_bytes is None:
+    if setup.gpu_bytes is None:
         return 0
-    return _fit(console, planner, result, options.gpu_bytes)
+    return _fit(console, planner, result, setup.gpu_bytes)
 
 
-def _own_arguments(argv: list[str]) -> tuple[Options, list[str]]:
+def _own_arguments(argv: list[str]) -> tuple[Setup, int | None, list[str]]:
+    """The setup, tokens of a row, and arguments of the run."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--engine")
     parser.add_argument("--gpus", default="1")
@@ -72,11 +67,9 @@ def _own_arguments(argv: list[str]) -> tuple[Options, list[str]]:
             f"gold-trainer plan: gpus must be 1 for the engine single, got {num_gpus}; choose one "
             f"of {', '.join(ENGINES[1:])}."
         )
-    gpu_bytes = None
-    if own.gpu_memory is not None:
-        gpu_bytes = int(_gib(own.gpu_memory) * GIB)
+    gpu_bytes = None if own.gpu_memory is None else int(_gib(own.gpu_memory) * GIB)
     num_tokens = None if own.tokens is None else _number("tokens", own.tokens, "a row")
-    return Options(Setup(engine, num_gpus, gpu_bytes), gpu_bytes, num_tokens), argv
+    return Setup(engine, num_gpus, gpu_bytes), num_tokens, argv
 
 
 def _number(name: str, text: str, what: str) -> int:

@@ -16,6 +16,7 @@ loss, and backward, the optimizer steps. Parts are those of the moment with the 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +33,6 @@ from gold_trainer.sides import Side
 from gold_trainer.teachers.layer_stream import AHEAD, outermost_lists
 
 ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
-SHARDED = ("fsdp2", "zero3")
 DEEPSPEED = ("zero2", "zero3")
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "teacher", "rollouts")
 # Bytes of an optimizer's state for a number that is trained.
@@ -189,7 +189,7 @@ class Planner:
     def _vllm(self) -> int:
         """An engine in this process: its share of the GPU, or at least weights in 16 bits."""
         args, size = self.subject.args, self.setup.gpu_bytes
-        if not args.use_vllm or args.vllm_mode != "colocate":
+        if not is_vllm_here(args):
             return 0
         if size is not None:
             return int(args.vllm_memory_share * size)
@@ -305,6 +305,10 @@ def weight_bytes(model: nn.Module, head: torch.Tensor, bits: int | None) -> tupl
     return total - sum(map(_bytes, linear)) + small, 2 * largest
 
 
+def is_vllm_here(args: GOLDConfig) -> bool:
+    return args.use_vllm and args.vllm_mode == "colocate"
+
+
 def optimizer_of(args: GOLDConfig) -> str:
     return str(OptimizerNames(args.optim).value)
 
@@ -346,17 +350,14 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-class _in_dtype:  # used as a function
-    """Parameters of a model on the meta device in another dtype, within a context."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
-        self.before = [(p, p.data) for p in model.parameters()] if dtype is not None else []
-        self.dtype = dtype
-
-    def __enter__(self) -> None:
-        for parameter, data in self.before:
-            parameter.data = data.to(self.dtype)
-
-    def __exit__(self, *error: Any) -> None:
-        for parameter, data in self.before:
+@contextmanager
+def _in_dtype(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Parameters of a model on the meta device in another dtype."""
+    before = [(p, p.data) for p in model.parameters()]
+    try:
+        for parameter, data in before if dtype is not None else ():
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in before:
             parameter.data = data

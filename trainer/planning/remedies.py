@@ -24,6 +24,7 @@ from gold_trainer.planning.memory import (
     Planner,
     Setup,
     Subject,
+    is_vllm_here,
     optimizer_of,
     quantised_bits,
 )
@@ -140,7 +141,7 @@ def _batch(planner: Planner) -> Iterator[Candidate]:
 
 def _sleep(planner: Planner) -> Iterator[Candidate]:
     args = planner.subject.args
-    if args.use_vllm and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode:
+    if is_vllm_here(args) and not args.vllm_enable_sleep_mode:
         yield Candidate(
             "vllm_enable_sleep_mode: true",
             "the engine's memory is free while the student learns",
