@@ -30,6 +30,7 @@ from transformers.utils import is_peft_available
 from gold_trainer import models, quantised
 from gold_trainer.adapters import telling_what_fits, warn_of_unmatched
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.nearest import nearest
 from gold_trainer.rendering.collator import Processor
 from gold_trainer.survival.checkpoints import checkpoints_in
@@ -85,7 +86,7 @@ def load_student(model: PreTrainedModel | str, args: GOLDConfig, peft_config: An
     """The student, with its adapter if there is one."""
     if isinstance(model, str):
         # In the bfloat16 of most checkpoints small updates would be lost.
-        given = _as_dict(args.model_init_kwargs)
+        given = as_dict(args.model_init_kwargs)
         dtype = torch.bfloat16 if quantised.NAME in given else torch.float32
         model = load_model(model, {"dtype": dtype, **given}, device=args.device)
     quantised.restore_head(model, "student")
@@ -174,14 +175,9 @@ def load_config(
     return AutoConfig.from_pretrained(name_or_path, **hub_options(init_kwargs, revision))
 
 
-def _as_dict(init_kwargs: InitKwargs) -> dict[str, Any]:
-    assert not isinstance(init_kwargs, str), "GOLDConfig has read the JSON"
-    return init_kwargs or {}
-
-
 def hub_options(init_kwargs: InitKwargs, revision: str | None = None) -> dict[str, Any]:
     """What config, tokenizer and processor share with the weights of from_pretrained."""
-    options = {key: value for key, value in _as_dict(init_kwargs).items() if key in HUB_OPTIONS}
+    options = {key: value for key, value in as_dict(init_kwargs).items() if key in HUB_OPTIONS}
     return options if revision is None else {**options, "revision": revision}
 
 
@@ -195,7 +191,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A vision-language or text model by folder or hub id, as its config says."""
     config = load_config(name_or_path, init_kwargs, revision)
-    options = {**_as_dict(init_kwargs), **hub_options(init_kwargs, revision), **more}
+    options = {**as_dict(init_kwargs), **hub_options(init_kwargs, revision), **more}
     if quantised.is_quantised_by(options, config):
         options.setdefault("device_map", {"": device})
     if quantised.NAME in options:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gold_trainer import models
 from gold_trainer.batches import SideInputs
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.logit_form import LogitForm
 from gold_trainer.loss_at_head import gather_rows, run_to_head
 from gold_trainer.rendering.collator import GOLDCollator, Processor
@@ -62,8 +63,6 @@ class Side:
         is_below_adapter: bool = False,
     ) -> "Side":
         config = models.base_model(model).config
-        template_kwargs = args.chat_template_kwargs
-        assert not isinstance(template_kwargs, str), "GOLDConfig has read the JSON"
         return cls(
             *models.lm_head(model, name, is_below_adapter=is_below_adapter),
             LogitForm(name),
@@ -72,7 +71,7 @@ class Side:
                 models.end_ids_of(model, processor),
                 args.max_length,
                 models.placeholder_ids_of(config),
-                template_kwargs,
+                as_dict(args.chat_template_kwargs),
                 args.cut_to,
             ),
         )

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from gold_trainer.caching.keys import file_digest, text_digest
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.loading import hub_options
 from gold_trainer.rendering.collator import Processor
 from gold_trainer.rendering.prompts import tokenizer_of
@@ -51,8 +52,7 @@ REMEDIES = {
 
 def facts_of_args(args: GOLDConfig) -> dict[str, Any]:
     """What a config alone says."""
-    kwargs = args.chat_template_kwargs or {}
-    assert not isinstance(kwargs, str), "GOLDConfig has read the JSON"
+    kwargs = as_dict(args.chat_template_kwargs)
     return {
         "precision": precision_of(args),
         "max_length": args.max_length,
@@ -101,8 +101,7 @@ def facts_of_teacher(args: GOLDConfig, name: str) -> dict[str, Any]:
     """Of its weights, where their files or their commit are known, and of how they are loaded;
     files are looked into here and there, not read.
     """
-    given = args.teacher_model_init_kwargs or {}
-    assert not isinstance(given, str), "GOLDConfig has read the JSON"
+    given = as_dict(args.teacher_model_init_kwargs)
     kept = {key: value for key, value in given.items() if key not in PLACES}
     facts = {"teacher_model_init_kwargs": _as_text(kept)}
     folder = folder_of(args, name)

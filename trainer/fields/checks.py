@@ -195,6 +195,12 @@ def refuse_quoted(value: Any, where: str) -> None:
         refuse_quoted(part, where)
 
 
+def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Of a field that a command line has as JSON."""
+    assert not isinstance(value, str), "GOLDConfig has read the JSON"
+    return value or {}
+
+
 def refuse_given(
     config: Any, names: Iterable[str], must_be: str, remedy: str, owner: str = "GOLDConfig"
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gold_kernels.engine.checks import BACKENDS
 from gold_kernels.losses import LOSSES
-from gold_trainer.fields.checks import refuse_given
+from gold_trainer.fields.checks import as_dict, refuse_given
 
 LOGITS_DTYPES = ("float32", "bfloat16")
 # Numbers of losses that have fields of their own, with the names that TRL users know.
@@ -111,8 +111,7 @@ class LossFields:
     def loss_numbers(self) -> dict[str, Any]:
         """The numbers of the loss, by its own names."""
         names = numbers_of(self.loss)
-        assert not isinstance(self.loss_kwargs, str), "GOLDConfig has read the JSON"
-        numbers = dict(self.loss_kwargs or {})
+        numbers = dict(as_dict(self.loss_kwargs))
         if "beta" in names:
             numbers["beta"] = self.beta
         if "temperature" in names:
@@ -162,8 +161,7 @@ class LossFields:
 
     def _check_kwargs(self) -> None:
         names = [name for name in numbers_of(self.loss) if name not in NUMBER_FIELDS]
-        assert not isinstance(self.loss_kwargs, str), "GOLDConfig has read the JSON"
-        for name, value in (self.loss_kwargs or {}).items():
+        for name, value in as_dict(self.loss_kwargs).items():
             if name in NUMBER_FIELDS:
                 raise ValueError(
                     "GOLDConfig: loss_kwargs must hold numbers without a field of their own, got "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from gold_trainer.fields.checks import refuse_given
+from gold_trainer.fields.checks import as_dict, refuse_given
 
 # Arguments of transformers' GenerationConfig and vLLM's SamplingParams -> the field to set instead.
 FIELD_OF = {
@@ -85,8 +85,7 @@ class RolloutFields:
                 "would end every completion: leave it out."
             )
         self._check_local()
-        kwargs = self.generation_kwargs or {}
-        assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
+        kwargs = as_dict(self.generation_kwargs)
         for name in kwargs:
             if name in FIELD_OF:
                 raise ValueError(

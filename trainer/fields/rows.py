@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gold_trainer.data.row_errors import REASONS
+from gold_trainer.fields.checks import as_dict
 
 TRAIN_ON = ("last", "all")
 # Arguments of apply_chat_template that are the trainer's own, and what says the same here.
@@ -93,9 +94,7 @@ class RowFields:
         return ("long_prompt",) if self.on_long_prompt == "skip" else ()
 
     def check_rows(self) -> None:
-        kwargs = self.chat_template_kwargs or {}
-        assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
-        refuse_reserved(kwargs, "GOLDConfig")
+        refuse_reserved(as_dict(self.chat_template_kwargs), "GOLDConfig")
         if self.picture_folder is not None and not Path(self.picture_folder).is_dir():
             raise ValueError(
                 "GOLDConfig: picture_folder must be a folder that exists, got "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gold_trainer.fields.checks import refuse_given
+from gold_trainer.fields.checks import as_dict, refuse_given
 
 CHOOSE = "; choose one of the two"
 SHARDINGS = ("fsdp",)
@@ -127,8 +127,7 @@ class TeacherFields:
             )
 
     def _check_init_kwargs(self) -> None:
-        given = self.teacher_model_init_kwargs or {}
-        assert isinstance(given, dict), "GOLDConfig has read the JSON"
+        given = as_dict(self.teacher_model_init_kwargs)
         revision = self.teacher_model_revision
         if revision is not None and given.get("revision", revision) != revision:
             raise ValueError(
@@ -252,7 +251,7 @@ class ServedFields:
             )
         remedy = ": its weights are where the server is; leave one of them out"
         refuse_given(args, PLACES, "None with teacher_model_server_url", remedy)
-        if "quantization_config" in (args.teacher_model_init_kwargs or {}):
+        if "quantization_config" in as_dict(args.teacher_model_init_kwargs):
             raise ValueError(
                 "GOLDConfig: teacher_model_init_kwargs must be without quantization_config with "
                 "teacher_model_server_url, got one; start the server with --quantization."

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gold_trainer import loading
-from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.planning.memory import (
     ADAM_BYTES,
     DEEPSPEED,
@@ -209,7 +209,7 @@ def _teacher_elsewhere(planner: Planner) -> Iterator[Candidate]:
     if not _is_whole(planner.subject):
         return
     for options, cost in ((INT8, "rounded"), (NF4, "rounded more")):
-        merged = {**_given(args), **options}
+        merged = as_dict(args.teacher_model_init_kwargs) | options
         yield Candidate(
             f"teacher_model_init_kwargs: {json.dumps(merged)}",
             f"the teacher's weights are {cost}; needs bitsandbytes",
@@ -247,12 +247,11 @@ def _is_whole(subject: Subject) -> bool:
     args = subject.args
     names = ("teacher_sharding", "teacher_offload", "teacher_device", "teacher_cache")
     is_moved = any(getattr(args, name) is not None for name in names)
-    return subject.teacher is not None and not is_moved and not quantised_bits(_given(args))
-
-
-def _given(args: GOLDConfig) -> dict[str, Any]:
-    assert not isinstance(args.teacher_model_init_kwargs, str), "GOLDConfig has read the JSON"
-    return args.teacher_model_init_kwargs or {}
+    return (
+        subject.teacher is not None
+        and not is_moved
+        and not quantised_bits(args.teacher_model_init_kwargs)
+    )
 
 
 def _adapter(planner: Planner) -> Iterator[Candidate]:

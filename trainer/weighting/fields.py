@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.fields.teacher import args_by_teacher
 from gold_trainer.weighting.named import find_weighting, name_of
 from gold_trainer.weighting.picture_detail import PictureDetail
@@ -58,9 +59,7 @@ class WeightingFields:
 
     @property
     def weighting_kwargs(self) -> dict[str, Any]:
-        kwargs = self.token_weighting_kwargs or {}
-        assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
-        return kwargs
+        return as_dict(self.token_weighting_kwargs)
 
 
 def check_use(args: Any, function: Callable[..., Any], name: str) -> None:  # args: a GOLDConfig

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gold_trainer.batches import Example, PromptTensors
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.rendering.collator import GOLDCollator, until_end
 from gold_trainer.rendering.prompts import token_ids_of
 
@@ -50,8 +51,7 @@ class Sampling:
     @classmethod
     def of(cls, args: GOLDConfig, collator: GOLDCollator) -> "Sampling":
         """The run's, for the side whose collator this is."""
-        kwargs = args.generation_kwargs or {}
-        assert not isinstance(kwargs, str), "GOLDConfig has read the JSON"
+        kwargs = as_dict(args.generation_kwargs)
         return cls(
             tuple(sorted(collator.end_ids)),
             frozenset(token_ids_of(collator.processor) - collator.placeholder_ids),

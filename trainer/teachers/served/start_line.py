@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.loading import load_config
 
 CONNECTOR = "ExampleHiddenStatesConnector"
@@ -31,8 +32,7 @@ def server_options(args: GOLDConfig, name: str | None) -> list[str]:
         options["--max-model-len"] = longest(args)
     if args.teacher_model_revision is not None:
         options["--revision"] = args.teacher_model_revision
-    given = args.teacher_model_init_kwargs or {}
-    assert isinstance(given, dict), "GOLDConfig has read the JSON"
+    given = as_dict(args.teacher_model_init_kwargs)
     if given.get("trust_remote_code"):
         options["--trust-remote-code"] = None
     if given.get("dtype") not in (None, "auto"):

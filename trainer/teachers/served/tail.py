@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gold_trainer import loading, models
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.loss_at_head import run_to_head
 from gold_trainer.models import StoredHead
 from gold_trainer.rendering.collator import Processor
@@ -90,8 +91,7 @@ def read_tail(name: str, processor: Processor, args: GOLDConfig) -> Tail:
 
 def _dtype_of(args: GOLDConfig) -> torch.dtype | None:
     """None: that of the files."""
-    given = args.teacher_model_init_kwargs or {}
-    assert not isinstance(given, str), "GOLDConfig has read the JSON"
+    given = as_dict(args.teacher_model_init_kwargs)
     dtype = given.get("dtype", given.get("torch_dtype"))
     if dtype in (None, "auto"):
         return None

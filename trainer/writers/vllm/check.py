@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 from gold_trainer.loading import load_config
 from gold_trainer.models import base_model, has_adapter, is_quantised
 from gold_trainer.quantised import NAME, is_quantised_by
@@ -77,7 +78,7 @@ def connect(
 def known_as_quantised(args: GOLDConfig, student: nn.Module | str) -> bool:
     """Of one that is not loaded yet, by the arguments that it will be loaded with, or its files."""
     if isinstance(student, str):
-        kwargs: Any = args.model_init_kwargs or {}
+        kwargs = as_dict(args.model_init_kwargs)
         return NAME in kwargs or is_quantised_by(kwargs, load_config(student, kwargs))
     return is_quantised(student)
 

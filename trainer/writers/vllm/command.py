@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 
 # Ranks that vLLM takes for --max-lora-rank.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -52,8 +53,7 @@ def server_options(args: GOLDConfig, rank: int | None) -> list[str]:
         "--host": address.hostname or args.vllm_server_host,
         "--port": address.port or (443 if address.scheme == "https" else 80),
     }
-    kwargs = args.model_init_kwargs or {}
-    assert isinstance(kwargs, dict), "GOLDConfig has read the JSON"
+    kwargs = as_dict(args.model_init_kwargs)
     if kwargs.get("revision") not in (None, "main"):
         options["--revision"] = kwargs["revision"]
     if kwargs.get("trust_remote_code"):
@@ -97,7 +97,7 @@ def vllm_command(argv: list[str]) -> None:
             f"use_vllm={config.use_vllm} and vllm_mode={config.vllm_mode!r}; set use_vllm: true "
             "and vllm_mode: server."
         )
-    given: Any = config.model_init_kwargs or {}
+    given = as_dict(config.model_init_kwargs)
     config.model_init_kwargs = student_options(model_args) | given
     rank = model_args.lora_r if model_args.use_peft else None
     sys.stdout.write(start_line(config, model_args.model_name_or_path, rank) + "\n")
