@@ -104,7 +104,8 @@ def fetch_window(
 def _share_pictures(batch: WindowBatch, pictures: Pictures) -> WindowBatch:
     def shared(side: str, example: Example) -> Example:
         key = side, (example.index, example.turn)
-        return _with_shared(example, *pictures.setdefault(key, (example.images, example.videos)))
+        images, videos = pictures.setdefault(key, (example.images, example.videos))
+        return replace(example, images=images, videos=videos)
 
     examples = teacher_examples = [shared("student", example) for example in batch.examples]
     if batch.teacher_examples is not batch.examples:
@@ -115,10 +116,6 @@ def _share_pictures(batch: WindowBatch, pictures: Pictures) -> WindowBatch:
             )
         ]
     return replace(batch, examples=examples, teacher_examples=teacher_examples)
-
-
-def _with_shared(example: Example, images: list[Image.Image], videos: list[Video]) -> Example:
-    return replace(example, images=images, videos=videos)
 
 
 def _key(example: Example) -> tuple[Any, ...]:

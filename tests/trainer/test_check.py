@@ -13,7 +13,7 @@ from gold_trainer.__main__ import main
 from gold_trainer.checking.tables import pieces_of, print_examples
 from gold_trainer.data.dataset import RowDataset
 from gold_trainer.rendering.collator import GOLDCollator
-from gold_trainer.rendering.prompts import prompt_length
+from gold_trainer.rendering.prompts import prompt_ids
 from support.bad_rows import ANSWER, BAD, QUESTION, skips_of, text_rows, with_bad
 from support.tiny_models import save_tiny, save_tiny_pair, tiny, tiny_picture, tiny_rows
 from support.trainer_cases import make_trainer
@@ -155,7 +155,7 @@ def test_pictures_are_read_and_their_tokens_counted(check, tmp_path):
     assert found["pictures, width"]["max"] == tiny_picture(1).width
     processor, picture = tiny("qwen3_vl")[1], tiny_picture(1)
     placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
-    tokens = prompt_length(processor, placeholder, [picture]) - 2
+    tokens = len(prompt_ids(processor, placeholder, [picture])) - 2
     assert found["student and teacher, pictures of a row"]["max"] == 2 * tokens > 2
 
 

@@ -6,7 +6,7 @@ import torch
 from gold_trainer.data.dataset import RowDataset
 from gold_trainer.models import placeholder_ids_of
 from gold_trainer.rendering.collator import IGNORE_INDEX, GOLDCollator, build_inputs, until_end
-from gold_trainer.rendering.prompts import process_prompts, prompt_length, text_ids, tokenizer_of
+from gold_trainer.rendering.prompts import process_prompts, prompt_ids, text_ids, tokenizer_of
 from support.eager_step import completion_of, prompt_inputs
 from support.tiny_models import (
     FAMILIES,
@@ -125,9 +125,7 @@ def test_image_tokens_are_counted_without_reading_pixels(family, monkeypatch):
 
 def test_rows_without_pictures_and_plain_text_have_their_own_length():
     processor = tiny_processor("llama")
-    assert prompt_length(processor, "What is this?", []) == len(
-        processor("What is this?")["input_ids"]
-    )
+    assert prompt_ids(processor, "What is this?", []) == processor("What is this?")["input_ids"]
 
 
 def test_plain_text_gets_an_end_token_once():

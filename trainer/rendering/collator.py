@@ -34,7 +34,7 @@ from gold_trainer.rendering.placeholders import (
     refuse_placeholders,
     refuse_places_elsewhere,
 )
-from gold_trainer.rendering.prompts import has_bos, process_examples, prompt_length, tokenizer_of
+from gold_trainer.rendering.prompts import has_bos, process_examples, prompt_ids, tokenizer_of
 from gold_trainer.rendering.renderer import Processor, Renderer
 
 IGNORE_INDEX = -100
@@ -179,9 +179,8 @@ class GOLDCollator:
         self, row: Row, prompt: str, adds_special_tokens: bool
     ) -> tuple[int, bool]:  # and whether the prompt is cut to it
         try:
-            length = prompt_length(
-                self.processor, prompt, row.images, adds_special_tokens, row.videos
-            )
+            given = row.images, adds_special_tokens, row.videos
+            length = len(prompt_ids(self.processor, prompt, *given))
         except Exception as error:  # a strip makes LFM2-VL's raise torch's RuntimeError
             kind = PictureError if row.images or row.videos else ValueError
             raise kind(

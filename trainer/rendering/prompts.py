@@ -32,17 +32,6 @@ def token_ids_of(processor: Processor) -> set[int]:
     return set(tokenizer_of(processor).get_vocab().values())
 
 
-def prompt_length(
-    processor: Processor,
-    text: str,
-    images: list[Image.Image],
-    adds_special_tokens: bool | None = None,  # see process_prompts
-    videos: Sequence[Video] = (),
-) -> int:
-    """Tokens of a prompt, those of pictures and videos included."""
-    return len(prompt_ids(processor, text, images, adds_special_tokens, videos))
-
-
 def prompt_ids(
     processor: Processor,
     text: str,
