@@ -23,6 +23,7 @@ from quality.scales import Schooling
 
 IGNORED = -100
 MOST_NEW_TOKENS = 12
+ANSWERED = 1000  # rows at a time
 
 
 def prompt_of(question: str) -> list[dict[str, Any]]:
@@ -167,11 +168,11 @@ def batches(number: int, how: Schooling, seed: int, device: torch.device) -> Ite
 
 
 @torch.no_grad()
-def answers_of(model: Any, lessons: Lessons, tokenizer: Any, batch_size: int = 1000) -> list[str]:
+def answers_of(model: Any, lessons: Lessons, tokenizer: Any) -> list[str]:
     """Greedy, by stock generate."""
     model.eval()
     device, texts = lessons.pixels.device, []
-    for rows in torch.arange(len(lessons), device=device).split(batch_size):
+    for rows in torch.arange(len(lessons), device=device).split(ANSWERED):
         inputs = lessons.prompts(rows, model)
         ids = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
         new = ids[:, inputs["input_ids"].shape[1] :]

@@ -289,7 +289,7 @@ def run_linear_loss(
     plan: RowPlan,
     options: Options,  # checked
     has_metrics: bool,
-    num_entries: int | None = None,  # of a head in slices those of all processes
+    num_entries: int,  # of a head in slices those of all processes
 ) -> tuple[Tensor, Tensor]:  # () or (P,) loss, (number of value names, R) values
     """Run a row loss on heads that heads.check_heads returned. num_entries of the student's take
     part; autograd sees the whole head, so that no gradient of a slice is copied.
@@ -298,7 +298,7 @@ def run_linear_loss(
     others = plan.labels, plan.student_index, plan.teacher_index
     inputs = _Inputs(plan.weights, side[0], side[1], side[2], *others)
     assert options.backend is not None, "check_options names the backend"
-    live = first_entries(student, num_entries or student.vocab_size)
+    live = first_entries(student, num_entries)
     slices = [None if head is None else head.slices for head in (live, teacher)]
     settings = _Settings(
         row_loss.name,

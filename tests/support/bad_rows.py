@@ -31,9 +31,9 @@ def text_rows(count: int) -> list[dict[str, Any]]:
     return tiny_rows(count, images=0)
 
 
-def skips_of(trainer: Any, prefix: str = "") -> list[dict[str, float]]:
+def skips_of(trainer: Any) -> list[dict[str, float]]:
     """What each log says of rows that were left out."""
-    names = f"{prefix}skipped_rows"
+    names = "skipped_rows"
     logs = [
         {name.removeprefix(names): n for name, n in entry.items() if name.startswith(names)}
         for entry in trainer.state.log_history

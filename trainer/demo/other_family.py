@@ -65,11 +65,9 @@ def build_other_processor() -> Idefics3Processor:
     )
 
 
-def build_other_model(
-    processor: Idefics3Processor, seed: int, size: VLMSize = OTHER_SIZE
-) -> Idefics3ForConditionalGeneration:
+def build_other_model(processor: Idefics3Processor, seed: int) -> Idefics3ForConditionalGeneration:
     """An Idefics3 model with fresh random weights."""
-    tokenizer = processor.tokenizer
+    tokenizer, size = processor.tokenizer, OTHER_SIZE
     config = Idefics3Config(
         text_config={
             "model_type": "llama",

@@ -18,6 +18,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.models import whole
 
 WEIGHTS, TEACHER, LOSS, GRADIENT, STOP, EMPTY = range(6)  # places of the flags
+MOST_NAMED = 16  # rows in a message
 SIDES = {
     WEIGHTS: "token_weighting",
     TEACHER: "the teacher's hidden states",
@@ -186,6 +187,6 @@ def trained(model: nn.Module) -> Iterator[Tensor]:
             yield parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _some(rows: list[int], limit: int = 16) -> str:
-    text = ", ".join(map(str, rows[:limit])) or "unknown"
-    return text if len(rows) <= limit else f"{text} and {len(rows) - limit} more"
+def _some(rows: list[int]) -> str:
+    text = ", ".join(map(str, rows[:MOST_NAMED])) or "unknown"
+    return text if len(rows) <= MOST_NAMED else f"{text} and {len(rows) - MOST_NAMED} more"

@@ -73,11 +73,11 @@ def speculative_config(num_layers: Any) -> dict[str, Any]:
     }
 
 
-def transfer_config(folder: str = FOLDER) -> dict[str, Any]:
+def transfer_config() -> dict[str, Any]:
     return {
         "kv_connector": CONNECTOR,
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"shared_storage_path": folder},
+        "kv_connector_extra_config": {"shared_storage_path": FOLDER},
     }
 
 
