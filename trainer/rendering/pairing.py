@@ -121,7 +121,8 @@ class CompletionPairs:
         """The first sample of each reason; the log counts all."""
         if reason not in self.is_warned:
             self.is_warned.add(reason)
-            logger.warning("%s is not distilled (skipped_%s): %s", where, reason, detail)
+            text = "%s is not distilled (skipped_%s): %s; the log counts such rows"
+            logger.warning(text, where, reason, detail)
 
     def _by_position(
         self, alignment: TokenAlignment, student_ids: list[int], teacher_ids: list[int]
