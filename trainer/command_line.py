@@ -235,8 +235,7 @@ def train(argv: list[str]) -> None:
     config = run.config
     _check_checkpoint(config)
 
-    from gold_trainer.survival.savable import check_savable  # slow to import: after the checks
-    from gold_trainer.trainer import GOLDTrainer
+    from gold_trainer.trainer import GOLDTrainer  # slow to import: after the checks
 
     trainer = GOLDTrainer(
         model=run.student,
@@ -246,9 +245,7 @@ def train(argv: list[str]) -> None:
         eval_dataset=run.eval_rows,
         peft_config=run.peft_config,
     )
-    if config.save_strategy == "no":  # else the trainer looks at it
-        student: Any = trainer.model
-        check_savable(student, trainer.prepared.student_processor, config, is_due=True)
+    trainer.saves_at_end = True
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     finally:

@@ -79,6 +79,8 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
     batches and ranks. token_weighting: see ScoredTokens and docs/training.md.
     """
 
+    saves_at_end = False  # whether who trains it saves the student then, as the command does
+
     def __init__(
         self,
         *,

@@ -8,6 +8,7 @@ import torch
 
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.__main__ import main
+from gold_trainer.survival import survive
 from support.tiny_models import save_tiny_pair, tiny, tiny_rows
 from support.trainer_cases import make_trainer
 
@@ -88,7 +89,16 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(spoil, message, t
     assert "mend it, or no checkpoint can be written" in caplog.text
 
 
-def test_a_command_that_saves_at_its_end_alone_looks_at_its_beginning(tmp_path, caplog):
+def test_a_command_that_saves_at_its_end_alone_looks_at_its_beginning(
+    tmp_path, caplog, monkeypatch
+):
+    check, looks = survive.check_savable, []
+
+    def watched(*given, is_due):
+        looks.append(is_due)
+        check(*given, is_due=is_due)
+
+    monkeypatch.setattr(survive, "check_savable", watched)
     models = save_tiny_pair(tmp_path, "qwen3")
     path = models / "student" / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.6}))
@@ -99,6 +109,7 @@ def test_a_command_that_saves_at_its_end_alone_looks_at_its_beginning(tmp_path, 
     argv += ["--dataset_name", str(rows), "--output_dir", str(tmp_path / "run"), "--lmbda", "0"]
     assert main([*argv, "--report_to", "none", "--learning_rate", "1e-3"]) == 0
     assert "that have no effect: temperature." in caplog.text
+    assert looks == [True], "once, and what cannot be saved ends the run"
     saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
     assert "temperature" not in saved
 

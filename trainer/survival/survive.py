@@ -51,7 +51,8 @@ def survive(
     def start() -> str | None:
         student: Any = accelerator.unwrap_model(trainer.model)
         processor = trainer.prepared.student_processor
-        check_savable(student, processor, args, is_due=args.save_strategy != "no")
+        is_due = args.save_strategy != "no" or trainer.saves_at_end
+        check_savable(student, processor, args, is_due=is_due)
         lock.acquire()
         checkpoints.refuse_others(output_dir, args.save_total_limit)
         delete_left(output_dir, kept)
