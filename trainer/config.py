@@ -59,6 +59,9 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
     fields of the loss, TeacherFields, ServedFields and CacheFields those of the teacher. With
     use_uld_loss teacher and student may have different tokenizers, and ULDFields has its fields.
     lmbda is the share of on-policy micro-batches, whose completions the student writes.
+
+    Every field with its default and meaning: `gold-trainer train --help`, docs/training.md. Set
+    learning_rate: the default is TRL's, 1e-7. ValueError names the field and the remedy.
     """
 
     lmbda: float = field(

@@ -74,9 +74,10 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
     from where the teacher was. A student with an adapter needs no teacher_model: without one, the
     weights below the adapter are the teacher.
 
-    Models are objects, folders or hub ids; both vision-language or both text-only. Rows are those
-    of docs/data.md. Loss and gradients do not depend on how the global batch is split into micro-
-    batches and ranks. token_weighting: see ScoredTokens and docs/training.md.
+    Models are objects, folders or hub ids; both vision-language or both text-only. A model object
+    needs its processor or tokenizer as processing_class; peft_config adds an adapter. Rows are
+    those of docs/data.md. Loss and gradients do not depend on how the global batch is split into
+    micro-batches and ranks. token_weighting: see ScoredTokens. ValueError says what to change.
     """
 
     saves_at_end = False  # whether who trains it saves the student then, as the command does

@@ -41,7 +41,13 @@ IGNORE_INDEX = -100
 
 
 class GOLDCollator:
-    """Renders rows with the processor's chat template and tokenises their completions."""
+    """Renders rows with the processor's chat template and tokenises their completions.
+
+    It takes Rows of the trainer's dataset and returns a WindowBatch: the examples of a micro-batch,
+    whose tensors are made later. end_ids end an answer, beside the template's own. A completion is
+    cut so that it has max_length tokens with its prompt. placeholder_ids are those of pictures,
+    which no text may hold. GOLDTrainer makes one itself, or takes yours as data_collator.
+    """
 
     def __init__(
         self,
