@@ -76,7 +76,8 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     if shape is None:
         raise ValueError(
             f"row {index}: `messages`, or `prompt` and `completion`, are expected, got "
-            f"{sorted(map(printable, columns))}; rename the columns."
+            f"{sorted(map(printable, columns))}; rename the columns, or on the command line name "
+            "them in prompt_column and completion_column."
         )
     used = (shape, *SHAPES[shape], *BESIDE_ALL)
     unused = sorted(printable(k) for k, v in columns.items() if k not in used and holds(v))
