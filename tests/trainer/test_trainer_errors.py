@@ -305,7 +305,7 @@ TWO_PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}
         ({"text": "?"}, r"`messages`, or `prompt` and `completion`, are expected, got \['text'\]"),
         (
             {"question": "?", "answer": "!"},
-            r"got \['answer', 'question'\]; .*name them in prompt_column",
+            r".* got \['answer', 'question'\]; .*name them in prompt_column",
         ),
         ({"prompt": "?"}, "an assistant's answer is expected as `completion` .* got none; add it"),
         ({"messages": UNANSWERED}, "an assistant's answer is expected as `completion`"),
