@@ -9,6 +9,7 @@ Run as a script in a process without TRITON_INTERPRET (the interpreter replaces 
 
 import re
 import sys
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -41,193 +42,183 @@ CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = 99 << 10  # of a program, on devices for desktops
 
 
-def signature_of(kernel, types, floats, constexprs):
-    """Pointers by name, strides int64, the named floats fp32, everything else int32."""
+# Of arguments by these names, in all kernels.
+FLOATS = {
+    *("beta", "one_minus_beta", "inverse_temperature", "teacher_scale", "softcap", "group_scale"),
+    *("first_number", "second_number", "matched_weight", "unmatched_weight", "top_p", "log_min_p"),
+    *("bits", "student_bits", "teacher_bits", "scale", "eps", "query_eps", "key_eps"),
+}
+POINTERS = {
+    **dict.fromkeys(
+        ("labels", "student_spans", "teacher_spans", "spans", "position", "first"), "*i64"
+    ),
+    **dict.fromkeys(("befores", "counts", "ends", "entries", "keys", "last_low", "lists"), "*i32"),
+    **dict.fromkeys(("low", "next", "offsets", "owners", "places", "pools", "row_places"), "*i32"),
+    **dict.fromkeys(("student_ids", "table", "teacher_ids", "words"), "*i32"),
+    **dict.fromkeys(("mask", "student_matched", "teacher_matched"), "*i1"),
+    "grad": "*bf16",
+}
+CONSTEXPRS = {
+    "BLOCK_V": 4096,
+    "NUM_BINS": uld_rows.NUM_BINS,
+    "TABLE_WORDS": uld_rows.TABLE_WORDS,
+    "SCAN_BINS": uld_rows.SCAN_BINS,
+    "MAX_LISTED": uld_rows.MAX_LISTED,
+    "LIST_SIZE": LIST_SIZES[0],
+    "LIST_WORDS": list_words(LIST_SIZES[0]),
+    "SLICE": 1 << 14,
+    "NUM_SLICES": 16,
+    "LANES": folds.LANES,
+}
+
+
+class Variant(NamedTuple):
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+
+
+def variant(kernel, types=None, others="*fp32", options=None, **constexprs) -> Variant:
+    """types: of pointers that have others than POINTERS says, where the kernel has them; others: of
+    pointers that are in neither. Constexprs that the kernel has not are left out. Strides are
+    int64, what is no float an int32.
+    """
+    types = {f"{name}_ptr": kind for name, kind in (POINTERS | (types or {})).items()}
+    logits = types.get("student_ptr", others)
+    constexprs = {"LINE": 4 if logits == "*fp32" else 8} | CONSTEXPRS | constexprs
+    constexprs = {name: constexprs[name] for name in kernel.arg_names if name in constexprs}
     missing = {param.name for param in kernel.params if param.is_constexpr} - constexprs.keys()
     assert not missing, f"{kernel.__name__} would be compiled with a number for {missing}"
-    return {
-        name: "constexpr"
-        if name in constexprs
-        else types.get(name)
-        or ("fp32" if name in floats else "i64" if name.endswith("stride") else "i32")
-        for name in kernel.arg_names
-    }
+
+    def kind_of(name: str) -> str:
+        if name in constexprs:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return types.get(name, others)
+        return "fp32" if name in FLOATS else "i64" if name.endswith("stride") else "i32"
+
+    signature = {name: kind_of(name) for name in kernel.arg_names}
+    return Variant(kernel, signature, constexprs, options or {})
 
 
-def jsd_signatures():
-    """(kernel, signature, constexprs) for each specialisation that the launcher can ask for."""
-    kernel = jsd_rows.jsd_rows_kernel
+def both(logits: str) -> dict[str, str]:
+    return {"student": logits, "teacher": logits}
+
+
+def jsd_variants():
+    """Each specialisation that the launcher can ask for."""
     modes = (jsd_rows.FORWARD_KL, jsd_rows.REVERSE_KL, jsd_rows.JSD, jsd_rows.SYMMETRIC_JSD)
     flags = ((False, False, False, True), (True, True, True, True), (False, True, False, False))
     dtypes = [("*fp32", "*bf16"), ("*bf16", "*bf16"), ("*fp32", "*fp32"), ("*fp32", "*fp16")]
     variants = [(mode, flag, dtypes[0]) for mode in modes for flag in flags]
     variants += [(jsd_rows.SYMMETRIC_JSD, flags[0], dtype) for dtype in dtypes[1:]]
-    floats = ("beta", "one_minus_beta", "inverse_temperature", "teacher_scale", "softcap")
     for mode, (has_labels, has_metrics, has_softcap, needs_grad), (logits, grad) in variants:
-        constexprs = {
-            "MODE": mode,
-            "HAS_PAIR": has_labels,
-            "HAS_LABELS": has_labels,
-            "HAS_METRICS": has_metrics,
-            "HAS_MASKS": has_metrics,
-            "HAS_SOFTCAP": has_softcap,
-            "NEEDS_GRAD": needs_grad,
-            "IS_PACKED": has_softcap,
-            "BLOCK_V": 4096,
-            "LINE": 4 if logits == "*fp32" else 8,
-        }
-        types = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": grad}
-        types |= {"weights_ptr": "*fp32", "labels_ptr": "*i64", "values_ptr": "*fp32"}
-        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+        yield variant(
+            jsd_rows.jsd_rows_kernel,
+            both(logits) | {"grad": grad},
+            MODE=mode,
+            HAS_PAIR=has_labels,
+            HAS_LABELS=has_labels,
+            HAS_METRICS=has_metrics,
+            HAS_MASKS=has_metrics,
+            HAS_SOFTCAP=has_softcap,
+            NEEDS_GRAD=needs_grad,
+            IS_PACKED=has_softcap,
+        )
 
 
-def formula_signatures():
+def formula_variants():
     """Every loss that is a formula, plain and with everything."""
-    kernel = formula_rows.formula_rows_kernel
-    floats = ("inverse_temperature", "teacher_scale", "softcap", "first_number", "second_number")
     formulas = [loss.kernel_entries for loss in LOSSES.values() if issubclass(loss, FormulaLoss)]
     for entries in formulas:
         for has_all, logits in ((False, "*fp32"), (True, "*bf16")):
-            names = ("HAS_PAIR", "HAS_LABELS", "HAS_SOFTCAP")
-            constexprs = dict.fromkeys(names, has_all) | {
-                "ENTRIES": entries,
-                "NEEDS_GRAD": True,
-                "IS_PACKED": not has_all,
-                "BLOCK_V": 4096,
-                "LINE": 4 if logits == "*fp32" else 8,
-            }
-            types = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
-            types |= {"weights_ptr": "*fp32", "labels_ptr": "*i64", "values_ptr": "*fp32"}
-            yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+            flags = dict.fromkeys(("HAS_PAIR", "HAS_LABELS", "HAS_SOFTCAP"), has_all)
+            flags |= {"NEEDS_GRAD": True, "IS_PACKED": not has_all}
+            yield variant(formula_rows.formula_rows_kernel, both(logits), ENTRIES=entries, **flags)
 
 
-def slice_signatures():
+def slice_variants():
     """The passes over slices of rows, with everything that they may have."""
-    floats = ("beta", "one_minus_beta", "inverse_temperature", "teacher_scale", "softcap")
-    floats += ("first_number", "second_number")
-    entries = LOSSES["skew_kl"].kernel_entries
-    kernels = [(slice_rows.slice_sums_kernel, {})]
+    names = ("HAS_PAIR", "HAS_LABELS", "HAS_SOFTCAP", "HAS_METRICS")
+    flags, entries = dict.fromkeys(names, True), LOSSES["skew_kl"].kernel_entries
+    yield variant(slice_rows.slice_sums_kernel, **flags)
     for mode in (jsd_rows.REVERSE_KL, jsd_rows.SYMMETRIC_JSD):
-        kernels.append((jsd_slices.jsd_slice_sums_kernel, {"MODE": mode, "HAS_METRICS": True}))
-        kernels.append((jsd_slices.jsd_slice_gradient_kernel, {"MODE": mode}))
-    kernels.append((formula_slices.formula_slice_sums_kernel, {"ENTRIES": entries}))
-    kernels.append((formula_slices.formula_slice_gradient_kernel, {"ENTRIES": entries}))
-    for kernel, own in kernels:
-        flags = [n for n in ("HAS_PAIR", "HAS_LABELS", "HAS_SOFTCAP") if n in kernel.arg_names]
-        constexprs = own | dict.fromkeys(flags, True) | {"BLOCK_V": 4096, "LINE": 4}
-        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-        given = {"labels_ptr": "*i64", "grad_ptr": "*bf16"}
-        types |= {name: kind for name, kind in given.items() if name in types}
-        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+        yield variant(jsd_slices.jsd_slice_sums_kernel, MODE=mode, **flags)
+        yield variant(jsd_slices.jsd_slice_gradient_kernel, MODE=mode, **flags)
+    yield variant(formula_slices.formula_slice_sums_kernel, ENTRIES=entries, **flags)
+    yield variant(formula_slices.formula_slice_gradient_kernel, ENTRIES=entries, **flags)
 
 
-def uld_signatures():
-    kernel = uld_rows.uld_rows_kernel
-    floats = ("beta", "one_minus_beta", "student_bits", "teacher_bits")
-    floats += ("matched_weight", "unmatched_weight")
-    everything, nothing = (True,) * 4, (False,) * 4
-    for mode, flags, needs_grad, is_shared, logits in (
-        (uld_rows.JSD, nothing, True, True, "*fp32"),
-        (uld_rows.JSD, nothing, True, True, "*bf16"),
-        (uld_rows.FORWARD_KL, everything, True, True, "*fp32"),
-        (uld_rows.REVERSE_KL, everything, False, True, "*fp32"),
-        (uld_rows.JSD, everything, True, True, "*bf16"),
-        (uld_rows.JSD, everything, True, False, "*fp32"),
+def uld_variants():
+    names = ("HAS_SCALES", "HAS_LABELS", "HAS_OVERLAP", "HAS_SOFTCAP", "HAS_SPANS")
+    for mode, has_all, needs_grad, is_shared, logits in (
+        (uld_rows.JSD, False, True, True, "*fp32"),
+        (uld_rows.JSD, False, True, True, "*bf16"),
+        (uld_rows.FORWARD_KL, True, True, True, "*fp32"),
+        (uld_rows.REVERSE_KL, True, False, True, "*fp32"),
+        (uld_rows.JSD, True, True, True, "*bf16"),
+        (uld_rows.JSD, True, True, False, "*fp32"),
     ):
-        names = ("HAS_SCALES", "HAS_LABELS", "HAS_OVERLAP", "HAS_SOFTCAP")
-        has_lists = logits == "*fp32"
-        constexprs = dict(zip(names, flags, strict=True)) | {
-            "MODE": mode,
-            "HAS_SPANS": flags is everything,
-            "NEEDS_GRAD": needs_grad,
-            "IS_SHARED": is_shared,
-            "HAS_LISTS": has_lists,
-            "ARE_SIGNS_GRAD": needs_grad,
-            "NUM_BINS": uld_rows.NUM_BINS,
-            "TABLE_WORDS": uld_rows.TABLE_WORDS,
-            "SCAN_BINS": uld_rows.SCAN_BINS,
-            "LIST_SIZE": LIST_SIZES[0],
-            "MAX_LISTED": uld_rows.MAX_LISTED,
-            "LIST_WORDS": list_words(LIST_SIZES[0]),
-            "BLOCK_V": 4096 if has_lists else 8192,
-            "PAIR_BLOCK": uld_rows.PAIR_BLOCK,
-            "SLICE": 1 << 14,
-            "NUM_SLICES": 16,
-            "LINE": 4 if logits == "*fp32" else 8,
-        }
-        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
-        types |= {"labels_ptr": "*i64", "table_ptr": "*i32", "lists_ptr": "*i32"}
-        types |= {"signs_ptr": "*bf16"}
-        types |= {"student_ids_ptr": "*i32", "partners_ptr": logits}
-        types |= {"sums_ptr": "*fp64", "next_ptr": "*i32"}
-        types |= {"student_matched_ptr": "*i1", "teacher_matched_ptr": "*i1"}
-        types |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
-        signature = signature_of(kernel, types, (*floats, "softcap"), constexprs)
-        yield kernel, signature, constexprs
-
-
-def uld_sums_signatures():
-    kernel = uld_sums.uld_sums_kernel
+        yield variant(
+            uld_rows.uld_rows_kernel,
+            both(logits) | {"signs": "*bf16", "partners": logits, "sums": "*fp64"},
+            MODE=mode,
+            NEEDS_GRAD=needs_grad,
+            ARE_SIGNS_GRAD=needs_grad,
+            IS_SHARED=is_shared,
+            HAS_LISTS=logits == "*fp32",
+            BLOCK_V=4096 if logits == "*fp32" else 8192,
+            PAIR_BLOCK=uld_rows.PAIR_BLOCK,
+            **dict.fromkeys(names, has_all),
+        )
     for logits, has_overlap in (("*fp32", True), ("*bf16", True), ("*fp16", False)):
-        constexprs = {"NUM_SLICES": 16, "SLICE": 1 << 14, "PAIR_BLOCK": uld_sums.PAIR_BLOCK}
-        constexprs |= {"HAS_OVERLAP": has_overlap}
-        constexprs |= {"BLOCK_V": 4096, "LINE": 4 if logits == "*fp32" else 8}
-        types = {name: logits for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {"teacher_ids_ptr": "*i32", "sums_ptr": "*fp64", "next_ptr": "*i32"}
+        types = {"sums": "*fp64"}
         if not has_overlap:  # which the launcher has none for
-            types |= {"teacher_ids_ptr": "*fp64", "partners_ptr": "*fp64"}
-        floats = ("student_bits", "teacher_bits")
-        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+            types |= {"teacher_ids": "*fp64", "partners": "*fp64"}
+        flags = {"PAIR_BLOCK": uld_sums.PAIR_BLOCK, "HAS_OVERLAP": has_overlap}
+        yield variant(uld_sums.uld_sums_kernel, types, logits, **flags)
 
 
-def count_signatures():
+def count_variants():
     """The passes of ULD over slices of rows, of two processes and, once more, of three."""
-    kernels = (
-        count_kernels.count_columns_kernel,
-        count_kernels.scan_counts_kernel,
-        open_kernels.collect_open_kernel,
-        open_kernels.order_open_kernel,
-        count_kernels.sign_columns_kernel,
-    )
-    integers = ("counts", "words", "offsets", "befores", "state", "next", "lists", "pools")
-    integers += ("entries", "ends", "keys", "owners", "table")
-    floats = ("student_bits", "teacher_bits", "unmatched_weight", "softcap")
     for num_ranks, grad in ((2, "*bf16"), (3, "*fp32")):
-        sizes = {"IS_SHARED": num_ranks == 2, "NUM_BINS": uld_rows.NUM_BINS, "LINE": 4}
-        sizes |= {"TABLE_WORDS": uld_rows.TABLE_WORDS, "SCAN_BINS": uld_rows.SCAN_BINS}
-        sizes |= {"NUM_SLICES": 16, "NUM_RANKS": num_ranks, "BLOCK_V": 4096}
-        sizes |= {"RANK_BLOCK": 1 << (num_ranks - 1).bit_length()}
-        sizes |= {"MAX_LISTED": uld_rows.MAX_LISTED, "NEEDS_GRAD": True, "HAS_SOFTCAP": True}
-        for kernel in kernels:
-            constexprs = {k: v for k, v in sizes.items() if k in kernel.arg_names}
-            types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-            types |= {f"{k}_ptr": "*i32" for k in integers if f"{k}_ptr" in types}
-            given = {"sums_ptr": "*fp64", "grad_ptr": grad, "own_signs_ptr": grad}
-            given |= {"found_ptr": "*fp16", "signs_ptr": "*fp16"}
-            types |= {name: kind for name, kind in given.items() if name in types}
-            yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+        types = {"sums": "*fp64", "grad": grad, "own_signs": grad, "state": "*i32"}
+        for kernel in (
+            count_kernels.count_columns_kernel,
+            count_kernels.scan_counts_kernel,
+            open_kernels.collect_open_kernel,
+            open_kernels.order_open_kernel,
+            count_kernels.sign_columns_kernel,
+        ):
+            yield variant(
+                kernel,
+                types | {"found": "*fp16", "signs": "*fp16"},
+                IS_SHARED=num_ranks == 2,
+                NUM_RANKS=num_ranks,
+                RANK_BLOCK=1 << (num_ranks - 1).bit_length(),
+                NEEDS_GRAD=True,
+                HAS_SOFTCAP=True,
+            )
 
 
-def call_signatures():
+def call_variants():
     """Facts of a call: of everything, and of hidden states alone. What is not there is float64."""
-    kernel = call_facts.call_facts_kernel
     hidden = ("student_entries", "teacher_entries", "student_hidden", "teacher_hidden")
+    few = {"num_warps": 4}
     for has_live, dtype in ((False, "*bf16"), (True, "*fp32")):
         constexprs = {"HAS_LIVE": has_live, "ROWS": call_facts.ROWS, "BLOCK": call_facts.BLOCK}
-        types = {name: "*fp64" for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {f"{name}_ptr": dtype for name in hidden}
-        if not has_live:
-            constexprs |= {"first_size": 1, "second_size": 1}  # as the launcher makes of a 1
+        types = dict.fromkeys(hidden, dtype)
         if has_live:
-            types |= {"first_floats_ptr": "*fp32", "second_floats_ptr": "*bf16"}
-            types |= {"labels_ptr": "*i64", "ids_ptr": "*i64", "live_ptr": "*i1"}
-        signature = signature_of(kernel, types, (), constexprs)
-        yield kernel, signature, constexprs, {"num_warps": 4}
+            types |= {"first_floats": "*fp32", "second_floats": "*bf16"}
+            types |= {"ids": "*i64", "live": "*i1"}
+        else:
+            constexprs |= {"first_size": 1, "second_size": 1}  # as the launcher makes of a 1
+            types["labels"] = "*fp64"
+        yield variant(call_facts.call_facts_kernel, types, "*fp64", few, **constexprs)
 
 
-def token_signatures():
-    kernel = token_rows.token_rows_kernel
+def token_variants():
     for has_softcap, needs_grad, grad, mode in (
         (False, False, "*bf16", None),
         (True, True, "*bf16", None),
@@ -236,156 +227,142 @@ def token_signatures():
         (True, True, "*bf16", jsd_rows.JSD),
         (False, False, "*bf16", jsd_rows.REVERSE_KL),
     ):
-        constexprs = {"HAS_SOFTCAP": has_softcap, "NEEDS_GRAD": needs_grad}
-        has_ends = mode is not None
-        constexprs |= {"MODE": mode or 0, "HAS_ENDS": has_ends, "HAS_SCALES": has_ends}
-        constexprs |= {"BLOCK_V": 4096, "LINE": 4}
-        types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {"grad_ptr": grad, "ids_ptr": "*i64", "labels_ptr": "*i64"}
-        floats = ("bits", "softcap", "beta", "one_minus_beta", "group_scale")
-        yield kernel, signature_of(kernel, types, floats, constexprs), constexprs
+        yield variant(
+            token_rows.token_rows_kernel,
+            {"grad": grad, "ids": "*i64"},
+            HAS_SOFTCAP=has_softcap,
+            NEEDS_GRAD=needs_grad,
+            MODE=mode or 0,
+            HAS_ENDS=mode is not None,
+            HAS_SCALES=mode is not None,
+        )
 
 
-def projection_signatures():
-    bits = ("student_bits", "teacher_bits")
-    kernel = projected_rows.join_rows_kernel
-    types = {"sums_ptr": "*fp64", "state_ptr": "*fp32"}
-    constexprs = {"SLICE": 1 << 14, "NUM_SLICES": 16}
-    yield kernel, signature_of(kernel, types, bits, constexprs), constexprs
-    kernel, tile = folds.spread_rows_kernel, {"LANES": folds.LANES, "BLOCK": folds.TILE_COLUMNS}
-    few = {"num_warps": folds.TILE_WARPS}
+def projection_variants():
+    yield variant(projected_rows.join_rows_kernel, {"sums": "*fp64"})
+    tile, few = {"BLOCK": folds.TILE_COLUMNS}, {"num_warps": folds.TILE_WARPS}
     for logits in ("*fp32", "*bf16", "*fp16"):
-        types = {"student_ptr": logits, "probs_ptr": "*fp32", "state_ptr": "*fp32"}
-        yield kernel, signature_of(kernel, types, ("bits",), tile), tile, few
-    kernel = folds.fold_rows_kernel
-    types = {"in_ptr": "*fp32", "out_ptr": "*fp32", "ids_ptr": "*i32", "weights_ptr": "*fp32"}
-    constexprs = {"WIDTH": FOLD_WIDTH, **tile}
-    yield kernel, signature_of(kernel, types, (), constexprs), constexprs, few
-    integers = {"teacher_ids_ptr": "*i32", "places_ptr": "*i32", "row_places_ptr": "*i32"}
-    integers |= {"student_spans_ptr": "*i64", "teacher_spans_ptr": "*i64"}
-    integers |= {"labels_ptr": "*i64", "spans_ptr": "*i64"}
+        yield variant(folds.spread_rows_kernel, both(logits), options=few, **tile)
+    yield variant(folds.fold_rows_kernel, {"ids": "*i32"}, options=few, WIDTH=FOLD_WIDTH, **tile)
+    names = ("HAS_SPANS", "HAS_SCALES", "HAS_LABELS", "HAS_SOFTCAP")
     for has_all, logits, mode in (
         (False, "*fp32", jsd_rows.FORWARD_KL),
         (True, "*bf16", jsd_rows.JSD),
         (True, "*fp32", jsd_rows.REVERSE_KL),
     ):
-        given = {"student_ptr": logits, "teacher_ptr": logits, "grad_ptr": "*bf16"}
-        flags = dict.fromkeys(("HAS_SPANS", "HAS_SCALES", "HAS_LABELS"), has_all)
-        sizes = {"CLOSE_BLOCK": projected_rows.CLOSE_BLOCK, "LANES": folds.LANES}
-        sizes |= {"BLOCK_V": 4096, "LINE": 4 if logits == "*fp32" else 8}
-        floats = (*bits, "beta", "one_minus_beta", "bits", "softcap")
-        for kernel, constexprs, *options in (
-            (projected_rows.pair_rows_kernel, {"MODE": mode, **tile}, few),
-            (projected_rows.close_rows_kernel, {"MODE": mode, **flags, **sizes}),
-            (
-                folds.grad_rows_kernel,
-                {"HAS_SPANS": has_all, "HAS_LABELS": has_all, "HAS_SOFTCAP": has_all}
-                | {"NUM_PIECES": 4, **tile},
-                few,
-            ),
-        ):
-            types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-            types |= {name: kind for name, kind in (integers | given).items() if name in types}
-            yield kernel, signature_of(kernel, types, floats, constexprs), constexprs, *options
+        given = dict.fromkeys(names, has_all) | {"MODE": mode, "NUM_PIECES": 4, **tile}
+        given |= {"CLOSE_BLOCK": projected_rows.CLOSE_BLOCK}
+        yield variant(projected_rows.pair_rows_kernel, both(logits), options=few, **given)
+        yield variant(projected_rows.close_rows_kernel, both(logits), **given)
+        yield variant(folds.grad_rows_kernel, both(logits), options=few, **given)
 
 
-def scale_signatures():
-    kernel = scale.scale_kernel
+def scale_variants():
     for tensor, out, is_in_place in (
         ("*bf16", "*bf16", True),
         ("*bf16", "*bf16", False),
         ("*fp32", "*fp16", False),
         ("*fp32", "*fp32", False),
     ):
-        types = {"out_ptr": out, "tensor_ptr": tensor, "scale_ptr": "*fp32"}
-        constexprs = {"IS_IN_PLACE": is_in_place, "BLOCK": 4096}
-        yield kernel, signature_of(kernel, types, (), constexprs), constexprs
+        types = {"out": out, "tensor": tensor}
+        yield variant(scale.scale_kernel, types, IS_IN_PLACE=is_in_place, BLOCK=4096)
 
 
-def draw_signatures():
-    types = dict.fromkeys(("logits_ptr", "parts_ptr", "masses_ptr", "best_ptr"), "*fp32")
-    types |= {"last_masses_ptr": "*fp32", "logprobs_ptr": "*fp32", "ids_ptr": "*i64"}
-    types |= dict.fromkeys(("low_ptr", "last_low_ptr", "keys_ptr", "places_ptr"), "*i32")
+def draw_variants():
+    types = {"ids": "*i64"}
     sizes = {"PARTS": sampling_kernel.NUM_PARTS, "COUNT": sampling_kernel.CANDIDATES}
-    variants = [
-        (sampling_kernel.sum_parts_kernel, {"BLOCK_V": 1024}),
-        *[
-            (sampling_kernel.weigh_candidates_kernel, {"IS_FIRST": is_first, "BLOCK_V": 512})
-            for is_first in (True, False)
-        ],
-        *[
-            (
-                sampling_kernel.draw_parts_kernel,
-                {"HAS_TOP_P": is_on, "HAS_MIN_P": is_on, "BLOCK_V": 1024},
-            )
-            for is_on in (True, False)
-        ],
-        (sampling_kernel.join_draws_kernel, {}),
-    ]
-    for kernel, own in variants:
-        constexprs = own | {k: v for k, v in sizes.items() if k in kernel.arg_names}
-        yield kernel, signature_of(kernel, types, ("top_p", "log_min_p"), constexprs), constexprs
+    yield variant(sampling_kernel.sum_parts_kernel, types, BLOCK_V=1024, **sizes)
+    for is_first in (True, False):
+        own = {"IS_FIRST": is_first, "BLOCK_V": 512}
+        yield variant(sampling_kernel.weigh_candidates_kernel, types, **own, **sizes)
+    for is_on in (True, False):
+        own = {"HAS_TOP_P": is_on, "HAS_MIN_P": is_on, "BLOCK_V": 1024}
+        yield variant(sampling_kernel.draw_parts_kernel, types, **own, **sizes)
+    yield variant(sampling_kernel.join_draws_kernel, types, **sizes)
 
 
-def decoding_signatures():
+def decoding_variants():
     """Attention of heads of 128 and 256, in 16 and 32 bits, and matrices for 4 and 64 rows."""
-    kernel = attention_kernel.attend_part_kernel
-    shapes = (("*bf16", 128, True), ("*bf16", 256, False), ("*fp32", 128, True))
-    for dtype, width, has_mask in shapes:
-        types = {f"{name}_ptr": dtype for name in ("query", "key", "value")}
-        types |= {"mask_ptr": "*i1", "states_ptr": "*fp32", "sums_ptr": "*fp32"}
+    for dtype, width, has_mask in (
+        ("*bf16", 128, True),
+        ("*bf16", 256, False),
+        ("*fp32", 128, True),
+    ):
         block_l, num_stages = attention_kernel.block_of(width, 2 if dtype == "*bf16" else 4)
-        options = {"num_warps": 4, "num_stages": num_stages}
-        constexprs = {"GROUP": 2, "WIDTH": width, "HAS_MASK": has_mask}
-        constexprs |= {"BLOCK_G": 16, "BLOCK_D": width, "BLOCK_L": block_l}
-        yield kernel, signature_of(kernel, types, ("scale",), constexprs), constexprs, options
-    kernel = attention_kernel.join_parts_kernel
-    types = {"states_ptr": "*fp32", "sums_ptr": "*fp32", "out_ptr": "*bf16"}
-    constexprs = {"NUM_PARTS": 9, "GROUP": 2, "WIDTH": 128, "BLOCK_S": 16, "BLOCK_D": 128}
-    yield kernel, signature_of(kernel, types, (), constexprs), constexprs
-    kernel = linear_kernel.linear_rows_kernel
-    names = ("input_ptr", "out_ptr", *(f"weight_{i}_ptr" for i in range(linear_kernel.SLOTS)))
+        yield variant(
+            attention_kernel.attend_part_kernel,
+            dict.fromkeys(("query", "key", "value"), dtype),
+            options={"num_warps": 4, "num_stages": num_stages},
+            GROUP=2,
+            WIDTH=width,
+            HAS_MASK=has_mask,
+            BLOCK_G=16,
+            BLOCK_D=width,
+            BLOCK_L=block_l,
+        )
+    sizes = {"NUM_PARTS": 9, "GROUP": 2, "WIDTH": 128, "BLOCK_S": 16, "BLOCK_D": 128}
+    yield variant(attention_kernel.join_parts_kernel, {"out": "*bf16"}, **sizes)
     for block_m in (16, 64):
-        constexprs = {"BLOCK_M": block_m, "BLOCK_N": linear_kernel.BLOCK_N}
-        constexprs |= {"BLOCK_K": linear_kernel.BLOCK_K, "SLOTS": linear_kernel.SLOTS}
-        types = dict.fromkeys(names, "*bf16")
-        options = {"num_warps": 4, "num_stages": linear_kernel.num_stages_of(block_m)}
-        yield kernel, signature_of(kernel, types, (), constexprs), constexprs, options
+        yield variant(
+            linear_kernel.linear_rows_kernel,
+            others="*bf16",
+            options={"num_warps": 4, "num_stages": linear_kernel.num_stages_of(block_m)},
+            BLOCK_M=block_m,
+            BLOCK_N=linear_kernel.BLOCK_N,
+            BLOCK_K=linear_kernel.BLOCK_K,
+            SLOTS=linear_kernel.SLOTS,
+        )
 
 
-def layer_signatures(shared_bytes):
-    """Layers of 2048 with norms of heads, for 16 and 64 rows, on a device with so much memory."""
-    types = {"squares_ptr": "*fp32", "parts_ptr": "*fp32", "sums_ptr": "*fp32"}
-    types |= {"counts_ptr": "*i32", "position_ptr": "*i64", "first_ptr": "*i64", "mask_ptr": "*i1"}
-
-    def of(kernel, constexprs, **options):
-        own = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")} | types
-        signature = signature_of(kernel, own, ("eps", "query_eps", "key_eps", "scale"), constexprs)
-        return kernel, signature, constexprs, options
-
-    yield of(layer_products.scale_rows_kernel, {"BLOCK_K": 2048, "BLOCK_T": 128}, num_warps=8)
-    kernels = layer_products.normed_product_kernel, layer_products.added_product_kernel
+def layer_variants():
+    """Layers of 2048 with norms of heads, for 16 and 64 rows, on a device with SHARED_BYTES."""
+    given = dict.fromkeys(("squares", "parts", "sums"), "*fp32"), "*bf16"
+    few = {"num_warps": 8}
+    yield variant(layer_products.scale_rows_kernel, *given, few, BLOCK_K=2048, BLOCK_T=128)
     for num_rows in (16, 64):
         for name, is_gated, kernel in (
-            ("heads", False, kernels[0]),
-            ("gate", True, kernels[0]),
-            ("down", False, kernels[1]),
+            ("heads", False, layer_products.normed_product_kernel),
+            ("gate", True, layer_products.normed_product_kernel),
+            ("down", False, layer_products.added_product_kernel),
         ):
             blocks = layer_steps.BLOCKS[name][num_rows > 16]
-            own = {"BLOCK_M": num_rows, "BLOCK_N": blocks.outputs, "BLOCK_K": blocks.inputs}
-            own |= {"NUM_INPUTS": 2048, "NUM_PARTS": blocks.parts}
-            if kernel is kernels[0]:
-                own |= {"HAS_BIAS": not is_gated, "IS_GATED": is_gated, "BLOCK_T": 32}
             size = layer_products.block_bytes(blocks, num_rows, 1 + is_gated, 2)
-            stages = layer_products.stages_of(blocks, size, shared_bytes)
-            yield of(kernel, own, num_warps=blocks.warps, num_stages=stages)
+            stages = layer_products.stages_of(blocks, size, SHARED_BYTES)
+            yield variant(
+                kernel,
+                *given,
+                {"num_warps": blocks.warps, "num_stages": stages},
+                BLOCK_M=num_rows,
+                BLOCK_N=blocks.outputs,
+                BLOCK_K=blocks.inputs,
+                NUM_INPUTS=2048,
+                NUM_PARTS=blocks.parts,
+                HAS_BIAS=not is_gated,
+                IS_GATED=is_gated,
+                BLOCK_T=32,
+            )
     dealt = layer_attention.DEALT
+    options = {"num_warps": dealt.warps, "num_stages": dealt.stages}
+    sizes = {"GROUP": 2, "WIDTH": 128, "BLOCK_S": 16, "BLOCK_G": 16, "BLOCK_D": 128}
+    sizes |= {"BLOCK_L": dealt.tokens, "HAS_MASK": True}
     for is_split in (True, False):
-        own = {"GROUP": 2, "WIDTH": 128, "HAS_NORM": is_split, "HAS_MASK": True}
-        own |= {"IS_SPLIT": is_split, "BLOCK_S": 16, "BLOCK_G": 16, "BLOCK_D": 128}
-        own |= {"BLOCK_L": dealt.tokens}
-        options = {"num_warps": dealt.warps, "num_stages": dealt.stages}
-        yield of(layer_attention.attend_new_kernel, own, **options)
+        own = {"HAS_NORM": is_split, "IS_SPLIT": is_split}
+        yield variant(layer_attention.attend_new_kernel, *given, options, **own, **sizes)
+
+
+def all_variants():
+    yield from jsd_variants()
+    yield from formula_variants()
+    yield from slice_variants()
+    yield from scale_variants()
+    yield from uld_variants()
+    yield from count_variants()
+    yield from call_variants()
+    yield from token_variants()
+    yield from projection_variants()
+    yield from draw_variants()
+    yield from decoding_variants()
+    yield from layer_variants()
 
 
 def alignment_of(kernel, signature, constexprs):
@@ -412,31 +389,16 @@ def shared_bytes(compiled) -> int:
 
 def main(capability: int) -> None:
     target, turn = GPUTarget("cuda", capability, 32), CAPABILITIES.index(capability)
-    variants: dict[str, int] = {}
-    for kernel, signature, constexprs, *more in (
-        *jsd_signatures(),
-        *formula_signatures(),
-        *slice_signatures(),
-        *scale_signatures(),
-        *uld_signatures(),
-        *uld_sums_signatures(),
-        *count_signatures(),
-        *call_signatures(),
-        *token_signatures(),
-        *projection_signatures(),
-        *draw_signatures(),
-        *decoding_signatures(),
-        *layer_signatures(SHARED_BYTES),
-    ):
-        variant = variants.setdefault(kernel.__name__, 0)
-        variants[kernel.__name__] += 1
-        if variant > 0 and variant % len(CAPABILITIES) != turn:
+    turns: dict[str, int] = {}
+    for kernel, signature, constexprs, more in all_variants():
+        number = turns.setdefault(kernel.__name__, 0)
+        turns[kernel.__name__] += 1
+        if number > 0 and number % len(CAPABILITIES) != turn:
             continue
         attributes = alignment_of(kernel, signature, constexprs)
         source = ASTSource(kernel, signature, constexprs, attributes)
         options = {"num_warps": 16} | ({"maxnreg": 64} if "IS_SHARED" in constexprs else {})
-        options |= more[0] if more else {}
-        compiled = triton.compile(source, target=target, options=options)
+        compiled = triton.compile(source, target=target, options=options | more)
         size, shared = len(compiled.asm["cubin"]), shared_bytes(compiled)
         sys.stdout.write(f"sm_{capability} {kernel.__name__} {size} {shared}\n")
 
