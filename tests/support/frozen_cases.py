@@ -202,10 +202,15 @@ def digest(tensors: list[Tensor]) -> dict[str, object]:
     return {"sha256": bits.hexdigest()[:16], "norms": norms}
 
 
+def write(record: dict[str, dict[str, object]]) -> None:
+    """A case a line."""
+    cases = ",\n".join(f"{json.dumps(n)}: {json.dumps(one)}" for n, one in record["cases"].items())
+    where = json.dumps(record["where"])
+    RECORD.write_text(f'{{"where": {where}, "cases": {{\n{cases}\n}}}}\n', encoding="utf-8")
+
+
 def main() -> None:
-    record = {name: digest(call()) for name, call in frozen_calls()}
-    text = json.dumps({"where": fingerprint(), "cases": record}, indent=1)
-    RECORD.write_text(text + "\n", encoding="utf-8")
+    write({"where": fingerprint(), "cases": {n: digest(call()) for n, call in frozen_calls()}})
 
 
 if __name__ == "__main__":
