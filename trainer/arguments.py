@@ -53,10 +53,10 @@ class KnownArguments:
             if name not in taken:
                 known = [key for key in taken if key != "self"]
                 other = OTHER_ARGUMENTS.get(name)
-                meant = f"; {other}" if other else did_you_mean(name, known)
+                meant = f"; {other}." if other else did_you_mean(name, known)
                 raise ValueError(
                     f"{cls.__name__}: there is no argument {name!r}"
-                    f"{meant or '; they are ' + ', '.join(known)}."
+                    f"{meant or '; they are ' + ', '.join(known) + '.'}"
                 )
         return super().__new__(cls)
 

@@ -227,7 +227,8 @@ def check_keywords(config: str, names: Iterable[str], fields: Iterable[str]) -> 
     for name in names:
         if name not in known:
             meant = remedy(name, known).replace("--help", "gold-trainer train --help-all")
-            raise ValueError(f"{config}: there is no field {name!r}{meant}.")
+            end = "" if meant.endswith("?") else "."
+            raise ValueError(f"{config}: there is no field {name!r}{meant}{end}")
 
 
 def check_names(argv: Iterable[str]) -> None:

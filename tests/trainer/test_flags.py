@@ -1,8 +1,10 @@
 """Help and misspelt flags: ours first, what was meant, before anything slow is imported."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +150,16 @@ def test_flags_that_argparse_knows_pass(flag):
 def test_flag_that_would_turn_off_what_is_not_on_says_how_to_write_it(name, tmp_path, capsys):
     assert main(["train", f"--no_{name}", "--output_dir", str(tmp_path)]) == 2
     assert f"unknown flag --no_{name}; write --{name} false" in capsys.readouterr().err
+
+
+def test_a_question_ends_a_message_without_a_full_stop():
+    with pytest.raises(ValueError, match=r"no field 'learning_rat'; did you mean learning_rate\?$"):
+        flags.check_keywords("GOLDConfig", ["learning_rat"], ["learning_rate"])
+    with pytest.raises(ValueError, match=r"no field 'qqq'; .*\.$"):
+        flags.check_keywords("GOLDConfig", ["qqq"], ["learning_rate"])
+    files = Path(flags.__file__).parent.rglob("*.py")
+    texts = {str(file): file.read_text(encoding="utf-8") for file in files}
+    assert sum("did_you_mean(" in text for text in texts.values()) > 8
+    assert [
+        name for name, text in texts.items() if re.search(r"did_you_mean\([^{}]*\)\}\.", text)
+    ] == []

@@ -119,7 +119,7 @@ def _with_dtype(field: str, given: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(getattr(torch, name, None), torch.dtype):
             raise ValueError(
                 f"GOLDTrainer: {field} must have auto, float32, bfloat16 or float16 as {key}, got "
-                f"{value!r}{did_you_mean(value, ('float32', 'bfloat16', 'float16'), 0.3)}."
+                f"{value!r}{did_you_mean(value, ('float32', 'bfloat16', 'float16'), 0.3) or '.'}"
             )
         given = {**given, key: name}
     return given
@@ -176,7 +176,7 @@ def check_best_metric(args: GOLDConfig, names: Collection[str], eval_dataset: An
     if metric.removeprefix("eval_") not in known:
         raise ValueError(
             f"GOLDTrainer: metric_for_best_model must be one of {', '.join(known)}, got "
-            f"{metric!r}{did_you_mean(metric.removeprefix('eval_'), known) or '; choose one'}."
+            f"{metric!r}{did_you_mean(metric.removeprefix('eval_'), known) or '; choose one.'}"
         )
 
 
@@ -185,5 +185,5 @@ def _check(field: str, given: Any, known: Collection[str], owner: str) -> None:
         if name not in known:
             raise ValueError(
                 f"GOLDTrainer: {field} must hold arguments of {owner}, got {name!r}; they are "
-                f"{', '.join(known) or 'none'}{did_you_mean(name, known)}."
+                f"{', '.join(known) or 'none'}{did_you_mean(name, known) or '.'}"
             )

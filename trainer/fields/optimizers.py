@@ -94,7 +94,7 @@ def check_optimizer_args(args: GOLDConfig) -> None:
             raise ValueError(
                 f"GOLDTrainer: optim_args must be what optim={name!r} reads, which is "
                 f"{', '.join(known) or 'nothing'}, got {key!r}"
-                f"{did_you_mean(key, known) or '; Adam has adam_beta1, adam_beta2, adam_epsilon'}."
+                f"{did_you_mean(key, known) or '; Adam has adam_beta1, adam_beta2, adam_epsilon.'}"
             )
     if name in ("sgd", "adagrad", "rmsprop"):  # torch's: made here once, to see the values
         try:

@@ -277,7 +277,7 @@ def _check_fsdp(config: Any) -> None:
         if name.removeprefix("fsdp_") not in OF_FSDP:
             raise ValueError(
                 f"GOLDConfig: fsdp_config must hold {', '.join(OF_FSDP)}, got {name!r}, which "
-                f"nothing reads{did_you_mean(name.removeprefix('fsdp_'), OF_FSDP)}."
+                f"nothing reads{did_you_mean(name.removeprefix('fsdp_'), OF_FSDP) or '.'}"
             )
 
 
@@ -290,7 +290,7 @@ def _check_accelerator(config: Any) -> None:
     if unknown:
         raise ValueError(
             f"GOLDConfig: accelerator_config must hold {', '.join(known)}, got "
-            f"{unknown[0]!r}{did_you_mean(unknown[0], known)}."
+            f"{unknown[0]!r}{did_you_mean(unknown[0], known) or '.'}"
         )
     accumulation = values.get("gradient_accumulation_kwargs") or {}
     if "num_steps" in accumulation:
@@ -303,7 +303,7 @@ def _check_accelerator(config: Any) -> None:
         if name not in known:
             raise ValueError(
                 "GOLDConfig: gradient_accumulation_kwargs of accelerator_config must hold "
-                f"{', '.join(known[1:])}, got {name!r}{did_you_mean(name, known[1:])}."
+                f"{', '.join(known[1:])}, got {name!r}{did_you_mean(name, known[1:]) or '.'}"
             )
     for name, value in values.items():
         if not isinstance(value, bool | dict | None):

@@ -63,7 +63,7 @@ def check_arguments(function: Callable[..., Any], name: str, kwargs: Mapping[str
         raise ValueError(
             f"GOLDConfig: token_weighting_kwargs must be what {name} takes beside the tokens, "
             f"{', '.join(others) or 'nothing'}, got {dict(kwargs)} ({told(error)})"
-            f"{did_you_mean(unknown, others)}."
+            f"{did_you_mean(unknown, others) or '.'}"
         ) from error
 
 
