@@ -7,6 +7,8 @@ does not need it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gold_trainer.quiet import WARN_OF_THEMSELVES, quiet
+
 if TYPE_CHECKING:
     from gold_trainer.config import GOLDConfig
     from gold_trainer.rendering.collator import GOLDCollator
@@ -27,7 +29,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        with quiet(*WARN_OF_THEMSELVES):
+            return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     if name == "__version__":  # from the installed metadata: gold_kernels itself imports torch
         return import_module("importlib.metadata").version("gold-kernels")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

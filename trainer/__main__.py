@@ -18,7 +18,7 @@ from typing import Any
 
 from gold_trainer import configs, flags
 from gold_trainer.nearest import nearest
-from gold_trainer.quiet import quiet
+from gold_trainer.quiet import WARN_OF_THEMSELVES, quiet
 from gold_trainer.recipes import FOLDER, find_config, recipe_names
 
 logger = logging.getLogger("gold_trainer")
@@ -31,8 +31,6 @@ REMEDIES = {  # by the name of an error: its class may be that of a library that
     "OutOfMemoryError": " `gold-trainer plan` with the same arguments and --gpu_memory GIB says "
     "what to set.",
 }
-# loggers that warn of how two libraries fit each other when they are imported, whatever the run is
-WARN_OF_THEMSELVES = ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
 USAGE = """\
 usage: gold-trainer train [RECIPE | CONFIG.yaml] [--field value ...]

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+# how two libraries fit each other, said when they are imported, whatever the run is
+WARN_OF_THEMSELVES = ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+
 _QUIET: ContextVar[frozenset[str]] = ContextVar("_QUIET", default=frozenset())
 
 

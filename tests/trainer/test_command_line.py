@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from gold_trainer import __main__, configs, loading
-from gold_trainer.__main__ import COMMANDS, WARN_OF_THEMSELVES, main
+from gold_trainer.__main__ import COMMANDS, main
 from gold_trainer.command_line import parse_arguments
+from gold_trainer.quiet import WARN_OF_THEMSELVES
 from gold_trainer.recipes import find_config, recipe_names
 from support.tiny_data import write_json_rows
 from support.tiny_models import save_tiny_pair, tiny_picture, tiny_rows
