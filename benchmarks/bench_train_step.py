@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
+from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import RESULTS, RowLog, environment, say
 from timing import now
 from transformers import TrainerCallback
@@ -88,17 +88,14 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> Any:
         "use_uld_loss": case.loss == "uld",
         "gradient_checkpointing": True,
         "bf16": torch.cuda.is_available(),  # what both trainers' users run
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **QUIET,
     }
     data = rows(processor, completion_tokens, BATCH_SIZE * (WARM_UP_STEPS + TIMED_STEPS))
     common = {
         "model": student,
         "teacher_model": teacher,
         "processing_class": processor,
-        "peft_config": LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"]),
+        "peft_config": LoraConfig(**LORA),
     }
     if case.implementation == "gold_kernels":
         if case.loss == "uld":

@@ -27,7 +27,7 @@ import torch
 from bench_train_step import BATCH_SIZE, StepTimer
 from datasets import Dataset
 from peft import LoraConfig
-from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
+from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import RESULTS, RowLog, environment, package_versions, say
 
 from gold_kernels.integrations.trl import patch_trl
@@ -75,7 +75,7 @@ def build(case: Case, num_tokens: int, folder: str, is_tiny: bool) -> Any:
         model=student,
         teacher_model=teacher,
         processing_class=processor,
-        peft_config=LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"]),
+        peft_config=LoraConfig(**LORA),
         train_dataset=Dataset.from_list(
             [{name: row[name] for name in ("prompt", "images")} for row in data]
         ),
@@ -86,10 +86,7 @@ def build(case: Case, num_tokens: int, folder: str, is_tiny: bool) -> Any:
             beta=0.5,
             gradient_checkpointing=True,
             bf16=torch.cuda.is_available(),
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1,
-            disable_tqdm=True,
+            **QUIET,
         ),
     )
     tokenizer = processor.tokenizer

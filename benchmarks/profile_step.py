@@ -28,7 +28,7 @@ from bench_train_step import BATCH_SIZE, MAX_LOSS_ERRORS, StepTimer, loss_error
 from datasets import Dataset
 from host_samples import HostSamples
 from peft import LoraConfig, get_peft_model
-from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
+from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import RowLog, environment, say
 from timeline import describe, kernels_of
 from timing import now
@@ -114,10 +114,7 @@ def fields_of(lengths: list[int], options: argparse.Namespace) -> dict[str, Any]
         "gradient_checkpointing": options.checkpointing == "on",
         "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **QUIET,
         "optim": "sgd",  # every mode begins with nearly the same weights
         "learning_rate": 1e-9,
     }
@@ -300,7 +297,7 @@ def main() -> None:
     options = parser.parse_args()
     processor = processor_of_448_pixels()
     student, teacher = build_pair(processor, options.tiny)
-    lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
+    lora = LoraConfig(**LORA)
     pair = get_peft_model(student, lora), teacher
     log = RowLog(options.output, FIELDS, appends=True)
     for mode, tokens, loss, micro_batches in cases_of(options):

@@ -28,6 +28,9 @@ STUDENT_2B = Shape(2048, 6144, 28, 16, 24, 1024, 4096, True)
 TEACHER_8B = Shape(4096, 12288, 36, 32, 27, 1152, 4304, False)
 TINY_STUDENT = Shape(256, 256, 2, 2, 2, 64, 64, True)
 TINY_TEACHER = Shape(512, 512, 2, 4, 2, 64, 64, False)
+# Of the configs of trainers that are measured, and of their adapters.
+QUIET = {"save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True}
+LORA = {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj"]}
 
 
 def build_model(

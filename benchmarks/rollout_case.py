@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
+from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import environment
 from timing import now
 from transformers import TrainerCallback
@@ -100,10 +100,7 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> tuple[Any, Watch]:
         "max_completion_length": case.new_tokens,
         "gradient_checkpointing": True,
         "bf16": torch.cuda.is_available(),
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **QUIET,
     }
     if case.implementation == "vllm":
         options |= {"use_vllm": True, "vllm_mode": "colocate"}
@@ -116,7 +113,7 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> tuple[Any, Watch]:
     if case.training == "lora":
         from peft import LoraConfig
 
-        common["peft_config"] = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
+        common["peft_config"] = LoraConfig(**LORA)
     data = rows(processor, 9, case.batch_size * steps)
     if case.implementation == "trl":
         return build_peer(options, common, data)

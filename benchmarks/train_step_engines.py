@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from bench_train_step import TIMED_STEPS, WARM_UP_STEPS, loss_error
 from peft import LoraConfig
-from qwen3_vl_shapes import build_student, build_teacher, processor_of_448_pixels, rows
+from qwen3_vl_shapes import LORA, QUIET, build_student, build_teacher, processor_of_448_pixels, rows
 from record import RowLog, environment, package_versions, say
 from teacher_kinds import SAVED, config_fields, max_length, prepare_teacher
 from timing import now
@@ -152,15 +152,12 @@ def trainer_of(launch: Launch, options: argparse.Namespace, folder: Path) -> GOL
         "gradient_checkpointing": launch.checkpointing == "on",
         "bf16": has_cuda,
         "use_cpu": not has_cuda and launch.engine in UNSHARDED,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **QUIET,
     }
     fields |= config_fields(launch.teacher, folder) | dict(map(_field, options.set))
     num_rows = STEPS * options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     parts = [rows(processor, length, num_rows) for length in options.completion_tokens]
-    lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
+    lora = LoraConfig(**LORA)
     return InOrder(
         model=student,
         teacher_model=str(folder) if is_saved else build_teacher(processor, options.tiny),

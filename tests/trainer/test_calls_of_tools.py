@@ -92,7 +92,6 @@ def test_functions_alone_are_wrapped_where_the_template_asks_for_it():
 
 
 CALLER = json.dumps(FUNCTION)
-CALLED = [USER, asking({"city": "Ulm"}) | {"content": None}, RESULT, ANSWER]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ CALLS = CHATML.replace("{{ m.content +", "{{ m.content + (m.tool_calls or '') | 
 SHOUTED = CALLS.replace("| string", "| string | upper")
 TWO_ENDS = CHATML.replace("'<|im_end|>", "('<|eom_id|>' if m.tool_calls else '<|im_end|>') + '")
 OPENED = "hm\n</think>\n\nA bar.<|im_end|>"
-TAGGED = "<thought>hm</thought>\nA bar.<|im_end|>"
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
 THINKING = {**ANSWER, "reasoning_content": "Long and red"}
 

@@ -21,7 +21,6 @@ MAX_DEPTH = 4  # of lists in lists
 ELEMENTS = ("first", "last", "min", "max", "random")
 LISTS = ("list", "reverse", "slice", "batch", "select", "reject", "sort", "unique")
 BY_FIRST = ("selectattr", "rejectattr")  # filters whose first argument is a key
-ALL_KEYS = ("items", "values", "keys")  # methods of dicts
 
 
 class Kind(NamedTuple):
