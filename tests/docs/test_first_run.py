@@ -2,7 +2,9 @@
 in the place of those of the hub.
 """
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,66 @@ def test_the_run_trains_evaluates_and_goes_on_and_its_student_loads(folder, monk
     namespace: dict = {}
     exec(block("", "from transformers import"), namespace)
     assert namespace["model"].peft_config and isinstance(namespace["answer"], str)
+
+
+FULL_SIZE = {  # of the configs of SmolVLM2-2.2B and Qwen2.5-VL-7B
+    "student": (
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 64}
+        | {"vocab_size": 49280},
+        {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+        | {"num_attention_heads": 16, "patch_size": 14, "image_size": 384},
+        {"scale_factor": 3},
+    ),
+    "teacher": (
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+        | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+        | {"layer_types": ["full_attention"] * 28},
+        {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16}
+        | {"out_hidden_size": 3584, "patch_size": 14, "window_size": 112},
+        {},
+    ),
+}
+RUNS = (
+    [],
+    ["--teacher_model_init_kwargs", '{"quantization_config": {"load_in_4bit": true}}'],
+    ["--use_peft", "false", "--dtype", "float32"],
+)
+
+
+@pytest.fixture(scope="module")
+def full_size(folder, tmp_path_factory):
+    """The models of the page without their weights, and with tiny processors."""
+    target = tmp_path_factory.mktemp("full")
+    for side, (text, vision, more) in FULL_SIZE.items():
+        shutil.copytree(folder / side, target / side)
+        next((target / side).glob("*.safetensors")).unlink()
+        file = target / side / "config.json"
+        config = json.loads(file.read_text())
+        config.update(more, tie_word_embeddings=False, dtype="bfloat16")
+        config["text_config"].update(text, tie_word_embeddings=False, dtype="bfloat16")
+        config["vision_config"].update(vision, dtype="bfloat16")
+        rotary = config["text_config"].get("rope_parameters") or {}
+        if "mrope_section" in rotary:
+            rotary["mrope_section"] = [16, 24, 24]
+        file.write_text(json.dumps(config))
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    text = [json.dumps({"messages": row["messages"]}) for row in rows]
+    (target / "rows.jsonl").write_text("\n".join(text))
+    shutil.copy(folder / "run.yaml", target)
+    return target
+
+
+@pytest.mark.parametrize("place", range(len(RUNS)))
+def test_memory_of_the_page_is_what_the_plan_computes(place, full_size, monkeypatch, capsys):
+    monkeypatch.chdir(full_size)
+    table = PAGE[PAGE.index("| run | peak GiB") :].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(RUNS)
+    assert main(["plan", "run.yaml", "--tokens", "2048", *RUNS[place]]) == 0
+    shown = capsys.readouterr().out
+    assert "2.25B parameters" in shown and "8.29B parameters" in shown
+    peak = float(re.search(r"^peak +([\d.]+) GiB", shown, re.MULTILINE)[1])
+    assert f"{peak:.1f}" == table[place].split("|")[2].strip()
 
 
 def test_each_field_that_is_named_is_one_of_the_trainer():
