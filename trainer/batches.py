@@ -131,6 +131,8 @@ class WindowBatch:
     # for one that is sharded.
     unscored: list[Example] = field(default_factory=list)
     teacher_unscored: list[Example] = field(default_factory=list)
+    # Whether what its rows have in common is computed once: speed/shared_prompts.py.
+    shares_prompts: bool = False
 
     @property
     def is_on_policy(self) -> bool:
@@ -159,6 +161,9 @@ class SideInputs:
     labels: Tensor  # (N,) int64, the tokens that they predict
     # Of several teachers: what each says of its own rows, (N_t, D_t).
     by_teacher: dict[str, Tensor] | None = None
+    # Where prompts are shared, what each of the B sequences is made of: lengths of a prompt, and of
+    # the completions behind it, each of which sees the prompt and itself.
+    shared: list[list[int]] | None = None
 
     @classmethod
     def without_tensors(cls, examples: list[Example]) -> "SideInputs":
@@ -168,7 +173,12 @@ class SideInputs:
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "SideInputs":
         tensors = {name: move(tensor) for name, tensor in self.tensors.items()}
-        return SideInputs(self.examples, tensors, move(self.scored_rows), move(self.labels))
+        return replace(
+            self,
+            tensors=tensors,
+            scored_rows=move(self.scored_rows),
+            labels=move(self.labels),
+        )
 
 
 @dataclass

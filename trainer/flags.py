@@ -71,6 +71,7 @@ HINTS = {
     "eos_token": "the end of a turn is the chat template's: leave it out",
     "pad_token": "it is the tokenizer's own: leave it out",
     "packing": "did you mean padding_free?",
+    "use_prefix_grouper": "did you mean share_prompts?",
     "pad_to_multiple_of": "rows are padded to the longest of them: leave it out",
     "truncation_mode": "max_length cuts completions at their end: leave it out",
     "completion_only_loss": COMPLETION,

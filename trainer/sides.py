@@ -45,7 +45,7 @@ class Side:
         tensors = models.forward_inputs(model, inputs.tensors)
         tensors = with_positions(models.base_model(model), tensors)
         mask = inputs.tensors["attention_mask"]
-        tensors, rows = packed(model, tensors, mask, inputs.scored_rows)
+        tensors, rows = packed(model, tensors, mask, inputs.scored_rows, inputs.shared)
 
         def at_head(hidden: Tensor) -> Tensor:  # (B, L, D)
             return function(gather_rows(hidden, rows))

@@ -155,7 +155,7 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         sides = {"student": student, "teacher": self.teacher.model}
         tokenizer = tokenizer_of(self.prepared.student_processor)
         self.fast = FastStep(args, student, self.teacher, note)
-        self.inputs = Inputs(self.objective, args, self._prepare_input, self.fast.foresee)
+        self.inputs = Inputs(self.objective, args, self._prepare_input, self.fast)
         self.rollouts = Rollouts(args, self.objective, writers, sides, tokenizer)
         self.windows = {name: MetricWindow(self.objective) for name in ("train", "eval")}
         self.guard = NonFiniteGuard(args, self.accelerator)
@@ -218,7 +218,7 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         self.guard.start()
         with self.accelerator.autocast():
             batches = self.window_source.next(epoch_iterator, num_batches, self.state)
-        self.inputs.passes.start(batches)
+        self.inputs.start(batches)
         if not batches:
             return batches, None
         # full, not tensor: a fill on the device where a copy would wait for it

@@ -107,6 +107,7 @@ def test_help_and_usage_errors_import_nothing_slow(argv):
         ("--dataset_num_proc", "did you mean dataloader_num_workers?"),
         ("--packing", "did you mean padding_free?"),
         ("--eval-packing", "did you mean padding_free?"),
+        ("--use_prefix_grouper", "did you mean share_prompts?"),
         ("--assistant_only_loss", "the completion alone is learnt"),
         ("--use_dora", "from Python pass peft_config="),
         ("--wandb_entity", "WANDB_PROJECT"),

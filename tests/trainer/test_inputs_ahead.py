@@ -81,7 +81,7 @@ def test_where_a_step_asks_the_processor_itself_there_is_no_thread(
     fields, expected, monkeypatch, tmp_path
 ):
     trainer, _ = built(tmp_path, has_thread=False, **fields)
-    parts = (trainer.objective, trainer.args, trainer._prepare_input, trainer.fast.foresee)
+    parts = (trainer.objective, trainer.args, trainer._prepare_input, trainer.fast)
     assert not Inputs(*parts).has_thread, "nor on a CPU, which has its cores for the models"
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
     assert Inputs(*parts).has_thread == expected

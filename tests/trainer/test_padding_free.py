@@ -240,5 +240,6 @@ def test_of_the_known_types_one_alone_has_its_window_in_the_mask():
 
 
 def test_rows_are_padded_unless_it_is_asked_for(tmp_path):
-    trainer = make_trainer(tmp_path, tiny_rows(4), "qwen3")
-    assert trainer.args.padding_free is False and not trainer.fast.packing.configs
+    trainer, _, shapes = run(tmp_path, "qwen3")
+    assert trainer.args.padding_free is False
+    assert {shape[0] for seen in shapes for shape in seen} == {len(LENGTHS)}

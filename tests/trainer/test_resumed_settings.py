@@ -20,6 +20,7 @@ ROWS = tiny_rows(12)
 # Fields that say where and how fast a run learns, and what it tells.
 ELSEWHERE = {
     *("chunk_size", "loss_budget_mib", "loss_backend", "compile_models", "padding_free"),
+    "share_prompts",
     *("group_by_length", "rollout_cache_gib", "rollout_compile", "generation_batch_size"),
     *("teacher_sharding", "teacher_device", "teacher_offload", "teacher_batch_size"),
     *("teacher_model_server_url", "teacher_server_timeout"),

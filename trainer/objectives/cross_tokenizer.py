@@ -5,6 +5,7 @@ group: a minimal run of student tokens and one of teacher tokens that end at a c
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -117,11 +118,12 @@ class CrossTokenizer(Objective):
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
         student, teacher = self.collator.student.processor, self.collator.teacher.processor
         others = batch.teacher_examples
+        build = partial(build_side, shares_prompts=batch.shares_prompts)
         return MicroBatch(
-            build_side(student, batch.examples, to_device, batch.unscored),
+            build(student, batch.examples, to_device, batch.unscored),
             SideInputs.without_tensors(others)
             if self.is_absent or self.is_teacher_apart
-            else build_side(teacher, others, to_device, batch.teacher_unscored),
+            else build(teacher, others, to_device, batch.teacher_unscored),
             batch.is_on_policy,
             alignment_of(batch).to(to_device),
             self.without_detail(teacher, batch, to_device),

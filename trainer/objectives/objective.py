@@ -163,7 +163,13 @@ class Objective(ABC):
         examples = [weighting.detail.without_detail(e) for e in batch.teacher_examples]
         if self.is_absent:
             return SideInputs.without_tensors(examples)
-        return build_side(processor, examples, to_device, batch.teacher_unscored)
+        return build_side(
+            processor,
+            examples,
+            to_device,
+            batch.teacher_unscored,
+            shares_prompts=batch.shares_prompts,
+        )
 
     def _own_weights(
         self,

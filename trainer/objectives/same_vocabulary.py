@@ -4,6 +4,7 @@ N scored rows, D hidden size (D_s, D_t). A unit of the loss is a token.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -96,13 +97,13 @@ class SameVocabulary(Objective):
         return completed(self.collator, batch, writer, examples)
 
     def prepare(self, batch: WindowBatch, to_device: Callable[[Tensor], Tensor]) -> MicroBatch:
-        processor = self.collator.processor
-        student = teacher = build_side(processor, batch.examples, to_device, batch.unscored)
-        others = batch.teacher_examples
+        processor, others = self.collator.processor, batch.teacher_examples
+        build = partial(build_side, shares_prompts=batch.shares_prompts)
+        student = teacher = build(processor, batch.examples, to_device, batch.unscored)
         if self.is_teacher_apart or (others is not batch.examples and self.is_absent):
             teacher = SideInputs.without_tensors(others)
         elif others is not batch.examples:
-            teacher = build_side(processor, others, to_device, batch.teacher_unscored)
+            teacher = build(processor, others, to_device, batch.teacher_unscored)
         coarse = self.without_detail(processor, batch, to_device)
         return MicroBatch(student, teacher, batch.is_on_policy, without_detail=coarse)
 

@@ -36,6 +36,7 @@ from gold_trainer.rendering.placeholders import (
 )
 from gold_trainer.rendering.prompts import has_bos, process_examples, prompt_ids, tokenizer_of
 from gold_trainer.rendering.renderer import Processor, Renderer
+from gold_trainer.speed.shared_prompts import scored_places, trunks_of
 
 IGNORE_INDEX = -100
 
@@ -270,12 +271,25 @@ def build_side(
     examples: list[Example],
     to_device: Callable[[Tensor], Tensor],
     unscored: Sequence[Example] = (),  # without completions; they only run through the model
+    *,
+    shares_prompts: bool = False,
 ) -> SideInputs:
-    """build_inputs on the device, with the labels of the scored rows only."""
-    inputs = build_inputs(processor, [*examples, *unscored])
+    """build_inputs on the device, with the labels of the scored rows only. Where prompts are shared
+    a sequence is a prompt with all of its completions.
+    """
+    rows = [*examples, *unscored]
+    trunks = trunks_of(rows) if shares_prompts else []
+    inputs = build_inputs(processor, [trunk.example for trunk in trunks] or rows)
+    shared, scored_rows = None, inputs.scored_rows
+    if shares_prompts:
+        lengths = inputs.tensors["attention_mask"].sum(1).tolist()
+        shared = [trunk.parts(length) for trunk, length in zip(trunks, lengths, strict=True)]
+        scored_rows = scored_places(trunks, shared, inputs.labels.shape[1])
+    labels = [token_id for example in examples for token_id in example.written_ids]
     return SideInputs(
         examples,
         {name: to_device(tensor) for name, tensor in inputs.tensors.items()},
-        to_device(inputs.scored_rows),
-        to_device(inputs.labels.flatten()[inputs.scored_rows + 1]),
+        to_device(scored_rows),
+        to_device(torch.tensor(labels, dtype=torch.int64)),
+        shared=shared,
     )

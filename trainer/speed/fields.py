@@ -36,3 +36,14 @@ class SpeedFields:
             "for models that cannot.",
         },
     )
+    share_prompts: bool | None = field(
+        default=None,
+        metadata={
+            "help": "A prompt, with its pictures, is computed once for all of its completions in a "
+            "micro-batch (num_generations): the same loss and gradient. None: on a CUDA GPU, where "
+            "it saves a fifth of the tokens or more, of models that can. True is refused for "
+            "models that cannot.",
+            "nargs": "?",
+            "const": True,
+        },
+    )

@@ -21,6 +21,7 @@ from gold_trainer.batches import MicroBatch, WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.objectives import Objective
 from gold_trainer.speed.on_host import moved, pinned
+from gold_trainer.speed.step import FastStep
 from gold_trainer.speed.teacher_passes import TeacherPasses
 
 
@@ -56,9 +57,9 @@ class Inputs:
         objective: Objective,
         args: GOLDConfig,
         finish: Callable[[Tensor], Tensor],
-        foresee: Callable[[MicroBatch], None],  # what models will ask of it
+        step: FastStep,
     ) -> None:
-        self.objective, self.mover, self.foresee = objective, Mover(args, finish), foresee
+        self.objective, self.mover, self.step = objective, Mover(args, finish), step
         self.made: Made | None = None
         self.pending: Future[Made] | None = None  # of the next one of the window
         self.find: Callable[[], WindowBatch | None] | None = None  # the first one of the next
@@ -73,6 +74,12 @@ class Inputs:
         device = self.mover.args.device
         on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         return ThreadPoolExecutor(1, "gold_trainer inputs", *on_device)
+
+    def start(self, window: list[WindowBatch]) -> None:
+        """Its micro-batches come next, in training."""
+        for batch in window:
+            batch.shares_prompts = self.step.packing.shares(batch)
+        self.passes.start(window)
 
     @contextmanager
     def preparing(self, find: Callable[[], WindowBatch | None] | None) -> Iterator[None]:
@@ -93,11 +100,13 @@ class Inputs:
         find, self.find = self.find, None
         if find is not None:
             self.found = find()
+            if self.found is not None:
+                self.found.shares_prompts = self.step.packing.shares(self.found)
 
     def _made(self, batch: WindowBatch) -> Made:
         try:
             inputs = self.objective.prepare(batch, self.mover.pinned)
-            self.foresee(inputs)
+            self.step.foresee(inputs)
             return Made(batch, inputs)
         except Exception as error:  # of a row: the step that is computed does not end with it
             return Made(batch, error)

@@ -8,7 +8,7 @@ B rows, L positions of the longest, T tokens of all rows, N scored ones, H heads
 head.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gold_trainer import models
+from gold_trainer.batches import WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.rendering.text_tensors import PLACES
 from gold_trainer.speed.kinds import KERNELS, PICTURES, TEXT, reason_against_kind
@@ -31,11 +32,14 @@ from gold_trainer.speed.segments import (
     dtype_of_products,
     within,
 )
+from gold_trainer.speed.shared_prompts import Counts, Keys, segments_of
 
 # transformers makes no mask for attention of a name that it does not know
 OF_ROWS = "gold_trainer_rows"
 # Whose window is in the mask alone, which packed rows do not have.
 WINDOW_IN_MASK = ("qwen2_moe",)
+# Of the positions of padded rows, that are left where prompts are shared: with more it costs time.
+MOST = 0.8
 # Arguments of attention that only other kernels know.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 
@@ -51,6 +55,8 @@ def attend_rows(
     *,
     cu_seq_lens_q: Tensor,  # (B + 1,) where each row begins, and where the last one ends
     max_length_q: int,
+    # where transformers has bounds of the keys
+    cu_seq_lens_k: Keys | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # (1, T, H, D)
@@ -61,9 +67,8 @@ def attend_rows(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     bounds, longest = cu_seq_lens_q, max_length_q
-    window = sliding_window or None
-    states = within(query, key, value, bounds, longest, scaling, is_causal=True, window=window)
-    return states, None
+    options: dict[str, Any] = {"window": sliding_window or None, "keys": cu_seq_lens_k}
+    return within(query, key, value, bounds, longest, scaling, is_causal=True, **options), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(OF_ROWS, attend_rows)
@@ -74,25 +79,49 @@ class Packing:
 
     def __init__(self, args: GOLDConfig, sides: Mapping[str, nn.Module | None]) -> None:
         self.models = {side: model for side, model in sides.items() if model is not None}
-        self.is_on = args.padding_free
-        for side, model in self.models.items() if self.is_on else ():
+        self.args, self.is_on = args, args.padding_free
+        by_default = args.padding_free or args.device.type == "cuda"
+        self.may_share = by_default if args.share_prompts is None else args.share_prompts
+        asked = [name for name in ("padding_free", "share_prompts") if getattr(args, name)]
+        for side, model in self.models.items() if asked or self.may_share else ():
             reason = _reason_against(model, args)
-            if reason is not None:
+            if reason is not None and asked:
                 raise ValueError(
-                    "GOLDTrainer: padding_free must be False for models whose rows cannot share a "
+                    f"GOLDTrainer: {asked[0]} must be False for models whose rows cannot share a "
                     f"sequence, got True and a {side} {reason}."
                 )
+            self.may_share &= reason is None
+        has_routers = any(map(models.has_router_loss, self.models.values()))
+        if args.share_prompts and has_routers:
+            raise ValueError(
+                "GOLDTrainer: share_prompts must be False where routers have a loss, which counts "
+                "the prompt of each row, got True and output_router_logits=True; leave one out."
+            )
+        self.may_share &= not has_routers
+
+    def shares(self, batch: WindowBatch) -> bool:
+        """Whether prompts of a micro-batch of the training are computed once."""
+        if not self.may_share:
+            return False
+        sides = [batch.examples]
+        if batch.teacher_examples is not batch.examples and set(self.models) != {"student"}:
+            sides.append(batch.teacher_examples)
+        shared, packed, padded = map(sum, zip(*map(Counts.of, sides), strict=True))
+        if self.is_on or self.args.share_prompts:
+            return shared < packed
+        return shared < packed and shared <= MOST * padded
 
     @cached_property
     def configs(self) -> list[Any]:
         """Of the attention that is replaced."""
-        found = (c for model in self.models.values() for c in _configs(model)) if self.is_on else ()
+        found = (config for model in self.models.values() for config in _configs(model))
         return list({id(config): config for config in found}.values())
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, batch: WindowBatch | None = None) -> Iterator[None]:
         """Around forward and backward pass, which computes again what is checkpointed."""
-        with attention_is(OF_ROWS, self.configs):
+        is_on = self.is_on or (batch is not None and batch.shares_prompts)
+        with attention_is(OF_ROWS, self.configs if is_on else []):
             yield
 
 
@@ -101,11 +130,13 @@ def packed(
     inputs: dict[str, Any],  # of its forward, (B, L)
     mask: Tensor,  # (B, L) of the text
     scored_rows: Tensor,  # (N,) flat positions b * L + l
+    shared: Sequence[Sequence[int]] | None = None,  # of each row lengths of what it is made of
 ) -> tuple[dict[str, Any], Tensor]:  # (1, T), and (N,) positions within T
     """Padded rows, without their mask if that may be, where the attention is not one of rows."""
     base = models.base_model(model)
     is_known = base.config.model_type in (*TEXT, *PICTURES)
     if not is_known or base.get_decoder().config._attn_implementation != OF_ROWS:
+        assert shared is None, "prompts are shared where attention is one of rows"
         return without_mask(model, inputs, mask), scored_rows
     device = mask.device
     is_text = _on_host(mask).bool()
@@ -121,10 +152,17 @@ def packed(
     else:  # (3, B, L)
         made["position_ids"] = _on_host(position_ids)[:, is_text][:, None]
     made["cu_seq_lens_q"] = functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    sizes: dict[str, Any] = {"max_length_q": int(lengths.max())}
+    if shared is not None:
+        segments = segments_of(shared)
+        made["position_ids"] = made["position_ids"] - segments.offsets
+        made["cu_seq_lens_q"] = segments.bounds
+        sizes["max_length_q"] = segments.longest
+        places, bounds, longest = segments.keys
+        sizes["cu_seq_lens_k"] = Keys(sent(places, device), sent(bounds, device), longest)
     places = (is_text.flatten().cumsum(0) - 1)[_on_host(scored_rows)]
     there = {name: sent(tensor, device) for name, tensor in made.items()}
     rest = {name: value for name, value in inputs.items() if name != MASK}
-    sizes = {"max_length_q": int(lengths.max())}
     return rest | there | sizes, sent(places, device)
 
 

@@ -22,13 +22,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gold_trainer.config import GOLDConfig
 from gold_trainer.speed.replacing import replaced
+from gold_trainer.speed.shared_prompts import Keys
 
 varlen_attn: Any = None  # before torch 2.10
 if find_spec("torch.nn.attention.varlen"):
     from torch.nn.attention.varlen import varlen_attn
 
 PARAMETERS = () if varlen_attn is None else inspect.signature(varlen_attn).parameters
-TAKES_GROUPS = "enable_gqa" in PARAMETERS  # fewer heads of keys than of queries
+# Fewer heads of keys than of queries: in torch 2.11 the kernel takes them without being told.
+IS_TOLD_OF_GROUPS = "enable_gqa" in PARAMETERS
 STOCK = "sdpa"
 OF_SEGMENTS = (
     "gold_trainer_flash_segments"  # transformers gives lengths to what has flash in its name
@@ -63,28 +65,28 @@ def within(
     longest: int,  # segment
     scaling: float | None,
     *,
-    is_causal: bool,
+    is_causal: bool,  # the last query of a segment stands where its last key does
     window: int | None = None,  # tokens that one sees of its segment, itself with them
+    keys: Keys | None = None,  # None: those of the segment
 ) -> Tensor:  # (1, T, H, D)
-    """In 16 bits where a device has a kernel (can_attend); elsewhere by a mask of T x T."""
+    """In 16 bits where a device has a kernel (can_attend); elsewhere by a mask of T x T_k."""
+    of_keys = keys or Keys(bounds, bounds, longest)
+    if keys is not None:
+        key, value = (_taken(part, keys.places) for part in (key, value))
     if query.device.type == "cuda":
         parts = [states[0].transpose(0, 1) for states in (query, key, value)]
         before = -1 if window is None else window - 1
         options: dict[str, Any] = {"window_size": (before, 0)} if is_causal else {}
-        if parts[1].shape[1] < parts[0].shape[1]:
-            if TAKES_GROUPS:
-                options["enable_gqa"] = True
-            else:
-                size = parts[0].shape[1] // parts[1].shape[1]
-                parts[1:] = [part.repeat_interleave(size, dim=1) for part in parts[1:]]
-        bounds = bounds.to(torch.int32)
-        states = varlen_attn(*parts, bounds, bounds, longest, longest, scale=scaling, **options)
-        return states[None]
-    places = torch.arange(query.shape[2], device=query.device)
-    segments = torch.searchsorted(bounds.to(places.dtype), places, right=True)
-    mask = segments[:, None] == segments
+        if IS_TOLD_OF_GROUPS and parts[1].shape[1] < parts[0].shape[1]:
+            options["enable_gqa"] = True
+        both = [own.to(torch.int32) for own in (bounds, of_keys.bounds)]
+        sizes = longest, of_keys.longest
+        return varlen_attn(*parts, *both, *sizes, scale=scaling, **options)[None]
+    segments, to_end = _in_segments(query.shape[2], bounds)
+    key_segments, keys_to_end = _in_segments(key.shape[2], of_keys.bounds)
+    mask = segments[:, None] == key_segments
     if is_causal:
-        distances = places[:, None] - places
+        distances = keys_to_end - to_end[:, None]
         mask = mask & (distances >= 0)
         if window is not None:
             mask = mask & (distances < window)
@@ -93,6 +95,20 @@ def within(
         query, key, value, mask, scale=scaling, enable_gqa=is_grouped
     )
     return states.transpose(1, 2)
+
+
+def _taken(states: Tensor, places: Tensor) -> Tensor:  # (1, H, T, D) -> (1, H, T_k, D)
+    """Gradients of a token that is taken often are added up in 32 bits."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    return states.to(dtype).index_select(2, places).to(states.dtype)
+
+
+def _in_segments(size: int, bounds: Tensor) -> tuple[Tensor, Tensor]:  # (size,) each
+    """Of each place the number of its segment, and how far that goes on behind it."""
+    places = torch.arange(size, device=bounds.device)
+    bounds = bounds.to(places.dtype)
+    segments = torch.searchsorted(bounds, places, right=True)
+    return segments, bounds[segments] - places
 
 
 ALL_ATTENTION_FUNCTIONS.register(OF_SEGMENTS, attend_segments)

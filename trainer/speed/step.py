@@ -47,7 +47,7 @@ class FastStep:
     @contextmanager
     def running(self, batch: WindowBatch, model: nn.Module) -> Iterator[None]:
         """Around forward and backward pass of a micro-batch; model: the student in its wrapper."""
-        packed, kernels = self.packing.running(), self.attention.running(batch)
+        packed, kernels = self.packing.running(batch), self.attention.running(batch)
         answers, towers = all_replaced(self.answers), self.towers.running()
         with packed, kernels, answers, self.compiled.running(), towers, self.mode.kept(model):
             yield

@@ -58,11 +58,12 @@ class TeacherPasses:
             is_one = batch.teacher_examples is batch.examples
             rows += batch.teacher_examples
             unscored += batch.unscored if is_one else batch.teacher_unscored
-        size = self.part_size or len(rows)
+        size, is_shared = self.part_size or len(rows), self.window[first].shares_prompts
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             processor = self.objective.collators["teacher"].processor
-            inputs = build_side(processor, part, self.move, () if start else unscored)
+            others = () if start else unscored
+            inputs = build_side(processor, part, self.move, others, shares_prompts=is_shared)
             counts = [len(example.written_ids) for example in part]
             pieces = teacher.hidden_rows(inputs).split(counts)
             self.hidden |= {id(e): piece for e, piece in zip(part, pieces, strict=True)}

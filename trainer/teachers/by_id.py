@@ -5,6 +5,7 @@ N_t scored rows of a teacher, D_t its hidden size.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,14 +59,16 @@ class TeachersById(Teacher):
         inputs.by_teacher = {}
         for key, places in places_by_teacher(inputs.examples, self.teachers).items():
             examples = [inputs.examples[place] for place in places]
-            inputs.by_teacher[key] = self.teachers[key].hidden_rows(self._inputs(key, examples))
+            own = self._inputs(key, examples, shares_prompts=inputs.shared is not None)
+            inputs.by_teacher[key] = self.teachers[key].hidden_rows(own)
         flat = [rows.flatten() for rows in inputs.by_teacher.values()]
         return torch.cat(flat) if flat else torch.empty(0, device=self.device)
 
-    def _inputs(self, key: str, examples: list[Example]) -> SideInputs:
+    def _inputs(self, key: str, examples: list[Example], *, shares_prompts: bool) -> SideInputs:
         if isinstance(self.teachers[key], AbsentTeacher):
             return SideInputs.without_tensors(examples)
-        return build_side(self.processor, examples, lambda tensor: sent(tensor, self.device))
+        move = partial(sent, device=self.device)
+        return build_side(self.processor, examples, move, shares_prompts=shares_prompts)
 
     def writing(self) -> AbstractContextManager[nn.Module]:
         raise AssertionError("a config with several teachers asks none to write")
