@@ -1,0 +1,228 @@
+"""Learning steps of rows that share their prompt: prompts computed once, beside once a row.
+
+    python benchmarks/bench_shared_prompts.py --cases 216:256 1000:256 --output FILE
+
+Qwen3-VL-8B -> 2B shapes, LoRA, one micro-batch of 8 completions of one prompt with a picture, as
+num_generations=8 has them; a writer that takes no time gives completions of fixed lengths. A case
+is PROMPT:COMPLETION tokens, or PROMPT:SHORTEST-LONGEST for lengths spread evenly between these.
+Modes: "padded" is share_prompts=False, "packed" padding_free=True besides, "shared" the default on
+a GPU. In mode "shared" the loss is first compared with full logits of padded rows in
+float64 softmax; one that fails has no time. The gradient of the first step is compared with that of
+the first mode of its case.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_train_step import MAX_LOSS_ERRORS
+from peft import LoraConfig, get_peft_model
+from profile_step import Profiled
+from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
+from record import RowLog, environment, say
+from transformers import TrainerCallback
+
+from gold_kernels.jsd import reference
+from gold_trainer import GOLDConfig, GOLDTrainer
+from gold_trainer.writers import Completion
+
+NUM_ROWS, WARM_UP = 8, 3
+PROMPT = 216  # tokens of the benchmarks' prompt, 196 of them its picture's
+MODES: dict[str, dict[str, Any]] = {
+    "padded": {"share_prompts": False},
+    "packed": {"share_prompts": False, "padding_free": True},
+    "shared": {"share_prompts": None if torch.cuda.is_available() else True},
+}
+FIELDS = (
+    *("mode", "prompt_tokens", "completion_tokens", "rows", "checkpointing", "status"),
+    *("seconds_median", "teacher_ms", "peak_gib", "compile_seconds", "loss_error"),
+    *("first_loss", "grad_norm", "gradient_difference"),
+    *("device", "torch", "triton", "transformers", "git_sha"),
+)
+
+
+class Gradients(TrainerCallback):
+    """Of the first step, as one vector."""
+
+    def __init__(self) -> None:
+        self.first: torch.Tensor | None = None
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.first is None:
+            grads = (p.grad for p in model.parameters() if p.grad is not None)
+            self.first = torch.cat([grad.float().flatten() for grad in grads])
+
+
+class TeacherTimer:
+    """Milliseconds of the teacher's passes on the device."""
+
+    def __init__(self, trainer: GOLDTrainer) -> None:
+        self.function, self.events = trainer.teacher.hidden_rows, []
+        trainer.teacher.hidden_rows = self  # type: ignore[method-assign]
+
+    def __call__(self, inputs: Any) -> Any:
+        if not torch.cuda.is_available():
+            return self.function(inputs)
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        pair[0].record()
+        result = self.function(inputs)
+        pair[1].record()
+        self.events.append(pair)
+        return result
+
+    @property
+    def median(self) -> float:
+        times = [start.elapsed_time(end) for start, end in self.events[WARM_UP:]]
+        return round(statistics.median(times), 1) if times else 0.0
+
+
+def lengths_of(completion: str) -> list[int]:
+    first, _, last = completion.partition("-")
+    low, high = int(first), int(last or first)
+    return [low + (high - low) * i // (NUM_ROWS - 1) for i in range(NUM_ROWS)]
+
+
+def build(
+    pair: Any, processor: Any, case: tuple[str, str], options: Any, fields: Any, folder: str
+) -> Any:
+    steps = options.steps + options.profile
+    prompt, lengths = int(case[0]), lengths_of(case[1])
+    (row,) = rows(processor, 1, 1)
+    question = row["prompt"][0]["content"] + " a" * ((prompt - PROMPT) // 2)
+    data = [{"prompt": [{"role": "user", "content": question}], "images": row["images"]}]
+    has_cuda = torch.cuda.is_available()
+    trainer = GOLDTrainer(
+        model=pair[0],
+        teacher_model=pair[1],
+        args=GOLDConfig(
+            output_dir=folder,
+            per_device_train_batch_size=NUM_ROWS,
+            num_generations=NUM_ROWS,
+            lmbda=1.0,
+            max_completion_length=max(lengths),
+            max_length=prompt + max(lengths) + 64,
+            max_steps=steps,
+            bf16=has_cuda,
+            use_cpu=not has_cuda,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1,
+            disable_tqdm=True,
+            optim="sgd",
+            learning_rate=1e-9,
+            **fields,
+        ),
+        train_dataset=data * steps,
+        processing_class=processor,
+    )
+    token_id = processor.tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    written = [Completion([token_id] * size, [0.0] * size, 0) for size in lengths]
+    writer = trainer.rollouts.writers["student"]
+    writer.complete = lambda prompts, sampling: [written for _ in prompts]
+    return trainer
+
+
+@torch.no_grad()
+def loss_error(trainer: GOLDTrainer) -> float:
+    """Relative, of the loss of a micro-batch, against full logits of padded rows in float64."""
+    rows_of_one = [trainer.train_dataset[0]] * NUM_ROWS
+    batch = trainer.data_collator(rows_of_one)
+    first = batch.examples[0]
+    shared = [replace(e, images=first.images) for e in batch.examples]
+    batch = replace(batch, examples=shared, teacher_examples=shared)
+    (batch,) = trainer.rollouts.complete([batch], 0)
+    trainer.inputs.start([batch])
+    assert batch.shares_prompts, "rows share their prompt"
+    model = trainer.model.eval()
+    inputs = trainer._prepare_inputs(batch)
+    with trainer.fast.packing.running(batch):
+        fused = trainer.compute_loss(model, inputs)
+    padded = trainer.objective.prepare(replace(batch, shares_prompts=False), trainer.inputs.mover)
+    tensors, positions = padded.student.tensors, padded.student.scored_rows
+    sides = ((model, trainer.student), (trainer.teacher_model, trainer.teacher.side))
+    found = []
+    for own, side in sides:
+        states = own(**tensors, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+        found.append((states.flatten(0, 1)[positions].double().split(64), side.head.weight))
+    (student, weight), (teacher, teacher_weight) = found
+    oracle = sum(
+        reference.jsd_rows(s @ weight.double().T, t @ teacher_weight.double().T).sum()
+        for s, t in zip(student, teacher, strict=True)
+    ) / len(positions)
+    model.train()
+    return abs(float(fused) - float(oracle)) / float(oracle)
+
+
+def measure(
+    pair: Any, processor: Any, case: tuple[str, str], mode: str, expected: Any, options: Any
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    has_cuda = torch.cuda.is_available()
+    row = {"mode": mode, "prompt_tokens": case[0], "completion_tokens": case[1], "rows": NUM_ROWS}
+    row |= {"checkpointing": options.checkpointing, "status": "ok", **environment()}
+    fields = {**MODES[mode], "gradient_checkpointing": options.checkpointing == "on"}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(pair, processor, case, options, fields, folder)
+        if mode == "shared":
+            error, limit = loss_error(trainer), MAX_LOSS_ERRORS["jsd"]
+            row["loss_error"] = f"{error:.1e}"
+            if not error <= limit:  # a NaN too
+                return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}, None
+        timer = Profiled(options.steps + options.profile, is_on=options.profile)
+        gradients, teacher = Gradients(), TeacherTimer(trainer)
+        trainer.add_callback(timer)
+        trainer.add_callback(gradients)
+        if has_cuda:
+            gc.collect()  # trainers of other cases
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    first = next(log for log in trainer.state.log_history if "grad_norm" in log)
+    say(f"  seconds of all steps: {[round(seconds, 3) for seconds in timer.seconds]}")
+    if expected is not None:
+        difference = (gradients.first - expected).norm() / expected.norm()
+        row["gradient_difference"] = f"{float(difference):.1e}"
+    return row | {
+        "seconds_median": round(
+            statistics.median(timer.seconds[WARM_UP : options.steps] or timer.seconds), 3
+        ),
+        "teacher_ms": teacher.median,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if has_cuda else 0,
+        "compile_seconds": round(trainer.fast.compiled.note.all_seconds, 1),
+        "first_loss": f"{first['loss']:.6f}",
+        "grad_norm": f"{first['grad_norm']:.3e}",
+    }, gradients.first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["216:256", "1000:256"])
+    parser.add_argument("--modes", nargs="+", default=["padded", "packed", "shared"], choices=MODES)
+    parser.add_argument("--checkpointing", default="on", choices=("on", "off"))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", action="store_true", help="of each mode, as profile_step.py")
+    parser.add_argument("--output", type=Path, help="rows are added to this file")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    processor = processor_of_448_pixels()
+    student, teacher = build_pair(processor, options.tiny)
+    lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
+    pair = get_peft_model(student, lora), teacher
+    log = RowLog(options.output, FIELDS, appends=True)
+    for case in options.cases:
+        prompt, _, completion = case.partition(":")
+        expected = None
+        for mode in options.modes:
+            torch._dynamo.reset()
+            row, gradient = measure(pair, processor, (prompt, completion), mode, expected, options)
+            expected = gradient if expected is None else expected
+            log.add(row)
+            say(f"ROW {row}")
+
+
+if __name__ == "__main__":
+    main()
