@@ -27,7 +27,7 @@ def activation_bytes(
 
 
 def _intermediate(config: Any) -> int | None:
-    """Of the experts that a token meets, where there are several."""
+    """Width of the gated product; where there are experts, of all that a token meets."""
     experts, wide = (
         getattr(config, name, None) for name in ("num_experts_per_tok", "moe_intermediate_size")
     )

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_adapter(peft_config: Any, args: GOLDConfig) -> None:
-    """Of an adapter that is to be made, before models are loaded."""
+    """Refuse an adapter that is to be made and cannot train, before models are loaded."""
     if peft_config is None or not is_peft_available():
         return  # without peft that is said where it is made
     from peft import PeftConfig
@@ -100,7 +100,7 @@ def _check_options(peft_config: Any) -> None:
 
 @contextmanager
 def telling_what_fits(model: nn.Module) -> Iterator[None]:
-    """Around peft's own making of an adapter, whose errors are of many kinds."""
+    """Errors of peft's own making of an adapter, which are of many kinds, as one ValueError."""
     try:
         yield
     except (ValueError, LookupError, AttributeError, TypeError, ImportError) as error:

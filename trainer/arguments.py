@@ -129,7 +129,7 @@ def of_student(optimizers: Any, student: nn.Module) -> Any:
 
 
 def check_collator(collate: Any, rows: Any) -> None:
-    """Of the user's own, on the first row: before weights are read."""
+    """Call the user's own collator on the first row, before weights are read."""
     if collate is None or not isinstance(rows, RowDataset):
         return
     try:

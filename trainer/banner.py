@@ -123,7 +123,7 @@ class Banner(TrainerCallback):
         return f"{rows}; {step}; about {sample.tokens} tokens of text a row, {total} in all"
 
     def _memory(self, args: GOLDConfig, sample: RowSample) -> str:
-        """Of the longest micro-batch that the sample lets expect."""
+        """The activations of the longest micro-batch that the sample lets expect."""
         written = args.max_completion_length if args.lmbda > 0 or args.seq_kd else 0
         limit = args.max_length or sample.longest + written
         length = min(limit, sample.longest + written) if sample.lengths else limit
@@ -160,6 +160,6 @@ def _gib(size: float) -> str:
 
 
 def _bytes(model: nn.Module) -> int:
-    """Of this process, without what is offloaded."""
+    """Bytes of the weights on this process, without what is offloaded."""
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     return sum(p.numel() * p.element_size() for p in parts if not p.is_meta)

@@ -73,7 +73,7 @@ class Example:
         return replace(self, completion_ids=completion_ids, pieces=None, logprobs=logprobs)
 
     def unanswered(self) -> "Example":
-        """As the model is prompted, whatever its template writes before a known answer."""
+        """The example as the model is prompted, whatever its template writes before a known answer."""
         text, length = self.generation_prompt or (self.prompt_text, self.prompt_length)
         return replace(
             self, prompt_text=text, prompt_length=length, completion_ids=None, pieces=None
@@ -167,7 +167,7 @@ class SideInputs:
 
     @classmethod
     def without_tensors(cls, examples: list[Example]) -> "SideInputs":
-        """For a teacher that needs the examples alone: no picture becomes pixels for it."""
+        """For a teacher that needs the examples alone. No picture becomes pixels for it."""
         none = torch.empty(0, dtype=torch.int64)
         return cls(examples, {}, none, none)
 

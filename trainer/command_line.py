@@ -118,7 +118,7 @@ def _read_lists(config: Any) -> None:
 
 
 def named_fields(argv: list[str]) -> set[str]:
-    """Those that get a value, in the YAML file or by a flag."""
+    """Fields that get a value, in the YAML file or by a flag."""
     flags = (argument.partition("=")[0] for argument in argv if argument.startswith("--"))
     names = {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
     if argv and not argv[0].startswith("-"):
@@ -260,7 +260,9 @@ def train(argv: list[str]) -> None:
 
 
 def _check_checkpoint(config: GOLDConfig) -> None:
-    """Before models are loaded; whether it is complete is seen when the student is known."""
+    """Refuse a checkpoint that is not there, before models are loaded. Whether it is complete is
+    seen when the student is known.
+    """
     checkpoint = config.resume_from_checkpoint
     output_dir = config.output_dir or ""
     earlier = checkpoints.checkpoints_in(Path(output_dir))

@@ -130,7 +130,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         self._names = {*vars(self), "_names"}
 
     def check_again(self) -> None:
-        """Of fields that were set since: what the constructor would refuse. A trainer calls it."""
+        """Refuse what the constructor would, of fields that were set since. A trainer calls it."""
         if type(self) is GOLDConfig:  # a class of the user's own may have more
             known = getattr(self, "_names", vars(self))  # of an older file there are none
             new = [name for name in vars(self) if name not in known and name[0] != "_"]

@@ -161,7 +161,7 @@ def _flag(name: str, value: ast.expr | None) -> Flag:
 
 
 def _default(node: ast.expr | None) -> str:
-    """As a command line has it: the parts of a list one after the other."""
+    """A default as a command line has it: the parts of a list one after the other."""
     if node is None:
         return ""
     try:
@@ -179,7 +179,7 @@ def own_groups() -> list[tuple[str, list[Flag]]]:
 
 @cache
 def inherited() -> list[Flag]:
-    """Of transformers.TrainingArguments."""
+    """Flags of transformers.TrainingArguments."""
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("No module named 'transformers'")
@@ -243,7 +243,7 @@ def check_names(argv: Iterable[str]) -> None:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Those of a YAML file; ValueError for a key that there is not."""
+    """Fields of a YAML file; ValueError for a key that there is not."""
     fields, names = read_mapping(path), all_names()
     for name in fields:
         if name not in names:

@@ -30,7 +30,7 @@ def check_login(args: "GOLDConfig") -> None:
 
 @contextmanager
 def pushing(folder: str | None) -> Iterator[None]:
-    """Around a push of this folder, which holds the student already."""
+    """An error of a push of this folder says that the student is saved there."""
     try:
         yield
     except Exception as error:

@@ -126,7 +126,7 @@ def config_of(
 
 
 def _remedy(folder: Path) -> str:
-    """Of a folder or hub id without a config."""
+    """What to do about a folder or hub id without a config."""
     if (folder / "adapter_config.json").is_file():
         return (
             "it holds an adapter alone: load it with peft and pass the model, or save what its "

@@ -28,7 +28,7 @@ class MetricWindow:
         self.reset()
 
     def names(self, *, has_aux_loss: bool) -> list[str]:
-        """Of the means that an evaluation has."""
+        """Names of the means that an evaluation has."""
         sums = (*self.count_names, *self.objective.sums)
         means = list(self.objective.means(dict.fromkeys(sums, 1.0)))
         return [*means, AUX_LOSS] if has_aux_loss else means

@@ -156,7 +156,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """By transformers, in from_pretrained."""
+    """Whether transformers has quantised it, in from_pretrained."""
     return getattr(base_model(model), "quantization_method", None) is not None
 
 
@@ -299,7 +299,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_vocabulary_slice(weight: Tensor) -> bool:
-    """Of a head that transformers' tensor parallelism has cut, over the vocabulary."""
+    """Whether transformers' tensor parallelism has cut this head, over the vocabulary."""
     if not isinstance(weight, DTensor):
         return False
     return weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)

@@ -11,6 +11,6 @@ def nearest(name: Any, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
 
 
 def did_you_mean(name: Any, known: Iterable[Any], cutoff: float = 0.6) -> str:
-    """As the end of a sentence; empty where nothing is near."""
+    """The end of a sentence; empty where no known name is near."""
     found = nearest(name, known, cutoff)
     return "" if found is None else f"; did you mean {found}?"

@@ -75,8 +75,8 @@ def _refusal(field: str, text: str) -> ValueError:
 
 
 def without_head(quantization: Any, head: str) -> Any:
-    """The same, and the head is none of what is rounded. Without a list of the user's transformers
-    leaves it out itself.
+    """The same quantisation without the head. Where the user gives no list, transformers leaves the
+    head out itself.
     """
     for name in LEFT:
         left = getattr(quantization, name, None)

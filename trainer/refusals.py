@@ -94,7 +94,9 @@ def refuse_unusable(
 
 
 def refuse_no_batch(args: GOLDConfig, rows: Any) -> None:
-    """Of which no step would be taken, and the run would end as if it had been one."""
+    """Refuse rows that fill no batch: no step would be taken, and the run would end as if it had
+    been one.
+    """
     size = args.train_batch_size * args.world_size
     num_rows = len(rows) * args.num_generations if isinstance(rows, Sized) else size
     if args.dataloader_drop_last and num_rows < size:
@@ -106,7 +108,7 @@ def refuse_no_batch(args: GOLDConfig, rows: Any) -> None:
 
 
 def refuse_places(teacher_model: Any, args: GOLDConfig) -> None:
-    """Of the teacher's weights."""
+    """Refuse places of the teacher's weights that this run cannot have."""
     if teacher_model is None:
         remedy = ": its weights are where the student's are; pass teacher_model="
         must_be = "None for a student that is its own teacher"
@@ -188,7 +190,7 @@ def warn_of_no_crossentropy(args: GOLDConfig) -> None:
 
 
 def warn_of_no_evaluation(args: GOLDConfig) -> None:
-    """Of a run that ends before the first."""
+    """Warn where the run ends before its first evaluation."""
     if args.eval_strategy != "steps" or args.eval_on_start or args.max_steps <= 0:
         return
     for name in ("eval_steps", "eval_delay"):
@@ -214,7 +216,7 @@ def refuse_splits(train_dataset: Any) -> None:
 
 
 def refuse_datasets(train_dataset: Any, eval_dataset: Any, args: GOLDConfig) -> None:
-    """Of which no row is looked at yet."""
+    """Refuse datasets that do not fit the run; no row is looked at yet."""
     refuse_splits(train_dataset)
     if is_stream(train_dataset):
         warn_of_one_epoch(args)

@@ -265,7 +265,7 @@ def has_media(examples: Sequence[Example], kind: str) -> bool:
 
 
 def missing_media(examples: Sequence[Example], unscored: Sequence[Example]) -> list[Example]:
-    """Of the unscored examples one of each kind that the others have not."""
+    """One of the unscored examples for each kind that the others have not."""
     kinds = [kind for kind in MEDIA if not has_media(examples, kind)]
     found = (next((e for e in unscored if getattr(e, kind)), None) for kind in kinds)
     return [example for example in found if example is not None]

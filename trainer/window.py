@@ -119,7 +119,7 @@ def _share_pictures(batch: WindowBatch, pictures: Pictures) -> WindowBatch:
 
 
 def _key(example: Example) -> tuple[Any, ...]:
-    """The same for repetitions of a row in a window, which share its pictures."""
+    """A key that repetitions of a row in a window share: they share its pictures."""
     media = tuple(map(id, (*example.images, *example.videos)))
     return example.index, example.turn, example.prompt_text, media
 
@@ -142,12 +142,12 @@ class Rollouts:
 
     @cached_property
     def sampling(self) -> dict[str, Sampling]:
-        """Of each writer."""
+        """What each writer samples from."""
         collators = self.objective.collators
         return {name: Sampling.of(self.args, collators[name]) for name in self.writers}
 
     def check(self, hidden: Tensor, side: Side, inputs: SideInputs) -> None:  # (N, D)
-        """Of what the student has written: whether it would give its tokens the same odds."""
+        """Compare the odds that the student gives to what it has written with those of its writer."""
         self.sampling_check.add(hidden, side.head, side.form, inputs, self.sampling["student"])
 
     def logs(self, accelerator: Accelerator) -> dict[str, float]:
@@ -286,7 +286,9 @@ class Rollouts:
         step: int | str,
         before: Mapping[RowKey, int] | None,
     ) -> list[Prompt]:
-        """Of the batches' rows and, behind them, those that run the vision tower as others do."""
+        """Prompts of the batches' rows and, behind them, of rows that run the vision tower as
+        others do.
+        """
         rows = [e.unanswered() for batch in batches for e in self.objective.prompts(batch, name)]
         side = {"student": "unscored", "teacher": "teacher_unscored"}[name]
         if self.writers[name].runs_together:

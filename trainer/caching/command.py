@@ -96,7 +96,7 @@ def _encoder(run: Run, prepared: Prepared, dtype: str, caching: Caching) -> Enco
 
 
 def _own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Those of the command itself, and the rest, which is a run's."""
+    """The arguments of the command itself, and the rest, which are a run's."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--cache_dtype", default="auto")
     parser.add_argument("--cache_shard_mib", default="256")
@@ -145,7 +145,7 @@ def _folder(run: Run) -> Path:
 
 
 def _earlier(folder: Path, facts: dict[str, Any]) -> Manifest | None:
-    """What is there of an earlier run with the same facts, without what is damaged."""
+    """What an earlier run with the same facts has left, without what is damaged."""
     manifest = Manifest.read(folder)
     if manifest is None:
         own = {store.TEACHER, store.HEAD, run_lock.NAME}

@@ -67,7 +67,7 @@ def precision_of(args: GOLDConfig) -> str:
 
 
 def facts_of_processor(processor: Processor) -> dict[str, Any]:
-    """Of the processor that the teacher sees rows with."""
+    """What tells the processor with which the teacher sees rows from another."""
     template = processor.chat_template or tokenizer_of(processor).chat_template
     facts = {"chat_template": text_digest(template), "tokenizer": _tokenizer(processor)}
     for name in ("image_processor", "video_processor"):
@@ -93,13 +93,13 @@ def _stable(config: Mapping[str, Any]) -> str:
 
 
 def _as_text(values: Any) -> str:
-    """The same for a torch.dtype and its name."""
+    """JSON in which a torch.dtype and its name are the same."""
     return json.dumps(values, sort_keys=True, default=lambda v: str(v).removeprefix("torch."))
 
 
 def facts_of_teacher(args: GOLDConfig, name: str) -> dict[str, Any]:
-    """Of its weights, where their files or their commit are known, and of how they are loaded;
-    files are looked into here and there, not read.
+    """What tells the teacher's weights from others, where their files or their commit are known,
+    and how they are loaded. Files are looked into here and there, not read.
     """
     given = as_dict(args.teacher_model_init_kwargs)
     kept = {key: value for key, value in given.items() if key not in PLACES}

@@ -84,7 +84,7 @@ def _probed(path: str, size: int, _changed: int) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """Of a file that may be large: weights that were trained on differ all over."""
+    """A hash of parts of a file that may be large: weights that were trained on differ all over."""
     state = path.stat()
     return _probed(str(path), state.st_size, state.st_mtime_ns).hex()
 

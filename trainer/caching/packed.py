@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def pack(ids: Tensor, log_probs: Tensor) -> Tensor:  # (N, K) each -> (N, 2 K) float32
-    """In one tensor, as a cache keeps it; float32 holds ids up to 2**24."""
+    """Both in one tensor, as a cache keeps them; float32 holds ids up to 2**24."""
     return torch.cat([log_probs.float(), ids.float()], 1)
 
 

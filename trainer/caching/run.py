@@ -238,7 +238,7 @@ class Caching:
         )
 
     def _whole(self, inputs: SideInputs) -> SideInputs:
-        """With the tensors that a teacher elsewhere does without."""
+        """The inputs with the tensors that a teacher elsewhere does without."""
         if inputs.tensors:
             return inputs
         processor, device = self.prepared.teacher_processor, self.args.device

@@ -32,7 +32,7 @@ class Found(NamedTuple):
 def _examples(
     collate: Callable[[list[Any]], WindowBatch], rows: Iterable[Any]
 ) -> Iterator[Example | None]:
-    """As the teacher sees each row; None where nothing of it is scored."""
+    """Each row as the teacher sees it; None where nothing of it is scored."""
     for row in rows:
         batch = collate([row])
         example = batch.teacher_examples[0]

@@ -55,7 +55,7 @@ SCHEMA = pa.schema(
 
 
 class Place(NamedTuple):
-    """Which example: for messages, the content is what finds it."""
+    """Where an example stood, for messages: it is found by its content."""
 
     split: str
     row: int
@@ -106,7 +106,7 @@ def form_of_cache(args: GOLDConfig) -> str | None:
 
 
 def manifest_of(args: GOLDConfig) -> Manifest:
-    """Of a cache that open_cache has looked at."""
+    """The manifest of a cache that open_cache has looked at."""
     manifest = None if args.teacher_cache is None else Manifest.read(Path(args.teacher_cache))
     assert manifest is not None, "open_cache has read it"
     return manifest
@@ -263,7 +263,7 @@ class Index:
         return int(np.sum(self.table["length"].to_numpy()))
 
     def find(self, key: bytes) -> int | None:
-        """Where in the table it stands."""
+        """The place of a key in the table; None where it is not there."""
         start = np.frombuffer(key[:8], dtype=np.uint64)[0]
         at = int(np.searchsorted(self.starts, start))
         while at < len(self.starts) and self.starts[at] == start:
@@ -277,7 +277,7 @@ class Index:
         return self.table.slice(position, 1).to_pylist()[0]
 
     def entries_of(self, row: int, turn: int | None) -> Iterator[dict[str, Any]]:
-        """Of examples that stood at this row and turn; slow, for messages."""
+        """Entries of examples that stood at this row and turn. It is slow, and for messages."""
         for position in np.flatnonzero(self.table["row"].to_numpy() == row):
             entry = self.entry(int(position))
             if entry["turn"] == turn:
@@ -285,7 +285,7 @@ class Index:
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that the folder is on, or will be."""
+    """Free bytes of the disk that the folder is on, or will be."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -77,7 +77,7 @@ def check(argv: list[str]) -> int:
 
 
 def _own_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Those of the command itself, and the rest, which is a run's."""
+    """The arguments of the command itself, and the rest, which are a run's."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--num_examples", default="2")
     parser.add_argument("--output")
@@ -123,7 +123,7 @@ def _objective(run: Run, prepared: Prepared) -> tuple[Objective, list[str]]:
 
 
 def _num_rows_of_a_run(args: GOLDConfig) -> int | None:
-    """Of a stream, which a run reads no further."""
+    """How many rows of a stream a run reads; None: all."""
     if args.max_steps <= 0:
         return None
     sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size

@@ -20,7 +20,7 @@ DETAIL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\[[^\]]*\]|\d+")
 
 
 class Tokens(NamedTuple):
-    """Of one example on one side."""
+    """Numbers of tokens of an example on one side."""
 
     prompt: int  # image tokens included
     completion: int | None  # None where it has to be written
@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Part:
-    """Of one batch."""
+    """What a worker finds in one batch."""
 
     refused: list[BadRow]
     tokens: dict[str, list[Tokens]]  # by side; the student's alone where both see the same
@@ -99,7 +99,7 @@ class Refusal:
 
 @dataclass
 class SplitReport:
-    """Of all rows of a split."""
+    """What is found in all rows of a split."""
 
     name: str  # "train" or "eval"
     num_rows: int = 0  # examples: with train_on="all" a row may be several
@@ -158,7 +158,7 @@ class SplitReport:
         return {name: _distribution(values) for name, values in counted.items() if values}
 
     def shares(self, args: GOLDConfig) -> dict[str, float]:
-        """Of the rows that can be used, on each side."""
+        """Shares of the rows that can be used, on each side."""
         shares = {}
         for side, tokens in self._sides().items():
             lengths = [t.completion for t in tokens if t.completion is not None]
@@ -187,7 +187,7 @@ class SplitReport:
         }
 
     def as_dict(self, args: GOLDConfig) -> dict[str, Any]:
-        """For JSON."""
+        """The report for JSON."""
         return {
             "rows": self.num_rows,
             "refused": self.num_refused,

@@ -125,5 +125,5 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 def _line(console: Console, text: str) -> None:
-    """As it is: neither wrapped nor read for markup."""
+    """Print text as it is: neither wrapped nor read for markup."""
     console.print(text, markup=False, soft_wrap=True)

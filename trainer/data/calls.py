@@ -58,7 +58,7 @@ def _from_caller(message: Message, index: int) -> Message:
 
 
 def _as_call(call: Any) -> Any:
-    """As servers have it; what is no call stays as it is."""
+    """The call in the form that servers have; what is no call stays as it is."""
     if not isinstance(call, Mapping) or isinstance(call.get("function"), Mapping):
         return call
     return {"type": "function", "function": call}

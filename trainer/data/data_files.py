@@ -108,7 +108,7 @@ class MappedRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def column_names(self) -> list[str]:
-        """As rows have them, where they are known without reading files."""
+        """Names of columns as rows have them, where they are known without reading files."""
         args = self.data_args
         taken = {args.prompt_column, args.completion_column, args.image_column}
         names = [name for name in names_of(self.rows) if name not in taken]
@@ -304,7 +304,7 @@ def _load_folder(path: Path, split: str) -> Sequence[dict[str, Any]]:
 
 
 def saved_splits(path: Path) -> dict[str, datasets.Dataset] | None:
-    """Of a save_to_disk folder; None for another."""
+    """Datasets of a save_to_disk folder by split; None for another folder."""
     if not any((path / name).exists() for name in SAVED):
         return None
     saved = datasets.load_from_disk(str(path))
@@ -312,7 +312,7 @@ def saved_splits(path: Path) -> dict[str, datasets.Dataset] | None:
 
 
 def load_files_of(path: Path, split: str, **options: Any) -> Any:
-    """Of a folder: pictures with metadata, or files."""
+    """Rows of a folder of pictures with metadata, or of files."""
     bases = split_names(split)
     if (path / METADATA_CSV).exists() and bases == ["train"]:
         return _load_metadata(path, split, **options)
@@ -343,7 +343,7 @@ def refuse_missing_split(split: str, splits: Collection[str], path: Path) -> Non
 
 
 def split_names(split: str) -> list[str]:
-    """Of a split's text, as train[:5%] or train+test: the names in it."""
+    """Names in the text of a split, as train[:5%] or train+test."""
     return list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
 
 

@@ -58,7 +58,7 @@ class MappedStream(IterableDataset):
 
 
 class JsonRows(IterableDataset):
-    """Of a json or jsonl file: contents of mixed shape are welcome, as Arrow never sees them."""
+    """Rows of a json or jsonl file. Contents may be of mixed shape: Arrow never sees them."""
 
     def __init__(self, path: Path, start: int = 0, stop: int | None = None) -> None:
         self.path, self.start, self.stop = path, start, stop

@@ -9,8 +9,8 @@ JSON_SUFFIXES = (".json", ".jsonl")
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a .json file, which is one list or has a row a line, or of a .jsonl file, line by line;
-    pictures by path.
+    """Rows of a .json file, which is one list or has a row a line, or of a .jsonl file, line by
+    line; pictures by path.
     """
     rows = _in_list(path) if path.suffix == ".json" else _in_lines(path)
     for where, row in rows:
@@ -23,7 +23,7 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _in_list(path: Path) -> Iterator[tuple[str, Any]]:
-    """With the place of each row, as errors say it."""
+    """Rows and the place of each, as errors say it."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows = json.loads(text, object_pairs_hook=_once)

@@ -114,7 +114,7 @@ class PictureReader:
         return self.path(text, where)
 
     def path(self, text: str, where: str, what: str = "a picture") -> Path:
-        """Of a file that is there, in the folder if paths are confined to it."""
+        """The path of a file that is there, in the folder if paths are confined to it."""
         if "://" in text:
             raise PictureError(
                 f"{where} must be a file, got the address {text[:80]!a}; nothing is fetched: "
@@ -166,7 +166,7 @@ def unreadable(index: int, key: str, error: Exception) -> PictureError:
 
 
 def _from_base64(text: str | bytes) -> bytes:
-    """Of either alphabet, with padding or without."""
+    """Decode either alphabet, with padding or without."""
     text = text.decode("ascii") if isinstance(text, bytes) else text
     data = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
     return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)

@@ -45,7 +45,7 @@ def told(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of one that goes on with a trace or advice, as compilers' do."""
+    """The first line of an error that goes on with a trace or advice, as compilers' do."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -80,7 +80,7 @@ REASONS = ("long_prompt", "picture", "template", "no_answer", "other")
 
 @dataclass(frozen=True)
 class BadRow:
-    """In the place of a row that is left out."""
+    """Stands in the place of a row that is left out."""
 
     index: int  # row of the dataset
     reason: str

@@ -28,7 +28,7 @@ class RowSample(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of a row, the middle one."""
+        """Tokens of the middle row by length."""
         return round(statistics.median(self.lengths)) if self.lengths else 0
 
     @property

@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 
 def name_of(index: int, turn: int | None) -> str:
-    """As errors begin."""
+    """The row as errors begin."""
     return f"row {index}" if turn is None else f"row {index}, turn {turn}"
 
 
@@ -136,7 +136,7 @@ class RowReader:
     def rows(
         self, columns: Any, index: int, *, is_tolerant: bool = False
     ) -> Iterator[Row | BadRow]:
-        """Of every turn that is learnt."""
+        """A Row for every turn that is learnt."""
         columns = self.columns(columns)
         for turn in range(self.num_turns(columns, index)):
             try:

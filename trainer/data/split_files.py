@@ -61,7 +61,9 @@ def files_of_one_kind(folder: Path, splits: Sequence[str]) -> dict[str, list[Pat
 
 
 def _named(folder: Path, split: str) -> list[Path]:
-    """As datasets reads names: train.jsonl, train-00000.jsonl, train/a.jsonl; for "" all."""
+    """Files that datasets would read for a split: train.jsonl, train-00000.jsonl, train/a.jsonl;
+    for "" all.
+    """
     is_of_split = re.compile(rf"(^|[-._ /\d]){re.escape(split)}([-._ /\d]|$)")
     suffixes = (*JSON_SUFFIXES, *BUILDERS)
     found = []

@@ -59,7 +59,9 @@ class Conversation(NamedTuple):
 def read_conversation(
     columns: Mapping[str, Any], index: int, is_text: bool, is_table: bool
 ) -> Conversation | None:
-    """Of messages, or of prompt and completion; None for plain text that stays plain."""
+    """The conversation of messages, or of prompt and completion; None for plain text that stays
+    plain.
+    """
     conversation = _as_written(columns, index, is_text, is_table)
     if conversation is None or conversation.messages[-1]["role"] != "assistant":
         return conversation

@@ -137,7 +137,7 @@ def refuse_videos(
 
 
 def describe_videos(videos: Sequence[Video]) -> str:
-    """For the error of a processor that refuses them."""
+    """Videos in the error of a processor that refuses them."""
     if not videos:
         return ""
     kinds = [v.path if v.frames is None else v.frames.shape[:3] for v in videos]

@@ -30,7 +30,7 @@ class CacheFields:
 
     @property
     def form_to_make(self) -> str:
-        """Of a cache that gold-trainer cache-teacher makes."""
+        """The form of a cache that gold-trainer cache-teacher makes."""
         args: Any = self  # a GOLDConfig
         return self.teacher_cache_form or ("top_k" if args.loss_top_k else "hidden")
 

@@ -196,7 +196,7 @@ def refuse_quoted(value: Any, where: str) -> None:
 
 
 def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """Of a field that a command line has as JSON."""
+    """The value of a field that a command line has as JSON."""
     assert not isinstance(value, str), "GOLDConfig has read the JSON"
     return value or {}
 

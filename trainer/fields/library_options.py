@@ -110,7 +110,7 @@ def _try_schedule(args: GOLDConfig) -> None:
 
 
 def _with_dtype(field: str, given: dict[str, Any]) -> dict[str, Any]:
-    """With the name that torch has; torch.bfloat16 is read as bfloat16."""
+    """The options with torch's name of a dtype; torch.bfloat16 is read as bfloat16."""
     for key in ("dtype", "torch_dtype"):
         value = given.get(key)
         if not isinstance(value, str) or value == "auto":

@@ -16,8 +16,8 @@ LEFT = re.compile(r"\$(\w+|\{[^}]*\}?|\([^)]*\)?)")
 
 
 def expand_paths(config: Any, owner: str) -> None:
-    """Of a dataclass of fields; ValueError for a variable that is not set: a folder of that name
-    would be made.
+    """Read ~ and variables in the paths of a dataclass of fields. ValueError for a variable that is
+    not set: a folder of that name would be made.
     """
     for name in PATHS:
         value = getattr(config, name, None)

@@ -340,7 +340,7 @@ def check_output_dir(args: TrainingArguments) -> None:
 
 
 def _refuse_what_is_in_the_way(folder: Path, *, saves: bool) -> None:
-    """Of what a run saves there, the first time after an hour."""
+    """Refuse what stands where the run saves: that would show at the first save, after an hour."""
     for path in sorted(folder.glob("checkpoint-*")):
         number = path.name.removeprefix("checkpoint-")
         if saves and number.isdecimal() and not path.is_dir():

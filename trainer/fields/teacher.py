@@ -287,7 +287,7 @@ def take_address(args: Any, url: str) -> None:  # a GOLDConfig
 
 
 def args_by_teacher(args: Any) -> dict[str, Any]:  # GOLDConfigs
-    """Of each of teacher_models: the config of a run with it alone. Each has a cache of its own."""
+    """For each of teacher_models the config of a run with it alone. Each has a cache of its own."""
     return {key: _of_one(args, key, name) for key, name in (args.teacher_models or {}).items()}
 
 

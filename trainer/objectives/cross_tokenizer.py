@@ -70,7 +70,7 @@ class CrossTokenizer(Objective):
         }
 
     def own_options(self, args: GOLDConfig, aligner: CompletionAligner) -> dict[str, Any]:
-        """Of the fused loss, beside those that all have."""
+        """Options of the fused loss beside those that all losses have."""
         return {
             "overlap": self.overlap,
             "matched_weight": args.uld_hybrid_matched_weight,

@@ -27,7 +27,7 @@ REMEDY = "make a cache of teacher_cache_form=hidden"
 
 
 def pack(teacher: HeadMeans) -> Tensor:  # (N, D + 3) float32
-    """In one tensor; float32 holds tokens up to 2**24."""
+    """All of it in one tensor; float32 holds tokens up to 2**24."""
     others = teacher.entropies, teacher.bias_means, teacher.tokens.float()
     return torch.cat([teacher.means, *(part.unsqueeze(1) for part in others)], 1)
 

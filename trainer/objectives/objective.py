@@ -67,7 +67,9 @@ class Objective(ABC):
         given: Processor | None,
         student: Processor,
     ) -> Processor:
-        """With which the teacher sees rows; ValueError where it does not fit the student's."""
+        """The processor with which the teacher sees rows; ValueError where it does not fit the
+        student's.
+        """
 
     @abstractmethod
     def prompts(self, batch: WindowBatch, writer: str) -> list[Example]:
@@ -118,7 +120,7 @@ class Objective(ABC):
         return self.crossentropy_weight > 0 and not batch.is_on_policy
 
     def label_options(self, batch: MicroBatch, label_weights: Tensor) -> dict[str, Any]:
-        """Of a fused loss that has a cross-entropy in this batch."""
+        """Options of a fused loss for the cross-entropy, where it is part of this batch's loss."""
         if not self.has_labels(batch):
             return {}
         return {"labels": batch.student.labels, "label_weights": label_weights}
@@ -140,11 +142,11 @@ class Objective(ABC):
 
     @property
     def entries(self) -> tuple[int | None, int | None]:
-        """Of both heads, that take part; None: all."""
+        """Entries of both heads that take part; None: all."""
         return self.forms[0].num_entries, self.forms[1].num_entries
 
     def weigh_tokens(self, weighting: Weighting | None) -> None:
-        """Before the first loss; what the units weigh is logged then."""
+        """Take the weighting, before the first loss. What the units weigh is logged from then on."""
         self.weighting = weighting
         if weighting is not None:
             refuse_text(weighting.name, not self.collators["student"].is_vlm)
@@ -221,7 +223,7 @@ def even_weights(num_units: int, num_labels: int, device: torch.device) -> Tenso
 
 
 def mean_of(total: float, number: float) -> float:
-    """Of nothing NaN: no number to choose a checkpoint by."""
+    """The mean of nothing is NaN: it is no number to choose a checkpoint by."""
     return total / number if number else math.nan
 
 
@@ -235,7 +237,7 @@ def summed(values: Mapping[str, Tensor | None], weights: Tensor | None) -> dict[
 
 
 def count_tokens(batches: list[WindowBatch]) -> int:
-    """Of the student's completions."""
+    """Tokens of the student's completions."""
     return sum(len(example.written_ids) for batch in batches for example in batch.examples)
 
 

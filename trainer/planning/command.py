@@ -95,7 +95,9 @@ def _gib(text: str) -> float:
 
 
 def _assume_bf16(run: Run, argv: list[str]) -> None:
-    """Where nothing says the precision: this machine may have no GPU, the one of the run has."""
+    """Set bf16 where nothing says the precision: this machine may have no GPU, the one of the run
+    has.
+    """
     if not named_fields(argv) & {"bf16", "fp16", "use_cpu"}:
         run.config.bf16 = True
 
@@ -112,7 +114,7 @@ def _precision(run: Run, setup: Setup) -> str:
 
 
 def _elsewhere(subject: Subject) -> str:
-    """Of a teacher."""
+    """Where a teacher is that is not in this process."""
     if subject.stored is None or subject.args.teacher_cache is None:
         return "in its server"
     return f"from its cache, {subject.stored.num_bytes} bytes a scored token"

@@ -96,7 +96,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _pointwise(*operands: Any) -> Tensor:
-    """Of the layout of the operand that has the result's shape, as on a device."""
+    """A result in the layout of the operand that has its shape, as on a device."""
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
     shape = torch.broadcast_shapes(*[tensor.shape for tensor in tensors])
     dtype = torch.result_type(*operands)

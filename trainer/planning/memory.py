@@ -339,7 +339,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _cache_bytes(config: Any) -> int:
-    """Of keys and values of a token, in 16 bits."""
+    """Bytes of the keys and values of a token, in 16 bits."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value = getattr(config, "num_key_value_heads", None) or heads

@@ -55,7 +55,7 @@ class Stored(NamedTuple):
 
 
 def kept_tokens(args: GOLDConfig) -> Stored:
-    """Of loss_top_k: ids and log-probabilities."""
+    """What loss_top_k keeps of a token: ids and log-probabilities."""
     return Stored(2 * args.loss_top_k, torch.float32, has_head=False)
 
 

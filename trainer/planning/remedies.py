@@ -57,7 +57,7 @@ class Candidate(NamedTuple):
 
 
 def remedies(planner: Planner, room: int) -> list[Remedy]:
-    """Those that help, one on top of the other, until the peak is within room."""
+    """Remedies that help, one on top of the other, until the peak is within room."""
     found: list[Remedy] = []
     total = planner.plan().total
     for step in STEPS:
@@ -163,7 +163,7 @@ def _with_batch(planner: Planner, size: int, accumulation: int) -> Planner:
 
 
 def _scaled(planner: Planner, size: int, accumulation: int, factor: int) -> Planner:
-    """As if all that a pass makes were a sum over rows."""
+    """A planner as if all that a pass makes were a sum over rows."""
     changed = with_fields(planner, **_sizes(size, accumulation))
     passes = planner.passes
     forward, backward = (

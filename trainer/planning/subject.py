@@ -86,7 +86,9 @@ def _stored(args: GOLDConfig) -> Stored | None:
 
 
 def _empty(name: str, init_kwargs: Any, revision: str | None) -> PreTrainedModel:
-    """In the dtype and with the attention that the run would load it with."""
+    """The model without weights, in the dtype and with the attention that the run would load it
+    with.
+    """
     model = loading.empty_model(name, init_kwargs, revision)
     given = init_kwargs or {}
     dtype = given.get("dtype", given.get("torch_dtype", "auto"))
@@ -102,7 +104,7 @@ def _empty(name: str, init_kwargs: Any, revision: str | None) -> PreTrainedModel
 
 
 def longest_of(rows: Any, objective: Objective, args: GOLDConfig) -> Sample:
-    """Of rows that stand evenly over the dataset, or of a stream's first ones."""
+    """The longest of rows that stand evenly over the dataset, or of a stream's first ones."""
     started, best, num_rows = time.monotonic(), None, 0
     if isinstance(rows, RowStream):
         items = (row for row, _ in zip(rows, range(NUM_ROWS), strict=False))

@@ -71,7 +71,7 @@ def read_view(
 
 
 def _of_text(columns: Mapping[str, Any], row: "Row", reader: "RowReader") -> TeacherView:
-    """Of plain text, which has no pictures."""
+    """The teacher's view of plain text, which has no pictures."""
     values = reader.column(columns, IMAGES, row.index)
     reader.refuse_media(values, [], row.index)
     prompt = parsed_messages(columns.get(MESSAGES))

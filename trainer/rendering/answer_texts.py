@@ -179,7 +179,7 @@ class _Sample:
         return b"".join(_fence(part) if part in names else part.encode() for part in parts)
 
     def thoughts_and_content(self, frames: Frames) -> dict[str, tuple[int, int]]:
-        """Where they stand in the text."""
+        """Where thoughts and content stand in the text."""
         assert frames.plain is not None, "a row without frames is whole"
         found = None
         if frames.thinking is not None and frames.thinking.prompt == frames.prompt:

@@ -50,7 +50,9 @@ def refuse_lost_turns(row: Row, prompt: str, render: Callable[[Row], str]) -> No
 
 
 def refuse_cut_text(row: Row, pieces: Sequence[Piece], behind_end: Callable[[str], str]) -> None:
-    """Where nothing tells an answer's text from what ends it, the first end token is the end."""
+    """Refuse an answer that goes on behind an end token, where nothing tells its text from what
+    ends it: the first end token is the end.
+    """
     lost = behind_end(pieces[0].text) if len(pieces) == 1 else ""
     if lost:
         raise ValueError(

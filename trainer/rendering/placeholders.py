@@ -17,7 +17,7 @@ NAMES = re.compile(r"(image|video|audio|vision|boi|eoi)\w*token$")
 
 
 def placeholder_names(processor: Any, ids: Collection[int]) -> list[str]:
-    """Those of the model's ids, and those that its processor looks for."""
+    """Names of the model's placeholder ids, and those that its processor looks for."""
     is_vlm = isinstance(processor, ProcessorMixin)
     tokenizer = processor.tokenizer if is_vlm else processor
     names = tokenizer.convert_ids_to_tokens(sorted(ids))
@@ -29,7 +29,7 @@ def placeholder_names(processor: Any, ids: Collection[int]) -> list[str]:
 
 
 def refuse_placeholders(row: Row, names: Collection[str]) -> None:
-    """Of all that a template may write before the answer."""
+    """Refuse placeholders in all that a template may write before the answer."""
     for where, text in _texts(row):
         found = next((name for name in names if name in text), None)
         if found is not None:
@@ -57,7 +57,7 @@ def refuse_places_elsewhere(row: Row) -> None:
 
 
 def _texts(row: Row) -> Iterator[tuple[str, str]]:
-    """With the place where each stands."""
+    """Those texts, each behind its place in the row."""
     if isinstance(row.prompt, str):
         yield "prompt", row.prompt
         return

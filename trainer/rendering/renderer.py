@@ -57,7 +57,7 @@ class Renderer:
         self.warned: set[str] = set()  # keys that the template does not write
 
     def prompt(self, row: Row) -> str:
-        """As the model is prompted."""
+        """The text that the model is prompted with."""
         if row.is_prefill:
             return self._template(row, _turns(row), continue_final_message=True)
         return self._template(row, _turns(row), add_generation_prompt=True)
@@ -91,7 +91,7 @@ class Renderer:
         return Frame(rendered[:start], tuple(probes[probe] for _, probe in places), tuple(marks))
 
     def frames(self, row: Row, prompt: str) -> Frames:
-        """Around an answer that is not known yet."""
+        """What is written around an answer that is not known yet."""
         answer = {"role": "assistant", CONTENT: "answer"}
         plain = self.frame(row, answer, prompt, [CONTENT])
         both = self._readable(row, {**answer, THOUGHTS: "thoughts"})
@@ -287,7 +287,7 @@ class Renderer:
 
 
 def _remedy(roles: Sequence[str]) -> str:
-    """For turns that many a template refuses."""
+    """What to do about turns that many a template refuses."""
     turns = [(i, role) for i, role in enumerate(roles) if role not in ("system", "developer")]
     for (i, role), (j, after) in pairwise(turns):
         if role == after and role in ("user", "assistant"):

@@ -248,7 +248,7 @@ class _Reader:
         return self.value(kinds, key)
 
     def value(self, kinds: Kinds, key: Kinds) -> Kinds:
-        """Of a dict or a list, at the key."""
+        """Kinds of a dict's or a list's value at the key."""
         if Kind("message") in kinds:
             self.read(key)
         return _elements(kinds) | OTHER
@@ -258,7 +258,7 @@ class _Reader:
         self.has_all |= any(kind.base != "text" for kind in key)
 
     def show(self, kinds: Kinds) -> None:
-        """As a whole."""
+        """A message that is shown as a whole is read with all its keys."""
         self.has_all |= any(kind.base == "message" for kind in kinds)
 
     def lists(self, kinds: Kinds) -> Kinds:
@@ -356,13 +356,13 @@ def _name(node: nodes.Node) -> str:
 
 
 def _elements(kinds: Kinds) -> Kinds:
-    """Of lists of these kinds; what else there is has elements of another kind."""
+    """Kinds of the elements of lists of these kinds; anything else has elements of another kind."""
     inside = frozenset(kind._replace(depth=kind.depth - 1) for kind in kinds if kind.depth)
     return inside | (OTHER if any(not kind.depth for kind in kinds) else NOTHING)
 
 
 def _without_texts(kinds: Kinds) -> Kinds:
-    """Where a constant may have become another text."""
+    """The kinds where a constant may have become another text."""
     return frozenset(
         Kind("other") if kind.base == "text" and not kind.depth else kind for kind in kinds
     )

@@ -7,7 +7,7 @@ from jinja2.visitor import NodeTransformer
 
 
 def variables_read(tree: nodes.Template) -> frozenset[str]:
-    """Those that it looks up before it sets them. The tree is changed."""
+    """Variables that the template looks up before it sets them. The tree is changed."""
     _SetBefore().visit(tree)
     return frozenset(meta.find_undeclared_variables(tree))
 
@@ -30,13 +30,13 @@ class _SetBefore(NodeTransformer):
 
 
 def _set_in(body: Sequence[nodes.Node]) -> frozenset[str]:
-    """By the statements of a branch themselves: what its own ifs set stands in front of them."""
+    """Names that the statements of a branch set; what its own ifs set stands in front of them."""
     targets = [part.target for part in body if isinstance(part, nodes.Assign | nodes.AssignBlock)]
     return frozenset(target.name for target in targets if isinstance(target, nodes.Name))
 
 
 def _looked_up(body: Sequence[nodes.Node], node: nodes.Node) -> set[str]:
-    """By what stands in the node."""
+    """Names that these parts of the node look up."""
     assert node.environment is not None, "a parser sets it"
     template = nodes.Template(list(body))
     template.set_environment(node.environment)

@@ -10,7 +10,7 @@ WORTH_A_LINE = 0.1  # seconds
 
 
 class CompileNote:
-    """Of the process that shows the progress; where it shows no bar, lines alone."""
+    """What the process that shows the progress says of compiling; without a bar, lines alone."""
 
     def __init__(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
         self.callbacks = callbacks  # those of the trainer, to which others may still come

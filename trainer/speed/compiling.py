@@ -75,7 +75,7 @@ class LayerKind:
             return type(layer).forward(layer, *args, **kwargs)
 
     def _give_up(self, error: Exception) -> None:
-        """What is the layer's own error comes again without the compiler."""
+        """Run without the compiler from now on. An error of the layer's own comes again without it."""
         self.is_compiled = False
         reason = first_line(error)
         if isinstance(error, FailOnRecompileLimitHit):
@@ -172,7 +172,9 @@ class CompiledStep:
                 events.remove_end_callback(end)
 
     def _tell(self) -> None:
-        """Where a step has compiled something: the first ones, and one with a new kind of batch."""
+        """Say so where a step has compiled something: the first ones, and one with a new kind of
+        batch.
+        """
         if self.seconds > 0 and self.args.process_index == 0:
             names = ", ".join(kind.name for kind in self.kinds if kind.is_compiled)
             self.note.end(self.seconds, names)

@@ -35,7 +35,7 @@ def add_features(
 
 
 def additions_of(models: Iterable[nn.Module | None]) -> list[Replacement]:
-    """Of classes of modules that have the method as it is known here."""
+    """Replacements in classes of modules that have the method as it is known here."""
     kinds = {type(m) for model in models if model is not None for m in model.modules()}
     return [
         Replacement(kind, METHOD, add_features)

@@ -25,7 +25,7 @@ PARAMETERS = ["self", "input_ids", "inputs_embeds", "image_features", "video_fea
 
 
 def methods_of(models: Iterable[nn.Module | None]) -> list[Replacement]:
-    """Those that are as they are known here."""
+    """Replacements of the methods that are as they are known here."""
     modules = (m for model in models if model is not None for m in model.modules())
     kinds = {kind for own in {type(m) for m in modules} for kind in own.__mro__}  # below FSDP's
     found = []

@@ -38,7 +38,7 @@ class Copied(NamedTuple):
 
 
 def pinned(tensor: Tensor, args: TrainingArguments) -> Tensor:
-    """In memory from which the device copies without anybody waiting for it, if that is wanted."""
+    """The tensor in memory from which the device copies without anybody waiting for it, if wanted."""
     is_wanted = args.dataloader_pin_memory and args.device.type == "cuda"
     return tensor.pin_memory() if is_wanted else tensor
 
@@ -122,7 +122,7 @@ def _through(ask: Callable[[], Any]) -> Any:
 
 @contextmanager
 def answers_kept(answers: list[Any]) -> Iterator[None]:
-    """What is answered within is appended, as it is on the device."""
+    """Within it every answer is appended, as it is on the device."""
 
     def keep(ask: Callable[[], Any]) -> Any:
         answers.append(ask())
@@ -134,14 +134,14 @@ def answers_kept(answers: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def answers_given(answers: list[Any]) -> Iterator[None]:
-    """For whom asks the same once more: nothing goes to the device again."""
+    """Within it answers are those of before, in order: nothing goes to the device again."""
     given = iter(answers)
     with replaced(sys.modules[__name__], "_through", lambda ask: next(given)):
         yield
 
 
 def index_of(base: Any) -> list[Replacement]:
-    """Of a model that counts positions row by row."""
+    """The replacement of a model's method that counts positions row by row."""
     kind = type(getattr(base, base.base_model_prefix, base))
     method = vars(kind).get(INDEX)
     return [] if method is None else [Replacement(kind, INDEX, index_answered(method))]
@@ -170,7 +170,9 @@ _answers: OrderedDict[Any, Any] = OrderedDict()  # the last ones, by function, s
 
 
 def _answer(function: Callable, sizes: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Of sizes and numbers alone; with a config, or tensors that were made before, asked anew."""
+    """What follows from sizes and numbers alone is kept; with a config, or tensors that were made
+    before, the function is asked anew.
+    """
     numbers = {name: value for name, value in kwargs.items() if name != "kwargs"}
     is_plain = all(isinstance(value, (int, float, str)) for value in (*args, *numbers.values()))
     if not is_plain or any(isinstance(v, Tensor) for v in (kwargs.get("kwargs") or {}).values()):

@@ -50,7 +50,7 @@ class Recording:
 
 
 class Call(NamedTuple):
-    """Of a tower, as it can be recorded."""
+    """A call of a tower, as it can be recorded."""
 
     key: tuple[Any, ...]  # calls with the same one launch the same
     patches: Tensor  # (T, D)

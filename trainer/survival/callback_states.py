@@ -39,7 +39,7 @@ class CallbackStates(TrainerCallback):
 
 
 def check_early_stopping(callbacks: Sequence[Any], args: TrainingArguments) -> None:
-    """Of which transformers makes an AssertionError, after models are loaded."""
+    """Refuse what transformers would answer with an AssertionError, after models are loaded."""
     if not any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks):
         return
     for name, is_missing, value in (

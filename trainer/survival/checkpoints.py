@@ -73,7 +73,7 @@ def mark_complete(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Of the run that wrote a checkpoint; empty where nothing says them."""
+    """Settings of the run that wrote a checkpoint; empty where nothing says them."""
     try:
         return json.loads((folder / MARK).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError):

@@ -214,7 +214,7 @@ def _adapter_of_student(student: nn.Module) -> dict[str, Any]:
 
 
 def _shape_of(config: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it, with names in order: sets have none."""
+    """Fields of a config that say its shape, as JSON has them; sets in order."""
     shape = {}
     for name, value in config.items():
         if name not in NO_SHAPE:

@@ -112,7 +112,7 @@ def _leave(trainer: "GOLDTrainer", error: BaseException) -> None:
 
 
 def _end(trainer: "GOLDTrainer") -> None:
-    """After the step in which a signal came."""
+    """End the process after the step in which a signal came."""
     name = trainer.stopper.signal or signal.SIGTERM  # another rank has it
     step = trainer.state.global_step
     message = f"GOLDTrainer: stopped by {name.name} after step {step}; {_where(trainer.args)}."

@@ -84,7 +84,7 @@ def check_cached(
     eval_dataset: Any,  # or a dict of them
     collate: Callable[[list[Any]], WindowBatch],
 ) -> None:
-    """Where a teacher is a cache, it is one of these rows; of several, of those with its id."""
+    """Refuse a cache that does not hold these rows; of several, those with its id."""
     several: dict[str | None, Teacher] = {None: teacher}
     if isinstance(teacher, TeachersById):
         several = dict(teacher.teachers.items())

@@ -176,7 +176,7 @@ class CachedTeacher(AbsentTeacher):
 
     @classmethod
     def open(cls, processor: Processor, args: GOLDConfig) -> "CachedTeacher":
-        """Where source_of has found nothing wrong; processor is the teacher's."""
+        """Open a cache in which source_of has found nothing wrong; processor is the teacher's."""
         assert args.teacher_cache is not None, "there is a cache"
         folder = Path(args.teacher_cache)
         for name in ("teacher_offload", "teacher_device", "teacher_model_server_url"):

@@ -22,8 +22,8 @@ from gold_trainer.teachers.teacher import Teacher
 
 
 def _bring_back(head: Any) -> None:
-    """Of an offloaded model the head alone stays on the device: the loss reads its weight outside
-    the head's own forward pass.
+    """Keep the head of an offloaded model on the device: the loss reads its weight outside the
+    head's own forward pass.
     """
     if head.weight.is_meta:
         device = head._hf_hook.execution_device

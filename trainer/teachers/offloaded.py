@@ -77,7 +77,7 @@ class OffloadedTeacher(FrozenTeacher):
             yield self.model
 
     def _write(self, layers: list[Layer]) -> None:
-        """What is not on disk yet."""
+        """Write what is not on disk yet."""
         mapped = {id(tensor) for tensor in self.stored.values()}
         sources = [tensor for layer in layers for tensor in layer.sources.values()]
         needed = sum(tensor.nbytes for tensor in sources if id(tensor) not in mapped)

@@ -38,7 +38,7 @@ class WeightingFields:
     )
 
     def name_weighting(self) -> None:
-        """Of a function the name, which a checkpoint can hold."""
+        """Put the name of a function in its place, which a checkpoint can hold."""
         given: Any = self.token_weighting
         if given is None or isinstance(given, str) or not callable(given):
             return

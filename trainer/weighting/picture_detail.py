@@ -94,7 +94,7 @@ class PictureDetail:
         is_compared: Tensor,  # (N,)
         counts: Tensor,  # (B,) float64 tokens that are compared
     ) -> Tensor:  # (N,)
-        """Of the high and of the low group of each completion."""
+        """Weights of tokens by the high and the low group of each completion."""
         by_advantage = torch.where(is_compared, advantage, -1).argsort(stable=True, descending=True)
         order = by_advantage[of[by_advantage].argsort(stable=True)]
         lengths = torch.zeros_like(counts).index_add_(0, of, torch.ones_like(of).double())
@@ -116,7 +116,9 @@ class PictureDetail:
         prompts: Tensor,  # (B,) which prompt each completes, in [0, B)
         has_picture: Tensor,  # (B,)
     ) -> Tensor:  # (B,)
-        """Of a completion in the weight of its prompt's tokens, over its own share of them."""
+        """A completion's share of the weight of its prompt's tokens, over its share of these
+        tokens.
+        """
         temperature = self.temperature
         assert temperature is not None, "completions of a prompt are weighed"
 
@@ -143,7 +145,7 @@ class PictureDetail:
 
 
 def coarse(image: Image.Image, scale: float) -> Image.Image:
-    """In squares of one colour, 1 / scale pixels wide."""
+    """The picture in squares of one colour, 1 / scale pixels wide."""
     size = tuple(max(1, int(side * scale)) for side in image.size)
     small = image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
     return small.resize(image.size, Image.Resampling.NEAREST)

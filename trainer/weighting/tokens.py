@@ -51,7 +51,7 @@ class ScoredTokens:
 
     @cached_property
     def completions(self) -> Tensor:  # (N,) int64 in [0, B)
-        """Which completion of the micro-batch a token belongs to."""
+        """The completion of the micro-batch to which each token belongs."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
         return self.to_device(torch.arange(len(lengths)).repeat_interleave(lengths))
 
@@ -87,12 +87,12 @@ class ScoredTokens:
         return self._of_teacher(self._known_teacher())
 
     def teacher_log_probs_without_detail(self) -> Tensor:  # (N,)
-        """The same of a teacher that sees pictures without detail, for picture_detail."""
+        """Those of a teacher that sees pictures without detail, for picture_detail."""
         teacher, hidden = self._known_teacher(), self.batch.hidden_without_detail
         return self._of_teacher(teacher if hidden is None else teacher._replace(hidden=hidden))
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """From the host, without waiting for the device."""
+        """Move a tensor from the host, without waiting for the device."""
         return sent(tensor, self.ids.device)
 
     def _known_teacher(self) -> ScoredSide:
@@ -143,7 +143,7 @@ def shared_by_tokens(groups: TokenAlignment, values: Tensor) -> Tensor:  # (G,) 
 
 
 def means_of_groups(groups: TokenAlignment, values: Tensor) -> Tensor:  # (N,) -> (G,)
-    """Of each group the mean over its tokens."""
+    """The mean over the tokens of each group."""
     base_rows, _, rows, _, owners = groups.sides[0]
     sums = values[base_rows].index_add(0, owners, values[rows])
     return sums / tokens_of_groups(groups, values.dtype)

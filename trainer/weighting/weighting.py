@@ -38,7 +38,7 @@ class Weighting:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As a config would name it."""
+        """The weighting as a config would name it."""
         kwargs = self.kwargs if self.detail is None else dataclasses.asdict(self.detail)
         name = self.name if self.detail is not None else name_of(self.function) or self.name
         return {"token_weighting": name, "token_weighting_kwargs": dict(kwargs)}
@@ -53,8 +53,8 @@ class Weighting:
         return weights if tokens.groups is None else means_of_groups(tokens.groups, weights)
 
     def _checked(self, weights: Any, tokens: ScoredTokens, may_wait: bool) -> Tensor:
-        """In float32; what is wrong with values that a device holds is found before the optimizer's
-        step, unless anybody may wait for it.
+        """The weights in float32. What is wrong with values that a device holds is found before the
+        optimizer's step, unless anybody may wait for it.
         """
         number = tokens.ids.shape[0]
         if not isinstance(weights, Tensor) or weights.shape != (number,) or weights.is_complex():
@@ -85,7 +85,7 @@ class Weighting:
 def make_weighting(
     args: GOLDConfig, given: Callable[..., Any] | str | None = None
 ) -> Weighting | None:
-    """Of what GOLDTrainer was given, else of the config, which stays as it is."""
+    """The weighting that GOLDTrainer was given, else that of the config, which stays as it is."""
     if given is not None and not isinstance(given, str) and not callable(given):
         raise ValueError(
             "GOLDTrainer: token_weighting must be a function of ScoredTokens, or its name, got "

@@ -160,7 +160,7 @@ class Decoder:
         return tuple(self.batch.layers[0].keys.shape)
 
     def _get_ready(self) -> None:
-        """Where a step of this shape has run before it is recorded, which needs the host alone."""
+        """Record the step where one of its shape has run before: that needs the host alone."""
         if self.graph is None and self.is_recorded and self._shape() in self.warm:
             self._record()
 

@@ -83,8 +83,8 @@ class Batch:
 
     @classmethod
     def empty(cls, part: Prefilled, rooms: list[int], width: int) -> "Batch":
-        """Of as many rows as rooms, with places for prompts up to this width; layers as those of
-        the part.
+        """As many rows as rooms, with places for prompts up to this width; layers as those of the
+        part.
         """
         num_rows, device = len(rooms), part.logits.device
         length = cache_length(width, max(rooms))

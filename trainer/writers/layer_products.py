@@ -240,12 +240,12 @@ def shared_bytes(device: int) -> int:
 
 
 def stages_of(blocks: Blocks, block_bytes: int, most: int) -> int:
-    """As many blocks of all inputs as there is shared memory for."""
+    """How many blocks of all inputs there is shared memory for, at most as many as are wanted."""
     return max(1, min(blocks.stages, most // block_bytes))
 
 
 def block_bytes(blocks: Blocks, num_rows: int, num_matrices: int, element_size: int) -> int:
-    """Of a block of rows, and of each matrix."""
+    """Bytes of a block of rows and of a block of each matrix."""
     numbers = blocks.inputs * (blocks.outputs * num_matrices + block_of_rows(num_rows))
     return numbers * element_size
 
@@ -337,7 +337,7 @@ def num_tiles(num_outputs: int, blocks: Blocks) -> int:
 
 
 def parts_size(num_rows: int, num_outputs: Sequence[int], blocks: Blocks) -> int:
-    """Of sums of parts, for matrices with these outputs."""
+    """Numbers of the sums of parts, for matrices with these outputs."""
     if blocks.parts == 1:
         return 0
     tiles = sum(num_tiles(size, blocks) for size in num_outputs)

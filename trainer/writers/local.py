@@ -69,7 +69,7 @@ class LocalWriter(Writer):
         self.compile_seconds = self.record_seconds = 0.0  # of all calls
 
     def _name(self, base: Any) -> str:
-        """In what is told: both sides may be of one class."""
+        """The model's name in messages: both sides may be of one class."""
         own = type(base).__name__
         return own if self.side == "student" else f"{own} of the {self.side}"
 
@@ -77,8 +77,8 @@ class LocalWriter(Writer):
         self.version = step
 
     def look_ahead(self, prompts: Sequence[Prompt]) -> None:
-        """Those that go through the model first become tensors. After the first call: before it
-        nobody knows how many they are.
+        """Make tensors of the prompts that go through the model first. After the first call: before
+        it nobody knows how many they are.
         """
         self.made = None
         if not prompts or self.refusal is not None or not self.bytes_per_token:
@@ -121,7 +121,7 @@ class LocalWriter(Writer):
         rows: Sequence[Prompt],  # of one completion each, with prompts that may be padded together
         sampling: Sampling,
     ) -> list[Completion]:
-        """With whatever the batch has behind a row's end."""
+        """Completions with whatever the batch has behind a row's end."""
         reason = self.refusal or _reason_to_generate(model, sampling)
         if reason is None:
             try:
@@ -165,7 +165,7 @@ class LocalWriter(Writer):
 
     @torch.no_grad()
     def _decode(self, base: Any, rows: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """As many rows together as the cache may hold."""
+        """Write as many rows together as the cache may hold."""
         written: list[Completion] = []
         device = self.args.device
         with writing_mode(base), cast_weights(base, device), uncached_autocast(device):
@@ -283,7 +283,7 @@ class LocalWriter(Writer):
 
 
 def _rows_of(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Of one completion each."""
+    """A prompt for each completion."""
     return [replace(p, seed=seed, num_completions=1) for p in prompts for seed in p.seeds]
 
 

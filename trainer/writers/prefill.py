@@ -38,7 +38,7 @@ class Prefilled:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of the cache, for one row."""
+        """Bytes of the cache for a token of one row."""
         parts = [part for layer in self.layers for part in layer]
         return sum(part.shape[1] * part.shape[3] * part.element_size() for part in parts)
 
@@ -92,8 +92,8 @@ def _without_processors(base: Any) -> Iterator[None]:
 
 
 def in_dtype_of_attention(states: Tensor) -> Tensor:
-    """As autocast casts them whenever attention reads them: rotary positions and norms with weights
-    of 32 bits leave keys in 32.
+    """States as autocast casts them whenever attention reads them: rotary positions and norms with
+    weights of 32 bits leave keys in 32.
     """
     kind = states.device.type
     is_cast = torch.is_autocast_enabled(kind) and states.dtype == torch.float32

@@ -122,7 +122,9 @@ def logprobs_of(
     sampling: Sampling,  # without a penalty of repetition
     is_banned: Tensor,  # (V,)
 ) -> Tensor:  # (B,)
-    """Of tokens that are known, which a nucleus that differs by rounding does not leave out."""
+    """Log-probabilities of tokens that are known; a nucleus that differs by rounding does not leave
+    them out.
+    """
     logits = logits.float().masked_fill(is_banned, NEVER) / sampling.temperature
     own = logits.gather(1, ids[:, None])
     kept = filtered(logits, sampling).scatter(1, ids[:, None], own)

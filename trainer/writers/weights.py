@@ -111,8 +111,8 @@ def _plain(module: nn.Module, is_merged: bool) -> nn.Module | None:
 def gathered_weights(
     model: nn.Module, dtype: torch.dtype | None, *, is_merged: bool, is_kept: bool
 ) -> dict[str, Tensor]:
-    """By the model's own names, in CPU memory, floats in this dtype; {} on ranks that keep nothing.
-    Called on all ranks.
+    """Weights by the model's own names, in CPU memory, floats in this dtype; {} on ranks that keep
+    nothing. Called on all ranks.
     """
     pairs = plain_weights(base_model(model), is_merged=is_merged)
     return _all_kept(pairs, dtype, is_kept=is_kept)
@@ -135,7 +135,9 @@ def _all_kept(
 
 
 def checkpoint_weights(model: nn.Module, gathered: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names that from_pretrained reads. Of one rank, whose error others have to hear of."""
+    """Weights by the names that from_pretrained reads. It runs on one rank, whose error others have
+    to hear of.
+    """
     base, weights = base_model(model), dict(gathered)
     for target, source in base.all_tied_weights_keys.items():
         if target in weights and source in weights:
@@ -170,7 +172,9 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_checkpoint(model: Any, gathered: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names that peft saves. Of one rank, whose error others have to hear of."""
+    """Weights by the names that peft saves. It runs on one rank, whose error others have to hear
+    of.
+    """
     from peft import get_peft_model_state_dict
 
     named: dict[str, Tensor] = get_peft_model_state_dict(

@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """From which distribution of the next token completions are drawn, and what ends them."""
+    """The distribution of the next token from which completions are drawn, and what ends them."""
 
     end_ids: tuple[int, ...]  # any of them ends a completion, and stays in it
     # What may be written: no placeholders of pictures, and no rows of a head that are no token.
@@ -65,7 +65,7 @@ class Sampling:
         )
 
     def is_banned(self, num_entries: int) -> Tensor:  # (V,) on the CPU
-        """Of a head with so many rows, which of them may never be written. Not to be changed."""
+        """Which rows of a head with so many may never be written. Not to be changed."""
         return _is_banned(self.token_ids, num_entries)
 
     def banned_ids(self, num_entries: int) -> list[int]:
@@ -135,7 +135,9 @@ class Writer(Protocol):
         return
 
     def take_made(self) -> PromptTensors | None:
-        """Of the last call's prompts, where it has made them; nobody else will ask for them."""
+        """Tensors of the last call's prompts, where it has made them; nobody else will ask for
+        them.
+        """
         return None
 
     def close(self) -> None:

@@ -143,7 +143,7 @@ def _check_words(server: Server, model: str, processor: Processor, args: GOLDCon
 
 
 def _check_tokenizer(server: Server, model: str, processor: Processor, name: str) -> None:
-    """With which rows are tokenised here: the server gets ids, and must mean the same by them."""
+    """The server gets ids, and must mean the same by them as the tokenizer here."""
     expected = tokenizer_of(processor)(PROBE, add_special_tokens=False)["input_ids"]
     body = {"model": model, "prompt": PROBE, "add_special_tokens": False}
     got = _tokens(server, body)
@@ -156,7 +156,9 @@ def _check_tokenizer(server: Server, model: str, processor: Processor, name: str
 
 
 def _check_template(server: Server, model: str, tokenizer: Any, name: str) -> None:
-    """Of the checkpoint: one of another kind (a base model) differs in it."""
+    """The server's chat template must be the checkpoint's: one of another kind, as a base model,
+    differs in it.
+    """
     if tokenizer is None or tokenizer.chat_template is None:
         return
     try:

@@ -27,7 +27,7 @@ def read_tensors(
     wanted: Collection[str],
     options: Mapping[str, Any],  # of the hub
 ) -> dict[str, Tensor]:
-    """Those of `wanted` that the checkpoint has, on the CPU, in the types of its files."""
+    """The wanted tensors that the checkpoint has, on the CPU, in the types of its files."""
     options = {key: value for key, value in options.items() if key != "trust_remote_code"}
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options, **QUIETLY)
     if index is not None:

@@ -113,7 +113,7 @@ class HiddenStates:
 
 
 def post(server: Server, body: dict[str, Any], retries: int) -> dict[str, Any]:
-    """Of a row; once more where the server fails."""
+    """The answer to a row, which is sent once more where the server fails."""
     for attempt in range(retries + 1):
         try:
             return server.post(GENERATE, body)

@@ -44,7 +44,7 @@ class Tail:
 
 
 class _Given(nn.Module):
-    """In the place of the embeddings: rows of the right width, which nobody reads."""
+    """Stands in the place of the embeddings: rows of the right width, which nobody reads."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Given(nn.Module):
 
 @torch.no_grad()
 def read_tail(name: str, processor: Processor, args: GOLDConfig) -> Tail:
-    """Of the checkpoint: folder or hub id."""
+    """Read norm and head of the checkpoint, a folder or hub id."""
     model: Any = loading.empty_model(
         name, args.teacher_model_init_kwargs, args.teacher_model_revision
     )

@@ -99,7 +99,7 @@ class ServedTopK(AbsentTeacher):
 
 
 def rows_of(inputs: SideInputs, ask: Callable[[Example], Tensor]) -> list[Tensor]:
-    """Of each example of which something is scored; asked for together."""
+    """Rows of each example of which something is scored; they are asked for together."""
     examples = [example for example in inputs.examples if example.written_ids]
     return list(Background(ask, examples, REQUESTS).results())
 

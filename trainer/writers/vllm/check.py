@@ -76,7 +76,9 @@ def connect(
 
 
 def known_as_quantised(args: GOLDConfig, student: nn.Module | str) -> bool:
-    """Of one that is not loaded yet, by the arguments that it will be loaded with, or its files."""
+    """Whether a student is quantised that may not be loaded yet, by the arguments that it will be
+    loaded with, or its files.
+    """
     if isinstance(student, str):
         kwargs = as_dict(args.model_init_kwargs)
         return NAME in kwargs or is_quantised_by(kwargs, load_config(student, kwargs))
@@ -97,7 +99,7 @@ def refuse_whole_of_quantised(args: GOLDConfig, student: nn.Module | str) -> Non
 
 
 def check_installed() -> None:
-    """Before models are loaded."""
+    """Refuse a run without the package, before models are loaded."""
     if find_spec("vllm") is None:
         raise ValueError(
             "GOLDTrainer: vllm_mode='colocate' needs the package vllm here, got none; "

@@ -21,7 +21,7 @@ def server_environment(args: GOLDConfig, rank: int | None) -> dict[str, str]:
 
 
 def dtype_of(args: GOLDConfig) -> str:
-    """Of vLLM's weights: what the student computes in."""
+    """The dtype of vLLM's weights: the one that the student computes in."""
     return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
 

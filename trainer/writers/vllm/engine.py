@@ -57,7 +57,7 @@ class EngineWriter(Writer):
         self.step = step
 
     def _take(self, weights: dict[str, Tensor]) -> None:
-        """Of one rank, whose error others have to hear of."""
+        """Give the engine new weights, on one rank: others have to hear of its error."""
         if self.engine is None:
             self.engine = self._make(weights)
             return
@@ -113,8 +113,8 @@ class EngineWriter(Writer):
             self.is_asleep = False
 
     def _make(self, weights: dict[str, Tensor]) -> Any:
-        """From files, as any model: an engine without weights makes up what is in none, such as the
-        means that pictures are normalised with.
+        """Make the engine from files, as any model: one without weights makes up what is in none,
+        such as the means that pictures are normalised with.
         """
         # the scheduler in this process too: its memory is freed with the engine's
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

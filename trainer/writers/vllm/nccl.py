@@ -15,7 +15,7 @@ from gold_trainer.writers.vllm.server import Server
 
 
 def check_nccl() -> None:
-    """Before models are loaded."""
+    """Refuse a run without a GPU or vLLM's communicator, before models are loaded."""
     if not torch.cuda.is_available():
         raise ValueError(
             "GOLDTrainer: vllm_weight_sync='nccl' needs a GPU here, got none; set it to 'disk'."

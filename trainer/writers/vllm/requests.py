@@ -73,7 +73,7 @@ def body_of(
 
 
 def unexpanded_ids(processor: Processor, example: Example) -> list[int]:
-    """With one placeholder a picture; of a prompt that is cut, its last ones."""
+    """Ids with one placeholder a picture; of a prompt that is cut, its last ones."""
     return _cut(text_ids(processor, example.prompt_text, example.adds_special_tokens), example)
 
 

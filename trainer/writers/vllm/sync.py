@@ -104,7 +104,7 @@ class WholeSync:
 
 
 class DiskSync(WholeSync):
-    """As safetensors in a folder that the server reads."""
+    """Weights go over as safetensors in a folder that the server reads."""
 
     def __init__(self, server: Server, info: ServerInfo, args: GOLDConfig) -> None:
         super().__init__(server, info, args)
@@ -116,7 +116,7 @@ class DiskSync(WholeSync):
 
 
 class NcclSync(WholeSync):
-    """From this process' GPU to those of the server."""
+    """Weights go from this process' GPU to those of the server."""
 
     def __init__(self, server: Server, info: ServerInfo, args: GOLDConfig) -> None:
         super().__init__(server, info, args)
