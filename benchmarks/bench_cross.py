@@ -116,7 +116,7 @@ def sparse_matrix(projection: VocabProjection) -> Tensor:  # (V_t, V_s), CSR, fl
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Of sub-distributions, summed over entries."""
+    """KL of sub-distributions, summed over entries."""
     return (log_p.exp() * (log_p - log_q) + log_q.exp() - log_p.exp()).sum(-1)
 
 
@@ -130,7 +130,7 @@ def eager_chunk(inputs: Inputs, case: Case) -> Tensor:
 
 
 def eager_projected(inputs: Inputs, case: Case, matrix: Tensor | None = None) -> Tensor:
-    """With a sparse matrix as others multiply by it, else in the dtype of the case."""
+    """Loss with a sparse matrix as others multiply by it, else in the dtype of the case."""
     student, teacher = logits_of(case)
     q, log_p = student.softmax(-1), teacher.log_softmax(-1)
     if matrix is None:

@@ -48,7 +48,7 @@ FIELDS = [
 
 
 def median_ms(step: Callable[[], Any], calls: int, warm_ups: int) -> float:
-    """Of the slowest process; all call alike."""
+    """Median of the slowest process; all call alike."""
     times = []
     for index in range(warm_ups + calls):
         wait()

@@ -112,7 +112,7 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> Any:
 
 
 def hybrid_options(objective: Any, device: torch.device) -> dict[str, Any]:
-    """Of the oracle, where the loss is hybrid ULD."""
+    """Options of the oracle, where the loss is hybrid ULD."""
     if objective.overlap is None:
         return {}
     names = ("beta", "matched_weight", "unmatched_weight")
@@ -220,7 +220,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Those of train_step_engines.py."""
+    """Add the options of train_step_engines.py."""
     group = parser.add_argument_group("engines and teachers, instead of implementations")
     group.add_argument("--engine", nargs="+", choices=ENGINES)
     group.add_argument("--teacher", nargs="+", choices=TEACHERS)

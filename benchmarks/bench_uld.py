@@ -201,7 +201,7 @@ def parse_options(
     tiny_shapes: Sequence[str],
     out: Path,
 ) -> argparse.Namespace:
-    """Of this benchmark and of bench_cross.py; what is not given gets its default."""
+    """Options of this benchmark and of bench_cross.py; what is not given gets its default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU; no record")
     parser.add_argument("--only", nargs="+", choices=implementations, default=implementations)

@@ -26,7 +26,7 @@ VERSIONS = ("accelerate", "peft", "deepspeed")
 
 
 def run_all(scratch: Path, engine: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """In as many launches as it takes: an error that is no refusal ends one."""
+    """Run all in as many launches as it takes: an error that is no refusal ends one."""
     results: dict[str, dict[str, Any]] = {}
     while left := [name for name in names if name not in results]:
         folder = Path(tempfile.mkdtemp(dir=scratch)) / "runs"

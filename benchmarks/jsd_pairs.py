@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """From NxVxD_sxD_t, such as 4096x151936x2048x4096."""
+        """A shape from NxVxD_sxD_t, such as 4096x151936x2048x4096."""
         sizes = text.split("x")
         if len(sizes) != 4 or not all(map(str.isdigit, sizes)) or int(sizes[3]) < int(sizes[2]):
             raise ValueError(
@@ -87,7 +87,7 @@ def random_case(
 
 
 def near_converged_case(case: Case, generator: torch.Generator) -> Case:
-    """The same student and shapes; D_t must be at least D_s."""
+    """A teacher close to the student, of the same shapes; D_t must be at least D_s."""
     hidden, weight = case.student_hidden.detach(), case.student_weight.detach()
     teacher_hidden = torch.zeros_like(case.teacher_hidden)
     teacher_weight = torch.zeros_like(case.teacher_weight)
@@ -125,7 +125,7 @@ def random_and_near_converged(
 
 
 def errors(pair: Pair, loss_function: Callable[[], Tensor]) -> Errors:
-    """Of a function that returns the mean loss over the rows of pair.case."""
+    """Errors of a function that returns the mean loss over the rows of pair.case."""
     loss = loss_function()
     grads = torch.autograd.grad(loss, pair.case.leaves())
     # (copies, R, D_s): the mean over N rows gives each copy its share

@@ -30,7 +30,7 @@ PROFILED, SHOWN = 4, 40  # steps, names of kernels
 
 
 def decoder_of(model: Any, num_rows: int, sampling: Sampling, compiled: Any) -> Decoder:
-    """As after prompts of random numbers; what is in the cache costs the same."""
+    """A decoder as after prompts of random numbers; what is in the cache costs the same."""
     config = model.config.text_config
     shape = num_rows, config.num_key_value_heads, PROMPT_TOKENS, config.head_dim
     options = {"device": "cuda", "dtype": torch.bfloat16}
@@ -66,7 +66,7 @@ def milliseconds(function: Any, count: int) -> float:
 
 
 def say_kernels(events: Any, num_steps: int) -> None:
-    """Of one step: how many of a name, microseconds of each, microseconds of all."""
+    """Print kernels of one step: how many of a name, microseconds of each, microseconds of all."""
     kernels = sorted(events, key=lambda event: -event.self_device_time_total)
     kernels = [event for event in kernels if event.self_device_time_total > 0]
     total = sum(event.self_device_time_total for event in kernels) / num_steps

@@ -106,7 +106,7 @@ class Profiled(StepTimer):
 
 
 def fields_of(lengths: list[int], options: argparse.Namespace) -> dict[str, Any]:
-    """Of both trainers' configs."""
+    """Fields of both trainers' configs."""
     return {
         "per_device_train_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.micro_batches,

@@ -123,7 +123,7 @@ def processor_of_448_pixels() -> Qwen3VLProcessor:
 def build_student(
     processor: Qwen3VLProcessor, is_tiny: bool, dtype: torch.dtype | None = None
 ) -> Any:
-    """The same in each process."""
+    """The same student in each process."""
     torch.manual_seed(0)
     return build_model(TINY_STUDENT if is_tiny else STUDENT_2B, processor, is_tiny, dtype)
 

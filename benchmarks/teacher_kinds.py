@@ -43,7 +43,7 @@ def prepare_teacher(
     options: argparse.Namespace,
     num_rows: int,  # of a length, in the longest dataset of the launches
 ) -> None:
-    """In processes of their own: this one keeps no memory of the device."""
+    """Prepare it in processes of their own: this one keeps no memory of the device."""
     if set(kinds) & set(SAVED):
         command = [sys.executable, __file__, str(folder), *["--tiny"] * options.tiny]
         subprocess.run(command, check=False)  # launches then say what is missing

@@ -73,7 +73,7 @@ def gaps_of(kernels: Sequence[Kernel]) -> list[Gap]:
 
 
 def busy_seconds(kernels: Sequence[Kernel]) -> float:
-    """In which at least one runs."""
+    """Seconds in which at least one kernel runs."""
     if not kernels:
         return 0.0
     whole = max(kernel.end for kernel in kernels) - kernels[0].start
@@ -90,7 +90,7 @@ def idle_by_part(kernels: Sequence[Kernel], num_parts: int = 10) -> list[float]:
 
 
 def describe(kernels: Sequence[Kernel], seconds: float) -> None:
-    """Of a step that took so many seconds."""
+    """Print a profile of a step that took so many seconds."""
     busy, gaps = busy_seconds(kernels), gaps_of(kernels)
     say(
         f"  profiled: {seconds:.3f} s, {busy:.3f} s in {len(kernels)} kernels"

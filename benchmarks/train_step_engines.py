@@ -57,7 +57,7 @@ FIELDS = (
 
 
 def say_row(row: dict[str, Any]) -> None:
-    """Of a worker to the process that started it, on a line of its own."""
+    """Tell a row to the process that started this worker, on a line of its own."""
     say(f"\n{ROW}{json.dumps(row)}")
 
 
@@ -95,7 +95,7 @@ class Lengths(TrainerCallback):
         self.seconds.append(now() - self.start)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """After the step's end, with its loss and gradient norm."""
+        """Runs after the step's end, with its loss and gradient norm."""
         if len(self.seconds) == 1:
             self.first = logs
         if len(self.seconds) == STEPS:
@@ -127,7 +127,7 @@ class Lengths(TrainerCallback):
             say_row(self.row | numbers)
 
     def stopped(self, status: str) -> None:
-        """Of any rank: the others do not come to say anything."""
+        """Tell a row of any rank: the others do not come to say anything."""
         say_row(self.row | {"completion_tokens": self.length, "status": status})
 
 

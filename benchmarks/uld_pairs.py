@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """From NxV_sxV_txD_sxD_t, such as 4096x65536x151936x2048x4096."""
+        """A shape from NxV_sxV_txD_sxD_t, such as 4096x65536x151936x2048x4096."""
         sizes = text.split("x")
         is_shape = len(sizes) == 5 and all(size.isdigit() and int(size) > 0 for size in sizes)
         # the near-converged teacher of equal vocabularies is the student, padded with zeros
@@ -121,7 +121,7 @@ def peaked_case(case: Case) -> Case:
 
 
 def make_pairs(case: Case, generator: torch.Generator) -> dict[str, Pair]:
-    """By the prefix of their columns: random, peaked and, where V_s = V_t, near-converged."""
+    """Pairs by the prefix of their columns: random, peaked and, where V_s = V_t, near-converged."""
     pairs = {"": with_logits(case), "peaked_": with_logits(peaked_case(case))}
     if case.student_weight.shape[0] == case.teacher_weight.shape[0]:
         pairs["near_"] = with_logits(near_converged_case(case, generator))
@@ -151,7 +151,7 @@ def oracle(
 
 
 def errors(pair: Pair, logits_dtype: torch.dtype | None, overlap: VocabOverlap | None) -> Errors:
-    """Of the row kernel, and of the fused call at all N rows."""
+    """Errors of the row kernel, and of the fused call at all N rows."""
     return Errors(
         *_kernel_errors(pair, logits_dtype or torch.float32, overlap),
         *_fused_errors(pair, logits_dtype, overlap),
@@ -185,7 +185,7 @@ def _fused_errors(
 def call_errors(
     pair: Pair, loss: Tensor, overlap: VocabOverlap | None = None
 ) -> tuple[float, float, float]:
-    """Of a loss that was computed from the pair's inputs, and of its two gradients."""
+    """Errors of a loss that was computed from the pair's inputs, and of its two gradients."""
     case = pair.case
     grad_hidden, grad_weight = torch.autograd.grad(loss, case.leaves())
     exact_rows, exact_grad = oracle(pair.student_logits, pair.teacher_logits, overlap)

@@ -73,7 +73,9 @@ class Example:
         return replace(self, completion_ids=completion_ids, pieces=None, logprobs=logprobs)
 
     def unanswered(self) -> "Example":
-        """The example as the model is prompted, whatever its template writes before a known answer."""
+        """The example as the model is prompted, whatever its template writes before a known
+        answer.
+        """
         text, length = self.generation_prompt or (self.prompt_text, self.prompt_length)
         return replace(
             self, prompt_text=text, prompt_length=length, completion_ids=None, pieces=None

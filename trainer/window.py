@@ -147,7 +147,9 @@ class Rollouts:
         return {name: Sampling.of(self.args, collators[name]) for name in self.writers}
 
     def check(self, hidden: Tensor, side: Side, inputs: SideInputs) -> None:  # (N, D)
-        """Compare the odds that the student gives to what it has written with those of its writer."""
+        """Compare the odds that the student gives to what it has written with those of its
+        writer.
+        """
         self.sampling_check.add(hidden, side.head, side.form, inputs, self.sampling["student"])
 
     def logs(self, accelerator: Accelerator) -> dict[str, float]:

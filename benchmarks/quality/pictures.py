@@ -220,7 +220,7 @@ def save(asked: Sequence[Asked], path: Path) -> None:
 
 
 class Pictures(NamedTuple):
-    """What is left of them in a file: (N, SIZE, SIZE, 3) of 8 bits, and texts."""
+    """Pictures as a file has them, (N, SIZE, SIZE, 3) of 8 bits, and texts."""
 
     picture: np.ndarray
     kind: list[str]

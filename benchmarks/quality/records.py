@@ -32,7 +32,7 @@ def new_panels(**options: Any) -> tuple[Any, Any]:
 
 
 def save(figure: Any, path: Path, title: str, first: Row) -> None:
-    """With a title that says what the first row was measured on."""
+    """Save with a title that says what the first row was measured on."""
     from matplotlib import pyplot as plt
 
     where = f"{first['device']}, torch {first['torch']}, {first['git_sha']}"

@@ -70,7 +70,7 @@ class Case:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Of its row in the CSV."""
+        """The key of its row in the CSV."""
         return tuple(str(getattr(self, name)) for name in KEYS)
 
     @property
@@ -117,7 +117,7 @@ def small_cases() -> list[Case]:
 
 
 def config_fields(case: Case) -> dict[str, Any]:
-    """Of GOLDConfig: loss, policy and cross-entropy."""
+    """Fields of GOLDConfig: loss, policy and cross-entropy."""
     if case.loss in LABELS:
         fields = dict(ACROSS) if case.pair == "cross" else {}
         weights = {"distillation_weight": 0.0, "crossentropy_weight": 1.0}

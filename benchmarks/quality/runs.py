@@ -85,7 +85,7 @@ class Bench:
         return model.to(self.device).eval()
 
     def student(self, family: str, *, is_fresh: bool = False) -> Any:
-        """As it is before every run: trained on the labelled pictures."""
+        """The student as it is before every run: trained on the labelled pictures."""
         model = build_model(family, self.scale.student, self.processors[family], 1)
         if not is_fresh:
             weights = torch.load(self.folder / f"{family}.pt", weights_only=True)

@@ -9,7 +9,7 @@ from quality.texts import LICENCES
 
 @dataclass(frozen=True)
 class Size:
-    """Of a text model and a vision tower, with heads of 32 or 64."""
+    """Sizes of a text model and a vision tower, with heads of 32 or 64."""
 
     hidden: int
     layers: int

@@ -123,7 +123,7 @@ def train(
     how: Schooling,
     seed: int,
 ) -> list[float]:
-    """In place; losses of the steps taken."""
+    """Train in place; gives losses of the steps taken."""
     model.train()
     device = model.device
     is_cuda = device.type == "cuda"

@@ -30,12 +30,12 @@ class Line(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """From the worst seed to the best."""
+        """The distance from the worst seed to the best."""
         return max(self.accuracies) - min(self.accuracies)
 
 
 def lines_of(rows: Sequence[dict[str, str]], rate: float = 1.0) -> list[Line]:
-    """Of one learning rate, in the order of their first rows."""
+    """Lines of one learning rate, in the order of their first rows."""
     groups = groups_of(rows, ("pair", "loss", "policy", "crossentropy"), rate)
     return [
         Line(

@@ -192,7 +192,7 @@ class TextBench:
     def train(
         self, model: Any, rows: Tensor, how: Schooling, case: Case, teacher: Any = None
     ) -> list[float]:
-        """In place; losses of the steps taken."""
+        """Train in place; gives losses of the steps taken."""
 
         def loss_of(chosen: Tensor) -> Tensor:
             return self.loss(model, rows[chosen].long(), case, teacher)

@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 def lines_of(rows: Sequence[dict[str, str]], rate: float = 1.0) -> list[Line]:
-    """Of one learning rate, in the order of their first rows."""
+    """Lines of one learning rate, in the order of their first rows."""
     groups = groups_of(rows, ("student", "loss", "precision", "crossentropy"), rate)
     return [
         Line(*key, {name: [float(row[name]) for row in group] for name in MEASURES})
@@ -37,7 +37,7 @@ def lines_of(rows: Sequence[dict[str, str]], rate: float = 1.0) -> list[Line]:
 
 
 def name_of(line: Line) -> str:
-    """As a table has it."""
+    """The name as a table has it."""
     if line.student == "small":
         return f"`{line.loss}`" + (", labels" if is_added(line) else "")
     names = {"precise": "float32 logits", "fast": "fast mode", "eager_bf16": "eager bf16"}

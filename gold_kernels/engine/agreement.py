@@ -102,7 +102,7 @@ def own_heads(function: str, heads: Heads, options: Options) -> tuple[Heads, Opt
 
 
 def own_rows(function: str, name: str, tensor: Given) -> Given:  # (N, ...)
-    """What is the same on all processes, out of a DTensor too."""
+    """The local tensor of what is the same on all processes, out of a DTensor too."""
     return own_part(function, name, tensor, True)[0] if is_sharded(tensor) else tensor
 
 
@@ -126,7 +126,7 @@ def check_group(function: str, group: Any) -> None:
 
 
 def refuse_slices(function: str, options: Options, **tensors: Tensor | None) -> None:
-    """For losses whose heads must be whole, and which have no option process_group."""
+    """Refuse slices for losses whose heads must be whole, and which have no process_group."""
     for name, tensor in {**tensors, **options._asdict()}.items():
         if is_sharded(tensor):
             raise ValueError(

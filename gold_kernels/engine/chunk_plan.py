@@ -186,7 +186,9 @@ def _row_bytes(
 
 
 def _of_widest(head: LinearHead) -> LinearHead:
-    """For sizes alone: processes of a group take the same rows at a time, whatever their slice."""
+    """The head of the widest slice, for sizes alone: processes of a group take the same rows at a
+    time, whatever their slice.
+    """
     if head.slices is None:
         return head
     size = head.weight.shape[1]

@@ -198,7 +198,7 @@ class _Buffers(NamedTuple):
         grad_logits: Tensor | None,  # (C, V_s) of the panel
         rows: slice,
     ) -> tuple[Tensor, Tensor | None]:
-        """Of a chunk."""
+        """Logits of a chunk."""
         size = rows.stop - rows.start
         own = grad_logits if self.student is None else self.student[:size]
         assert own is not None, "without a buffer of its own a chunk is made in the panel"

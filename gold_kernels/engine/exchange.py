@@ -153,7 +153,7 @@ class _Gradients:
         self._places[self._rank].copy_(self._columns[self._rank])
 
     def unpack(self) -> None:
-        """What is on its way, into the rows that post was given."""
+        """Put what is on its way into the rows that post was given."""
         if self._places is not None:
             self._parcels.unpack(self._places)
             self._places = None

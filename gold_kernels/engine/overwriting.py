@@ -27,7 +27,7 @@ class _Overwritten(NamedTuple):
 
 @contextmanager
 def overwriting(logits: Tensor) -> Iterator[None]:
-    """Of gradients written to the memory of logits."""
+    """Within it a gradient is written to the memory of logits, which remembers that."""
     if not has_numbers(logits):
         yield
         return

@@ -68,7 +68,9 @@ class Slices(NamedTuple):
 
     @property
     def widest(self) -> int:
-        """The same number on all processes, which have to take the same rows at a time."""
+        """Entries of the widest slice: a number that is the same on all processes, which have to
+        take the same rows at a time.
+        """
         return max(self.sizes)
 
     def of_first(self, vocab_size: int) -> "Slices":

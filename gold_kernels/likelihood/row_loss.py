@@ -73,7 +73,7 @@ class ChunkLikelihood(RowLoss):
         return group_rows(rows, paired, scalars[0], rows.values[SLOPE], self.temperature[0])
 
     def _end_rows(self, rows: Rows, scales: list[Tensor] | None) -> Callable[..., None]:
-        """Of the rows that predict the last token of a group, on both sides."""
+        """The function of rows that predict the last token of a group, on both sides."""
         token_rows_, end_rows_ = token_rows_of(rows.backend), end_rows_of(rows.backend)
         assert self.ends is not None and rows.teacher is not None, "a call has its tokens"
         student_ids, teacher_ids = self.ends

@@ -88,7 +88,7 @@ class ProjectedJSD(RowLoss):
         return group_rows(rows, paired, scalars[0], rows.values[SLOPE], self.temperature[0])
 
     def _first_rows(self, rows: Rows, scales: list[Tensor] | None) -> Callable[..., None]:
-        """Of the rows that predict the first token of a group."""
+        """The function of rows that predict the first token of a group."""
         projected_rows_ = row_functions(rows.backend).projected_rows_
         assert self.folds is not None, "a call has its projection"
         folds = Folds.from_tensors(self.folds)

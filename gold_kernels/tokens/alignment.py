@@ -59,9 +59,7 @@ class TokenAlignment(NamedTuple):
         return self[0:5], self[5:10]
 
     def span_ids(self) -> tuple[Tensor, Tensor]:  # (G,) int64 of the student, of the teacher
-        """For groups with several tokens on some side the token of the base row, for all others
-        -1.
-        """
+        """Tokens of the base rows of groups with several tokens on some side; -1 for all others."""
         is_merged = torch.zeros_like(self.student_base_rows, dtype=torch.bool)
         for groups in (self.student_scalar_groups, self.teacher_scalar_groups):
             is_merged.index_fill_(0, groups, True)

@@ -107,7 +107,7 @@ class VocabOverlap(_Overlap):
 
     @property
     def student_share(self) -> float:
-        """Of the student's vocabulary that is matched."""
+        """The share of the student's vocabulary that is matched."""
         return self.num_matched / max(1, self.student_vocab_size)
 
     @property

@@ -30,7 +30,7 @@ ENTRY_BYTES = 16 * 8  # of an entry: float64 tensors of this width that are aliv
 
 
 class Terms(NamedTuple):
-    """Of a chunk."""
+    """What the rows of a chunk are compared with, and what their terms weigh."""
 
     ids: Tensor  # (C, k) int64; negative for none
     log_probs: Tensor  # (C, k)
@@ -153,7 +153,7 @@ def compare_outcomes(
     is_entry: Tensor,  # (C, k)
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (C,) loss, (C, k + 1) u, (C, k) t
-    """Of k + 1 outcomes, the last of which is any other."""
+    """Compare k + 1 outcomes, the last of which is any other."""
     log_t = torch.where(is_entry, log_probs.to(log_s.dtype), LOG_ZERO).clamp_min(LOG_ZERO)
     t = log_t.exp()
     t_0 = (1 - t.sum(1, keepdim=True)).clamp_min(SMALLEST_REST)

@@ -18,7 +18,9 @@ from gold_kernels.triton.shared_rows import MAX_LOSS, pair_sums
 
 
 class Slices(Protocol):
-    """Of engine/slices.py, which is above this folder: over the processes of a group."""
+    """What a launch reads of engine/slices.py, which is above this folder: over the processes of a
+    group.
+    """
 
     @property
     def first(self) -> int: ...  # column of the vocabulary with which this process' slice begins

@@ -40,8 +40,8 @@ class GroupValues(NamedTuple):
     student_index: Tensor | None  # (R,) the row of student_hidden of each projected row
 
     def by_name(self, fields: Sequence[str]) -> dict[str, Any]:
-        """Of every group, (G,) each; the cross-entropy of every label, (N_s,), in the order of the
-        labels, and None without labels.
+        """Values of every group, (G,) each; the cross-entropy of every label, (N_s,), in the order
+        of the labels, and None without labels.
         """
         rows = dict(zip(self.names, self.values, strict=True))
         groups = {name: rows[name][: self.num_groups] for name in fields if name != CROSS_ENTROPY}

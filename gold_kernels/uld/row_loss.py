@@ -150,7 +150,7 @@ class ULD(RowLoss):
         )
 
     def _paired_rows(self, rows: Rows, scales: list[Tensor] | None) -> Callable[..., None]:
-        """Of base rows: student and teacher meet."""
+        """The function of base rows, where student and teacher meet."""
         uld_rows_ = row_functions(rows.backend)[0]
 
         def row_function(

@@ -146,7 +146,7 @@ class TorchCounts:
         return pools
 
     def order(self, entries: Tensor) -> Tensor:  # (R, P, 3) -> (R, P)
-        """Of each open bin, from the largest value down: D before and after every level of ties."""
+        """Every open bin from the largest value down: D before and after each level of ties."""
         signs = entries.new_zeros(entries.shape[:2])
         at = (entries[..., 0] >= 0).nonzero(as_tuple=True)
         rows, codes, values = entries[at].unbind(1)

@@ -130,7 +130,7 @@ class TritonCounts:
         return words
 
     def _own_bins(self) -> tuple[Tensor, Tensor]:  # (c, bins) each
-        """In the memory of counts that were sent, if it is enough."""
+        """Memory for this process' bins: that of counts that were sent, if it is enough."""
         size = self._own * NUM_BINS
         memory = self._counts.flatten()
         memory = memory if len(memory) >= 2 * size else self._integers(2 * size)

@@ -146,7 +146,9 @@ class Objective(ABC):
         return self.forms[0].num_entries, self.forms[1].num_entries
 
     def weigh_tokens(self, weighting: Weighting | None) -> None:
-        """Take the weighting, before the first loss. What the units weigh is logged from then on."""
+        """Take the weighting, before the first loss. What the units weigh is logged from then
+        on.
+        """
         self.weighting = weighting
         if weighting is not None:
             refuse_text(weighting.name, not self.collators["student"].is_vlm)

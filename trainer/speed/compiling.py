@@ -75,7 +75,9 @@ class LayerKind:
             return type(layer).forward(layer, *args, **kwargs)
 
     def _give_up(self, error: Exception) -> None:
-        """Run without the compiler from now on. An error of the layer's own comes again without it."""
+        """Run without the compiler from now on. An error of the layer's own comes again without
+        it.
+        """
         self.is_compiled = False
         reason = first_line(error)
         if isinstance(error, FailOnRecompileLimitHit):

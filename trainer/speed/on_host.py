@@ -38,7 +38,9 @@ class Copied(NamedTuple):
 
 
 def pinned(tensor: Tensor, args: TrainingArguments) -> Tensor:
-    """The tensor in memory from which the device copies without anybody waiting for it, if wanted."""
+    """The tensor in memory from which the device copies without anybody waiting for it, if
+    wanted.
+    """
     is_wanted = args.dataloader_pin_memory and args.device.type == "cuda"
     return tensor.pin_memory() if is_wanted else tensor
 

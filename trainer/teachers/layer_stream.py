@@ -252,7 +252,9 @@ class LayerStream:
 
     @torch.no_grad()
     def _fill(self, slot: Slot, layer: Layer) -> None:
-        """Runs in the worker: reading from disk, and copies from memory that is not pinned, wait."""
+        """Runs in the worker: reading from disk, and copies from memory that is not pinned,
+        wait.
+        """
         if slot.ready is None or slot.free is None or self.copying is None:
             layer.fill(slot.buffer)
             return

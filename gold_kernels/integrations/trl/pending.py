@@ -51,7 +51,7 @@ class PendingLogits:
 
 @contextmanager
 def heads_at_hand(student: PendingLogits, teacher: PendingLogits) -> Iterator[None]:
-    """In the precision of the model's forward pass, with the weights that ZeRO-3 has sharded."""
+    """Within it heads are whole, and in the precision of the model's forward pass."""
     heads = student.head, teacher.head
     with student.precision(), gathered(*(t for head in heads for t in (head.weight, head.bias))):
         yield
