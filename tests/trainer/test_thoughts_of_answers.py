@@ -5,6 +5,7 @@ import pytest
 from gold_trainer.data.dataset import RowDataset
 from gold_trainer.rendering.collator import GOLDCollator
 from support.chat_templates import templated, text_template_names
+from support.tiny_models import tiny_processor
 
 USER = {"role": "user", "content": "Weather in Ulm?"}
 ANSWER = {"role": "assistant", "content": "Rain."}
@@ -67,3 +68,19 @@ def test_a_prompt_may_end_with_thoughts_alone():
     begun = {"role": "assistant", "content": None, "reasoning_content": "hm"}
     prompt, answer = learnt("qwen3", prompt=[USER, begun], completion="Rain.")
     assert prompt.endswith("<think>\nhm\n</think>\n\n") and answer == "Rain.<|im_end|>"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_parts_of_an_answer_are_one_text(family):
+    source = "gemma3" if family == "gemma3" else "qwen3_vl"
+    if source not in text_template_names():
+        pytest.skip("chat templates of trl")
+    processor = tiny_processor(family)
+    processor.chat_template = templated(source, "qwen").chat_template
+    collator = GOLDCollator(processor, [processor.tokenizer.eos_token_id], 2048)
+    parts = [{"type": "text", "text": text} for text in ("It ", "rains", " again.")]
+    columns = {"messages": [USER, ANSWER | {"content": parts}]}
+    row = RowDataset([columns], needs_completion=True, is_text=False)[0]
+    example = collator.example(row)
+    assert processor.tokenizer.decode(example.completion_ids).startswith("It rains again.<")
+    assert [piece.text for piece in example.pieces if piece.key] == ["It rains again."]

@@ -129,3 +129,15 @@ def test_command_line_gives_numbers_and_dicts(tmp_path):
     )
     assert config.lmbda == 0.25
     assert config.teacher_model_init_kwargs == {"dtype": "bfloat16", "trust_remote_code": True}
+
+
+@pytest.mark.parametrize("backend", ["INDUCTOR", "aot_eager", "no", "NO", ""])
+def test_a_launcher_that_compiles_the_whole_model_is_refused(backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    if backend.lower() in ("no", ""):
+        assert not GOLDConfig(output_dir=str(tmp_path)).torch_compile
+        return
+    with pytest.raises(
+        ValueError, match=f"dynamo_backend of accelerate must be 'no', got '{backend}"
+    ):
+        GOLDConfig(output_dir=str(tmp_path))

@@ -22,6 +22,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "messages": (),
     "prompt": ("completion",),
     "conversations": ("system",),  # sharegpt
+    "texts": (),  # The Cauldron and FineVision
     "instruction": ("input", "output", "system", "history"),  # alpaca
 }
 SHAPE_COLUMNS = tuple(dict.fromkeys(c for shape in SHAPES.items() for c in (shape[0], *shape[1])))
@@ -90,7 +91,9 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
     row = {name: columns[name] for name in BESIDE_ALL if columns.get(name) is not None}
     if shape == "conversations":
         messages = _listed(parsed_messages(columns[shape]), shape, index)
-        return row | {"messages": _system(columns, index) + messages}
+        return row | {"messages": _with_system(messages, _system(columns, index), index)}
+    if shape == "texts":
+        return row | {"messages": columns[shape]}
     if shape == "instruction":
         return row | _from_alpaca(columns, index)
     return row | {name: columns.get(name) for name in (shape, *SHAPES[shape])}
@@ -149,6 +152,20 @@ def _from_alpaca(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
 def _system(columns: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
     text = _text(columns, "system", index)
     return [{"role": "system", "content": text}] if text else []
+
+
+def _with_system(messages: list[Any], system: list[Any], index: int) -> list[Any]:
+    """A conversation that brings what the column says has it once."""
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if not system or "system" not in (first.get("role"), first.get("from")):
+        return system + messages
+    own = first.get("content") if first.get("value") is None else first["value"]
+    if own != system[0]["content"]:
+        raise ValueError(
+            f"row {index}: a row must have one system message, got others in `system` and in "
+            "`conversations`; keep one of them."
+        )
+    return messages
 
 
 def _text(columns: Mapping[str, Any], name: str, index: int) -> str:

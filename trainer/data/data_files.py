@@ -19,7 +19,7 @@ import torch
 from gold_trainer.data.columns import SHAPE_COLUMNS, names_of
 from gold_trainer.data.features import as_written, undecoded
 from gold_trainer.data.json_files import JSON_SUFFIXES, json_rows, no_utf8
-from gold_trainer.data.messages import parsed_messages
+from gold_trainer.data.messages import ends_with_answer, parsed_messages
 from gold_trainer.data.split_files import (
     BUILDERS,
     METADATA,
@@ -140,6 +140,9 @@ def named_columns(columns: Mapping[str, Any], args: DataArguments, index: int) -
     if args.prompt_column is not None:
         row.pop("messages", None)  # which would win over the column that was asked for
     row |= taken
+    is_alone = args.prompt_column is not None and row.get("completion") is None
+    if is_alone and ends_with_answer(row["prompt"]):  # a conversation under another name
+        row["messages"] = row.pop("prompt")
     if args.text_as_messages or args.system_prompt is not None:
         _text_as_messages(row)
     if args.system_prompt is not None:
@@ -164,7 +167,7 @@ def _text_as_messages(row: dict[str, Any]) -> None:
 
 def _prepend_system(row: dict[str, Any], text: str) -> None:
     """A conversation's own system message wins."""
-    names = ("messages", "conversations", "prompt")
+    names = ("messages", "conversations", "texts", "prompt")
     shapes = [name for name in names if _is_conversation(row.get(name))]
     has_own = bool(row.get("system"))
     if shapes and not has_own:

@@ -57,7 +57,8 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
             f"row {index}: a conversation must be a list of messages, got {shown(messages)}; drop "
             "the row or mend the column."
         )
-    checked = [_from_sharegpt(parsed_json(message), index) for message in messages]
+    single = [part for message in messages for part in _turns_of(parsed_json(message))]
+    checked = [_from_sharegpt(message, index) for message in single]
     for message in checked:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
@@ -82,6 +83,25 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
                 "0 for one that is not learnt, or leave it out."
             )
     return [_without_none(message, is_table) for message in checked]
+
+
+def _turns_of(message: Any) -> list[Any]:
+    """A question with its answer, as The Cauldron and FineVision have them, as two messages."""
+    if not isinstance(message, Mapping) or not {"user", "assistant"} <= message.keys():
+        return [message]
+    others = {key: value for key, value in message.items() if key not in ("user", "assistant")}
+    asked = {"role": "user", "content": message["user"]}
+    return [asked, {"role": "assistant", "content": message["assistant"], **others}]
+
+
+def ends_with_answer(value: Any) -> bool:
+    """Whether a conversation's last message is the assistant's."""
+    messages = parsed_messages(value)
+    last = parsed_json(messages[-1]) if isinstance(messages, list | tuple) and messages else None
+    if not isinstance(last, Mapping):
+        return False
+    speaker = speaker_of(str(last.get("role") or last.get("from") or ""))
+    return ROLES.get(speaker) == "assistant" or speaker in CALLERS or "assistant" in last
 
 
 def _from_sharegpt(message: Any, index: int) -> Any:
@@ -285,7 +305,7 @@ def parsed_messages(value: Any) -> Any:
         return value
     messages = parsed_json(value)
     is_conversation = isinstance(messages, list) and all(
-        isinstance(message, Mapping) and ("role" in message or "from" in message)
+        isinstance(message, Mapping) and not {"role", "from", "assistant"}.isdisjoint(message)
         for message in messages
     )
     return messages if is_conversation and messages else value

@@ -6,6 +6,7 @@ turns of one rendering would not be those that a model writes.
 """
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from gold_trainer.data.messages import (
@@ -13,6 +14,7 @@ from gold_trainer.data.messages import (
     Messages,
     checked_messages,
     continued,
+    joined_text,
     parsed_messages,
 )
 
@@ -85,17 +87,9 @@ def _as_written(
             )
         return Conversation(messages, 0)
     prompt, completion = columns["prompt"], columns.get("completion")
-    if isinstance(completion, bool | int | float):
-        raise ValueError(
-            f"row {index}: completion must be text or messages, got the number {completion!r}; "
-            "write it in quotes."
-        )
     if _is_plain(prompt):
         if completion is not None and not _is_plain(completion):
-            raise ValueError(
-                f"row {index}: prompt is plain text, so completion must be too, got "
-                f"{type(completion).__name__}; make both conversations or both text."
-            )
+            return _whole(prompt, completion, index, is_table)
         if is_text:
             return None
         prompt = [{"role": "user", "content": prompt}]
@@ -119,7 +113,35 @@ def _as_written(
             f"row {index}: a completion must end with an assistant's message, got {roles}; put "
             "earlier turns into the prompt, and leave later ones out."
         )
+    messages = messages[_num_repeated(prompt, messages) :]
+    roles = [message["role"] for message in messages]
     return Conversation(prompt + messages, len(prompt), is_open and roles[0] == "assistant")
+
+
+def _whole(prompt: str, completion: Any, index: int, is_table: bool) -> Conversation:
+    """Of a completion that is a conversation and begins with what the prompt says."""
+    if isinstance(parsed_messages(completion), list | tuple) and len(completion):
+        messages = checked_messages(completion, index, is_table)
+        asked = list(takewhile(lambda message: message["role"] != "assistant", messages))
+        said = [joined_text(message["content"]) for message in asked if message["role"] == "user"]
+        if said == [prompt] and messages[-1]["role"] == "assistant":
+            return Conversation(messages, len(asked))
+    is_number = isinstance(completion, int | float)
+    kind = f"the number {completion!r}" if is_number else type(completion).__name__
+    remedy = "write it in quotes" if is_number else "make both conversations or both text"
+    raise ValueError(
+        f"row {index}: prompt is plain text, so completion must be too, got {kind}; {remedy}."
+    )
+
+
+def _num_repeated(prompt: Messages, completion: Messages) -> int:
+    """Messages with which the prompt ends and the completion begins: chosen answers of preferences
+    are whole conversations.
+    """
+    if completion[0]["role"] == "assistant":
+        return 0
+    sizes = range(min(len(prompt), len(completion) - 1), 0, -1)
+    return next((size for size in sizes if prompt[-size:] == completion[:size]), 0)
 
 
 def _is_plain(value: Any) -> bool:

@@ -188,6 +188,13 @@ def _check_forward(args: TrainingArguments) -> None:
             "within the forward pass, which cannot be compiled as a whole: set "
             "compile_models='regional', which compiles the layers."
         )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND") or "no"
+    if backend.lower() != "no":
+        raise ValueError(
+            f"GOLDConfig: dynamo_backend of accelerate must be 'no', got {backend!r}, with which "
+            "the model would be compiled as a whole; leave dynamo_config out of accelerate's file, "
+            "and set compile_models='regional', which compiles the layers."
+        )
     if args.use_liger_kernel:
         raise ValueError(
             "GOLDConfig: use_liger_kernel must be False, got True; it changes the forward pass in "

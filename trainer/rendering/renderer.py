@@ -108,7 +108,7 @@ class Renderer:
 
     def answered(self, row: Row, answer: Mapping[str, Any]) -> tuple[str, list[Piece]]:
         """The prompt and what follows it in the answered conversation."""
-        prompt, answer = self.prompt(row), self._readable(row, of_one_kind(answer))
+        prompt, answer = self.prompt(row), self._readable(row, of_one_kind(_of_one_text(answer)))
         rendered = self._answered(row, answer)
         has_content = answer.get(CONTENT) or (answer.get(CONTENT) == "" and not answer.get(CALLS))
         if not has_content and self._says_nothing(row, rendered):
@@ -318,6 +318,14 @@ def _around_nothing(completion: str, end: str) -> list[Piece]:
         Piece("", False, CONTENT),
         Piece(completion[num:], True),
     ]
+
+
+def _of_one_text(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parts of an answer are one text: templates may trim each of them."""
+    content = answer.get(CONTENT)
+    if not isinstance(content, list) or len(content) < 2:
+        return answer
+    return {**answer, CONTENT: [{"type": "text", "text": joined_text(content)}]}
 
 
 def _probed(answer: Mapping[str, Any], probes: Mapping[str, str]) -> dict[str, Any]:
