@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 if TYPE_CHECKING:
     from gold_trainer.config import GOLDConfig
@@ -26,7 +26,8 @@ def choose_precision(args: "GOLDConfig") -> None:
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         is_open = not args.fp16 and launcher == "no"
         args.bf16 = is_open and not args.use_cpu and is_torch_bf16_gpu_available()
-    if args.bf16 and not args.use_cpu and not is_torch_bf16_gpu_available():
+    has_it = is_torch_bf16_gpu_available() or is_torch_xla_available()  # as transformers asks
+    if args.bf16 and not args.use_cpu and not has_it:
         raise ValueError(
             "GOLDConfig: bf16 needs a GPU that has bfloat16, got True and none; leave bf16 out (on "
             "the command line --bf16 false wins over a file), or set use_cpu=True, which computes "
