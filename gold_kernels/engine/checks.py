@@ -216,7 +216,7 @@ def check_row_loss(function: str, row_loss: RowLoss, backend: str | None) -> Non
     if not isinstance(row_loss, RowLoss) or not row_loss.is_shared:
         raise ValueError(
             f"{function}: row_loss must be a loss over one vocabulary, got {row_loss!r}; pass an "
-            "object of gold_kernels.losses, for instance JSD(beta=0.5)."
+            "object of gold_kernels.losses, for instance JSD(beta=0.5) or make_loss('skew_kl')."
         )
     if ROW_LOSSES.get(row_loss.name) is not type(row_loss):
         raise ValueError(

@@ -120,6 +120,7 @@ def resolve_options(
     for name in given:
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            remedy = f"did you mean {nearest[0]}?" if nearest else f"it takes {', '.join(names)}."
+            listed = f"beside its own arguments it takes {', '.join(names)}."
+            remedy = f"did you mean {nearest[0]}?" if nearest else listed
             raise ValueError(f"{function}: an option is expected, got {name}=; {remedy}")
     return Options(**given)

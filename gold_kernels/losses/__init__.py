@@ -4,6 +4,7 @@ docs/add_a_loss.md shows how to write one.
 """
 
 import dataclasses
+import difflib
 import importlib
 import pkgutil
 from typing import Any
@@ -25,7 +26,9 @@ __all__ = ["JSD", "LOSSES", "FormulaLoss", "make_loss"]
 def make_loss(name: str, **numbers: float | tuple[float, float]) -> RowLoss:
     """The loss of this name with its numbers, checked: make_loss("skew_kl", alpha=0.1)."""
     if not isinstance(name, str) or name not in LOSSES:
-        raise ValueError(f"make_loss: name must be one of {', '.join(LOSSES)}, got {name!r}.")
+        near = difflib.get_close_matches(str(name), LOSSES, 1)
+        meant = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"make_loss: name must be one of {', '.join(LOSSES)}, got {name!r}{meant}")
     known = [field.name for field in dataclasses.fields(LOSSES[name])]
     for given in numbers:
         if given not in known:

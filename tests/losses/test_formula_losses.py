@@ -174,8 +174,11 @@ def test_every_field_of_a_loss_is_checked_and_unknown_ones_are_refused():
         make_loss("skew_kl", beta=0.5)
     with pytest.raises(ValueError, match=r"name must be one of jsd, skew_kl, .*got 'kl'"):
         make_loss("kl")
+    with pytest.raises(ValueError, match=r"got 'skewkl'; did you mean skew_kl\?$"):
+        make_loss("skewkl")
     case = random_case(n=2, v=5)
-    with pytest.raises(ValueError, match="row_loss must be a loss over one vocabulary, got 'jsd'"):
+    message = r"must be a loss over one vocabulary, got 'jsd'; .* or make_loss\('skew_kl'\)"
+    with pytest.raises(ValueError, match=message):
         fused_linear_loss("jsd", *case)
 
 
