@@ -181,7 +181,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
 
 
 def installed(cases: list[Case]) -> list[Case]:
-    """Without those of vLLM where it is not."""
+    """The cases, without those of vLLM where it is not installed."""
     if find_spec("vllm"):
         return cases
     kept = [case for case in cases if case.implementation != "vllm"]

@@ -47,7 +47,7 @@ FIELDS = (
 
 
 class Gradients(TrainerCallback):
-    """Of the first step, as one vector."""
+    """Keeps the gradients of the first step, as one vector."""
 
     def __init__(self) -> None:
         self.first: torch.Tensor | None = None

@@ -66,7 +66,7 @@ def trl(case: Case, beta: float) -> Callable[[], Tensor]:
 
 
 def liger_chunked(case: Case, beta: float, *, is_compiled: bool) -> Callable[[], Tensor]:
-    """Without cross-entropy, which would be work that nobody else here does."""
+    """Liger's loss without cross-entropy, which would be work that nobody else here does."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     module = LigerFusedLinearJSDLoss(

@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """At once, also into a pipe."""
+    """Print at once, also into a pipe."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

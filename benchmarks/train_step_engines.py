@@ -287,7 +287,7 @@ def _error_in(lines: list[str]) -> str:
 
 
 def checked(row: dict[str, Any], earlier: list[dict[str, Any]]) -> dict[str, Any]:
-    """Without numbers where its loss is not that of the first row of its length."""
+    """The row, without numbers where its loss is not that of the first row of its length."""
     if row["status"] != "ok" or row["teacher"] in QUANTISED:
         return row
     names = ("training", "completion_tokens", "batch_size")

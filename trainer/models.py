@@ -161,7 +161,7 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def has_router_loss(model: nn.Module) -> bool:
-    """Of a mixture's routers, as far as its config says."""
+    """Whether its config asks for the loss of a mixture's routers."""
     config = base_model(model).config
     configs = (config, config.get_text_config())
     return any(getattr(of, "output_router_logits", False) for of in configs)

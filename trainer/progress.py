@@ -16,7 +16,7 @@ def num_cores() -> int:
 
 
 def progress() -> Progress:
-    """On stderr, where it is a terminal."""
+    """A bar on stderr, where that is a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

@@ -283,8 +283,8 @@ def save_whole(trainer: "GOLDTrainer", output_dir: str | None) -> None:
 
 
 def forget_preparation(trainer: "GOLDTrainer") -> None:
-    """After an evaluation outside of training: what is marked as prepared, there without DDP,
-    train() leaves as it is, and every rank would learn from its own rows alone.
+    """Called after an evaluation outside of training: what is marked as prepared, there without
+    DDP, train() leaves as it is, and every rank would learn from its own rows alone.
     """
     is_apart = trainer.is_in_train or trainer.is_fsdp_enabled
     if trainer.accelerator.use_distributed and not is_apart:

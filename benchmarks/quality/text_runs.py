@@ -131,7 +131,7 @@ class TextBench:
         return self._school(name, self.tokens["distil"], self.scale.student_schooling)
 
     def _school(self, name: str, rows: Tensor, how: Schooling) -> dict[str, Any]:
-        """On what follows in the text, from fresh weights or the teacher's layers."""
+        """Train on what follows in the text, from fresh weights or the teacher's layers."""
         started = time.perf_counter()
         model = self.model(name, is_fresh=True)
         if self.scale.weights:
@@ -227,8 +227,8 @@ class TextBench:
 
     @torch.no_grad()
     def grade(self, model: Any) -> dict[str, float]:
-        """On held-out text: perplexity of a token, its bits a byte, how often the likeliest token
-        is the teacher's, and KL(P || Q) in nats.
+        """Numbers on held-out text: perplexity of a token, its bits a byte, how often the likeliest
+        token is the teacher's, and KL(P || Q) in nats.
         """
         sums: dict[str, Tensor] = {}
         number = 0

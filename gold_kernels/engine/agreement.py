@@ -198,8 +198,8 @@ def module_options(
 
 
 def _tell_refusal(group: Any, hidden: Any, weight: Any) -> None:
-    """In with_slices' place: this process raises an error that the others may not see, perhaps
-    because something is no tensor.
+    """Stands in with_slices' place: this process raises an error that the others may not see,
+    perhaps because something is no tensor.
     """
     if group is None and is_sharded(weight) and weight.device_mesh.ndim == 1:
         group = weight.device_mesh.get_group()

@@ -48,7 +48,7 @@ class RowValues(NamedTuple):
     has_labels: bool
 
     def by_name(self) -> Metrics:
-        """Without a cross-entropy where there were no labels."""
+        """Values by name, without a cross-entropy where there were no labels."""
         rows = dict(zip(self.names, self.values.unbind(0), strict=True))
         if not self.has_labels:
             del rows[CROSS_ENTROPY]

@@ -111,7 +111,7 @@ def _merged(
     log_scales: list[Tensor] | None,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (c,) loss, (c,) slope, (c, V_s) gradient
-    """Of groups of several tokens: their bytes follow, or others do."""
+    """Two outcomes of groups of several tokens: their bytes follow, or others do."""
     is_span = spans[0] >= 0
     index = [side.clamp_min(0).unsqueeze(1) for side in spans]
     (log_s, rest), (log_t, _) = map(of_token, (log_q, log_p), index)

@@ -260,8 +260,8 @@ class CompletionAligner:
         is_late: bool = False,
         has_end_of_turn: bool = True,
     ) -> "CompletionAligner":
-        """Of two fast tokenizers. merge is that of TokenAlignment. Ends that are not given are end
-        of turn and eos; has_end_of_turn=False leaves ends unscored.
+        """Make it of two fast tokenizers. merge is that of TokenAlignment. Ends that are not given
+        are end of turn and eos; has_end_of_turn=False leaves ends unscored.
         """
         return cls(
             TokenBytes(student_tokenizer, end_ids=student_end_ids),

@@ -119,8 +119,9 @@ class VocabProjection(NamedTuple):
         num_pieces: int = NUM_PIECES,
         decay: float = DECAY,
     ) -> "VocabProjection":
-        """Of two fast tokenizers. The teacher tokenises every entry that it does not have: make it
-        once. num_pieces share a weight of 1, each with decay times that of the one before.
+        """Build it from two fast tokenizers. The teacher tokenises every entry that it does not
+        have: make it once. num_pieces share a weight of 1, each with decay times that of the one
+        before.
         """
         student, teacher = TokenBytes(student_tokenizer), TokenBytes(teacher_tokenizer)
         return cls.from_token_bytes(student, teacher, num_pieces=num_pieces, decay=decay)

@@ -24,7 +24,7 @@ class TokenRange(NamedTuple):
         return ids[self.first : self.stop]
 
     def text_rows(self, table: TokenBytes, ids: Tensor) -> Tensor:  # (N,) -> rows, ascending
-        """Without special tokens, which spell nothing."""
+        """Rows of text: without special tokens, which spell nothing."""
         return table.is_text(self.of(ids)).nonzero().squeeze(1) + self.first
 
 

@@ -157,7 +157,7 @@ class TokenBytes:
         return torch.where(ends > 0, ends - drop, ends) if drop else ends
 
     def ends(self, ids: Tensor, lead: int = 0) -> Tensor:  # (N,) int64 -> (N,) int64
-        """At which byte each token ends, counted from the lead, which is not of the text."""
+        """The byte at which each token ends, counted from the lead, which is not of the text."""
         return self.token_lengths(ids).cumsum(0) - lead
 
     def is_text(self, ids: Tensor) -> Tensor:  # (N,) int64 -> (N,) bool

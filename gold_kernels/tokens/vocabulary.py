@@ -79,8 +79,8 @@ class VocabOverlap(_Overlap):
         student_end_of_turn_id: int | None = None,  # None: see TokenBytes
         teacher_end_of_turn_id: int | None = None,
     ) -> "VocabOverlap":
-        """Of two fast tokenizers. An end of turn that is not given is found in the tokenizer: the
-        token with which its chat template ends a turn, or else eos.
+        """Build it from two fast tokenizers. An end of turn that is not given is found in the
+        tokenizer: the token with which its chat template ends a turn, or else eos.
         """
         return cls.from_token_bytes(
             TokenBytes(student_tokenizer, end_of_turn_id=student_end_of_turn_id),

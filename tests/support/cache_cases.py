@@ -73,7 +73,7 @@ def save_pair(
 
 
 def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """With the pictures of both sides as files beside it."""
+    """Save the rows, with the pictures of both sides as files beside them."""
     lines = []
     for number, row in enumerate(rows):
         named = dict(row)

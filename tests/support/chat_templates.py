@@ -40,7 +40,7 @@ def template_folder() -> Path | None:
 
 
 def template_names() -> list[str]:
-    """Those of inference: the variants for training mark what an assistant says."""
+    """Names of templates for inference: the variants for training mark what an assistant says."""
     folder = template_folder()
     if folder is None:
         return []

@@ -48,7 +48,9 @@ RUN = {
 
 
 def save_models(folder: Path, names: Sequence[str]) -> None:
-    """For the cases by name, and caches; of a group of processes one alone would save."""
+    """Save models for the cases by name, and caches; of a group of processes one alone would
+    save.
+    """
     for name in names:
         case = CASES.get(name, {})
         if case.get("is_by_name"):
@@ -58,7 +60,7 @@ def save_models(folder: Path, names: Sequence[str]) -> None:
 
 
 def _save_cache(folder: Path, case: dict[str, Any]) -> None:
-    """In one process, of the rows that make() trains and evaluates with."""
+    """Make a cache in one process, of the rows that make() trains and evaluates with."""
     save_rows(folder / "rows.jsonl", tiny_rows(NUM_ROWS, images=case["images"]))
     form = case["teacher_cache"]
     lengths = {name: FIELDS[name] for name in ("max_length", "use_cpu", "report_to")}

@@ -61,7 +61,7 @@ def needs_gpus(engine: str) -> bool:
 
 
 def take_processes_for_gpus() -> None:
-    """Before anything of accelerate is made. Where there are GPUs they are taken."""
+    """Called before anything of accelerate is made. Where there are GPUs they are taken."""
     if torch.cuda.is_available():
         return
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True

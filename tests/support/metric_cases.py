@@ -68,7 +68,7 @@ def rows_with_skips(
 
 
 def row_sums(student: Side, teacher: Side, given: SkipRows) -> list[dict[str, float]]:
-    """Of every row: groups, tokens, bytes, and sums of the metrics over groups or tokens."""
+    """Sums of every row: groups, tokens, bytes, and metrics over groups or tokens."""
     aligner = aligner_of(student, teacher)
     overlap = VocabOverlap.from_tokenizers(student.tokenizer, teacher.tokenizer)
     models = deepcopy(student.model).double(), deepcopy(teacher.model).double()
@@ -151,7 +151,7 @@ def total_of(sums: list[dict[str, float]]) -> dict[str, float]:
 
 
 def loss_of(sums: list[dict[str, float]]) -> float:
-    """Of an optimizer step on these rows."""
+    """The loss of an optimizer step on these rows."""
     total = total_of(sums)
     hard = CROSSENTROPY_WEIGHT * total["crossentropy"] / total["tokens"]
     return total["uld"] / max(total["groups"], 1) + hard

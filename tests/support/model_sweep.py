@@ -146,7 +146,7 @@ def error_of(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def first_logits(pair: Pair, prompts: list[str]) -> Tensor:  # (B, V)
-    """Of what generate() writes first, with padding on the left."""
+    """Logits of what generate() writes first, with padding on the left."""
     inputs = process_prompts(pair.processor, prompts, [[]] * len(prompts))
     output = pair.student.generate(
         **inputs,
@@ -318,7 +318,7 @@ def one_line(error: BaseException) -> str:
 
 
 def is_encoder_decoder(name: str) -> bool:
-    """As a config alone says it."""
+    """Whether a config alone says that it is one."""
     try:
         return architecture_of(name).config_class().is_encoder_decoder
     except Exception:  # a default config that is none

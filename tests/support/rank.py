@@ -16,7 +16,9 @@ GRACE = 5  # seconds in which all ranks print before the first one ends, and wit
 
 
 def limit(seconds: int) -> None:
-    """From now. Then this process prints all stacks and dies, whatever it waits for."""
+    """Give this process so many seconds from now. Then it prints all stacks and dies, whatever it
+    waits for.
+    """
     faulthandler.dump_traceback_later(seconds)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds + GRACE)

@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def save_models(folder: Path) -> None:
-    """Of two attention heads, one for each process."""
+    """Save models of two attention heads, one for each process."""
     for name in ("student", "teacher", "other"):
         merges = {"num_merges": TEACHER_MERGES} if name == "other" else {}
         model, tokenizer = tiny("qwen3", "student" if name == "student" else "teacher", **merges)

@@ -152,7 +152,7 @@ def tiny_models(
 def initialised(
     model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int
 ) -> PreTrainedModel:
-    """In eval mode, with noise on all weights."""
+    """The model in eval mode, with noise on all weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).eval()

@@ -165,7 +165,7 @@ def one_step(output_dir: Any, rows: list[dict[str, Any]], *args: Any, **options:
 def assert_equal_steps(
     actual: GradientRecorder, expected: GradientRecorder, tolerance: float = 1e-5
 ) -> None:
-    """In every step each entry of a gradient within `tolerance` of its largest one."""
+    """Each entry of a gradient of every step is within `tolerance` of its largest one."""
     for step, step_2 in zip(expected.steps, actual.steps, strict=True):
         assert step.keys() == step_2.keys() and step
         for name, gradient in step.items():

@@ -60,7 +60,7 @@ def assert_installed() -> None:
 
 @contextmanager
 def running_server(model: Path, folder: Path, rank: int | None = None) -> Iterator[RunningServer]:
-    """With the options that the start line of such a run has."""
+    """A server with the options that the start line of such a run has."""
     config = GOLDConfig(
         output_dir=str(folder),
         **(FIELDS | {"use_vllm": True, "lmbda": 1.0}),

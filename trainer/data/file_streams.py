@@ -32,8 +32,8 @@ SLICE = re.compile(r"(?P<name>[^\[\]+%]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
 def row_numbers() -> Iterator[int]:
-    """Of the rows that this process reads of a stream, one after the other: no two data loader
-    workers have one in common, since a window takes rows of one number for one row.
+    """Numbers of the rows that this process reads of a stream, one after the other: no two data
+    loader workers have one in common, since a window takes rows of one number for one row.
     """
     worker = get_worker_info()
     return count() if worker is None else count(worker.id, worker.num_workers)

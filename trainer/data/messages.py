@@ -180,7 +180,7 @@ def _with_own_types(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _own_part(part: Any) -> Any:
-    """Without keys of pictures that hold nothing, which templates take for a picture."""
+    """A part without keys of pictures that hold nothing, which templates take for a picture."""
     if not isinstance(part, Mapping):
         return part
     kept = {
@@ -293,7 +293,7 @@ def _without_none(message: Mapping[str, Any], is_table: bool) -> Message:
 
 
 def drop_none(value: Any) -> Any:
-    """Without the keys that a table has filled up with None."""
+    """The messages without the keys that a table has filled up with None."""
     if isinstance(value, Mapping):
         return {k: drop_none(v) for k, v in value.items() if v is not None}
     return [drop_none(item) for item in value] if isinstance(value, list | tuple) else value

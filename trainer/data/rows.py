@@ -124,7 +124,9 @@ class RowReader:
         )
 
     def columns(self, columns: Any) -> Any:
-        """Without those to ignore; lists are lists, which pandas makes arrays of."""
+        """A row's columns without those to ignore; lists are lists, which pandas makes arrays
+        of.
+        """
         if not isinstance(columns, Mapping):
             return columns
         return {

@@ -89,7 +89,9 @@ def check_library_options(args: GOLDConfig) -> None:
 
 
 def _try_schedule(args: GOLDConfig) -> None:
-    """On a weight of its own: what a schedule needs and is not given shows before models load."""
+    """Make a schedule on a weight of its own: what it needs and is not given shows before models
+    load.
+    """
     optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=args.learning_rate)
     num_steps = args.max_steps if args.max_steps > 0 else 10**6
     kwargs: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]

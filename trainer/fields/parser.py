@@ -57,7 +57,7 @@ def _reader(kind: Any, *, is_optional: bool) -> Callable[[str], Any]:
 
 
 def _in_our_words(message: str) -> str:
-    """Of argparse, which names a flag twice, and every choice that there is."""
+    """A message of argparse, which names a flag twice, and every choice that there is."""
     message = re.sub(r"^argument --(\w+)\S*: ", r"\1: ", message)
     for kind, expected in (("int", "a whole number"), ("float", "a number")):
         if f": invalid {kind} value: " in message:

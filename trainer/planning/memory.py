@@ -287,8 +287,8 @@ def teacher_sizes(subject: Subject, setup: Setup, args: GOLDConfig) -> TeacherSi
 
 
 def weight_bytes(model: nn.Module, head: torch.Tensor, bits: int | None) -> tuple[int, int]:
-    """Of all weights, where those of linear layers but the head may be in 8 or 4 bits; and what the
-    largest of them takes in 16 bits, in which it is used.
+    """Bytes of all weights, where those of linear layers but the head may be in 8 or 4 bits; and
+    what the largest of them takes in 16 bits, in which it is used.
     """
     total = sum(map(_bytes, model.parameters()))
     if not bits:

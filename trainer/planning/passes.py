@@ -173,8 +173,8 @@ def _student_passes(
 
 @contextmanager
 def one_of_each(model: nn.Module) -> Iterator[None]:
-    """Of layers that are alike, and keep nothing for a backward pass, the first one alone runs: the
-    others have its peak, and an output like its own.
+    """Within it the first alone runs of layers that are alike and keep nothing for a backward pass:
+    the others have its peak, and an output like its own.
     """
     outputs: dict[Any, Any] = {}
     with ExitStack() as stack:

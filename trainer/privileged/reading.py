@@ -129,7 +129,7 @@ def _with_messages(
 
 
 def _prompt_of(messages: Messages, row: "Row", answer: Place, reader: "RowReader") -> Messages:
-    """Without the answer, which may stand at the end and is the row's own."""
+    """The prompt without the answer, which may stand at the end and is the row's own."""
     conversation = answer.conversation
     assert conversation is not None, "plain text is read elsewhere"
     num_answers = len(conversation.learnt(reader.train_on))

@@ -175,8 +175,9 @@ class GOLDCollator:
         return None if self.max_length is None else max(0, self.max_length - example.prompt_length)
 
     def _adds_special_tokens(self, row: Row, prompt: str) -> bool:
-        """As apply_chat_template(tokenize=True) has it: tokenizers take a template's text as it is,
-        processors and plain text get the tokenizer's own unless the text begins with them.
+        """Whether special tokens are added, as apply_chat_template(tokenize=True) has it:
+        tokenizers take a template's text as it is, processors and plain text get the tokenizer's
+        own unless the text begins with them.
         """
         if not self.is_vlm and not isinstance(row.prompt, str):
             return False

@@ -57,7 +57,7 @@ def prompt_ids(
 
 
 def text_ids(processor: Processor, text: str, adds_special_tokens: bool | None) -> list[int]:
-    """Those of the text as it is, with one placeholder a picture. Padding, of which one text has
+    """Ids of the text as it is, with one placeholder a picture. Padding, of which one text has
     none, is as in process_prompts: a tokenizer keeps it, and another thread may ask it for a batch.
     """
     tokenizer = tokenizer_of(processor)

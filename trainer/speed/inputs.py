@@ -112,7 +112,7 @@ class Inputs:
             return Made(batch, error)
 
     def take(self, batch: WindowBatch) -> MicroBatch:
-        """On the device."""
+        """The tensors on the device."""
         if all(batch is not other for other in self.passes.window):  # of an evaluation
             self.passes.start([batch])
         if self.pending is not None:
@@ -129,7 +129,7 @@ class Inputs:
         return inputs if made is None else inputs.to(self.mover.move)
 
     def _begin(self, batch: WindowBatch) -> None:
-        """To make the one behind it in the window."""
+        """Begin to make the micro-batch behind this one in the window."""
         window = self.passes.window
         place = next(i for i, other in enumerate(window) if other is batch) + 1
         if self.has_thread and place < len(window):

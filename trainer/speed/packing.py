@@ -113,7 +113,7 @@ class Packing:
 
     @cached_property
     def configs(self) -> list[Any]:
-        """Of the attention that is replaced."""
+        """Configs of the attention that is replaced."""
         found = (config for model in self.models.values() for config in _configs(model))
         return list({id(config): config for config in found}.values())
 

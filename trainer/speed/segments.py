@@ -128,7 +128,7 @@ def configs_of(layers: list[nn.Module]) -> list[Any]:
 
 
 def drops_out(module: nn.Module) -> bool:
-    """By a rate that the module keeps as a number."""
+    """Whether it drops out, by a rate that the module keeps as a number."""
     rates = (value for name, value in vars(module).items() if "dropout" in name)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
@@ -146,7 +146,7 @@ def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def dtype_of_products(weight: Tensor, args: GOLDConfig) -> torch.dtype:
-    """In which a layer with this weight computes them."""
+    """The dtype in which a layer with this weight computes its products."""
     if args.bf16 or args.fp16:
         return torch.bfloat16 if args.bf16 else torch.float16
     return weight.dtype

@@ -198,7 +198,7 @@ def _is_tower(module: nn.Module) -> bool:
 
 
 def _is_here(device: torch.device) -> bool:
-    """On the GPU of this process."""
+    """Whether it is the GPU of this process."""
     return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 

@@ -174,7 +174,7 @@ def is_bad(values: Tensor) -> Tensor:
 def has_nonfinite(
     tensors: Iterable[Tensor], accelerator: Accelerator, device: torch.device
 ) -> bool:
-    """On any rank; waits for the device."""
+    """Whether any rank has a NaN or inf; waits for the device."""
     bad = [is_bad(tensor).to(device) for tensor in tensors]
     count = torch.stack(bad).any().float() if bad else torch.zeros((), device=device)
     return accelerator.reduce(count, reduction="sum").item() > 0

@@ -50,7 +50,7 @@ class TeachersById(Teacher):
                 teacher.place(device)
 
     def head(self, key: str) -> Head:
-        """On the device, for as long as the caller holds it."""
+        """The head on the device, for as long as the caller holds it."""
         head = self.teachers[key].side.head
         return head.to(self.device) if isinstance(head, StoredHead) else head
 

@@ -61,8 +61,8 @@ def head_in_its_dtype(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def own_settings_hidden(model: PreTrainedModel) -> Iterator[None]:
-    """Without the generation_config that came with the weights: generate() takes from it whatever
-    the caller leaves open, for instance a repetition penalty.
+    """Within it the generation_config that came with the weights is hidden: generate() takes from
+    it whatever the caller leaves open, for instance a repetition penalty.
     """
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:

@@ -91,7 +91,7 @@ class Completion:
     def kept(
         self, prompt: Prompt, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
     ) -> "Completion":
-        """Without what a batch wrote behind its end, or beyond its room."""
+        """The completion without what a batch wrote behind its end, or beyond its room."""
         ids = until_end(self.token_ids[: prompt.room], sampling.end_ids)
         ids = until_stop(tokenizer, sampling.stop_strings, ids)
         return Completion(ids, self.logprobs[: len(ids)], self.version)

@@ -103,7 +103,9 @@ def check_room(prompt: Prompt, most: int, other: str) -> None:
 
 
 def _picture_url(image: Image.Image) -> str:
-    """Without loss, and hardly compressed: the server is near, and it takes a tenth of the time."""
+    """The picture without loss, and hardly compressed: the server is near, and it takes a tenth of
+    the time.
+    """
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

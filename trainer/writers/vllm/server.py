@@ -167,8 +167,8 @@ class Server:
 
 
 def _request(method: str, url: str, **options: Any) -> requests.Response:
-    """On a connection of its own, as one that was kept may be closed by the time it is needed, and
-    past the proxies of the environment, which know no address of this machine.
+    """Ask on a connection of its own, as one that was kept may be closed by the time it is needed,
+    and past the proxies of the environment, which know no address of this machine.
     """
     with requests.Session() as session:
         session.trust_env = False
