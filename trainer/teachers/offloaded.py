@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from gold_trainer import loading
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.row_errors import first_line
 from gold_trainer.rendering.collator import Processor
 from gold_trainer.teachers.frozen import FrozenTeacher, refuse_kinds
 from gold_trainer.teachers.layer_stream import Layer, LayerStream, outermost_lists, split_layers
@@ -104,7 +105,7 @@ def _pack(layers: list[Layer], *, is_pinned: bool) -> None:
     except RuntimeError as error:  # of the allocator
         raise ValueError(
             f"GOLDTrainer: teacher_offload='cpu' must have {total} MiB of host memory for the "
-            f"teacher's layers, got an error ({str(error).splitlines()[0]}); set "
+            f"teacher's layers, got an error ({first_line(error)}); set "
             "teacher_offload='disk', or start fewer processes."
         ) from error
 
