@@ -17,7 +17,7 @@ from gold_trainer.config_file import as_written
 from gold_trainer.data.data_files import DataArguments, load_rows
 from gold_trainer.data.file_streams import load_stream
 from gold_trainer.data.json_text import parsed_json
-from gold_trainer.fields.checks import check_fields
+from gold_trainer.fields.checks import as_dict, check_fields
 from gold_trainer.fields.parser import Parser
 from gold_trainer.fields.paths import expand_paths
 from gold_trainer.fields.teacher import args_by_teacher
@@ -197,8 +197,7 @@ def read_run(argv: list[str]) -> Run:
     teacher = config.teacher_model_name_or_path
     if config.teacher_cache is None or config.teacher_models is not None:
         teacher = _given(_teacher(config), "teacher_model_name_or_path")
-    given = config.model_init_kwargs or {}
-    assert isinstance(given, dict), "TrainingArguments makes a dict of a JSON string"
+    given = as_dict(config.model_init_kwargs)
     options = student_options(model_args)
     if "quantization_config" in given and options["dtype"] == "float32":  # the default
         del options["dtype"]  # what is not quantised is in 16 bits then
