@@ -14,6 +14,7 @@ from gold_trainer import command_line
 from gold_trainer.__main__ import main
 from gold_trainer.objectives import same_vocabulary
 from gold_trainer.survival.checkpoints import what_is_wrong
+from gold_trainer.survival.stopping import Stopper
 from support.forks import Forked
 from support.resumed_runs import FIELDS, assert_same_run
 from support.tiny_models import save_tiny_pair, tiny_rows
@@ -50,7 +51,9 @@ def stopped(command, folder, number, code, is_to_all=False):
     return run.stderr, run.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_signal_ends_the_command_with_a_checkpoint_one_line_and_its_exit_code(
     number, code, flags, tmp_path
 ):
@@ -73,6 +76,26 @@ def test_signal_to_the_workers_of_the_data_loader_too_ends_alike(number, code, f
     assert len([line for line in err.splitlines() if "is complete" in line]) == 1, err
     (folder,) = tmp_path.glob("checkpoint-*")
     assert what_is_wrong(folder) is None
+
+
+def test_signals_that_somebody_else_handles_stay_theirs():
+    stopper = Stopper()
+    numbers = (signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.signal(n, h) for n, h in zip(numbers, (signal.SIG_IGN, print), strict=True)]
+    try:
+        stopper.install()  # as under nohup, and below a library that submits jobs again
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN, print]
+        stopper.uninstall()
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        stopper.install()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stopper.signal == signal.SIGUSR1
+        stopper.uninstall()
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_DFL] * 2
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 class SignalAt:

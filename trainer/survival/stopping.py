@@ -1,7 +1,9 @@
 """A run that is asked to end, or meets an error, leaves a checkpoint that it can go on from.
 
-SIGTERM and SIGINT (Ctrl-C) wait for the end of the step in flight. An error comes within a step:
-the weights then are those of the step before, and so are the random numbers that are saved.
+SIGTERM and SIGINT (Ctrl-C) wait for the end of the step in flight. So do signals of a terminal that
+closes (SIGHUP) and of a scheduler before a job's time is up (SIGUSR1), unless somebody else handles
+or ignores them. An error comes within a step: the weights then are those of the step before, and so
+are the random numbers that are saved.
 """
 
 import logging
@@ -21,6 +23,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Windows has none of them; nohup ignores the first.
+IF_UNUSED = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Stopper(TrainerCallback):
@@ -43,7 +47,8 @@ class Stopper(TrainerCallback):
         """Signals reach Python in its main thread only."""
         self.reset()
         if threading.current_thread() is threading.main_thread():
-            self.before = {name: signal.signal(name, self._handle) for name in SIGNALS}
+            unused = [name for name in IF_UNUSED if signal.getsignal(name) is signal.SIG_DFL]
+            self.before = {n: signal.signal(n, self._handle) for n in (*SIGNALS, *unused)}
 
     def uninstall(self) -> None:
         for name, handler in self.before.items():

@@ -106,9 +106,9 @@ def _leave(trainer: "GOLDTrainer", error: BaseException) -> None:
         rank = f", rank {args.process_index}" if args.world_size > 1 else ""
         step = state.global_step + 1
         logger.warning("GOLDTrainer: %s in step %d%s; %s.", name, step, rank, _where(args))
-    if trainer.stopper.signal == signal.SIGTERM and isinstance(error, Exception):
+    if came not in (None, signal.SIGINT) and isinstance(error, Exception):
         # processes that were ended beside this one, a data loader's worker for instance
-        raise SystemExit(128 + signal.SIGTERM) from error
+        raise SystemExit(128 + came) from error
 
 
 def _end(trainer: "GOLDTrainer") -> None:
