@@ -139,6 +139,17 @@ def test_training_steps_with_compiled_layers():
     assert list(told) == [f"{ratio:.2f}" for ratio in ratios]
 
 
+def test_steps_from_before_layers_were_compiled():
+    lines = table("hardware.md", "(`train_step_before.csv`):")
+    assert len(lines) == 5
+    for name, (*seconds, ratio) in lines.items():
+        loss, tokens = name.lower().split()
+        case = {"loss": loss, "completion_tokens": tokens, "status": "ok"}
+        rows = [record("train_step_before.csv", mode=m, **case) for m in ("before", "regional")]
+        assert_cells(seconds, [row["seconds_median"] for row in rows])
+        assert ratio == f"{float(seconds[0]) / float(seconds[1]):.2f}"
+
+
 def test_steps_of_mixed_lengths():
     lines = table("hardware.md", "Answers of several lengths")
     case = {"loss": "jsd", "micro_batches": "4", "status": "ok"}
