@@ -100,7 +100,8 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> Any:
     if case.implementation == "gold_kernels":
         if case.loss == "uld":
             common["teacher_processing_class"] = processor
-        return GOLDTrainer(args=GOLDConfig(**options), train_dataset=data, **common)
+        args = GOLDConfig(**options, share_prompts=False)  # usual rows have prompts of their own
+        return GOLDTrainer(args=args, train_dataset=data, **common)
     if case.loss == "uld":  # TRL loads the teacher's processor from where the teacher was
         processor.save_pretrained(f"{folder}/teacher")
         teacher.config.save_pretrained(f"{folder}/teacher")

@@ -137,6 +137,7 @@ def ours(
         compiling.DYNAMIC = True if mode == "dynamic" else None
         compiled = "off" if mode == "off" else "regional"
         speed = {"compile_models": compiled, "padding_free": mode == "packed"}
+        speed["share_prompts"] = False  # usual rows have prompts of their own
     return GOLDTrainer(
         model=pair[0],
         teacher_model=pair[1],

@@ -117,7 +117,8 @@ def build_trainer(case: Case, folder: str, is_tiny: bool) -> tuple[Any, Watch]:
     data = rows(processor, 9, case.batch_size * steps)
     if case.implementation == "trl":
         return build_peer(options, common, data)
-    trainer = GOLDTrainer(args=GOLDConfig(**options), train_dataset=data, **common)
+    args = GOLDConfig(**options, share_prompts=False)  # usual rows have prompts of their own
+    trainer = GOLDTrainer(args=args, train_dataset=data, **common)
     writer, sampling = trainer.rollouts.writers["student"], trainer.rollouts.sampling
     ids = sampling["student"].token_ids.difference(sampling["student"].end_ids)
     sampling["student"] = replace(sampling["student"], token_ids=ids)

@@ -149,6 +149,7 @@ def trainer_of(launch: Launch, options: argparse.Namespace, folder: Path) -> GOL
         "max_steps": STEPS * len(options.completion_tokens),
         "lmbda": 0.0,
         "max_length": max_length(options),
+        "share_prompts": False,  # usual rows have prompts of their own
         "gradient_checkpointing": launch.checkpointing == "on",
         "bf16": has_cuda,
         "use_cpu": not has_cuda and launch.engine in UNSHARDED,
