@@ -149,10 +149,14 @@ def check_row_weights(
             f"{function}: {name} must not require a gradient, got requires_grad=True; "
             f"the loss computes none for them, pass {name}.detach()."
         )
-    if row_weights.device != hidden.device:
+    check_device(function, name, row_weights, hidden)
+
+
+def check_device(function: str, name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
         raise ValueError(
             f"{function}: {name} must be on {hidden.device} like the hidden states, got "
-            f"{row_weights.device}; move them with .to(hidden.device)."
+            f"{tensor.device}; move them with .to(hidden.device)."
         )
 
 
@@ -167,11 +171,7 @@ def check_labels(function: str, labels: Tensor | None, hidden: Tensor) -> None:
             f"{function}: labels must be an int64 tensor of shape (N,) = ({num_rows},), one per "
             f"row, already shifted, got {tuple(labels.shape)} {labels.dtype}; use {remedy}."
         )
-    if labels.device != hidden.device:
-        raise ValueError(
-            f"{function}: labels must be on {hidden.device} like the hidden states, got "
-            f"{labels.device}; move them with .to(hidden.device)."
-        )
+    check_device(function, "labels", labels, hidden)
 
 
 def check_beta(function: str, beta: float) -> None:

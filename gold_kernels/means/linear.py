@@ -269,8 +269,4 @@ def _check_means(function: str, student: LinearHead, teacher: HeadMeans) -> None
                 f"{tuple(tensor.shape)} {tensor.dtype}; pass head_means(...) of the same rows and "
                 "this head, in float32."
             )
-        if tensor.device != student.hidden.device:
-            raise ValueError(
-                f"{function}: {name} of the teacher must be on {student.hidden.device} like the "
-                f"hidden states, got {tensor.device}; move it with .to(hidden.device)."
-            )
+        checks.check_device(function, f"{name} of the teacher", tensor, student.hidden)

@@ -164,12 +164,8 @@ def _check_targets(function: str, hidden: Tensor, ids: Tensor, log_probs: Tensor
             f"N={hidden.shape[0]} and k of at least 1, got {shapes[0]} {ids.dtype} and "
             f"{shapes[1]} {log_probs.dtype}; pad rows with fewer entries with id -1."
         )
-    for name, tensor in (("teacher_ids", ids), ("teacher_log_probs", log_probs)):
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"{function}: {name} must be on {hidden.device} like the hidden states, got "
-                f"{tensor.device}; move them with .to(hidden.device)."
-            )
+    checks.check_device(function, "teacher_ids", ids, hidden)
+    checks.check_device(function, "teacher_log_probs", log_probs, hidden)
 
 
 def _check_entries(function: str, ids: Tensor, log_probs: Tensor, vocab_size: int) -> None:

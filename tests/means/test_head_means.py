@@ -281,6 +281,10 @@ def test_memory_stays_within_the_budget(n):
         ),
         ({"tokens": torch.zeros(4)}, r"tokens of the teacher must be \(4,\) torch.int64, got"),
         ({"entropies": torch.zeros(5)}, r"entropies of the teacher must be \(4,\) torch.float32"),
+        (
+            {"means": torch.zeros(4, 3, device="meta")},
+            "means of the teacher must be on cpu like the hidden states, got meta; move them",
+        ),
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"final_logit_softcapping": 3.0}, "an option is expected, got final_logit_softcapping="),
         ({"vocab_size": 10}, r"vocab_size must be a whole number in \[1, 9\]"),

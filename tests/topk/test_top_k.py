@@ -191,6 +191,7 @@ def test_masses_are_in_the_metrics_and_memory_is_in_the_budget():
         (torch.zeros(4, 2), torch.zeros(4, 2), "float32 and .*; pad rows with fewer"),
         (torch.zeros(4, 0, dtype=torch.int64), torch.zeros(4, 0), r"got \(4, 0\)"),
         (torch.full((4, 1), 20), torch.zeros(4, 1), "teacher_ids must be below 20, .* got 20;"),
+        (torch.zeros(4, 1).long().to("meta"), torch.zeros(4, 1), "teacher_ids must be on cpu like"),
     ],
 )
 def test_targets_that_do_not_fit_say_so(ids, log_probs, message):
