@@ -34,3 +34,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":  # from the installed metadata: gold_kernels itself imports torch
         return import_module("importlib.metadata").version("gold-kernels")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Also names that nobody has asked for yet, as completion of an editor needs them."""
+    return sorted({*globals(), *__all__})

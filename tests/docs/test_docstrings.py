@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import gold_kernels
+import gold_trainer
 
 FUNCTIONS = [name for name in gold_kernels.__all__ if name[0].islower()]
 MODULES = [name for name in gold_kernels.__all__ if name.endswith("Loss") and name != "RowLoss"]
@@ -66,3 +67,8 @@ def test_every_public_name_has_a_help_of_its_own(name):
     for method in ("forward", "from_tokenizers", "align", "report"):
         own = vars(public).get(method) if inspect.isclass(public) else None
         assert own is None or getattr(public, method).__doc__, f"{name}.{method}"
+
+
+def test_public_names_of_the_trainer_are_listed_before_they_are_imported():
+    assert len(gold_trainer.__all__) >= 4
+    assert set(gold_trainer.__all__) <= set(dir(gold_trainer))
