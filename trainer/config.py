@@ -14,6 +14,7 @@ from gold_trainer.fields.run import (
     RunFields,
     check_inherited,
     check_output_dir,
+    choose_direction,
     naming_the_launcher,
     pin_beside_a_gpu,
     rename_checkpointing,
@@ -122,6 +123,7 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         self.is_checkpointing_chosen = is_checkpointing_open(self)  # here, and not by the user
         rename_checkpointing(self)
         choose_precision(self)
+        choose_direction(self)
         with naming_the_launcher():
             super().__post_init__()
         if self.is_checkpointing_chosen:

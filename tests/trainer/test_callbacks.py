@@ -3,6 +3,7 @@
 import pytest
 from transformers import EarlyStoppingCallback
 
+from gold_trainer import GOLDConfig
 from support.tiny_models import tiny_rows
 from support.trainer_cases import make_trainer
 
@@ -55,6 +56,24 @@ def test_another_patience_of_a_resumed_run_counts(tmp_path):
 def test_early_stopping_without_what_it_looks_at_is_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=f"^GOLDTrainer: {message}"):
         trainer(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_merit"),
+    [
+        ("forward_kl", False),
+        ("eval_reverse_kl", False),
+        ("eval_news_cross_entropy", False),
+        ("loss", False),
+        ("runtime", False),
+        ("top1_agreement", True),
+        ("samples_per_second", True),
+    ],
+)
+def test_less_of_a_divergence_is_better_unless_the_user_says_otherwise(metric, is_merit, tmp_path):
+    fields = {"output_dir": str(tmp_path), "metric_for_best_model": metric}
+    assert GOLDConfig(**fields).greater_is_better is is_merit
+    assert GOLDConfig(**fields, greater_is_better=not is_merit).greater_is_better is not is_merit
 
 
 @pytest.mark.parametrize(

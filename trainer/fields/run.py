@@ -106,6 +106,8 @@ OF_FSDP = (
     *("sync_module_states", "limit_all_gathers", "mixed_precision_policy", "sharding_strategy"),
     *("xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "xla_fsdp_settings"),
 )
+# Metrics of which less is better, by their ends.
+COSTS = ("loss", "kl", "cross_entropy", "runtime")
 # Files that a run writes into output_dir.
 SAVED = (
     *("config.json", "generation_config.json", "model.safetensors", "training_args.bin"),
@@ -258,6 +260,13 @@ def naming_the_launcher() -> Iterator[None]:
             f"started the process ({error}); start it with accelerate launch or torchrun, also on "
             "one GPU."
         ) from error
+
+
+def choose_direction(args: TrainingArguments) -> None:
+    """Of metric_for_best_model: transformers takes what does not end with loss for a merit."""
+    metric = args.metric_for_best_model
+    if isinstance(metric, str) and args.greater_is_better is None:
+        args.greater_is_better = not metric.endswith(COSTS)
 
 
 def rename_checkpointing(args: TrainingArguments) -> None:
