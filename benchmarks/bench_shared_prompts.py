@@ -23,7 +23,7 @@ import torch
 from bench_train_step import MAX_LOSS_ERRORS
 from peft import LoraConfig, get_peft_model
 from profile_step import Profiled
-from qwen3_vl_shapes import build_pair, processor_of_448_pixels, rows
+from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import RowLog, environment, say
 from transformers import TrainerCallback
 
@@ -109,10 +109,7 @@ def build(
             max_steps=steps,
             bf16=has_cuda,
             use_cpu=not has_cuda,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1,
-            disable_tqdm=True,
+            **QUIET,
             optim="sgd",
             learning_rate=1e-9,
             **fields,
@@ -210,8 +207,7 @@ def main() -> None:
     options = parser.parse_args()
     processor = processor_of_448_pixels()
     student, teacher = build_pair(processor, options.tiny)
-    lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
-    pair = get_peft_model(student, lora), teacher
+    pair = get_peft_model(student, LoraConfig(**LORA)), teacher
     log = RowLog(options.output, FIELDS, appends=True)
     for case in options.cases:
         prompt, _, completion = case.partition(":")
