@@ -3,16 +3,18 @@
     python benchmarks/bench_shared_prompts.py --cases 216:256 1000:256 --output FILE
 
 Qwen3-VL-8B -> 2B shapes, LoRA, one micro-batch of 8 completions of one prompt with a picture, as
-num_generations=8 has them; a writer that takes no time gives completions of fixed lengths. A case
-is PROMPT:COMPLETION tokens, or PROMPT:SHORTEST-LONGEST for lengths spread evenly between these.
-Modes: "padded" is share_prompts=False, "packed" padding_free=True besides, "shared" the default on
-a GPU. In mode "shared" the loss is first compared with full logits of padded rows in
-float64 softmax; one that fails has no time. The gradient of the first step is compared with that of
-the first mode of its case.
+num_generations=8 has them. A writer that takes no time gives completions of known lengths. A case
+is PROMPT:COMPLETION tokens, or PROMPT:SHORTEST-LONGEST for lengths that are drawn between these,
+anew in each step and the same in all modes: no shape comes twice, as with real rollouts. Modes:
+"padded" is share_prompts=False, "packed" padding_free=True besides, "shared" the default on a GPU.
+In mode "shared" the loss is first compared with full logits of padded rows in float64 softmax; one
+that fails has no time. The gradient of the first step is compared with that of the first mode of
+its case.
 """
 
 import argparse
 import gc
+import random
 import statistics
 import tempfile
 from dataclasses import replace
@@ -81,17 +83,29 @@ class TeacherTimer:
         return round(statistics.median(times), 1) if times else 0.0
 
 
-def lengths_of(completion: str) -> list[int]:
-    first, _, last = completion.partition("-")
-    low, high = int(first), int(last or first)
-    return [low + (high - low) * i // (NUM_ROWS - 1) for i in range(NUM_ROWS)]
+class KnownWriter:
+    """In the place of the student's: tokens of one kind, without a model."""
+
+    def __init__(self, completion: str, token_id: int) -> None:
+        first, _, last = completion.partition("-")
+        self.low, self.high = int(first), int(last or first)
+        self.token_id, self.calls = token_id, 0
+
+    def complete(self, prompts: Any, sampling: Any) -> list[list[Completion]]:
+        draw = random.Random(self.calls)
+        self.calls += 1
+        sizes = [draw.randint(self.low, self.high) for _ in range(NUM_ROWS)]
+        written = [Completion([self.token_id] * size, [0.0] * size, 0) for size in sizes]
+        return [written for _ in prompts]
 
 
 def build(
     pair: Any, processor: Any, case: tuple[str, str], options: Any, fields: Any, folder: str
 ) -> Any:
     steps = options.steps + options.profile
-    prompt, lengths = int(case[0]), lengths_of(case[1])
+    prompt = int(case[0])
+    token_id = processor.tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    writer = KnownWriter(case[1], token_id)
     (row,) = rows(processor, 1, 1)
     question = row["prompt"][0]["content"] + " a" * ((prompt - PROMPT) // 2)
     data = [{"prompt": [{"role": "user", "content": question}], "images": row["images"]}]
@@ -104,8 +118,8 @@ def build(
             per_device_train_batch_size=NUM_ROWS,
             num_generations=NUM_ROWS,
             lmbda=1.0,
-            max_completion_length=max(lengths),
-            max_length=prompt + max(lengths) + 64,
+            max_completion_length=writer.high,
+            max_length=prompt + writer.high + 64,
             max_steps=steps,
             bf16=has_cuda,
             use_cpu=not has_cuda,
@@ -117,11 +131,8 @@ def build(
         train_dataset=data * steps,
         processing_class=processor,
     )
-    token_id = processor.tokenizer("a", add_special_tokens=False)["input_ids"][0]
-    written = [Completion([token_id] * size, [0.0] * size, 0) for size in lengths]
-    writer = trainer.rollouts.writers["student"]
-    writer.complete = lambda prompts, sampling: [written for _ in prompts]
-    return trainer
+    trainer.rollouts.writers["student"].complete = writer.complete
+    return trainer, writer
 
 
 @torch.no_grad()
@@ -163,9 +174,10 @@ def measure(
     row |= {"checkpointing": options.checkpointing, "status": "ok", **environment()}
     fields = {**MODES[mode], "gradient_checkpointing": options.checkpointing == "on"}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(pair, processor, case, options, fields, folder)
+        trainer, writer = build(pair, processor, case, options, fields, folder)
         if mode == "shared":
             error, limit = loss_error(trainer), MAX_LOSS_ERRORS["jsd"]
+            writer.calls = 0
             row["loss_error"] = f"{error:.1e}"
             if not error <= limit:  # a NaN too
                 return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}, None

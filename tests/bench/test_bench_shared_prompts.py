@@ -12,9 +12,17 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_shared_prompts as bench
 
 
-def test_lengths_are_spread_evenly_or_all_the_same():
-    assert bench.lengths_of("256") == [256] * 8
-    assert bench.lengths_of("64-448") == [64, 118, 173, 228, 283, 338, 393, 448]
+def lengths_of(completion, num_steps=3):
+    writer = bench.KnownWriter(completion, 7)
+    written = [writer.complete(["a prompt"], None) for _ in range(num_steps)]
+    return [[len(completion.token_ids) for completion in step[0]] for step in written]
+
+
+def test_lengths_are_all_the_same_or_drawn_anew_in_each_step():
+    assert lengths_of("256") == [[256] * 8] * 3
+    steps = lengths_of("64-448")
+    assert steps == lengths_of("64-448") and steps[0] != steps[1] != steps[2]
+    assert all(64 <= length <= 448 for step in steps for length in step)
 
 
 def test_a_tiny_case_is_measured_from_end_to_end(tmp_path, monkeypatch):
