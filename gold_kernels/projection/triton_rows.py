@@ -42,6 +42,7 @@ from gold_kernels.triton.lines import (
     LOWEST_LOGIT,
     NATS,
     at_least,
+    at_most,
     entry_parts,
     row_sum,
 )
@@ -237,8 +238,8 @@ def close_rows_kernel(
         if HAS_SCALES:
             log_s += tl.load(student_scales_ptr + row)
             log_t += tl.load(teacher_scales_ptr + row)
-        log_s = tl.minimum(tl.maximum(log_s, LOG2_ZERO * NATS), 0.0).to(tl.float64)
-        log_t = tl.minimum(tl.maximum(log_t, LOG2_ZERO * NATS), 0.0).to(tl.float64)
+        log_s = at_most(at_least(log_s, LOG2_ZERO * NATS), 0.0).to(tl.float64)
+        log_t = at_most(at_least(log_t, LOG2_ZERO * NATS), 0.0).to(tl.float64)
         span_loss, span_slope = two_outcomes(log_s, log_t, betas, MODE)
         loss += tl.where(is_span, span_loss.to(tl.float32), 0.0)
         is_span &= log_s > LOG2_ZERO * NATS  # the floor of a masked token has no slope

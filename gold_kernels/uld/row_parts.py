@@ -13,6 +13,7 @@ from gold_kernels.triton.lines import (
     LOG2_ZERO,
     LOWEST_LOGIT,
     NATS,
+    at_most,
     block_columns,
     entry_parts,
     load_logits,
@@ -121,8 +122,8 @@ def entries_of_row(
             teacher_row, partner, is_span, vocab_sizes[1], sides[1][0], totals[1], sides[1][2],
             BLOCK_V, LINE,
         )  # fmt: skip
-        student_span = tl.minimum(student_span + scales[0], 0.0)
-        teacher_span = tl.minimum(teacher_span + scales[1], 0.0)
+        student_span = at_most(student_span + scales[0], 0.0)
+        teacher_span = at_most(teacher_span + scales[1], 0.0)
     span_parts = (is_span, span, rest, tl.log2(totals[0]))
     return (num_student, num_teacher, num_pairs), span_parts, (student_span, teacher_span)
 

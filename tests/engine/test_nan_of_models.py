@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gold_kernels import (
+    TokenAlignment,
     VocabOverlap,
     fused_linear_chunk_likelihood,
     fused_linear_jsd,
@@ -17,6 +18,7 @@ from gold_kernels import (
     fused_linear_uld,
 )
 from gold_kernels.losses import LOSSES, make_loss
+from gold_kernels.tokens.alignment import SpanGroups
 from support.backends import on_every_backend
 from support.same_tokens import same_projection, same_tokens
 
@@ -42,6 +44,38 @@ def test_nan_of_one_row_is_nan_of_the_loss(name, side, device, backend):
     (student if side == "student" else teacher)[1] = torch.nan
     loss = CALLS[name](student, heads[0], teacher, heads[1], backend=backend)
     assert loss.isnan()
+
+
+def merged(merge):
+    """Two groups: of one token on either side, and of two of the student and one of the teacher."""
+    groups = SpanGroups(torch.tensor([0, 1, 1]), torch.tensor([0, 1, -1]), 2, 9)
+    return TokenAlignment.from_groups(groups, ROWS, ROWS, 9, merge=merge)
+
+
+MERGED = {
+    "uld": ("bayesian", fused_linear_uld),
+    "observed": ("observed", CALLS["hybrid"]),
+    "hybrid": ("bayesian", CALLS["hybrid"]),
+    "matched alone": (
+        "bayesian",
+        partial(CALLS["hybrid"], matched_weight=1.0, unmatched_weight=0.0, beta=0.0),
+    ),
+    "likelihood": ("bayesian", fused_linear_chunk_likelihood),
+    "projected": ("bayesian", CALLS["projected"]),
+}
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", MERGED)
+def test_nan_of_any_token_of_a_merged_group_is_nan_of_the_loss(name, device, backend):
+    """The least and the largest probability of a group's bytes stood in the place of NaN."""
+    merge, function = MERGED[name]
+    for side, row in (("student", 1), ("student", 2), ("teacher", 1)):
+        hidden = {of: torch.randn(N, 4, device=device) for of in ("student", "teacher")}
+        heads = [torch.randn(V, 4, device=device) for _ in range(2)]
+        given = hidden["student"], heads[0], hidden["teacher"], heads[1]
+        hidden[side][row] = torch.nan
+        assert function(*given, alignment=merged(merge), backend=backend).isnan(), (side, row)
 
 
 @on_every_backend
