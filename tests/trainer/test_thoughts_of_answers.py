@@ -70,6 +70,21 @@ def test_a_prompt_may_end_with_thoughts_alone():
     assert prompt.endswith("<think>\nhm\n</think>\n\n") and answer == "Rain.<|im_end|>"
 
 
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "deepseek_r1_distill", "qwen3", "qwen3_6"])
+def test_characters_for_private_use_are_text(name):
+    """Fonts of symbols leave them in texts that come from PDF files."""
+    text = "\ue000 \uf0b7 \ue001"
+    answer = ANSWER | {"content": f"Rain {text}."}
+    user = USER | {"content": f"{text} Weather in Ulm?"}
+    prompt, said = learnt(name, messages=[user, answer])
+    assert f"Rain {text}." in said
+    plain = learnt(name, messages=[USER, ANSWER])
+    assert (prompt, said.replace(f" {text}", "")) == plain
+    developer = {"role": "developer", "content": "Be brief."}
+    with pytest.raises(ValueError, match="leaves out message 0, of the role .developer."):
+        learnt("qwen3", messages=[developer, user, answer])
+
+
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
 def test_parts_of_an_answer_are_one_text(family):
     source = "gemma3" if family == "gemma3" else "qwen3_vl"

@@ -13,12 +13,11 @@ from gold_trainer.data.row_errors import TemplateError
 from gold_trainer.data.rows import Row
 from gold_trainer.data.thoughts import THOUGHT_KEYS
 from gold_trainer.rendering.frames import Piece
-from gold_trainer.rendering.renderer import FIRST_PROBE
+from gold_trainer.rendering.renderer import probes_beside
 from gold_trainer.rendering.template_keys import keys_read
 
 logger = logging.get_logger(__name__)
 
-PROBE = chr(FIRST_PROBE)
 TOOLS = ("tool", "ipython", "observation", "function")  # roles whose results may be written as JSON
 USUAL = ("user", "assistant", *TOOLS)
 # Keys that say which call a result belongs to, who speaks, what is learnt: no part of what is said.
@@ -39,7 +38,7 @@ def refuse_lost_turns(row: Row, prompt: str, render: Callable[[Row], str]) -> No
             mark = _mark_of(text, role)
             is_lost = role != "assistant" and mark not in prompt
             if not is_lost and role not in USUAL and (i, role) != (0, "system"):
-                is_lost = _is_lost(row, i, render)
+                is_lost = _is_lost(row, i, prompt, render)
             if is_lost:
                 known = "tool" if role in TOOLS else "system, user"
                 raise TemplateError(
@@ -62,12 +61,13 @@ def refuse_cut_text(row: Row, pieces: Sequence[Piece], behind_end: Callable[[str
         )
 
 
-def _is_lost(row: Row, place: int, render: Callable[[Row], str]) -> bool:
+def _is_lost(row: Row, place: int, prompt: str, render: Callable[[Row], str]) -> bool:
     assert not isinstance(row.prompt, str), "plain text meets no template"
-    message = {**row.prompt[place], "content": PROBE}
+    probe = next(probes_beside(prompt))
+    message = {**row.prompt[place], "content": probe}
     probed = [*row.prompt[:place], message, *row.prompt[place + 1 :]]
     try:
-        return PROBE not in render(replace(row, prompt=probed))
+        return probe not in render(replace(row, prompt=probed))
     except ValueError:  # it takes no such text there, so it reads what stands there
         return False
 

@@ -7,7 +7,7 @@ the answer's texts. Special tokens are looked for in marks only: in an answer th
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 Processor = ProcessorMixin | PreTrainedTokenizerBase
 KNOWN_ROLES = ("system", "user", "assistant")  # of every template
-FIRST_PROBE = 0xE000  # of the private use area: no template looks for it, none trims it
+PRIVATE = range(0xE000, 0xF900)  # characters that no template looks for, and none trims
 
 
 class Renderer:
@@ -72,7 +72,7 @@ class Renderer:
         not write around such an answer (thoughts, of which it has none): then it is what the
         template writes before the answer.
         """
-        probes = {chr(FIRST_PROBE + i): kind for i, kind in enumerate(kinds)}
+        probes = dict(zip(probes_beside(prompt, *texts_of(answer).values()), kinds, strict=False))
         rendered = self._answered(row, _probed(answer, probes))
         places = sorted((rendered.find(probe), probe) for probe in probes if probe in rendered)
         if any(rendered.count(probe) != 1 for _, probe in places):
@@ -158,7 +158,7 @@ class Renderer:
         """The answer with its thoughts under the key that the template reads."""
         if THOUGHTS not in answer:
             return answer
-        probe = chr(FIRST_PROBE)
+        probe = next(probes_beside(self.prompt(row), *texts_of(answer).values()))
         try:
             for key in THOUGHT_KEYS:
                 if probe in self._answered(row, {**answer, THOUGHTS: "", key: probe}):
@@ -284,6 +284,11 @@ class Renderer:
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             return {**message, "content": parts}
         return {**message, CONTENT: joined_text(content)}
+
+
+def probes_beside(*texts: str) -> Iterator[str]:
+    """Characters to stand for an answer's texts that stand in none of these."""
+    return (chr(code) for code in PRIVATE if all(chr(code) not in text for text in texts))
 
 
 def _remedy(roles: Sequence[str]) -> str:
