@@ -150,6 +150,31 @@ def test_steps_from_before_layers_were_compiled():
         assert ratio == f"{float(seconds[0]) / float(seconds[1]):.2f}"
 
 
+SHARED_CASES = {
+    "216, 128 to 384, new in each step": ("216", "128-384"),
+    "216, 256": ("216", "256"),
+    "1,000, 256": ("1000", "256"),
+}
+
+
+def test_steps_of_shared_prompts():
+    lines = table("hardware.md", "(`shared_prompts.csv`):")
+    assert lines.keys() == SHARED_CASES.keys()
+    names, ratios = ("seconds_median", "teacher_ms", "peak_gib"), ([], [])
+    for name, cells in lines.items():
+        case = dict(zip(("prompt_tokens", "completion_tokens"), SHARED_CASES[name], strict=True))
+        rows = [record("shared_prompts.csv", mode=mode, **case) for mode in ("shared", "padded")]
+        assert_cells(cells, [row[name] for row in rows for name in names])
+        for place, found in enumerate(ratios):
+            found.append(f"{float(cells[place + 3]) / float(cells[place]):.2f}")
+        assert float(rows[0]["first_loss"]) == pytest.approx(float(rows[1]["first_loss"]), rel=1e-4)
+        assert float(rows[0]["gradient_difference"]) < 0.01 > float(rows[0]["loss_error"]) * 100
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    told = re.search(r"That is (.*) times as fast, and (.*) times in the teacher's pass", text)
+    for words, found in zip(told.groups(), ratios, strict=True):
+        assert words == f"{found[0]}, {found[1]} and {found[2]}"
+
+
 def test_steps_of_mixed_lengths():
     lines = table("hardware.md", "Answers of several lengths")
     case = {"loss": "jsd", "micro_batches": "4", "status": "ok"}
