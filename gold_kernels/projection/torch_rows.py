@@ -95,7 +95,7 @@ def _projected(
     log_s = torch.where(projected <= tiny, LOG_ZERO, projected.clamp_min(tiny).log())
     log_t = log_p[:, folds.teacher_ids.long()].clamp_min(LOG_ZERO)
     loss, pull = matched_jsd(log_s, log_t, beta)
-    sums[:, places] = torch.where(projected > tiny, pull / projected.clamp_min(tiny), 0)
+    sums[:, places] = pull / projected.clamp_min(tiny)  # without any mass there is no pull
     num_entries = folds.row_places.shape[1]
     mean = torch.zeros_like(q)
     for row_places, row_weights in zip(folds.row_places, folds.row_weights, strict=True):

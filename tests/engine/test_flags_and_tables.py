@@ -62,6 +62,10 @@ def test_true_is_no_index_and_a_list_no_name():
         FusedLinearJSDLoss(ignore_index=True)
     with pytest.raises(ValueError, match=r"name must be one of jsd, .* got \['jsd'\]"):
         make_loss(["jsd"])
+    with pytest.raises(
+        ValueError, match=r"numbers of jsd are beta, temperature, got alpha=; leave"
+    ):
+        make_loss("jsd", alpha=0.1)
 
 
 def test_a_bias_that_is_a_mask_or_quantised_is_refused_by_name():

@@ -86,3 +86,19 @@ def test_nan_of_a_row_with_a_label_alone_is_nan_of_the_loss(device, backend):
     options = {"labels": labels, "backend": backend}
     for fused in (fused_linear_jsd, fused_linear_uld):
         assert fused(student, head, teacher, head, zeros, **options).isnan()
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", ["jsd", "uld", "hybrid", "likelihood", "projected"])
+def test_values_of_a_row_of_weight_0_are_0_whatever_it_holds(name, device, backend):
+    student, teacher = (torch.randn(N, 4, device=device) for _ in range(2))
+    heads = [torch.randn(V, 4, device=device) for _ in range(2)]
+    student[1] = teacher[1] = torch.nan
+    given = student, heads[0], teacher, heads[1]
+    options = {"row_weights": torch.tensor([1.0, 0.0, 1.0], device=device), "backend": backend}
+    loss, rows = CALLS[name](*given, **options, return_metrics=True)
+    rows = rows if isinstance(rows, dict) else rows._asdict()
+    values = {key: part for key, part in rows.items() if part is not None}
+    assert loss.isfinite() and len(values) >= 1
+    for key, part in values.items():
+        assert part.isfinite().all() and part[1] == 0, key

@@ -66,6 +66,26 @@ def test_padded_columns_have_no_part_and_no_gradient():
     assert not leaf.grad[:, 290:].any()
 
 
+@on_every_backend
+def test_logits_and_weights_of_any_stride_and_dtype_give_the_same_loss(device, backend):
+    """Kernels read neighbours of a row, and row weights of float32, one behind the other."""
+    student, teacher = (logits.to(device) for logits in logit_pair())
+    weights = torch.rand(9, 2, device=device).bfloat16().float()
+    found = []
+    for is_plain in (True, False):
+        leaf = student.clone().requires_grad_()
+        given = leaf, teacher, weights[:, 1].contiguous()
+        if not is_plain:
+            given = leaf.T.contiguous().T, teacher.T.contiguous().T, weights[:, 1]
+        loss = jsd_loss(*given, backend=backend)
+        found.append([loss, torch.autograd.grad(loss, leaf)[0]])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+    for dtype in (torch.bfloat16, torch.float64):
+        loss = jsd_loss(student, teacher, weights[:, 1].to(dtype), backend=backend)
+        assert torch.equal(loss, found[0][0])
+
+
 def test_float16_gradients_survive_small_weights():
     student, teacher = logit_pair()
     weights = torch.full((9,), 1e-6)

@@ -220,7 +220,7 @@ def test_row_weights_carry_any_normalisation(device, backend):
 )
 def test_row_weights_may_have_any_stride(take, device, backend):
     case = random_case().to(torch.float32, device)
-    weights = take(torch.ones(37, 3, device=device))
+    weights = take(torch.rand(37, 3, device=device))
     assert weights.stride() != (1,)
     actual = run_fused(case, row_weights=weights, chunk_size=10, backend=backend)
     expected = run_fused(case, row_weights=weights.contiguous(), chunk_size=10, backend=backend)

@@ -69,6 +69,16 @@ def test_loss_and_gradients_are_the_oracles(beta, tau, has_labels, device, backe
         assert relative_error(ours.cpu(), expected) < (1e-12 if backend == "torch" else 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("log_s", "log_t", "expected"), [(-1e-13, -3e-13, 2.0), (-60.0, -61.0, 1 - math.exp(-1))]
+)
+def test_the_slope_keeps_its_digits_at_both_ends(log_s, log_t, expected):
+    """(s - t) / (1 - s), in the second case relative to s."""
+    sides = (torch.tensor([side], dtype=torch.float64) for side in (log_s, log_t))
+    slope = float(two_outcomes(*sides, 0.0)[1]) / (math.exp(log_s) if log_s < -1 else 1)
+    assert slope == pytest.approx(expected, rel=1e-9)
+
+
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_lose_what_their_gemms_lose(dtype, device, backend):

@@ -347,7 +347,7 @@ def test_alpaca_columns_are_a_conversation():
     [
         ({"instruction": ["Go."], "output": "x"}, "instruction must be text, got list"),
         ({"instruction": "Go.", "history": "Hello"}, "history must be a list, got str"),
-        ({"instruction": "Go.", "history": ["Hello"]}, "history must be a list of .question, answ"),
+        ({"instruction": "Go.", "history": ["Hi"]}, "history must be a list of .question, answ"),
         ({"conversations": "Hello"}, "conversations must be a list, got str"),
     ],
 )

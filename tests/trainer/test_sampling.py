@@ -87,3 +87,9 @@ def test_a_known_token_beyond_the_nucleus_has_a_finite_logprob():
     assert likely == 0.0
     rest = sampling.logprobs_of(logits, torch.tensor([2]), settings, none)
     torch.testing.assert_close(rest, torch.log_softmax(logits[:, [0, 2]], -1)[:, 1])
+
+
+def test_the_smallest_set_of_likely_tokens_may_have_its_mass_exactly():
+    probs = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    for top_p, least in ((0.5, 0.5), (0.75, 0.25), (0.76, 0.125)):
+        assert sampling.nucleus_threshold(probs, top_p).item() == least

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gold_trainer import GOLDConfig
 from gold_trainer.batches import SideInputs
@@ -15,11 +16,12 @@ from gold_trainer.preparing import prepare
 from gold_trainer.teachers import make_teacher, source_of
 from gold_trainer.teachers.served import client
 from gold_trainer.teachers.served.check import Served, warn_of_another
+from gold_trainer.teachers.served.tail import read_tail
 from gold_trainer.writers.vllm.requests import GENERATE
 from gold_trainer.writers.vllm.server import Server
 from support.cache_cases import save_pair
 from support.served_stub import served_teacher
-from support.tiny_models import tiny
+from support.tiny_models import save_tiny, tiny
 from support.trainer_cases import FIELDS
 from support.vllm_stub import late
 
@@ -169,6 +171,23 @@ def test_files_that_are_not_here_or_have_more_layers_are_refused(pair, served):
     one_sentence(error)
 
 
+def test_a_file_that_is_broken_is_refused(pair, served, tmp_path):
+    generate, file = served.generate, tmp_path / "broken.safetensors"
+
+    def broken(body):
+        answer = generate(body)
+        if isinstance(answer, dict) and "kv_transfer_params" in answer:
+            file.write_bytes(b"no header")
+            client._lock_of(file).touch()
+            answer["kv_transfer_params"] = {"hidden_states_path": str(file)}
+        return answer
+
+    served.stub.answers[GENERATE] = broken
+    with refuse(URL + r"write whole files, got .*broken\.safetensors \(") as error:
+        opened(pair, served)
+    one_sentence(error)
+
+
 def test_a_file_that_lacks_rows_or_tensors_is_refused(pair, served):
     """Of every row, and not of the first alone."""
     ask, whole = asked(pair, served), served.tensors
@@ -289,3 +308,18 @@ def test_a_checkpoint_without_safetensors_is_refused(pair, served, monkeypatch):
             opened(pair, served)
     finally:
         file.with_suffix(".bin").rename(file)
+
+
+def test_a_checkpoint_without_a_norm_that_can_be_run_is_refused(tmp_path):
+    save_tiny(tmp_path, "qwen3", "teacher")
+    processor, file = tiny("qwen3", "teacher")[1], tmp_path / "model.safetensors"
+    tensors, name = load_file(file), "model.norm.weight"
+    args = GOLDConfig(output_dir=str(tmp_path), **FIELDS)
+    for norm, text in (
+        (None, "its checkpoint, got none"),
+        (torch.int8, "16 or 32 bits, got torch."),
+    ):
+        own = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(own | ({} if norm is None else {name: tensors[name].to(norm)}), file)
+        with pytest.raises(ValueError, match=rf"model\.norm\.weight in {text}"):
+            read_tail(str(tmp_path), processor, args)
