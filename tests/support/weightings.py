@@ -23,3 +23,9 @@ def by_gap(tokens: ScoredTokens, power: float = 1.0) -> Tensor:  # (N,)
     gap = (tokens.teacher_log_probs() - tokens.student_log_probs()).abs()
     even = torch.where(tokens.completions % 2 == 0, 1.0, 0.25)
     return (tokens.positions % 3 + 1) * gap**power * even + (tokens.ids == tokens.ids[0])
+
+
+def found_later(tokens: ScoredTokens, row: int) -> Tensor:  # (N,)
+    """As a device tells of weights that cannot be, here of those of a row."""
+    tokens.batch.bad_weights = torch.tensor(row in tokens.rows)
+    return torch.ones_like(tokens.ids)

@@ -107,6 +107,12 @@ def test_word_that_is_no_choice_is_refused_with_the_nearest(name, value, nearest
     assert f"did you mean '{nearest}'?" in refusal(tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize("name", ["teacher_model_name_or_path", "bf16", "beta"])
+def test_list_of_texts_is_neither_text_nor_number(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"^GOLDConfig: {name} must be .*, got \['x'\]; "):
+        GOLDConfig(output_dir=str(tmp_path), **{name: ["x"]})
+
+
 @pytest.mark.parametrize("value", [1e-7, -1, "x", 0])
 def test_budget_that_holds_nothing_is_refused(value, tmp_path):
     assert_refused(tmp_path, "loss_budget_mib", value)

@@ -105,9 +105,10 @@ def test_a_table_of_bytes_or_of_structs_is_read_like_one_of_images(tmp_path):
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.25, 0.75)])
 def test_floats_between_0_and_1_are_scaled(low, high):
     levels = np.array([[low, high]], dtype=np.float32)
-    (picture,) = read({"image": Image.fromarray(levels)}).images
-    grey = [picture.getpixel((x, 0))[0] for x in (0, 1)]
-    assert grey == [round(255 * low), round(255 * high)]
+    for value in (Image.fromarray(levels), levels):
+        (picture,) = read({"image": value}).images
+        grey = [picture.getpixel((x, 0))[0] for x in (0, 1)]
+        assert grey == [round(255 * low), round(255 * high)]
 
 
 def test_floats_between_0_and_255_are_levels():

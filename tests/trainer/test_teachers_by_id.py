@@ -293,3 +293,14 @@ def test_a_plan_is_refused(texts, capsys):
     )
     assert main(["plan", *argv]) == 2
     assert "one teacher is expected, got teacher_models with math, code" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_are_found_whoever_the_rows_teacher_is(texts, tmp_path):
+    weights = {"token_weighting": "support.weightings:found_later"}
+    message = (
+        "token_weighting must return .*, got others in step 1, dataset rows 0, 1; the step was"
+    )
+    for row in (0, 1):
+        fields = {"teacher_models": models_of(texts), "token_weighting_kwargs": {"row": row}}
+        with pytest.raises(ValueError, match=message):
+            run_of(texts, tmp_path, texts.rows[:2], **fields, **weights)

@@ -155,3 +155,9 @@ def test_command_line_names_the_choices(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses([*flags, "first"])
     assert "bayesian" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_either_side_leaves_the_end_of_turn_out(side, tmp_path):
+    fields = {"use_uld_loss": True, f"uld_skip_{side}_eos": True}
+    assert not GOLDConfig(output_dir=str(tmp_path), **fields).has_end_of_turn

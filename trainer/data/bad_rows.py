@@ -138,9 +138,9 @@ class SkippedRows(TrainerCallback):
         self.reset()
         callbacks: Any = state.stateful_callbacks
         kept = callbacks.get(NAME)
-        if state.global_step and kept:
+        if kept:  # by a checkpoint; reasons that are errors now are in no sum
             self.has_learnt = kept["has_learnt"]
-            self.counts |= {r: n for r, n in kept["counts"].items() if r in self.counts}
+            self.counts |= kept["counts"]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
