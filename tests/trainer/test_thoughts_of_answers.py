@@ -81,7 +81,7 @@ def test_characters_for_private_use_are_text(name):
     plain = learnt(name, messages=[USER, ANSWER])
     assert (prompt, said.replace(f" {text}", "")) == plain
     developer = {"role": "developer", "content": "Be brief."}
-    with pytest.raises(ValueError, match="leaves out message 0, of the role .developer."):
+    with pytest.raises(ValueError, match=r"leaves out message 0, of the role .developer."):
         learnt("qwen3", messages=[developer, user, answer])
 
 
