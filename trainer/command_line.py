@@ -75,7 +75,9 @@ SWITCHES = {
         *("eval_steps", "eval_delay", "do_eval", "dataset_test_split"),
         *("metric_for_best_model", "greater_is_better"),
     ),
-    "push_to_hub": ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
+    "push_to_hub": (
+        *("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    ),
     "log_completions": ("log_completions_steps", "num_completions_to_print"),
 }
 RESUME = "resume_from_checkpoint"

@@ -26,6 +26,18 @@ def config(tmp_path, **fields):
         ({"optim": "sgd", "optim_args": "momentum=x"}, r"values that 'sgd' takes.*\(could not"),
         ({"optim": "sgd", "optim_args": "nesterov=true"}, "Nesterov momentum requires a momentum"),
         ({"optim_target_modules": ["attn"]}, "optim_target_modules must be left out with optim="),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 20},
+            "has no warm-up, got 20; set 0, or lr_scheduler_type='constant_with_warmup'",
+        ),
+        (
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "warmup_steps": 0.1,
+                "eval_strategy": "epoch",
+            },
+            r"warmup_steps must be 0 .*'reduce_lr_on_plateau', which has no warm-up, got 0.1; set 0",
+        ),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "'warmup_stable_decay' takes, got {}"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
         ({"lr_scheduler_type": "polynomial"}, "lr_end .* must be smaller than initial lr"),

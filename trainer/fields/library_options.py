@@ -71,6 +71,13 @@ def check_library_options(args: GOLDConfig) -> None:
     check_optimizer(args)
     schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(args.lr_scheduler_type)]
     parameters = inspect.signature(schedule).parameters
+    if args.warmup_steps and "num_warmup_steps" not in parameters:
+        name = SchedulerType(args.lr_scheduler_type).value
+        instead = ", or lr_scheduler_type='constant_with_warmup'" if name == "constant" else ""
+        raise ValueError(
+            f"GOLDTrainer: warmup_steps must be 0 with lr_scheduler_type={name!r}, which has no "
+            f"warm-up, got {args.warmup_steps:g}; set 0{instead}."
+        )
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_any:
         known = [name for name in parameters if name not in SET_BY_TRAINER]
