@@ -44,14 +44,15 @@ def watch(model):
     return tokens, pictures
 
 
-def finish(trainer, recorder, teachers=None):
+def finish(trainer, recorder, teachers=None, resume=None):
     sides = [trainer.model, *(teachers or [trainer.teacher_model])]
     shapes = [watch(model) for model in sides]
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, recorder, shapes
 
 
 def run(folder, family="qwen3", rows=None, peft_config=None, eval_dataset=None, **fields):
+    resume = fields.pop("resume", None)
     recorder = GradientRecorder()
     has_pictures = family not in ("qwen3", "llama")
     rows = rows or tiny_rows(4, images="mixed" if has_pictures else 0)
@@ -65,7 +66,7 @@ def run(folder, family="qwen3", rows=None, peft_config=None, eval_dataset=None, 
         peft_config=peft_config,
         callbacks=[recorder],
     )
-    return finish(trainer, recorder)
+    return finish(trainer, recorder, resume=resume)
 
 
 def assert_shared(plain, shared, times=3):
@@ -143,6 +144,27 @@ def test_rows_that_are_packed_share_their_prompts(tmp_path):
     assert sum(alone[2][0][0]) > sum(packed[2][0][0]), "unless that is not wanted"
 
 
+def test_a_teacher_that_sees_another_context_shares_its_own_prompts(tmp_path):
+    rows = tiny_rows(2, images=1)
+    hint = {"type": "text", "text": "It is red. What is it?"}
+    rows[0]["teacher_messages"] = [{"role": "user", "content": [{"type": "image"}, hint]}]
+    fields = {"family": "qwen3_vl", "rows": rows, "max_steps": 1}
+    plain = run(tmp_path, share_prompts=False, **fields)
+    shared = run(tmp_path, share_prompts=True, **fields)
+    assert_shared(plain, shared)
+    (student, _), (teacher, _) = shared[2]
+    assert teacher[-1] > student[-1], "the hint is longer than what stands in its place"
+
+
+def test_a_resumed_run_goes_on_with_or_without_it(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 1}
+    whole, *_ = run(tmp_path / "whole", share_prompts=True, **fields)
+    first = str(tmp_path / "whole" / "checkpoint-1")
+    for shares in (True, False):
+        trainer, *_ = run(tmp_path / "whole", share_prompts=shares, resume=first, **fields)
+        assert losses_of(trainer)[-1] == pytest.approx(losses_of(whole)[-1], rel=1e-5)
+
+
 def test_where_no_prompt_comes_twice_rows_are_padded(tmp_path):
     fields = {"per_device_train_batch_size": 2, "num_generations": 1, "lmbda": 0.0}
     rows = tiny_rows(4)
@@ -164,9 +186,9 @@ def test_an_evaluation_pads_rows_that_begin_alike(tmp_path):
 
 
 def test_compiled_layers_take_any_numbers_of_prompts_and_lengths(graphs, tmp_path):
-    rows = with_lengths(tiny_rows(10), (3, 9, 5, 14, 11, 2, 8, 8, 1, 30))
+    rows = with_lengths(tiny_rows(6), (3, 9, 5, 14, 11, 2))
     rows[4]["messages"][0] = rows[5]["messages"][0]  # a step of one prompt
-    fields = {"max_steps": 5, "rows": rows, "lmbda": 0.0}
+    fields = {"max_steps": 3, "rows": rows, "lmbda": 0.0}
     compiled = run(tmp_path, share_prompts=True, compile_models="regional", **fields)
     kinds = compiled[0].fast.compiled.kinds
     assert all(kind.is_compiled for kind in kinds)
