@@ -1,6 +1,7 @@
 """What the features of a table say of its rows: nulls, classes, arrays, media that nobody reads."""
 
 import json
+import pickle
 
 import datasets
 import numpy as np
@@ -62,6 +63,11 @@ def test_a_null_that_a_table_has_filled_in_is_nobodys():
     function = {"name": "look", "arguments": {"in": {"a": 1}}}
     asked = read(datasets.Dataset.from_list(rows))[0].prompt[1]
     assert asked["tool_calls"] == [{"type": "function", "function": function}]
+
+
+def test_rows_of_a_table_reach_workers_that_are_not_forked():
+    rows = pickle.loads(pickle.dumps(read(datasets.Dataset.from_list([{"messages": TALK}]))))
+    assert rows[0].completion == "A bar."
 
 
 def test_a_class_is_its_name():

@@ -17,7 +17,7 @@ import datasets
 import torch
 
 from gold_trainer.data.columns import SHAPE_COLUMNS, names_of
-from gold_trainer.data.features import as_written, undecoded
+from gold_trainer.data.features import AsWritten, undecoded
 from gold_trainer.data.json_files import JSON_SUFFIXES, json_rows, no_utf8
 from gold_trainer.data.messages import ends_with_answer, parsed_messages
 from gold_trainer.data.split_files import (
@@ -100,7 +100,7 @@ class MappedRows(torch.utils.data.Dataset):
         self, rows: Sequence[dict[str, Any]], folder: Path | None, data_args: DataArguments
     ):
         self.rows = undecoded(rows)
-        self.as_written = as_written(self.rows)
+        self.as_written = AsWritten.of(self.rows)
         self.folder = folder  # that relative paths of pictures start from
         self.data_args = data_args
 

@@ -18,7 +18,7 @@ from gold_trainer.data.columns import (
     refuse_unused_columns,
 )
 from gold_trainer.data.data_files import MappedRows
-from gold_trainer.data.features import as_written, undecoded
+from gold_trainer.data.features import AsWritten, undecoded
 from gold_trainer.data.row_errors import ColumnsError, reading, shown
 from gold_trainer.data.rows import Row, RowReader
 from gold_trainer.data.tables import refuse_tables
@@ -47,7 +47,7 @@ class RowDataset(torch.utils.data.Dataset):
             )
         self.reader = RowReader.of(rows, **options)
         self.rows = undecoded(rows)
-        self.as_written = as_written(self.rows)
+        self.as_written = AsWritten.of(self.rows)
         self.first_index = 0  # of those that can be read
         if has_shape(self.reader.columns(self._columns(0))):
             names = rows.column_names() if isinstance(rows, MappedRows) else names_of(rows)

@@ -6,7 +6,8 @@ checked before decoding.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -44,18 +45,20 @@ def may_be_filled(rows: Any) -> bool:
     return is_table and _features_of(rows) is None
 
 
-def as_written(rows: Any) -> Callable[[Any], Any]:
-    """What takes the nulls out of a row that its table has filled in."""
-    features = _features_of(rows)
-    if features is None:
-        return lambda row: row
+@dataclass(frozen=True)
+class AsWritten:
+    """Takes the nulls out of a row that its table has filled in; workers get a copy of it."""
 
-    def read(row: Any) -> Any:
-        if not isinstance(row, Mapping):
+    features: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, rows: Any) -> "AsWritten":
+        return cls(_features_of(rows))
+
+    def __call__(self, row: Any) -> Any:
+        if self.features is None or not isinstance(row, Mapping):
             return row
-        return {name: _as_written(value, features.get(name)) for name, value in row.items()}
-
-    return read
+        return {name: _as_written(value, self.features.get(name)) for name, value in row.items()}
 
 
 def _features_of(rows: Any) -> Mapping[str, Any] | None:

@@ -24,7 +24,7 @@ from gold_trainer.data.data_files import (
     source_of,
     split_names,
 )
-from gold_trainer.data.features import as_written, undecoded
+from gold_trainer.data.features import AsWritten, undecoded
 from gold_trainer.data.json_files import JSON_SUFFIXES, json_rows
 from gold_trainer.data.split_files import BUILDERS, json_file_of
 
@@ -44,7 +44,7 @@ class MappedStream(IterableDataset):
 
     def __init__(self, rows: Any, folder: Path | None, data_args: DataArguments) -> None:
         self.rows = undecoded(rows)
-        self.as_written = as_written(self.rows)
+        self.as_written = AsWritten.of(self.rows)
         self.folder = folder  # that relative paths of pictures start from
         self.data_args = data_args
 

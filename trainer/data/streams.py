@@ -12,7 +12,7 @@ from transformers.utils import logging
 from gold_trainer.batches import WindowBatch
 from gold_trainer.config import GOLDConfig
 from gold_trainer.data.dataset import RowDataset, as_rows
-from gold_trainer.data.features import as_written, undecoded
+from gold_trainer.data.features import AsWritten, undecoded
 from gold_trainer.data.file_streams import MappedStream, row_numbers
 from gold_trainer.data.row_errors import BadRow, reading
 from gold_trainer.data.rows import Row, RowReader
@@ -43,7 +43,7 @@ class RowStream(IterableDataset):
 
     def __init__(self, stream: Any, **options: Any) -> None:
         self.stream, self.reader = undecoded(stream), RowReader.of(stream, **options)
-        self.as_written = as_written(self.stream)
+        self.as_written = AsWritten.of(self.stream)
         self.is_tolerant = False  # a BadRow in the place of one that cannot be read
 
     def __iter__(self) -> Iterator[Row | BadRow]:
