@@ -43,7 +43,7 @@ def test_steps_are_those_without_a_thread_and_the_next_micro_batch_is_made_meanw
 
     trainer.objective.prepare, trainer.compute_loss = watched, computed
     trainer.train()
-    assert threads == [True, False, False] * 2, "the first of a window, then those behind it"
+    assert threads == [True, *[False] * 5], "the first of the run, then those behind it"
     assert len({str(rows) for rows in made}) == 6, "each is made once"
     torch.testing.assert_close(losses_of(trainer), losses_of(expected), rtol=0, atol=0)
     assert_equal_steps(recorder, recorder_2)

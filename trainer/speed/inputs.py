@@ -1,10 +1,10 @@
 """Micro-batches become tensors while others are computed.
 
-Those of a window are made by a thread, one ahead: what launches kernels has no time for pictures
-where the device is as fast as it is. For the first one of the next window rows are read between the
-last forward and backward pass of this one, and become tensors behind the latter: a device has work
-for as many kernels as its queue holds, which is not enough for both at once. Between two windows
-the host reads the gradient's norm, and would only then begin to read rows and pictures.
+A thread makes them, one ahead: what launches kernels has no time for pictures where the device is
+as fast as it is. For the first one of the next window rows are read between the last forward and
+backward pass of this one, and become tensors during the latter; without the thread behind it, as a
+device has work for as many kernels as its queue holds, which is not enough for both at once. Between
+two windows the host reads the gradient's norm, and would only then begin to read rows and pictures.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ class Inputs:
     ) -> None:
         self.objective, self.mover, self.step = objective, Mover(args, finish), step
         self.made: Made | None = None
-        self.pending: Future[Made] | None = None  # of the next one of the window
+        self.pending: Future[Made] | None = None  # of the next one
         self.find: Callable[[], WindowBatch | None] | None = None  # the first one of the next
         self.found: WindowBatch | None = None
         self.passes = TeacherPasses(objective, args, self.mover)
@@ -91,7 +91,7 @@ class Inputs:
             yield
             self.look_ahead()
             if find is not None:
-                self.made = None if self.found is None else self._made(self.found)
+                self._finish()
         finally:
             self.find = self.found = None
 
@@ -102,6 +102,15 @@ class Inputs:
             self.found = find()
             if self.found is not None:
                 self.found.shares_prompts = self.step.packing.shares(self.found)
+                if self.has_thread:
+                    self.pending = self.thread.submit(self._made, self.found)
+
+    def _finish(self) -> None:
+        """What comes behind a step may ask the processor: an evaluation does."""
+        if self.pending is not None:
+            self.made, self.pending = self.pending.result(), None
+        else:
+            self.made = None if self.found is None else self._made(self.found)
 
     def _made(self, batch: WindowBatch) -> Made:
         try:
