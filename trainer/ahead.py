@@ -6,7 +6,7 @@ window of a run, of an epoch and of a resumed run is written with the newest wei
 """
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from transformers import TrainerState
@@ -17,6 +17,7 @@ from gold_trainer.data.streams import passes
 from gold_trainer.models import has_router_loss
 from gold_trainer.sharding import PicturesForAll
 from gold_trainer.speed.grouping import by_length
+from gold_trainer.speed.inputs import Ahead
 from gold_trainer.window import Rollouts, fetch_window
 
 
@@ -74,10 +75,9 @@ class WindowSource:
                 self.asked = Asked(following, step + 1, written)
         return window
 
-    def look_ahead(self, state: TrainerState) -> WindowBatch | None:
-        """Read the rows of the next window, within a step, and let its writers see the prompts.
-        Gives its first micro-batch, if that can become tensors before the window's turn: nobody has
-        to write for it.
+    def look_ahead(self, state: TrainerState) -> Ahead | None:
+        """Read the rows of the next window, within a step. Its first micro-batch can become tensors
+        before the window's turn if nobody has to write for it.
         """
         step = state.global_step + 1
         if step >= state.max_steps:
@@ -91,9 +91,9 @@ class WindowSource:
         following = self.asked or self.fetched
         if following is None or self.pictures_for_all.is_needed:  # ranks agree on them in its turn
             return None
-        self.rollouts.look_ahead(following.batches, step)
         is_known = self.rollouts.source(step, 0) == "dataset"
-        return next(iter(following.batches), None) if is_known else None
+        first = next(iter(following.batches), None) if is_known else None
+        return Ahead(partial(self.rollouts.look_ahead, following.batches, step), first)
 
     def close(self) -> None:
         """The run has ended, or its next one begins elsewhere."""

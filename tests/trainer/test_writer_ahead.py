@@ -1,5 +1,6 @@
 """Prompts that become tensors within the step before: the same run, and less work in a call."""
 
+import threading
 from copy import copy
 from dataclasses import replace
 
@@ -17,13 +18,18 @@ from support.trainer_cases import GradientRecorder, losses_of, make_trainer, rec
 FIELDS = {"lmbda": 1.0, "max_completion_length": 6, "max_steps": 4}
 
 
+class Calls(list):
+    by_thread = 0  # how many of them
+
+
 @pytest.fixture
 def processed(monkeypatch):
-    """Rows of what the processor is asked for, with the step in which that was."""
-    calls = []
+    """Rows of what the processor is asked for."""
+    calls = Calls()
 
     def record(processor, examples):
         calls.append([example.index for example in examples])
+        calls.by_thread += threading.current_thread() is not threading.main_thread()
         return process_examples(processor, examples)
 
     monkeypatch.setattr(local, "process_examples", record)
@@ -31,13 +37,14 @@ def processed(monkeypatch):
     return calls
 
 
-def run(folder, *, is_ahead=True, num_rows=10, **fields):
+def run(folder, *, is_ahead=True, num_rows=10, has_thread=False, **fields):
     """An epoch of 10 rows ends within the run."""
     torch.manual_seed(0)
     recorder = GradientRecorder()
     options = {**FIELDS, "per_device_train_batch_size": 4, **fields}
     rows = tiny_rows(num_rows, images="mixed")
     trainer = make_trainer(folder, rows, "qwen3_vl", callbacks=[recorder], **options)
+    trainer.inputs.has_thread = has_thread
     written = record_completions(trainer, "student")
     if not is_ahead:
         for writer in trainer.rollouts.writers.values():
@@ -57,7 +64,7 @@ def run(folder, *, is_ahead=True, num_rows=10, **fields):
     ],
 )
 def test_a_run_that_looks_ahead_is_the_run_that_does_not(fields, tmp_path):
-    ahead, written, recorder = run(tmp_path / "ahead", **fields)
+    ahead, written, recorder = run(tmp_path / "ahead", has_thread=bool(fields), **fields)
     plain, written_2, recorder_2 = run(tmp_path / "plain", is_ahead=False, **fields)
     assert written and written == written_2
     assert losses_of(ahead) == losses_of(plain)
@@ -65,7 +72,10 @@ def test_a_run_that_looks_ahead_is_the_run_that_does_not(fields, tmp_path):
         assert all(step[name].equal(step_2[name]) for name in step)
 
 
-def test_prompts_of_the_next_step_are_made_once_and_before_its_call(tmp_path, processed):
+@pytest.mark.parametrize("has_thread", [False, True])
+def test_prompts_of_the_next_step_are_made_once_and_before_its_call(
+    has_thread, tmp_path, processed
+):
     in_calls, complete = [], LocalWriter.complete
     with pytest.MonkeyPatch.context() as patch:
 
@@ -76,10 +86,11 @@ def test_prompts_of_the_next_step_are_made_once_and_before_its_call(tmp_path, pr
             return result
 
         patch.setattr(LocalWriter, "complete", counted)
-        trainer, _, _ = run(tmp_path, num_rows=16)
+        trainer, _, _ = run(tmp_path, num_rows=16, has_thread=has_thread)
     assert in_calls == [2, 0, 0, 0], "in the first call a step is compared before"
     assert [len(rows) for rows in processed] == [2, 4, 4, 4, 4], "who learns takes the writer's"
     assert trainer.rollouts.writers["student"].made is None
+    assert processed.by_thread == (3 if has_thread else 0)
 
 
 def test_what_is_made_before_is_what_the_cache_holds_first(tmp_path, processed):

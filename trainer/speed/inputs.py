@@ -1,10 +1,11 @@
 """Micro-batches become tensors while others are computed.
 
 A thread makes them, one ahead: what launches kernels has no time for pictures where the device is
-as fast as it is. For the first one of the next window rows are read between the last forward and
-backward pass of this one, and become tensors during the latter; without the thread behind it, as a
-device has work for as many kernels as its queue holds, which is not enough for both at once. Between
-two windows the host reads the gradient's norm, and would only then begin to read rows and pictures.
+as fast as it is. For the next window rows are read between the last forward and backward pass of
+this one; its first tensors, and those of prompts that are to be written for, are made during the
+latter. Without the thread the former come behind it: a device has work for as many kernels as its
+queue holds, which is not enough for both at once. Between two windows the host reads the gradient's
+norm, and would only then begin to read rows and pictures.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,6 +29,13 @@ from gold_trainer.speed.teacher_passes import TeacherPasses
 class Made(NamedTuple):
     batch: WindowBatch
     inputs: MicroBatch | Exception  # on the host, or what making them has ended in
+
+
+class Ahead(NamedTuple):
+    """Of the next window, whose rows are read."""
+
+    see: Callable[[], None]  # writers see its prompts, of which they can make tensors
+    first: WindowBatch | None  # None: others come before its tensors
 
 
 class Mover:
@@ -61,8 +69,8 @@ class Inputs:
     ) -> None:
         self.objective, self.mover, self.step = objective, Mover(args, finish), step
         self.made: Made | None = None
-        self.pending: Future[Made] | None = None  # of the next one
-        self.find: Callable[[], WindowBatch | None] | None = None  # the first one of the next
+        self.pending: Future[Made | None] | None = None  # of the next one
+        self.find: Callable[[], Ahead | None] | None = None  # reads the rows of the next window
         self.found: WindowBatch | None = None
         self.passes = TeacherPasses(objective, args, self.mover)
         # A processor is for one thread at a time: others may ask it within a step.
@@ -82,10 +90,8 @@ class Inputs:
         self.passes.start(window)
 
     @contextmanager
-    def preparing(self, find: Callable[[], WindowBatch | None] | None) -> Iterator[None]:
-        """Around both passes of a micro-batch. find: reads the next window's rows, of which it
-        gives the first micro-batch if that may become tensors now; None: others come before it.
-        """
+    def preparing(self, find: Callable[[], Ahead | None] | None) -> Iterator[None]:
+        """Around both passes of a micro-batch. find: of a window's last one."""
         self.find, self.found = find, None
         try:
             yield
@@ -98,12 +104,20 @@ class Inputs:
     def look_ahead(self) -> None:
         """Between both passes."""
         find, self.find = self.find, None
-        if find is not None:
-            self.found = find()
-            if self.found is not None:
-                self.found.shares_prompts = self.step.packing.shares(self.found)
-                if self.has_thread:
-                    self.pending = self.thread.submit(self._made, self.found)
+        ahead = None if find is None else find()
+        if ahead is None:
+            return
+        if ahead.first is not None:
+            ahead.first.shares_prompts = self.step.packing.shares(ahead.first)
+        if self.has_thread:
+            self.pending = self.thread.submit(self._made_ahead, ahead)
+        else:
+            ahead.see()
+            self.found = ahead.first
+
+    def _made_ahead(self, ahead: Ahead) -> Made | None:
+        ahead.see()
+        return None if ahead.first is None else self._made(ahead.first)
 
     def _finish(self) -> None:
         """What comes behind a step may ask the processor: an evaluation does."""
