@@ -20,9 +20,9 @@ LOSS_DIFFERENCES = {"jsd": 1e-4, "uld": 3e-4, "hybrid": 3e-4}
 RECORDED = 0.1  # GiB that recordings of both towers keep, as docs/speed.md has it
 
 
-@pytest.mark.parametrize("name", ["train_step_compiled.csv", "train_step_before.csv"])
-def test_all_modes_of_the_record_have_one_loss_and_one_gradient(name):
-    with (RESULTS / name).open(encoding="utf-8", newline="") as file:
+@pytest.mark.parametrize("kind", ["compiled", "before", "mixed"])
+def test_all_modes_of_the_record_have_one_loss_and_one_gradient(kind):
+    with (RESULTS / f"train_step_{kind}.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows and set(rows[0]) == set(profile_step.FIELDS)
     for row in rows:
