@@ -110,6 +110,8 @@ def check_number(function: str, name: str, value: Any) -> None:
     if not is_number(value):
         is_pair = isinstance(value, tuple | list)
         remedy = "one number, not a pair" if is_pair else "float(...) of what holds it"
+        if value is None:  # a config has it for what a model does not do
+            remedy = "one, or leave it out"
         raise ValueError(
             f"{function}: {name} must be a number of Python, got {repr(value)[:LONGEST]}; pass "
             f"{remedy}."

@@ -104,6 +104,7 @@ def test_what_is_no_number_of_python_is_refused_by_name(name):
         refused(name, r"temperature must be a number of Python, got .*; pass ", temperature=value)
         if name not in ("jsd_loss", "uld_loss"):
             refused(name, "logit_scale must be a number of Python, got ", logit_scale=value)
+            refused(name, "got None; pass one, or leave it out", logit_scale=None)
             if value is not None and name != "mean_kl" and not isinstance(value, list):
                 refused(name, "softcapping must be a number", final_logit_softcapping=value)
     if name in ONE_SIDE:
