@@ -1,11 +1,12 @@
 """The benchmark of losses of two tokenizers, on tiny shapes."""
 
-import csv
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from support.csv_rows import csv_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -16,8 +17,7 @@ import bench_cross
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "cross.csv"
     assert bench_cross.main(["--tiny", "--out", str(path)]) == 0
-    with path.open(encoding="utf-8") as file:
-        return {row["implementation"]: row for row in csv.DictReader(file)}
+    return {row["implementation"]: row for row in csv_rows(path)}
 
 
 def test_every_loss_is_timed_beside_its_eager_form(rows):

@@ -1,10 +1,11 @@
 """The benchmark of heads in slices runs with one process too; a wrong loss has no time."""
 
-import csv
 import sys
 from pathlib import Path
 
 import pytest
+
+from support.csv_rows import csv_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -30,7 +31,7 @@ def test_every_loss_has_a_row_with_its_ratio_and_a_wrong_one_has_no_time(tmp_pat
     out = tmp_path / "parallel.csv"
     arguments = ["--tiny", "--only", "jsd", "skew_kl", "--shapes", "8x100x8x12"]
     assert bench_parallel.main([*arguments, "--out", str(out)]) == 1
-    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    rows = csv_rows(out)
     assert [row["loss"] for row in rows] == ["jsd", "skew_kl"] * 2
     for row in rows:
         if row["loss"] == "skew_kl":

@@ -1,10 +1,11 @@
 """The benchmark of rollouts: which cases run, and what a row of each has."""
 
-import csv
 import sys
 from pathlib import Path
 
 import pytest
+
+from support.csv_rows import csv_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -28,8 +29,7 @@ def measured(monkeypatch):
 
 def run(path, *cases):
     code = bench_rollout.main(["--tiny", "--one-process", "--output", str(path), "--cases", *cases])
-    with path.open(encoding="utf-8", newline="") as file:
-        return code, list(csv.DictReader(file))
+    return code, csv_rows(path)
 
 
 def test_of_cases_that_share_a_process_the_first_alone_has_a_cold_call(measured, tmp_path):

@@ -1,10 +1,11 @@
 """The record of steps whose rows share prompts, and what it is made with."""
 
-import csv
 import sys
 from pathlib import Path
 
 import pytest
+
+from support.csv_rows import csv_rows
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -31,8 +32,7 @@ def test_a_tiny_case_is_measured_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "NUM_ROWS", 2)
     monkeypatch.setattr(sys, "argv", ["bench_shared_prompts", *case, "--output", str(path)])
     bench.main()
-    with path.open(encoding="utf-8", newline="") as file:
-        padded, shared = csv.DictReader(file)
+    padded, shared = csv_rows(path)
     assert padded["status"] == shared["status"] == "ok"
     assert float(shared["gradient_difference"]) < 1e-5 and padded["gradient_difference"] == ""
     assert float(shared["loss_error"]) < 1e-5

@@ -2,13 +2,14 @@
 and loses no row.
 """
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from support.csv_rows import csv_rows
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -20,16 +21,11 @@ NUM_TOKENS, NAN = 24, float("nan")
 TINY = ["--tiny", "--completion-tokens", str(NUM_TOKENS)]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_case_in_its_own_process_leaves_a_row_with_time_and_error(tmp_path):
     path = tmp_path / "step.csv"
     options = ["--implementations", "gold_kernels", "--loss", "uld", "--output", str(path)]
     assert bench.main([*TINY, *options]) == 0
-    (row,) = read(path)
+    (row,) = csv_rows(path)
     assert (row["implementation"], row["loss"]) == ("gold_kernels", "uld")
     assert row["completion_tokens"] == str(NUM_TOKENS) and row["status"] == "ok"
     assert float(row["seconds_median"]) > 0 and float(row["grad_norm"]) > 0
@@ -96,7 +92,7 @@ def test_a_process_that_dies_costs_its_row_only(tmp_path, monkeypatch):
     path = tmp_path / "step.csv"
     options = ["--implementations", "trl", "--output", str(path)]
     assert bench.main([*TINY, *options]) == 1
-    assert [row["status"] for row in read(path)] == ["failed with -9", "ok"]
+    assert [row["status"] for row in csv_rows(path)] == ["failed with -9", "ok"]
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
@@ -111,14 +107,14 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
     path = tmp_path / "step.csv"
     with pytest.raises(KeyboardInterrupt):
         bench.main([*TINY, "--output", str(path)])
-    assert [row["status"] for row in read(path)] == ["ok"]
+    assert [row["status"] for row in csv_rows(path)] == ["ok"]
 
 
 def test_what_time_is_not_left_for_is_stopped_or_does_not_start(tmp_path):
     path = tmp_path / "step.csv"
     options = ["--seconds", "0.2", "--implementations", "gold_kernels", "--output", str(path)]
     assert bench.main([*TINY, *options]) == 1
-    stopped, not_run = (row["status"] for row in read(path))
+    stopped, not_run = (row["status"] for row in csv_rows(path))
     assert stopped == "stopped: 0.2 s were over" and not_run == "not run: 0.2 s were over"
 
 
@@ -135,7 +131,7 @@ def test_without_a_gpu_only_tiny_runs(monkeypatch):
 
 
 def test_the_record_has_the_columns_that_are_written_now():
-    rows = read(RESULTS / "train_step.csv")
+    rows = csv_rows(RESULTS / "train_step.csv")
     assert rows and set(rows[0]) == set(bench.FIELDS)
     assert {row["loss"] for row in rows} == {"jsd", "uld"}
     assert all((row["status"] == "ok") == bool(row["seconds_median"]) for row in rows)

@@ -1,6 +1,5 @@
 """The ULD benchmark runs on a CPU with small shapes, checks what it times, and loses no row."""
 
-import csv
 import math
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from gold_kernels import fused_linear_uld, uld_loss
 from gold_kernels.uld import reference as reference_uld
+from support.csv_rows import csv_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -21,12 +21,7 @@ UNEQUAL, EQUAL = "16x60x100x8x12", "16x80x80x8x12"
 
 def run(path: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
     code = bench_uld.main(["--tiny", "--out", str(path), *arguments])
-    return code, read(path)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return code, csv_rows(path)
 
 
 def make_pair(n: int = 24) -> uld_pairs.Pair:
@@ -122,7 +117,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_uld, "eager", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "uld.csv", "--only", "floor", "eager_bf16", "--shapes", UNEQUAL)
-    assert [row["implementation"] for row in read(tmp_path / "uld.csv")] == ["floor"]
+    assert [row["implementation"] for row in csv_rows(tmp_path / "uld.csv")] == ["floor"]
 
 
 def test_a_tiny_run_leaves_the_record_alone(tmp_path, monkeypatch):

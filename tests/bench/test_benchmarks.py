@@ -2,7 +2,6 @@
 row.
 """
 
-import csv
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from gold_kernels import fused_linear_jsd
+from support.csv_rows import csv_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -25,12 +25,7 @@ SMALL = ["--tiny", "--shapes", SHAPE, "--betas", "0.5"]
 
 def run(path: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
     code = bench_jsd.main([*SMALL, "--out", str(path), *arguments])
-    return code, read(path)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return code, csv_rows(path)
 
 
 def make_pair(n: int = 24) -> jsd_pairs.Pair:
@@ -107,7 +102,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setitem(peers.PEERS, "trl", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "jsd.csv", "--only", "eager", "trl")
-    assert [row["implementation"] for row in read(tmp_path / "jsd.csv")] == ["eager"]
+    assert [row["implementation"] for row in csv_rows(tmp_path / "jsd.csv")] == ["eager"]
 
 
 def test_compilers_do_not_start_when_time_is_up(tmp_path):

@@ -1,10 +1,11 @@
 """The record of steps beside each other: its columns, and that all modes take the same step."""
 
-import csv
 import sys
 from pathlib import Path
 
 import pytest
+
+from support.csv_rows import csv_rows
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -22,8 +23,7 @@ RECORDED = 0.1  # GiB that recordings of both towers keep, as docs/speed.md has 
 
 @pytest.mark.parametrize("kind", ["compiled", "before", "mixed"])
 def test_all_modes_of_the_record_have_one_loss_and_one_gradient(kind):
-    with (RESULTS / f"train_step_{kind}.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(RESULTS / f"train_step_{kind}.csv")
     assert rows and set(rows[0]) == set(profile_step.FIELDS)
     for row in rows:
         first = next(
@@ -38,8 +38,8 @@ def test_all_modes_of_the_record_have_one_loss_and_one_gradient(kind):
 
 
 def test_a_compiled_step_of_the_record_needs_no_more_memory_than_trls_or_its_recordings():
-    with (RESULTS / "train_step_compiled.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["micro_batches"] == "1"]
+    record = csv_rows(RESULTS / "train_step_compiled.csv")
+    rows = [row for row in record if row["micro_batches"] == "1"]
     peaks = {(r["mode"], (r["loss"], r["completion_tokens"])): float(r["peak_gib"]) for r in rows}
     compiled = {case: peak for (mode, case), peak in peaks.items() if mode == "regional"}
     assert len(compiled) >= 3
@@ -53,7 +53,6 @@ def test_a_tiny_case_is_measured_from_end_to_end(tmp_path, monkeypatch):
     case = ["--tiny", "--modes", "off", "--tokens", "8", "--steps", "3", "--output", str(path)]
     monkeypatch.setattr(sys, "argv", ["profile_step", *case])
     profile_step.main()
-    with path.open(encoding="utf-8", newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = csv_rows(path)
     assert (row["status"], row["mode"], row["completion_tokens"]) == ("ok", "off", "8")
     assert float(row["seconds_median"]) > 0 and row["compile_seconds"] == "0.0"

@@ -1,6 +1,5 @@
 """docs/choosing.md shows the tables that the CSV gives, and its prose no number beside theirs."""
 
-import csv
 import re
 import sys
 from pathlib import Path
@@ -8,6 +7,8 @@ from statistics import mean
 
 import pytest
 import yaml
+
+from support.csv_rows import csv_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -22,8 +23,7 @@ TABLES = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
 
 
 def read(name: str) -> list[dict[str, str]]:
-    with (ROOT / "benchmarks" / "results" / name).open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return csv_rows(ROOT / "benchmarks" / "results" / name)
 
 
 @pytest.fixture(scope="module")

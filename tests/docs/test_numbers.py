@@ -1,10 +1,11 @@
 """Numbers of the tables in docs/ are those of benchmarks/results/."""
 
-import csv
 import re
 from pathlib import Path
 
 import pytest
+
+from support.csv_rows import csv_rows
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"V": "151936", "D_s": "2048", "D_t": "4096", "beta": "0.5", "N": "4096"}
@@ -32,8 +33,8 @@ BUDGETS = {"1 GiB": 1 << 30, **{f"{mib} MiB": mib << 20 for mib in (512, 256, 12
 
 
 def record(file: str, **case: str) -> dict[str, str]:
-    with (ROOT / "benchmarks" / "results" / file).open(encoding="utf-8") as lines:
-        rows = [row for row in csv.DictReader(lines) if case.items() <= row.items()]
+    record = csv_rows(ROOT / "benchmarks" / "results" / file)
+    rows = [row for row in record if case.items() <= row.items()]
     assert len(rows) == 1, f"one row is expected for {case}, got {len(rows)}"
     return rows[0]
 

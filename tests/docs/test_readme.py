@@ -1,10 +1,11 @@
 """README is short, and each number of its table is the one in benchmarks/results/."""
 
-import csv
 import re
 from pathlib import Path
 
 import pytest
+
+from support.csv_rows import csv_rows
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,8 +65,7 @@ def test_table_has_at_most_five_rows_and_five_columns_of_one_number_each():
 @pytest.mark.parametrize("index", range(len(ROWS)))
 def test_numbers_of_a_row_are_those_of_the_record(index):
     file, case, column, style = ROWS[index]
-    with (RESULTS / file).open(encoding="utf-8") as lines:
-        record = [row for row in csv.DictReader(lines) if case.items() <= row.items()]
+    record = [row for row in csv_rows(RESULTS / file) if case.items() <= row.items()]
     for name, cell in zip(COLUMNS, table()[index], strict=True):
         found = [row for row in record if implementation_of(row) == name]
         assert len(found) == (1 if cell else 0), f"{name}: {found}"

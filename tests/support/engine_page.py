@@ -1,10 +1,10 @@
 """The table of engines in docs/hardware.md, as results/engine_matrix.csv has it."""
 
-import csv
 import textwrap
 from collections import Counter
 from pathlib import Path
 
+from support.csv_rows import csv_rows
 from support.engine_matrix import ALONE, ENGINES, FACTORS
 
 PAGE = Path(__file__).parents[2] / "docs" / "hardware.md"
@@ -45,11 +45,6 @@ LABELS = {
 LEVELS = [(factor, level) for factor, levels in FACTORS.items() for level in levels]
 LEVELS += [("run", name) for name in ALONE]
 Rows = list[dict[str, str]]
-
-
-def read(path: Path) -> Rows:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def refusals(rows: Rows) -> dict[tuple[str, str], str]:
@@ -116,4 +111,4 @@ def section(rows: Rows) -> str:
 def write(path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(before + section(read(path)) + after, encoding="utf-8")
+    PAGE.write_text(before + section(csv_rows(path)) + after, encoding="utf-8")

@@ -43,11 +43,6 @@ def write_rows(rows: Sequence[Row], path: Path = RESULTS) -> None:
         writer.writerows(rows)
 
 
-def read_rows(path: Path = RESULTS) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def page(rows: Sequence[Row]) -> str:
     groups = {name: [row for row in rows if row["outcome"] == name] for name in OUTCOMES}
     counts = {name.replace(" ", "_"): str(len(group)) for name, group in groups.items()}

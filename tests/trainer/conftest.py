@@ -11,6 +11,7 @@ from gold_trainer.writers import local
 from support.cache_cases import Pair, save_pair
 from support.served_stub import served_teacher
 from support.tiny_models import tiny
+from support.vllm_stub import stub_server
 
 
 @pytest.fixture
@@ -45,6 +46,13 @@ def serve(tmp_path):
         return served_teacher(model, processor, pair.folder / "teacher", tmp_path / "states")
 
     return of
+
+
+@pytest.fixture
+def stub():
+    """A server that answers as vLLM does."""
+    with stub_server() as stub:
+        yield stub
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Files of every kind as rows: slices, columns of other projects, pictures in files and in text."""
 
 import base64
-import io
 import json
 
 import datasets
@@ -11,6 +10,7 @@ from gold_trainer.data.data_files import DataArguments, load_rows
 from gold_trainer.data.dataset import RowDataset
 from gold_trainer.data.file_streams import load_stream
 from gold_trainer.data.messages import parsed_messages
+from support.picture_files import file_of
 from support.tiny_models import tiny_picture
 
 ROWS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(10)]
@@ -109,11 +109,10 @@ def test_a_slice_of_a_folder_is_that_slice(tmp_path):
 
 
 def test_a_row_of_json_holds_pictures_by_path_as_base64_and_in_messages(tmp_path):
-    data = io.BytesIO()
-    tiny_picture(1).save(data, format="PNG")
+    data = file_of(tiny_picture(1))
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "1.png").write_bytes(data.getvalue())
-    text = base64.b64encode(data.getvalue()).decode()
+    (tmp_path / "pictures" / "1.png").write_bytes(data)
+    text = base64.b64encode(data).decode()
     for value in ("pictures/1.png", text, f"data:image/png;base64,{text}"):
         content = [{"type": "image", "image": value}, {"type": "text", "text": "What?"}]
         messages = [{"role": "user", "content": content}, ANSWER]
@@ -124,9 +123,8 @@ def test_a_row_of_json_holds_pictures_by_path_as_base64_and_in_messages(tmp_path
 
 
 def test_a_parquet_of_bytes_or_structs_holds_pictures(tmp_path):
-    data = io.BytesIO()
-    tiny_picture(1).save(data, format="PNG")
-    for i, value in enumerate((data.getvalue(), {"bytes": data.getvalue(), "path": "1.png"})):
+    data = file_of(tiny_picture(1))
+    for i, value in enumerate((data, {"bytes": data, "path": "1.png"})):
         path = write(tmp_path / f"{i}.parquet", [{**ROWS[0], "picture": value}])
         row = parsed(path, is_text=False, image_column="picture")
         assert row.images[0].size == tiny_picture(1).size

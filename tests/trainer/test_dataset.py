@@ -9,6 +9,7 @@ from PIL import Image
 
 from gold_trainer.data.data_files import DataArguments, load_rows
 from gold_trainer.data.dataset import RowDataset
+from support.picture_files import file_of
 from support.tiny_models import tiny_picture
 
 USER = {"role": "user", "content": "What is this?"}
@@ -149,9 +150,8 @@ def test_rows_of_a_datasets_table_are_read_with_their_pictures(tmp_path):
 
 
 def broken_picture() -> Image.Image:
-    data = io.BytesIO()
-    tiny_picture(1).resize((64, 64)).save(data, format="PNG")
-    return Image.open(io.BytesIO(data.getvalue()[:-60]))
+    data = file_of(tiny_picture(1).resize((64, 64)))
+    return Image.open(io.BytesIO(data[:-60]))
 
 
 def test_unreadable_picture_names_the_row():

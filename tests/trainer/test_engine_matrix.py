@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from support import engine_matrix, engine_page
+from support.csv_rows import csv_rows
 from support.engine_runs import assert_same_run, run_engine
 
 CSV = engine_page.PAGE.parents[1] / "benchmarks" / "results" / "engine_matrix.csv"
@@ -51,11 +52,11 @@ def test_every_two_levels_that_can_meet_do():
 
 
 def test_the_table_is_what_was_measured():
-    assert engine_page.section(engine_page.read(CSV)) in engine_page.PAGE.read_text()
+    assert engine_page.section(csv_rows(CSV)) in engine_page.PAGE.read_text()
 
 
 def test_everything_was_measured_and_nothing_but_refusals_failed():
-    rows = engine_page.read(CSV)
+    rows = csv_rows(CSV)
     expected = {
         (engine, *engine_matrix.levels_of(name).values())
         for engine in engine_matrix.ENGINES

@@ -2,8 +2,9 @@
 
 import pytest
 
+from support.csv_rows import csv_rows
 from support.model_sweep import architectures, try_architecture
-from support.models_page import PAGE, page, read_rows
+from support.models_page import PAGE, RESULTS, page
 
 EXACT = {
     "llama": "LlamaForCausalLM",
@@ -56,7 +57,7 @@ def test_what_cannot_be_trained_is_refused_by_name(model_type):
 
 
 def test_the_page_is_that_of_the_sweep_and_nothing_failed_obscurely():
-    rows = read_rows()
+    rows = csv_rows(RESULTS)
     assert PAGE.read_text(encoding="utf-8") == page(rows)
     assert len(rows) > 250
     assert [row["model_type"] for row in rows if row["outcome"] == "failed"] == []

@@ -1,7 +1,6 @@
 """Pictures as arrays, in every orientation and mode, animated, broken, and as base64 text."""
 
 import base64
-import io
 import json
 import struct
 
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from gold_trainer.data.dataset import RowDataset
+from support.picture_files import file_of
 
 CHAT = {
     "messages": [
@@ -23,12 +23,6 @@ CHAT = {
 
 def read(value, column="image"):
     return RowDataset([CHAT | {column: value}], needs_completion=True, is_text=False)[0].images
-
-
-def file_of(picture, file_format="PNG", **options):
-    data = io.BytesIO()
-    picture.save(data, format=file_format, **options)
-    return data.getvalue()
 
 
 COLOURS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)

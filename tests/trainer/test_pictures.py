@@ -15,6 +15,7 @@ from gold_trainer.config import GOLDConfig
 from gold_trainer.data.dataset import RowDataset
 from gold_trainer.data.pictures import MAX_PIXELS, PictureReader
 from gold_trainer.rendering.collator import GOLDCollator
+from support.picture_files import file_of
 from support.tiny_models import VLM_FAMILIES, tiny_picture, tiny_processor
 
 CHAT = {
@@ -28,12 +29,6 @@ CHAT = {
 def read(columns, index=0, **options):
     rows = [CHAT] * index + [CHAT | columns]
     return RowDataset(rows, needs_completion=True, is_text=False, **options)[index]
-
-
-def file_of(picture, file_format="PNG", **options):
-    data = io.BytesIO()
-    picture.save(data, format=file_format, **options)
-    return data.getvalue()
 
 
 def turned():

@@ -1,6 +1,5 @@
 """The plan of a run is its measured peak, for every row of the benchmark of the training step."""
 
-import csv
 import sys
 from functools import cache
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from support.csv_rows import csv_rows
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -35,8 +36,7 @@ def measured() -> list[dict[str, str]]:
     for name in RECORDS:
         path = RESULTS / name
         if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                rows += [row | {"record": name} for row in csv.DictReader(file)]
+            rows += [row | {"record": name} for row in csv_rows(path)]
     return [r for r in rows if r["status"] == "ok" and r.get("implementation", "") != "trl"]
 
 

@@ -1,7 +1,6 @@
 """Rows in the words of other APIs: read as their authors mean them, or refused by name."""
 
 import base64
-import io
 
 import pytest
 from transformers.utils import logging
@@ -9,6 +8,7 @@ from transformers.utils import logging
 from gold_trainer.data.dataset import RowDataset
 from gold_trainer.rendering.collator import GOLDCollator
 from support.chat_templates import templated, text_template_names
+from support.picture_files import file_of
 from support.tiny_models import tiny_picture, tiny_processor
 
 USER = {"role": "user", "content": "Weather in Ulm?"}
@@ -88,9 +88,7 @@ def test_an_answer_of_weight_0_is_not_learnt():
 
 
 def test_a_picture_may_stand_in_a_source_as_anthropic_has_it():
-    file = io.BytesIO()
-    tiny_picture(0).save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(file_of(tiny_picture(0))).decode()
     source = {"type": "base64", "media_type": "image/png", "data": data}
     user = {"role": "user", "content": [{"type": "image", "source": source}]}
     row = read({"messages": [user, ANSWER]}, is_text=False)

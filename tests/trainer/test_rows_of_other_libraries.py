@@ -1,7 +1,6 @@
 """Rows as pandas, numpy, torch and servers hand them over, and errors in one line about them."""
 
 import base64
-import io
 
 import datasets
 import numpy as np
@@ -13,6 +12,7 @@ from gold_trainer.data.bad_rows import tolerant
 from gold_trainer.data.dataset import RowDataset
 from gold_trainer.data.pictures import PictureReader
 from gold_trainer.data.streams import RowStream
+from support.picture_files import file_of
 from support.tiny_models import tiny_picture
 
 USER = {"role": "user", "content": "Weather in Ulm?"}
@@ -75,11 +75,10 @@ def test_a_tensor_without_numbers_of_its_own_is_refused(tensor, column):
 
 
 def test_base64_may_have_no_padding_or_the_alphabet_of_addresses():
-    file = io.BytesIO()
     picture = Image.effect_noise((31, 20), 60)
-    picture.save(file, "PNG")
-    text = base64.b64encode(file.getvalue()).decode()
-    address = base64.urlsafe_b64encode(file.getvalue()).decode()
+    file = file_of(picture)
+    text = base64.b64encode(file).decode()
+    address = base64.urlsafe_b64encode(file).decode()
     assert "-" in address and "_" in address
     for value in (
         *(text.rstrip("="), address, address.rstrip("="), "\n" + text),

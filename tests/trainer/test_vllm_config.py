@@ -14,15 +14,9 @@ from gold_trainer.__main__ import main
 from gold_trainer.fields.library_options import check_library_options
 from support.tiny_models import tiny_rows
 from support.trainer_cases import FIELDS, make_trainer
-from support.vllm_stub import GENERATE, stub_server
+from support.vllm_stub import GENERATE
 
 LINE = "start it with: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out "
-
-
-@pytest.fixture
-def stub():
-    with stub_server() as stub:
-        yield stub
 
 
 def config(**fields):

@@ -6,13 +6,7 @@ import pytest
 
 from support.trainer_cases import make_trainer
 from support.vllm_cases import PROMPTS, prompts_of
-from support.vllm_stub import GENERATE, stub_server
-
-
-@pytest.fixture
-def stub():
-    with stub_server() as stub:
-        yield stub
+from support.vllm_stub import GENERATE
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "idefics3"])

@@ -8,17 +8,15 @@ from gold_trainer.writers.vllm.engine import EngineWriter
 from gold_trainer.writers.vllm.sync import make_sync
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer
-from support.vllm_stub import stub_server
 
 COLOCATE = {"use_vllm": True, "vllm_mode": "colocate"}
 IN_4_BITS = {"quantization_config": {"load_in_4bit": True}}
 
 
 @pytest.fixture
-def stub():
-    with stub_server() as stub:
-        stub.config["lora_config"] = {"max_lora_rank": 8}
-        yield stub
+def stub(stub):
+    stub.config["lora_config"] = {"max_lora_rank": 8}
+    return stub
 
 
 def lora(**options):

@@ -19,18 +19,12 @@ from gold_trainer.writers.weights import checkpoint_weights, gathered_weights
 from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer
 from support.vllm_cases import PROMPTS, prompts_of
-from support.vllm_stub import GENERATE, late, stub_server
+from support.vllm_stub import GENERATE, late
 
 START = ["/health", "/version", GENERATE, "/server_info?config_format=json", "/v1/models"]
 RESETS = ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
 SYNC = ["/pause?mode=wait", "/collective_rpc", *RESETS, "/update_weight_version", "/resume"]
 TEXTS = tiny_rows(12)
-
-
-@pytest.fixture
-def stub():
-    with stub_server() as stub:
-        yield stub
 
 
 def make_text_run(output_dir, stub, num_rows=4, **fields):

@@ -1,12 +1,12 @@
 """Rows, tokens and pictures that users wrote, through the command line: used, or one sentence."""
 
 import base64
-import io
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from support.picture_files import file_of
 from support.tiny_models import tiny_picture
 from support.walk import ANSWER, CHAT, PLAIN, USER, Case, walk
 
@@ -16,9 +16,7 @@ CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 
 def text_of(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(file_of(picture)).decode()
 
 
 def says(text: str) -> dict:
