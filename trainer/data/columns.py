@@ -11,6 +11,7 @@ from gold_trainer.data.features import undecoded
 from gold_trainer.data.json_text import parsed_json
 from gold_trainer.data.messages import parsed_messages
 from gold_trainer.data.row_errors import ColumnsError, shown
+from gold_trainer.data.samples import are_samples
 from gold_trainer.nearest import did_you_mean
 
 MEDIA = ("image", "images"), ("video", "videos")  # columns of one and of several
@@ -47,8 +48,8 @@ def has_shape(columns: Any) -> bool:
 def names_of(rows: Any) -> list[str]:
     """Columns that hold something, as far as they are known without reading files."""
     if isinstance(rows, datasets.Dataset):
-        if rows.format["type"] == "custom":  # a transform makes other columns of them
-            return []
+        if rows.format["type"] == "custom" or are_samples(rows.column_names):
+            return []  # other columns are made of them
         return [name for name in rows.format["columns"] if name in KNOWN or _is_held(rows, name)]
     if not isinstance(rows, list | tuple):
         return []  # row 0 shows them

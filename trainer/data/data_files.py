@@ -20,6 +20,7 @@ from gold_trainer.data.columns import SHAPE_COLUMNS, names_of
 from gold_trainer.data.features import AsWritten, undecoded
 from gold_trainer.data.json_files import JSON_SUFFIXES, json_rows, no_utf8
 from gold_trainer.data.messages import ends_with_answer, parsed_messages
+from gold_trainer.data.samples import are_samples
 from gold_trainer.data.split_files import (
     BUILDERS,
     METADATA,
@@ -40,8 +41,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, or path of a json, jsonl, parquet or csv file, of a folder of such "
-            "files or of pictures (imagefolder), or of a save_to_disk folder."
+            "help": "Hub id, or path of a json, jsonl, parquet, csv or tar (WebDataset) file, of a "
+            "folder of such files or of pictures (imagefolder), or of a save_to_disk folder."
         },
     )
     dataset_config: str | None = field(
@@ -119,7 +120,7 @@ class MappedRows(torch.utils.data.Dataset):
     def conversations(self) -> "MappedRows":
         """The same rows without a table's other columns, pictures above all."""
         rows, args = self.rows, self.data_args
-        if isinstance(rows, datasets.Dataset):
+        if isinstance(rows, datasets.Dataset) and not are_samples(rows.column_names):
             kept = {*SHAPE_COLUMNS, args.prompt_column, args.completion_column}
             rows = rows.select_columns([name for name in rows.column_names if name in kept])
         return MappedRows(rows, self.folder, replace(args, image_column=None))

@@ -21,6 +21,7 @@ from gold_trainer.data.data_files import MappedRows
 from gold_trainer.data.features import AsWritten, undecoded
 from gold_trainer.data.row_errors import ColumnsError, reading, shown
 from gold_trainer.data.rows import Row, RowReader
+from gold_trainer.data.samples import are_samples
 from gold_trainer.data.tables import refuse_tables
 
 logger = logging.get_logger(__name__)
@@ -125,7 +126,7 @@ class RowDataset(torch.utils.data.Dataset):
         counts = []
         for index in range(len(rows)):
             try:
-                columns = self.reader.columns(rows[index])
+                columns = self.reader.columns(self.as_written(rows[index]))
             except Exception:  # of the dataset's own code; the row says so when it is read
                 columns = None
             counts.append(self.reader.num_turns(columns, index))
@@ -140,6 +141,8 @@ def conversations(rows: Any) -> Any:
     if isinstance(rows, MappedRows):
         return rows.conversations()
     if isinstance(rows, datasets.Dataset) and rows.format["type"] is None:
+        if are_samples(rows.column_names):
+            return rows
         return rows.select_columns([n for n in rows.format["columns"] if n in SHAPE_COLUMNS])
     return rows
 

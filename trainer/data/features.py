@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 
 from gold_trainer.data.json_text import parsed_json
+from gold_trainer.data.samples import from_sample
 
 # Of datasets 4 and later; what is never read must not need a package that decodes it.
 MEDIA = tuple(
@@ -47,7 +48,9 @@ def may_be_filled(rows: Any) -> bool:
 
 @dataclass(frozen=True)
 class AsWritten:
-    """Takes the nulls out of a row that its table has filled in; workers get a copy of it."""
+    """Takes the nulls out of a row that its table has filled in, and samples apart; workers get a
+    copy of it.
+    """
 
     features: Mapping[str, Any] | None
 
@@ -56,9 +59,12 @@ class AsWritten:
         return cls(_features_of(rows))
 
     def __call__(self, row: Any) -> Any:
-        if self.features is None or not isinstance(row, Mapping):
+        if not isinstance(row, Mapping):
             return row
-        return {name: _as_written(value, self.features.get(name)) for name, value in row.items()}
+        known = self.features
+        if known is not None:
+            row = {name: _as_written(value, known.get(name)) for name, value in row.items()}
+        return from_sample(row)
 
 
 def _features_of(rows: Any) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from gold_trainer.data.json_files import JSON_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".tar": "webdataset"}
 SAVED = ("dataset_dict.json", "state.json")  # by save_to_disk
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))  # of pictures
 NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
