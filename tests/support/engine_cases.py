@@ -58,6 +58,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "seq_kd": {"seq_kd": True},
     "by_name": {"family": "qwen3_vl", "images": 1, "lmbda": 0.5, "is_by_name": True},
+    # both rows of a micro-batch are completions of one prompt, on each of two ranks
+    "shared_prompts": {
+        **{"family": "qwen3_vl", "images": 1, "lmbda": 1.0, "top_k": 1, "num_generations": 2},
+        **{"share_prompts": True, "per_device_train_batch_size": 2},
+        "gradient_accumulation_steps": 1,
+    },
     # of the same teacher, which is not there: ranks differ in whether they have a picture
     "cached": {**MIXED, "is_by_name": True, "teacher_cache": "hidden"},
     "cached_means": {

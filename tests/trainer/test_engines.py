@@ -13,7 +13,10 @@ from support.engine_runs import assert_same_run, run_engine
 
 BFLOAT16 = ("bf16", "bf16_own_teacher")
 EIGHT_BITS = ("adamw_8bit",) if find_spec("torchao") else ()
-OF_ZERO_3 = [name for name in ALONE if name not in ("bf16", "early_evaluation")] + ["own_top_k"]
+OF_ZERO_3 = [
+    *(name for name in ALONE if name not in ("bf16", "early_evaluation")),
+    *("own_top_k", "shared_prompts"),
+]
 OF_FSDP = [name for name in OF_ZERO_3 if name != "saved_tied_head"]
 # What ZeRO-2 does not do in another way than ZeRO-3 is left out.
 OF_ZERO_2 = ["own_teacher", "mixed_media", "on_policy_rooms"]
