@@ -27,3 +27,17 @@ def assert_within_error_budget(
         f"{name}: relative error {error:.2e}, allowed {max(allowed, floor):.2e} "
         f"({factor} times what eager {actual.dtype} loses)"
     )
+
+
+def assert_same_up_to_contraction(one: Tensor, other: Tensor) -> None:
+    """Float32 numbers of one formula from two kernels, as a flag of a kernel makes another one.
+
+    In the interpreter and in torch they have the same bits. A compiler for a GPU joins a product
+    and a sum into one rounding, in either kernel where it likes: each of p and q, and each term of
+    them, may be 2 roundings off. Of differences q - p that are not far below p and q, and of sums
+    of them, 32 roundings are the bound.
+    """
+    if one.device.type == "cpu":
+        assert torch.equal(one, other)
+    else:
+        assert relative_error(one, other) <= 32 * torch.finfo(torch.float32).eps
