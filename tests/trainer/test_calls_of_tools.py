@@ -91,6 +91,13 @@ def test_functions_alone_are_wrapped_where_the_template_asks_for_it():
     assert learnt("gptoss", [USER, ANSWER], tools=[of_anthropic]) == whole
 
 
+@pytest.mark.parametrize("name", ["gptoss", "gemma4", "muse_glimmer", "qwen3"])
+def test_a_tool_needs_no_description_and_no_parameters(name):
+    bare = {"type": "function", "function": {"name": "weather"}}
+    prompt, said = learnt(name, [USER, ANSWER], tools=[bare])
+    assert "weather" in prompt and "Rain." in said
+
+
 CALLER = json.dumps(FUNCTION)
 
 

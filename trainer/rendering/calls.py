@@ -22,7 +22,7 @@ def rendered_with_calls(render: Render, messages: Messages, tools: Tools) -> str
     refused: Exception | None = None
     for is_whole in (False, True):
         given = [_whole(message) for message in messages] if is_whole else messages
-        given_tools = [_whole_tool(tool) for tool in tools or ()] or None if is_whole else tools
+        given_tools = [_described(tool) for tool in tools or ()] or None if is_whole else tools
         as_object = as_text = None
         try:
             as_object = render(_with_arguments(given, _object), given_tools)
@@ -117,3 +117,12 @@ def _whole_tool(tool: Any) -> Any:
     """{"type": "function", "function": ...} of the function alone."""
     is_alone = isinstance(tool, Mapping) and "function" not in tool and "name" in tool
     return {"type": "function", "function": tool} if is_alone else tool
+
+
+def _described(tool: Any) -> Any:
+    """A tool with all that templates ask for: what it is for, and its parameters."""
+    tool = _whole_tool(tool)
+    if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
+        return tool
+    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return {**tool, "function": {**empty, **tool["function"]}}
