@@ -95,8 +95,14 @@ def test_near_convergence_it_is_the_jsd_and_keeps_its_digits(beta, device, backe
     near = case.to(torch.float32, device)
     loss = fused_linear_projected_jsd(*near, same, beta=beta, backend=backend)
     actual = [loss, *torch.autograd.grad(loss, near[:2])]
-    for ours, expected in zip(actual, truth, strict=True):
-        assert relative_error(ours.cpu(), expected) < 1e-4
+    value_bound = 1e-4
+    if device == "cuda":  # adds up logits in another order: a rounding of them moves a divergence
+        # d by sqrt(d) times as much, since its gradient is about sqrt(d). 1.01e-4 on an H200.
+        largest = (case.student_hidden @ case.student_weight.T).abs().max()
+        rounding = torch.finfo(torch.float32).eps * largest
+        value_bound = float(rounding / truth[0].sqrt())  # 1.6e-4
+    for ours, expected, bound in zip(actual, truth, (value_bound, 1e-4, 1e-4), strict=True):
+        assert relative_error(ours.cpu(), expected) < bound
 
 
 @on_every_backend
