@@ -65,6 +65,23 @@ def test_axolotl_trains_on_the_mean_divergence_of_the_labels_tokens(axolotl, tmp
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_axolotl_counts_the_tokens_of_all_ranks_where_ddp_takes_their_mean(
+    axolotl, tmp_path, monkeypatch
+):
+    trainer, _, ids = axolotl_trainer(axolotl, tmp_path, tiny("qwen3")[0])
+    assert not any(p.requires_grad for p in trainer.teacher.parameters())
+    losses = []
+    for is_average, num_processes in ((True, 1), (True, 3), (False, 3)):
+        trainer.args.average_tokens_across_devices = is_average
+        monkeypatch.setattr(
+            type(trainer.accelerator), "num_processes", property(lambda _, n=num_processes: n)
+        )
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=96)
+        losses.append(float(loss.detach()))
+    assert losses[1:] == [pytest.approx(3 * losses[0]), pytest.approx(losses[0])]
+
+
 def test_axolotl_finds_the_fields_and_leaves_other_runs_alone(axolotl):
     plugin = axolotl.DistillationPlugin()
     module, _, name = plugin.get_input_args().rpartition(".")
@@ -137,6 +154,9 @@ def test_verl_gets_a_loss_for_every_response_token(monkeypatch):
     expected = jsd_loss(*logits, beta=0.0, temperature=1.5)
     torch.testing.assert_close(peer_contracts.aggregated(losses, mask), expected)
     assert metrics["distillation/fused_jsd"] == pytest.approx(float(expected), rel=1e-5)
+    data = {"teacher_hidden_states": teacher, "response_mask": 0 * mask}
+    none, metrics = registry["fused_jsd"](None, None, {"student_hidden_states": student}, data)
+    assert not none.any() and metrics == {"distillation/fused_jsd": 0}
     weights = torch.rand(2, 4)  # clamps, advantages and means are verl's
     (actual,) = torch.autograd.grad((losses.clamp(max=2.0) * weights)[mask.bool()].sum(), student)
     rows = jsd_loss(*logits, beta=0.0, temperature=1.5, reduction="none").clamp(max=2.0)

@@ -1,6 +1,7 @@
 """The generalized JSD of trl's GKDTrainer and GOLDTrainer, patched and not."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -177,6 +178,9 @@ def test_head_of_another_kind_keeps_the_loss_of_trl_and_says_so(kind, tmp_path):
     trainer.model.lm_head = OwnHead(trainer.model.lm_head)
     with pytest.warns(UserWarning, match="patch_trl: .* full logits, because of the head OwnHead"):
         assert_same_losses(trainer)
+    with patch_trl(), warnings.catch_warnings(record=True) as told:
+        trainer.compute_loss(trainer.model, batch_of(trainer))
+    assert not [warning for warning in told if "full logits" in str(warning.message)], "once"
 
 
 def test_a_compiled_model_keeps_the_loss_of_trl(tmp_path):

@@ -143,7 +143,7 @@ def find_groups(
     counts = []
     for sample, spans in enumerate(zip(*answers, strict=True)):
         ranges = [
-            range(start, start + max(0, size - skip))
+            range(start, start + size - skip)
             for (start, size), skip in zip(spans, skips, strict=True)
         ]
         found = _sample_groups(loss_fn, sample, ranges, student, teacher) if all(ranges) else []
