@@ -2,6 +2,8 @@
 them; what a template leaves out is told.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from gold_trainer.rendering.collator import GOLDCollator
@@ -78,6 +80,25 @@ def test_a_token_that_begins_with_a_mark_brings_no_distribution():
     assert student.decode(ids[:1]) == " A", "the precondition: a token of mark and text"
     assert 0 not in groups.student_base_rows and 0 in groups.student_scalar_rows
     assert groups.scored_bytes == groups.completion_bytes == len("A red bar.")
+
+
+@pytest.mark.parametrize("other", [OPENS, CHATML])
+def test_a_prompt_that_a_sampled_answer_changes_has_its_own_length(other):
+    """Where the template opens thoughts, and the sample has none."""
+    student, teacher = chat_tokenizer("qwen", CHATML), chat_tokenizer("gpt2", other)
+    collator = pair_collator(student, teacher)
+    batch = collator([row_of(ANSWER)])
+    ids = student("A red bar.<|im_end|>", add_special_tokens=False)["input_ids"]
+    (written,), (read,) = (
+        [example.unanswered() for example in side]
+        for side in (batch.examples, batch.teacher_examples)
+    )
+    batch = replace(batch, teacher_examples=[read])
+    batch = collator.with_student_completions(batch, [written.with_completion(ids)])
+    (example,) = batch.teacher_examples
+    assert (example.prompt_text == read.prompt_text) == (other == CHATML), "the precondition"
+    ids = teacher(example.prompt_text, add_special_tokens=False)["input_ids"]
+    assert example.prompt_length == len(ids)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
