@@ -40,7 +40,7 @@ MODELS = [
         "--gradient_checkpointing --bf16",
         says="computed in bf16; gradient_checkpointing is on",
     ),
-    refused("a dtype that there is not", "--dtype", "--dtype float8"),
+    refused("a dtype that there is not", "dtype: invalid choice", "--dtype float8"),
     refused(
         "an attention that there is not",
         "attn_implementation|flash_what",
@@ -203,7 +203,7 @@ LOSSES = [
 ]
 FIRST = [
     done("rollouts of the student", "--lmbda 1", says="100% of micro-batches"),
-    done("what the teacher writes", "--seq_kd", says="the teacher writes them"),
+    done("what the teacher writes", "--seq_kd", says="the teacher writes the completions"),
     done("several completions of a prompt", "--lmbda 1 --num_generations 2"),
     refused(
         "completions that do not fit a batch", "num_generations must divide", "--num_generations 3"
