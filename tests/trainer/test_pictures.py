@@ -9,6 +9,7 @@ import zlib
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gold_trainer.config import GOLDConfig
@@ -100,7 +101,7 @@ def test_a_table_of_bytes_or_of_structs_is_read_like_one_of_images(tmp_path):
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.25, 0.75)])
 def test_floats_between_0_and_1_are_scaled(low, high):
     levels = np.array([[low, high]], dtype=np.float32)
-    for value in (Image.fromarray(levels), levels):
+    for value in (Image.fromarray(levels), levels, torch.tensor(levels).bfloat16()):
         (picture,) = read({"image": value}).images
         grey = [picture.getpixel((x, 0))[0] for x in (0, 1)]
         assert grey == [round(255 * low), round(255 * high)]

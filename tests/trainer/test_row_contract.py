@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from gold_trainer.config import GOLDConfig
+from gold_trainer.data.columns import as_conversation
 from gold_trainer.data.dataset import RowDataset, as_rows
+from gold_trainer.data.row_errors import ColumnsError
 
 USER = {"role": "user", "content": "Weather in Ulm?"}
 ANSWER = {"role": "assistant", "content": "Rain."}
@@ -366,3 +368,12 @@ def test_one_rule_says_who_gets_the_chat_template_and_the_log_says_it(has_chat_t
     plain = ["rows are plain text: they are taken as they stand, without the tokenizer's chat "]
     assert [line[: len(plain[0])] for line in said[:-1]] == plain * has_chat_template
     assert said[-1] == "rows are conversations: the chat template is applied"
+
+
+def test_only_a_column_that_nobody_knows_is_an_error_of_all_rows():
+    """One of another shape may be a slip of its row, which on_bad_row leaves out."""
+    row = {"messages": [USER, ANSWER]}
+    for more, is_of_all in (({"output": "x"}, False), ({"output": "x", "score": 1}, True)):
+        with pytest.raises(ValueError, match="columns must go with 'messages', got ") as error:
+            as_conversation(row | more, 0)
+        assert isinstance(error.value, ColumnsError) == is_of_all
