@@ -97,3 +97,27 @@ def test_a_path_as_another_system_writes_it_leads_to_the_file(there, written, tm
     tiny_picture(0).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"^row 0: image must lie in "):
         RowDataset(rows, picture_folder=str(tmp_path / "sub"), **OPTIONS)[0]
+
+
+@pytest.mark.parametrize("load", [load_rows, load_stream])
+@pytest.mark.parametrize("own", ["a", "training", "train"])
+@pytest.mark.parametrize("other", ["test", "my_dev", "validation-00000", "eval/b"])
+def test_files_of_other_splits_are_not_trained_on(own, other, load, tmp_path):
+    for name, answer in ((own, "own"), (other, "held out")):
+        path = tmp_path / f"{name}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"prompt,completion\n?,{answer}\n")
+    rows = rows_of(tmp_path, load)
+    assert [row.completion for row in rows] == ["own"]
+
+
+def test_a_folder_of_other_splits_alone_has_no_rows_to_train_on(tmp_path):
+    (tmp_path / "test.csv").write_text("prompt,completion\n?,held out\n")
+    with pytest.raises(ValueError, match=r"Unknown split \"train\"\. Should be one of \['test'\]"):
+        rows_of(tmp_path, load_rows)
+
+
+def test_pictures_of_metadata_are_in_one_column(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,image,prompt,completion\na,b,?,x\n")
+    with pytest.raises(ValueError, match=r"one column, got file_name and image; drop one$"):
+        rows_of(tmp_path, load_rows)

@@ -179,3 +179,21 @@ def test_cells_of_a_csv_file_hold_conversations_tools_and_lists_of_pictures(tmp_
 def test_what_means_nothing_names_the_row(columns, message):
     with pytest.raises(ValueError, match=f"^row 0: {message}"):
         read(columns)
+
+
+@pytest.mark.parametrize("nothing", ["", {}, None])
+def test_an_older_key_of_calls_that_holds_nothing_is_none(nothing):
+    said = ANSWER | {"function_call": nothing}
+    assert not read({"messages": [USER, said]}).answer.get("function_call")
+
+
+def test_keys_of_a_message_are_no_question_with_its_answer():
+    asked = USER | {"user": "Ann", "assistant": "Bob"}
+    assert read({"messages": [asked, ANSWER]}).prompt == [asked]
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_type_of_a_part_that_is_no_text_names_the_row(role):
+    part = {"type": ["text"], "text": "a"}
+    with pytest.raises(ValueError, match=r"^row 0: a part of a message must be text, or the place"):
+        read({"messages": [USER, {"role": role, "content": [part]}, ANSWER]})

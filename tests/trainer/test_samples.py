@@ -66,3 +66,34 @@ def test_a_member_that_nothing_uses_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"row 0: columns must go with 'messages', got id, which"):
         read(write(tmp_path / "x.tar", samples))
     assert read(tmp_path / "x.tar", ignore_columns=["id"])[0].completion == "A bar."
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["0000.b.png", "0000.a.png"], (1, 0)),
+        ([{"path": "d/0000.b.png"}, {"path": "d/0000.a.png"}], (1, 0)),
+        (["0000.a.png", "0000.b.png", "0000.a.png"], (0, 1, 0)),
+        (["coco/2.jpg", "coco/1.jpg"], (0, 1)),  # what they were called before
+    ],
+)
+def test_pictures_come_in_the_order_in_which_the_json_names_them(names, order, tmp_path):
+    sample = {"json": {"messages": TALK, "images": names}}
+    sample |= {"a.png": tiny_picture(0), "b.png": tiny_picture(1)}
+    row = read(write(tmp_path / "x.tar", [sample]))[0]
+    assert [picture.size for picture in row.images] == [tiny_picture(i).size for i in order]
+
+
+@pytest.mark.parametrize("names", [["0000.b.png"], ["0000.a.png", "0000.c.png"], "coco/1.jpg"])
+def test_pictures_that_the_json_does_not_name_are_not_passed_over(names, tmp_path):
+    sample = {"json": {"messages": TALK, "images": names}}
+    sample |= {"a.png": tiny_picture(0), "b.png": tiny_picture(1)}
+    message = r"^row 0: .*sample 0000: the pictures of its json must be its members, which are "
+    with pytest.raises(ValueError, match=message + r"0000\.a\.png, 0000\.b\.png, got .*; name all"):
+        read(write(tmp_path / "x.tar", [sample]))
+
+
+def test_two_members_that_hold_one_column_are_refused(tmp_path):
+    sample = {"json": {"messages": TALK, "id": 1}, "meta.json": {"id": 2}}
+    with pytest.raises(ValueError, match=r"sample 0000: its files must hold columns of different "):
+        read(write(tmp_path / "x.tar", [sample]))

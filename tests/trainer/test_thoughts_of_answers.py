@@ -42,6 +42,11 @@ def test_thoughts_that_are_no_text_are_refused(thoughts):
     assert read(messages=[USER | {"thinking": True}, ANSWER]).prompt[0]["thinking"] is True
 
 
+@pytest.mark.parametrize("nothing", [False, {}, [], "", None])
+def test_a_key_of_thoughts_that_holds_nothing_is_none(nothing):
+    assert not read(messages=[USER, ANSWER | {"thinking": nothing}]).answer.get("thinking")
+
+
 def test_inline_thoughts_that_the_template_drops_are_told(caplog):
     said = ANSWER | {"content": "<think>hm</think>Rain."}
     assert "hm" not in learnt("deepseek_r1_distill", messages=[USER, said])[1]

@@ -71,7 +71,7 @@ def _takes_calls(before: Message, message: Message) -> bool:
 
 
 def _from_legacy(message: Message, index: int) -> Message:
-    call = parsed_json(message[LEGACY])
+    call = parsed_json(message[LEGACY] or {})
     if not isinstance(call, Mapping) or message.get(CALLS):
         raise ValueError(
             f"row {index}: function_call must hold name and arguments, beside no tool_calls, got "

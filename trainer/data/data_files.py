@@ -338,6 +338,10 @@ def _load_metadata(path: Path, split: str, **options: Any) -> Any:
     rows = load_split("csv", split, data_files={"train": str(file)}, **csv_options(file), **options)
     if FILE_NAME not in rows.column_names:
         return load_split("imagefolder", split, data_dir=str(path), **options)
+    if "image" in rows.column_names:
+        raise ValueError(
+            f"dataset {file}: pictures must be in one column, got {FILE_NAME} and image; drop one"
+        )
     return rows.rename_column(FILE_NAME, "image")
 
 

@@ -89,6 +89,8 @@ def _turns_of(message: Any) -> list[Any]:
     """A question with its answer, as The Cauldron and FineVision have them, as two messages."""
     if not isinstance(message, Mapping) or not {"user", "assistant"} <= message.keys():
         return [message]
+    if not {"role", "from"}.isdisjoint(message):  # these are keys of its own
+        return [message]
     others = {key: value for key, value in message.items() if key not in ("user", "assistant")}
     asked = {"role": "user", "content": message["user"]}
     return [asked, {"role": "assistant", "content": message["assistant"], **others}]
@@ -186,7 +188,7 @@ def _own_part(part: Any) -> Any:
     kept = {
         k: v for k, v in part.items() if k in ("type", "text") or k not in PART_KEYS or _holds(v)
     }
-    own_type = OTHER_TYPES.get(kept.get("type", ""))
+    own_type = OTHER_TYPES.get(str(kept.get("type")))
     return kept if own_type is None else {**kept, "type": own_type}
 
 

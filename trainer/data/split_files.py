@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets.data_files import SPLIT_KEYWORDS
+
 from gold_trainer.data.json_files import JSON_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -53,18 +55,21 @@ def files_of_one_kind(folder: Path, splits: Sequence[str]) -> dict[str, list[Pat
     """
     files = {split: _named(folder, split) for split in splits}
     if list(splits) == ["train"] and not files["train"]:
-        files["train"] = _named(folder, "")
+        others = [name for of, names in SPLIT_KEYWORDS.items() if of != "train" for name in names]
+        not_of_train = set(_named(folder, *others))
+        files["train"] = [path for path in _named(folder, "") if path not in not_of_train]
     found = [path for paths in files.values() for path in paths]
     of_pictures = any(path.name in METADATA for path in found)
     is_clear = all(files.values()) and not of_pictures and not _has_several_kinds(found)
     return files if is_clear else None
 
 
-def _named(folder: Path, split: str) -> list[Path]:
-    """Files that datasets would read for a split: train.jsonl, train-00000.jsonl, train/a.jsonl;
-    for "" all.
+def _named(folder: Path, *splits: str) -> list[Path]:
+    """Files that datasets would read for these splits: train.jsonl, train-00000.jsonl,
+    train/a.jsonl; for "" all.
     """
-    is_of_split = re.compile(rf"(^|[-._ /\d]){re.escape(split)}([-._ /\d]|$)")
+    names_of_splits = "|".join(map(re.escape, splits))
+    is_of_split = re.compile(rf"(^|[-._ /\d])({names_of_splits})([-._ /\d]|$)")
     suffixes = (*JSON_SUFFIXES, *BUILDERS)
     found = []
     for parent, folders, names in os.walk(folder):
@@ -76,7 +81,7 @@ def _named(folder: Path, split: str) -> list[Path]:
                 continue
             path = Path(parent, name)
             place = path.relative_to(folder).with_suffix("").as_posix()
-            if not split or is_of_split.search(place):
+            if splits == ("",) or is_of_split.search(place):
                 found.append(path)
     return sorted(found)
 

@@ -42,8 +42,8 @@ def with_thoughts(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 
 def _thoughts_in(value: Any, key: str, index: int) -> str:
-    """What a key of thoughts holds: a text, or parts with texts."""
-    text = value if isinstance(value, str) else _text_of_parts(value)
+    """What a key of thoughts holds: a text, parts with texts, or nothing (False, an empty dict)."""
+    text = value if isinstance(value, str) else _text_of_parts(value or [])
     if text is None:
         raise ValueError(
             f"row {index}: {key} of a message must be text, got {shown(value)}; write the thoughts "
@@ -54,9 +54,10 @@ def _thoughts_in(value: Any, key: str, index: int) -> str:
 
 def _thought_of(part: Any) -> str | None:
     """Its text; None for a part of another type."""
-    if not isinstance(part, Mapping) or part.get("type") not in THOUGHT_PARTS:
+    key = THOUGHT_PARTS.get(str(part.get("type"))) if isinstance(part, Mapping) else None
+    if key is None:
         return None
-    text = part.get(THOUGHT_PARTS[part["type"]])
+    text = part.get(key)
     return text if isinstance(text, str) else _text_of_parts(text)
 
 
