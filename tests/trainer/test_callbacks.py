@@ -63,7 +63,8 @@ def test_early_stopping_without_what_it_looks_at_is_refused(fields, message, tmp
     [
         ("forward_kl", False),
         ("eval_reverse_kl", False),
-        ("eval_news_cross_entropy", False),
+        ("eval_news_crossentropy", False),
+        ("eval_loss/math", False),
         ("loss", False),
         ("runtime", False),
         ("top1_agreement", True),

@@ -54,5 +54,6 @@ def _in_order(pictures: Mapping[str, Any], names: Sequence[str], key: str) -> li
 def _names_in(value: Any) -> list[str]:
     """Names of files, alone or in a list; empty for anything else."""
     parts = value if isinstance(value, list) else [value]
-    names = [part.get("path") if isinstance(part, Mapping) else part for part in parts]
-    return names if all(isinstance(name, str) for name in names) else []
+    parts = [part.get("path") if isinstance(part, Mapping) else part for part in parts]
+    names = [part for part in parts if isinstance(part, str)]
+    return names if len(names) == len(parts) else []

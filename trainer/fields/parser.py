@@ -47,7 +47,7 @@ def _reader(kind: Any, *, is_optional: bool) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if text in nothing:
             return None
-        if kind is int and re.fullmatch(r"-?[\d.]+(e\+?\d+)?", text.lower()):
+        if kind is int and re.fullmatch(r"-?\d*\.?\d+e\+?\d+|-?\d+\.\d*", text.lower()):
             number = float(text)
             return int(number) if number.is_integer() else int(text)
         return kind(text)

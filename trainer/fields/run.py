@@ -1,6 +1,7 @@
 """Fields of GOLDConfig for the run as such, and what of TrainingArguments cannot be used."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -106,8 +107,8 @@ OF_FSDP = (
     *("sync_module_states", "limit_all_gathers", "mixed_precision_policy", "sharding_strategy"),
     *("xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "xla_fsdp_settings"),
 )
-# Metrics of which less is better, by their ends.
-COSTS = ("loss", "kl", "cross_entropy", "runtime")
+# Ends of metrics of which less is better; a loss may be that of one of several teachers.
+COSTS = re.compile(r"(loss|kl|cross_?entropy|runtime|loss/[^/]+)$")
 # Files that a run writes into output_dir.
 SAVED = (
     *("config.json", "generation_config.json", "model.safetensors", "training_args.bin"),
@@ -266,7 +267,7 @@ def choose_direction(args: TrainingArguments) -> None:
     """Of metric_for_best_model: transformers takes what does not end with loss for a merit."""
     metric = args.metric_for_best_model
     if isinstance(metric, str) and args.greater_is_better is None:
-        args.greater_is_better = not metric.endswith(COSTS)
+        args.greater_is_better = COSTS.search(metric) is None
 
 
 def rename_checkpointing(args: TrainingArguments) -> None:
