@@ -44,6 +44,13 @@ def test_arguments_as_json_are_rendered_as_the_object_is(name):
     assert learnt(name, [USER, asking('{"city": "Ulm"}', content=None)]) == called
 
 
+@pytest.mark.parametrize("name", ["deepseekv3", "gemma4", "gptoss", "llama3_1", "qwen2_5", "qwen3"])
+def test_a_message_that_repeats_the_arguments_as_python_writes_them_changes_no_call(name):
+    call, texts = asking({"city": "Ulm"}), ("Weather in Ulm? {'city': 'Ulm'}", "Weather in Ulm? {}")
+    prompts = [learnt(name, [USER | {"content": t}, call, RESULT, ANSWER])[0] for t in texts]
+    assert prompts[0].replace("{'city': 'Ulm'}", "{}") == prompts[1]
+
+
 @pytest.mark.parametrize(
     ("name", "written"),
     [

@@ -60,15 +60,18 @@ def _has_text(messages: Messages) -> bool:
     return any(isinstance(part.get("arguments"), str) for part in _functions(messages))
 
 
-def _is_python(messages: Messages, text: str) -> bool:
-    """Whether the template writes an object as Python does, so that it wants a text."""
+def _is_python(messages: Messages, as_object: str, as_text: str = "") -> bool:
+    """Whether the template writes an object as Python does, so that it wants a text. What stands
+    in both forms is of another message: a result may repeat the arguments.
+    """
     objects = [_object(function.get("arguments")) for function in _functions(messages)]
-    return any(isinstance(o, dict) and o and str(o) in text for o in objects)
+    written = [str(o) for o in objects if isinstance(o, dict) and o]
+    return any(as_object.count(text) > as_text.count(text) for text in written)
 
 
 def _takes_text(messages: Messages, as_object: str, as_text: str) -> bool:
     """Whether the template writes a text where it writes the JSON of an object."""
-    if _is_python(messages, as_object):
+    if _is_python(messages, as_object, as_text):
         return True
     for function in _functions(messages):
         arguments = function.get("arguments")
