@@ -156,6 +156,17 @@ def test_a_teacher_that_sees_another_context_shares_its_own_prompts(tmp_path):
     assert teacher[-1] > student[-1], "the hint is longer than what stands in its place"
 
 
+def test_the_second_look_of_a_teacher_shares_prompts_too(tmp_path):
+    """At pictures without detail: a prompt's completions have one of them."""
+    rows = tiny_rows(2, images=1)
+    fields = {"rows": rows, "max_steps": 1, "token_weighting": "picture_detail"}
+    plain = run(tmp_path, "qwen3_vl", share_prompts=False, **fields)
+    shared = run(tmp_path, "qwen3_vl", share_prompts=True, **fields)
+    assert_shared(plain, shared)
+    _, (tokens, _) = shared[2]
+    assert tokens[-1] == tokens[-2], "both looks are at as many tokens"
+
+
 def test_a_resumed_run_goes_on_with_or_without_it(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 1}
     whole, *_ = run(tmp_path / "whole", share_prompts=True, **fields)

@@ -164,7 +164,7 @@ class Objective(ABC):
         has_pictures = any(example.images for example in batch.teacher_examples)
         if weighting.is_alone and not has_pictures:  # others may run the teacher together
             return None
-        examples = [weighting.detail.without_detail(e) for e in batch.teacher_examples]
+        examples = weighting.detail.without_detail(batch.teacher_examples)
         if self.is_absent:
             return SideInputs.without_tensors(examples)
         return build_side(

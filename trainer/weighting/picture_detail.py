@@ -139,9 +139,13 @@ class PictureDetail:
         tokens = over_siblings(counts * is_one)
         return (softmax * tokens / counts.clamp_min(1)).to(advantage.dtype)
 
-    def without_detail(self, example: Example) -> Example:
-        """The example with pictures of the same sizes, of which the detail is gone."""
-        return replace(example, images=[coarse(image, self.scale) for image in example.images])
+    def without_detail(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples with pictures of the same sizes, of which the detail is gone. One that
+        several have stays one: completions of a prompt share it (speed/shared_prompts.py).
+        """
+        found = {id(image): image for example in examples for image in example.images}
+        made = {key: coarse(image, self.scale) for key, image in found.items()}
+        return [replace(e, images=[made[id(image)] for image in e.images]) for e in examples]
 
 
 def coarse(image: Image.Image, scale: float) -> Image.Image:
