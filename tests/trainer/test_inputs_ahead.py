@@ -85,6 +85,8 @@ def test_where_a_step_asks_the_processor_itself_there_is_no_thread(
     assert not Inputs(*parts).has_thread, "nor on a CPU, which has its cores for the models"
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
     assert Inputs(*parts).has_thread == expected
+    monkeypatch.setattr(trainer.args, "teacher_models", {"one": "a", "two": "b"})
+    assert not Inputs(*parts).has_thread, "each of several teachers has tensors of its own rows"
 
 
 def test_rows_of_the_next_window_are_read_between_both_passes_of_this_ones_last(tmp_path):

@@ -74,7 +74,8 @@ class Inputs:
         self.found: WindowBatch | None = None
         self.passes = TeacherPasses(objective, args, self.mover)
         # A processor is for one thread at a time: others may ask it within a step.
-        is_asked = objective.is_teacher_apart or objective.weighting is not None
+        makes_tensors = objective.is_teacher_apart or args.teacher_models is not None
+        is_asked = makes_tensors or objective.weighting is not None
         self.has_thread = args.device.type == "cuda" and not is_asked
 
     @cached_property
