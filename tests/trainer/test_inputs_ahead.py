@@ -69,6 +69,22 @@ def test_an_error_comes_when_it_is_the_micro_batchs_turn(tmp_path):
     assert len(computed) == 2 and trainer.state.global_step == 0
 
 
+def test_an_error_of_a_writer_that_looks_ahead_does_not_end_the_next_run_too(tmp_path):
+    trainer, _ = built(tmp_path, has_thread=True, lmbda=1.0)
+    writer = trainer.rollouts.writers["student"]
+    look_ahead = writer.look_ahead
+
+    def fail(prompts):
+        raise ValueError("it cannot see them")
+
+    writer.look_ahead = fail
+    with pytest.raises(ValueError, match="it cannot see them"):
+        trainer.train()
+    writer.look_ahead = look_ahead
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

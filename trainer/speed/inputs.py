@@ -122,10 +122,14 @@ class Inputs:
 
     def _finish(self) -> None:
         """What comes behind a step may ask the processor: an evaluation does."""
-        if self.pending is not None:
-            self.made, self.pending = self.pending.result(), None
-        else:
-            self.made = None if self.found is None else self._made(self.found)
+        self.made = None if self.found is None else self._made(self.found)
+        self._receive()
+
+    def _receive(self) -> None:
+        """What the thread has made. Its error is raised once."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.made = pending.result()
 
     def _made(self, batch: WindowBatch) -> Made:
         try:
@@ -139,8 +143,7 @@ class Inputs:
         """The tensors on the device."""
         if all(batch is not other for other in self.passes.window):  # of an evaluation
             self.passes.start([batch])
-        if self.pending is not None:
-            self.made, self.pending = self.pending.result(), None
+        self._receive()
         made, self.made = self.made, None
         # what decides and counts makes new batches of the same examples
         if made is None or made.batch.examples is not batch.examples:
