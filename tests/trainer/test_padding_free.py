@@ -220,23 +220,25 @@ def test_models_whose_rows_cannot_share_a_sequence_are_refused_by_name(tmp_path,
     message = refusal_of("qwen3", tmp_path, student=student)
     assert "with layers of the kind linear_attention; attention is known" in message
     student = tiny("qwen3")[0]
-    student.config.layer_types = ["full_attention", "sliding_attention"]
-    monkeypatch.setattr(packing, "WINDOW_IN_MASK", ("qwen3",))
-    message = refusal_of("qwen3", tmp_path, student=student)
-    assert "of the type qwen3 with a window; use_sliding_window=False is known" in message
+    student.config.sliding_window = 3
+    monkeypatch.setattr(packing, "WINDOW_IN_ONE", ("qwen3",))
+    for kinds in (["full_attention", "sliding_attention"], None):
+        student.config.layer_types = kinds
+        message = refusal_of("qwen3", tmp_path, student=student)
+        assert "of the type qwen3 with a window; sliding_window=None is known" in message
     message = refusal_of("qwen3", tmp_path, neftune_noise_alpha=5.0)
     assert "noise goes by the length of its rows; neftune_noise_alpha must be unset" in message
 
 
-def test_of_the_known_types_one_alone_has_its_window_in_the_mask():
+def test_of_the_known_types_two_have_their_window_in_mask_or_attention_alone():
     """Of transformers' own code: an attention that is to keep its window has to be told it."""
     for name in packing.TEXT:
         folder = name.removesuffix("_text")
         module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
         code = inspect.getsource(module)
-        has_window = "create_sliding_window_causal_mask(" in code
+        has_window = code.count("create_sliding_window_causal_mask") > 1  # imported, and called
         is_told = re.search(r"^ +sliding_window=.+,", code, re.MULTILINE) is not None
-        assert (has_window and not is_told) == (name in packing.WINDOW_IN_MASK), name
+        assert (has_window != is_told) == (name in packing.WINDOW_IN_ONE), name
 
 
 def test_rows_are_padded_unless_it_is_asked_for(tmp_path):

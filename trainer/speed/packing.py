@@ -36,8 +36,9 @@ from gold_trainer.speed.shared_prompts import Counts, Keys, segments_of
 
 # transformers makes no mask for attention of a name that it does not know
 OF_ROWS = "gold_trainer_rows"
-# Whose window is in the mask alone, which packed rows do not have.
-WINDOW_IN_MASK = ("qwen2_moe",)
+# Whose window is in the mask alone, which packed rows do not have, or known to attention alone,
+# which leaves it to a mask where rows are padded.
+WINDOW_IN_ONE = ("olmoe", "qwen2_moe")
 # Of the positions of padded rows, that are left where prompts are shared: with more it costs time.
 MOST = 0.8
 # Arguments of attention that only other kernels know.
@@ -178,6 +179,12 @@ def _configs(model: nn.Module) -> list[Any]:
     return list({id(config): config for config in configs}.values())
 
 
+def _has_window(text: Any) -> bool:  # a config
+    kinds = getattr(text, "layer_types", None)
+    is_sliding = kinds is None or "sliding_attention" in kinds
+    return is_sliding and bool(getattr(text, "sliding_window", None))
+
+
 def _reason_against(model: nn.Module, args: GOLDConfig) -> str | None:
     """Behind "a student" or "a teacher"."""
     base = models.base_model(model)
@@ -185,9 +192,8 @@ def _reason_against(model: nn.Module, args: GOLDConfig) -> str | None:
     reason = reason_against_kind(base)
     if reason is not None:
         return reason
-    kinds = getattr(text, "layer_types", None) or ()
-    if "sliding_attention" in kinds and text.model_type in WINDOW_IN_MASK:
-        return f"of the type {text.model_type} with a window; use_sliding_window=False is known"
+    if text.model_type in WINDOW_IN_ONE and _has_window(text):
+        return f"of the type {text.model_type} with a window; sliding_window=None is known"
     if text._attn_implementation not in (*KERNELS, OF_ROWS):
         return f"with the attention {text._attn_implementation!r}; {', '.join(KERNELS)} are known"
     if args.neftune_noise_alpha is not None:
