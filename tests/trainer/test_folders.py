@@ -121,3 +121,11 @@ def test_pictures_of_metadata_are_in_one_column(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,image,prompt,completion\na,b,?,x\n")
     with pytest.raises(ValueError, match=r"one column, got file_name and image; drop one$"):
         rows_of(tmp_path, load_rows)
+
+
+@pytest.mark.parametrize("load", [load_rows, load_stream])
+@pytest.mark.parametrize("name", ["dev", "valid", "val", "validation"])
+def test_cells_of_a_split_by_another_name_are_text_too(name, load, tmp_path):
+    for file, answer in (("train", "1"), (name, "007")):
+        (tmp_path / f"{file}.csv").write_text(f"prompt,completion\n?,{answer}\n")
+    assert [row.completion for row in rows_of(tmp_path, load, "validation")] == ["007"]

@@ -53,9 +53,12 @@ def files_of_one_kind(folder: Path, splits: Sequence[str]) -> dict[str, list[Pat
     """The files of each split, without regard to pictures that lie beside them; None where they are
     of several kinds, or where there are none. Files without a split's name are those of train.
     """
-    files = {split: _named(folder, split) for split in splits}
+    keywords = {str(split): names for split, names in SPLIT_KEYWORDS.items()}  # dev is validation
+    files = {
+        split: _named(folder, split) or _named(folder, *keywords.get(split, ())) for split in splits
+    }
     if list(splits) == ["train"] and not files["train"]:
-        others = [name for of, names in SPLIT_KEYWORDS.items() if of != "train" for name in names]
+        others = [name for of, names in keywords.items() if of != "train" for name in names]
         not_of_train = set(_named(folder, *others))
         files["train"] = [path for path in _named(folder, "") if path not in not_of_train]
     found = [path for paths in files.values() for path in paths]
@@ -68,6 +71,8 @@ def _named(folder: Path, *splits: str) -> list[Path]:
     """Files that datasets would read for these splits: train.jsonl, train-00000.jsonl,
     train/a.jsonl; for "" all.
     """
+    if not splits:
+        return []
     names_of_splits = "|".join(map(re.escape, splits))
     is_of_split = re.compile(rf"(^|[-._ /\d])({names_of_splits})([-._ /\d]|$)")
     suffixes = (*JSON_SUFFIXES, *BUILDERS)
