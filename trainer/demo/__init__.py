@@ -47,12 +47,7 @@ def run_demo(
     teacher_processor = build_processor()
     processor: Any = build_other_processor() if is_cross else teacher_processor
 
-    console.print(
-        f"{settings.teacher_steps} steps of a teacher, then {settings.student_steps} of a student; "
-        "by default that takes about three minutes on two CPU cores. "
-        f"Everything is written to {output_dir}.",
-        soft_wrap=True,
-    )
+    console.print(_plan(settings, output_dir), soft_wrap=True)
     console.rule("Teacher: learns from labelled pictures")
     # models are Any: the annotation of their .to() lacks its self
     teacher: Any
@@ -99,6 +94,14 @@ def run_demo(
     print_table(result, console)
     console.print(f"Everything is in {output_dir}: metrics.json, loss.png, answers.png, student/")
     return result
+
+
+def _plan(settings: DemoSettings, output_dir: Path) -> str:
+    return (
+        f"{settings.teacher_steps} steps of a teacher, then {settings.student_steps} of a student; "
+        "by default that takes about three minutes on two CPU cores. "
+        f"Everything is written to {output_dir}."
+    )
 
 
 def _examine(model: Any, processor: Any, held_out: Digits) -> tuple[list[str], float]:
