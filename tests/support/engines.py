@@ -1,7 +1,7 @@
 """Processes on the CPU that accelerate takes for GPUs: it offers FSDP and DeepSpeed to those only.
 
-accelerate reads the kind of processes in one place, transformers asks for bfloat16 in another. With
-gloo between them, sharding, gathering and casting are what they are on a GPU.
+accelerate reads the kind of processes in one place, transformers and gold_trainer ask for bfloat16
+in others. With gloo between them, sharding, gathering and casting are what they are on a GPU.
 """
 
 import os
@@ -11,6 +11,8 @@ import accelerate.state
 import torch
 import transformers.training_args
 from accelerate.utils import DistributedType
+
+from gold_trainer import precision
 
 
 def fsdp(version: int, state_dict: str = "FULL_STATE_DICT") -> dict[str, Any]:
@@ -64,7 +66,8 @@ def take_processes_for_gpus() -> None:
     """Called before anything of accelerate is made. Where there are GPUs they are taken."""
     if torch.cuda.is_available():
         return
-    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    for asks in (transformers.training_args, precision):
+        asks.is_torch_bf16_gpu_available = lambda: True
     os.environ["ACCELERATE_TORCH_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"
     kind = ("gloo", DistributedType.MULTI_GPU)
     accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: kind
