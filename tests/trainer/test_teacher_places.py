@@ -8,6 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from gold_trainer import GOLDConfig, GOLDTrainer
+from gold_trainer.batches import SideInputs
 from gold_trainer.refusals import refuse_places
 from gold_trainer.teachers import FrozenTeacher
 from gold_trainer.writers.local import _reason_to_generate
@@ -126,9 +127,8 @@ def test_inputs_go_to_the_teachers_device_and_hidden_states_come_back(has_bias, 
         frozen.side.form.is_measured = True
         ids = torch.zeros(2, 5, dtype=torch.int64, device="cuda:0")
         rows = torch.tensor([0, 3, 7], device="cuda:0")
-        inputs = SimpleNamespace(
-            tensors={"input_ids": ids, "attention_mask": torch.ones_like(ids)}, scored_rows=rows
-        )
+        tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = SideInputs(examples=[], tensors=tensors, scored_rows=rows, labels=rows)
         hidden = frozen.hidden_rows(inputs)
     devices = {str(parameter.device) for parameter in teacher.parameters()}
     assert devices == {"cuda:1"}
