@@ -75,7 +75,7 @@ def make_trainer(
     return GOLDTrainer(
         model=models[0],
         teacher_model=models[1],
-        args=GOLDConfig(**(options | CASES[case] | fields)),
+        args=GOLDConfig(bf16=False, **(options | CASES[case] | fields)),
         train_dataset=tiny_rows(4, images=0),
         eval_dataset=tiny_rows(2, images=0, seed=3),
         processing_class=tokenizers[0],
