@@ -3,12 +3,14 @@
 torchrun --nproc_per_node 2 -m support.rank SECONDS support.SCRIPT [ARGUMENT ...]
 """
 
+import atexit
 import faulthandler
+import os
 import runpy
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,27 +19,43 @@ GRACE = 5  # seconds in which all ranks print before the first one ends, and wit
 
 def limit(seconds: int) -> None:
     """Give this process so many seconds from now. Then it prints all stacks and dies, whatever it
-    waits for.
+    waits for. It also prints them where a signal ends it (SIGABRT of a C++ thread, say).
     """
+    faulthandler.enable()
     faulthandler.dump_traceback_later(seconds)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds + GRACE)
 
 
-def leave_together() -> None:
-    """A process that ends while another still talks to it would be an error there."""
+def leave_together() -> NoReturn:
+    """The last call of a rank. A process that ends while another still talks to it would be an
+    error there.
+    """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    _leave()
 
 
-def leave_state(trainer: Any, folder: str | Path, **found: object) -> None:
+def leave_state(trainer: Any, folder: str | Path, **found: object) -> NoReturn:
     """The main process writes what was found, and the weights, into state.pt; then all leave."""
     if trainer.is_world_process_zero():
         weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
         state = {"processes": trainer.args.world_size, "weights": weights, **found}
         torch.save(state, Path(folder) / "state.pt")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or threads of gloo may abort the exit
+    trainer.accelerator.end_training()
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """Without Python's own exit: DeepSpeed refers to groups that were destroyed, whose threads of
+    gloo live on. One that still holds a tensor of Python aborts the process where it waits for an
+    interpreter that is ending (1 of 20 runs on a busy machine; pytorch's pull request 179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
