@@ -128,12 +128,30 @@ def check(call: Call, dtype: torch.dtype, processes: Processes, limit: float) ->
         if found.shape != truth.shape:
             wrong.append(f"{name}: {tuple(found.shape)} for {tuple(truth.shape)}")
         elif truth.any() or found.any():  # a slice of padding has no gradient at all
-            error = relative_error(found, truth)
+            error, allowed = relative_error(found, truth), limit
             if error >= limit and dtype != torch.float64 and name in ("loss", "grad_hidden"):
                 # as CONTRIBUTING has it: twice as far as what is compared, here whole heads
-                limit = max(limit, 2 * relative_error(run(call, dtype, None)[name], truth))
-            wrong += [] if error < limit else [f"{name}: {error:.1e}"]
+                allowed = max(limit, 2 * error_of_whole_heads(call, dtype, name, truth))
+            wrong += [] if error < allowed else [f"{name}: {error:.1e} of {allowed:.1e}"]
     return wrong
+
+
+def error_of_whole_heads(call: Call, dtype: torch.dtype, name: str, truth: Tensor) -> float:
+    """The largest of eight orders of the hidden dimensions: all are one call in exact numbers, and
+    each rounds its logits in another way.
+    """
+    errors = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        tensors, expected = list(call.tensors), truth
+        for place in range(0, len(tensors) // 2 * 2, 2):  # of the student, of the teacher
+            order = torch.randperm(tensors[place].shape[1], generator=generator)
+            tensors[place : place + 2] = (t[:, order] for t in tensors[place : place + 2])
+            if place == 0 and name == "grad_hidden":
+                expected = truth[:, order]
+        found = run(call._replace(tensors=tuple(tensors)), dtype, None)[name]
+        errors.append(relative_error(found, expected))
+    return max(errors)
 
 
 def shared_calls(n: int = 11) -> Iterator[tuple[str, Call]]:
