@@ -44,6 +44,17 @@ def test_arguments_as_json_are_rendered_as_the_object_is(name):
     assert learnt(name, [USER, asking('{"city": "Ulm"}', content=None)]) == called
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in text_template_names() if not n.startswith(NO_CALLS)] or ["-"]
+)
+@pytest.mark.parametrize("tool", [TOOL, {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_is_a_function_alone_changes_nothing_of_the_tools_in_its_prompt(name, tool):
+    alone = {"role": "assistant", "tool_calls": [FUNCTION]}
+    called = learnt(name, [USER, asking({"city": "Ulm"})], tools=[tool])
+    said = learnt(name, [USER, alone], tools=[tool])
+    assert said[0] == called[0] and "Ulm" in said[1]
+
+
 @pytest.mark.parametrize("name", ["deepseekv3", "gemma4", "gptoss", "llama3_1", "qwen2_5", "qwen3"])
 def test_a_message_that_repeats_the_arguments_as_python_writes_them_changes_no_call(name):
     call, texts = asking({"city": "Ulm"}), ("Weather in Ulm? {'city': 'Ulm'}", "Weather in Ulm? {}")

@@ -7,6 +7,7 @@ take JSON alone. So an object is tried first.
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 from gold_trainer.data.calls import CALLS
@@ -20,9 +21,10 @@ Render = Callable[[Messages, Tools], str]
 def rendered_with_calls(render: Render, messages: Messages, tools: Tools) -> str:
     """What render makes of the first form that it takes; its first error where it takes none."""
     refused: Exception | None = None
-    for is_whole in (False, True):
+    # apart: calls of an answer alone change nothing of the tools, which stand in its prompt too
+    for is_described, is_whole in product((False, True), repeat=2):
         given = [_whole(message) for message in messages] if is_whole else messages
-        given_tools = [_described(tool) for tool in tools or ()] or None if is_whole else tools
+        given_tools = [_described(tool) for tool in tools or ()] or None if is_described else tools
         as_object = as_text = None
         try:
             as_object = render(_with_arguments(given, _object), given_tools)
