@@ -204,9 +204,16 @@ def test_a_system_prompt_comes_first_in_every_shape_and_a_rows_own_wins(tmp_path
         {"messages": [own, USER, ANSWER]},
         {"conversations": [USER, ANSWER], "system": "Long."},
         {"instruction": "Go.", "output": "Gone.", "system": "Long."},
+        {"messages": [own | {"role": "System"}, USER, ANSWER]},
+        {"prompt": json.dumps([own | {"role": " SYSTEM"}, USER]), "completion": "Gone."},
+        {"conversations": [{"from": "System", "value": "Long."}, USER, ANSWER]},
+        {"messages": [json.dumps(own), json.dumps(USER), json.dumps(ANSWER)]},
     ):
         path = write(tmp_path / "rows.jsonl", [shape])
-        assert parsed(path, system_prompt="Brief.").prompt[0] == own
+        assert parsed(path, system_prompt="Brief.").prompt == [own, parsed(path).prompt[-1]]
+    developer = {"role": "developer", "content": "Long."}
+    path = write(tmp_path / "rows.jsonl", [{"messages": [developer, USER, ANSWER]}])
+    assert parsed(path, system_prompt="Brief.").prompt[0] == developer
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])

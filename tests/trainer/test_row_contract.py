@@ -51,6 +51,15 @@ def test_a_message_with_nothing_in_it_is_refused():
         read({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]})
 
 
+@pytest.mark.parametrize(
+    "silent", [{"role": "tool", "tool_call_id": "a", "name": "b"}, {"role": "user", "id": "a"}]
+)
+def test_keys_that_label_a_message_say_nothing(silent):
+    """Some templates write None in the place of a content."""
+    with pytest.raises(ValueError, match=r"^row 0: the content of a message must be text"):
+        read({"messages": [USER, silent | {"content": None}, ANSWER]})
+
+
 @pytest.mark.parametrize("write", [lambda value: value, json.dumps])
 def test_tools_and_arguments_of_the_template_belong_to_the_row(write):
     columns = {"tools": write([TOOL]), "chat_template_kwargs": write({"enable_thinking": False})}

@@ -4,6 +4,7 @@ import json
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 from PIL import Image
 
@@ -113,6 +114,56 @@ def test_a_part_of_an_unknown_type_is_refused(part):
         read({"messages": [USER, {"role": "assistant", "content": [part]}]})
 
 
+@pytest.mark.parametrize("gap", [float("nan"), np.float64("nan"), pandas.NA, pandas.NaT])
+def test_an_empty_cell_of_pandas_holds_nothing(gap):
+    others = ("image", "images", "tools", "chat_template_kwargs", "teacher_id", "id", "prompt")
+    table = pandas.DataFrame([{"messages": [USER, ANSWER]} | dict.fromkeys(others, gap)])
+    row = read(table.to_dict("records"), is_text=False)
+    assert (row.prompt, row.images, row.tools) == ([USER], [], None)
+    row = read({"instruction": "Weather in Ulm?", "output": "Rain.", "input": gap, "history": gap})
+    assert row.prompt == [USER]
+    with pytest.raises(ValueError, match=r"^row 0: an assistant's answer is expected"):
+        read({"prompt": "a", "completion": gap})
+
+
+@pytest.mark.parametrize("shape", ["messages", "conversations", "prompt", "both"])
+@pytest.mark.parametrize("write", [str, lambda turns: json.dumps(turns)[:-9]])
+@pytest.mark.parametrize("option", [{}, {"text_as_messages": True}, {"system_prompt": "Brief."}])
+def test_a_conversation_whose_text_is_no_json_is_no_plain_text(tmp_path, shape, write, option):
+    """As pandas writes lists into csv files, and as JSON that was cut off."""
+    written = write([USER, ANSWER])
+    cells = {shape: written}
+    if shape in ("prompt", "both"):
+        cells = {"prompt": write([USER]) if shape == "both" else "What?", "completion": written}
+    pandas.DataFrame([cells]).to_csv(tmp_path / "rows.csv", index=False)
+    for is_text in (True, False):
+        rows = load_rows(DataArguments(dataset_name=str(tmp_path / "rows.csv"), **option), "train")
+        with pytest.raises(ValueError, match=r"^row 0: a conversation that is text must be JSON"):
+            RowDataset(rows, needs_completion=True, is_text=is_text)[0]
+
+
+def test_text_with_brackets_is_plain_text():
+    for text in ("[1, 2]", "[{'a': 1}] is Python", "[role]", '{"role": "user"}'):
+        row = read({"prompt": text, "completion": text})
+        assert (row.prompt, row.completion) == (text, text)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"from": "System", "value": "Be brief."},
+        {"role": "SYSTEM", "content": "Be brief."},
+        json.dumps({"from": "system", "value": "Be brief."}),
+    ],
+)
+def test_a_systems_message_stands_once_in_whatever_words(own):
+    turns = [own, {"from": "human", "value": "Weather in Ulm?"}, {"from": "gpt", "value": "Rain."}]
+    row = read({"conversations": turns, "system": "Be brief."})
+    assert row.prompt == [{"role": "system", "content": "Be brief."}, USER]
+    with pytest.raises(ValueError, match=r"^row 0: a row must have one system message"):
+        read({"conversations": turns, "system": "Be long."})
+
+
 @pytest.mark.parametrize("role", ["developer", "system", "ipython", "critic"])
 def test_roles_are_the_templates_business(role):
     first = {"role": role, "content": "Be brief.", "name": "a"}
@@ -164,10 +215,6 @@ def test_cells_of_a_csv_file_hold_conversations_tools_and_lists_of_pictures(tmp_
         ({"messages": [USER | {"content": {"a": 1}}, ANSWER]}, "the content of a message must be"),
         ({"messages": [USER | {"content": b"a"}, ANSWER]}, "the content of a message must be text"),
         ({"messages": [USER | {"content": ["a"]}, ANSWER]}, "the content of a message must be tex"),
-        (
-            {"prompt": "a", "completion": float("nan")},
-            "prompt is plain text, so completion must be",
-        ),
         ({"instruction": "a", "output": ["b"]}, "output must be text, got list"),
         (
             {"instruction": "a", "output": "b", "history": '["c"]'},

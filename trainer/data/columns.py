@@ -2,6 +2,7 @@
 messages, or prompt and completion.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import datasets
 
 from gold_trainer.data.features import undecoded
 from gold_trainer.data.json_text import parsed_json
-from gold_trainer.data.messages import parsed_messages
+from gold_trainer.data.messages import is_system, parsed_messages, refuse_spoilt
 from gold_trainer.data.row_errors import ColumnsError, shown
 from gold_trainer.data.samples import are_samples
 from gold_trainer.nearest import did_you_mean
@@ -91,6 +92,7 @@ def as_conversation(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
         )
     row = {name: columns[name] for name in BESIDE_ALL if columns.get(name) is not None}
     if shape == "conversations":
+        refuse_spoilt(columns[shape], index)
         messages = _listed(parsed_messages(columns[shape]), shape, index)
         return row | {"messages": _with_system(messages, _system(columns, index), index)}
     if shape == "texts":
@@ -129,7 +131,13 @@ def printable(name: Any) -> str:
 
 
 def holds(value: Any) -> bool:
-    return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
+    return not is_gap(value) and not (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def is_gap(value: Any) -> bool:
+    """None, and what pandas has where a cell is empty: NaN, NA and NaT."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _from_alpaca(columns: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -157,9 +165,9 @@ def _system(columns: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
 
 def _with_system(messages: list[Any], system: list[Any], index: int) -> list[Any]:
     """A conversation that brings what the column says has it once."""
-    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
-    if not system or "system" not in (first.get("role"), first.get("from")):
+    if not system or not messages or not is_system(messages[0]):
         return system + messages
+    first = parsed_json(messages[0])
     own = first.get("content") if first.get("value") is None else first["value"]
     if own != system[0]["content"]:
         raise ValueError(

@@ -19,7 +19,7 @@ import torch
 from gold_trainer.data.columns import SHAPE_COLUMNS, names_of
 from gold_trainer.data.features import AsWritten, undecoded
 from gold_trainer.data.json_files import JSON_SUFFIXES, json_rows, no_utf8
-from gold_trainer.data.messages import ends_with_answer, parsed_messages
+from gold_trainer.data.messages import ends_with_answer, is_spoilt, is_system, parsed_messages
 from gold_trainer.data.samples import are_samples
 from gold_trainer.data.split_files import (
     BUILDERS,
@@ -162,7 +162,7 @@ def _take(row: dict[str, Any], column: str, index: int) -> Any:
 def _text_as_messages(row: dict[str, Any]) -> None:
     roles = {"prompt": "user", "completion": "assistant", "teacher_messages": "user"}
     for name, role in roles.items():
-        if isinstance(parsed_messages(row.get(name)), str):
+        if isinstance(parsed_messages(row.get(name)), str) and not is_spoilt(row[name]):
             row[name] = [{"role": role, "content": row[name]}]
 
 
@@ -186,8 +186,7 @@ def _is_conversation(value: Any) -> bool:
 
 def _with_system(value: Any, text: str) -> Any:
     messages = parsed_messages(value)
-    first = messages[0]
-    if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
+    if is_system(messages[0]):
         return value
     messages = [{"role": "system", "content": text}, *messages]
     return json.dumps(messages) if isinstance(value, str) else messages

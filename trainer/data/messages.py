@@ -26,6 +26,8 @@ OTHER_TYPES = {
     "image_url": "image",
     "video_url": "video",
 }
+# Keys that say which call a result belongs to, who speaks, what is learnt: no part of what is said.
+LABELS = ("role", "content", "name", "id", "tool_call_id", "weight")
 PART_KEYS = (
     *("type", "text", "fps", "image", "image_url", "url", "path", "base64", "bytes", "source"),
     *("data", "video", "video_url"),
@@ -42,6 +44,9 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation"), "tool"),
     "system": "system",
 }
+# How text begins that was to be a conversation: Python's, as pandas writes lists into csv files, or
+# JSON that is cut off.
+OF_MESSAGES = re.compile(r"\s*\[\s*\{\s*(['\"])(role|from|content|value)\1\s*:")
 # The same as a role, in any case; roles of tools and others are the template's business.
 ROLES = {**{r: to for r, to in SHAREGPT_ROLES.items() if to != "tool"}, "tool": "tool"}
 
@@ -52,6 +57,7 @@ def checked_messages(messages: Any, index: int, is_table: bool) -> Messages:
     """
     if isinstance(messages, str):  # which holds a null only where its author wrote one
         messages, is_table = parsed_messages(messages), False
+    refuse_spoilt(messages, index)
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(
             f"row {index}: a conversation must be a list of messages, got {shown(messages)}; drop "
@@ -96,14 +102,25 @@ def _turns_of(message: Any) -> list[Any]:
     return [asked, {"role": "assistant", "content": message["assistant"], **others}]
 
 
+def is_system(message: Any) -> bool:
+    """Whether a message, or the JSON text of one, is the system's, in whatever words."""
+    return _speaker_in(parsed_json(message)) in ("system", "developer")
+
+
 def ends_with_answer(value: Any) -> bool:
     """Whether a conversation's last message is the assistant's."""
     messages = parsed_messages(value)
     last = parsed_json(messages[-1]) if isinstance(messages, list | tuple) and messages else None
-    if not isinstance(last, Mapping):
-        return False
-    speaker = speaker_of(str(last.get("role") or last.get("from") or ""))
-    return ROLES.get(speaker) == "assistant" or speaker in CALLERS or "assistant" in last
+    speaker = _speaker_in(last)
+    is_answer = ROLES.get(speaker) == "assistant" or speaker in CALLERS
+    return is_answer or (isinstance(last, Mapping) and "assistant" in last)
+
+
+def _speaker_in(message: Any) -> str:
+    """Who speaks, as names of roles are compared; empty where nobody does."""
+    if not isinstance(message, Mapping):
+        return ""
+    return speaker_of(str(message.get("role") or message.get("from") or ""))
 
 
 def _from_sharegpt(message: Any, index: int) -> Any:
@@ -238,7 +255,7 @@ def _with_weight(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 def _check_content(message: Mapping[str, Any], index: int) -> None:
     content = message.get("content")
-    others = (v for k, v in message.items() if k not in ("role", "content", "name"))
+    others = (v for k, v in message.items() if k not in LABELS)
     if content is None and any(v and isinstance(v, str | list | tuple | Mapping) for v in others):
         return  # the turn is a call of tools, or whatever else the template reads
     parts = content if isinstance(content, list | tuple) else ()
@@ -311,6 +328,19 @@ def parsed_messages(value: Any) -> Any:
         for message in messages
     )
     return messages if is_conversation and messages else value
+
+
+def is_spoilt(value: Any) -> bool:
+    """Whether text was to be a conversation and is no JSON."""
+    return isinstance(parsed_messages(value), str) and OF_MESSAGES.match(value) is not None
+
+
+def refuse_spoilt(value: Any, index: int) -> None:
+    if is_spoilt(value):
+        raise ValueError(
+            f"row {index}: a conversation that is text must be JSON of its messages, got "
+            f"{shown(value)}; write it with json.dumps, and what is text as a message's content."
+        )
 
 
 def text_of(answer: Message, index: int) -> str:

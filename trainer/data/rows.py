@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from gold_trainer.data.calls import as_tool
-from gold_trainer.data.columns import MEDIA, as_conversation, read_teacher_id
+from gold_trainer.data.columns import MEDIA, as_conversation, is_gap, read_teacher_id
 from gold_trainer.data.data_files import MappedRows
 from gold_trainer.data.features import may_be_filled
 from gold_trainer.data.file_streams import MappedStream
@@ -124,13 +124,13 @@ class RowReader:
         )
 
     def columns(self, columns: Any) -> Any:
-        """A row's columns without those to ignore; lists are lists, which pandas makes arrays
-        of.
+        """A row's columns without those to ignore. Lists, of which pandas makes arrays, are lists,
+        and its empty cells None.
         """
         if not isinstance(columns, Mapping):
             return columns
         return {
-            name: _as_lists(value) if isinstance(value, np.ndarray) else value
+            name: None if is_gap(value) else _as_lists(value)
             for name, value in columns.items()
             if str(name) not in self.ignore_columns
         }

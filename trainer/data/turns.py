@@ -16,6 +16,7 @@ from gold_trainer.data.messages import (
     continued,
     joined_text,
     parsed_messages,
+    refuse_spoilt,
 )
 
 
@@ -87,6 +88,8 @@ def _as_written(
             )
         return Conversation(messages, 0)
     prompt, completion = columns["prompt"], columns.get("completion")
+    for text in (prompt, completion):
+        refuse_spoilt(text, index)
     if _is_plain(prompt):
         if completion is not None and not _is_plain(completion):
             return _whole(prompt, completion, index, is_table)

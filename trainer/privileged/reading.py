@@ -17,6 +17,7 @@ from gold_trainer.data.messages import (
     checked_messages,
     joined_text,
     parsed_messages,
+    refuse_spoilt,
 )
 from gold_trainer.data.placing import PICTURE, VIDEO, num_parts_of, place, take
 from gold_trainer.data.row_errors import renamed, shown
@@ -55,6 +56,7 @@ def read_view(
         return None
     key, start = given[-1], f"row {row.index}: "
     try:
+        refuse_spoilt(columns.get(MESSAGES), row.index)
         if answer.conversation is None:
             view = _of_text(columns, row, reader)
         elif key == IMAGES:

@@ -1,8 +1,9 @@
-"""Calls of tools in the form that a chat template takes.
+"""Calls of tools, and turns without a content, in the form that a chat template takes.
 
 Data have the arguments of a call as an object, or as its JSON, as servers send it. Templates are
 written for objects: most of them refuse JSON or write it as one text in quotes. A few (DeepSeek)
-take JSON alone. So an object is tried first.
+take JSON alone. So an object is tried first. A template that looks for a content where there is
+none gets an empty one.
 """
 
 import json
@@ -18,7 +19,7 @@ Tools = list[Any] | None
 Render = Callable[[Messages, Tools], str]
 
 
-def rendered_with_calls(render: Render, messages: Messages, tools: Tools) -> str:
+def rendered_in_form(render: Render, messages: Messages, tools: Tools) -> str:
     """What render makes of the first form that it takes; its first error where it takes none."""
     refused: Exception | None = None
     # apart: calls of an answer alone change nothing of the tools, which stand in its prompt too
@@ -44,8 +45,9 @@ def rendered_with_calls(render: Render, messages: Messages, tools: Tools) -> str
     raise refused
 
 
-def has_calls(messages: Messages, tools: Tools) -> bool:
-    return bool(tools) or any(message.get(CALLS) for message in messages)
+def has_forms(messages: Messages, tools: Tools) -> bool:
+    """Whether a template may ask for another form of them."""
+    return bool(tools) or any(m.get(CALLS) or m.get("content") is None for m in messages)
 
 
 def _functions(messages: Messages) -> list[Mapping[str, Any]]:
@@ -112,10 +114,10 @@ def _text(arguments: Any) -> str:
 
 def _whole(message: Message) -> Message:
     """Calls as servers have them, and a content."""
+    message = {**message, "content": ""} if message.get("content") is None else message
     if not message.get(CALLS):
         return message
-    content = "" if message.get("content") is None else message["content"]
-    return {**message, "content": content, CALLS: [_whole_tool(c) for c in message[CALLS]]}
+    return {**message, CALLS: [_whole_tool(call) for call in message[CALLS]]}
 
 
 def _whole_tool(tool: Any) -> Any:

@@ -27,6 +27,7 @@ from gold_trainer.rendering.in_context import InContext, end_ids_of_calls
 from gold_trainer.rendering.lost_parts import (
     refuse_cut_text,
     refuse_lost_turns,
+    refuse_unread_turns,
     warn_of_unread_keys,
 )
 from gold_trainer.rendering.placeholders import (
@@ -100,6 +101,9 @@ class GOLDCollator:
         return Example(index, text, 1, [], [], adds_special_tokens=False, is_blank=True)
 
     def example(self, row: Row) -> Example:
+        template = self.processor.chat_template
+        if not isinstance(row.prompt, str) and template is not None:
+            refuse_unread_turns(row, template)
         if isinstance(row.prompt, str):
             prompt = row.prompt
             pieces = None if row.completion is None else [Piece(row.completion, True, CONTENT)]
@@ -110,7 +114,7 @@ class GOLDCollator:
             prompt, pieces = self.renderer.answered(row, answer)
         if not isinstance(row.prompt, str):
             refuse_lost_turns(row, prompt, self.renderer.prompt)
-            warn_of_unread_keys(row, self.processor.chat_template, self.renderer.template_kwargs)
+            warn_of_unread_keys(row, template, self.renderer.template_kwargs)
         refuse_videos(self.processor, len(row.videos), row.where)
         has_special = self._adds_special_tokens(row, prompt)
         length, is_cut = self._prompt_length(row, prompt, has_special)

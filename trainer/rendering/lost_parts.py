@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from gold_trainer.data.calls import CALLS
+from gold_trainer.data.messages import LABELS
 from gold_trainer.data.row_errors import TemplateError
 from gold_trainer.data.rows import Row
 from gold_trainer.data.thoughts import THOUGHT_KEYS
@@ -20,8 +22,23 @@ logger = logging.get_logger(__name__)
 
 TOOLS = ("tool", "ipython", "observation", "function")  # roles whose results may be written as JSON
 USUAL = ("user", "assistant", *TOOLS)
-# Keys that say which call a result belongs to, who speaks, what is learnt: no part of what is said.
-LABELS = ("role", "content", "name", "id", "tool_call_id", "weight")
+
+
+def refuse_unread_turns(row: Row, template: Any) -> None:
+    """ValueError for a turn of the prompt that says something under keys alone of which the
+    template reads none. Calls and thoughts that it does not read are left out with a warning.
+    """
+    assert not isinstance(row.prompt, str), "plain text meets no template"
+    read = keys_read(template, has_tools=bool(row.tools))
+    for i, message in enumerate(row.prompt):
+        keys = [key for key in message if key not in LABELS]
+        is_known = not {CALLS, *THOUGHT_KEYS}.isdisjoint(keys)
+        if message.get("content") is None and not is_known and not read.reads_any(keys):
+            raise TemplateError(
+                f"{row.where}: the chat template leaves out message {i}, of the role "
+                f"{message['role']!r}: it reads nothing of {', '.join(keys)}; write what it says "
+                "as its content, or drop the message."
+            )
 
 
 def refuse_lost_turns(row: Row, prompt: str, render: Callable[[Row], str]) -> None:
@@ -40,7 +57,8 @@ def refuse_lost_turns(row: Row, prompt: str, render: Callable[[Row], str]) -> No
             if not is_lost and role not in USUAL and (i, role) != (0, "system"):
                 is_lost = _is_lost(row, i, prompt, render)
             if is_lost:
-                known = "tool" if role in TOOLS else "system, user"
+                known = "tool" if role in TOOLS[1:] else "user"
+                known = "system, user" if role not in (*USUAL, "system") else known
                 raise TemplateError(
                     f"{row.where}: the chat template leaves out message {i}, of the role {role!r}: "
                     f"{text[:80]!a}; give it a role that the template knows ({known}), or drop the "

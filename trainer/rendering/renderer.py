@@ -19,7 +19,7 @@ from gold_trainer.data.messages import Messages, continued, joined_text
 from gold_trainer.data.row_errors import TemplateError, told
 from gold_trainer.data.rows import Row
 from gold_trainer.data.thoughts import THOUGHT_KEYS
-from gold_trainer.rendering.calls import has_calls, rendered_with_calls
+from gold_trainer.rendering.calls import has_forms, rendered_in_form
 from gold_trainer.rendering.frames import (
     CLOSE,
     CONTENT,
@@ -110,7 +110,8 @@ class Renderer:
         """The prompt and what follows it in the answered conversation."""
         prompt, answer = self.prompt(row), self._readable(row, of_one_kind(_of_one_text(answer)))
         rendered = self._answered(row, answer)
-        has_content = answer.get(CONTENT) or (answer.get(CONTENT) == "" and not answer.get(CALLS))
+        content = joined_text(answer.get(CONTENT))
+        has_content = content or (content == "" and not answer.get(CALLS))
         if not has_content and self._says_nothing(row, rendered):
             raise ValueError(
                 f"{row.where}: an answer must have a content, or what the chat template writes, "
@@ -259,8 +260,8 @@ class Renderer:
             return self.processor.apply_chat_template(made, tools=tools, tokenize=False, **kwargs)
 
         try:
-            if has_calls(messages, row.tools):
-                text = rendered_with_calls(render, messages, row.tools)
+            if has_forms(messages, row.tools):
+                text = rendered_in_form(render, messages, row.tools)
             else:
                 text = render(messages, row.tools)
         except Exception as error:  # templates raise errors of jinja2 and of their own
@@ -341,8 +342,11 @@ def _probed(answer: Mapping[str, Any], probes: Mapping[str, str]) -> dict[str, A
 
 
 def _rewritten(row: Row, prompt: str, rendered: str) -> TemplateError:
+    remedy = "pass prompt and completion as plain text"
+    if not row.is_prefill and _turns(row)[-1]["role"] == "assistant":
+        remedy = f"merge the answer with message {len(row.prompt) - 1}, of the assistant too"
     return TemplateError(
         f"{row.where}: the chat template must render an answered conversation as the prompt "
-        f"plus the answer, got {rendered[-80:]!r} after {prompt[-40:]!r}; pass prompt and "
-        "completion as plain text, or a processor with another template."
+        f"plus the answer, got {rendered[-80:]!r} after {prompt[-40:]!r}; {remedy}, or "
+        "pass a processor with another template."
     )
