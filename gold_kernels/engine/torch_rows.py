@@ -13,7 +13,7 @@ from gold_kernels.engine.chunk_plan import Limits
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, log_probs
 from gold_kernels.engine.slices import Slices, log_sum_exps_
 
-# Temporaries are about eight times this many float32 values (or one row, if a row is longer).
+# Temporaries are up to 17 times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
 # Where blocks are as large as memory allows: on a GPU each takes some twenty launches, with slices
 # of a vocabulary some messages.

@@ -13,7 +13,7 @@ from gold_kernels.likelihood.torch_rows import two_outcomes
 from gold_kernels.tokens.projection import Folds
 from gold_kernels.uld.torch_rows import cross_entropy, matched_jsd, of_token
 
-BLOCK_ELEMENTS = 1 << 15  # temporaries are about twenty times this many float32 values
+BLOCK_ELEMENTS = 1 << 15  # temporaries are up to 20 times this many float32 values
 
 
 def row_bytes(v_student: int, v_teacher: int, dtype: torch.dtype) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gold_kernels.engine.probabilities import LOG_ZERO, LOWEST_LOGIT, SMALLEST_REST, kl_entries
 from gold_kernels.engine.torch_rows import store_gradient_
 
-# Temporaries are about nineteen times this many float32 values (or one row, if a row is longer).
+# Temporaries are up to 24 times this many float32 values (or one row, if a row is longer).
 BLOCK_ELEMENTS = 1 << 15
 
 

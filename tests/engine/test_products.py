@@ -3,6 +3,9 @@
 N rows, V vocabulary, D hidden size.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -75,5 +78,32 @@ def test_a_loss_of_frozen_16_bit_heads_stays_within_its_budget_on_a_cpu(fused):
         loss = fused(hidden, *heads, budget_bytes=budget, backend="torch")
         torch.autograd.grad(loss, hidden)
 
-    blocks = 5 << 19  # of the row function
+    blocks = 5 << 19  # of the row function; rows of logits leave a part of the budget
     assert peak_extra_bytes(step) <= budget + hidden.nbytes + blocks
+
+
+def block_bytes(vocab_size):
+    """What docs/memory.md says that a block of rows takes on a CPU."""
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    said = re.search(r"up to (\d+) float32 numbers for each logit. A block\nhas at most ([\d,]+)", page)
+    numbers, logits = (int(number.replace(",", "")) for number in said.groups())
+    small, large = (round(4 * numbers * size / 2**20) for size in (logits, 151_936))
+    assert f"That is {small} MiB, or {large} MiB with V = 151,936" in page
+    return 4 * numbers * max(logits, vocab_size)
+
+
+@pytest.mark.parametrize("vocab_size", [4096, 65_536])  # a block is eight rows, or one
+@pytest.mark.parametrize("fused", [fused_linear_jsd, fused_linear_uld])
+def test_beside_its_budget_a_loss_takes_what_docs_say_of_a_cpu(fused, vocab_size):
+    hidden, teacher = torch.randn(48, 8, requires_grad=True), torch.randn(48, 8)
+    head, teacher_head = torch.randn(vocab_size, 8), torch.randn(vocab_size, 8)
+
+    def step():
+        loss = fused(hidden, head, teacher, teacher_head, chunk_size=16)
+        torch.autograd.grad(loss, hidden)
+
+    step()
+    chunk = 2 * 4 * 16 * vocab_size  # logits of both sides
+    beside = peak_extra_bytes(step) - chunk
+    room = 2**14  # hidden states and row values
+    assert block_bytes(vocab_size) / 2 < beside <= block_bytes(vocab_size) + room
