@@ -81,8 +81,6 @@ setup(
         "Typing :: Typed",
     ],
     project_urls={
-        "Homepage": "https://pypi.org/project/gold-kernels/",
-        "Changelog": "https://pypi.org/project/gold-kernels/#history",
         "Paper on generalized JSD": "https://arxiv.org/abs/2306.13649",
         "Paper on ULD": "https://arxiv.org/abs/2402.12030",
     },

@@ -42,7 +42,6 @@ USUAL = (
     *("seed", "dataloader_num_workers"),
 )
 # What users of other trainers look for, and what to do here.
-VLLM_CHOICE = "completions are free text here: leave it out"
 COMPLETION = "the completion alone is learnt, see docs/data.md: leave it out"
 PYTHON_LORA = "a command line has the lora_ fields of --help; from Python pass peft_config="
 QUANTISED = (
@@ -78,12 +77,14 @@ HINTS = {
     "loss_type": "did you mean loss?",
     "loss_add_tail": "with loss_top_k all other tokens always are an outcome: leave it out",
     "teacher_top_k": "did you mean loss_top_k?",
-    "activation_offloading": "did you mean gradient_checkpointing?",
+    "activation_offloading": 'set gradient_checkpointing_kwargs to {"offload": true}',
     "liger": "the loss is fused already: leave it out",
     "no_cuda": "did you mean use_cpu?",
     "save_safetensors": "weights are always saved that way: leave it out",
     "logging_dir": "tensorboard reads it from the environment: TENSORBOARD_LOGGING_DIR",
-    "vllm_structured_outputs_regex": VLLM_CHOICE,
+    "vllm_structured_outputs_regex": (
+        'with a vLLM server set generation_kwargs to {"structured_outputs": {"regex": ...}}'
+    ),
     "load_in_4bit": QUANTISED,
     "lora_modules_to_save": PYTHON_LORA,
     "router_aux_loss_coef": "the coefficient is that of the model's config: leave it out",

@@ -72,7 +72,7 @@ class CallTensors(TypedDict, total=False):
 
 
 class LinearOptions(LossOptions, CallTensors, total=False):
-    """All options of a loss from hidden states and heads."""
+    """All options of a loss from hidden states and heads: see LossOptions and CallTensors."""
 
 
 class LogitsOptions(TypedDict, total=False):

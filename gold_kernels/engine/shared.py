@@ -196,10 +196,11 @@ def fused_linear_loss(
     micro-batches and ranks leaves alone. Gradients go to student_hidden, student_weight and
     student_bias, never to the teacher. Rows of weight 0 contribute exactly 0 and may hold anything.
 
-    Options are those of LinearOptions. Extra memory is at most budget_bytes, plus one float32
-    student_weight if a 16-bit one needs a gradient. reduction="none" returns row_weights[i] *
-    row_loss_i (None: 1 each) plus the weighted cross-entropy of each row, (N,); with a trained head
-    its backward pass makes the logits once more.
+    Options are those of LossOptions and CallTensors in gold_kernels.engine.options, which say what
+    each does. Extra memory is at most budget_bytes, plus one float32 student_weight if a 16-bit one
+    needs a gradient. reduction="none" returns row_weights[i] * row_loss_i (None: 1 each) plus the
+    weighted cross-entropy of each row, (N,); with a trained head its backward pass makes the logits
+    once more.
 
     With process_group both heads are this process' slices of the vocabulary, and so is the gradient
     of the student's; everything else is the same on all processes of the group.
@@ -222,7 +223,7 @@ def fused_linear_loss(
 
 
 class FusedLinearLoss(nn.Module):
-    """fused_linear_loss as a module: a row loss and LossOptions once, tensors at every call."""
+    """fused_linear_loss as a module: a row loss and options once, tensors at every call."""
 
     def __init__(
         self,

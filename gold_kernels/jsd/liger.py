@@ -37,7 +37,8 @@ class FusedLinearJSDLoss(nn.Module):
 
     return_soft_hard_loss returns (loss, soft loss, hard loss): a part of weight 0 is computed too,
     which projects the rows once more. `compiled` keeps the position it has in Liger; the loss never
-    calls torch.compile, so it changes nothing. Further options are those of LossOptions.
+    calls torch.compile, so it changes nothing. Further options are those of LossOptions in
+    gold_kernels.engine.options.
     """
 
     def __init__(

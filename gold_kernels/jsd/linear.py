@@ -92,11 +92,11 @@ def fused_linear_jsd(
         likewise
 
     as in GKD (Agarwal et al. 2023, arXiv 2306.13649, section 2); beta = 0 means KL(P || Q), beta =
-    1 KL(Q || P). The cross-entropy is taken at temperature 1. Options are those of LinearOptions:
-    student_bias, teacher_bias, labels, label_weights, vocab_size, chunk_size, budget_bytes,
-    logits_dtype, final_logit_softcapping, logit_scale, backend, reduction, process_group (heads are
-    then slices of the vocabulary). fused_linear_loss says what they do, what memory is taken, and
-    where gradients go.
+    1 KL(Q || P). The cross-entropy is taken at temperature 1. Options are student_bias,
+    teacher_bias, labels, label_weights, vocab_size, chunk_size, budget_bytes, logits_dtype,
+    final_logit_softcapping, logit_scale, backend, reduction, process_group (heads are then slices
+    of the vocabulary). LossOptions and CallTensors in gold_kernels.engine.options say what they do,
+    fused_linear_loss what memory is taken and where gradients go.
 
     logits_dtype=torch.bfloat16 is faster and wrong near convergence: with a teacher that is the
     student with 1 % of noise the loss is a tenth off and the gradient half.

@@ -105,7 +105,7 @@ def fused_linear_chunk_likelihood(
     labels their weight decides between the two.
 
     beta as in fused_linear_jsd. alignment must be of merge="bayesian": every row predicts the token
-    that its group has there. Options are those of LinearOptions, vocab_size as a pair (student,
+    that its group has there. Options are those of fused_linear_loss, vocab_size as a pair (student,
     teacher); labels, one a token of the student, need reduction="sum". Extra memory is at most
     budget_bytes, plus one float32 student_weight if a 16-bit one needs a gradient. Rows in no group
     and groups of weight 0 may hold anything. return_metrics=True returns (loss, LikelihoodMetrics).

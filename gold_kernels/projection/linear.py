@@ -109,7 +109,7 @@ def fused_linear_projected_jsd(
     most likely entries; the factor temperature^2 and its balance with the cross-entropy; several
     teachers. Written from the description, not from the paper's equations.
 
-    Options are those of LinearOptions, vocab_size as a pair (student, teacher); labels with an
+    Options are those of fused_linear_loss, vocab_size as a pair (student, teacher); labels with an
     alignment need reduction="sum". Extra memory is at most budget_bytes, plus one float32
     student_weight if a 16-bit one needs a gradient. Groups of weight 0 may hold anything.
     return_metrics=True returns (loss, ProjectedMetrics). Move the projection to the device once,

@@ -204,7 +204,7 @@ def fused_linear_uld(
     sides, or is a pair (student, teacher); student_temperature, teacher_temperature replace one.
     The cross-entropy is taken at temperature 1 on the student's own logits.
 
-    Options are those of LinearOptions, vocab_size as a pair (student, teacher). reduction="none"
+    Options as in fused_linear_loss, vocab_size as a pair (student, teacher). reduction="none"
     returns row_weights[g] * loss of each group, (G,); labels, one a token, then need rows that are
     pairs (alignment=None).
 

@@ -22,6 +22,11 @@ OWN = {  # flags of a command itself, beside the fields of a run
 }
 COMMAND = re.compile(r"^(?:gold-trainer|.* -m gold_trainer) (.+)$", re.MULTILINE)
 
+UNSAID = {"remove_unused_columns"}  # that nobody may set
+SCRIPT = re.compile(
+    r"^(?:python|torchrun .*?) ((?:benchmarks|examples|docs|hub)/\w+\.py)(.*)$", re.MULTILINE
+)
+WORD = re.compile(r"\w+")
 TABLES = re.compile(r"^\| field \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", re.MULTILINE)
 
 
@@ -61,3 +66,35 @@ def test_tables_of_fields_name_fields_that_there_are(page):
         for line in table.splitlines():
             names = re.findall(r"`(\w+)`", line.split("|")[1])
             assert set(names) <= set(flags.all_names()), line
+
+
+def test_every_field_is_on_a_page_beside_the_reference():
+    pages = [text for name, text in TEXTS.items() if "reference/" not in name]
+    said = {
+        word
+        for text in pages
+        for span in re.findall(r"`[^`\n]+`", text)
+        for word in WORD.findall(span)
+    }
+    said |= set(re.findall(r"^(\w+):", "\n".join(pages), re.MULTILINE))
+    fields = {flag.name for _, group in flags.own_groups() for flag in group}
+    assert len(fields) > 100 and fields - said == UNSAID
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_scripts_and_their_flags_are_there(page):
+    for file, rest in SCRIPT.findall("".join(blocks(TEXTS[page]))):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for flag in re.findall(r"--[\w-]+", rest.partition("#")[0]):
+            assert f'"{flag}"' in source, f"{file} {flag}"
+
+
+def test_targets_of_make_that_pages_name_are_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+    named = set()
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        text = page.read_text(encoding="utf-8")
+        named |= set(re.findall(r"`make ([\w-]+)`", text))
+        named |= set(re.findall(r"^make ([\w-]+)", "".join(blocks(text)), re.MULTILINE))
+    assert len(named) > 5 and named <= targets

@@ -63,7 +63,10 @@ def test_help_of_a_module_s_call_has_shapes_or_names_the_function_that_has_them(
 @pytest.mark.parametrize("name", gold_kernels.__all__)
 def test_every_public_name_has_a_help_of_its_own(name):
     public = getattr(gold_kernels, name)
-    assert len(inspect.getdoc(public).split()) > 10
+    text = inspect.getdoc(public)
+    assert len(text.split()) > 10
+    is_elsewhere = re.search(r"\b(LinearOptions|LossOptions|CallTensors)\b", text)
+    assert not is_elsewhere or "gold_kernels.engine.options" in text, "help() cannot find them"
     for method in ("forward", "from_tokenizers", "align", "report"):
         own = vars(public).get(method) if inspect.isclass(public) else None
         assert own is None or getattr(public, method).__doc__, f"{name}.{method}"

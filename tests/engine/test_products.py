@@ -85,7 +85,9 @@ def test_a_loss_of_frozen_16_bit_heads_stays_within_its_budget_on_a_cpu(fused):
 def block_bytes(vocab_size):
     """What docs/memory.md says that a block of rows takes on a CPU."""
     page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
-    said = re.search(r"up to (\d+) float32 numbers for each logit. A block\nhas at most ([\d,]+)", page)
+    said = re.search(
+        r"up to (\d+) float32 numbers for each logit. A block\nhas at most ([\d,]+)", page
+    )
     numbers, logits = (int(number.replace(",", "")) for number in said.groups())
     small, large = (round(4 * numbers * size / 2**20) for size in (logits, 151_936))
     assert f"That is {small} MiB, or {large} MiB with V = 151,936" in page

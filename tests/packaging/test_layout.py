@@ -121,6 +121,15 @@ def test_folders_of_the_library_import_those_that_the_docs_name(folder):
                 assert imported in (folder, *FOLDERS[folder]), f"{relative(path)} imports {name}"
 
 
+def test_the_docs_have_a_row_for_every_folder_of_the_trainer():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.partition("## Files\n")[2].partition("\n## ")[0]
+    rows = set(
+        re.findall(r"`trainer/(\w+)/`", "\n".join(re.findall(r"^\| (.+?) \|", section, re.M)))
+    )
+    assert rows == {path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py")}
+
+
 def test_the_docs_name_every_folder_of_the_library_and_no_two_import_each_other():
     folders = {path.name for path in (ROOT / "gold_kernels").iterdir() if path.is_dir()}
     assert folders - {"__pycache__"} == set(FOLDERS)

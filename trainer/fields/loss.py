@@ -54,7 +54,8 @@ class LossFields:
     beta: float = field(
         default=0.5,
         metadata={
-            "help": "Of jsd and the hybrid loss: 0 is forward KL, 1 reverse KL, between them JSD."
+            "help": "Of jsd, and with use_uld_loss of all but plain ULD: 0 is forward KL, 1 is "
+            "reverse KL, between them JSD."
         },
     )
     loss_top_k: int = field(
