@@ -177,6 +177,9 @@ def _refuse_no_text(value: Any, name: str, path: Path, *, is_whole: bool) -> Non
         )
     if value is None and not is_whole:
         raise ValueError(f"{path}: {name} must hold texts, got null; leave it out")
+    if isinstance(value, dict | list):
+        kind = "a dict" if isinstance(value, dict) else "a list in a list"
+        raise ValueError(f"{path}: {name} must be text, got {kind}; put what is text in quotes")
 
 
 class Run(NamedTuple):

@@ -4,6 +4,7 @@ import pytest
 
 from gold_trainer.command_line import parse_arguments
 from gold_trainer.data.data_files import DataArguments
+from gold_trainer.fields.library_options import check_library_options
 
 CPU = ["--output_dir", "runs", "--use_cpu"]
 
@@ -34,6 +35,33 @@ def test_a_null_among_texts_is_refused(tmp_path):
     with pytest.raises(ValueError, match="dataset_ignore_columns must hold texts, got null; leave"):
         read(tmp_path, "dataset_ignore_columns: [id, null]")
     assert read(tmp_path, "dataset_ignore_columns: null")[2].dataset_ignore_columns is None
+
+
+@pytest.mark.parametrize(
+    "name", ["system_prompt", "run_name", "stop_strings", "lora_target_modules"]
+)
+@pytest.mark.parametrize("value", ["{a: b}", "[[a, b]]", "[{a: b}]"])
+def test_a_dict_or_a_list_in_the_place_of_a_text_is_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be text, got a (dict|list in a list); put"):
+        read(tmp_path, f"{name}: {value}")
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_fsdp_may_be_true_in_a_file_and_behind_a_flag(value, tmp_path):
+    word = str(value).lower()
+    assert read(tmp_path, f"fsdp: {word}")[2].fsdp is value
+    assert parse_arguments([*CPU, "--fsdp", word])[2].fsdp is value
+
+
+@pytest.mark.parametrize("word", ["1234567", "12e4567", "1.10"])
+@pytest.mark.parametrize("side", ["", "teacher_"])
+def test_a_revision_that_is_a_number_is_refused_in_a_dict(word, side, tmp_path):
+    """A dict has no kinds: what stands in it is a number there."""
+    name = f"{side}model_init_kwargs"
+    config = read(tmp_path, f"{name}: {{revision: {word}}}")[2]
+    with pytest.raises(ValueError, match=f"{name} must have text as revision, got .*; put it in q"):
+        check_library_options(config)
+    check_library_options(read(tmp_path, f'{name}: {{revision: "{word}"}}')[2])
 
 
 def test_texts_that_begin_with_a_dash_are_no_flags(tmp_path):

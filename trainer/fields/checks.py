@@ -152,7 +152,7 @@ KINDS = {
     list: "a list of names",
     dict: "a dict",
 }
-MORE_KINDS = ("fsdp",)  # than its annotation has
+MORE_KINDS = ("fsdp",)  # than its annotation has: True too
 FILES = ("accelerator_config", "deepspeed", "fsdp_config")  # or the JSON, or a dict
 OF_NAMES = ("teacher_models",)  # dicts of texts, of any text
 

@@ -15,6 +15,7 @@ from gold_trainer.fields.optimizers import check_optimizer
 from gold_trainer.nearest import did_you_mean
 from gold_trainer.quantised import NAME, read_quantization
 
+OF_TEXT = ("revision", "code_revision", "variant", "subfolder")  # of from_pretrained
 SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 CHECKPOINTING = (
     *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"),
@@ -87,6 +88,7 @@ def check_library_options(args: GOLDConfig) -> None:
     for field in ("model_init_kwargs", "teacher_model_init_kwargs"):
         given = getattr(args, field)
         if isinstance(given, dict):
+            _refuse_numbers(field, given)
             setattr(args, field, _with_dtype(field, given))
         if isinstance(given, dict) and NAME in given:
             read_quantization(field, given[NAME])
@@ -116,6 +118,16 @@ def _try_schedule(args: GOLDConfig) -> None:
             f"GOLDTrainer: lr_scheduler_kwargs must be what the schedule {name!r} takes, got "
             f"{kwargs} ({told(error)}); set what it names, or another lr_scheduler_type."
         ) from error
+
+
+def _refuse_numbers(field: str, given: dict[str, Any]) -> None:
+    """ValueError for the revision 1.10 without quotes, which is the number 1.1."""
+    for name in OF_TEXT:
+        value = given.get(name)
+        if not isinstance(value, str | None):
+            raise ValueError(
+                f"GOLDTrainer: {field} must have text as {name}, got {value!r}; put it in quotes."
+            )
 
 
 def _with_dtype(field: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from gold_trainer.fields.checks import kinds_of
+from gold_trainer.fields.checks import MORE_KINDS, kinds_of
 from gold_trainer.nearest import did_you_mean
 
 
@@ -22,10 +22,13 @@ class Parser(HfArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
         fields = {name: own for kind in kinds for name, (own, _) in kinds_of(kind).items()}
         self.texts = {n for n, own in fields.items() if {*own} <= {str, NoneType, list[str]}}
+        self.texts -= {*MORE_KINDS}
         for name, own in fields.items():
             action = self.action_of(name)
             if action.choices is None and action.nargs != "+" and dict not in own:
                 action.type = _reader(action.type, is_optional=NoneType in own)
+        for name in {*MORE_KINDS} & {*fields}:
+            self.action_of(name).type = _truth_or_text
 
     def is_text(self, name: str) -> bool:
         """Whether a field holds a text, or a list of them, and nothing else."""
@@ -54,6 +57,10 @@ def _reader(kind: Any, *, is_optional: bool) -> Callable[[str], Any]:
 
     read.__name__ = getattr(kind, "__name__", str(kind))
     return read
+
+
+def _truth_or_text(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _in_our_words(message: str) -> str:
