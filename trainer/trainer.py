@@ -54,6 +54,7 @@ from gold_trainer.survival import checkpoints
 from gold_trainer.survival.callback_states import CallbackStates
 from gold_trainer.survival.nonfinite import NonFiniteGuard, is_bad
 from gold_trainer.survival.resuming import settings_of_run
+from gold_trainer.survival.savable import saved_as_it_came
 from gold_trainer.survival.stopping import Stopper
 from gold_trainer.survival.survive import survive
 from gold_trainer.teachers import check_cached, make_teacher, source_of
@@ -127,18 +128,19 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         refusals.adapt_to_devices(args, is_vlm=not self.prepared.is_text)
         fit_to_model(args, models.base_model(student))
 
-        super().__init__(
-            model=student,
-            args=args,
-            data_collator=tolerant_collator(
-                data_collator or own_collator, own_collator.blank, args.skipped_reasons
-            ),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=arguments.of_student(optimizers, student),
-        )
+        with saved_as_it_came(student, processing_class):
+            super().__init__(
+                model=student,
+                args=args,
+                data_collator=tolerant_collator(
+                    data_collator or own_collator, own_collator.blank, args.skipped_reasons
+                ),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=arguments.of_student(optimizers, student),
+            )
         self._set_up(connection)
 
     def _set_up(self, connection: Any) -> None:  # to a server that writes

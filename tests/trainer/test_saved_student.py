@@ -77,6 +77,29 @@ def test_saved_student_answers_as_in_memory(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llama"])
+def test_saved_config_and_side_of_padding_are_those_that_came(family, tmp_path):
+    """The Trainer turns use_cache off, and rollouts pad on the left."""
+    student, processor = tiny(family)
+    tokenizer = tokenizer_of(processor)
+    tokenizer.padding_side = "right"
+    del tokenizer.init_kwargs["padding_side"]  # the tokenizers of most models do not say it
+    tokenizer.save_pretrained(tmp_path / "before")
+    came = AutoTokenizer.from_pretrained(tmp_path / "before")
+    assert came.padding_side == "right"
+    before = student.config.to_dict()
+    fields = {"lmbda": 1.0, "save_strategy": "steps", "save_steps": 1}
+    models = {"student": student, "processor": processor}
+    run = make_trainer(tmp_path / "run", rows_of(family), family, **models, **fields)
+    run.train()
+    run.save_model()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        saved, again = load(family, folder)
+        assert ("use_cache" in saved.config.to_dict()) == ("use_cache" in before)
+        assert saved.config.to_dict().get("use_cache") == before.get("use_cache")
+        assert tokenizer_of(again).padding_side == "right"
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llama"])
 def test_saved_student_is_a_student_and_a_teacher_again(family, tmp_path):
     """By its folder, its processor found there: further training starts from its loss."""
     rows = rows_of(family)

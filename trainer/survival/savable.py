@@ -6,6 +6,8 @@ import io
 import logging
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import GenerationConfig
 from gold_trainer.config import GOLDConfig
 from gold_trainer.data.row_errors import told
 from gold_trainer.models import base_model, has_adapter
+from gold_trainer.rendering.prompts import tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,23 @@ def check_savable(student: nn.Module, processor: Any, args: GOLDConfig, *, is_du
             if is_due:
                 raise ValueError(text) from error
             logger.warning("%s", text)
+
+
+@contextmanager
+def saved_as_it_came(student: nn.Module, processor: Any) -> Iterator[None]:
+    """Around the Trainer's constructor, which writes use_cache=False into the student's config. The
+    forward pass is told so anyway. And prompts are padded on the left: the tokenizer's file would
+    say so, and a tokenizer without a padding_side of its own would be read as one of the left.
+    """
+    config, absent = base_model(student).config, object()
+    use_cache = vars(config).get("use_cache", absent)
+    tokenizer: Any = tokenizer_of(processor)
+    tokenizer.init_kwargs.setdefault("padding_side", tokenizer.padding_side)
+    yield
+    if use_cache is absent:
+        vars(config).pop("use_cache", None)
+    else:
+        config.use_cache = use_cache
 
 
 def leave_out_idle(generation: GenerationConfig) -> None:
