@@ -96,8 +96,41 @@ HINTS = {
     "reward_weights": "there are no rewards here: the teacher is what is learnt from",
     "callbacks": "from Python pass callbacks= to GOLDTrainer",
     "wandb_project": "wandb reads it from the environment: WANDB_PROJECT",
+    "ray_scope": "transformers has it no more: leave it out",
+    "warmup_ratio": "did you mean warmup_steps? Below 1 it is a share of the steps",
+    "adafactor": "did you mean optim? Its value is then adafactor",
+    "torchdynamo": "did you mean compile_models?",
+    "fp16_backend": "16 bits are torch's own: leave it out",
+    "mixed_precision": "did you mean bf16?",
+    "use_mps_device": "a device that is there is used: leave it out",
+    "split_batches": "every device takes per_device_train_batch_size rows: leave it out",
+    "even_batches": "did you mean accelerator_config?",
+    "fsdp_min_num_params": "did you mean fsdp_config?",
+    "push_to_hub_token": "did you mean hub_token?",
+    "push_to_hub_organization": "did you mean hub_model_id?",
+    "token": "it is read from the environment: HF_TOKEN",
+    "cache_dir": "it is read from the environment: HF_HOME",
+    "revision": "did you mean model_revision?",
+    "tokenizer_name": "the student's own is in its folder: leave it out",
+    "include_tokens_per_second": "the log has tokens_per_second: leave it out",
+    "include_inputs_for_metrics": "there are no logits for compute_metrics: leave it out",
+    "predict_with_generate": "an evaluation writes no completions: leave it out",
+    "train_file": "did you mean dataset_name?",
+    "validation_file": "did you mean eval_dataset_name?",
+    "max_train_samples": "did you mean dataset_train_split? Write train[:1000]",
+    "max_eval_samples": "did you mean dataset_test_split? Write train[:1000]",
+    "train_batch_size": "did you mean per_device_train_batch_size?",
+    "eval_batch_size": "did you mean per_device_eval_batch_size?",
+    "accumulation_steps": "did you mean gradient_accumulation_steps?",
+    "gradient_clipping": "did you mean max_grad_norm?",
+    "lora_rank": "did you mean lora_r?",
+    "alpha": "did you mean distillation_weight? For the alpha of skew KL set loss_kwargs",
+    "kd_temperature": "did you mean loss_temperature?",
+    "sync_ref_model": "the teacher stays as it is: leave it out",
+    "steps_per_generation": "each step has rollouts of its own: leave it out",
+    "cast_lm_head_to_fp32": "did you mean logits_dtype? Its default is float32",
 }
-# Names that have the hint of another; those that end in * are the beginnings of names.
+# Names that have the hint of another; a * stands for any letters.
 SAME = {
     "load_in_8bit": "load_in_4bit",
     "bnb_*": "load_in_4bit",
@@ -119,6 +152,29 @@ SAME = {
     "add_tail_bucket": "loss_add_tail",
     "distillation_add_tail": "loss_add_tail",
     "distillation_topk": "teacher_top_k",
+    **dict.fromkeys(("mp_parameters", "jit_mode_eval", "use_ipex", "past_index"), "ray_scope"),
+    **dict.fromkeys(("tpu_*", "xpu_backend", "sharded_ddp", "use_legacy_*"), "ray_scope"),
+    **dict.fromkeys(("fp16_opt_level", "half_precision_backend"), "fp16_backend"),
+    "precision": "mixed_precision",
+    "dispatch_batches": "split_batches",
+    **dict.fromkeys(("use_seedable_sampler", "non_blocking"), "even_batches"),
+    "fsdp_transformer_layer_cls_to_wrap": "fsdp_min_num_params",
+    "push_to_hub_model_id": "push_to_hub_organization",
+    **dict.fromkeys(("hf_token", "use_auth_token"), "token"),
+    **dict.fromkeys(("tokenizer", "tokenizer_name_or_path", "processor*"), "tokenizer_name"),
+    "generation_max_length": "predict_with_generate",
+    "generation_num_beams": "predict_with_generate",
+    **dict.fromkeys(("dataset_path", "data_path", "data_files", "data_set"), "train_file"),
+    **dict.fromkeys(("eval_file", "test_file", "val_file", "eval_dataset"), "validation_file"),
+    "overwrite_cache": "dataset_kwargs",
+    **dict.fromkeys(("gradient_accumulation", "grad_accum*"), "accumulation_steps"),
+    **dict.fromkeys(("clip_grad_norm", "grad_clip*", "gradient_clip*"), "gradient_clipping"),
+    **dict.fromkeys(("kd_alpha", "kd_ratio", "kd_weight"), "alpha"),
+    "distill*temperature": "kd_temperature",
+    **dict.fromkeys(("student_model*", "student_name*", "student_path"), "student"),
+    **dict.fromkeys(("teacher_model_path", "teacher_name*", "teacher_path"), "teacher"),
+    "ref_model_*": "sync_ref_model",
+    "num_iterations": "steps_per_generation",
 }
 WIDTH = 100
 
@@ -220,7 +276,7 @@ def remedy(name: str, names: Iterable[str]) -> str:
         return f"; write --{name[3:]} false"
     if name in HINTS:
         return f"; {HINTS[name]}"
-    return did_you_mean(name, names, cutoff=0.5) or "; --help lists the fields"
+    return did_you_mean(name, names, cutoff=0.65) or "; --help lists the fields"
 
 
 def check_keywords(config: str, names: Iterable[str], fields: Iterable[str]) -> None:

@@ -123,7 +123,30 @@ def test_help_and_usage_errors_import_nothing_slow(argv):
         ("--teacher_model", "did you mean teacher_model_name_or_path?"),
         ("--uld_use_hybrid", "did you mean uld_use_hybrid_loss?"),
         ("--lambda", "did you mean lmbda?"),
-        ("--xyzzy", "--help lists the fields"),
+        # fields that transformers no longer has, and names of other scripts
+        ("--warmup_ratio", "did you mean warmup_steps? Below 1 it is a share of the steps"),
+        ("--use_ipex", "transformers has it no more: leave it out"),
+        ("--half_precision_backend", "16 bits are torch's own: leave it out"),
+        ("--adafactor", "did you mean optim? Its value is then adafactor"),
+        ("--push_to_hub_token", "did you mean hub_token?"),
+        ("--dispatch_batches", "every device takes per_device_train_batch_size rows"),
+        ("--fsdp_transformer_layer_cls_to_wrap", "did you mean fsdp_config?"),
+        ("--generation_max_length", "an evaluation writes no completions"),
+        ("--use_auth_token", "HF_TOKEN"),
+        ("--validation_file", "did you mean eval_dataset_name?"),
+        ("--max_train_samples", "did you mean dataset_train_split? Write train[:1000]"),
+        ("--train_batch_size", "did you mean per_device_train_batch_size?"),
+        ("--grad_accum_steps", "did you mean gradient_accumulation_steps?"),
+        ("--lora_rank", "did you mean lora_r?"),
+        ("--distill_temperature", "did you mean loss_temperature?"),
+        ("--kd_alpha", "did you mean distillation_weight? For the alpha of skew KL"),
+        ("--student_model", "did you mean model_name_or_path?"),
+        ("--teacher_name", "did you mean teacher_model_name_or_path?"),
+        # what is near to nothing
+        *(
+            (f"--{name}", "--help lists the fields")
+            for name in ("xyzzy", "entropy_coef", "vespo_k")
+        ),
     ],
 )
 def test_flag_that_there_is_not_says_what_was_meant(flag, remedy, capsys, tmp_path):
