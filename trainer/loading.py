@@ -32,6 +32,7 @@ from gold_trainer.adapters import telling_what_fits, warn_of_unmatched
 from gold_trainer.config import GOLDConfig
 from gold_trainer.fields.checks import as_dict
 from gold_trainer.nearest import nearest
+from gold_trainer.precision import refuse_trained_float16
 from gold_trainer.rendering.collator import Processor
 from gold_trainer.survival.checkpoints import checkpoints_in
 
@@ -93,6 +94,7 @@ def load_student(model: PreTrainedModel | str, args: GOLDConfig, peft_config: An
     models.check_adapter_of_quantised(model, peft_config)
     student = model if peft_config is None else add_adapter(model, peft_config)
     models.check_trained(student)
+    refuse_trained_float16(args, student)
     if args.disable_dropout:
         disable_dropout(student)
     return student

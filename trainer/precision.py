@@ -4,6 +4,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAMES = ("gradient_checkpointing", "activation_checkpointing")  # newer transformers have both
+
+ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of a launcher
 
 
 def is_checkpointing_open(args: Any) -> bool:
@@ -62,6 +65,18 @@ def refuse_fp16(args: "GOLDConfig") -> None:
         raise ValueError(
             "GOLDTrainer: fp16 needs a GPU, got a run on the CPU, which would compute in float32; "
             "leave it out, or set bf16=True and use_cpu=True."
+        )
+
+
+def refuse_trained_float16(args: "GOLDConfig", student: nn.Module) -> None:
+    """Small updates are lost there, and Adam's epsilon is 0. FSDP and DeepSpeed make float32."""
+    engines = (args.fsdp, args.deepspeed, *map(os.environ.get, ENGINES))
+    trained = [(n, p.dtype) for n, p in student.named_parameters() if p.requires_grad]
+    name = next((name for name, dtype in trained if dtype == torch.float16), None)
+    if name is not None and not any(engines):
+        raise ValueError(
+            f"GOLDTrainer: weights that are trained must not be in float16, got {name}; load the "
+            "student in float32 (dtype), and set fp16=True or bf16=True to compute in 16 bits."
         )
 
 

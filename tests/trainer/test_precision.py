@@ -3,6 +3,8 @@
 import logging
 
 import pytest
+import torch
+from peft import LoraConfig
 
 from gold_trainer import GOLDConfig, precision
 from gold_trainer.command_line import parse_arguments
@@ -112,3 +114,25 @@ def test_a_run_that_sets_nothing_computes_activations_again(tmp_path):
     trainer = make(tmp_path)
     assert trainer.model.is_gradient_checkpointing
     assert "loss" in trainer.state.log_history[0]
+
+
+def test_weights_in_float16_are_trained_below_an_adapter_alone(tmp_path, monkeypatch):
+    """SGD or Adam on them loses small updates; the first steps of a run went wrong without a word.
+    FSDP and DeepSpeed keep weights of their own in float32.
+    """
+    rows = tiny_rows(4)
+
+    def run(**more):
+        student = tiny("qwen3")[0].to(torch.float16)
+        return make_trainer(tmp_path, rows, "qwen3", student=student, **more)
+
+    with pytest.raises(
+        ValueError, match=r"trained must not be in float16, got .*; load .* float32"
+    ):
+        run()
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    assert run(peft_config=adapter).model.dtype == torch.float16
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    precision.refuse_trained_float16(
+        GOLDConfig(output_dir=str(tmp_path), use_cpu=True), tiny("qwen3")[0].half()
+    )
