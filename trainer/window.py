@@ -137,7 +137,8 @@ class Rollouts:
     ) -> None:
         self.args, self.objective, self.writers, self.models = args, objective, writers, models
         self.tokenizer = tokenizer
-        self.sampling_check = SamplingCheck(args.device)
+        is_noisy = bool(args.neftune_noise_alpha) or not args.disable_dropout
+        self.sampling_check = SamplingCheck(args.device, is_noisy=is_noisy)
         self.ages: list[int] = []  # since the last log: steps that rollouts' weights were behind
 
     @cached_property

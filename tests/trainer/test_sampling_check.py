@@ -6,7 +6,7 @@ import torch
 from gold_trainer import sampling_check
 from gold_trainer.writers import Completion
 from support.cross_cases import cross_trainer, make_sides, rows_of
-from support.tiny_models import tiny_rows
+from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer
 
 MEAN, MAX = (f"sampling/sampling_logp_difference/{name}" for name in ("mean", "max"))
@@ -33,6 +33,18 @@ def test_a_writer_of_the_same_weights_samples_from_the_learners_distribution(fie
     for entry in logs_of(run):
         assert 0 <= entry[MEAN] <= entry[MAX] < 1e-3
     assert len(logs_of(run)) == 2 and (entry[MAX] > 0 or "top_k" in fields)
+
+
+@pytest.mark.parametrize("fields", [{"neftune_noise_alpha": 300.0}, {"disable_dropout": False}])
+def test_noise_that_the_learner_alone_has_is_logged_and_not_warned_of(fields, tmp_path, caplog):
+    student = tiny("qwen3")[0]
+    student.config.attention_dropout = 0.5
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    run = make_trainer(tmp_path, tiny_rows(4), "qwen3", student=student, **(ON_POLICY | fields))
+    run.train()
+    assert logs_of(run)[0][MEAN] > sampling_check.LARGE
+    assert "should be the student's own" not in caplog.text
 
 
 def test_across_tokenizers_the_students_tokens_are_compared(tmp_path):
