@@ -161,6 +161,13 @@ def _check_config(args: Any) -> None:
             "field of TrainingArguments."
         )
     args.check_again()
+    is_alone = args.parallel_mode.value != "distributed"
+    fsdp_config: Any = args.fsdp_config or {}  # TrainingArguments has read it
+    if args.fsdp and is_alone and not fsdp_config.get("xla"):
+        raise ValueError(
+            "GOLDTrainer: fsdp must be left out where no launcher has started the process, got "
+            f"{args.fsdp!r}; start it with accelerate launch or torchrun, also on one GPU."
+        )
     is_triton = args.loss_backend == "triton"
     if is_triton and args.device.type not in GPU_DEVICES and not is_interpreted():
         raise ValueError(

@@ -84,6 +84,14 @@ def test_yaml_no_is_the_word_where_a_field_has_it_and_false_elsewhere(tmp_path):
     )
 
 
+def test_a_field_of_truth_or_text_is_read_as_either():
+    def fsdp(*flags):
+        return parse_arguments([*flags, "--use_cpu"])[2].fsdp
+
+    assert fsdp("--fsdp", "true") is fsdp("--fsdp") is fsdp("--fsdp", "True") is True
+    assert not fsdp("--fsdp", "false") and not fsdp()
+
+
 def test_flags_alone_are_enough():
     model, data, config = parse_arguments(
         ["--model_name_or_path", "a", "--dataset-name", "b", "--beta=1", "--seq_kd"]
@@ -178,6 +186,9 @@ def test_unknown_yaml_key_names_the_nearest_field(capsys, tmp_path):
         (["--loss_backend", "cuda"], "invalid choice: 'cuda'; it may be triton, torch"),
         (["--use_cpu", "maybe"], "error: use_cpu: "),
         (["--beta"], "error: beta: expected one argument"),
+        (["--include_num_input_tokens_seen", "all"], "_seen must be 'no', got 'all'; image tok"),
+        (["--liger_kernel_config", '{"rope": true}'], "liger_kernel_config must be None, got {"),
+        (["--parallelism_config", "{}"], "must be a ParallelismConfig of accelerate, got '{}'"),
         (["--beta", "2"], "beta"),
         (
             ["missing.yaml"],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gold_trainer import GOLDConfig
+from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.fields.library_options import check_library_options
 from gold_trainer.fields.run import naming_the_launcher
 from support.tiny_models import tiny_rows
@@ -91,6 +91,18 @@ def test_what_a_library_reads_passes(tmp_path):
     [
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "nothing would be saved"),
         ({"dataloader_persistent_workers": True}, "must be False without workers"),
+        ({"dataloader_prefetch_factor": 2}, "must be None without workers, got 2"),
+        (
+            {"dataloader_multiprocessing_context": "spawn"},
+            "must be None without workers, got 'spawn' .*; set dataloader_num_workers",
+        ),
+        ({"fp16_full_eval": True}, "fp16_full_eval must be False, .* would stay in 16 bits"),
+        ({"bf16_full_eval": True}, "bf16_full_eval must be False, got True"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha must be None or finite and not neg"),
+        (
+            {"accelerator_config": {"split_batches": True}},
+            "must not set split_batches, got True, .* is what each device takes: leave it out",
+        ),
         ({"length_column_name": "len"}, "length_column_name must be length, got len"),
         ({"use_cache": True}, "use_cache must be False"),
         ({"average_tokens_across_devices": False}, "a mean over the tokens of all devices"),
@@ -152,6 +164,7 @@ def test_what_stands_in_the_way_of_what_is_saved_is_refused(name, is_file, messa
     [
         "Default process group has not been initialized, please make sure to call it.",
         "Using fsdp only works in distributed training.",
+        "Error initializing torch.distributed: environment variable RANK expected, but not set",
     ],
 )
 def test_a_process_without_a_launcher_is_told_of_it(words):
@@ -160,6 +173,12 @@ def test_a_process_without_a_launcher_is_told_of_it(words):
         raise ValueError(words)
     with pytest.raises(ValueError, match=r"^another$"), naming_the_launcher():
         raise ValueError("another")
+
+
+def test_fsdp_without_a_launcher_is_refused_before_models_load(tmp_path):
+    args = config(tmp_path, fsdp=True)
+    with pytest.raises(ValueError, match=r"^GOLDTrainer: fsdp must be left out .* launcher has"):
+        GOLDTrainer(model="no/model", teacher_model="no/teacher", args=args, train_dataset=[{}])
 
 
 def test_no_reports_may_be_written_as_none(tmp_path):

@@ -108,6 +108,7 @@ RANGES: dict[str, tuple[Range, str]] = {
     "adam_beta1": (Range("in [0, 1)", 0, math.nextafter(1, 0)), "0.9 is usual"),
     "adam_beta2": (Range("in [0, 1)", 0, math.nextafter(1, 0)), "0.999 is usual"),
     "adam_epsilon": (NOT_NEGATIVE, "1e-8 is usual"),
+    "neftune_noise_alpha": (NOT_NEGATIVE, "None adds no noise"),
     "logging_steps": (POSITIVE, "1 logs every step"),
     "save_steps": (POSITIVE, "save_strategy='no' saves nothing"),
     "eval_steps": (POSITIVE, "eval_strategy='no' turns evaluation off"),

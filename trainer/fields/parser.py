@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable
-from types import NoneType
+from types import GenericAlias, NoneType
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
@@ -26,7 +26,12 @@ class Parser(HfArgumentParser):
         for name, own in fields.items():
             action = self.action_of(name)
             if action.choices is None and action.nargs != "+" and dict not in own:
-                action.type = _reader(action.type, is_optional=NoneType in own)
+                kind = action.type
+                if {bool, str} <= {*own}:
+                    kind = _truth_or_text
+                elif isinstance(kind, type | GenericAlias) and kind not in (int, float):
+                    kind = str  # whose fields say what they take
+                action.type = _reader(kind, is_optional=NoneType in own)
         for name in {*MORE_KINDS} & {*fields}:
             self.action_of(name).type = _truth_or_text
 

@@ -107,6 +107,12 @@ OF_FSDP = (
     *("sync_module_states", "limit_all_gathers", "mixed_precision_policy", "sharding_strategy"),
     *("xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "xla_fsdp_settings"),
 )
+# Fields of the data loader's workers, with their defaults.
+OF_WORKERS = {
+    "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None,
+    "dataloader_multiprocessing_context": None,
+}
 # Ends of metrics of which less is better; a loss may be that of one of several teachers.
 COSTS = re.compile(r"(loss|kl|cross_?entropy|runtime|loss/[^/]+)$")
 # Files that a run writes into output_dir.
@@ -116,8 +122,13 @@ SAVED = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json"),
 )
 # How it is said that there is one process and nobody has made a group of it.
-OF_ONE_PROCESS = ("process group has not been initialized", "only works in distributed training")
-# Fields of TrainingArguments that nothing would read here: their defaults, and why.
+OF_ONE_PROCESS = (
+    *("process group has not been initialized", "only works in distributed training"),
+    "environment variable RANK expected",
+)
+# Fields of TrainingArguments that nothing would read here, or that would do harm: their defaults,
+# and why. transformers casts the student for evaluate(), and does not cast it back.
+OWN_EVALUATION = "an evaluation computes as the steps do, and the student would stay in 16 bits"
 WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "label_names": (None, "labels are the completions' tokens"),
     "batch_eval_metrics": (False, "there are no logits that compute_metrics could read"),
@@ -125,6 +136,8 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "use_cache": (False, "training keeps no cache of keys and values, rollouts have their own"),
     "liger_kernel_config": (None, "use_liger_kernel, which would read it, must be False"),
     "average_tokens_across_devices": (True, "the loss is a mean over the tokens of all devices"),
+    "bf16_full_eval": (False, OWN_EVALUATION),
+    "fp16_full_eval": (False, OWN_EVALUATION),
 }
 
 
@@ -137,11 +150,7 @@ def check_inherited(args: TrainingArguments) -> None:
     _check_unread(args)
     _check_engines(args)
     _check_evaluation(args)
-    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
-        raise ValueError(
-            "GOLDConfig: dataloader_persistent_workers must be False without workers, got True and "
-            "dataloader_num_workers=0; set dataloader_num_workers, or leave it out."
-        )
+    _check_workers(args)
     if args.report_to is None:  # as a YAML file has it
         args.report_to = "none"
     if isinstance(args.parallelism_config, dict | str):
@@ -154,6 +163,17 @@ def check_inherited(args: TrainingArguments) -> None:
             "GOLDConfig: enable_jit_checkpoint must be False, got True; SIGTERM already ends a run "
             "with a checkpoint, at the end of the step: leave it out."
         )
+
+
+def _check_workers(args: TrainingArguments) -> None:
+    """torch refuses them when the first batch is due."""
+    for name, default in OF_WORKERS.items():
+        value = getattr(args, name)
+        if value != default and args.dataloader_num_workers == 0:
+            raise ValueError(
+                f"GOLDConfig: {name} must be {default} without workers, got {value!r} and "
+                "dataloader_num_workers=0; set dataloader_num_workers, or leave it out."
+            )
 
 
 def _check_batches(args: TrainingArguments) -> None:
@@ -257,9 +277,9 @@ def naming_the_launcher() -> Iterator[None]:
         if not any(words in str(error) for words in OF_ONE_PROCESS):
             raise
         raise ValueError(
-            "GOLDConfig: ddp_backend, deepspeed and fsdp must be left out where no launcher has "
-            f"started the process ({error}); start it with accelerate launch or torchrun, also on "
-            "one GPU."
+            "GOLDConfig: ddp_backend, deepspeed, fsdp and parallelism_config must be left out "
+            f"where no launcher has started the process ({error}); start it with accelerate "
+            "launch or torchrun, also on one GPU."
         ) from error
 
 
@@ -332,6 +352,12 @@ def _check_accelerator(config: Any) -> None:
         raise ValueError(
             "GOLDConfig: accelerator_config must not set dispatch_batches, got True; batches hold "
             "pictures and text, which one process cannot cut up for the others: leave it out."
+        )
+    if values.get("split_batches"):
+        raise ValueError(
+            "GOLDConfig: accelerator_config must not set split_batches, got True, with which a "
+            "step would have the rows of one device; per_device_train_batch_size is what each "
+            "device takes: leave it out."
         )
 
 
