@@ -29,8 +29,15 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        with quiet(*WARN_OF_THEMSELVES):
-            return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        try:
+            with quiet(*WARN_OF_THEMSELVES):
+                return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{__name__}.{name} needs a package that is not installed ({error}): pip install "
+                "'gold-kernels[trainer]'",
+                name=error.name,
+            ) from error
     if name == "__version__":  # from the installed metadata: gold_kernels itself imports torch
         return import_module("importlib.metadata").version("gold-kernels")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

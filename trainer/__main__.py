@@ -11,7 +11,8 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,11 @@ usage: gold-trainer cache-teacher [RECIPE | CONFIG.yaml] [--field value ...]
 
 Runs the teacher once over all rows that `gold-trainer train` would score with the same arguments.
 Into the folder teacher_cache go its last hidden states at the scored tokens, and its head; with
-another teacher_cache_form, or with loss_top_k, what that form takes of them. Training with the same
-teacher_cache gives the same loss without the teacher's weights. Disk need is printed first. A run
-that was stopped goes on where it was; rows that are new are added. `accelerate launch -m
-gold_trainer cache-teacher` shares the rows among processes. Fields are those of `gold-trainer train
---help`, and:
+another teacher_cache_form, or with loss_top_k, what that form holds in place of them. Training with
+the same teacher_cache gives the same loss without the teacher's weights. Disk need is printed
+first. A run that was stopped goes on where it was; rows that are new are added. `accelerate launch
+-m gold_trainer cache-teacher` shares the rows among processes. Fields are those of `gold-trainer
+train --help`, and:
 
   --cache_dtype
       Type of the hidden states: auto, bfloat16, float16 or float32. auto is the teacher's own, or
@@ -131,7 +132,7 @@ gold_trainer cache-teacher` shares the rows among processes. Fields are those of
   --cache_batch_size
       Rows that the teacher sees at a time. [per_device_train_batch_size]
   --cache_shard_mib
-      Size of a file; what is lost where a run is killed is the file at work. [256]
+      MiB of a file; a run that is killed loses the file that it was writing. [256]
 """
 
 
@@ -166,18 +167,25 @@ def _known(argv: list[str], own: Collection[str] = ()) -> list[str]:
     """The arguments with the path of a recipe; ValueError for names that there are not, before
     anything slow is imported. own: names of the command itself.
     """
-    if argv and not argv[0].startswith("-"):
-        argv = [str(find_config(argv[0])), *argv[1:]]
-        flags.read_fields(Path(argv[0]))
-    flags.check_names(name for name in argv if name.partition("=")[0] not in own)
+    with _needing("trainer"):
+        if argv and not argv[0].startswith("-"):
+            argv = [str(find_config(argv[0])), *argv[1:]]
+            flags.read_fields(Path(argv[0]))
+        flags.check_names(name for name in argv if name.partition("=")[0] not in own)
     return argv
 
 
 def _load(module: str, name: str, extra: str = "trainer") -> Any:
     """What a command runs, imported now; extra: of the packages that it needs."""
+    with _needing(extra), quiet(*WARN_OF_THEMSELVES):
+        return getattr(import_module(f"gold_trainer.{module}"), name)
+
+
+@contextmanager
+def _needing(extra: str) -> Iterator[None]:
+    """A missing package ends as one line: who installs the losses alone has none of the extras."""
     try:
-        with quiet(*WARN_OF_THEMSELVES):
-            return getattr(import_module(f"gold_trainer.{module}"), name)
+        yield
     except ImportError as error:
         raise ValueError(
             f"a package that is needed here is missing ({error}): pip install "
@@ -187,7 +195,8 @@ def _load(module: str, name: str, extra: str = "trainer") -> Any:
 
 def _train(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        sys.stdout.write(flags.help_text())
+        with _needing("trainer"):
+            sys.stdout.write(flags.help_text())
         raise SystemExit(0)
     argv = _known(argv)
     argv = ["--help" if flag in ("--help-all", "--help_all") else flag for flag in argv]

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gold_trainer.config_file import read_mapping
 from gold_trainer.nearest import did_you_mean
 
 # File, class, title: ours, in the order in which they are shown.
@@ -301,6 +300,8 @@ def check_names(argv: Iterable[str]) -> None:
 
 def read_fields(path: Path) -> dict[str, Any]:
     """Fields of a YAML file; ValueError for a key that there is not."""
+    from gold_trainer.config_file import read_mapping  # needs yaml, which --help does without
+
     fields, names = read_mapping(path), all_names()
     for name in fields:
         if name not in names:

@@ -179,3 +179,20 @@ def test_the_console_script_answers_without_torch(installed):
         "print([name for name in ('torch', 'transformers', 'rich') if name in sys.modules])",
     )
     assert lines[-1] == "[]", "usage and its errors take 0.1 s, importing torch seconds"
+
+
+def test_where_the_losses_alone_are_installed_commands_name_the_extra(installed):
+    lines = run_python(
+        installed,
+        "import sys\n"
+        "for name in ('yaml', 'rich', 'transformers', 'datasets'): sys.modules[name] = None\n"
+        "from gold_trainer.__main__ import main\n"
+        "sys.stderr = sys.stdout\n"
+        "assert main(['--help']) == main(['recipes']) == 0\n"
+        "assert main(['train', 'gold_vlm']) == main(['train', '--help']) == 2\n"
+        "import gold_trainer\n"
+        "try: gold_trainer.GOLDConfig\n"
+        "except ImportError as error: print(error)",
+    )
+    assert len(lines) > 10
+    assert all("pip install 'gold-kernels[trainer]'" in line for line in lines[-3:]), lines[-3:]
