@@ -89,14 +89,13 @@ class GOLDConfig(  # type: ignore[misc]  # bf16 is a bool once __post_init__ has
         metadata={"help": "Off-policy micro-batches learn from completions the teacher generates."},
     )
     num_generations: int = field(
-        default=1, metadata={"help": "Completions of a prompt in the window of an optimizer step."}
+        default=1, metadata={"help": "Completions of a prompt in one optimizer step."}
     )
     generation_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Prompts of one device's window, whose completions one call generates; times "
-            "num_generations it is per_device_train_batch_size * gradient_accumulation_steps. "
-            "None computes it."
+            "help": "Prompts of one device in an optimizer step; times num_generations it is "
+            "per_device_train_batch_size * gradient_accumulation_steps. None computes it."
         },
     )
     log_completions: bool = field(

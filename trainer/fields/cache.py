@@ -20,10 +20,10 @@ class CacheFields:
     teacher_cache_form: str | None = field(
         default=None,
         metadata={
-            "help": "What the cache holds a token: hidden, the teacher's last hidden states; "
-            "head_means, what the forward KL of a frozen head takes of them; top_k, the tokens of "
-            "loss_top_k. None: in training what there is, else top_k with loss_top_k, hidden "
-            "without.",
+            "help": "What the cache holds of a token. hidden: the teacher's last hidden states. "
+            "head_means: means of the student's frozen head, for the forward KL. top_k: the tokens "
+            "of loss_top_k. None: training takes the form that the cache has, cache-teacher makes "
+            "top_k with loss_top_k, hidden without.",
             "choices": CACHE_FORMS,
         },
     )

@@ -37,8 +37,8 @@ class RolloutFields:
     min_p: float | None = field(
         default=None,
         metadata={
-            "help": "Sample from tokens at least so probable, in parts of the likeliest's "
-            "probability. None is off."
+            "help": "Sample from tokens whose probability is at least this times that of the "
+            "likeliest. None is off."
         },
     )
     repetition_penalty: float = field(

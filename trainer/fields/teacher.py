@@ -73,9 +73,9 @@ class TeacherFields:
     teacher_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of a window over which the teacher runs at a time: a multiple of "
-            "per_device_train_batch_size merges micro-batches, less splits one. None: the rows of "
-            "a micro-batch."
+            "help": "Rows over which the teacher runs at a time: a multiple of "
+            "per_device_train_batch_size merges micro-batches of an optimizer step, less splits "
+            "one. None: the rows of a micro-batch."
         },
     )
 

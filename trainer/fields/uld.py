@@ -119,11 +119,14 @@ class ULDFields:
     )
     uld_skip_student_eos: bool = field(
         default=False,
-        metadata={"help": "Do not distil when to stop (TRL's default: its students ramble)."},
+        metadata={
+            "help": "Leave the end of a turn out (TRL's default): the student does not learn from "
+            "the teacher when to stop."
+        },
     )
     uld_skip_teacher_eos: bool = field(
         default=False,
-        metadata={"help": "The same seen from the teacher; either leaves the end of turn out."},
+        metadata={"help": "The same: one of the two is enough. TRL has both."},
     )
 
     @property

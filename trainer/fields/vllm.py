@@ -66,12 +66,12 @@ class VLLMFields:
     vllm_merge_adapter: bool = field(
         default=False,
         metadata={
-            "help": "Bring an adapter over merged into a copy of the weights; otherwise the "
+            "help": "Send an adapter merged into a copy of the weights; otherwise the "
             "adapter alone."
         },
     )
     vllm_sync_frequency: int = field(
-        default=1, metadata={"help": "Steps between two times that new weights are brought over."}
+        default=1, metadata={"help": "Steps between two transfers of new weights to vLLM."}
     )
     async_rollouts: int = field(
         default=0,

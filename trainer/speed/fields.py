@@ -13,8 +13,8 @@ class SpeedFields:
         default=None,
         metadata={
             "help": "regional: layers of student and teacher are compiled for training, one piece "
-            "of code for all layers of a kind, in the first steps; what cannot be is named and "
-            "runs as it is. off: none are. None: regional on a CUDA GPU.",
+            "of code for all layers of a kind, in the first steps; layers that cannot be are named "
+            "and run as they are. off: none are. None: regional on a CUDA GPU.",
             "choices": COMPILE_MODELS,
         },
     )
