@@ -76,6 +76,22 @@ def test_json_stays_as_it_is_written_where_the_template_takes_it(name, written):
     assert written in learnt(name, [USER, asking('{"city":"Ulm"}')])[1]
 
 
+@pytest.mark.parametrize("key", ["parameters", "input", "args"])
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gptoss", "gemma4", "deepseekv3"])
+def test_arguments_under_another_name_are_those_of_the_call(name, is_whole, key):
+    """They were lost: a call without arguments has none."""
+    function = {"name": "weather", key: {"city": "Ulm"}, "arguments": None}
+    call = {"id": "abcdefghi", "type": "function", "function": function} if is_whole else function
+    said = learnt(name, [USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert said == learnt(name, [USER, asking({"city": "Ulm"})])
+    caller = {"role": "tool_call", "content": json.dumps({"name": "weather", key: {"city": "Ulm"}})}
+    assert learnt(name, [USER, caller]) == said
+    twice = {"name": "weather", "arguments": {"city": "Ulm"}, key: {"city": "Bonn"}}
+    with pytest.raises(ValueError, match=f"^row 0: a call must have its arguments once.* {key} in"):
+        learnt(name, [USER, {"role": "assistant", "content": "", "tool_calls": [twice]}])
+
+
 @pytest.mark.parametrize("empty", [None, "", "{}", {}])
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "glm4moe", "deepseekv3", "gptoss"])
 def test_no_arguments_are_an_empty_object(name, empty):

@@ -15,6 +15,8 @@ CALLS = "tool_calls"
 # Who speaks calls and their results in messages of their own; written with - or a space too.
 CALLERS = ("function_call", "tool_call", "tool_calls")
 RESULTS = ("function_response", "tool_response", "tool_result")
+# What calls have their arguments under: Llama's JSON has parameters, Anthropic's requests input.
+ARGUMENTS = ("arguments", "parameters", "input", "args")
 LEGACY, OF_LEGACY = "function_call", "function"  # a key, and the role of its result
 
 
@@ -93,7 +95,25 @@ def _with_listed_calls(message: Message, index: int) -> Message:
             'write [{"type": "function", "function": {"name": ..., "arguments": ...}}].'
         )
     # text that is no JSON is as its template wants it
-    return {**message, CALLS: [parsed_json(call) for call in calls]}
+    return {**message, CALLS: [_with_arguments(parsed_json(call), index) for call in calls]}
+
+
+def _with_arguments(call: Any, index: int) -> Any:
+    """The call with its arguments under that name, as which templates look for them."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    given = {key: function[key] for key in ARGUMENTS if function.get(key) is not None}
+    if len(given) > 1:
+        raise ValueError(
+            f"row {index}: a call must have its arguments once, got {' and '.join(given)} in "
+            f"{shown(function)}; keep one of them."
+        )
+    if not given or "arguments" in given:
+        return call
+    others = {key: value for key, value in function.items() if key not in ARGUMENTS}
+    function = {**others, "arguments": next(iter(given.values()))}
+    return {**call, "function": function} if "function" in call else function
 
 
 def as_tool(tool: Any) -> Any:
