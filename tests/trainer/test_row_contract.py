@@ -60,6 +60,15 @@ def test_keys_that_label_a_message_say_nothing(silent):
         read({"messages": [USER, silent | {"content": None}, ANSWER]})
 
 
+@pytest.mark.parametrize("role", ["user", "system", "Human"])
+@pytest.mark.parametrize("key", ["text", "value", "message"])
+@pytest.mark.parametrize("pictures", [{}, {"image": Image.new("RGB", (8, 6))}])
+def test_a_question_under_another_key_is_not_lost(role, key, pictures):
+    turns = [{"role": role, key: "What?", "content": None}, USER, ANSWER]
+    with pytest.raises(ValueError, match=rf"^row 0: the content of .*, got None beside {key}; wri"):
+        read({"messages": turns, **pictures}, is_text=not pictures)
+
+
 @pytest.mark.parametrize("write", [lambda value: value, json.dumps])
 def test_tools_and_arguments_of_the_template_belong_to_the_row(write):
     columns = {"tools": write([TOOL]), "chat_template_kwargs": write({"enable_thinking": False})}

@@ -254,16 +254,18 @@ def _with_weight(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 
 def _check_content(message: Mapping[str, Any], index: int) -> None:
-    content = message.get("content")
-    others = (v for k, v in message.items() if k not in LABELS)
-    if content is None and any(v and isinstance(v, str | list | tuple | Mapping) for v in others):
-        return  # the turn is a call of tools, or whatever else the template reads
+    content, kinds = message.get("content"), str | list | tuple | Mapping
+    others = [k for k, v in message.items() if k not in LABELS and v and isinstance(v, kinds)]
+    # a call of tools, or whatever else the template reads; a question has no other key
+    if content is None and others and message["role"] not in ("user", "system"):
+        return
     parts = content if isinstance(content, list | tuple) else ()
     is_parts = parts is content and all(isinstance(part, Mapping) for part in parts)
     if not isinstance(content, str) and not is_parts:
+        beside = f" beside {', '.join(others)}" if content is None and others else ""
         raise ValueError(
             f"row {index}: the content of a message must be text or a list of parts, got "
-            f"{shown(content)}; write it as text, or as "
+            f"{shown(content)}{beside}; write it as text, or as "
             '[{"type": "image"}, {"type": "text", "text": "..."}].'
         )
     for part in parts:
