@@ -68,37 +68,36 @@ def refuse_batch(from_above: Tensor, what: str) -> None:
 
 
 @torch.library.custom_op("gold_kernels::scaled", mutates_args=())
-def scaled_tensors(
-    tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str
-) -> list[Tensor]:
-    """Every tensor times scale (), in dtype."""
+def scaled_tensor(tensor: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """The tensor times scale (), in dtype."""
     if backend == "triton":
         from gold_kernels.triton.scale import scaled  # triton may be missing
 
-        return [scaled(tensor, scale, dtype) for tensor in tensors]
-    return [(tensor * scale).to(dtype) for tensor in tensors]
+        return scaled(tensor, scale, dtype)
+    return (tensor * scale).to(dtype)
 
 
-@scaled_tensors.register_fake
-def _(tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str) -> list[Tensor]:
-    return [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+@scaled_tensor.register_fake
+def _(tensor: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype)
 
 
 def finished_gradients(
-    tensors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, backend: str
+    tensors: Sequence[Tensor], scale: Tensor, dtypes: Sequence[torch.dtype], backend: str
 ) -> list[Tensor]:
-    """What a backward pass returns of the tensors that it saved: each times scale (), in dtype.
+    """What a backward pass returns of the tensors that it saved: each times scale (), in its dtype.
 
     If the graph is freed after this pass, nobody sees the saved tensors again: they are scaled
     where they lie and handed over, which saves a second gradient of the head, and, where the scale
     is 1, reading and writing the first.
     """
+    pairs = list(zip(tensors, dtypes, strict=True))
     if is_transformed(scale):  # is_grads_batched: an operator has no rule for that
-        return [(tensor * scale).to(dtype) for tensor in tensors]
+        return [(tensor * scale).to(dtype) for tensor, dtype in pairs]
     # A traced pass is not asked; dtypes differ for float16, whose gradients are float32 so far.
     is_kept = torch.compiler.is_compiling() or _keeps_graph()
-    if is_kept or any(t.dtype != dtype or not t.is_contiguous() for t in tensors):
-        return scaled_tensors(tensors, scale, dtype, backend)
+    if is_kept or any(t.dtype != dtype or not t.is_contiguous() for t, dtype in pairs):
+        return [scaled_tensor(tensor, scale, dtype, backend) for tensor, dtype in pairs]
     for tensor in tensors:
         if backend == "triton":
             from gold_kernels.triton.scale import scale_  # triton may be missing

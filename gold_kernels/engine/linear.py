@@ -190,7 +190,9 @@ class LinearLossFunction(torch.autograd.Function):
             _save(ctx, owners, inputs.student_index, is_live, *grads)
         else:
             ctx.save_for_backward(*grads)
-        ctx.dtype = student_hidden.dtype
+        ctx.dtypes = [
+            t.dtype for t, need in zip(leaves, needs, strict=True) if t is not None and need
+        ]
         ctx.mark_non_differentiable(values)
         num_paired = _num_paired(inputs)
         return reduce_rows(values, inputs.weights, num_paired, is_per_row), values
@@ -205,7 +207,7 @@ class LinearLossFunction(torch.autograd.Function):
             grads = _row_gradients(ctx, grad_loss)
         else:
             backend = ctx.settings.backend
-            grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.dtype, backend)
+            grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.dtypes, backend)
         needed = iter(grads)
         return (*(next(needed) if need else None for need in ctx.needs), *[None] * 6)
 
@@ -242,7 +244,7 @@ def _row_gradients(ctx: Any, grad_loss: Tensor) -> list[Tensor]:  # (P,) -> [(N_
     factors = torch.where(is_live, _of_rows(grad_loss, owners), 0)
     if student_index is not None:
         factors = factors.new_zeros(ctx.num_rows).index_copy(0, student_index, factors)
-    return [(grad * factors.unsqueeze(1)).to(ctx.dtype) for grad in grads]
+    return [(g * factors.unsqueeze(1)).to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
 
 
 def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
@@ -261,7 +263,7 @@ def _deferred_gradients(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
         **inputs._replace(weights=weights)._asdict(),
         **ctx.settings._asdict(),
     )
-    return [grad.to(ctx.dtype) for grad in grads]
+    return [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
 
 
 def reduce_rows(

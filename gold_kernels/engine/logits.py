@@ -130,7 +130,8 @@ class LogitsLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _grad_values: Tensor) -> tuple[Tensor | None, ...]:
         others = [None] * 9
         if ctx.grad_in_place is None and ctx.is_live is None:
-            grads = finished_gradients(ctx.saved_tensors, grad_loss, ctx.logits_dtype, ctx.backend)
+            dtypes = [ctx.logits_dtype]
+            grads = finished_gradients(ctx.saved_tensors, grad_loss, dtypes, ctx.backend)
             return grads[0], *others
         factor = grad_loss
         if ctx.is_live is not None:  # what comes from above may be anything for a row of weight 0

@@ -78,6 +78,25 @@ def test_hidden_states_and_head_of_two_dtypes_are_computed_in_the_wider(
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_gradient_of_a_float32_bias_is_float32(reduction, dtype, device, backend):
+    """It was rounded to the dtype of the head on its way: to 0 where float16 has none so small."""
+    case = random_case(n=20).to(dtype, device)
+    bias = torch.linspace(-1, 1, case.student_weight.shape[0], device=device, requires_grad=True)
+    weights = torch.full((20,), 1e-9, device=device)
+    exact = [t.detach().cpu().double() for t in (*case, weights)]
+    own = bias.detach().cpu().double().requires_grad_()
+    truth = reference.linear_jsd(*exact, beta=0.0, student_bias=own)
+    (expected,) = torch.autograd.grad(truth, own)
+    options = {"student_bias": bias, "reduction": reduction, "backend": backend, "chunk_size": 6}
+    loss = fused_linear_jsd(*case, weights, beta=0.0, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), bias)
+    assert relative_error(grad.cpu(), expected) < 4e-3
+    assert not torch.equal(grad, grad.to(dtype).float())
+
+
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 1.0])
 def test_soft_capped_and_scaled_heads(beta, dtype, device, backend):
