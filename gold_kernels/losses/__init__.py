@@ -19,6 +19,9 @@ for _module in pkgutil.iter_modules(__path__):
 LOSSES: dict[str, type[RowLoss]] = {
     name: loss for name, loss in sorted(ROW_LOSSES.items()) if loss.is_shared
 }
+_NUMBERS = {  # of the fields of a class torch.compile cannot be asked
+    name: [field.name for field in dataclasses.fields(loss)] for name, loss in LOSSES.items()
+}
 
 __all__ = ["JSD", "LOSSES", "FormulaLoss", "make_loss"]
 
@@ -29,12 +32,11 @@ def make_loss(name: str, **numbers: float | tuple[float, float]) -> RowLoss:
         near = difflib.get_close_matches(str(name), LOSSES, 1)
         meant = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"make_loss: name must be one of {', '.join(LOSSES)}, got {name!r}{meant}")
-    known = [field.name for field in dataclasses.fields(LOSSES[name])]
     for given in numbers:
-        if given not in known:
+        if given not in _NUMBERS[name]:
             raise ValueError(
-                f"make_loss: the numbers of {name} are {', '.join(known)}, got {given}=; leave it "
-                "out."
+                f"make_loss: the numbers of {name} are {', '.join(_NUMBERS[name])}, got {given}=; "
+                "leave it out."
             )
     loss = LOSSES[name](**numbers)
     loss.check(f"make_loss({name!r})")

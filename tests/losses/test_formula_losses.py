@@ -138,6 +138,20 @@ def test_torch_compile_takes_it_whole(name, dynamic):
         torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_torch_compile_takes_a_loss_that_is_made_in_the_graph(name):
+    """make_loss looked at the fields of a class, which a graph cannot."""
+    torch._dynamo.reset()
+    case = random_case(n=6, v=30).to(torch.float32)
+
+    def made(*sides):
+        return fused_linear_loss(make_loss(name, temperature=2.0), *sides)
+
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
+    for ours, truth in zip(run(compiled, case), run(made, case), strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
 @every_formula
 @pytest.mark.parametrize("n", [200, 1000])
 def test_memory_stays_within_the_budget(n, name):
