@@ -115,7 +115,7 @@ def to_host(tensor: Tensor) -> "tuple[Tensor, torch.cuda.Event | None]":
     """A copy that the host may read after the event, if there is one; it does not wait here."""
     if tensor.device.type != "cuda":
         return tensor, None
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
     return copy, torch.cuda.current_stream(tensor.device).record_event()
 
