@@ -22,7 +22,6 @@ shape; where they differ, no row of ours has numbers. Each row is written as soo
 
 import argparse
 import copy
-import gc
 import json
 import math
 import subprocess
@@ -45,6 +44,7 @@ from qwen3_vl_shapes import (
 )
 from record import RESULTS, RowLog, say
 from rollout_case import Case, measure
+from timing import release
 
 from gold_trainer import GOLDConfig, GOLDTrainer
 from gold_trainer.rendering.prompts import process_prompts
@@ -143,10 +143,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def in_this_process(case: Case, options: argparse.Namespace, is_first: bool) -> dict[str, Any]:
     row = measure(case, options.tiny)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    release()
     cold = () if is_first else ("first_write_seconds", "compile_seconds")
     return {name: value for name, value in row.items() if name not in cold}
 

@@ -13,7 +13,6 @@ its case.
 """
 
 import argparse
-import gc
 import random
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from profile_step import Profiled
 from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import RowLog, environment, say
+from timing import release
 from transformers import TrainerCallback
 
 from gold_kernels.jsd import reference
@@ -185,10 +185,7 @@ def measure(
         gradients, teacher = Gradients(), TeacherTimer(trainer)
         trainer.add_callback(timer)
         trainer.add_callback(gradients)
-        if has_cuda:
-            gc.collect()  # trainers of other cases
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        release()  # trainers of other cases
         trainer.train()
     first = next(log for log in trainer.state.log_history if "grad_norm" in log)
     say(f"  seconds of all steps: {[round(seconds, 3) for seconds in timer.seconds]}")

@@ -32,7 +32,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import RESULTS, RowLog, environment, say
-from timing import now
+from timing import now, release
 from transformers import TrainerCallback
 
 from gold_kernels.jsd import reference
@@ -178,9 +178,7 @@ def train(trainer: Any, case: Case) -> dict[str, Any]:
     limit = MAX_LOSS_ERRORS[case.loss]
     if is_ours and not error <= limit:  # a NaN too
         return {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
-    if has_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    release()
     resident = torch.cuda.memory_allocated() if has_cuda else 0
     trainer.train()
     peak = torch.cuda.max_memory_allocated() if has_cuda else 0

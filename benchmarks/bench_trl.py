@@ -12,7 +12,6 @@ code anywhere.
 """
 
 import argparse
-import gc
 import math
 import statistics
 import sys
@@ -29,6 +28,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import RESULTS, RowLog, environment, package_versions, say
+from timing import release
 
 from gold_kernels.integrations.trl import patch_trl
 
@@ -108,10 +108,7 @@ def measure(case: Case, num_tokens: int, is_tiny: bool) -> dict[str, Any]:
         trainer = build(case, num_tokens, folder, is_tiny)
         trainer.args.max_steps = case.warm_up + case.timed
         trainer.add_callback(timer)
-        gc.collect()
-        if has_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        release()
         resident = torch.cuda.memory_allocated() if has_cuda else 0
         try:
             trainer.train()

@@ -15,7 +15,6 @@ and the lines that wait for the device.
 """
 
 import argparse
-import gc
 import statistics
 import tempfile
 import warnings
@@ -31,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from qwen3_vl_shapes import LORA, QUIET, build_pair, processor_of_448_pixels, rows
 from record import RowLog, environment, say
 from timeline import describe, kernels_of
-from timing import now
+from timing import now, release
 
 from gold_trainer import GOLDConfig, GOLDTrainer
 
@@ -239,10 +238,7 @@ def measure(
                 return row | {"status": f"refused: loss error {error:.1e} exceeds {limit}"}
         timer = Profiled(options.steps + options.profile, is_on=options.profile and mode in CHECKED)
         trainer.add_callback(timer)
-        if has_cuda:
-            gc.collect()  # trainers of other cases
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        release()  # trainers of other cases
         trainer.train()
     peak = torch.cuda.max_memory_allocated() / 2**30 if has_cuda else 0
     first = next(log for log in trainer.state.log_history if "grad_norm" in log)

@@ -48,9 +48,12 @@ def milliseconds(step: Callable[[], Any], device: str, rep_ms: float) -> list[fl
     return times.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
 
 
-def release(device: str) -> None:
-    """Give the next case all memory; an error that sticks to the device ends the run."""
+def release(device: str = "cuda") -> None:
+    """Give the next case all memory, and count its peak from here on; an error that sticks to the
+    device ends the run.
+    """
     gc.collect()
-    if device == "cuda":
+    if device == "cuda" and torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
