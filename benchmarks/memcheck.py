@@ -1,4 +1,5 @@
-"""Every kernel once on small shapes that fill no block, for NVIDIA's memory checker:
+"""Every kernel of losses of whole heads once, on small shapes that fill no block, for NVIDIA's
+memory checker:
 
 compute-sanitizer --tool memcheck python benchmarks/memcheck.py
 """
@@ -78,7 +79,7 @@ def main() -> int:
         tensors = heads(BFLOAT16, V_TEACHER)
         fused_linear_projected_jsd(*tensors, projection, **options, **limits).backward()
     torch.cuda.synchronize()
-    say("every kernel ran")
+    say("every kernel of whole heads ran")
     return 0
 
 
