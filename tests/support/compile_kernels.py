@@ -41,7 +41,6 @@ from gold_trainer.writers import (
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = 99 << 10  # of a program, on devices for desktops
 
-
 # Of arguments by these names, in all kernels.
 FLOATS = {
     *("beta", "one_minus_beta", "inverse_temperature", "teacher_scale", "softcap", "group_scale"),
@@ -272,10 +271,9 @@ def draw_variants():
     types = {"ids": "*i64"}
     sizes = {"PARTS": sampling_kernel.NUM_PARTS, "COUNT": sampling_kernel.CANDIDATES}
     yield variant(sampling_kernel.sum_parts_kernel, types, BLOCK_V=1024, **sizes)
-    for is_first in (True, False):
-        own = {"IS_FIRST": is_first, "BLOCK_V": 512}
-        yield variant(sampling_kernel.weigh_candidates_kernel, types, **own, **sizes)
     for is_on in (True, False):
+        own = {"IS_FIRST": is_on, "BLOCK_V": 512}
+        yield variant(sampling_kernel.weigh_candidates_kernel, types, **own, **sizes)
         own = {"HAS_TOP_P": is_on, "HAS_MIN_P": is_on, "BLOCK_V": 1024}
         yield variant(sampling_kernel.draw_parts_kernel, types, **own, **sizes)
     yield variant(sampling_kernel.join_draws_kernel, types, **sizes)
@@ -350,19 +348,9 @@ def layer_variants():
         yield variant(layer_attention.attend_new_kernel, *given, options, **own, **sizes)
 
 
-def all_variants():
-    yield from jsd_variants()
-    yield from formula_variants()
-    yield from slice_variants()
-    yield from scale_variants()
-    yield from uld_variants()
-    yield from count_variants()
-    yield from call_variants()
-    yield from token_variants()
-    yield from projection_variants()
-    yield from draw_variants()
-    yield from decoding_variants()
-    yield from layer_variants()
+OF_LOSSES = (jsd_variants, formula_variants, slice_variants, scale_variants, uld_variants)
+OF_LOSSES += (count_variants, call_variants, token_variants, projection_variants)
+ALL_VARIANTS = *OF_LOSSES, draw_variants, decoding_variants, layer_variants
 
 
 def alignment_of(kernel, signature, constexprs):
@@ -390,7 +378,7 @@ def shared_bytes(compiled) -> int:
 def main(capability: int) -> None:
     target, turn = GPUTarget("cuda", capability, 32), CAPABILITIES.index(capability)
     turns: dict[str, int] = {}
-    for kernel, signature, constexprs, more in all_variants():
+    for kernel, signature, constexprs, more in (one for kind in ALL_VARIANTS for one in kind()):
         number = turns.setdefault(kernel.__name__, 0)
         turns[kernel.__name__] += 1
         if number > 0 and number % len(CAPABILITIES) != turn:
