@@ -69,7 +69,7 @@ class ULD(RowLoss):
     temperature: tuple[float, float] = (1.0, 1.0)  # student, teacher
     student_scalars: Sequence[Tensor] | None = None  # rows, token ids, groups, (S_s,) int64 each
     teacher_scalars: Sequence[Tensor] | None = None  # rows, token ids, groups, (S_t,) int64 each
-    tables: Sequence[Tensor] | None = None  # of matched entries, see matched_tables
+    tables: Sequence[Tensor] | None = None  # of matched entries, see plan.matched_tables
     spans: Sequence[Tensor] | None = None  # (G,), (G,) int64, see TokenAlignment.span_ids
 
     name: ClassVar[str] = "uld"

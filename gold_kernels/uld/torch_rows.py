@@ -128,7 +128,7 @@ def uld_rows_(
     weights: Tensor,  # (C, 2): of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher
     labels: Tensor | None,  # (C,) int64
-    tables: Sequence[Tensor] | None,  # of matched entries, see linear_uld.matched_tables
+    tables: Sequence[Tensor] | None,  # of matched entries, see plan.matched_tables
     spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see uld/triton_rows.py
     values: Tensor,  # (7, C), overwritten: see uld/triton_rows.py
     *,

@@ -184,7 +184,7 @@ def uld_rows_(
     weights: Tensor,  # (C, 2) float32, contiguous: of the loss, of the cross-entropy
     log_scales: tuple[Tensor, Tensor] | None,  # (C,) student, (C,) teacher, float32
     labels: Tensor | None,  # (C,) int64
-    tables: Sequence[Tensor] | None,  # of matched entries, see matched_tables
+    tables: Sequence[Tensor] | None,  # of matched entries, see plan.matched_tables
     spans: Sequence[Tensor] | None,  # (C,), (C,) int64, see TokenAlignment.span_ids
     values: Tensor,  # (7, C) float32, overwritten, in the order of ULD.value_names
     *,
