@@ -1,8 +1,7 @@
 """The row functions in plain torch: the CPU and MPS backend, and the kernels' second implementation
 in tests.
 
-C rows of a chunk, V vocabulary. Same signature, formulas and outputs as
-jsd/triton_rows.py.
+C rows of a chunk, V vocabulary. Same signature, formulas and outputs as jsd/triton_rows.py.
 """
 
 import torch

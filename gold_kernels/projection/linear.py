@@ -5,6 +5,7 @@ vocabulary (V_s, V_t). P teacher, Q student.
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -128,29 +129,6 @@ def fused_linear_projected_jsd(
             group_checks.check_chain_rule(function, alignment)
         _check_kind(function, projection)
     folds = projection.folds
-
-    def plan_of(call: GroupCall) -> tuple[RowPlan, RowLoss]:
-        hidden, labels = call.student.hidden, call.options.labels
-        _check_projection(function, projection, *call.sizes)
-        own_folds = projection.to(hidden.device).folds.tensors()
-        own_loss = dataclasses.replace(row_loss, folds=own_folds)
-        if alignment is None:
-            own_labels = None if labels is None else labels.contiguous()
-            plan = RowPlan(two_terms(call.row_weights, call.label_weights), own_labels)
-        else:
-            firsts = alignment.to(hidden.device).with_first_base()
-            plan, student_scalars, teacher_scalars = plan_groups(
-                firsts, call.row_weights, labels, call.label_weights, call.student.num_rows
-            )
-            has_spans = student_scalars is not None or teacher_scalars is not None
-            own_loss = dataclasses.replace(
-                own_loss,
-                student_scalars=student_scalars,
-                teacher_scalars=teacher_scalars,
-                spans=firsts.span_ids() if has_spans else None,
-            )
-        return plan, own_loss
-
     loss, values = run_group_call(
         function,
         *(student_hidden, student_weight, teacher_hidden, teacher_weight),
@@ -159,12 +137,41 @@ def fused_linear_projected_jsd(
         chosen,
         row_loss,
         return_metrics,
-        plan_of,
+        partial(_plan_rows, function, row_loss, projection, alignment),
         (folds.teacher_ids, folds.places, folds.row_weights.view(torch.int32)),
     )
     if not return_metrics:
         return loss
     return loss, ProjectedMetrics(**values.by_name(ProjectedMetrics._fields))
+
+
+def _plan_rows(
+    function: str,
+    row_loss: ProjectedJSD,
+    projection: VocabProjection,
+    alignment: TokenAlignment | None,
+    call: GroupCall,
+) -> tuple[RowPlan, RowLoss]:
+    """Rows of groups or pairs, and the loss with its tensors."""
+    hidden, labels = call.student.hidden, call.options.labels
+    _check_projection(function, projection, *call.sizes)
+    folds = projection.to(hidden.device).folds.tensors()
+    row_loss = dataclasses.replace(row_loss, folds=folds)
+    if alignment is None:
+        labels = None if labels is None else labels.contiguous()
+        return RowPlan(two_terms(call.row_weights, call.label_weights), labels), row_loss
+    firsts = alignment.to(hidden.device).with_first_base()
+    plan, student_scalars, teacher_scalars = plan_groups(
+        firsts, call.row_weights, labels, call.label_weights, call.student.num_rows
+    )
+    has_spans = student_scalars is not None or teacher_scalars is not None
+    row_loss = dataclasses.replace(
+        row_loss,
+        student_scalars=student_scalars,
+        teacher_scalars=teacher_scalars,
+        spans=firsts.span_ids() if has_spans else None,
+    )
+    return plan, row_loss
 
 
 def _check_kind(function: str, projection: VocabProjection) -> None:
