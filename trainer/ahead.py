@@ -98,6 +98,7 @@ class WindowSource:
     def close(self) -> None:
         """The run has ended, or its next one begins elsewhere."""
         self.asked = self.fetched = self.stream = None
+        self.rest = iter(())  # the data loader's, whose workers end with it
         for writer in self.rollouts.writers.values():
             writer.close()
 

@@ -33,6 +33,11 @@ class MetricWindow:
         means = list(self.objective.means(dict.fromkeys(sums, 1.0)))
         return [*means, AUX_LOSS] if has_aux_loss else means
 
+    def begin(self) -> None:
+        """A run begins: what an earlier one has not logged is none of its own."""
+        self.started = None
+        self.reset()
+
     def start(self) -> None:
         """Start the clock unless it runs."""
         if self.started is None:

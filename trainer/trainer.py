@@ -186,6 +186,9 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         error is raised once there is one.
         """
         run = partial(super().train, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        self.windows["train"].begin()
+        self.guard.start_log()
+        self.rollouts.begin()
         return survive(self, resume_from_checkpoint, run)
 
     @property

@@ -139,7 +139,12 @@ class Rollouts:
         self.tokenizer = tokenizer
         is_noisy = bool(args.neftune_noise_alpha) or not args.disable_dropout
         self.sampling_check = SamplingCheck(args.device, is_noisy=is_noisy)
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins."""
         self.ages: list[int] = []  # since the last log: steps that rollouts' weights were behind
+        self.sampling_check.reset()
 
     @cached_property
     def sampling(self) -> dict[str, Sampling]:

@@ -6,6 +6,7 @@ That they equal the eager float64 step of full logits is held for every family i
 
 import gc
 import math
+import multiprocessing
 import weakref
 
 import datasets
@@ -281,10 +282,28 @@ def test_evaluation_of_other_rows_reads_them_like_its_own(tmp_path):
     assert trainer.predict(ROWS).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_data_loader_workers_change_nothing(whole_batch, tmp_path):
-    options = {"dataloader_num_workers": 1, "per_device_train_batch_size": 8}
-    loss, _ = one_step(tmp_path, ROWS, **options)
-    assert loss == pytest.approx(whole_batch[0], rel=1e-6)
+def test_data_loader_workers_change_nothing_and_end_with_the_run(whole_batch, tmp_path):
+    options = {"dataloader_num_workers": 1, "per_device_train_batch_size": 4}
+    trainer = make_trainer(tmp_path, ROWS, gradient_accumulation_steps=2, **options)
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(whole_batch[0], rel=1e-6)
+    trainer = make_trainer(tmp_path, ROWS, **options)  # ends within an epoch
+    trainer.train()
+    assert not multiprocessing.active_children()
+
+
+def test_a_second_run_logs_nothing_of_the_first_ones_last_steps(tmp_path):
+    fields = {"max_steps": 3, "logging_steps": 2, "lmbda": 0.5, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, ROWS, on_nonfinite="skip", **fields)
+    trainer.guard.skipped, names = 7, ("train_runtime", "tokens_per_second")
+    logs = []
+    for _ in range(2):
+        trainer.train()
+        first = trainer.state.log_history[0]
+        logs.append({n: value for n, value in first.items() if n not in names})
+        trainer.windows["train"].started -= 1e6  # seconds between both
+    assert first["tokens_per_second"] > 1 and first["nonfinite_steps"] == 0
+    assert logs[0] == logs[1]
 
 
 def test_completions_are_shown_with_row_and_end_token(tmp_path, capsys, monkeypatch):

@@ -164,3 +164,13 @@ def test_an_engine_sleeps_while_the_student_learns(frequency, level, package, tm
     asleep, awake = ("sleep", level), ("wake_up", None)
     again = [] if frequency == 2 else reload
     assert engine.calls == [asleep, awake, *again, asleep, awake, *reload, asleep]
+
+
+def test_a_second_run_of_a_trainer_gives_the_engine_its_own_weights(package, tmp_path):
+    fields = COLOCATE | {"max_steps": 2, "vllm_sync_frequency": 2}
+    run = make_trainer(tmp_path, tiny_rows(4), "qwen3", **fields)
+    run.train()
+    engine = run.rollouts.writers["student"].engine
+    assert not engine.calls, "it was made with the weights"
+    run.train()
+    assert engine.calls[0][0] == "reload_weights"

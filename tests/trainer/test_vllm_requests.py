@@ -72,6 +72,15 @@ def test_weights_are_brought_over_as_often_as_the_config_says(stub, tmp_path):
     assert [version.split("-")[1] for version in versions] == ["0", "2", "4"]
 
 
+def test_a_second_run_of_a_trainer_brings_its_own_weights_over(stub, tmp_path):
+    run = make_text_run(tmp_path, stub, max_steps=1, learning_rate=1.0)
+    run.train()
+    run.train()
+    versions = [body["new_version"] for body in stub.bodies("/update_weight_version")]
+    assert len(set(versions)) == 2 and all(version.endswith("-0") for version in versions)
+    assert not torch.equal(*(w["model.embed_tokens.weight"] for w in stub.weights))
+
+
 def test_an_adapter_goes_alone_under_a_new_name_each_time(stub, tmp_path):
     run = make_text_run(tmp_path, with_adapters(stub), peft_config=lora(), max_steps=3)
     run.train()

@@ -69,6 +69,9 @@ class EngineWriter(Writer):
         self.engine.reset_mm_cache()
         self.engine.llm_engine.reset_encoder_cache()
 
+    def close(self) -> None:
+        self.step = None  # the next run counts its steps anew
+
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """Called on all ranks, with no prompts too: the engine wakes and sleeps on all."""
         assert self.step is not None, "weights are brought over before a window's prompts"

@@ -82,6 +82,7 @@ class VLLMWriter(Writer):
         return answer
 
     def close(self) -> None:
+        self.run, self.step = "", None  # the next run counts its steps anew
         if self.asked is not None:
             self.asked.cancel()
 
