@@ -130,6 +130,26 @@ def test_rows_of_the_next_window_are_read_between_both_passes_of_this_ones_last(
     assert events == [*inner, *inner, *last, *inner, *inner, *last]
 
 
+@pytest.mark.parametrize("has_thread", [True, False])
+def test_an_evaluation_between_two_steps_leaves_what_is_made_for_the_next(has_thread, tmp_path):
+    fields = {"eval_rows": tiny_rows(3, images="mixed"), "eval_strategy": "steps", "eval_steps": 1}
+    expected, recorder = built(tmp_path, has_thread=False)
+    expected.train()
+    trainer, recorder_2 = built(tmp_path, has_thread=has_thread, **fields)
+    prepare, made = trainer.objective.prepare, []
+
+    def watched(batch, *args):
+        made.append(batch.examples)
+        return prepare(batch, *args)
+
+    trainer.objective.prepare = watched
+    trainer.train()
+    evaluations = 2 * -(-3 // trainer.args.per_device_eval_batch_size)
+    assert len(made) == 6 + evaluations, "each is made once"
+    torch.testing.assert_close(losses_of(trainer), losses_of(expected), rtol=0, atol=0)
+    assert_equal_steps(recorder, recorder_2)
+
+
 def test_a_loss_that_is_asked_for_outside_of_a_step_reads_no_rows(tmp_path):
     trainer, _ = built(tmp_path, has_thread=False)
     batch = trainer.data_collator([trainer.train_dataset[0]])

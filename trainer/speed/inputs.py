@@ -141,19 +141,20 @@ class Inputs:
 
     def take(self, batch: WindowBatch) -> MicroBatch:
         """The tensors on the device."""
-        if all(batch is not other for other in self.passes.window):  # of an evaluation
-            self.passes.start([batch])
         self._receive()
+        if all(batch is not other for other in self.passes.window):
+            self.passes.start([batch])  # an evaluation: what is made is of the step behind it
+            return self.objective.prepare(batch, self.mover)
         made, self.made = self.made, None
         # what decides and counts makes new batches of the same examples
         if made is None or made.batch.examples is not batch.examples:
-            made = None
+            inputs = self.objective.prepare(batch, self.mover)
         elif isinstance(made.inputs, Exception):
             raise made.inputs
-        inputs = self.objective.prepare(batch, self.mover) if made is None else made.inputs
-        assert isinstance(inputs, MicroBatch), "an error was raised"
+        else:
+            inputs = made.inputs.to(self.mover.move)
         self._begin(batch)
-        return inputs if made is None else inputs.to(self.mover.move)
+        return inputs
 
     def _begin(self, batch: WindowBatch) -> None:
         """Begin to make the micro-batch behind this one in the window."""
