@@ -5,7 +5,6 @@ its CPU memory. Adapters are merged into copies, a layer at a time: the student'
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,18 +14,10 @@ from transformers.utils import is_peft_available
 
 from gold_trainer.models import base_model, has_adapter, whole
 from gold_trainer.ranks import raise_on_all
+from gold_trainer.sharding import gathered
 
 # What stands in the names of layers that are checkpointed or compiled.
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """ZeRO-3's parts, whole within the context."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def whole_copy(module: nn.Module) -> nn.Module:
