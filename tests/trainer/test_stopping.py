@@ -2,13 +2,19 @@
 
 import json
 import os
+import random
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from transformers import TrainerControl
 
 from gold_trainer import command_line
 from gold_trainer.__main__ import main
@@ -96,6 +102,64 @@ def test_signals_that_somebody_else_handles_stay_theirs():
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_run_in_another_thread_leaves_signals_alone():
+    stopper, before = Stopper(), signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stopper.install).result()
+        assert signal.getsignal(signal.SIGTERM) is before
+        pool.submit(stopper.uninstall).result()
+
+
+def test_a_signal_is_noted_where_the_run_is_and_stderr_is_closed(monkeypatch):
+    def closed(*args):
+        raise OSError("no terminal")
+
+    stopper = Stopper()
+    monkeypatch.setattr(os, "write", closed)
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # in a worker, which has inherited the handler
+    stopper._handle(signal.SIGTERM, None)
+    assert stopper.signal is None
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "write", closed)
+    try:
+        stopper._handle(signal.SIGTERM, None)
+    finally:
+        stopper.uninstall()
+    assert stopper.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("world_size", "stops"), [(1, True), (2, False)])
+def test_several_processes_agree_on_the_step_before_one_stops(world_size, stops):
+    """One that stopped by itself would leave the others in a collective call."""
+    stopper, control = Stopper(), TrainerControl()
+    args = SimpleNamespace(world_size=world_size, save_strategy="steps")
+    stopper.on_step_end(args, None, control)
+    assert not control.should_training_stop
+    stopper.signal = signal.SIGTERM
+    stopper.on_step_end(args, None, control)
+    assert stopper.must_stop == control.should_training_stop == control.should_save == stops
+
+
+def test_nothing_is_saved_of_weights_in_between_nor_within_a_save(caplog):
+    stopper, saved = Stopper(), []
+    save = partial(saved.append, None)
+    assert not stopper.save_after(save), "no step was taken"
+    stopper.weights_are_whole = True
+    assert stopper.save_after(save) and len(saved) == 1
+    stopper.remember()
+    expected = torch.rand(1), np.random.rand(), random.random()
+    assert stopper.save_after(save)
+    assert expected == (torch.rand(1), np.random.rand(), random.random())
+    stopper.is_saving = True
+    assert not stopper.save_after(save) and len(saved) == 2
+    stopper.is_saving = False
+    stopper.on_pre_optimizer_step(None, None, None)
+    assert not stopper.save_after(save)
+    stopper.weights_are_whole = True
+    assert not stopper.save_after(lambda: 1 / 0), "the error before it is the one to report"
+    assert "no checkpoint could be saved after the error: division by zero" in caplog.text
 
 
 class SignalAt:
