@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 
 from support.tiny_data import tiny_picture, tiny_rows, with_lengths
 from support.tiny_processors import (
@@ -37,6 +43,7 @@ __all__ = [
     "tiny_picture",
     "tiny_processor",
     "tiny_rows",
+    "tiny_text",
     "with_lengths",
 ]
 
@@ -77,6 +84,21 @@ def save_tiny_pair(folder: Path, family: str) -> Path:
     for size in ("student", "teacher"):
         save_tiny(folder / size, family, size)
     return folder
+
+
+def tiny_text(model_type: str, **fields: Any) -> PreTrainedModel:
+    """A text model of any type, of 64 entries and no tokenizer, in eval mode. Attention reaches
+    three tokens back where the type has windows.
+    """
+    sizes = {
+        **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 3},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+        "shared_expert_intermediate_size": 8,
+    }
+    config = AutoConfig.for_model(model_type, **sizes | fields)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def _text_config(tokenizer, size: str, **extra) -> dict[str, Any]:

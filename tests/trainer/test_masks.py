@@ -2,27 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from transformers import masking_utils
 
 from gold_trainer import models
 from gold_trainer.speed import masks, packing
 from gold_trainer.speed.kinds import TEXT
 from gold_trainer.speed.masks import MASK, without_mask
-from support.tiny_models import tiny, tiny_rows, with_lengths
+from support.tiny_models import tiny, tiny_rows, tiny_text, with_lengths
 from support.trainer_cases import GradientRecorder, assert_equal_steps, losses_of, make_trainer
 
 LENGTHS = (1, 30, 7, 19)
-SIZES = {
-    **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 3},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    **{
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 8,
-    },
-}
 
 
 def padded(lengths=(9, 4, 1)):
@@ -32,7 +21,7 @@ def padded(lengths=(9, 4, 1)):
 
 @pytest.mark.parametrize("name", TEXT)
 def test_padding_behind_a_row_changes_nothing_in_it(name):
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES)).eval()
+    model = tiny_text(name)
     inputs = padded()
     bare = without_mask(model, inputs, inputs[MASK])
     assert list(bare) == ["input_ids"] and MASK in inputs

@@ -7,14 +7,13 @@ import re
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import MistralConfig, MistralForCausalLM
 
 from gold_trainer import GOLDConfig, GOLDTrainer, models
 from gold_trainer.speed import on_host, packing
 from gold_trainer.speed.compiling import CompiledStep
 from gold_trainer.speed.segments import attention_is
 from support.cross_cases import cross_trainer, make_sides
-from support.tiny_models import save_tiny, tiny, tiny_rows, with_lengths
+from support.tiny_models import save_tiny, tiny, tiny_rows, tiny_text, with_lengths
 from support.trainer_cases import (
     FIELDS,
     GradientRecorder,
@@ -173,9 +172,7 @@ def packed_logits(model, ids, mask):
 
 
 def test_attention_in_windows_stays_within_its_row():
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3}
-    model = MistralForCausalLM(MistralConfig(**sizes, **heads)).eval()
+    model = tiny_text("mistral")
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
     ids = torch.randint(64, mask.shape)
     with torch.no_grad():

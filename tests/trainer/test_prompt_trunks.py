@@ -1,14 +1,16 @@
 """Which rows share a prompt, and how their tokens stand in one sequence."""
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
 from gold_trainer.batches import Example, WindowBatch
+from gold_trainer.rendering.collator import build_side
 from gold_trainer.speed import packing
+from gold_trainer.speed.kinds import TEXT
 from gold_trainer.speed.segments import attention_is, within
 from gold_trainer.speed.shared_prompts import (
     Counts,
@@ -17,7 +19,7 @@ from gold_trainer.speed.shared_prompts import (
     segments_of,
     trunks_of,
 )
-from support.tiny_models import tiny, tiny_picture
+from support.tiny_models import tiny, tiny_picture, tiny_processor, tiny_text
 
 PICTURE = tiny_picture(0)
 
@@ -73,10 +75,8 @@ def logits(model, ids, mask, shared, rows):
 
 @pytest.mark.parametrize("window", [3, None])
 def test_attention_in_windows_reaches_back_into_the_prompt(window):
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**sizes, **heads)).eval()
+    model = tiny_text("mistral", sliding_window=window)
     prompt, first, second = torch.randint(64, (4,)), torch.randint(64, (5,)), torch.tensor([7, 9])
     joined = torch.cat([prompt, first, second])[None]
     shared = logits(model, joined, torch.ones_like(joined), [[4, 5, 2]], torch.arange(11))
@@ -84,6 +84,35 @@ def test_attention_in_windows_reaches_back_into_the_prompt(window):
         one = model(input_ids=torch.cat([prompt, first])[None]).logits[0]
         other = model(input_ids=torch.cat([prompt, second])[None]).logits[0, 4:]
     torch.testing.assert_close(shared, torch.cat([one, other]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_each_kind_of_text_learns_from_shared_prompts_what_it_does_from_rows(name):
+    """In float64, but for norms: prompts and completions of random lengths, in any order."""
+    rng, tokenizer = random.Random(name), tiny_processor("qwen3")
+    torch.manual_seed(0)
+    window = None if name in packing.WINDOW_IN_ONE else 3
+    model = tiny_text(name, sliding_window=window, vocab_size=len(tokenizer)).double()
+    if hasattr(model.config, "num_experts") or hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # others have no float64
+    examples = []
+    for text in ("red", "a blue cat", "two cats and a dog"):
+        for size in rng.choices((0, 1, 2, 5, 9), k=rng.randint(1, 4)):
+            examples.append(example(text, rng.choices(range(len(tokenizer)), k=size)))
+    rng.shuffle(examples)
+    results = []
+    for shares in (False, True):
+        model.zero_grad()
+        inputs = build_side(tokenizer, examples, lambda tensor: tensor, shares_prompts=shares)
+        kept, mask = inputs.tensors, inputs.tensors["attention_mask"]
+        with attention_is(packing.OF_ROWS, packing._configs(model) if shares else []):
+            tensors, rows = kept, inputs.scored_rows
+            if shares:
+                tensors, rows = packing.packed(model, kept, mask, rows, inputs.shared)
+            logits = model(**tensors, use_cache=False).logits.flatten(0, 1)[rows]
+        logits.logsumexp(-1).sin().sum().backward()
+        results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*reversed(results), rtol=1e-4, atol=1e-7)
 
 
 def test_gradients_of_a_token_for_all_that_see_it_are_added_up_in_32_bits():
