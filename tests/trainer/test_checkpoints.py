@@ -15,8 +15,9 @@ import torch
 from gold_trainer.objectives import same_vocabulary
 from gold_trainer.survival import checkpoints, run_lock
 from gold_trainer.survival.nonfinite import NonFiniteError
+from gold_trainer.survival.resuming import check_same_student, find_checkpoint
 from support.resumed_runs import FIELDS, assert_same_run
-from support.tiny_models import tiny_rows
+from support.tiny_models import tiny, tiny_rows
 from support.trainer_cases import make_trainer
 
 ROWS = tiny_rows(11, images="mixed")
@@ -115,6 +116,37 @@ def test_nothing_to_resume_from_is_refused_and_auto_starts(resume, tmp_path):
         trainer.train(resume_from_checkpoint=resume)
     trainer.train(resume_from_checkpoint="auto")
     assert trainer.state.global_step == 1
+
+
+def test_where_no_checkpoint_is_complete_that_is_said_with_what_is_there(tmp_path, caplog):
+    student = tiny("qwen3")[0]
+    student.save_pretrained(tmp_path / "checkpoint-3")
+    assert find_checkpoint("auto", str(tmp_path), student) is None
+    assert "from the beginning: " in caplog.text and "checkpoint-3 is incomplete (" in caplog.text
+    with pytest.raises(ValueError, match=r"got .*checkpoint-3 is incomplete \(.*'auto'"):
+        find_checkpoint(True, str(tmp_path), student)
+    with pytest.raises(ValueError, match=f"resume from {tmp_path}/checkpoint-STEP, or bring the"):
+        find_checkpoint(str(tmp_path / "checkpoint-3"), str(tmp_path), student)
+
+
+def test_a_checkpoint_is_compared_with_the_student_as_far_as_its_files_say_what_it_is(tmp_path):
+    student, (teacher, _) = tiny("qwen3")[0], tiny("qwen3", "teacher")
+    teacher.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="with hidden_size 128 where the student has 64; choose"):
+        check_same_student(tmp_path, student)
+    check_same_student(tmp_path, teacher)
+    config = tmp_path / "config.json"
+    known = json.loads(config.read_text())
+    del known["architectures"]
+    config.write_text(json.dumps(known))
+    check_same_student(tmp_path, teacher)
+    config.write_text(config.read_text().replace('"qwen3"', '"needs code of its own"'))
+    check_same_student(tmp_path, student)
+    config.unlink()
+    check_same_student(tmp_path, student)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="with adapter present where the student has absent"):
+        check_same_student(tmp_path, student)
 
 
 def test_save_that_fails_leaves_the_checkpoints_of_before(tmp_path, monkeypatch):
@@ -242,6 +274,18 @@ def test_lock_of_a_process_that_is_gone_is_taken_over_and_said_so(owner, tmp_pat
     assert "is gone" in caplog.text
     lock.release()
     assert not (tmp_path / run_lock.NAME).exists()
+
+
+def test_lock_of_another_trainer_of_the_process_is_left_to_it(tmp_path):
+    lock, other = run_lock.RunLock(str(tmp_path)), run_lock.RunLock(str(tmp_path))
+    lock.acquire()
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on .* has written to since"):
+        other.acquire()
+    other.release()
+    with pytest.raises(ValueError, match="must belong to one run at a time"):
+        other.acquire()
+    lock.release()
+    other.acquire()
 
 
 def test_lock_of_another_host_is_respected(tmp_path):

@@ -130,6 +130,19 @@ def test_a_signal_is_noted_where_the_run_is_and_stderr_is_closed(monkeypatch):
     assert stopper.signal == signal.SIGTERM
 
 
+def test_ctrl_c_alone_ends_a_run_at_once_and_only_behind_another_signal(monkeypatch):
+    told, stopper = [], Stopper()
+    monkeypatch.setattr(os, "write", lambda file, text: told.append(text))
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stopper._handle(number, None)
+        with pytest.raises(KeyboardInterrupt):
+            stopper._handle(signal.SIGINT, None)
+    finally:
+        stopper.uninstall()
+    assert [b"Ctrl-C again stops at once" in text for text in told] == [True, False]
+
+
 @pytest.mark.parametrize(("world_size", "stops"), [(1, True), (2, False)])
 def test_several_processes_agree_on_the_step_before_one_stops(world_size, stops):
     """One that stopped by itself would leave the others in a collective call."""

@@ -18,6 +18,7 @@ class RunLock:
 
     def __init__(self, folder: str, field: str = "output_dir") -> None:
         self.path, self.field = Path(folder) / NAME, field
+        self.is_held = False
 
     def acquire(self) -> None:
         """The folder is this process' now; ValueError if it is another's, or cannot be written."""
@@ -40,6 +41,7 @@ class RunLock:
                     f"GOLDTrainer: {self.field} must be a folder that can be written, got "
                     f"{self.path.parent} ({error.strerror}); free some space, or choose another."
                 ) from error
+            self.is_held = True
             return
         raise self._refusal(self._owner())
 
@@ -54,9 +56,10 @@ class RunLock:
             raise
 
     def release(self) -> None:
-        """Only what this process holds."""
-        if self._owner().items() >= _identity().items():
+        """Only what it holds: another trainer of this process may have the folder."""
+        if self.is_held and self._owner().items() >= _identity().items():
             self.path.unlink(missing_ok=True)
+        self.is_held = False
 
     def _owner(self) -> dict[str, Any]:
         try:
