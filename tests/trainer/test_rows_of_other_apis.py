@@ -166,6 +166,19 @@ def test_pictures_under_a_key_of_their_message_are_at_the_places_that_it_has_for
         read({"messages": [{**turn, "images": pictures[:1]}, ANSWER]}, is_text=False)
 
 
+@pytest.mark.parametrize("role", ["user", "Human"])
+def test_pictures_under_a_key_of_their_message_are_at_its_placeholders(role):
+    """They were refused: one place as a part, one as a placeholder."""
+    pictures = [tiny_picture(0), tiny_picture(1)]
+    turn = {"role": role, "content": "<image>\nOr <image>?", "images": pictures}
+    row = read({"messages": [turn, ANSWER]}, is_text=False)
+    as_column = {"role": role, "content": turn["content"]}
+    other = read({"messages": [as_column, ANSWER], "images": pictures}, is_text=False)
+    assert (row.prompt, row.images) == (other.prompt, other.images)
+    with pytest.raises(ValueError, match=r"^row 0: a picture's place must be an image part or"):
+        read({"messages": [{**turn, "images": pictures[:1]}, ANSWER]}, is_text=False)
+
+
 @pytest.mark.parametrize(
     ("held", "number"),
     [

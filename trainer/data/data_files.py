@@ -1,9 +1,9 @@
 """From a dataset's name to rows with the columns that the trainer knows.
 
 A hub id, or a local path: json or jsonl (contents of mixed shape welcome: Arrow never sees them),
-parquet, csv, a folder of such files, a folder of pictures with metadata.jsonl (imagefolder), or a
-folder written by save_to_disk. Columns are renamed when a row is read: nothing is copied or decoded
-ahead.
+parquet, arrow, csv or tar, a folder of such files, a folder of pictures with metadata.jsonl
+(imagefolder), or a folder written by save_to_disk. Columns are renamed when a row is read: nothing
+is copied or decoded ahead.
 """
 
 import csv
@@ -41,8 +41,9 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, or path of a json, jsonl, parquet, csv or tar (WebDataset) file, of a "
-            "folder of such files or of pictures (imagefolder), or of a save_to_disk folder."
+            "help": "Hub id, or path of a json, jsonl, parquet, arrow, csv or tar (WebDataset) "
+            "file, of a folder of such files or of pictures (imagefolder), or of a save_to_disk "
+            "folder."
         },
     )
     dataset_config: str | None = field(

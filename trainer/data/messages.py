@@ -150,7 +150,7 @@ def _from_sharegpt(message: Any, index: int) -> Any:
 
 def _with_media(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Pictures and videos that a message has under keys of its own, as Ollama's requests have them:
-    as parts, at the places that its content has for them, or in front of it.
+    as parts, at the places that its content has for them (<image> too), or in front of it.
     """
     parts: list[Any] = []
     for key in MEDIA_KEYS:
@@ -162,7 +162,8 @@ def _with_media(message: Mapping[str, Any]) -> Mapping[str, Any]:
     if not parts:
         return others
     content = message.get("content")
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        content = _split_at_places(content, [part["type"] for part in parts])
     content = list(content or ())
     places = [i for i, part in enumerate(content) if _is_place(part)]
     if [content[i]["type"] for i in places] != [part["type"] for part in parts]:
@@ -170,6 +171,15 @@ def _with_media(message: Mapping[str, Any]) -> Mapping[str, Any]:
     for place, part in zip(places, parts, strict=True):
         content[place] = part
     return {**others, "content": content}
+
+
+def _split_at_places(text: str, kinds: list[str]) -> list[Any]:
+    """The text with a part for each <image> and <video>, if these are of the kinds; else alone."""
+    pieces = re.split("<(image|video)>", text)
+    if pieces[1::2] != kinds:
+        return [{"type": "text", "text": text}]
+    made = [{"type": p} if i % 2 else {"type": "text", "text": p} for i, p in enumerate(pieces)]
+    return [part for part in made if part.get("text") != ""]
 
 
 def _is_place(part: Any) -> bool:
