@@ -99,13 +99,7 @@ class Banner(TrainerCallback):
         ]
 
     def _loss(self, args: GOLDConfig) -> str:
-        has_beta = args.loss == "jsd"
-        loss = args.loss
-        if args.use_uld_loss:
-            loss = f"{'hybrid ' * args.uld_use_hybrid_loss}{args.uld_loss_type} across tokenizers"
-            has_beta = args.uld_use_hybrid_loss or args.uld_loss_type != "uld"
-        loss += f" of the teacher's {args.loss_top_k} likeliest tokens" if args.loss_top_k else ""
-        loss += f", beta {args.beta:g}" if has_beta else ""
+        loss = describe_loss(args)
         if self.weighting is None:
             return loss
         return f"{loss}; tokens have the weights of {self.weighting.settings['token_weighting']}"
@@ -137,6 +131,17 @@ class Banner(TrainerCallback):
         activations = "" if size is None else f" roughly {_gib(size)} for {batch}"
         budget = args.loss_budget_mib or 1024
         return f"{self.memory}activations{activations}; the loss up to {_gib(budget * 2**20)}"
+
+
+def describe_loss(args: GOLDConfig) -> str:
+    """Its name, and beta where it has one."""
+    has_beta = args.loss == "jsd"
+    loss = args.loss
+    if args.use_uld_loss:
+        loss = f"{'hybrid ' * args.uld_use_hybrid_loss}{args.uld_loss_type} across tokenizers"
+        has_beta = args.uld_use_hybrid_loss or args.uld_loss_type != "uld"
+    loss += f" of the teacher's {args.loss_top_k} likeliest tokens" if args.loss_top_k else ""
+    return loss + (f", beta {args.beta:g}" if has_beta else "")
 
 
 def _describe(model: nn.Module) -> str:

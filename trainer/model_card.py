@@ -11,7 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import gold_kernels
 from gold_trainer import models
+from gold_trainer.banner import describe_loss
 from gold_trainer.config import GOLDConfig
+from gold_trainer.fields.checks import as_dict
 
 if TYPE_CHECKING:
     from gold_trainer.trainer import GOLDTrainer
@@ -21,6 +23,10 @@ OTHERS = ("library_name: peft", "generated_from_trainer")  # cards of libraries,
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "world_size", "lmbda", "seq_kd", "max_length", "seed"),
+)
+OF_ONE_TOKENIZER = ("loss_temperature", "loss_teacher_temperature", "crossentropy_weight")
+OF_TWO_TOKENIZERS = (
+    *("uld_student_temperature", "uld_teacher_temperature", "uld_crossentropy_weight"),
 )
 METRICS = (
     *("loss", "forward_kl", "reverse_kl", "top1_agreement", "student_entropy"),
@@ -77,10 +83,10 @@ def write_card(
     )
     rows = None if num_rows is None else f"{num_rows} rows"
     data = ", ".join(part for part in (dataset, rows) if part) or "unknown"
-    loss = f"{args.uld_loss_type} (two tokenizers)" if args.use_uld_loss else args.loss
-    numbers = {} if args.use_uld_loss else args.loss_numbers
-    if args.loss_top_k:
-        numbers = {**numbers, "loss_top_k": args.loss_top_k}
+    loss = describe_loss(args)
+    names = OF_TWO_TOKENIZERS if args.use_uld_loss else OF_ONE_TOKENIZER
+    numbers = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    numbers |= as_dict(args.loss_kwargs)
     if weighting is not None:
         numbers = {**numbers, "token_weighting": weighting}
     parts = [

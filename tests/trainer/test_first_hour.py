@@ -9,6 +9,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from gold_trainer import GOLDConfig, loading, refusals
 from gold_trainer.__main__ import main
+from gold_trainer.model_card import card_facts, write_card
 from gold_trainer.recipes import recipe_names
 from support.forks import Forked
 from support.tiny_models import save_tiny_pair, tiny_rows
@@ -151,6 +152,7 @@ def test_saved_student_has_a_card_with_teacher_loss_data_versions_and_metrics(fo
         "rows.jsonl, 4 rows",
         "transformers",
         "| loss |",
+        "| loss_temperature | 1 |",
     ):
         assert text in card, text
 
@@ -163,6 +165,12 @@ def test_card_of_an_adapter_is_ours_and_a_user_s_own_card_stays(tmp_path):
     trainer.save_model()
     assert "library_name: peft" in (tmp_path / "README.md").read_text()
     assert "gold-trainer" in (tmp_path / "README.md").read_text()
+    args = trainer.args
+    args.use_uld_loss, args.uld_use_hybrid_loss, args.beta = True, True, 0.0
+    facts = card_facts(trainer)
+    text = write_card(args, dataset=None, **facts).read_text()
+    assert "| loss | hybrid uld across tokenizers, beta 0 |" in text
+    assert "| temperature |" not in text, "that is the name of the field of sampling"
     other = make_trainer(tmp_path / "other", ROWS)
     (tmp_path / "other").mkdir(exist_ok=True)
     (tmp_path / "other" / "README.md").write_text("mine")
