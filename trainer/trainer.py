@@ -53,7 +53,7 @@ from gold_trainer.speed.step import FastStep
 from gold_trainer.survival import checkpoints
 from gold_trainer.survival.callback_states import CallbackStates
 from gold_trainer.survival.nonfinite import NonFiniteGuard, is_bad
-from gold_trainer.survival.resuming import settings_of_run
+from gold_trainer.survival.resuming import Resuming, settings_of_run
 from gold_trainer.survival.savable import saved_as_it_came
 from gold_trainer.survival.stopping import Stopper
 from gold_trainer.survival.survive import survive
@@ -63,7 +63,7 @@ from gold_trainer.window import RepeatSampler, Rollouts, window_rows
 from gold_trainer.writers import connect, make_writers
 
 
-class GOLDTrainer(arguments.KnownArguments, Evaluating):
+class GOLDTrainer(arguments.KnownArguments, Resuming, Evaluating):
     """Trains `model` towards `teacher_model`, by default with the generalized JSD of teacher P and
     student Q:
 
@@ -122,19 +122,17 @@ class GOLDTrainer(arguments.KnownArguments, Evaluating):
         self.teacher = make_teacher(teacher_model, student, self.prepared.teacher_processor, args)
         self.objective: Objective = make_objective(self.prepared, args, self.student, self.teacher)
         self.objective.weigh_tokens(weighting)
-        own_collator = self.objective.collator
-        check_cached(self.teacher, train_dataset, eval_dataset, own_collator)
+        own = self.objective.collator
+        check_cached(self.teacher, train_dataset, eval_dataset, own)
         self.skipped = SkippedRows(args)
         refusals.adapt_to_devices(args, is_vlm=not self.prepared.is_text)
         fit_to_model(args, models.base_model(student))
-
+        collate = tolerant_collator(data_collator or own, own.blank, args.skipped_reasons)
         with saved_as_it_came(student, processing_class):
             super().__init__(
                 model=student,
                 args=args,
-                data_collator=tolerant_collator(
-                    data_collator or own_collator, own_collator.blank, args.skipped_reasons
-                ),
+                data_collator=collate,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,

@@ -306,3 +306,15 @@ def test_an_error_in_the_first_step_says_that_there_is_no_checkpoint_yet(
     with pytest.raises(RuntimeError, match="of the first step"):
         trainer.train()
     assert "RuntimeError in step 1; there is no checkpoint yet." in caplog.text
+
+
+def test_an_error_within_a_save_names_the_checkpoint_and_no_step(tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(tmp_path, ROWS, **FIELDS | {"save_strategy": "steps", "save_steps": 1})
+
+    def failing(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.model, "save_pretrained", failing)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert "OSError while checkpoint-1 was saved; there is no checkpoint yet." in caplog.text

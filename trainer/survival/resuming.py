@@ -59,6 +59,19 @@ NO_SHAPE = (
 WORDS = {"true": True, "false": False, "none": None}
 
 
+class Resuming:
+    """A Trainer that loads checkpoints without a warning of tied weights, which they hold once."""
+
+    model: Any
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        state, missing = self.model.state_dict(keep_vars=True), load_result.missing_keys
+        held = {id(weight) for name, weight in state.items() if name not in missing}
+        missing = [name for name in missing if id(state.get(name)) not in held]
+        parent: Any = super()
+        parent._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+
 def find_checkpoint(
     wanted: str | bool | None,
     output_dir: str,

@@ -104,8 +104,10 @@ def _leave(trainer: "GOLDTrainer", error: BaseException) -> None:
         # of several ranks the one with the error says so: the others are ended, wherever they are
         name = type(error).__name__ if came is None else came.name
         rank = f", rank {args.process_index}" if args.world_size > 1 else ""
-        step = state.global_step + 1
-        logger.warning("GOLDTrainer: %s in step %d%s; %s.", name, step, rank, _where(args))
+        place = f"in step {state.global_step + 1}"
+        if trainer.stopper.is_saving:
+            place = f"while checkpoint-{state.global_step} was saved"
+        logger.warning("GOLDTrainer: %s %s%s; %s.", name, place, rank, _where(args))
     if came not in (None, signal.SIGINT) and isinstance(error, Exception):
         # processes that were ended beside this one, a data loader's worker for instance
         raise SystemExit(128 + came) from error
