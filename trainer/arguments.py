@@ -60,6 +60,12 @@ class KnownArguments:
                 )
         return super().__new__(cls)
 
+    def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            f"{type(self).__name__}: hyperparameter_search is not supported, each trial needs a "
+            "student of its own; make a trainer for each, and compare evaluate()['eval_loss']."
+        )
+
 
 def check_arguments(
     model: Any, teacher_model: Any, args: Any, callbacks: Any, optimizers: Any, data_collator: Any

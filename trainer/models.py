@@ -106,6 +106,13 @@ def check_decoder(model: nn.Module, side: str) -> None:
     if adapter is not None:
         refuse_prompt_learning(adapter, f"the {side}'s adapter")
     base = base_model(model)
+    if isinstance(base, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
+        base, "_orig_mod"
+    ):
+        raise ValueError(
+            f"GOLDTrainer: the {side} must be the model itself, got {type(base).__name__} around "
+            "it; pass what is inside: the trainer wraps models, and compile_models compiles them."
+        )
     can_generate = isinstance(base, PreTrainedModel) and base.can_generate()
     if not can_generate or base.config.is_encoder_decoder:
         raise not_a_decoder(type(base).__name__, side)

@@ -84,14 +84,6 @@ def test_yaml_no_is_the_word_where_a_field_has_it_and_false_elsewhere(tmp_path):
     )
 
 
-def test_a_field_of_truth_or_text_is_read_as_either():
-    def fsdp(*flags):
-        return parse_arguments([*flags, "--use_cpu"])[2].fsdp
-
-    assert fsdp("--fsdp", "true") is fsdp("--fsdp") is fsdp("--fsdp", "True") is True
-    assert not fsdp("--fsdp", "false") and not fsdp()
-
-
 def test_flags_alone_are_enough():
     model, data, config = parse_arguments(
         ["--model_name_or_path", "a", "--dataset-name", "b", "--beta=1", "--seq_kd"]

@@ -1,6 +1,7 @@
 """Arguments of the constructor, as users of other trainers bring them: used or refused at once."""
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback, default_data_c
 from gold_trainer import GOLDConfig, GOLDTrainer, arguments
 from gold_trainer.rendering.collator import GOLDCollator
 from support.tiny_models import tiny, tiny_rows
-from support.trainer_cases import FIELDS, losses_of
+from support.trainer_cases import FIELDS, losses_of, make_trainer
 
 ROWS = tiny_rows(4)
 ELSEWHERE = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1e-2)
@@ -148,3 +149,17 @@ def test_what_fits_is_used(tmp_path):
 def test_a_run_that_ends_before_its_first_evaluation_is_told(fields, is_told, tmp_path, caplog):
     make(tmp_path, {"eval_strategy": "steps", **fields}, eval_dataset=ROWS)
     assert ("nothing is evaluated with" in caplog.text) == is_told
+
+
+def test_a_search_of_hyperparameters_is_refused_with_a_remedy(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows(4), "qwen3")
+    with pytest.raises(ValueError, match=r"^GOLDTrainer: .*make a trainer for each, and compare"):
+        trainer.hyperparameter_search(n_trials=1)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), torch.nn.DataParallel])
+def test_a_model_that_is_wrapped_already_is_refused_with_what_to_pass(side, wrap, tmp_path):
+    wrapped = {side: wrap(tiny("qwen3", side)[0])}
+    with pytest.raises(ValueError, match=rf"the {side} must be the model itself, got .* is inside"):
+        make_trainer(tmp_path, tiny_rows(4), "qwen3", **wrapped)
