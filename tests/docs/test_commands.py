@@ -10,6 +10,7 @@ from gold_trainer import flags
 from gold_trainer.__main__ import COMMANDS
 from gold_trainer.config_file import read_mapping
 from gold_trainer.recipes import recipe_names
+from gold_trainer.speed import kinds
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -98,3 +99,10 @@ def test_targets_of_make_that_pages_name_are_there():
         named |= set(re.findall(r"`make ([\w-]+)`", text))
         named |= set(re.findall(r"^make ([\w-]+)", "".join(blocks(text)), re.MULTILINE))
     assert len(named) > 5 and named <= targets
+
+
+def test_models_that_can_be_packed_are_those_of_the_page():
+    page = TEXTS["docs/speed.md"]
+    for row, names in (("text", kinds.TEXT), ("pictures", kinds.PICTURES)):
+        (cell,) = re.findall(rf"^\| {row} \| (.*) \|$", page, re.MULTILINE)
+        assert sorted(re.findall(r"`(\w+)`", cell)) == sorted(names)
