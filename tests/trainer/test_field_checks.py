@@ -244,6 +244,11 @@ def test_truth_in_quotes_is_refused(name, value, tmp_path):
     GOLDConfig(output_dir=str(tmp_path), teacher_models={"a": "true", "b": "false"})
 
 
+def test_an_empty_picture_folder_is_not_the_current_one(tmp_path):
+    with pytest.raises(ValueError, match="picture_folder must be a folder that exists, got ''; No"):
+        GOLDConfig(output_dir=str(tmp_path), picture_folder="")
+
+
 @pytest.mark.parametrize("kwargs", [{"enable_thinking": "false"}, '{"enable_thinking": "true"}'])
 def test_truth_in_quotes_of_a_row_names_the_row(kwargs):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

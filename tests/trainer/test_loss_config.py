@@ -56,9 +56,10 @@ def test_fields_and_loss_kwargs_are_the_numbers_of_the_loss(fields, numbers, tmp
     [
         (
             {"loss": "jds"},
-            f"loss must be one of {', '.join(LOSSES)}, got 'jds'; set use_uld_loss=True for",
+            f"loss must be one of {', '.join(LOSSES)}, got 'jds'; did you mean jsd",
         ),
-        ({"loss": "uld"}, "loss must be one of jsd, .*got 'uld'"),
+        ({"loss": "Skew-KL"}, "loss must be one of jsd, .*got 'Skew-KL'; did you mean skew_kl"),
+        ({"loss": "uld"}, "loss must be one of jsd, .*got 'uld'; set use_uld_loss=True for the"),
         (
             {"loss": "skew_kl", "loss_kwargs": {"alhpa": 0.2}},
             "loss_kwargs must hold numbers of loss='skew_kl', got alhpa=0.2; they are alpha",

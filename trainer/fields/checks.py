@@ -140,6 +140,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         'write {"no_repeat_ngram_size": 4}, with use_vllm {"min_tokens": 4}',
     ),
     "dataset_ignore_columns": ("a list of names", "write ['id']"),
+    "optim_args": ("None or text", "write 'momentum=0.9,nesterov=true'"),
     "logits_dtype": ("", "'float32' is the precise one"),
     "loss_backend": ("", "None takes the one that fits the device"),
     "uld_token_merge_strategy": ("", "'bayesian' is the chain rule"),

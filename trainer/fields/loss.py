@@ -8,6 +8,7 @@ from typing import Any
 from gold_kernels.engine.checks import BACKENDS
 from gold_kernels.losses import LOSSES
 from gold_trainer.fields.checks import as_dict, refuse_given
+from gold_trainer.nearest import did_you_mean
 
 LOGITS_DTYPES = ("float32", "bfloat16")
 # Numbers of losses that have fields of their own, with the names that TRL users know.
@@ -143,9 +144,10 @@ class LossFields:
 
     def _check_name(self) -> None:
         if self.loss not in LOSSES:
+            remedy = "; set use_uld_loss=True for the loss across tokenizers."
             raise ValueError(
-                f"GOLDConfig: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}; set "
-                "use_uld_loss=True for the loss across tokenizers."
+                f"GOLDConfig: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}"
+                f"{did_you_mean(self.loss.lower(), LOSSES) or remedy}"
             )
         names = numbers_of(self.loss)
         for number in (number for number in NUMBER_FIELDS if number not in names):

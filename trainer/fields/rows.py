@@ -95,10 +95,11 @@ class RowFields:
 
     def check_rows(self) -> None:
         refuse_reserved(as_dict(self.chat_template_kwargs), "GOLDConfig")
-        if self.picture_folder is not None and not Path(self.picture_folder).is_dir():
+        folder = self.picture_folder  # '' would be the current one
+        if folder is not None and not (folder and Path(folder).is_dir()):
             raise ValueError(
                 "GOLDConfig: picture_folder must be a folder that exists, got "
-                f"{self.picture_folder!r}; None lets paths start from the dataset's folder."
+                f"{folder!r}; None lets paths start from the dataset's folder."
             )
 
 
