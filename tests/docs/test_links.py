@@ -167,3 +167,16 @@ def test_defaults_in_tables_of_fields_are_those_of_the_config():
             assert actual == default, f"{name} on {name_of(page)}"
             checked.append(name)
     assert len(checked) > 12 and {"lmbda", "on_bad_row", "padding_free"} <= set(checked)
+
+
+def test_defaults_that_differ_from_trl_are_in_the_table_of_what_differs(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    theirs = pytest.importorskip("trl.experimental.gold").GOLDConfig
+    ours = {field.name: field.default for field in dataclasses.fields(gold_trainer.GOLDConfig)}
+    fields = [field for field in dataclasses.fields(theirs) if field.name in ours]
+    other = {field.name for field in fields if ours[field.name] != field.default}
+    other -= {field.name for field in fields if field.default is dataclasses.MISSING}
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
+    table = page.partition("## What differs from TRL\n")[2]
+    assert len(fields) > 100 and len(other) > 5
+    assert [name for name in sorted(other) if f"`{name}`" not in table] == []
