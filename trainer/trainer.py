@@ -184,9 +184,6 @@ class GOLDTrainer(arguments.KnownArguments, Resuming, Evaluating):
         error is raised once there is one.
         """
         run = partial(super().train, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
-        self.windows["train"].begin()
-        self.guard.start_log()
-        self.rollouts.begin()
         return survive(self, resume_from_checkpoint, run)
 
     @property

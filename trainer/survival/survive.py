@@ -73,6 +73,7 @@ def survive(
 
     try:
         checkpoint = on_main_process(accelerator, start)
+        _begin_logs(trainer)
         stopper.install()
         try:
             output = run(checkpoint)
@@ -88,6 +89,13 @@ def survive(
     if stopper.must_stop:
         _end(trainer)
     return output
+
+
+def _begin_logs(trainer: "GOLDTrainer") -> None:
+    """Nothing that an earlier run of this trainer has left is logged with this one."""
+    trainer.windows["train"].begin()
+    trainer.guard.start_log()
+    trainer.rollouts.begin()
 
 
 def _leave(trainer: "GOLDTrainer", error: BaseException) -> None:
