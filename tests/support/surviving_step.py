@@ -58,6 +58,8 @@ def run(folder: Path, batch_size: int, accumulation: int, rows=None, resume=None
     try:
         trainer.train(resume_from_checkpoint=resume)
         how = "done"
+        if os.environ["RANK"] == "0":  # as scripts do, on the process that also writes files
+            trainer.save_model(str(folder / "alone"))
     except (NonFiniteError, ValueError, SystemExit) as error:
         how = f"{type(error).__name__}: {error}"
     weights = [weight.sum().item() for weight in trainer.model.state_dict().values()]
@@ -78,6 +80,7 @@ def main(output_dir: str, batch_size: int, accumulation: int) -> None:
     results["signal"]["newest"] = newest and newest.name
     results["resumed"] = run(folder / "signal", *sizes, resume=True)
     results["whole"] = run(folder / "whole", *sizes)
+    results["whole"]["saved"] = (folder / "whole/alone/model.safetensors").is_file()
     results["stream"] = run(
         folder / "stream", *sizes, rows=Stream(), train_sampling_strategy="sequential"
     )

@@ -41,6 +41,10 @@ def test_signal_to_one_rank_ends_both_after_the_same_step_and_both_go_on(ranks):
     assert ranks[0]["signal"]["step"] == ranks[1]["signal"]["step"] < 3
 
 
+def test_the_main_process_may_save_whole_weights_alone(ranks):
+    assert ranks[0]["whole"]["saved"]
+
+
 def test_stream_is_shared_out_as_rows_in_order_are(ranks):
     for rank in ranks:
         assert rank["stream"]["how"] == "done"

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gold_trainer import sharding
 from gold_trainer.config import GOLDConfig
 from gold_trainer.models import whole
 
@@ -156,8 +157,12 @@ class NonFiniteGuard:
         return logs
 
     def check_weights(self, model: nn.Module, target: Any) -> None:
-        """NonFiniteError instead of saving what no one can use."""
-        if has_nonfinite(trained(model), self.accelerator, self.args.device):
+        """NonFiniteError instead of saving what no one can use. Whole weights are the same on all
+        ranks, one of which may save them by itself.
+        """
+        is_in_parts = sharding.is_sharded(model) or sharding.tp_size(model) > 1
+        accelerator = self.accelerator if is_in_parts else None
+        if has_nonfinite(trained(model), accelerator, self.args.device):
             raise NonFiniteError(
                 f"GOLDTrainer: weights must be finite to be saved, got NaN or inf; {target} was "
                 "not written. Lower learning_rate and resume from a checkpoint of before."
@@ -172,12 +177,16 @@ def is_bad(values: Tensor) -> Tensor:
 
 
 def has_nonfinite(
-    tensors: Iterable[Tensor], accelerator: Accelerator, device: torch.device
+    tensors: Iterable[Tensor],
+    accelerator: Accelerator | None,  # None: this rank is not asked together with others
+    device: torch.device,
 ) -> bool:
     """Whether any rank has a NaN or inf; waits for the device."""
     bad = [is_bad(tensor).to(device) for tensor in tensors]
     count = torch.stack(bad).any().float() if bad else torch.zeros((), device=device)
-    return accelerator.reduce(count, reduction="sum").item() > 0
+    if accelerator is not None:
+        count = accelerator.reduce(count, reduction="sum")
+    return count.item() > 0
 
 
 def trained(model: nn.Module) -> Iterator[Tensor]:
