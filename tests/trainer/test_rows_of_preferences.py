@@ -4,7 +4,10 @@ answer.
 
 import json
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from gold_trainer.data.data_files import DataArguments, load_rows
 from gold_trainer.data.dataset import RowDataset
@@ -14,6 +17,7 @@ USER = {"role": "user", "content": "Weather in Ulm?"}
 ANSWER = {"role": "assistant", "content": "Rain."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 OTHER = {"role": "assistant", "content": "Sun."}
+OF_PARTS = {"role": "user", "content": [{"type": "text", "text": "Weather in Ulm?"}]}
 PAIR = {"user": "Weather in Ulm?", "assistant": "Rain.", "source": "x"}
 
 
@@ -38,11 +42,30 @@ def load(tmp_path, columns, **fields):
         ([USER, OTHER, USER], [USER, OTHER, USER, ANSWER], [USER, OTHER, USER]),
         ([USER, OTHER], [USER, ANSWER], [USER, OTHER, USER]),  # the question once more
         ([SYSTEM], [USER, ANSWER], [SYSTEM, USER]),
+        ([USER], [SYSTEM, USER, ANSWER], [SYSTEM, USER]),
+        ([USER, OTHER, USER], [SYSTEM, USER, OTHER, USER, ANSWER], [SYSTEM, USER, OTHER, USER]),
+        ([USER], [OF_PARTS, ANSWER], [USER]),
+        ([OF_PARTS], [USER, ANSWER], [OF_PARTS]),
+        ([USER | {"name": "Ann"}], [USER, ANSWER], [USER | {"name": "Ann"}]),
+        ([USER], [USER | {"content": "Weather in Ulm?\n"}, ANSWER], [USER]),
+        ([USER], [USER | {"content": "Hail?"}, ANSWER], [USER, USER | {"content": "Hail?"}]),
     ],
 )
 def test_a_completion_that_begins_with_its_prompt_has_it_once(prompt, completion, expected):
     row = read({"prompt": prompt, "completion": completion})
     assert (row.prompt, row.completion) == (expected, "Rain.")
+
+
+@pytest.mark.parametrize("make", [np.asarray, lambda a: torch.from_numpy(a), Image.fromarray])
+def test_a_question_with_a_picture_is_repeated_if_the_picture_is_the_same(make):
+    def asking(level):
+        picture = {"type": "image", "image": make(np.full((9, 8, 3), level, dtype=np.uint8))}
+        return {"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}
+
+    for level, number in ((0, 1), (1, 2)):
+        columns = {"prompt": [asking(0)], "completion": [asking(level), ANSWER]}
+        row = RowDataset([columns], needs_completion=True, is_text=False)[0]
+        assert len(row.prompt) == len(row.images) == number
 
 
 @pytest.mark.parametrize("completion", [[USER, ANSWER], [ANSWER], [USER]])

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
 from gold_trainer.data.messages import (
     Message,
     Messages,
@@ -116,9 +119,9 @@ def _as_written(
             f"row {index}: a completion must end with an assistant's message, got {roles}; put "
             "earlier turns into the prompt, and leave later ones out."
         )
-    messages = messages[_num_repeated(prompt, messages) :]
-    roles = [message["role"] for message in messages]
-    return Conversation(prompt + messages, len(prompt), is_open and roles[0] == "assistant")
+    prompt, messages = _without_repeated(prompt, messages)
+    goes_on = is_open and messages[0]["role"] == "assistant"
+    return Conversation(prompt + messages, len(prompt), goes_on)
 
 
 def _whole(prompt: str, completion: Any, index: int, is_table: bool) -> Conversation:
@@ -137,14 +140,39 @@ def _whole(prompt: str, completion: Any, index: int, is_table: bool) -> Conversa
     )
 
 
-def _num_repeated(prompt: Messages, completion: Messages) -> int:
-    """Messages with which the prompt ends and the completion begins: chosen answers of preferences
-    are whole conversations.
+def _without_repeated(prompt: Messages, completion: Messages) -> tuple[Messages, Messages]:
+    """Both, of which no message is in both: chosen answers of preferences are whole conversations,
+    which may have a system's message that the prompt has not.
     """
     if completion[0]["role"] == "assistant":
-        return 0
-    sizes = range(min(len(prompt), len(completion) - 1), 0, -1)
-    return next((size for size in sizes if prompt[-size:] == completion[:size]), 0)
+        return prompt, completion
+    asked, said = list(map(_told, prompt)), list(map(_told, completion))
+    num_system = next(i for i, message in enumerate(said) if message["role"] != "system")
+    stop = num_system + len(prompt)
+    if asked == said[num_system:stop] and stop < len(said):
+        return [*completion[:num_system], *prompt], completion[stop:]
+    sizes = range(min(len(asked), len(said) - 1), 0, -1)
+    num_repeated = next((size for size in sizes if asked[-size:] == said[:size]), 0)
+    return prompt, completion[num_repeated:]
+
+
+def _told(message: Message) -> Message:
+    """What a message says, in whatever form: text may be parts, and labels may be left out."""
+    content, labels = message["content"], ("name", "id", "weight")
+    if isinstance(content, list) and all(part["type"] == "text" for part in content):
+        content = joined_text(content)
+    told = {key: value for key, value in message.items() if key not in labels}
+    content = content.strip() if isinstance(content, str) else _comparable(content)
+    return {**told, "content": content}
+
+
+def _comparable(value: Any) -> Any:
+    """Parts whose arrays say by == whether they are the same."""
+    if isinstance(value, dict):
+        return {key: _comparable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_comparable(part) for part in value]
+    return value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
 
 
 def _is_plain(value: Any) -> bool:
