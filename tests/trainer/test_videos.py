@@ -1,5 +1,7 @@
 """Videos reach models whose processors take them as in inference; others refuse them by name."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +165,15 @@ def test_every_way_in_gives_the_same_frames(tmp_path):
             assert row.prompt[0]["content"][0] == {"type": "video"}
         (row,) = read(placed | {"videos": [value]})
         assert row.prompt[0]["content"] == [{"type": "video"}, text]
+
+
+def test_paths_of_frames_may_be_json_text_in_a_column(tmp_path):
+    video = frames_of()
+    paths = ways_in(video, tmp_path)["paths"]
+    messages = {"messages": [{"role": "user", "content": "What?"}, ANSWER]}
+    for columns in ({"video": json.dumps(paths)}, {"videos": json.dumps([paths])}):
+        (row,) = read(messages | columns)
+        assert np.array_equal(row.videos[0].frames, video)
 
 
 def test_a_turn_has_the_videos_before_it():

@@ -332,7 +332,7 @@ def _values(
             "of them."
         )
     if one and names == MEDIA[1]:
-        return [(columns[names[0]], names[0])]  # a list is of its frames
+        return [(_listed(columns[names[0]]), names[0])]  # a list is of its frames
     return one or several
 
 
@@ -340,9 +340,13 @@ def _held(value: Any, name: str) -> list[tuple[Any, str]]:
     """A row without a picture holds None, or an empty path, or what a table makes of them. In a
     list of pictures each has to be one.
     """
-    if isinstance(value, str) and value.startswith("["):  # as a csv file has a list of paths
-        parsed = parsed_json(value)
-        value = parsed if isinstance(parsed, list) else value
+    value = _listed(value)
     if isinstance(value, list | tuple) and not (name == "image" and is_of_numbers(value)):
         return [(part, f"{name}[{i}]") for i, part in enumerate(value)]
     return [] if holds_nothing(value) else [(value, name)]
+
+
+def _listed(value: Any) -> Any:
+    """The list that JSON text is, as a csv file has paths; anything else as it is."""
+    parsed = parsed_json(value) if isinstance(value, str) and value.startswith("[") else value
+    return parsed if isinstance(parsed, list) else value
