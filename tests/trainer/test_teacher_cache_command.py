@@ -70,6 +70,10 @@ def test_room_on_the_disk_and_another_folder_are_looked_at_before_the_teacher_ru
     assert "must be a new folder, or that of an earlier run of this command, got" in user_error(
         capsys, *argv
     )
+    argv = ["cache-teacher", *made.command(teacher_cache=tmp_path / "b" / "thesis.tex")]
+    told = user_error(capsys, *argv)
+    assert "teacher_cache must be a folder that can be written, got" in told
+    assert "thesis.tex (Not a directory)" in told
 
 
 def test_hidden_states_that_are_not_finite_are_refused_by_their_row(pair, capsys):

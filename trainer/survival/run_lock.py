@@ -1,5 +1,6 @@
 """One run at a time in an output folder: a file there names the process that writes to it."""
 
+import errno
 import json
 import logging
 import os
@@ -46,7 +47,10 @@ class RunLock:
         raise self._refusal(self._owner())
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # a file, and no lock of another
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
         file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         try:
             with os.fdopen(file, "w", encoding="utf-8") as writer:
