@@ -101,7 +101,11 @@ def test_what_a_library_reads_passes(tmp_path):
         ({"neftune_noise_alpha": -1}, "neftune_noise_alpha must be None or finite and not neg"),
         (
             {"accelerator_config": {"split_batches": True}},
-            "must not set split_batches, got True, .* is what each device takes: leave it out",
+            "must not set split_batches, got True; a step would have the rows of one device",
+        ),
+        (
+            {"accelerator_config": '{"even_batches": false}'},
+            "must not set even_batches, got False; .* would have the others wait for it: leave",
         ),
         ({"length_column_name": "len"}, "length_column_name must be length, got len"),
         ({"use_cache": True}, "use_cache must be False"),

@@ -113,6 +113,12 @@ OF_WORKERS = {
     "dataloader_prefetch_factor": None,
     "dataloader_multiprocessing_context": None,
 }
+# Values of accelerator_config that are refused, and why.
+OF_ACCELERATE = {
+    "dispatch_batches": (True, "one process cannot cut up pictures and text for the others"),
+    "split_batches": (True, "a step would have the rows of one device alone"),
+    "even_batches": (False, "a process without rows at the end would have the others wait for it"),
+}
 # Ends of metrics of which less is better; a loss may be that of one of several teachers.
 COSTS = re.compile(r"(loss|kl|cross_?entropy|runtime|loss/[^/]+)$")
 # Files that a run writes into output_dir.
@@ -348,17 +354,12 @@ def _check_accelerator(config: Any) -> None:
                 f"GOLDConfig: {name} of accelerator_config must be True or False, got {value!r}; "
                 "write it without quotes."
             )
-    if values.get("dispatch_batches"):
-        raise ValueError(
-            "GOLDConfig: accelerator_config must not set dispatch_batches, got True; batches hold "
-            "pictures and text, which one process cannot cut up for the others: leave it out."
-        )
-    if values.get("split_batches"):
-        raise ValueError(
-            "GOLDConfig: accelerator_config must not set split_batches, got True, with which a "
-            "step would have the rows of one device; per_device_train_batch_size is what each "
-            "device takes: leave it out."
-        )
+    for name, (refused, why) in OF_ACCELERATE.items():
+        if values.get(name) is refused:
+            raise ValueError(
+                f"GOLDConfig: accelerator_config must not set {name}, got {refused}; {why}: leave "
+                "it out."
+            )
 
 
 def pin_beside_a_gpu(args: TrainingArguments) -> None:
