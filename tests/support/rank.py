@@ -36,15 +36,19 @@ def leave_together() -> NoReturn:
     _leave()
 
 
-def leave_state(trainer: Any, folder: str | Path, **found: object) -> NoReturn:
-    """The main process writes what was found, and the weights, into state.pt; then all leave."""
+def leave_state(trainer: Any, folder: str | Path, **found: object) -> None:
+    """The main process writes what was found, and the weights, into state.pt; then all leave. A
+    process without a group goes on: it may be that of the tests.
+    """
+    is_rank = torch.distributed.is_initialized()
     if trainer.is_world_process_zero():
         weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
         state = {"processes": trainer.args.world_size, "weights": weights, **found}
         torch.save(state, Path(folder) / "state.pt")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    _leave()
+    if is_rank:
+        _leave()
 
 
 def _leave() -> NoReturn:
