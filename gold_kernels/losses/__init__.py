@@ -9,6 +9,8 @@ import importlib
 import pkgutil
 from typing import Any
 
+import torch
+
 from gold_kernels.engine.row_loss import ROW_LOSSES, RowLoss
 from gold_kernels.jsd.row_loss import JSD
 from gold_kernels.losses.formula import FormulaLoss
@@ -18,9 +20,6 @@ for _module in pkgutil.iter_modules(__path__):
 
 LOSSES: dict[str, type[RowLoss]] = {
     name: loss for name, loss in sorted(ROW_LOSSES.items()) if loss.is_shared
-}
-_NUMBERS = {  # of the fields of a class torch.compile cannot be asked
-    name: [field.name for field in dataclasses.fields(loss)] for name, loss in LOSSES.items()
 }
 
 __all__ = ["JSD", "LOSSES", "FormulaLoss", "make_loss"]
@@ -32,15 +31,21 @@ def make_loss(name: str, **numbers: float | tuple[float, float]) -> RowLoss:
         near = difflib.get_close_matches(str(name), LOSSES, 1)
         meant = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"make_loss: name must be one of {', '.join(LOSSES)}, got {name!r}{meant}")
+    known = _numbers_of(name)
     for given in numbers:
-        if given not in _NUMBERS[name]:
+        if given not in known:
             raise ValueError(
-                f"make_loss: the numbers of {name} are {', '.join(_NUMBERS[name])}, got {given}=; "
-                "leave it out."
+                f"make_loss: the numbers of {name} are {', '.join(known)}, got {given}=; leave it "
+                "out."
             )
     loss = LOSSES[name](**numbers)
     loss.check(f"make_loss({name!r})")
     return loss
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot ask a class for its fields
+def _numbers_of(name: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(LOSSES[name])]
 
 
 def __getattr__(name: str) -> Any:
