@@ -98,7 +98,7 @@ def test_variables_in_paths_are_read_in_a_file_and_in_python(home, tmp_path, mon
         f"model_init_kwargs:\n  cache_dir: {home}/hub\nrun_name: $HOME\n"
     )
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "a.json").write_text('{"even_batches": false}')
+    (tmp_path / "a.json").write_text('{"use_seedable_sampler": false}')
     argv = [str(tmp_path / "c.yaml"), *CPU, "--accelerator_config", f"{home}/a.json"]
     model, data, config = parse_arguments(argv)
     assert config.output_dir == str(tmp_path / "run")
@@ -108,7 +108,7 @@ def test_variables_in_paths_are_read_in_a_file_and_in_python(home, tmp_path, mon
     assert config.teacher_models == {"math": str(tmp_path / "math"), "code": "a/b"}
     assert config.model_init_kwargs == {"cache_dir": str(tmp_path / "hub")}
     assert config.run_name == "$HOME"  # no path
-    assert config.accelerator_config.even_batches is False
+    assert config.accelerator_config.use_seedable_sampler is False
     assert GOLDConfig(output_dir=f"{home}/run", use_cpu=True).output_dir == str(tmp_path / "run")
 
 

