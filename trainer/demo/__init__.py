@@ -99,7 +99,7 @@ def run_demo(
 def _plan(settings: DemoSettings, output_dir: Path) -> str:
     return (
         f"{settings.teacher_steps} steps of a teacher, then {settings.student_steps} of a student; "
-        "by default that takes about three minutes on two CPU cores. "
+        "by default that takes three to four minutes on two CPU cores. "
         f"Everything is written to {output_dir}."
     )
 

@@ -33,7 +33,7 @@ CHUNK_SIZE = 64  # rows of logits at a time: a batch has about 320
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the two trainings; the defaults take about three minutes on two CPU cores."""
+    """Sizes of the two trainings; the defaults take three to four minutes on two CPU cores."""
 
     num_train: int | None = None  # training pictures; None: all 1437
     num_held_out: int | None = None  # held-out pictures; None: all 360
