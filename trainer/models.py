@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -106,9 +107,8 @@ def check_decoder(model: nn.Module, side: str) -> None:
     if adapter is not None:
         refuse_prompt_learning(adapter, f"the {side}'s adapter")
     base = base_model(model)
-    if isinstance(base, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
-        base, "_orig_mod"
-    ):
+    is_parallel = isinstance(base, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    if is_parallel or is_compiled_module(base):
         raise ValueError(
             f"GOLDTrainer: the {side} must be the model itself, got {type(base).__name__} around "
             "it; pass what is inside: the trainer wraps models, and compile_models compiles them."
